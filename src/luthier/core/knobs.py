@@ -1,0 +1,112 @@
+"""Knobs: frozen, strict, typed settings, and the methods that own them.
+
+A *method* is one object: its own knobs and its behaviour. A recipe names one by `method` and gives its knobs beside
+it (`{method: lora, rank: 16}`); `Chosen("adapters")` turns that mapping into the object, importing only the file of
+the method that was named. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import ErrorDetails, core_schema
+
+from luthier.core import catalog
+from luthier.core.errors import LuthierError, RecipeError
+from luthier.core.nearest import did_you_mean
+
+
+class Knobs(BaseModel):
+    """Settings that cannot be changed once made, refuse what they do not know, and convert nothing silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Method(Knobs, ABC):
+    """A method of a family: its knobs and its behaviour. The file it lives in is its name and holds its card."""
+
+    provides: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def method_name(cls) -> str:
+        """The name a recipe uses: the name of the file."""
+        return cls.__module__.rpartition(".")[2]
+
+    def as_recipe(self) -> dict[str, Any]:
+        """The method as a recipe writes it."""
+        return {"method": self.method_name(), **self.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Annotation of a recipe field that holds a method of `family`: `Annotated[Adapter, Chosen("adapters")]`."""
+
+    family: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.choose,
+            serialization=core_schema.plain_serializer_function_ser_schema(Method.as_recipe),
+        )
+
+    def choose(self, value: Any) -> Method:
+        """The method object that a mapping, a bare name or an object of the family stands for."""
+        if isinstance(value, Method):
+            return value
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+            raise RecipeError(
+                f"{self.family}: {value!r} does not say which method",
+                allowed=f"a mapping with method: {' | '.join(catalog.names(self.family))}",
+                do=f"for example {{method: {catalog.names(self.family)[0]}}}",
+            )
+        kind = catalog.load(self.family, value["method"])
+        knobs = {key: item for key, item in value.items() if key != "method"}
+        method = validate(kind, knobs, where=value["method"])
+        if not isinstance(method, Method):
+            raise TypeError(f"{kind} is not a Method")
+        return method
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(kind: type[Model], values: Mapping[str, Any], *, where: str = "") -> Model:
+    """`kind` made from plain values, with every problem told in the words of the recipe.
+
+    Raises RecipeError that lists each offending key, what it held, what it may hold, and the nearest known key.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as failure:
+        raise RecipeError("; ".join(_explain(kind, error, where) for error in failure.errors())) from None
+
+
+def _explain(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
+    path = ".".join([where] * bool(where) + [str(part) for part in error["loc"]])
+    if error["type"] == "extra_forbidden":
+        known = fields_at(kind, error["loc"][:-1])
+        return f"unknown key {path}; {did_you_mean(str(error['loc'][-1]), known)}"
+    if error["type"] == "missing":
+        return f"{path} is missing"
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, LuthierError):
+        return f"{path}: {cause}" if path else str(cause)
+    return f"{path}: {error['input']!r} is not allowed: {error['msg'][:1].lower()}{error['msg'][1:]}"
+
+
+def fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The field names known at `loc`, following nested knobs."""
+    for part in loc:
+        field = kind.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return list(kind.model_fields)

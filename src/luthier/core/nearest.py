@@ -1,0 +1,22 @@
+"""Nearest names: what somebody who typed an unknown name probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
+    """The known names closest to `name`, best first; empty when nothing is close."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    return [by_lower[lower] for lower in close]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A half sentence for an error: the nearest names, or all of them when none is near."""
+    names = list(known)
+    close = nearest(name, names)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(sorted(names))}" if names else "none is known"

@@ -1,0 +1,218 @@
+"""The forest: the one data structure of the engine.
+
+Idea: a segment is a run of tokens with a parent; its tokens see all tokens of its ancestors and the earlier tokens of
+its own. Rows of different lengths, a prompt with two answers, a prompt with G rollouts and a KV cache are all forests,
+so there is one executor and no padding anywhere.
+
+Each token carries a loss weight: 0 means context only. The token after a parent's last one is the first token of every
+child, so one position can predict several tokens; `Layout.predictors` therefore holds (position, label) *pairs* and no
+label is lost.
+
+This file knows numpy only: what is in a forest is decided before any tensor exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core.errors import DataError
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+ROOT = -1
+"""The parent of a segment that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of `tokens` (n,) with the loss weight of each, (n,), and the index of its parent within the tree."""
+
+    tokens: Ints
+    weights: Floats
+    parent: int = ROOT
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.weights):
+            raise DataError(f"a segment has {len(self.tokens)} tokens but {len(self.weights)} weights")
+        if len(self.tokens) == 0:
+            raise DataError("a segment has no token", do="leave empty segments out")
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Segments in an order where parents come first, and the data row they were made from."""
+
+    segments: tuple[Segment, ...]
+    row: int = 0
+
+    def __post_init__(self) -> None:
+        for index, segment in enumerate(self.segments):
+            if not ROOT <= segment.parent < index:
+                raise DataError(
+                    f"segment {index} has parent {segment.parent}", allowed="a parent that comes before its children"
+                )
+
+    @property
+    def token_count(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def weight(self) -> float:
+        """The sum of the loss weights of the tokens that something predicts."""
+        total = 0.0
+        for segment in self.segments:
+            first = 1 if segment.parent == ROOT else 0
+            total += float(segment.weights[first:].sum(dtype=np.float64))
+        return total
+
+    def paths(self) -> list[list[int]]:
+        """Every way from a root to a leaf, as segment indices."""
+        parents = {segment.parent for segment in self.segments}
+        leaves = [index for index in range(len(self.segments)) if index not in parents]
+        return [self.path(leaf) for leaf in leaves]
+
+    def path(self, index: int) -> list[int]:
+        """The segment indices from the root down to `index`."""
+        way = [index]
+        while (parent := self.segments[way[0]].parent) != ROOT:
+            way.insert(0, parent)
+        return way
+
+
+def row_tree(tokens: Ints, weights: Floats, *, row: int = 0) -> Tree:
+    """The tree of one plain row: a single segment."""
+    return Tree((Segment(tokens, weights),), row=row)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a segment lies in the flat batch, and the flat segments it descends from, root first."""
+
+    start: int
+    stop: int
+    ancestors: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A forest laid end to end.
+
+    `tokens` and `positions` are (T,); `predictors`, `labels`, `weights`, `rows` and `trees` are (N,), one entry for each
+    token with weight: the flat position whose hidden state predicts it, the token, its weight, the data row and the
+    index of its tree.
+    """
+
+    tokens: Ints
+    positions: Ints
+    spans: tuple[Span, ...]
+    predictors: Ints
+    labels: Ints
+    weights: Floats
+    rows: Ints
+    trees: Ints
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Trees that go through the model together, in one flat pass."""
+
+    trees: tuple[Tree, ...]
+
+    @property
+    def token_count(self) -> int:
+        return sum(tree.token_count for tree in self.trees)
+
+    @cached_property
+    def weight(self) -> float:
+        """The sum of the weights of all predicted tokens: what a loss over this forest is divided by."""
+        return sum(tree.weight for tree in self.trees)
+
+    @property
+    def trained_count(self) -> int:
+        """How many tokens carry weight."""
+        return len(self.layout.labels)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The flat form that the executor runs."""
+        return _lay_out(self.trees)
+
+
+def _lay_out(trees: Sequence[Tree]) -> Layout:
+    spans: list[Span] = []
+    positions: list[Ints] = []
+    predictors: list[Ints] = []
+    labels: list[Ints] = []
+    weights: list[Floats] = []
+    rows: list[Ints] = []
+    tree_ids: list[Ints] = []
+    start = 0
+    for tree_id, tree in enumerate(trees):
+        offset = len(spans)
+        for segment in tree.segments:
+            ancestors, depth, before = _lineage(spans, segment.parent, offset)
+            count = len(segment.tokens)
+            spans.append(Span(start, start + count, ancestors))
+            positions.append(np.arange(depth, depth + count, dtype=np.int32))
+            # The token at index i is predicted by the one before it; the first by the last token of the parent.
+            predictor = np.arange(start - 1, start + count - 1, dtype=np.int32)
+            predictor[0] = before
+            kept = (segment.weights != 0) & (predictor >= 0)
+            predictors.append(predictor[kept])
+            labels.append(segment.tokens[kept])
+            weights.append(segment.weights[kept])
+            rows.append(np.full(int(kept.sum()), tree.row, dtype=np.int32))
+            tree_ids.append(np.full(int(kept.sum()), tree_id, dtype=np.int32))
+            start += count
+    return Layout(
+        tokens=_join([segment.tokens for tree in trees for segment in tree.segments], np.int32),
+        positions=_join(positions, np.int32),
+        spans=tuple(spans),
+        predictors=_join(predictors, np.int32),
+        labels=_join(labels, np.int32),
+        weights=_join(weights, np.float32),
+        rows=_join(rows, np.int32),
+        trees=_join(tree_ids, np.int32),
+    )
+
+
+def _lineage(spans: Sequence[Span], parent: int, offset: int) -> tuple[tuple[int, ...], int, int]:
+    """The flat ancestors of a child of `parent`, the position of its first token, and the flat position before it."""
+    if parent == ROOT:
+        return (), 0, -1
+    ancestors = (*spans[offset + parent].ancestors, offset + parent)
+    depth = sum(spans[index].length for index in ancestors)
+    return ancestors, depth, spans[offset + parent].stop - 1
+
+
+def _join(arrays: Sequence[NDArray[np.generic]], dtype: type[np.generic]) -> NDArray:  # type: ignore[type-arg]
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
+
+
+def pack(trees: Iterable[Tree], *, max_tokens: int) -> list[Forest]:
+    """Micro-batches of at most `max_tokens` tokens, in order; a larger tree becomes a forest of its own.
+
+    How trees are cut into forests never changes a gradient (losses are sums), only memory and speed.
+    """
+    forests: list[Forest] = []
+    current: list[Tree] = []
+    room = max_tokens
+    for tree in trees:
+        if current and tree.token_count > room:
+            forests.append(Forest(tuple(current)))
+            current, room = [], max_tokens
+        current.append(tree)
+        room -= tree.token_count
+    if current:
+        forests.append(Forest(tuple(current)))
+    return forests

@@ -1,0 +1,34 @@
+"""A row as the model sees it: tokens, and for each token its role, its loss weight and where in the text it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.forest import Floats, Ints
+
+TOKEN_ROLES: tuple[str, ...] = ("template", "system", "user", "assistant", "tool", "text")
+"""Whose words a token belongs to; "template" is what no message owns, such as a BOS token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One view of one data row.
+
+    `tokens` and `weights` are (n,), `roles` (n,) indexes TOKEN_ROLES, `spans` (n, 2) are character offsets into `text`
+    (empty spans for tokens that no character stands for). A row whose template rewrites history has several views.
+    """
+
+    row: int
+    text: str
+    tokens: Ints
+    weights: Floats
+    roles: NDArray[np.uint8]
+    spans: Ints
+
+    @property
+    def trained_count(self) -> int:
+        """How many tokens carry loss."""
+        return int(np.count_nonzero(self.weights))

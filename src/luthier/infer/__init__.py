@@ -1,0 +1,1 @@
+"""The one generation engine. It can share the trainer's live weights."""

@@ -1,0 +1,179 @@
+"""Batched generation with a key-value cache.
+
+Idea: prompts are sorted by length and run in left-padded batches; one prefill, then one token a row and step, until
+every row has met its stop. A learned root enters as the first entries of the cache. Each row draws from its own
+generator, so its text does not depend on which rows share its batch beyond rounding.
+Models whose mixing is not attention keep their own cache and run a row at a time, because padding would enter their
+state.
+Source: nucleus sampling: Holtzman et al., arXiv 1904.09751; top-k: Fan et al., arXiv 1805.04833.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from luthier.core.errors import DataError
+from luthier.data.forest import Ints
+from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling, Spoken
+
+Decode = Callable[[Ints], str]
+
+
+@final
+class Generator:
+    """Continues prompts with the model as it is now: attachments on or off, training going on or not."""
+
+    def __init__(self, model: LanguageModel, *, decode: Decode | None = None, batch_rows: int = 32) -> None:
+        self.model = model
+        self.decode = decode
+        self.batch_rows = batch_rows if model.executor.kind == "segments" else 1
+
+    @torch.no_grad()
+    def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
+        """One continuation for each prompt, in the order of the prompts."""
+        self._check(prompts, sampling)
+        was_training = self.model.module.training
+        self.model.train(False)
+        answers: dict[int, Spoken] = {}
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), self.batch_rows):
+            batch = order[start : start + self.batch_rows]
+            rows = [_Row(prompts[index], sampling, seed_offset=index, decode=self.decode) for index in batch]
+            self._run(rows, sampling)
+            answers.update({index: row.spoken() for index, row in zip(batch, rows, strict=True)})
+        self.model.train(was_training)
+        return [answers[index] for index in range(len(prompts))]
+
+    def _check(self, prompts: Sequence[Ints], sampling: Sampling) -> None:
+        if sampling.stop and self.decode is None:
+            raise DataError("stop strings were given, but no tokenizer to read the text with", do="use stop_ids")
+        limit = self.model.context_tokens
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise DataError(f"prompt {index} has no token", allowed="at least one token")
+            if limit is not None and len(prompt) >= limit:
+                raise DataError(f"prompt {index} has {len(prompt)} tokens", allowed=f"fewer than {limit}")
+
+    def _run(self, rows: list[_Row], sampling: Sampling) -> None:
+        device = self.model.device
+        width = max(len(row.prompt) for row in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            tokens[index, width - len(row.prompt) :] = torch.from_numpy(row.prompt.astype(np.int64))
+            mask[index, width - len(row.prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, root_tokens = self._cache(len(rows))
+        mask = torch.cat([torch.ones(len(rows), root_tokens, dtype=torch.long), mask], 1)
+        tokens, mask, positions = tokens.to(device), mask.to(device), (positions + root_tokens).to(device)
+        for _ in range(self._room(width + root_tokens, sampling)):
+            logits, cache = self._forward(tokens, mask, positions, cache)
+            chosen = torch.tensor([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
+            if all(row.ended for row in rows):
+                break
+            tokens = chosen.to(device)[:, None]
+            mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long, device=device)], 1)
+            positions = positions[:, -1:] + 1
+
+    def _room(self, used: int, sampling: Sampling) -> int:
+        limit = self.model.context_tokens
+        return sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - used)
+
+    def _cache(self, rows: int) -> tuple[DynamicCache | None, int]:
+        if self.model.executor.kind != "segments":
+            return None, 0
+        cache, root = DynamicCache(), self.model.active_root
+        if root is None:
+            return cache, 0
+        for layer in range(self.model.sites.layers):
+            keys, values = root.keys_values(layer, self.model.dtype)
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache, root.token_count
+
+    def _forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        mask: Int[Tensor, "B S"],
+        positions: Int[Tensor, "B T"],
+        cache: DynamicCache | None,
+    ) -> tuple[Float[Tensor, "B V"], DynamicCache | None]:
+        if self.model.executor.kind == "segments":
+            result = self.model.module(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        else:
+            # A model with a state of its own takes no padding, and knows its positions from that state.
+            result = self.model.module(input_ids=tokens, past_key_values=cache, use_cache=True)
+        return result.logits[:, -1].float(), result.past_key_values
+
+
+@final
+class _Row:
+    """One prompt on its way: its generator, what it has said, and whether it has ended."""
+
+    def __init__(self, prompt: Ints, sampling: Sampling, *, seed_offset: int, decode: Decode | None) -> None:
+        self.prompt = prompt
+        self.sampling = sampling
+        self.decode = decode
+        self.generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + seed_offset)
+        self.said: list[int] = []
+        self.log_probs: list[float] = []
+        self.ended = ""
+
+    def choose(self, scores: Float[Tensor, " V"]) -> int:
+        """The next token; a row that has ended repeats its last one, which nobody reads."""
+        if self.ended:
+            return self.said[-1]
+        log_probs = torch.log_softmax(scores.cpu(), -1)
+        token = self._draw(log_probs)
+        self.said.append(token)
+        self.log_probs.append(float(log_probs[token]))
+        if token in self.sampling.stop_ids or self._met_stop_string():
+            self.ended = "stop"
+        elif len(self.said) >= self.sampling.max_new_tokens:
+            self.ended = "length"
+        return token
+
+    def spoken(self) -> Spoken:
+        return Spoken(np.array(self.said, dtype=np.int32), self.log_probs, self.ended or "length")
+
+    def _draw(self, log_probs: Float[Tensor, " V"]) -> int:
+        settings = self.sampling
+        if settings.temperature == 0:
+            return int(log_probs.argmax())
+        scaled = log_probs / settings.temperature
+        if settings.top_k and settings.top_k < len(scaled):
+            scaled = scaled.masked_fill(scaled < scaled.topk(settings.top_k).values[-1], float("-inf"))
+        if settings.top_p < 1:
+            scaled = _nucleus(scaled, settings.top_p)
+        return int(torch.multinomial(torch.softmax(scaled, -1), 1, generator=self.generator))
+
+    def _met_stop_string(self) -> bool:
+        if not self.sampling.stop or self.decode is None:
+            return False
+        longest = max(len(text) for text in self.sampling.stop)
+        # A token stands for at least a byte, so a stop string cannot span more tokens than it has bytes.
+        recent = np.array(self.said[-4 * longest :], dtype=np.int32)
+        text = self.decode(recent)
+        return any(stop in text for stop in self.sampling.stop)
+
+
+def _nucleus(scores: Float[Tensor, " V"], top_p: float) -> Float[Tensor, " V"]:
+    """Keep the smallest set of tokens whose probability reaches `top_p`, at least one."""
+    ordered, indices = scores.sort(descending=True)
+    before = torch.softmax(ordered, -1).cumsum(-1) - torch.softmax(ordered, -1)
+    dropped = indices[before >= top_p]
+    return scores.index_fill(0, dropped, float("-inf"))

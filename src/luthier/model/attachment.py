@@ -1,0 +1,196 @@
+"""Attachments: the edits of one adapter on a model, and everything that is done with them.
+
+An attachment is put on, switched off and on, and taken off; taking it off gives back the very module and parameter
+objects that were there, so the base model returns bit for bit. Several attachments may be on at once; at one site
+their edits apply in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import RecipeError
+from luthier.model.edits import Edit, EditedModule, LearnedRoot, SiteEdit, TrainedParameters
+
+PEFT_PREFIX = "base_model.model."
+
+
+@final
+class Attachment:
+    """The edits of one adapter, under a name, on one model."""
+
+    def __init__(self, name: str, edits: list[Edit]) -> None:
+        if not edits:
+            raise RecipeError(f"the adapter {name!r} changes nothing", do="check its targets")
+        self.name = name
+        self.edits = edits
+        self.enabled = True
+        _share_tied(edits)
+
+    @property
+    def root(self) -> LearnedRoot | None:
+        """The learned ancestor of every tree, if the adapter has one."""
+        return next((edit for edit in self.edits if isinstance(edit, LearnedRoot)), None)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether the model's own parameters are trained, so that the result is a model and not an adapter file."""
+        return any(isinstance(edit, TrainedParameters) for edit in self.edits)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the attachment under its name in the adapter file, in a stable order."""
+        named: dict[str, Tensor] = {}
+        for edit in self.edits:
+            if isinstance(edit, (SiteEdit, TrainedParameters)):
+                named.update({f"{PEFT_PREFIX}{edit.site_name}.{key}": value for key, value in edit.tensors().items()})
+            else:
+                named.update(edit.tensors())
+        return named
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, each once, by a stable name."""
+        named: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for index, edit in enumerate(self.edits):
+            where = edit.site_name if isinstance(edit, (SiteEdit, TrainedParameters)) else f"root{index}"
+            for key, parameter in edit.named_parameters():
+                if parameter.requires_grad and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named[f"{where}.{key}"] = parameter
+        return named
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.named_parameters().values())
+
+    def digest(self) -> str:
+        """sha256 over names, shapes and bytes of all tensors: equal exactly when the attachment computes the same."""
+        total = hashlib.sha256()
+        for name, tensor in self.named_tensors().items():
+            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+
+def put_on(model: nn.Module, attachment: Attachment) -> None:
+    """Apply all edits of `attachment` to `model`."""
+    for edit in attachment.edits:
+        if isinstance(edit, SiteEdit):
+            _edited(model, edit.site_name).edits[attachment.name] = edit
+        elif isinstance(edit, TrainedParameters):
+            _swap_parameters(model, edit, trained=True)
+
+
+def take_off(model: nn.Module, attachment: Attachment) -> None:
+    """Undo all edits of `attachment`; the base objects come back as they were."""
+    for edit in attachment.edits:
+        if isinstance(edit, SiteEdit):
+            edited = model.get_submodule(edit.site_name)
+            if not isinstance(edited, EditedModule):
+                raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}")
+            del edited.edits[attachment.name]
+            if not edited.edits:
+                _set_module(model, edit.site_name, edited.base)
+        elif isinstance(edit, TrainedParameters):
+            _swap_parameters(model, edit, trained=False)
+
+
+def switch(model: nn.Module, attachment: Attachment, *, on: bool) -> None:
+    """Let the model compute with (`on`) or without the attachment; nothing is copied for edits at sites."""
+    attachment.enabled = on
+    for edit in attachment.edits:
+        if isinstance(edit, SiteEdit):
+            edited = model.get_submodule(edit.site_name)
+            if isinstance(edited, EditedModule):
+                names = edited.disabled - {attachment.name}
+                edited.disabled = names if on else names | {attachment.name}
+        elif isinstance(edit, TrainedParameters):
+            _swap_parameters(model, edit, trained=on)
+
+
+@contextmanager
+def switched_off(model: nn.Module, attachments: list[Attachment]) -> Iterator[None]:
+    """The model without these attachments: the reference policy, and the "before" of a comparison."""
+    active = [attachment for attachment in attachments if attachment.enabled]
+    for attachment in active:
+        switch(model, attachment, on=False)
+    try:
+        yield
+    finally:
+        for attachment in active:
+            switch(model, attachment, on=True)
+
+
+def merge(model: nn.Module, attachment: Attachment) -> None:
+    """Fold the edits into the base weights and take the attachment off; the base is changed for good.
+
+    Products are in float32 and rounded once to the weight's dtype. Raises RecipeError when an edit cannot be folded
+    (a learned root, an inserted layer), before anything has changed.
+    """
+    folded: list[tuple[EditedModule, Tensor, Tensor | None]] = []
+    for edit in attachment.edits:
+        if isinstance(edit, TrainedParameters):
+            continue
+        module = model.get_submodule(edit.site_name) if isinstance(edit, SiteEdit) else None
+        result = None
+        if isinstance(edit, SiteEdit) and isinstance(module, EditedModule):
+            transposed = _is_transposed(module.base)
+            weight = module.weight.detach().float()
+            bias = None if module.bias is None else module.bias.detach().float()
+            result = edit.merged(weight.t() if transposed else weight, bias)
+        if result is None or not isinstance(module, EditedModule):
+            raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do="keep the adapter beside them")
+        folded.append((module, result[0].t() if _is_transposed(module.base) else result[0], result[1]))
+    for module, weight, bias in folded:
+        base = module.base
+        base.weight = nn.Parameter(weight.contiguous().to(module.weight.dtype), requires_grad=False)
+        if bias is not None and module.bias is not None:
+            base.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
+    if not attachment.trains_base:
+        take_off(model, attachment)
+
+
+def _share_tied(edits: list[Edit]) -> None:
+    """Let edits of one original parameter (a tied head and embedding) train one new parameter, so that it stays tied."""
+    shared: dict[int, nn.Parameter] = {}
+    for edit in edits:
+        if isinstance(edit, TrainedParameters):
+            for name, original in edit.originals.items():
+                edit.share(name, shared.setdefault(id(original), edit.trained(name)))
+
+
+def _edited(model: nn.Module, name: str) -> EditedModule:
+    module = model.get_submodule(name)
+    if isinstance(module, EditedModule):
+        return module
+    edited = EditedModule(module)
+    edited.train(module.training)
+    _set_module(model, name, edited)
+    return edited
+
+
+def _swap_parameters(model: nn.Module, edit: TrainedParameters, *, trained: bool) -> None:
+    module = model.get_submodule(edit.site_name)
+    target = module.base if isinstance(module, EditedModule) else module
+    for name, original in edit.originals.items():
+        owner, _, leaf = name.rpartition(".")
+        holder = target.get_submodule(owner)
+        holder = holder.base if isinstance(holder, EditedModule) else holder
+        holder.register_parameter(leaf, edit.trained(name) if trained else original)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent).register_module(leaf, module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

@@ -1,0 +1,193 @@
+"""Attention over segments: how a flat forest goes through the zoo's own attention modules.
+
+Idea: transformers lets a model call a registered attention function. Ours receives the queries, keys and values of the
+whole flat batch and a `ForestPlan`, and makes one call for each segment over its ancestors' keys and its own; nothing
+is padded and no dense mask over the batch exists. Without a plan (padded generation, plain forwards) it is the zoo's
+own SDPA. The mask function is registered with it: without one, transformers hands padded batches no mask at all.
+Source: transformers' AttentionInterface; flash attention on the CPU needs `is_causal` or no mask to skip blocks, which
+is why a segment without ancestors takes the causal call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Span
+from luthier.model.edits import LearnedRoot
+
+NAME = "luthier_forest"
+"""The attention implementation the model's config names."""
+
+_UNSUPPORTED = ("s_aux", "position_bias", "alibi", "score_mod", "block_mask")
+
+
+class UndrivableAttentionError(RecipeError):
+    """An attention call with parts this function does not know; the caller falls back to unrolled paths."""
+
+    code = "attention"
+
+
+@dataclass
+class ForestPlan:
+    """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
+
+    `outer` holds, for each layer, keys and values (1, h, A, D) that every span sees before its own ancestors (a parent
+    that went through the model in another pass). `captured` collects each layer's keys and values when it is a dict.
+    """
+
+    spans: Sequence[Span]
+    root: LearnedRoot | None = None
+    outer: dict[int, tuple[Tensor, Tensor]] | None = None
+    captured: dict[int, tuple[Tensor, Tensor]] | None = None
+    calls: int = 0
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [span.length for span in self.spans]
+
+    def mask(self, before: int, own: int, window: int | None, device: torch.device) -> Bool[Tensor, "own all"]:
+        """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
+        key = (before, own, window)
+        if key not in self.masks:
+            queries = torch.arange(before, before + own, device=device)[:, None]
+            keys = torch.arange(before + own, device=device)[None, :]
+            visible = keys <= queries
+            self.masks[key] = visible if window is None else visible & (keys > queries - window)
+        return self.masks[key]
+
+
+def register() -> None:
+    """Make the attention function and its mask function known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(NAME, forest_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def forest_attention(
+    module: nn.Module,
+    query: Float[Tensor, "B H T D"],
+    key: Float[Tensor, "B h S D"],
+    value: Float[Tensor, "B h S D"],
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    forest_plan: ForestPlan | None = None,
+    **zoo: object,
+) -> tuple[Float[Tensor, "B T H D"], None]:
+    """The attention function of the interface; the open keywords are transformers' own calling convention.
+
+    Raises UndrivableAttentionError when the model passes parts (sinks, position biases) that it does not know.
+    """
+    unknown = [name for name in _UNSUPPORTED if zoo.get(name) is not None]
+    if unknown:
+        raise UndrivableAttentionError(f"{type(module).__name__} passes {', '.join(unknown)} to its attention")
+    if forest_plan is None:
+        if softcap is not None:
+            return _plain_soft_capped(query, key, value, attention_mask, scaling, softcap, dropout), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **zoo
+        )
+    forest_plan.calls += 1
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if forest_plan.captured is not None:
+        forest_plan.captured[layer] = (key, value)
+    outer = _outer(forest_plan, layer, key.dtype)
+    # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
+    queries, keys, values = (tensor.split(forest_plan.lengths, dim=2) for tensor in (query, key, value))
+    outputs = []
+    for index, span in enumerate(forest_plan.spans):
+        before_k = [*(pair[0] for pair in outer), *(keys[a] for a in span.ancestors)]
+        before_v = [*(pair[1] for pair in outer), *(values[a] for a in span.ancestors)]
+        seen_k = torch.cat([*before_k, keys[index]], dim=2) if before_k else keys[index]
+        seen_v = torch.cat([*before_v, values[index]], dim=2) if before_v else values[index]
+        outputs.append(
+            _attend(queries[index], seen_k, seen_v, forest_plan, scaling, dropout, sliding_window, softcap)
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _outer(plan: ForestPlan, layer: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
+    if plan.root is not None:
+        pairs.append(plan.root.keys_values(layer, dtype))
+    if plan.outer is not None:
+        pairs.append(plan.outer[layer])
+    return pairs
+
+
+def _attend(
+    query: Float[Tensor, "1 H n D"],
+    key: Float[Tensor, "1 h m D"],
+    value: Float[Tensor, "1 h m D"],
+    plan: ForestPlan,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Tensor, "1 H n D"]:
+    """Attention of the last n positions of a path over all m positions of it."""
+    own, total = query.shape[2], key.shape[2]
+    if window is not None and total <= window:
+        window = None
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is not None:
+        mask = plan.mask(total - own, own, window, query.device)
+        return _soft_capped(query, key, value, mask, scaling, softcap, dropout)
+    if own == total and window is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=own > 1, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+        )
+    mask = plan.mask(total - own, own, window, query.device)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def _soft_capped(
+    query: Float[Tensor, "1 H n D"],
+    key: Float[Tensor, "1 h m D"],
+    value: Float[Tensor, "1 h m D"],
+    mask: Bool[Tensor, "n m"] | Tensor,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Float[Tensor, "1 H n D"]:
+    """Attention with logits cap tanh(logits / cap), as Gemma 2 has it; SDPA has no such term."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    # The smallest finite number, not -inf: padding rows of a batch may see nothing at all, and must not become NaN.
+    smallest = torch.finfo(logits.dtype).min
+    logits = logits.masked_fill(~mask, smallest) if mask.dtype == torch.bool else logits + mask
+    # float32: the softmax of the zoo's eager path is in float32 too.
+    weights = F.dropout(torch.softmax(logits, -1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value
+
+
+def _plain_soft_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float,
+    dropout: float,
+) -> Float[Tensor, "B T H D"]:
+    own, total = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(own, total, dtype=torch.bool, device=query.device).tril(total - own)
+    return _soft_capped(query, key, value, mask, scaling, softcap, dropout).transpose(1, 2).contiguous()

@@ -1,0 +1,123 @@
+"""Edits: surgery as data.
+
+An adapter describes what it changes as a list of edits. An edit is one of a small closed set of kinds, holds its own
+parameters, and knows its site; everything that is done *with* edits (applying, disabling, undoing, merging, counting,
+saving) is written once, in `attachment.py`. Kinds:
+
+- `SiteEdit`: works on what goes into or comes out of a module (low-rank updates, rescaling, inserted layers).
+- `TrainedParameters`: trains a module's own parameters.
+- `LearnedRoot`: a learned ancestor of every tree, given as keys and values of each layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from luthier.model.sites import Site
+
+
+class Edit(nn.Module, ABC):
+    """A change to the model with its own parameters, which are all trained unless they say otherwise."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The parameters under the names the adapter's file format uses, relative to the site."""
+
+
+class SiteEdit(Edit):
+    """A change at one site: `before` sees the input, `after` the input and the output."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site_name = site.name
+
+    @abstractmethod
+    def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """The input as the module shall see it."""
+
+    @abstractmethod
+    def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
+        """The output as the rest of the model shall see it; `x` is what came in, before any edit."""
+
+    @abstractmethod
+    def merged(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The module's float32 weight and bias with this edit folded in, or None when it cannot be folded."""
+
+
+class TrainedParameters(Edit):
+    """Trains parameters of the module at a site itself; the originals are kept aside and come back on undo."""
+
+    def __init__(self, site: Site, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.site_name = site.name
+        self.names = names
+        self.originals = {name: site.module.get_parameter(name) for name in names}
+        for name, original in self.originals.items():
+            self.share(name, nn.Parameter(original.detach().clone()))
+
+    def trained(self, name: str) -> nn.Parameter:
+        """The trained parameter that stands in for the original `name`."""
+        return self.get_parameter(_key(name))
+
+    def share(self, name: str, parameter: nn.Parameter) -> None:
+        """Train `parameter` for `name`: tied parameters stay tied by sharing one."""
+        self.register_parameter(_key(name), parameter)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {name: self.trained(name) for name in self.names}
+
+
+def _key(name: str) -> str:
+    # A parameter's own name may not hold a dot.
+    return name.replace(".", "/")
+
+
+class LearnedRoot(Edit):
+    """A learned ancestor of every tree: `keys_values(layer)` gives its keys and values, after any rotation."""
+
+    @property
+    @abstractmethod
+    def token_count(self) -> int:
+        """How many positions the root takes; the trees' own positions start after it."""
+
+    @abstractmethod
+    def keys_values(
+        self, layer: int, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "1 heads root size"], Float[Tensor, "1 heads root size"]]:
+        """Keys and values of one layer, with as many heads as the model has key-value heads."""
+
+
+class EditedModule(nn.Module):
+    """A module with edits around it. The module inside is the original object, untouched."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.edits = nn.ModuleDict()
+        self.disabled: frozenset[str] = frozenset()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight: model code of the zoo reads it for its dtype."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base._parameters.get("bias")
+
+    def forward(self, x: Tensor, *args: object) -> Tensor:
+        edits = [edit for name, edit in self.edits.items() if name not in self.disabled]
+        seen = x
+        for edit in edits:
+            seen = edit.before(seen)  # type: ignore[operator]
+        y: Tensor = self.base(seen, *args)
+        for edit in edits:
+            y = edit.after(x, y)  # type: ignore[operator]
+        return y

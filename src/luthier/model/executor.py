@@ -1,0 +1,210 @@
+"""Executors: a forest through a model, by segment or by unrolled paths, with the same losses and gradients.
+
+By segment: one flat pass over all tokens; attention sees a `ForestPlan` (see attention.py), everything else works token
+by token anyway. Unrolled: every way from a root to a leaf is a plain row of a right-padded batch; shared tokens are
+computed once for each path but carry weight only in the first. Unrolled works for any causal model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Forest, Layout, Segment, Tree
+from luthier.kernels.head import Head, head_log_probs
+from luthier.model.attention import NAME, ForestPlan, UndrivableAttentionError
+from luthier.model.edits import LearnedRoot
+from luthier.model.head import head_of
+from luthier.model.outputs import TokenOutputs
+
+PROBE_TOLERANCE = 2e-2
+"""Largest difference of a log-probability between executors that rounding in bfloat16 explains."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Which executor runs a model, whether the head is computed by luthier, and why not when it is not."""
+
+    kind: Literal["segments", "unrolled"]
+    own_head: bool
+    reason: str = ""
+
+
+def run_segments(
+    module: PreTrainedModel, forest: Forest, *, head: Head | None, root: LearnedRoot | None = None
+) -> TokenOutputs:
+    """One flat pass over the forest, attention by segment."""
+    layout = forest.layout
+    plan = ForestPlan(spans=layout.spans, root=root)
+    tokens = torch.from_numpy(layout.tokens.astype(np.int64)).to(module.device)[None]
+    hidden = flat_hidden(module, tokens, _positions(layout, root, module), plan)[0]
+    predicting = hidden.index_select(0, _long(layout.predictors, module))
+    return _outputs(layout, score(module, predicting, head, _long(layout.labels, module)), module)
+
+
+def flat_hidden(
+    module: PreTrainedModel, tokens: Int[Tensor, "1 T"], positions: Int[Tensor, "1 T"], plan: ForestPlan
+) -> Float[Tensor, "1 T d"]:
+    """Final hidden states of a flat batch under a plan."""
+    # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
+    untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    body = module.base_model
+    result = body(
+        input_ids=tokens, position_ids=positions, attention_mask=untouched, use_cache=False, forest_plan=plan
+    )
+    hidden: Tensor = result.last_hidden_state
+    return hidden
+
+
+def run_unrolled(
+    module: PreTrainedModel, forest: Forest, *, head: Head | None, root: LearnedRoot | None = None
+) -> TokenOutputs:
+    """Every path of every tree as a row of a right-padded batch."""
+    if root is not None:
+        raise RecipeError(
+            "this model's attention cannot be driven by luthier, and learned roots need it",
+            do="choose an adapter that works at sites, such as lora",
+        )
+    rows, order = _paths(forest)
+    width = max(len(path.segments[0].tokens) for path in rows)
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for index, path in enumerate(rows):
+        count = path.token_count
+        tokens[index, :count] = path.segments[0].tokens
+        mask[index, :count] = 1
+    layout = Forest(tuple(rows)).layout
+    ids = torch.from_numpy(tokens).to(module.device)
+    attention_mask = torch.from_numpy(mask).to(module.device)
+    states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    starts = np.array([span.start for span in layout.spans], dtype=np.int64)
+    columns = layout.predictors - starts[layout.trees]
+    predicting = states[_long(layout.trees, module), _long(columns, module)]
+    log_probs = score(module, predicting, head, _long(layout.labels, module))
+    original = forest.layout
+    # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
+    return _outputs(original, log_probs.index_select(0, _long(np.argsort(order, kind="stable"), module)), module)
+
+
+def _paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
+    """Each path as a one-segment tree, and for each weighted token of all paths its index in the forest's layout."""
+    rows: list[Tree] = []
+    order: list[int] = []
+    base = 0
+    for tree in forest.trees:
+        firsts: dict[int, int] = {}
+        for index, segment in enumerate(tree.segments):
+            firsts[index] = base
+            skip = 1 if segment.parent < 0 else 0
+            base += int(np.count_nonzero(segment.weights[skip:]))
+        counted: set[int] = set()
+        for path in tree.paths():
+            weights = []
+            for index in path:
+                segment = tree.segments[index]
+                fresh = index not in counted
+                weights.append(segment.weights if fresh else np.zeros_like(segment.weights))
+                if fresh:
+                    counted.add(index)
+                    skip = 1 if segment.parent < 0 else 0
+                    order.extend(range(firsts[index], firsts[index] + int(np.count_nonzero(segment.weights[skip:]))))
+            joined = np.concatenate([tree.segments[index].tokens for index in path])
+            rows.append(Tree((Segment(joined, np.concatenate(weights)),), row=tree.row))
+    return rows, np.array(order, dtype=np.int64)
+
+
+def score(
+    module: PreTrainedModel, hidden: Float[Tensor, "N d"], head: Head | None, labels: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """log p(label) of each row, by our chunked head or, when there is none, by the zoo's output layer."""
+    if head is not None:
+        return head_log_probs(hidden, head, labels)
+    if len(labels) == 0:
+        return hidden.sum(-1)
+    parts = []
+    for rows in torch.arange(len(labels), device=labels.device).split(256):
+        logits = module.get_output_embeddings()(hidden[rows]).float()  # type: ignore[misc]
+        parts.append(torch.log_softmax(logits, -1).gather(1, labels[rows, None])[:, 0])
+    return torch.cat(parts)
+
+
+def _positions(layout: Layout, root: LearnedRoot | None, module: PreTrainedModel) -> Int[Tensor, "1 T"]:
+    offset = 0 if root is None else root.token_count
+    return _long(layout.positions, module)[None] + offset
+
+
+def _outputs(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:
+    return TokenOutputs(
+        log_probs=log_probs,
+        labels=_long(layout.labels, module),
+        weights=torch.from_numpy(layout.weights).to(module.device),
+        rows=_long(layout.rows, module),
+        trees=_long(layout.trees, module),
+    )
+
+
+def _long(array: np.ndarray, module: PreTrainedModel) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64, copy=False)).to(module.device)
+
+
+@torch.no_grad()
+def probe(module: PreTrainedModel) -> Executor:
+    """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward."""
+    size = int(module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+    ids = (np.arange(6) * 7 + 3).astype(np.int32) % size
+    ones = np.ones(3, dtype=np.float32)
+    shared = Tree((Segment(ids[:2], ones[:2]), Segment(ids[2:4], ones[:2], 0), Segment(ids[4:], ones[:2], 0)))
+    forest = Forest((shared, Tree((Segment(ids[:3], ones),))))
+    truth = _plain_log_probs(module, forest)
+    own_head = True
+    try:
+        head = head_of(module)
+        own_head = _close(run_unrolled(module, forest, head=head).log_probs, truth)
+    except RecipeError:
+        own_head = False
+    head = head_of(module) if own_head else None
+    if not own_head and not _close(run_unrolled(module, forest, head=None).log_probs, truth):
+        raise RecipeError(
+            f"{type(module).__name__}: hidden states and output layer do not reproduce the model's own logits",
+            do="report the model type; it cannot be trained with this version",
+        )
+    reason = _segments_fail(module, forest, head, truth)
+    if reason:
+        return Executor("unrolled", own_head, reason)
+    return Executor("segments", own_head, "" if own_head else "the output head is computed by the zoo")
+
+
+def _segments_fail(module: PreTrainedModel, forest: Forest, head: Head | None, truth: Tensor) -> str:
+    """Why the by-segment executor cannot run this model; empty when it can."""
+    if module.config._attn_implementation != NAME:
+        return "the model does not support the attention interface"
+    try:
+        log_probs = run_segments(module, forest, head=head).log_probs
+    except (UndrivableAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as failure:
+        return f"{type(failure).__name__}: {failure}"[:200]
+    return "" if _close(log_probs, truth) else "segments do not reproduce the model's own logits"
+
+
+def _plain_log_probs(module: PreTrainedModel, forest: Forest) -> Tensor:
+    """The zoo's own log-probabilities, one path at a time."""
+    rows, order = _paths(forest)
+    found = []
+    for row in rows:
+        ids = torch.from_numpy(row.segments[0].tokens.astype(np.int64)).to(module.device)
+        log_probs = torch.log_softmax(module(input_ids=ids[None], use_cache=False).logits[0].float(), -1)
+        kept = torch.from_numpy(np.flatnonzero(row.segments[0].weights[1:])).to(module.device)
+        found.append(log_probs[kept].gather(1, ids[kept + 1, None])[:, 0])
+    return torch.cat(found)[torch.from_numpy(np.argsort(order, kind="stable")).to(module.device)]
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    return bool(torch.isfinite(left).all()) and float((left - right).abs().max()) <= PROBE_TOLERANCE * max(
+        1.0, float(right.abs().max())
+    )

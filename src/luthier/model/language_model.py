@@ -1,0 +1,145 @@
+"""A language model with its sites, its attachments and its executor.
+
+Idea: the zoo's module stays the truth. This object holds it, knows its sites and head, keeps track of what is attached,
+and runs forests through it. Whether the fast executor computes what the zoo's own forward computes is not assumed but
+probed once with a few tokens; where it does not (recurrent layers, attention we cannot drive), unrolled paths are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from transformers import PreTrainedModel
+
+from luthier.core.errors import RecipeError
+from luthier.core.nearest import did_you_mean
+from luthier.data.forest import Forest
+from luthier.kernels.head import Head
+from luthier.model import attachment as surgery
+from luthier.model.attachment import Attachment
+from luthier.model.edits import Edit, EditedModule, LearnedRoot
+from luthier.model.executor import Executor, probe, run_segments, run_unrolled
+from luthier.model.head import head_of
+from luthier.model.outputs import TokenOutputs
+from luthier.model.sites import Sites, find_sites
+
+
+@final
+class LanguageModel:
+    """A causal language model of the zoo, frozen until something is attached.
+
+    `source` says where it came from, `digest` identifies its weights, `notices` lists what a user should know
+    (precision chosen, executor fallback).
+    """
+
+    def __init__(self, module: PreTrainedModel, *, source: str, digest: str, notices: tuple[str, ...] = ()) -> None:
+        self.module = module
+        self.source = source
+        self.digest = digest
+        self.notices = list(notices)
+        self.attachments: dict[str, Attachment] = {}
+        module.requires_grad_(False)
+        module.eval()
+        self.sites: Sites = find_sites(module)
+        self.executor: Executor = probe(module)
+        if self.executor.reason:
+            self.notices.append(f"forest executor: {self.executor.kind} ({self.executor.reason})")
+
+    @property
+    def config(self) -> object:
+        return self.module.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self.module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest sequence the config allows for, when it says so."""
+        limit = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def token_outputs(self, forest: Forest) -> TokenOutputs:
+        """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
+        root = self.active_root
+        if self.executor.kind == "segments":
+            return run_segments(self.module, forest, head=self.head, root=root)
+        return run_unrolled(self.module, forest, head=self.head, root=root)
+
+    @property
+    def head(self) -> Head | None:
+        """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
+        if not self.executor.own_head:
+            return None
+        module = self.module.get_output_embeddings()
+        if isinstance(module, EditedModule) and any(name not in module.disabled for name in module.edits):
+            return None
+        return head_of(self.module)
+
+    @property
+    def active_root(self) -> LearnedRoot | None:
+        """The learned root that is switched on, if any."""
+        roots = [a.root for a in self.attachments.values() if a.enabled and a.root is not None]
+        if len(roots) > 1:
+            raise RecipeError("two adapters with a learned root are switched on", allowed="one at a time")
+        return roots[0] if roots else None
+
+    def attach(self, edits: list[Edit], *, name: str = "default") -> Attachment:
+        """Put the edits of an adapter on, under `name`."""
+        if name in self.attachments or "." in name or not name:
+            raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
+        attachment = Attachment(name, edits)
+        surgery.put_on(self.module, attachment)
+        self.attachments[name] = attachment
+        for edit in edits:
+            edit.train(self.module.training)
+        return attachment
+
+    def detach(self, name: str = "default") -> Attachment:
+        """Take an attachment off; the base model is then what it was before, bit for bit."""
+        attachment = self._attachment(name)
+        if not attachment.enabled:
+            surgery.switch(self.module, attachment, on=True)
+        surgery.take_off(self.module, attachment)
+        del self.attachments[name]
+        return attachment
+
+    def merge(self, name: str = "default") -> None:
+        """Fold an attachment into the base weights, for good."""
+        surgery.merge(self.module, self._attachment(name))
+        del self.attachments[name]
+
+    def switch(self, name: str, *, on: bool) -> None:
+        """Switch one attachment on or off."""
+        attachment = self._attachment(name)
+        if attachment.enabled != on:
+            surgery.switch(self.module, attachment, on=on)
+
+    @contextmanager
+    def without_attachments(self) -> Iterator[None]:
+        """The base model, for the length of a `with` block."""
+        with surgery.switched_off(self.module, list(self.attachments.values())):
+            yield
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off, in the base and in every edit."""
+        self.module.train(mode)
+        for attachment in self.attachments.values():
+            for edit in attachment.edits:
+                edit.train(mode)
+
+    def _attachment(self, name: str) -> Attachment:
+        if name not in self.attachments:
+            raise RecipeError(f"no attachment is called {name!r}", do=did_you_mean(name, self.attachments))
+        return self.attachments[name]

@@ -1,0 +1,188 @@
+"""Sites: any architecture as places with roles.
+
+Idea: an adapter never sees a model class. It sees sites: a name, a role (q, k, v, o, gate, up, down, ...), a layer and
+sizes. Roles come from the names the field uses for its modules, and from what a module is; a fused projection carries
+several roles. Names are those of the live module tree, which is what PEFT files use too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.core.errors import RecipeError
+from luthier.core.nearest import did_you_mean, nearest
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "head", "norm", "block")
+
+_ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("q_proj", "query", "wq", "q"), ("q",)),
+    **dict.fromkeys(("k_proj", "key", "wk", "k"), ("k",)),
+    **dict.fromkeys(("v_proj", "value", "wv", "v"), ("v",)),
+    **dict.fromkeys(("o_proj", "out_proj", "wo", "o"), ("o",)),
+    **dict.fromkeys(("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"), ("q", "k", "v")),
+    **dict.fromkeys(("gate_proj", "w1", "wi_0"), ("gate",)),
+    **dict.fromkeys(("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w3", "wi_1", "wi"), ("up",)),
+    **dict.fromkeys(("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2"), ("down",)),
+    **dict.fromkeys(("gate_up_proj",), ("gate", "up")),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model. `in_features` and `out_features` are 0 where they have no meaning (norms, blocks)."""
+
+    name: str
+    roles: tuple[str, ...]
+    layer: int | None
+    module: nn.Module
+    in_features: int = 0
+    out_features: int = 0
+
+    @property
+    def is_linear(self) -> bool:
+        return self.in_features > 0 and "embed" not in self.roles
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module keeps its weight as (in, out), as GPT-2's Conv1D does."""
+        return isinstance(self.module, Conv1D)
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weight as (out, in), whatever way the module keeps it."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.t() if self.transposed else weight
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of a model, in module order, with what an adapter may need to know of the whole."""
+
+    all: tuple[Site, ...]
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.all)
+
+    def role(self, *roles: str) -> list[Site]:
+        """The sites that carry any of `roles`."""
+        return [site for site in self.all if set(roles) & set(site.roles)]
+
+    def linear(self) -> list[Site]:
+        """Every linear site but the output head: what `all-linear` means in PEFT."""
+        return [site for site in self.all if site.is_linear and "head" not in site.roles]
+
+    def select(self, targets: str | Sequence[str]) -> list[Site]:
+        """The linear sites meant by `targets`: "all-linear", roles, name endings, or a regular expression.
+
+        A list holds roles (`q`) and name endings (`q_proj`, `layers.3.mlp.down_proj`); a single string that is none of
+        these must match whole names as a regular expression. Raises RecipeError that names each target without a
+        match, and the nearest names.
+        """
+        linear = self.linear()
+        if targets == "all-linear":
+            return linear
+        wanted = [targets] if isinstance(targets, str) else list(targets)
+        chosen: set[str] = set()
+        for target in wanted:
+            found = [site.name for site in self.all if site.is_linear and _matches(site, target)]
+            if not found and isinstance(targets, str):
+                found = [site.name for site in self.all if site.is_linear and _full_match(target, site.name)]
+            if not found:
+                raise RecipeError(f"no site matches the target {target!r}", do=_advice(target, self.all))
+            chosen.update(found)
+        return [site for site in self.all if site.name in chosen]
+
+
+def _matches(site: Site, target: str) -> bool:
+    return target in site.roles or site.name == target or site.name.endswith(f".{target}")
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _advice(target: str, sites: Iterable[Site]) -> str:
+    linear = [site for site in sites if site.is_linear]
+    endings = sorted({site.name.rpartition(".")[2] for site in linear})
+    roles = sorted({role for site in linear for role in site.roles})
+    close = nearest(target, [*endings, *roles])
+    hint = did_you_mean(target, close) if close else f"names here: {', '.join(endings)}"
+    return f"{hint} (roles here: {', '.join(roles)}; or all-linear)"
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """The sites of a transformers model."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    block_lists = _block_lists(model)
+    sites = [
+        site
+        for name, module in model.named_modules()
+        if (site := _site(name, module, is_head=module is head, is_block=name in block_lists)) is not None
+    ]
+    heads = int(config.num_attention_heads)
+    return Sites(
+        all=tuple(sites),
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        heads=heads,
+        key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
+
+
+def _block_lists(model: nn.Module) -> set[str]:
+    """The names of the transformer blocks: the children of module lists with one entry for each layer."""
+    layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            names.update(f"{name}.{index}" for index in range(layers))
+    return names
+
+
+def _site(name: str, module: nn.Module, *, is_head: bool, is_block: bool) -> Site | None:
+    layer = _layer(name)
+    if is_block:
+        return Site(name, ("block",), layer, module)
+    if isinstance(module, nn.Embedding):
+        return Site(name, ("embed",), layer, module, module.num_embeddings, module.embedding_dim)
+    if isinstance(module, nn.Linear):
+        roles = ("head",) if is_head else _linear_roles(name)
+        return Site(name, roles, layer, module, module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return Site(name, _linear_roles(name), layer, module, module.nx, module.nf)
+    if "norm" in type(module).__name__.lower():
+        return Site(name, ("norm",), layer, module)
+    return None
+
+
+def _layer(name: str) -> int | None:
+    number = re.search(r"\.(\d+)(?:\.|$)", name)
+    return int(number.group(1)) if number else None
+
+
+def _linear_roles(name: str) -> tuple[str, ...]:
+    ending = name.rpartition(".")[2]
+    if ending in ("c_proj", "dense"):
+        # GPT-2 calls both output projections c_proj (GPT-NeoX: dense); the parent tells which one it is.
+        return ("o",) if "att" in name.rpartition(".")[0].rpartition(".")[2] else ("down",)
+    return _ROLE_OF_NAME.get(ending, ("linear",))

@@ -1,0 +1,35 @@
+"""Language modelling: every token of a text is predicted, for continued pre-training.
+
+Idea: raise the probability of plain text, token by token. Conversations are taken as text too: all their tokens carry
+loss, whatever their role.
+Equation: L = -sum_t log p(x_t | x_{<t}) / T, over all tokens but the first of each piece.
+Source: Radford et al., Improving Language Understanding by Generative Pre-Training (2018), equation 1.
+Cost: one forward and backward pass; the head is evaluated on every token.
+Use when: the model shall learn a domain's text, or a base is grown from nothing.
+Not when: it shall learn to answer; then sft trains the answers only.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+
+from luthier.data.forest import Forest, Tree, row_tree
+from luthier.data.rendered import Rendered
+from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.objectives import Objective
+
+
+@final
+class LanguageModelling(Objective):
+    """Cross-entropy on all tokens."""
+
+    def trees(self, view: Rendered) -> list[Tree]:
+        weights = np.ones(len(view.tokens), dtype=np.float32)
+        # Nothing predicts the first token of a piece.
+        weights[0] = 0
+        return [row_tree(view.tokens, weights, row=view.row)]
+
+    def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:
+        return LossReport(-(outputs.weights * outputs.log_probs).sum(), forest.weight)

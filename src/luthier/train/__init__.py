@@ -1,0 +1,1 @@
+"""The one training machine: source -> objective -> backward -> step -> record."""

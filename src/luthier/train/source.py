@@ -1,0 +1,125 @@
+"""Sources: where the trees of each optimizer step come from.
+
+A source is asked for step after step and says where it stands as plain numbers, so that a resumed run goes on with
+exactly the rows an unbroken one would have seen. The loop does not know whether rows lie in a file or were just rolled
+out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core.errors import DataError
+from luthier.data.forest import Tree
+from luthier.data.rendered import Rendered
+from luthier.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a source stands: the epoch and how many rows of its order are used."""
+
+    epoch: int = 0
+    used: int = 0
+
+
+class Source(ABC):
+    """Yields the trees of one optimizer step at a time."""
+
+    @abstractmethod
+    def next_step(self) -> list[Tree]:
+        """The trees of the next step; never empty."""
+
+    @property
+    @abstractmethod
+    def cursor(self) -> Cursor:
+        """Where the source stands, to be saved."""
+
+    @abstractmethod
+    def seek(self, cursor: Cursor) -> None:
+        """Go on from a saved place."""
+
+
+@final
+class DataSource(Source):
+    """Rows of a data set, in an order that is a pure function of (seed, epoch).
+
+    A step takes `rows` rows, or rows until `tokens` tokens are reached; it never crosses the end of an epoch.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[Rendered],
+        objective: Objective,
+        *,
+        lengths: NDArray[np.int64],
+        seed: int,
+        rows: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        if len(views) == 0:
+            raise DataError("there is no row to train on", do="look at the counts of: luthier data check")
+        if (rows is None) == (tokens is None):
+            raise DataError("a step is measured in rows or in tokens", allowed="exactly one of the two")
+        self.views = views
+        self.objective = objective
+        self.lengths = lengths
+        self.seed = seed
+        self.rows = rows
+        self.tokens = tokens
+        self._cursor = Cursor()
+        self._order = self._epoch_order(0)
+
+    def next_step(self) -> list[Tree]:
+        if self._cursor.used >= len(self._order):
+            self.seek(Cursor(self._cursor.epoch + 1, 0))
+        start = self._cursor.used
+        stop = self._step_end(self._order, start)
+        self._cursor = Cursor(self._cursor.epoch, stop)
+        return [tree for index in self._order[start:stop] for tree in self.objective.trees(self.views[int(index)])]
+
+    @property
+    def cursor(self) -> Cursor:
+        return self._cursor
+
+    def seek(self, cursor: Cursor) -> None:
+        if cursor.epoch != self._cursor.epoch:
+            self._order = self._epoch_order(cursor.epoch)
+        self._cursor = cursor
+
+    def steps_in(self, epochs: float) -> int:
+        """How many optimizer steps `epochs` passes over the data make (a fraction ends within the last one)."""
+        whole, part = int(epochs), epochs - int(epochs)
+        count = sum(len(list(self._bounds(epoch))) for epoch in range(whole))
+        if part:
+            rows = part * len(self.lengths)
+            count += sum(1 for start, _ in self._bounds(whole) if start < rows)
+        return count
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+
+    def _bounds(self, epoch: int) -> Iterator[tuple[int, int]]:
+        order = self._epoch_order(epoch)
+        start = 0
+        while start < len(order):
+            stop = self._step_end(order, start)
+            yield start, stop
+            start = stop
+
+    def _step_end(self, order: NDArray[np.int64], start: int) -> int:
+        if self.rows is not None:
+            return min(start + self.rows, len(order))
+        total = 0
+        for stop in range(start, len(order)):
+            total += int(self.lengths[order[stop]])
+            # The row that would overflow the budget waits for the next step, unless the step were empty without it.
+            if self.tokens is not None and total > self.tokens and stop > start:
+                return stop
+        return len(order)

@@ -1,0 +1,135 @@
+"""The state of a run: declared once, saved from that declaration, restored into it.
+
+`LoopState` holds every number the loop carries from step to step. With the trained parameters, the optimizer's tensors
+and the random generators it is all that a resumed run needs to go on bit for bit. Tensors are written as safetensors,
+numbers as JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from luthier.core.errors import CorruptError
+from luthier.train.source import Cursor
+from luthier.train.stepper import Stepper
+
+TENSORS = "state.safetensors"
+NUMBERS = "state.json"
+
+
+@dataclass
+class LoopState:
+    """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact."""
+
+    step: int = 0
+    total_steps: int = 0
+    epoch: int = 0
+    used: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    bad_steps: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_eval_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    train_seconds: float = 0.0
+    events_bytes: int = 0
+    samples_bytes: int = 0
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.epoch, self.used)
+
+
+def save_state(folder: Path, state: LoopState, stepper: Stepper, row_losses: dict[int, float]) -> None:
+    """Write everything a resumed run needs into `folder`."""
+    tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
+    numbers: dict[str, object] = {}
+    for name, master in stepper.masters.items():
+        for key, value in stepper.optimizer.state.get(master, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            else:
+                numbers[f"{name}/{key}"] = value
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / TENSORS)
+    content = {
+        "loop": asdict(state),
+        "optimizer": numbers,
+        "random": {"torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii"), **_cuda_random()},
+        "row_losses": {str(row): loss for row, loss in row_losses.items()},
+    }
+    (folder / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
+
+
+def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
+    """Restore parameters, optimizer and random generators; give back the loop's numbers.
+
+    Strict: every tensor of the file is used and every expected one must be there. Raises CorruptError otherwise.
+    """
+    content = json.loads((folder / NUMBERS).read_text("utf-8"))
+    unused = load_parameters(folder, stepper)
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        for name, master in stepper.masters.items():
+            prefix = f"optimizer/{name}/"
+            found = {key[len(prefix) :]: file.get_tensor(key) for key in sorted(unused) if key.startswith(prefix)}
+            unused -= {prefix + key for key in found}
+            numbers = {key.rpartition("/")[2]: value for key, value in content["optimizer"].items()
+                       if key.rpartition("/")[0] == name}
+            if found or numbers:
+                stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
+    if unused:
+        raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
+    _restore_random(content["random"])
+    known = {field.name for field in fields(LoopState)}
+    state = LoopState(**{key: value for key, value in content["loop"].items() if key in known})
+    return state, {int(row): loss for row, loss in content["row_losses"].items()}
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, stepper: Stepper) -> set[str]:
+    """Restore the trained parameters alone; give back the names of the file's other tensors."""
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        names = set(file.keys())
+        for name, master in stepper.masters.items():
+            key = f"master/{name}"
+            if key not in names:
+                raise CorruptError(f"{folder / TENSORS} lacks {key}", do="the recipe's adapter differs from the run's")
+            master.copy_(file.get_tensor(key))
+            names.remove(key)
+            if stepper.parameters[name] is not master:
+                stepper.parameters[name].copy_(master)
+    return names
+
+
+def _place(key: str, value: Tensor, master: Tensor) -> Tensor:
+    # Step counters stay where torch keeps them (on the CPU unless fused on a GPU); moments follow their parameter.
+    return value if value.ndim == 0 and master.device.type == "cpu" else value.to(master.device)
+
+
+def _cuda_random() -> dict[str, list[str]]:
+    if not torch.cuda.is_available():
+        return {}
+    states = torch.cuda.get_rng_state_all()
+    return {"cuda": [base64.b64encode(state.numpy().tobytes()).decode("ascii") for state in states]}
+
+
+def _restore_random(saved: dict[str, object]) -> None:
+    torch.set_rng_state(_bytes(str(saved["torch"])))
+    cuda = saved.get("cuda")
+    if isinstance(cuda, list) and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_bytes(state) for state in cuda])
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).clone()
