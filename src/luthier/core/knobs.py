@@ -74,7 +74,16 @@ class Chosen:
         return method
 
 
+Kind = TypeVar("Kind", bound=Method)
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def choose(family: str, base: type[Kind], value: Any) -> Kind:
+    """The method of `family` that `value` (a name, a mapping, or the object itself) stands for."""
+    method = Chosen(family).choose(value)
+    if not isinstance(method, base):
+        raise RecipeError(f"{method.method_name()} is no {base.__name__.lower()}")
+    return method
 
 
 def validate(kind: type[Model], values: Mapping[str, Any], *, where: str = "") -> Model:

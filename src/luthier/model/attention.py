@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ class UndrivableAttentionError(RecipeError):
     code = "attention"
 
 
+@dataclass(frozen=True)
+class Unit:
+    """`count` neighbouring spans of `length` tokens each, the first of which is span `first`."""
+
+    first: int
+    count: int
+    length: int
+
+
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
@@ -52,9 +62,10 @@ class ForestPlan:
     calls: int = 0
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
-    @property
-    def lengths(self) -> list[int]:
-        return [span.length for span in self.spans]
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """The spans as they are attended: runs of roots of equal length go together, everything else alone."""
+        return _units(self.spans, alone=self.root is not None or self.outer is not None)
 
     def mask(self, before: int, own: int, window: int | None, device: torch.device) -> Bool[Tensor, "own all"]:
         """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
@@ -65,6 +76,20 @@ class ForestPlan:
             visible = keys <= queries
             self.masks[key] = visible if window is None else visible & (keys > queries - window)
         return self.masks[key]
+
+
+def _units(spans: Sequence[Span], *, alone: bool) -> tuple[Unit, ...]:
+    parents = {ancestor for span in spans for ancestor in span.ancestors}
+    units: list[Unit] = []
+    joins = False
+    for index, span in enumerate(spans):
+        plain = not alone and not span.ancestors and index not in parents
+        if plain and joins and units[-1].length == span.length:
+            units[-1] = Unit(units[-1].first, units[-1].count + 1, span.length)
+        else:
+            units.append(Unit(index, 1, span.length))
+        joins = plain
+    return tuple(units)
 
 
 def register() -> None:
@@ -106,17 +131,25 @@ def forest_attention(
         forest_plan.captured[layer] = (key, value)
     outer = _outer(forest_plan, layer, key.dtype)
     # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
-    queries, keys, values = (tensor.split(forest_plan.lengths, dim=2) for tensor in (query, key, value))
+    sizes = [unit.count * unit.length for unit in forest_plan.units]
+    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
+    place = {unit.first: index for index, unit in enumerate(forest_plan.units)}
     outputs = []
-    for index, span in enumerate(forest_plan.spans):
-        before_k = [*(pair[0] for pair in outer), *(keys[a] for a in span.ancestors)]
-        before_v = [*(pair[1] for pair in outer), *(values[a] for a in span.ancestors)]
-        seen_k = torch.cat([*before_k, keys[index]], dim=2) if before_k else keys[index]
-        seen_v = torch.cat([*before_v, values[index]], dim=2) if before_v else values[index]
-        outputs.append(
-            _attend(queries[index], seen_k, seen_v, forest_plan, scaling, dropout, sliding_window, softcap)
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    for index, unit in enumerate(forest_plan.units):
+        ancestors = [place[ancestor] for ancestor in forest_plan.spans[unit.first].ancestors]
+        before_k = [*(pair[0] for pair in outer), *(keys[a] for a in ancestors)]
+        before_v = [*(pair[1] for pair in outer), *(values[a] for a in ancestors)]
+        q, k, v = (_side_by_side(parts[index], unit) for parts in (queries, keys, values))
+        seen_k = torch.cat([*before_k, k], dim=2) if before_k else k
+        seen_v = torch.cat([*before_v, v], dim=2) if before_v else v
+        attended = _attend(q, seen_k, seen_v, forest_plan, scaling, dropout, sliding_window, softcap)
+        outputs.append(attended.transpose(1, 2).reshape(1, unit.count * unit.length, *attended.shape[1::2]))
+    return torch.cat(outputs, dim=1), None
+
+
+def _side_by_side(flat: Float[Tensor, "1 H n D"], unit: Unit) -> Float[Tensor, "count H length D"]:
+    """Equal spans that lie end to end, as the rows of a batch; a view."""
+    return flat if unit.count == 1 else flat[0].unflatten(1, (unit.count, unit.length)).transpose(0, 1)
 
 
 def _outer(plan: ForestPlan, layer: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -129,15 +162,15 @@ def _outer(plan: ForestPlan, layer: int, dtype: torch.dtype) -> list[tuple[Tenso
 
 
 def _attend(
-    query: Float[Tensor, "1 H n D"],
-    key: Float[Tensor, "1 h m D"],
-    value: Float[Tensor, "1 h m D"],
+    query: Float[Tensor, "B H n D"],
+    key: Float[Tensor, "B h m D"],
+    value: Float[Tensor, "B h m D"],
     plan: ForestPlan,
     scaling: float | None,
     dropout: float,
     window: int | None,
     softcap: float | None,
-) -> Float[Tensor, "1 H n D"]:
+) -> Float[Tensor, "B H n D"]:
     """Attention of the last n positions of a path over all m positions of it."""
     own, total = query.shape[2], key.shape[2]
     if window is not None and total <= window:
@@ -157,14 +190,14 @@ def _attend(
 
 
 def _soft_capped(
-    query: Float[Tensor, "1 H n D"],
-    key: Float[Tensor, "1 h m D"],
-    value: Float[Tensor, "1 h m D"],
+    query: Float[Tensor, "B H n D"],
+    key: Float[Tensor, "B h m D"],
+    value: Float[Tensor, "B h m D"],
     mask: Bool[Tensor, "n m"] | Tensor,
     scaling: float | None,
     softcap: float,
     dropout: float,
-) -> Float[Tensor, "1 H n D"]:
+) -> Float[Tensor, "B H n D"]:
     """Attention with logits cap tanh(logits / cap), as Gemma 2 has it; SDPA has no such term."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

@@ -16,9 +16,11 @@ from typing import final
 import numpy as np
 
 from luthier.data.forest import Forest, Tree, row_tree
-from luthier.data.rendered import Rendered
+from luthier.data.rendered import TOKEN_ROLES, Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
+
+TEXT = TOKEN_ROLES.index("text")
 
 
 @final
@@ -26,9 +28,8 @@ class LanguageModelling(Objective):
     """Cross-entropy on all tokens."""
 
     def trees(self, view: Rendered) -> list[Tree]:
-        weights = np.ones(len(view.tokens), dtype=np.float32)
-        # Nothing predicts the first token of a piece.
-        weights[0] = 0
+        # A long text comes in pieces that overlap by their first token, and its weights already say so.
+        weights = view.weights if TEXT in view.roles else np.ones(len(view.tokens), dtype=np.float32)
         return [row_tree(view.tokens, weights, row=view.row)]
 
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:

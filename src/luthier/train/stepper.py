@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
-from luthier.data.forest import Tree, pack
+from luthier.data.forest import Forest, Tree, pack
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
@@ -84,7 +84,7 @@ class Stepper:
         """Add the gradient of the summed loss over `trees`; nothing is stepped."""
         self.model.train()
         reports = []
-        for forest in pack(trees, max_tokens=self.micro_tokens):
+        for forest in self._forests(trees):
             outputs = self.model.token_outputs(forest)
             report = self.objective.loss(outputs, forest)
             report.sum.backward()
@@ -98,7 +98,7 @@ class Stepper:
         """The loss over `trees`, without dropout and without gradients."""
         self.model.train(False)
         reports = []
-        for forest in pack(trees, max_tokens=self.micro_tokens):
+        for forest in self._forests(trees):
             outputs = self.model.token_outputs(forest)
             report = self.objective.loss(outputs, forest)
             reports.append(_report(float(report.sum), report.weight, forest.token_count, outputs))
@@ -133,6 +133,11 @@ class Stepper:
         for master in self.masters.values():
             master.grad = None
         self.pending_weight = 0.0
+
+    def _forests(self, trees: Sequence[Tree]) -> list[Forest]:
+        """Micro-batches. Longest trees first: equal ones then share an attention call, and memory peaks at once."""
+        ordered = sorted(trees, key=lambda tree: tree.token_count, reverse=True)
+        return pack(ordered, max_tokens=self.micro_tokens)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         master = parameter.detach().float().clone()

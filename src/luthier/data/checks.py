@@ -1,0 +1,203 @@
+"""What must hold of every rendered row before the first step, looked at again from the outside.
+
+Idea: the renderer builds rows so that these hold; this file does not trust it. It looks only at the finished tokens,
+and asks the tokenizer and the template anew. A problem is never repaired here: it is named, with its address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from luthier.core.errors import DataError
+from luthier.data.conversation import Conversation, Message, Row
+from luthier.data.forest import Ints
+from luthier.data.rendered import TOKEN_ROLES, Rendered
+from luthier.data.renderer import Renderer
+
+Invariant = Literal["trained", "stop", "bos", "text", "prompt"]
+
+_ASSISTANT = TOKEN_ROLES.index("assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A promise that a row does not keep: which, where, what was found, and what to do."""
+
+    where: str
+    invariant: Invariant
+    found: str
+    do: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: [{self.invariant}] {self.found}; {self.do}"
+
+
+def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem]:
+    """The problems of one view of `row`; an empty list is what every view must give."""
+    found = [_trained(view), _bos(view, renderer), _text(view, renderer)]
+    if isinstance(row.content, Conversation):
+        found.append(_stops(view, renderer))
+        found.append(_prompt(view, renderer, row.content))
+    else:
+        found.append(_last(view, renderer))
+    return [Problem(row.where, *problem) for problem in found if problem is not None]
+
+
+def demand(problems: Sequence[Problem]) -> None:
+    """Raise DataError when there is a problem; the first one speaks, the others are counted."""
+    if not problems:
+        return
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    raise DataError(f"[{first.invariant}] {first.found}{more}", do=first.do, where=first.where)
+
+
+_Finding = tuple[Invariant, str, str] | None
+
+
+def _trained(view: Rendered) -> _Finding:
+    if not (len(view.tokens) == len(view.weights) == len(view.roles) == len(view.spans)):
+        return "trained", "tokens, weights, roles and spans have different lengths", "report this as a defect"
+    if not np.isfinite(view.weights).all() or (view.weights < 0).any():
+        return "trained", "a loss weight is negative or not finite", "give weights of 0 or more"
+    # The first token carries no loss whatever its weight: nothing predicts it.
+    if not np.count_nonzero(view.weights[1:]):
+        return "trained", "no token is trained", "give the row an answer, or take it out"
+    if view.weights[0] != 0:
+        return "trained", "the first token has weight, but nothing predicts it", "report this as a defect"
+    return None
+
+
+def _stops(view: Rendered, renderer: Renderer) -> _Finding:
+    """Each trained assistant turn ends in a trained token at which generation stops."""
+    if renderer.train_on == "all":
+        turns = [(start, stop) for start, stop in _runs(view.roles == _ASSISTANT) if view.weights[start:stop].any()]
+    else:
+        turns = _runs(view.weights > 0)
+    for start, stop in turns:
+        stops = [index for index in range(start, stop) if int(view.tokens[index]) in renderer.stop_ids]
+        stops = [index for index in stops if view.weights[index] > 0]
+        if not stops or (renderer.train_on != "all" and stops != [stop - 1]):
+            end = renderer.tokenizer.decode(view.tokens[max(start, stop - 4) : stop])
+            return "stop", f"a trained turn ends in {end!r}, not in one stop token", "choose another data.template"
+    return None
+
+
+def _last(view: Rendered, renderer: Renderer) -> _Finding:
+    eos = renderer.tokenizer.eos_id
+    at_end = int(view.spans[-1, 1]) >= len(view.text)
+    if eos is not None and at_end and len(view.tokens) and int(view.tokens[-1]) != eos:
+        # A chunk may end in the last character with the eos alone in the next one.
+        limit = renderer.max_tokens
+        if limit is None or len(view.tokens) < limit - 4:
+            return "stop", "a text does not end in the end-of-text token", "report this as a defect"
+    return None
+
+
+def _bos(view: Rendered, renderer: Renderer) -> _Finding:
+    """One BOS begins the row where the tokenizer adds one; later ones come from the template, never from a message."""
+    bos = renderer.tokenizer.bos_id
+    if bos is None or not renderer.tokenizer.adds_bos:
+        return None
+    places = np.flatnonzero(view.tokens == bos)
+    white = 0
+    while white < len(view.tokens) and view.text[slice(*view.spans[white])].isspace():
+        white += 1
+    if not len(places) or places[0] not in (0, white):
+        return "bos", "the row does not begin with BOS", "choose another data.template"
+    if len(places) > 1 and places[1] == places[0] + 1:
+        return "bos", "the row begins with BOS twice", "take bos_token out of the template"
+    mark = renderer.tokenizer.decode([bos])
+    if bos in renderer.tokenizer.eos_ids:
+        return None
+    if any(view.roles[place] == TOKEN_ROLES.index("text") for place in places):
+        return "bos", f"the text contains {mark!r}, which is read as BOS", "take it out of the text"
+    return None
+
+
+def _text(view: Rendered, renderer: Renderer) -> _Finding:
+    """The tokens, read back, say the text that their spans name."""
+    if not len(view.tokens):
+        return None
+    first, last = 0, len(view.tokens)
+    bos = renderer.tokenizer.bos_id if renderer.tokenizer.adds_bos else None
+    while first < last and int(view.tokens[first]) == bos:
+        first += 1
+    while last > first and int(view.tokens[last - 1]) in renderer.stop_ids and _empty(view.spans[last - 1]):
+        last -= 1
+    if first == last:
+        return None
+    start, stop = int(view.spans[first, 0]), int(view.spans[first:last, 1].max())
+    if renderer.tokenizer.reads_as(view.tokens[first:last], view.text[start:stop]):
+        return None
+    decoded = renderer.tokenizer.decode(view.tokens[first:last])
+    at = next(
+        (index for index, pair in enumerate(zip(decoded, view.text[start:stop], strict=False)) if pair[0] != pair[1]),
+        min(len(decoded), stop - start),
+    )
+    wanted = view.text[start + at : min(start + at + 20, stop)]
+    return (
+        "text",
+        f"the tokens read as {decoded[at : at + 20]!r} where the text says {wanted!r}",
+        "the tokenizer cannot say this text; use another tokenizer or change the text",
+    )
+
+
+def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> _Finding:
+    """What inference feeds before a trained turn is what stands before it in the row, token for token."""
+    messages = conversation.messages
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if renderer.train_on == "all":
+        prompts = [_ids(renderer, conversation, messages, index) for index in answers[-1:]]
+        kept = all(_cut(view, renderer) or _begins(prompt, view.tokens) for prompt in prompts)
+        return None if kept else _differs()
+    for start, _ in _runs(view.weights > 0):
+        before = view.tokens[:start]
+        while answers:
+            prompt = _ids(renderer, conversation, messages, answers.pop(0))
+            if np.array_equal(prompt, before) or (_cut(view, renderer) and _is_end(before, prompt, renderer)):
+                break
+        else:
+            return _differs()
+    return None
+
+
+def _differs() -> _Finding:
+    found = "inference would feed other tokens before an answer than the row has"
+    return "prompt", found, "choose another data.template"
+
+
+def _ids(renderer: Renderer, conversation: Conversation, messages: Sequence[Message], index: int) -> Ints:
+    return renderer.prompt_ids(messages[:index], conversation.tools)
+
+
+def _cut(view: Rendered, renderer: Renderer) -> bool:
+    """Whether the left of the row was cut away by truncation, which only the truncating policy may do."""
+    if renderer.over_length != "truncate":
+        return False
+    head = 1 if renderer.tokenizer.adds_bos and int(view.tokens[0]) == renderer.tokenizer.bos_id else 0
+    return len(view.spans) > head and int(view.spans[head, 0]) > 0
+
+
+def _is_end(before: Ints, prompt: Ints, renderer: Renderer) -> bool:
+    head = 1 if renderer.tokenizer.adds_bos and int(before[0]) == renderer.tokenizer.bos_id else 0
+    kept = before[head:]
+    return len(kept) <= len(prompt) and bool(np.array_equal(prompt[len(prompt) - len(kept) :], kept))
+
+
+def _begins(prompt: Ints, tokens: Ints) -> bool:
+    return bool(np.array_equal(tokens[: len(prompt)], prompt))
+
+
+def _empty(span: Ints) -> bool:
+    return int(span[0]) == int(span[1])
+
+
+def _runs(mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:
+    """The [start, stop) of each unbroken run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

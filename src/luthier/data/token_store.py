@@ -1,0 +1,268 @@
+"""Rendered rows on disk: made once for the same data, tokenizer, template and policy, then mapped into memory.
+
+Idea: the folder's name is a digest of everything the tokens depend on, so a store can be used without asking whether
+it is still right. It is written beside its place and renamed, so a crash leaves nothing that looks whole; what does not
+match its own description is made again. Arrays are plain .npy files, read without pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core.errors import StorageError
+from luthier.data.checks import Problem, check_rendered, demand
+from luthier.data.conversation import Row
+from luthier.data.rendered import Rendered
+from luthier.data.renderer import RENDERER_VERSION, RenderCounts, Renderer
+
+_FORMAT: Final = 1
+_ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
+    "tokens": (np.int32, ()),
+    "weights": (np.float32, ()),
+    "roles": (np.uint8, ()),
+    "spans": (np.int32, (2,)),
+    "rows": (np.int32, ()),
+    "offsets": (np.int64, ()),
+}
+_HEADER_BYTES: Final = 128
+_MAX_PROBLEMS: Final = 1000
+
+
+def cache_folder() -> Path:
+    """Where luthier keeps what it can make again: LUTHIER_CACHE, else luthier in XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("LUTHIER_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "luthier"
+    return Path.home() / ".cache" / "luthier"
+
+
+def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[str, Any] | None = None) -> str:
+    """The digest of all that the tokens depend on; `reading` is how rows are read (format, columns, limits)."""
+    digests: list[str] = []
+    for source in sources:
+        try:
+            with source.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", where=str(source)) from error
+    state = {
+        "format": _FORMAT,
+        "renderer": RENDERER_VERSION,
+        "sources": digests,
+        "reading": dict(reading or {}),
+        "tokenizer": renderer.tokenizer.digest,
+        "template": renderer.template.digest,
+        "train_on": renderer.train_on,
+        "over_length": renderer.over_length,
+        "max_tokens": renderer.max_tokens,
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TokenStore:
+    """All views of a data set. `counts` and `stop_ids` are the renderer's, from when the store was made."""
+
+    folder: Path
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    roles: NDArray[np.uint8]
+    spans: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    counts: RenderCounts
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def open_or_build(
+        cls, rows: Callable[[], Iterable[Row]], renderer: Renderer, *, key: str, folder: Path | None = None
+    ) -> TokenStore:
+        """The store of `key` if it is whole; otherwise `rows()` are rendered and checked, and the store is written.
+
+        Either way the renderer ends with the counts and stop tokens of exactly these rows.
+        """
+        home = folder if folder is not None else cache_folder() / "tokens"
+        place = home / key
+        found = cls.open(place, key=key)
+        if found is not None:
+            renderer.recall(found.counts, found.stop_ids)
+            return found
+        renderer.recall(RenderCounts(), frozenset())
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=home))
+        except OSError as error:
+            raise StorageError(f"the token cache cannot be written: {error.strerror}", where=str(home)) from error
+        try:
+            _write(rows(), renderer, made, key)
+            _take_place(made, place, lambda: cls.open(place, key=key) is not None)
+        except OSError as error:
+            raise StorageError(f"the token cache cannot be written: {error}", where=str(place)) from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        found = cls.open(place, key=key)
+        if found is None:
+            raise StorageError("the token cache was written but cannot be read back", where=str(place))
+        return found
+
+    @classmethod
+    def open(cls, place: Path, *, key: str) -> TokenStore | None:
+        """The store in `place`, or None when there is none that is whole and has this key."""
+        try:
+            about = json.loads((place / "store.json").read_text(encoding="utf-8"))
+            arrays = {name: _open_array(place, name, about) for name in _ARRAYS}
+            if about["key"] != key or about["format"] != _FORMAT or not _agree(arrays):
+                return None
+            counts = RenderCounts(**about["counts"])
+            stop_ids = frozenset(int(token) for token in about["stop_ids"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return cls(folder=place, counts=counts, stop_ids=stop_ids, **arrays)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Rendered:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"view {index} of {len(self)}")
+        view = index % len(self)
+        part = slice(int(self.offsets[view]), int(self.offsets[view + 1]))
+        return Rendered(
+            row=int(self.rows[view]),
+            text="",
+            tokens=self.tokens[part],
+            weights=self.weights[part],
+            roles=self.roles[part],
+            spans=self.spans[part],
+        )
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each view."""
+        return np.diff(self.offsets)
+
+    @property
+    def token_count(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def trained_count(self) -> int:
+        return self.counts.trained_tokens
+
+
+def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> None:
+    """Render and check all rows into `made`; raises DataError when a row does not pass."""
+    problems: list[Problem] = []
+    total = 0
+    with _Arrays(made) as arrays:
+        arrays.append("offsets", np.zeros(1, np.int64))
+        for row in rows:
+            for view in renderer.render(row):
+                if len(problems) < _MAX_PROBLEMS:
+                    problems.extend(check_rendered(view, renderer, row))
+                total += len(view.tokens)
+                arrays.append("tokens", view.tokens)
+                arrays.append("weights", view.weights)
+                arrays.append("roles", view.roles)
+                arrays.append("spans", view.spans)
+                arrays.append("rows", np.array([view.row], np.int32))
+                arrays.append("offsets", np.array([total], np.int64))
+    demand(problems)
+    about = {
+        "format": _FORMAT,
+        "key": key,
+        "lengths": arrays.lengths,
+        "counts": renderer.counts.as_dict(),
+        "stop_ids": sorted(renderer.stop_ids),
+    }
+    with (made / "store.json").open("w", encoding="utf-8") as file:
+        json.dump(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:
+    """Rename `made` to `place`; a whole store that somebody else put there meanwhile stays."""
+    if place.exists():
+        if is_whole():
+            return
+        shutil.rmtree(place)
+    made.chmod(0o755)
+    try:
+        made.rename(place)
+    except OSError:
+        if not is_whole():
+            raise
+        return
+    directory = os.open(place.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _open_array(place: Path, name: str, about: Mapping[str, Any]) -> NDArray[Any]:
+    array = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    kind, tail = _ARRAYS[name]
+    if array.dtype != kind or array.shape != (about["lengths"][name], *tail):
+        raise ValueError(f"{name} is not what the store says")
+    return np.asarray(array)
+
+
+def _agree(arrays: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether the arrays fit each other."""
+    offsets, total = arrays["offsets"], len(arrays["tokens"])
+    per_token = all(len(arrays[name]) == total for name in ("weights", "roles", "spans"))
+    if not per_token or len(offsets) != len(arrays["rows"]) + 1:
+        return False
+    return bool(offsets[0] == 0 and offsets[-1] == total and (np.diff(offsets) >= 0).all())
+
+
+class _Arrays:
+    """The .npy files of a store, written piece by piece so that memory does not grow with the data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: (folder / f"{name}.npy").open("wb") for name in _ARRAYS}
+        self.lengths = dict.fromkeys(_ARRAYS, 0)
+        for file in self._files.values():
+            file.write(b" " * _HEADER_BYTES)
+
+    def __enter__(self) -> _Arrays:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, file in self._files.items():
+            with file:
+                if kind is None:
+                    file.seek(0)
+                    file.write(_header(name, self.lengths[name]))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def append(self, name: str, values: NDArray[Any]) -> None:
+        self._files[name].write(np.ascontiguousarray(values, dtype=_ARRAYS[name][0]).tobytes())
+        self.lengths[name] += len(values)
+
+
+def _header(name: str, length: int) -> bytes:
+    """The first 128 bytes of a version 1.0 .npy file: magic, length of the description, description."""
+    kind, tail = _ARRAYS[name]
+    about = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": (length, *tail)}
+    text = repr(about).encode("latin1").ljust(_HEADER_BYTES - 11, b" ") + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text

@@ -1,0 +1,302 @@
+"""Text to token ids and back, with everything the renderer must know about a tokenizer.
+
+Idea: what ends a turn, whether a BOS is added, and which ids are control tokens are read once, from the files, and are
+then plain fields. Padding is never looked at: nothing in luthier infers a mask from an id. Nothing that could run code
+is loaded: only fast tokenizers, no remote code, no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from luthier.core.errors import MissingError, StorageError, UnsafeArtifactError
+from luthier.data.forest import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Specials:
+    """The control tokens: ids, those that may end a turn, their texts, and which swallow white space beside them."""
+
+    ids: frozenset[int]
+    ends: frozenset[int]
+    texts: tuple[str, ...]
+    swallow_left: frozenset[str]
+    swallow_right: frozenset[str]
+
+    def split(self, text: str) -> list[str]:
+        """`text` cut at control tokens: text, token, text, token, ..., text."""
+        if not self.texts:
+            return [text]
+        longest_first = sorted(self.texts, key=len, reverse=True)
+        return re.split("(" + "|".join(re.escape(token) for token in longest_first) + ")", text)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A tokenizer as luthier uses it; make one with `load` or `of`. `raw` is the transformers object.
+
+    `eos_ids` are the tokenizer's own eos, first, and those of generation_config.json; `stop_ids` the same as a set.
+    `prefix_space` says that a space is added before a text that follows a control token or nothing.
+    """
+
+    raw: Any = field(repr=False, compare=False)
+    digest: str
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    adds_bos: bool
+    specials: Specials = field(repr=False)
+    chat_template: str | None = field(repr=False)
+    vocabulary_size: int
+    prefix_space: bool
+
+    @classmethod
+    def load(cls, source: str | Path) -> Tokenizer:
+        """The tokenizer in a folder, or of a hub id (from the hub cache alone when HF_HUB_OFFLINE is set)."""
+        from transformers import AutoTokenizer
+
+        folder = Path(source)
+        local = folder.is_dir()
+        _refuse_code(source, local)
+        try:
+            raw = AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=False, local_files_only=local or _offline()
+            )
+        except OSError as error:
+            raise MissingError(
+                f"no tokenizer could be loaded from {str(source)!r}: {_first_line(error)}",
+                do="give a folder with a tokenizer.json, or a hub id that is cached or can be reached",
+            ) from error
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise _remote_code(source) from error
+            raise StorageError(f"the tokenizer of {str(source)!r} cannot be read: {_first_line(error)}") from error
+        return cls.of(raw, generation_eos=_generation_eos(source, local))
+
+    @classmethod
+    def of(cls, raw: Any, *, generation_eos: Sequence[int] = ()) -> Tokenizer:
+        """A transformers tokenizer that is already in memory."""
+        if not getattr(raw, "is_fast", False):
+            raise UnsafeArtifactError(
+                f"{type(raw).__name__} is a tokenizer without character offsets",
+                allowed="tokenizers that have a tokenizer.json",
+                do="convert it once with the tokenizers library and save it",
+            )
+        # A tokenizer.json may carry settings that cut texts short without a word.
+        raw.backend_tokenizer.no_truncation()
+        raw.backend_tokenizer.no_padding()
+        own = [] if raw.eos_token_id is None else [int(raw.eos_token_id)]
+        eos_ids = tuple(dict.fromkeys([*own, *(int(token) for token in generation_eos)]))
+        bos_id = None if raw.bos_token_id is None else int(raw.bos_token_id)
+        adds_bos = bos_id is not None and list(raw("x")["input_ids"])[:1] == [bos_id]
+        template = _template_of(raw)
+        state = [raw.backend_tokenizer.to_str(), template, bos_id, eos_ids, adds_bos]
+        return cls(
+            raw=raw,
+            digest=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+            bos_id=bos_id,
+            eos_ids=eos_ids,
+            adds_bos=adds_bos,
+            specials=_specials(raw),
+            chat_template=template,
+            vocabulary_size=len(raw),
+            prefix_space=_prefix_space(raw),
+        )
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self.specials.ids
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids at which generation stops without being told more."""
+        return frozenset(self.eos_ids)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.eos_ids[0] if self.eos_ids else None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What a chat template may name: bos_token, eos_token, ... as text."""
+        return {name: str(text) for name, text in self.raw.special_tokens_map.items() if isinstance(text, str)}
+
+    def encode(self, text: str) -> tuple[Ints, Ints]:
+        """The ids (n,) of `text` and their character spans (n, 2); no token is added."""
+        encoding = self.raw.backend_tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
+
+    def encode_after(self, before: Ints, text: str) -> tuple[Ints, Ints] | None:
+        """The ids of `text` as a continuation of the ids `before`; None when no encoding reads as that text there."""
+        start = self.decode(before)
+        # An encoding on its own may begin with an added space; behind a line break or a letter it does not.
+        for anchor in ("", "\n", "a"):
+            ids, spans = self.encode(anchor + text)
+            skip = int(np.searchsorted(spans[:, 1], len(anchor), side="right")) if anchor else 0
+            if anchor and (skip == 0 or (skip < len(ids) and spans[skip, 0] < len(anchor))):
+                continue
+            read = self.decode(np.concatenate([before, ids[skip:]]))
+            if read.startswith(start) and self._says(read[len(start) :], text, begins=False):
+                return ids[skip:], np.maximum(spans[skip:] - len(anchor), 0)
+        return None
+
+    def decode(self, ids: Sequence[int] | Ints) -> str:
+        """The text of `ids`, control tokens included, nothing cleaned up."""
+        plain = [int(token) for token in ids]
+        return str(self.raw.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token: int) -> str:
+        """The text of one token as it reads inside a text (with its leading space, where it has one)."""
+        return self.decode([token, token])[len(self.decode([token])) :]
+
+    def reads_as(self, ids: Sequence[int] | Ints, text: str) -> bool:
+        """Whether `ids` say exactly `text`.
+
+        The only liberties are those the tokenizer itself declares: white space swallowed by a control token, and the
+        space it adds before a text that follows a control token or nothing.
+        """
+        return self._says(self.decode(ids), text, begins=True)
+
+    def _says(self, decoded: str, text: str, *, begins: bool) -> bool:
+        if decoded == text:
+            return True
+        found, wanted = self.specials.split(decoded), self.specials.split(text)
+        if len(found) != len(wanted) or found[1::2] != wanted[1::2]:
+            return False
+        for index in range(0, len(wanted), 2):
+            before = wanted[index - 1] if index else ""
+            after = wanted[index + 1] if index + 1 < len(wanted) else ""
+            free = self.prefix_space and (begins or index > 0)
+            if not self._same(found[index], wanted[index], before=before, after=after, prefix_space=free):
+                return False
+        return True
+
+    def _same(self, found: str, wanted: str, *, before: str, after: str, prefix_space: bool) -> bool:
+        if found == wanted or (prefix_space and found == " " + wanted):
+            return True
+        if before in self.specials.swallow_right:
+            found, wanted = found.lstrip(), wanted.lstrip()
+        if after in self.specials.swallow_left:
+            found, wanted = found.rstrip(), wanted.rstrip()
+        return found == wanted or (prefix_space and not before and " " + found == wanted)
+
+    def save(self, folder: Path, *, chat_template: str | None = None) -> None:
+        """Write the tokenizer's files beside a model, with `chat_template` in the place of its own when given."""
+        self.raw.save_pretrained(str(folder))
+        if chat_template is not None:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _refuse_code(source: str | Path, local: bool) -> None:
+    """Refuse what would need code or a pickle to load, before anything is opened."""
+    config = _read_json(source, "tokenizer_config.json", local)
+    if isinstance(config.get("auto_map"), Mapping) and "AutoTokenizer" in config["auto_map"]:
+        raise _remote_code(source)
+    if not local:
+        return
+    names = {path.name for path in Path(source).iterdir()}
+    pickles = sorted(name for name in names if re.search(r"(tok|vocab).*\.(pkl|pickle)$", name, re.IGNORECASE))
+    if pickles and "tokenizer.json" not in names:
+        raise UnsafeArtifactError(
+            f"the tokenizer is a pickle: {', '.join(pickles)}",
+            allowed="tokenizers that have a tokenizer.json",
+            do="convert it in a place where its origin is trusted",
+            where=str(source),
+        )
+
+
+def _remote_code(source: str | Path) -> UnsafeArtifactError:
+    return UnsafeArtifactError(
+        "the tokenizer needs Python code that comes with the model",
+        allowed="tokenizers that have a tokenizer.json and need no code",
+        do="save a converted tokenizer.json without auto_map, or choose another model",
+        where=str(source),
+    )
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
+    """A small JSON file of the model; empty when it has none."""
+    if local:
+        path = Path(source) / name
+        if not path.is_file():
+            return {}
+    else:
+        from transformers.utils.hub import cached_file
+
+        found = cached_file(
+            str(source),
+            name,
+            local_files_only=_offline(),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        if found is None:
+            return {}
+        path = Path(found)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{name} is not JSON: {_first_line(error)}", where=str(path)) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _generation_eos(source: str | Path, local: bool) -> list[int]:
+    value = _read_json(source, "generation_config.json", local).get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if isinstance(token, int)]
+
+
+def _template_of(raw: Any) -> str | None:
+    """The chat template; of several named ones the default."""
+    template = raw.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return template if isinstance(template, str) and template.strip() else None
+
+
+def _specials(raw: Any) -> Specials:
+    ids = {int(token) for token in raw.all_special_ids}
+    added = raw.added_tokens_decoder
+    ids |= {int(token) for token, entry in added.items() if entry.special}
+    # A token for the unknown or for a beginning is a control token, but no end of anything.
+    never_end = {raw.bos_token_id, raw.unk_token_id, raw.cls_token_id, raw.mask_token_id} - {raw.eos_token_id}
+    return Specials(
+        ids=frozenset(ids),
+        ends=frozenset(ids - never_end),
+        texts=tuple(str(raw.convert_ids_to_tokens(token)) for token in sorted(ids)),
+        swallow_left=frozenset(entry.content for entry in added.values() if entry.lstrip),
+        swallow_right=frozenset(entry.content for entry in added.values() if entry.rstrip),
+    )
+
+
+def _prefix_space(raw: Any) -> bool:
+    """Whether a space is added in front of a text, seen by encoding one and reading it back."""
+    anchors = ["", *(str(token) for token in raw.all_special_tokens[:2])]
+    for anchor in anchors:
+        # Behind two letters nothing is added, so what differs there is the added space.
+        ids = raw.backend_tokenizer.encode(anchor + "xy", add_special_tokens=False).ids
+        tail = ids[1:] if anchor else ids
+        around = raw.backend_tokenizer.encode("xy\n", add_special_tokens=False).ids
+        text = raw.decode([*around, *tail], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith(" xy"):
+            return True
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,286 @@
+"""Where the answers stand in the text of a conversation, found by rendering and never by searching for markers.
+
+For the answer at message i, G = render(messages before it, with the generation prompt) is what inference shows, and
+F = render(messages up to and with it) is what the answer makes of it. When each G begins its F and each F begins the
+whole text, one view holds all answers. When a template drops, merges or rewrites history, that does not hold, and each
+answer gets a view of its own: G, then the answer and its ending.
+
+Where the answer ends and its ending begins is found by difference: the message is rendered twice, with two probe texts
+that differ in their first and last character; what the two renderings share at the end is the ending. What cannot be
+proven this way is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core.errors import DataError, TemplateError
+from luthier.data.conversation import Conversation, Message, Role, ToolCall
+from luthier.data.template import Template
+
+_PROBES = ("Qz4mT", "Wk9xB")
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A message as the template gets it, whose words it is, and the loss weight its row gives it."""
+
+    fields: dict[str, Any]
+    role: Role
+    weight: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A trained turn in a text: [start, ending) is what the model says, [ending, stop) what the template puts after."""
+
+    message: int
+    start: int
+    ending: int
+    stop: int
+    weight: float
+    calls: bool
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A text as the model sees it; `bounds` are (end, message index) in order, for whose words stand where."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    bounds: tuple[tuple[int, int], ...]
+
+    def alone(self, answer: Answer) -> View:
+        """The view that ends with `answer`'s turn and trains nothing else."""
+        bounds = tuple((min(end, answer.stop), message) for end, message in self.bounds if message <= answer.message)
+        return View(self.text[: answer.stop], (answer,), bounds)
+
+
+def show(conversation: Conversation, template: Template, notice: Notice) -> list[Shown]:
+    """The messages as `template` can show them; what it has no place for becomes text, with a notice."""
+    if conversation.tools and not template.knows_tools:
+        notice("tools on offer are not shown: the template has no place for them")
+    shown: list[Shown] = []
+    open_calls: list[str] = []
+    for message in conversation.messages:
+        if message.weight is not None and not 0 <= message.weight < float("inf"):
+            raise DataError(f"a message has weight {message.weight}", allowed="0 or a positive number")
+        fields: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.name:
+            fields["name"] = message.name
+        if message.tool_calls:
+            open_calls = [call.id for call in message.tool_calls]
+            if template.knows_calls:
+                fields["tool_calls"] = [_call_fields(call) for call in message.tool_calls]
+            else:
+                notice("tool calls are written as JSON in the answer: the template does not know them")
+                fields["content"] = _calls_as_text(message)
+        if message.role == "tool":
+            if template.knows_results:
+                if open_calls and (call_id := open_calls.pop(0)):
+                    fields["tool_call_id"] = call_id
+            else:
+                notice("tool results are shown as user messages: the template does not know them")
+                fields["role"] = "user"
+                if shown and shown[-1].role == "tool":
+                    # Templates that want strict alternation take one user message where several tools answered.
+                    before = shown.pop()
+                    fields["content"] = f"{before.fields['content']}\n{message.content}"
+        shown.append(Shown(fields, message.role, message.weight))
+    return shown
+
+
+def lay_out(
+    shown: Sequence[Shown],
+    template: Template,
+    *,
+    tools: Sequence[Mapping[str, Any]],
+    weights: Mapping[int, float],
+    notice: Notice,
+) -> list[View]:
+    """The views of a conversation in which the messages of `weights` are trained, with that weight."""
+    stage = _Stage(shown, template, tools, notice)
+    full = stage.text(len(shown))
+    turns = {index: stage.turn(index, weight) for index, weight in weights.items()}
+    joint = all(turn.prefixed and full.startswith(turn.text[: turn.answer.stop]) for turn in turns.values())
+    if joint:
+        return [View(full, tuple(turn.answer for turn in turns.values()), stage.bounds(full, len(shown)))]
+    if len(turns) > 1:
+        notice("the template shows past turns differently: one view for each answer")
+    return [View(turn.text, (turn.answer,), stage.bounds(turn.text, index + 1)) for index, turn in turns.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One answer on its own: its view's text, where it stands, and whether the template itself writes that text."""
+
+    text: str
+    answer: Answer
+    prefixed: bool
+
+
+class _Stage:
+    """The renderings of one conversation."""
+
+    def __init__(
+        self, shown: Sequence[Shown], template: Template, tools: Sequence[Mapping[str, Any]], notice: Notice
+    ) -> None:
+        self._fields = [message.fields for message in shown]
+        self._shown = shown
+        self._template = template
+        self._tools = tools
+        self._notice = notice
+        self._known: dict[int, str] = {}
+
+    def text(self, count: int) -> str:
+        """The rendering of the first `count` messages."""
+        if count not in self._known:
+            self._known[count] = self._template.render(self._fields[:count], tools=self._tools)
+        return self._known[count]
+
+    def turn(self, index: int, weight: float) -> _Turn:
+        """The answer at message `index`, after what inference shows before it."""
+        try:
+            prompt = self._template.render(self._fields[:index], tools=self._tools, add_generation_prompt=True)
+        except TemplateError as error:
+            raise TemplateError(
+                f"message {index + 1} is an answer that inference could not ask for: {error.received}",
+                do="begin the conversation with a user message, or give this message weight 0",
+            ) from error
+        text = self.text(index + 1)
+        calls = bool(self._fields[index].get("tool_calls"))
+        opening, ending = self._around(index)
+        if calls:
+            ending = self._after_calls(index, text)
+        if not text.endswith(ending):
+            raise _unproven(index, "its ending changes with its text")
+        end = len(text) - len(ending)
+        if text.startswith(prompt) and len(prompt) <= end:
+            self._prove_prompt(index, prompt, opening)
+            self._compare(index, text[len(prompt) : end])
+            return _Turn(text, Answer(index, len(prompt), end, len(text), weight, calls), prefixed=True)
+        said = self._said(index, text, opening, ending)
+        joined = prompt + said + ending
+        start = len(prompt)
+        answer = Answer(index, start, start + len(said), len(joined), weight, calls)
+        return _Turn(joined, answer, prefixed=False)
+
+    def bounds(self, text: str, count: int) -> tuple[tuple[int, int], ...]:
+        """Where the words of each message end in `text`; a message whose end cannot be told joins the next one."""
+        found: list[tuple[int, int]] = []
+        last = 0
+        for index in range(count - 1):
+            try:
+                part = self.text(index + 1)
+            except TemplateError:
+                continue
+            end = len(_common_start(part, text))
+            # What a prettified template writes after its last message, white space, is not there in longer renderings.
+            if end >= last and not part[end:].strip():
+                found.append((end, index))
+                last = end
+        found.append((len(text), count - 1))
+        return tuple(found)
+
+    def _around(self, index: int) -> tuple[str, str]:
+        """What the template writes before and after the content of message `index`, whatever the content is."""
+        one, two = (self._with(index, {"content": probe}) for probe in _PROBES)
+        if one == two:
+            raise _unproven(index, "the template does not show it")
+        return _common_start(one, two), _common_end(one, two)
+
+    def _after_calls(self, index: int, text: str) -> str:
+        """What the template writes after content and tool calls: what `text` shares with renderings of other calls."""
+        calls = list(self._fields[index]["tool_calls"])
+        name, call_id = calls[-1]["function"]["name"], calls[-1].get("id", "")
+        ending = text
+        # A text and a number: the quote that closes a text belongs to the arguments.
+        for probe in (*_PROBES, 70417):
+            probed = _call_fields(ToolCall(name, {"probe": probe}, call_id))
+            ending = _common_end(ending, self._with(index, {"tool_calls": [*calls[:-1], probed]}))
+        for probe in _PROBES:
+            ending = _common_end(ending, self._with(index, {"content": probe}))
+        if ending == text:
+            raise _unproven(index, "the template does not show its tool calls")
+        return ending
+
+    def _with(self, index: int, change: Mapping[str, Any]) -> str:
+        messages = [*self._fields[:index], {**self._fields[index], **change}]
+        return self._template.render(messages, tools=self._tools)
+
+    def _prove_prompt(self, index: int, prompt: str, opening: str) -> None:
+        """Refuse a template that ignores the generation prompt: the header would be trained as if it were answer."""
+        lead = opening[len(prompt) :] if opening.startswith(prompt) else ""
+        if not lead.strip():
+            return
+        if self._template.render(self._fields[:index], tools=self._tools) == prompt:
+            raise TemplateError(
+                f"the template writes {lead!r} before an answer but not when it is asked for an answer",
+                do="let the template write it when add_generation_prompt is set, or choose another data.template",
+            )
+
+    def _compare(self, index: int, said: str) -> None:
+        content = self._fields[index]["content"]
+        if content.strip() not in said:
+            self._notice("the template changes the text of an answer (it is trained as the template shows it)")
+        elif content not in said:
+            self._notice("the template trims white space around an answer")
+
+    def _said(self, index: int, text: str, opening: str, ending: str) -> str:
+        """The content as the template shows it, where the generation prompt does not begin the template's own text."""
+        content = self._fields[index]["content"]
+        probe = self._with(index, {"content": _PROBES[0]})
+        if probe != opening + _PROBES[0] + ending or not text.startswith(opening):
+            raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
+        said = text[len(opening) : len(text) - len(ending)]
+        if len(opening) + len(ending) > len(text) or said.strip() != content.strip():
+            raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
+        self._notice("the generation prompt is not how the template begins an answer: one view for each answer")
+        return said
+
+
+def _unproven(index: int, why: str) -> TemplateError:
+    return TemplateError(
+        f"where the answer of message {index + 1} stands cannot be proven: {why}",
+        do="choose another template with data.template, or give this message weight 0",
+    )
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    fields: dict[str, Any] = {"type": "function", "function": function}
+    return {**fields, "id": call.id} if call.id else fields
+
+
+def _calls_as_text(message: Message) -> str:
+    calls = [
+        json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+        for call in message.tool_calls
+    ]
+    return "\n".join([*([message.content] if message.content else []), *calls])
+
+
+def _common_start(one: str, two: str) -> str:
+    # Halving is quick where texts are long and mostly equal.
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(two[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return one[:low]
+
+
+def _common_end(one: str, two: str) -> str:
+    return _common_start(one[::-1], two[::-1])[::-1]
+
+
+def placed(error: DataError, where: str) -> DataError:
+    """The same error with the address of the row it is about."""
+    return type(error)(error.received, allowed=error.allowed, do=error.do, where=where)
