@@ -90,11 +90,14 @@ def test_bos(case):
     assert "bos" in problems(without(view, np.concatenate([places[:1], places])), made, row)
 
 
-def test_bos_inside_a_text(make_tokenizer):
+def test_bos_inside_a_text(make_tokenizer, talk):
     tokenizer = make_tokenizer("bytes")
     made = Renderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
     row = Row(0, "book.txt:1:1", Text("one <s> two"))
     assert problems(made.render(row)[0], made, row) == {"bos"}
+    asked = talk(("user", "what does <s> mean?"), ("assistant", "struck out"))
+    assert problems(made.render(asked)[0], made, asked) == {"bos"}
+    assert any("control token" in notice for notice in made.counts.notices)
 
 
 def test_tokens_that_say_another_text(case):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.core.errors import RecipeError, StorageError, TemplateError, UnsafeArtifactError
+from luthier.core.errors import MissingError, RecipeError, StorageError, TemplateError, UnsafeArtifactError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Message
 from luthier.data.renderer import Renderer
@@ -208,3 +208,11 @@ def test_prompts_are_what_inference_feeds(any_tokenizer, talk):
     made = Renderer(any_tokenizer, Template(source, any_tokenizer.special_tokens, name="test"))
     theirs = any_tokenizer.raw.apply_chat_template([{"role": "user", "content": "hi"}], chat_template=source)
     assert made.prompt_ids([Message("user", "hi")]).tolist() == theirs["input_ids"]
+
+
+def test_nothing_to_load(tmp_path, monkeypatch):
+    with pytest.raises(MissingError):
+        Tokenizer.load(tmp_path / "nowhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingError):
+        Tokenizer.load("nobody/nothing")

@@ -8,7 +8,7 @@ the method that was named. Unknown keys are errors that name the nearest known o
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -86,28 +86,59 @@ def choose(family: str, base: type[Kind], value: Any) -> Kind:
     return method
 
 
-def validate(kind: type[Model], values: Mapping[str, Any], *, where: str = "") -> Model:
+@dataclass(frozen=True)
+class Problem:
+    """One key that does not fit: what is said before and after its path."""
+
+    before: str
+    path: tuple[str, ...]
+    after: str
+
+    def text(self, where: str) -> str:
+        """The problem as a sentence; `where` stands before the path."""
+        return self.before + ".".join([where] * bool(where) + list(self.path)) + self.after
+
+
+class KnobsError(RecipeError):
+    """Values that do not fit their knobs, key by key."""
+
+    problems: tuple[Problem, ...] = ()
+
+
+def validate(
+    kind: type[Model], values: Mapping[str, Any], *, where: str = "", address: Callable[[str], str] | None = None
+) -> Model:
     """`kind` made from plain values, with every problem told in the words of the recipe.
 
-    Raises RecipeError that lists each offending key, what it held, what it may hold, and the nearest known key.
+    `address` gives the file, line and column of a dotted key. Raises KnobsError, a RecipeError, that lists each
+    offending key, what it held, what it may hold, and the nearest known key.
     """
     try:
         return kind.model_validate(dict(values))
     except ValidationError as failure:
-        raise RecipeError("; ".join(_explain(kind, error, where) for error in failure.errors())) from None
+        problems = tuple(problem for error in failure.errors() for problem in _problems(kind, error))
+    texts = []
+    for problem in problems:
+        place = address(".".join(problem.path)) if address else ""
+        texts.append((f"{place}: " if place else "") + problem.text(where))
+    error = KnobsError("; ".join(texts))
+    error.problems = problems
+    raise error
 
 
-def _explain(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
-    path = ".".join([where] * bool(where) + [str(part) for part in error["loc"]])
+def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
+    path = tuple(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = fields_at(kind, error["loc"][:-1])
-        return f"unknown key {path}; {did_you_mean(str(error['loc'][-1]), known)}"
+        return [Problem("unknown key ", path, f"; {did_you_mean(path[-1], known)}")]
     if error["type"] == "missing":
-        return f"{path} is missing"
+        return [Problem("", path, " is missing")]
     cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, KnobsError):
+        return [Problem(inner.before, path + inner.path, inner.after) for inner in cause.problems]
     if isinstance(cause, LuthierError):
-        return f"{path}: {cause}" if path else str(cause)
-    return f"{path}: {error['input']!r} is not allowed: {error['msg'][:1].lower()}{error['msg'][1:]}"
+        return [Problem("", path, f": {cause}" if path else str(cause))]
+    return [Problem("", path, f": {error['input']!r} is not allowed: {error['msg'][:1].lower()}{error['msg'][1:]}")]
 
 
 def fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Units: bytes, counts and durations as short text for people.
+"""Units: bytes, counts, durations and shares as short text for people.
 
 Decimal prefixes throughout (1 GB is 10^9 bytes), as disks and file managers count.
 """
@@ -10,9 +10,6 @@ from typing import Final
 
 _BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _COUNTS: Final = ("", "k", "M", "B", "T")
-_MINUTE: Final = 60
-_HOUR: Final = 60 * _MINUTE
-_DAY: Final = 24 * _HOUR
 
 
 def bytes_text(count: float) -> str:
@@ -29,37 +26,40 @@ def count_text(count: float) -> str:
 
 def duration_text(seconds: float) -> str:
     """`0.4 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`: the two largest units, no more."""
-    if seconds < 0:
-        return f"-{duration_text(-seconds)}"
     if not math.isfinite(seconds):
         return "unknown"
+    if seconds < 0:
+        return f"-{duration_text(-seconds)}"
     if round(seconds, 1) < 10:
         return f"{seconds:.1f} s"
-    if round(seconds) < _MINUTE:
+    # Each line rounds before it compares: 3599.7 s are one hour, not 59 min 60 s.
+    if round(seconds) < 60:
         return f"{round(seconds)} s"
-    for size, name, below, small in ((_MINUTE, "min", 1, "s"), (_HOUR, "h", _MINUTE, "min"), (_DAY, "d", _HOUR, "h")):
-        # Rounding first: 3599.7 s are one hour, not "59 min 60 s".
-        total = round(seconds / below)
-        whole, rest = divmod(total, size // below)
-        if name == "d" or total * below < {"min": _HOUR, "h": _DAY}[name]:
-            return f"{whole} {name} {rest} {small}" if rest else f"{whole} {name}"
-    raise ValueError(f"{seconds} seconds are no duration")
+    if round(seconds) < 3600:
+        return _two(round(seconds), 60, "min", "s")
+    if round(seconds / 60) < 24 * 60:
+        return _two(round(seconds / 60), 60, "h", "min")
+    return _two(round(seconds / 3600), 24, "d", "h")
 
 
 def percent_text(share: float) -> str:
-    """`3.1 %`, `0.004 %`: at least one digit that is not zero."""
+    """`3.1 %`, `0.004 %`: one digit after the point, or as many as the first that is not zero needs."""
     percent = 100 * share
     if percent == 0 or abs(percent) >= 0.1:
         return f"{percent:.1f} %"
-    return f"{percent:.1g} %" if abs(percent) >= 1e-4 else f"{percent:.0e} %"
+    digits = 1 - math.floor(math.log10(abs(percent)))
+    return f"{percent:.{digits}f}".rstrip("0") + " %"
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> tuple[str, str]:
-    sign = "-" if value < 0 else ""
     number, index = abs(value), 0
     # What would round to 1000 of one unit is 1 of the next.
     while index + 1 < len(units) and round(number, 1 if index else 0) >= 1000:
         number, index = number / 1000, index + 1
-    digits = 0 if index == 0 or number >= 100 else 1
-    text = f"{number:.{digits}f}".removesuffix(".0")
-    return sign + text, units[index]
+    text = f"{number:.{1 if index and number < 100 else 0}f}".removesuffix(".0")
+    return ("-" if value < 0 else "") + text, units[index]
+
+
+def _two(total: int, size: int, large: str, small: str) -> str:
+    whole, rest = divmod(total, size)
+    return f"{whole} {large} {rest} {small}" if rest else f"{whole} {large}"

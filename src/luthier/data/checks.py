@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.data.conversation import Conversation, Message, Row
+from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Ints
 from luthier.data.rendered import TOKEN_ROLES, Rendered
 from luthier.data.renderer import Renderer
@@ -38,7 +38,7 @@ class Problem:
 
 def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem]:
     """The problems of one view of `row`; an empty list is what every view must give."""
-    found = [_trained(view), _bos(view, renderer), _text(view, renderer)]
+    found = [_trained(view), _bos(view, renderer, row), _text(view, renderer)]
     if isinstance(row.content, Conversation):
         found.append(_stops(view, renderer))
         found.append(_prompt(view, renderer, row.content))
@@ -98,7 +98,7 @@ def _last(view: Rendered, renderer: Renderer) -> _Finding:
     return None
 
 
-def _bos(view: Rendered, renderer: Renderer) -> _Finding:
+def _bos(view: Rendered, renderer: Renderer, row: Row) -> _Finding:
     """One BOS begins the row where the tokenizer adds one; later ones come from the template, never from a message."""
     bos = renderer.tokenizer.bos_id
     if bos is None or not renderer.tokenizer.adds_bos:
@@ -111,11 +111,13 @@ def _bos(view: Rendered, renderer: Renderer) -> _Finding:
         return "bos", "the row does not begin with BOS", "choose another data.template"
     if len(places) > 1 and places[1] == places[0] + 1:
         return "bos", "the row begins with BOS twice", "take bos_token out of the template"
-    mark = renderer.tokenizer.decode([bos])
     if bos in renderer.tokenizer.eos_ids:
         return None
-    if any(view.roles[place] == TOKEN_ROLES.index("text") for place in places):
-        return "bos", f"the text contains {mark!r}, which is read as BOS", "take it out of the text"
+    mark = renderer.tokenizer.decode([bos])
+    content = row.content
+    words = [message.content for message in content.messages] if isinstance(content, Conversation) else [content.text]
+    if any(mark in text.removeprefix(mark if isinstance(content, Text) else "") for text in words):
+        return "bos", f"the row's text contains {mark!r}, which is read as BOS", "take it out of the text"
     return None
 
 

@@ -124,11 +124,12 @@ class Renderer:
     def _talk(self, row: Row, conversation: Conversation) -> list[Rendered]:
         if not conversation.messages:
             raise DataError("the conversation has no message")
+        for message in conversation.messages:
+            if len(self.tokenizer.specials.split(message.content)) > 1:
+                self.counts.notice("a message contains the text of a control token, which is read as that token")
         shown = show(conversation, self.template, self.counts.notice)
         weights = self._turn_weights(shown)
-        views = lay_out(
-            shown, self.template, tools=conversation.tools, weights=weights, notice=self.counts.notice
-        )
+        views = lay_out(shown, self.template, tools=conversation.tools, weights=weights, notice=self.counts.notice)
         if self.train_on == "all":
             # Only the last view holds the whole conversation; earlier ones would train its words twice.
             views = views[-1:]
@@ -167,8 +168,7 @@ class Renderer:
                 return [made for one in alone for made in self._tokens(row, one, shown)]
             tokens, spans, starts = self._in_two(view)
         trained = [
-            self._trained(tokens, spans, answer, start)
-            for answer, start in zip(view.answers, starts, strict=True)
+            self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
         ]
         roles = _roles(spans, view, shown)
         weights = np.zeros(len(tokens), np.float32)

@@ -17,26 +17,23 @@ from typing import Any, final
 
 import numpy as np
 
-from luthier.core.errors import MissingError, StorageError, UnsafeArtifactError
+from luthier.core.errors import LuthierError, MissingError, StorageError, UnsafeArtifactError
 from luthier.data.forest import Ints
 
 
 @dataclass(frozen=True, slots=True)
 class Specials:
-    """The control tokens: ids, those that may end a turn, their texts, and which swallow white space beside them."""
+    """The control tokens: ids, those that may end a turn, what finds their texts, and which swallow white space."""
 
     ids: frozenset[int]
     ends: frozenset[int]
-    texts: tuple[str, ...]
+    pattern: re.Pattern[str] | None
     swallow_left: frozenset[str]
     swallow_right: frozenset[str]
 
     def split(self, text: str) -> list[str]:
         """`text` cut at control tokens: text, token, text, token, ..., text."""
-        if not self.texts:
-            return [text]
-        longest_first = sorted(self.texts, key=len, reverse=True)
-        return re.split("(" + "|".join(re.escape(token) for token in longest_first) + ")", text)
+        return self.pattern.split(text) if self.pattern else [text]
 
 
 @final
@@ -65,11 +62,13 @@ class Tokenizer:
 
         folder = Path(source)
         local = folder.is_dir()
-        _refuse_code(source, local)
         try:
+            _refuse_code(source, local)
             raw = AutoTokenizer.from_pretrained(
                 str(source), trust_remote_code=False, local_files_only=local or _offline()
             )
+        except LuthierError:
+            raise
         except OSError as error:
             raise MissingError(
                 f"no tokenizer could be loaded from {str(source)!r}: {_first_line(error)}",
@@ -275,10 +274,12 @@ def _specials(raw: Any) -> Specials:
     ids |= {int(token) for token, entry in added.items() if entry.special}
     # A token for the unknown or for a beginning is a control token, but no end of anything.
     never_end = {raw.bos_token_id, raw.unk_token_id, raw.cls_token_id, raw.mask_token_id} - {raw.eos_token_id}
+    longest_first = sorted((str(raw.convert_ids_to_tokens(token)) for token in ids), key=len, reverse=True)
+    pattern = "(" + "|".join(re.escape(text) for text in longest_first) + ")"
     return Specials(
         ids=frozenset(ids),
         ends=frozenset(ids - never_end),
-        texts=tuple(str(raw.convert_ids_to_tokens(token)) for token in sorted(ids)),
+        pattern=re.compile(pattern) if longest_first else None,
         swallow_left=frozenset(entry.content for entry in added.values() if entry.lstrip),
         swallow_right=frozenset(entry.content for entry in added.values() if entry.rstrip),
     )

@@ -61,6 +61,15 @@ def load_model(
     return LanguageModel(module, source=source, digest=digest, notices=(f"precision: {reason}",))
 
 
+def context_tokens(source: str) -> int | None:
+    """The longest sequence that the config of a model allows for, without loading its weights."""
+    name = resolve_source(source)
+    if Path(name).is_dir():
+        _check_folder(Path(name), needs_weights=False)
+    limit = getattr(_load_config(name, source).get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
 def choose_precision(precision: Precision, hidden: int, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of weights and products, and why."""
     if precision != "auto":

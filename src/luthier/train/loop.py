@@ -27,7 +27,9 @@ Status = Literal["finished", "stopped", "early-stopped", "out-of-time"]
 
 
 class Keeper(Protocol):
-    """Keeps checkpoints."""
+    """Keeps checkpoints, and the last loss of each training row, which is part of them."""
+
+    row_losses: dict[int, float]
 
     def save(self, state: LoopState, *, best: bool) -> None:
         """Save everything a resumed run needs; return once it is durable and verified."""
@@ -61,7 +63,6 @@ class Loop:
         stop: StopRequest,
         eval_trees: Sequence[Tree] = (),
         sample: Callable[[int], None] | None = None,
-        row_losses: dict[int, float] | None = None,
     ) -> None:
         self.source = source
         self.stepper = stepper
@@ -72,7 +73,6 @@ class Loop:
         self.stop = stop
         self.eval_trees = eval_trees
         self.sample = sample
-        self.row_losses: dict[int, float] = {} if row_losses is None else row_losses
         self.saved_step = -1
 
     def run(self, state: LoopState) -> Status:
@@ -152,7 +152,7 @@ class Loop:
         if state.first_loss is None:
             state.first_loss = passed.loss
         for row, (loss, weight) in passed.row_losses.items():
-            self.row_losses[row] = loss / weight
+            self.keeper.row_losses[row] = loss / weight
 
     def _record_step(
         self, state: LoopState, passed: PassReport, norm: float, factor: float, seconds: float

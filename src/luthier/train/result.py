@@ -62,7 +62,6 @@ def save_result(
 
 def prove_result(
     folder: Path,
-    model: LanguageModel,
     attachment: Attachment,
     stepper: Stepper,
     *,

@@ -1,0 +1,36 @@
+# The two commands of a fresh checkout are `make demo` and `make test`; each makes the virtual environment it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: demo test slow check bench clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)  ## train on this machine, print before and after
+	@$(BIN)/luthier demo
+
+test: $(READY)  ## the test suite, without the tests marked slow
+	@$(PYTEST) -n 2 -m "not slow"
+
+slow: $(READY)  ## the tests marked slow
+	@$(PYTEST) -n 2 -m slow
+
+check: $(READY)  ## lint, types, architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(PYTEST) -q tests/architecture
+
+bench: $(READY)  ## measure; results are printed and written below benchmarks/
+	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## remove the virtual environment and every cache
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Installing luthier with its test tools into .venv (once; a few minutes)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,data]"
+	@touch $@

@@ -1,0 +1,89 @@
+"""luthier as one process of `sft.py`: LoRA on the prepared model, driven step by step."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+import worker
+from probes import probe
+from procfs import forget_peak, peak_memory_bytes
+from safetensors.torch import load_file
+
+from luthier.core import catalog
+from luthier.data.forest import Tree, row_tree
+from luthier.model.attachment import Attachment
+from luthier.model.language_model import LanguageModel
+from luthier.model.load import Precision, load_model
+from luthier.objectives.sft import SFT
+from luthier.optimizers.adamw import AdamW
+from luthier.train.stepper import Stepper
+
+MICRO_TOKENS = 4096
+
+
+def make(job: worker.Job, precision: Precision) -> tuple[LanguageModel, Attachment, Stepper]:
+    """Model, LoRA with the prepared start, stepper."""
+    model = load_model(str(job.folder / "model"), precision=precision, device="cpu")
+    torch.manual_seed(job.seed)
+    lora = catalog.load("adapters", "lora")(rank=worker.RANK, alpha=float(worker.ALPHA))
+    attachment = model.attach(lora.attach(model.sites))
+    tensors = attachment.named_tensors()
+    with torch.no_grad():
+        for site, start in load_file(job.folder / "lora.safetensors").items():
+            tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
+    optimizer = AdamW(learning_rate=worker.LEARNING_RATE)
+    micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS))
+    return model, attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
+
+
+def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
+    """One tree a row; the prompt has no weight."""
+    trees = []
+    for index in chosen:
+        row = rows[index]
+        weights = np.ones(len(row.ids), np.float32)
+        weights[: row.prompt_tokens] = 0
+        trees.append(row_tree(np.array(row.ids, np.int32), weights, row=index))
+    return trees
+
+
+def main() -> int:
+    job = worker.job_from_arguments()
+    clock = worker.StepClock(job)
+    before = probe()
+    peak_is_fresh = forget_peak()
+    rows = worker.read_rows(job.folder)
+    _, attachment, stepper = make(job, "bfloat16")
+    trained = attachment.named_parameters()
+    at_start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    losses, norms, counted = [], [], []
+    for chosen in worker.plan([len(row.ids) for row in rows], job):
+        report = stepper.forward_backward(trees_of(rows, chosen))
+        step = stepper.optim_step()
+        clock.step_ended()
+        losses.append(report.loss)
+        norms.append(step.grad_norm)
+        counted.append(worker.Counted(sum(len(rows[row].ids) for row in chosen), report.trained_tokens, report.tokens))
+    peak = peak_memory_bytes()
+    changed = sum(not torch.equal(at_start[name], parameter) for name, parameter in trained.items())
+    worker.print_line(
+        worker.result_line(
+            job,
+            clock=clock,
+            counted=counted,
+            losses=losses,
+            grad_norms=norms,
+            parameters={"tensors": len(trained), "changed": changed, "count": attachment.parameter_count},
+            probes={"before": before, "after": probe()},
+            peak={"peak_memory_bytes": peak, "peak_excludes_probes": peak_is_fresh},
+            packages=("torch", "transformers", "safetensors"),
+            settings={"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()},
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

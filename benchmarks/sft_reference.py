@@ -1,0 +1,47 @@
+"""The numbers that the first step of every system has to show: the same rows in float32, computed twice.
+
+luthier's own engine gives loss and gradient norm; transformers' own forward pass, one row at a time, has to agree with
+the loss, so that an error of our engine cannot be its own judge.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import sft_luthier
+import torch
+import torch.nn.functional as F
+import worker
+from transformers import AutoModelForCausalLM
+
+AGREEMENT = 1e-4
+
+
+def main() -> int:
+    job = worker.job_from_arguments()
+    rows = worker.read_rows(job.folder)
+    chosen = worker.plan([len(row.ids) for row in rows], job)[0]
+    _, _, stepper = sft_luthier.make(job, "float32")
+    loss = stepper.forward_backward(sft_luthier.trees_of(rows, chosen)).loss
+    norm = stepper.optim_step().grad_norm
+    plain = plain_loss(job, [rows[index] for index in chosen])
+    if abs(loss - plain) > AGREEMENT:
+        raise SystemExit(f"the float32 reference is {loss:.6f} in luthier and {plain:.6f} in transformers")
+    worker.print_line({"rows": chosen, "loss": loss, "transformers_loss": plain, "grad_norm": norm})
+    return 0
+
+
+@torch.no_grad()
+def plain_loss(job: worker.Job, rows: list[worker.Row]) -> float:
+    """The mean loss over all answer tokens, row by row, without padding."""
+    model = AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=torch.float32)
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        logits = model(ids).logits[0, row.prompt_tokens - 1 : -1]
+        total += float(F.cross_entropy(logits, ids[0, row.prompt_tokens :], reduction="sum"))
+    return total / sum(row.supervised for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

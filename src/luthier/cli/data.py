@@ -1,0 +1,103 @@
+"""`luthier data`: look at exactly what a model will be trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from luthier.cli.options import Json
+from luthier.cli.show import print_check, print_histogram, print_json, print_rows
+
+app = typer.Typer(help="Show, check and measure data files.", no_args_is_help=True, rich_markup_mode=None)
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="Data file, folder, glob, or FILE#500.", show_default=False)]
+Model = Annotated[str, typer.Option("--model", "-m", help="Model whose tokenizer and chat template are used.")]
+Format = Annotated[str | None, typer.Option("--format", help="Data format; empty detects it.")]
+Template = Annotated[str, typer.Option("--template", help="auto, a shipped template, or a .jinja file.")]
+TrainOn = Annotated[str, typer.Option("--train-on", help="answers, last or all.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Longest row; empty takes the model's limit.")]
+OverLength = Annotated[str, typer.Option("--over-length", help="raise, drop or truncate.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="Such as prompt=mr and answer=ref.")
+]
+
+
+@app.command("show")
+def show(
+    file: File,
+    model: Model = "seedling",
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    format: Format = None,
+    template: Template = "auto",
+    train_on: TrainOn = "answers",
+    max_tokens: MaxTokens = None,
+    over_length: OverLength = "raise",
+    column: Columns = None,
+    json: Json = False,
+) -> None:
+    """Print the exact tokens of the first rows, trained ones and context in different colours.
+
+    \b
+    Examples:
+      luthier data show rows.jsonl --model seedling
+      luthier data show rows.jsonl --model Qwen/Qwen2.5-0.5B --rows 1 --json
+    """
+    from luthier.recipes.inspect_data import reading, show_rows
+
+    how = reading(format, template, train_on, max_tokens, over_length, column)
+    shown = show_rows(file, model, how, rows=rows)
+    print_json(shown) if json else print_rows(shown)
+
+
+@app.command("check")
+def check(
+    file: File,
+    model: Model = "seedling",
+    format: Format = None,
+    template: Template = "auto",
+    train_on: TrainOn = "answers",
+    max_tokens: MaxTokens = None,
+    over_length: OverLength = "raise",
+    column: Columns = None,
+    json: Json = False,
+) -> None:
+    """Prove the promises about every row of a file; exits with 65 when one is broken.
+
+    \b
+    Examples:
+      luthier data check rows.jsonl --model seedling
+      luthier data check rows.jsonl --max-tokens 512 --json
+    """
+    from luthier.recipes.inspect_data import check_file, reading
+
+    how = reading(format, template, train_on, max_tokens, over_length, column)
+    found = check_file(file, model, how)
+    print_json(found.as_dict()) if json else print_check(found.as_dict())
+    found.demand()
+
+
+@app.command("stats")
+def stats(
+    file: File,
+    model: Model = "seedling",
+    format: Format = None,
+    template: Template = "auto",
+    train_on: TrainOn = "answers",
+    max_tokens: MaxTokens = None,
+    over_length: OverLength = "raise",
+    column: Columns = None,
+    json: Json = False,
+) -> None:
+    """Draw the length histogram of a file and count its tokens.
+
+    \b
+    Examples:
+      luthier data stats rows.jsonl
+      luthier data stats rows.jsonl --model Qwen/Qwen2.5-0.5B --json
+    """
+    from luthier.recipes.inspect_data import measure, reading
+
+    how = reading(format, template, train_on, max_tokens, over_length, column)
+    histogram, counts = measure(file, model, how)
+    print_json({**histogram.as_dict(), "counts": counts}) if json else print_histogram(histogram, counts)

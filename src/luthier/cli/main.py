@@ -1,0 +1,80 @@
+"""`luthier`: the commands, one file each, and one place where errors become a sentence and an exit code.
+
+Commands print data on stdout and progress on stderr. Nothing here or in the command files imports torch at the top, so
+that `luthier --help` is instant; heavy parts are imported inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+import click
+import typer
+
+from luthier.cli import data as data_commands
+from luthier.cli import demo, describe, doctor, evaluate, generate, init, resume, train
+from luthier.cli import run as run_commands
+from luthier.core.errors import LuthierError
+
+app = typer.Typer(
+    name="luthier",
+    help="A fine-tuning workshop for language models.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("init")(init.init)
+app.command("train")(train.train)
+app.command("resume")(resume.resume)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command("describe")(describe.describe)
+app.command("doctor")(doctor.doctor)
+app.add_typer(data_commands.app, name="data")
+app.add_typer(run_commands.app, name="run")
+
+
+def main() -> None:
+    """Run a command; every error leaves as one paragraph on stderr and its documented exit code."""
+    # No telemetry of our dependencies in our process, and no warnings from tokenizer threads that we fork around.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(run(arguments, debug=debug))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run a command line and give back its exit code."""
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="luthier", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except LuthierError as error:
+        return _tell(error, as_json="--json" in arguments, debug=debug)
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except click.ClickException as wrong:
+        wrong.show(sys.stderr)
+        return 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.stderr.write("stopped\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`luthier ... | head`); that is its right.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.write(f"error[{error.code}]: {error}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
+    return error.exit_code

@@ -1,0 +1,120 @@
+"""Live progress on stderr: a bar with the latest numbers on a terminal, a plain line every so often elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from luthier.core.events import Event, Recorder
+from luthier.core.units import count_text
+
+LINES = 20
+"""About how many lines a run prints where nobody watches a terminal."""
+
+
+@contextmanager
+def progress(*, quiet: bool = False, notices: Sequence[str] = ()) -> Iterator[Recorder]:
+    """A recorder that shows what happens while the block runs."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield Silent()
+        return
+    for notice in notices:
+        console.print(f"note: {notice}", style="yellow")
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        yield Bar(bar)
+
+
+@final
+class Silent:
+    """Shows nothing."""
+
+    def record(self, event: Event) -> None:
+        """Take an event and let it be."""
+
+
+@final
+class Lines:
+    """A line for every N-th step, and for everything that is not a step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.every = 1
+        self.steps = 0
+
+    def record(self, event: Event) -> None:
+        if event.kind == "start":
+            self.steps = int(event.values["steps"])
+            self.every = max(1, self.steps // LINES)
+            for line in start_lines(event.values):
+                self.console.print(line)
+        elif event.kind == "step" and ((event.step or 0) % self.every == 0 or event.step == self.steps):
+            self.console.print(f"step {event.step}/{self.steps}  {figures(event.values)}")
+        elif (line := event_line(event)) is not None:
+            self.console.print(line)
+
+
+@final
+class Bar:
+    """A progress bar with the latest loss, and lines above it for everything that is not a step."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.task: TaskID | None = None
+
+    def record(self, event: Event) -> None:
+        if event.kind == "start":
+            for line in start_lines(event.values):
+                self.bar.console.print(line)
+            self.task = self.bar.add_task("training", total=event.values["steps"], figures="")
+            self.bar.update(self.task, completed=event.step or 0)
+        elif event.kind == "step" and self.task is not None:
+            self.bar.update(self.task, completed=event.step, figures=figures(event.values))
+        elif (line := event_line(event)) is not None:
+            self.bar.console.print(line)
+
+
+def start_lines(values: Any) -> list[str]:
+    """What a person wants to know before the first step."""
+    tokens = values["tokens"]
+    lines = [
+        f"{values['model']}: {count_text(values['parameters'])} parameters, "
+        f"{count_text(values['trainable_parameters'])} trained with {values['adapter']['method']}",
+        f"{values['data']['train_views']:,} rows to train, {values['data']['held_out_views']:,} held out, "
+        f"{count_text(tokens['total'])} tokens ({count_text(tokens['trained'])} trained), {values['steps']:,} steps",
+    ]
+    lines += [f"note: {notice}" for notice in values["notices"]]
+    if values.get("resumed_at"):
+        lines.append(f"going on after step {values['resumed_at']}")
+    return lines
+
+
+def figures(values: Any) -> str:
+    """The numbers of a step."""
+    rate = values["tokens"] / values["seconds"] if values["seconds"] else 0.0
+    return f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s"
+
+
+def event_line(event: Event) -> str | None:
+    """A line for an event that a person wants to see; None for the others."""
+    if event.kind == "evaluation":
+        return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
+    if event.kind == "bad_step":
+        rows = ", ".join(map(str, event.values["rows"][:8]))
+        return f"step {event.step}: the {event.values['what']} is not finite (rows {rows}); nothing was applied"
+    return None

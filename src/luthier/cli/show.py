@@ -1,0 +1,152 @@
+"""How the commands speak: data on stdout, progress on stderr, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from luthier.core.events import plain
+from luthier.core.units import bytes_text, count_text, duration_text, percent_text
+
+if TYPE_CHECKING:
+    from luthier.data.statistics import LengthHistogram
+
+ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "blue", "tool": "yellow", "text": "white"}
+MARKS = {"fine": ("ok", "green"), "note": ("--", "yellow"), "missing": ("!!", "red")}
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One line of JSON on stdout."""
+    typer.echo(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
+
+
+def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any]) -> None:
+    """The resolved recipe with the origin of each value, and what would happen."""
+    console = Console()
+    table = Table("key", "value", "origin", title="recipe", title_justify="left", box=None)
+    for key, value, origin in origins:
+        table.add_row(key, str(value), Text(origin, style="dim" if origin == "default" else "bold"))
+    console.print(table)
+    console.print()
+    _print_plan_numbers(console, plan)
+
+
+def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
+    data, tokens, sizes = plan["data"], plan["tokens"], plan["bytes"]
+    for file in data["files"]:
+        console.print(f"data       {file['path']}: {file['rows']:,} rows, format {file['format']} ({file['why']})")
+    rendered = data["rendered"]
+    console.print(
+        f"rows       {data['read']:,} read = {data['kept']:,} kept + {data['rejected']:,} rejected; "
+        f"{data['train_views']:,} to train, {data['held_out_views']:,} held out; "
+        f"{rendered['truncated']:,} truncated, {rendered['dropped']:,} dropped"
+    )
+    share = percent_text(tokens["trained"] / max(1, tokens["total"]))
+    console.print(f"tokens     {count_text(tokens['total'])}, {share} of them trained")
+    trainable = percent_text(plan["trainable_parameters"] / plan["parameters"])
+    console.print(
+        f"model      {plan['model']}: {count_text(plan['parameters'])} parameters, "
+        f"{count_text(plan['trainable_parameters'])} trained ({trainable})"
+    )
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items())
+    console.print(f"memory     {parts}; activations come on top")
+    console.print(f"steps      {plan['steps']:,}")
+    for notice in plan["notices"]:
+        console.print(f"note       {notice}", style="yellow")
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """What a run did, in a few lines."""
+    loss, tokens = summary["loss"], summary["tokens"]
+    typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {duration_text(summary['train_seconds'])} of training")
+    if loss["eval"] is not None and loss["eval_first"] is not None:
+        typer.echo(f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f} (best at step {loss['best_step']})")
+    typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
+    typer.echo(
+        f"{count_text(tokens['total'])} tokens ({count_text(tokens['trained'])} trained), "
+        f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {bytes_text(summary['peak_memory_bytes'])}"
+    )
+    proof = summary["proof"]
+    if proof["reloaded_loss"] is not None:
+        typer.echo(f"saved, reloaded ({proof['tensors_reloaded']} tensors), held-out loss reproduced")
+    else:
+        typer.echo(f"saved and reloaded ({proof['tensors_reloaded']} tensors); nothing was held out to compare on")
+    typer.echo(f"result  {summary['result']}\nreport  {summary['run']}/report.html")
+    typer.echo(f'next    luthier generate {summary["run"]} --prompt "..."')
+
+
+def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of runs."""
+    if not rows:
+        typer.echo("no runs here yet; start one with: luthier demo")
+        return
+    table = Table("run", "state", "model", "adapter", "step", "before", "after", box=None)
+    for row in rows:
+        table.add_row(
+            row["name"], row["state"], row["model"], row["adapter"], str(row["step"]),
+            _number(row["loss_before"]), _number(row["loss_after"]),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
+    """The doctor's findings."""
+    console = Console()
+    for check in checks:
+        mark, style = MARKS[check["state"]]
+        console.print(Text(mark, style=style), Text(f"{check['what']:<26}"), check["detail"], highlight=False)
+
+
+def print_rows(shown: Mapping[str, Any]) -> None:
+    """Rows as coloured text: trained tokens stand out, context is dim, special tokens are visible."""
+    console = Console(highlight=False)
+    for file in shown["files"]:
+        console.print(f"{file['path']}: format {file['format']} ({file['why']})", style="dim")
+    for notice in shown["notices"]:
+        console.print(f"note: {notice}", style="yellow")
+    console.print(Text.assemble(("trained", "black on green"), " ", ("context", "dim"), " one colour a role"))
+    for row in shown["rows"]:
+        trained = sum(1 for token in row["tokens"] if token["weight"])
+        console.rule(f"row {row['row']} ({row['where']}): {len(row['tokens'])} tokens, {trained} trained", align="left")
+        text = Text()
+        for token in row["tokens"]:
+            style = "black on green" if token["weight"] else f"dim {ROLE_STYLES.get(token['role'], 'white')}"
+            text.append(token["text"], style=style)
+        console.print(text, soft_wrap=True)
+        if not console.is_terminal:
+            # Without colours the trained text must still be told from the rest.
+            console.print("trained:", "".join(token["text"] for token in row["tokens"] if token["weight"]), markup=False)
+
+
+def print_check(found: Mapping[str, Any]) -> None:
+    """What a check of a file found."""
+    for file in found["files"]:
+        typer.echo(f"{file['path']}: format {file['format']} ({file['why']})")
+    counts = found["counts"]
+    typer.echo(
+        f"{found['read']:,} read = {found['kept']:,} kept + {found['rejected']:,} rejected; {found['views']:,} views, "
+        f"{counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained"
+    )
+    for notice, times in counts["notices"].items():
+        typer.echo(f"note ({times:,} times): {notice}")
+    for problem in found["problems"]:
+        typer.echo(problem)
+    if not found["problems"]:
+        typer.echo("clean")
+
+
+def print_histogram(histogram: LengthHistogram, counts: Mapping[str, Any]) -> None:
+    """The length histogram and the token counts."""
+    typer.echo(histogram.draw())
+    share = percent_text(counts["trained_tokens"] / max(1, counts["tokens"]))
+    typer.echo(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {share} of them trained")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,160 @@
+"""What a run says of itself: the plan before it, the facts a checkpoint is tied to, the summary after it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from luthier.data.forest import Tree
+from luthier.data.prepare import Prepared
+from luthier.data.tokenizer import Tokenizer
+from luthier.model.attachment import Attachment
+from luthier.model.language_model import LanguageModel
+from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
+from luthier.train.result import Proof
+from luthier.train.source import DataSource
+from luthier.train.state import LoopState
+
+DEFAULT_EPOCHS = 3.0
+WORST_ROWS = 20
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def total_steps(budget: BudgetKnobs, source: DataSource) -> int:
+    """Optimizer steps of the run: the smaller of what epochs and steps allow."""
+    by_epochs = math.inf
+    if budget.epochs is not None or budget.steps is None:
+        by_epochs = source.steps_in(budget.epochs or DEFAULT_EPOCHS)
+    return max(1, int(min(by_epochs, budget.steps or math.inf)))
+
+
+def plan(
+    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, steps: int
+) -> dict[str, Any]:
+    """What is going to happen, in numbers that are known before the first step."""
+    whole = sum(parameter.numel() for parameter in model.module.parameters())
+    base = whole if attachment.trains_base or attachment.root is not None else whole - attachment.parameter_count
+    trainable = attachment.parameter_count
+    return {
+        "model": recipe.model,
+        "adapter": recipe.adapter.as_recipe(),
+        "objective": recipe.objective.as_recipe(),
+        "steps": steps,
+        "parameters": base,
+        "trainable_parameters": trainable,
+        "bytes": {
+            "weights": sum(p.numel() * p.element_size() for p in model.module.parameters()),
+            "trained": 4 * trainable,
+            "gradients": 4 * trainable,
+            "optimizer": int(recipe.optimizer.bytes_per_parameter() * trainable),
+        },
+        "data": data.counts(),
+        "tokens": {"total": data.store.token_count, "trained": data.store.trained_count},
+        "notices": [*model.notices, *data.notices, *data.store.counts.notices],
+    }
+
+
+def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a checkpoint depends on. A resumed run whose facts differ would not continue the same run."""
+    return {
+        "recipe": _digest(recipe.model_dump(mode="json", exclude={"run"})),
+        "base": model.digest,
+        "tokenizer": tokenizer.digest,
+        "data": data.store.folder.name,
+        "threads": torch.get_num_threads(),
+        "device": model.device.type,
+        "machine": platform.machine(),
+        **{name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def held_out_trees(recipe: FinetuneRecipe, data: Prepared) -> list[Tree]:
+    """The trees that evaluations look at."""
+    count = min(len(data.held_out), recipe.evaluation.max_rows)
+    return [tree for index in range(count) for tree in recipe.objective.trees(data.held_out[index])]
+
+
+def summary(
+    planned: Mapping[str, Any],
+    run: Path,
+    state: LoopState,
+    *,
+    status: str,
+    proof: Proof,
+    more: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What happened, for people, reports and `--json`."""
+    notices = [*planned["notices"], *more]
+    if state.best_eval_loss is not None and state.first_eval_loss is not None:
+        if state.best_eval_loss >= state.first_eval_loss:
+            notices.append(
+                f"the held-out loss did not improve ({state.first_eval_loss:.4f} before, {state.best_eval_loss:.4f} best)"
+            )
+    return {
+        "run": str(run),
+        "status": status,
+        "steps": state.step,
+        "tokens": {"total": state.tokens, "trained": state.trained_tokens},
+        "loss": {
+            "first": state.first_loss,
+            "last": state.last_loss,
+            "eval": proof.eval_loss,
+            "eval_first": state.first_eval_loss,
+            "best": state.best_eval_loss,
+            "best_step": state.best_step,
+        },
+        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else 0.0,
+        "train_seconds": state.train_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "model": planned["model"],
+        "adapter": planned["adapter"],
+        "parameters": planned["parameters"],
+        "trainable_parameters": planned["trainable_parameters"],
+        "data": planned["data"],
+        "result": proof.folder,
+        "proof": {
+            "tensors_reloaded": proof.tensors,
+            "differs_from_start": proof.changed,
+            "eval_loss": proof.eval_loss,
+            "reloaded_loss": proof.reloaded_loss,
+        },
+        "notices": notices,
+    }
+
+
+def worst_rows(
+    row_losses: Mapping[int, float], data: Prepared, tokenizer: Tokenizer, *, count: int = WORST_ROWS
+) -> list[dict[str, Any]]:
+    """The training rows with the highest loss when they were last seen, with their text."""
+    worst = sorted(row_losses.items(), key=lambda item: -item[1])[:count]
+    views: dict[int, Sequence[int]] = {}
+    wanted = {row for row, _ in worst}
+    for index in range(len(data.store)):
+        if (row := int(data.store.rows[index])) in wanted:
+            views.setdefault(row, [int(token) for token in data.store[index].tokens])
+    return [{"row": row, "loss": loss, "text": tokenizer.decode(views.get(row, []))} for row, loss in worst]
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU when there is one, else resident on the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text("ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""Doctor: what this machine offers to luthier, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+from luthier.core.paths import cache_folder
+from luthier.core.units import bytes_text
+from luthier.model.load import choose_precision, resolve_source
+
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "jinja2")
+OPTIONAL = {"pyarrow": 'parquet files: pip install "luthier[data]"', "peft": "nothing: only luthier's own tests use it"}
+LEAST_FREE_BYTES = 2_000_000_000
+
+
+def examine() -> list[dict[str, str]]:
+    """One finding for each thing: what, its state (fine, note or missing), and what to know about it."""
+    return [*_packages(), *_devices(), *_places(), _seedling()]
+
+
+def _packages() -> list[dict[str, str]]:
+    found = [_finding(name, "fine", _version(name)) if _version(name) else _finding(name, "missing", "") for name in NEEDED]
+    for name, purpose in OPTIONAL.items():
+        version = _version(name)
+        found.append(_finding(name, "fine" if version else "note", version or f"not installed; for {purpose}"))
+    return found
+
+
+def _devices() -> list[dict[str, str]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, large = choose_precision("auto", 4096, device)
+    _, small = choose_precision("auto", 64, device)
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    gpu = torch.cuda.get_device_name(0) if device.type == "cuda" else "none; everything runs on the CPU"
+    return [
+        _finding("GPU", "fine" if device.type == "cuda" else "note", gpu),
+        _finding("CPU", "fine", f"{cores} cores, {torch.get_num_threads()} torch threads"),
+        _finding("memory", "fine", f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"),
+        _finding("precision of large models", "fine", large),
+        _finding("precision of small models", "fine", small),
+    ]
+
+
+def _places() -> list[dict[str, str]]:
+    found = []
+    for what, folder in (("cache", cache_folder()), ("runs", Path("runs").absolute())):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        writable = os.access(existing, os.W_OK)
+        state = "missing" if not writable else "fine" if free > LEAST_FREE_BYTES else "note"
+        found.append(_finding(what, state, f"{folder}, {bytes_text(free)} free{'' if writable else ', not writable'}"))
+    return found
+
+
+def _seedling() -> dict[str, str]:
+    weights = Path(resolve_source("seedling")) / "model.safetensors"
+    return _finding("seedling", "fine" if weights.is_file() else "missing", str(weights))
+
+
+def _finding(what: str, state: str, detail: str) -> dict[str, str]:
+    return {"what": what, "state": state, "detail": detail}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,94 @@
+"""Recipes as files: reading one with its layers and origins, writing a commented one, and opening its run directory."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from luthier.core import catalog
+from luthier.core.knobs import Chosen, Method
+from luthier.core.paths import run_folder
+from luthier.core.recipe_file import origins_table, read_layers, validated
+from luthier.recipes.schema import FinetuneRecipe
+from luthier.store.environment import receipt
+from luthier.store.runs import RunDirectory
+
+WIDTH = 118
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe, where each of its values came from, and what is worth saying about how it was read."""
+
+    recipe: FinetuneRecipe
+    origins: list[tuple[str, Any, str]]
+    notices: tuple[str, ...]
+
+
+def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path | None = None) -> LoadedRecipe:
+    """The recipe of a file, the environment and `--set`, in rising order of strength."""
+    sets = [*overrides, *([f"run={run}"] if run is not None else [])]
+    layered = read_layers(path, sets=sets, environ=os.environ, known=tuple(FinetuneRecipe.model_fields))
+    recipe = validated(FinetuneRecipe, layered)
+    return LoadedRecipe(recipe, origins_table(recipe.model_dump(mode="json"), layered), layered.notes)
+
+
+def open_run(recipe: FinetuneRecipe, *, overwrite: bool = False, command: Sequence[str] = ()) -> RunDirectory:
+    """A new run directory for a recipe, with the recipe and the environment written into it."""
+    name = f"{recipe.model.rstrip('/').rpartition('/')[2]}-{recipe.adapter.method_name()}"
+    folder = Path(recipe.run) if recipe.run else run_folder(name, today=datetime.date.today())
+    run = RunDirectory.create(folder, overwrite=overwrite)
+    run.write_recipe({**recipe.model_dump(mode="json", exclude_none=True), "run": str(folder)})
+    more = {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    run.write_environment(receipt(list(command) or sys.argv, more=more))
+    return run
+
+
+def write_template(*, model: str, data: str, overrides: Sequence[str] = ()) -> str:
+    """A recipe as text: every knob with its meaning above it; those at their default are commented out."""
+    given = [f"model={yaml.safe_dump(model).splitlines()[0]}", f"data.train={yaml.safe_dump(data).splitlines()[0]}"]
+    layered = read_layers(None, sets=[*given, *overrides], known=tuple(FinetuneRecipe.model_fields))
+    recipe = validated(FinetuneRecipe, layered)
+    lines = [
+        "# A luthier recipe. Run it with: luthier train THIS_FILE",
+        "# Lines that are commented out show defaults. What a method does: luthier describe METHOD",
+        "",
+    ]
+    return "\n".join([*lines, *_fields(recipe, layered.values, indent="")]) + "\n"
+
+
+def _fields(knobs: BaseModel, given: Mapping[str, Any], *, indent: str) -> list[str]:
+    lines: list[str] = []
+    for name, field in type(knobs).model_fields.items():
+        value = getattr(knobs, name)
+        if isinstance(value, BaseModel):
+            inside = given.get(name)
+            lines += ["", f"{indent}# {_meaning(field)}", f"{indent}{name}:"]
+            chosen = [f"{indent}  method: {value.method_name()}"] if isinstance(value, Method) else []
+            lines += chosen + _fields(value, inside if isinstance(inside, Mapping) else {}, indent=indent + "  ")
+        else:
+            mark = "" if name in given or field.is_required() or not indent else "# "
+            lines.append(f"{indent}# {_meaning(field)}")
+            lines.append(f"{indent}{mark}{name}: {_scalar(value)}")
+    return lines
+
+
+def _meaning(field: FieldInfo) -> str:
+    family = next((item.family for item in field.metadata if isinstance(item, Chosen)), None)
+    choices = f" ({', '.join(catalog.names(family))})" if family else ""
+    return f"{field.description}{choices}"
+
+
+def _scalar(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=WIDTH).replace("\n...", "").strip()

@@ -1,0 +1,253 @@
+"""Fine-tune: a base model, a data file and an adapter become a better model, with the proof that it is better.
+
+Read top to bottom: check and tokenise the data, load the base, put the adapter on, train, take the best state, save
+it, reload it, and show that it is what the numbers say. `finetune` starts a run, `resume` goes on with one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.core.errors import StoppedError
+from luthier.core.events import Event, Recorder, Several, plain
+from luthier.core.knobs import validate
+from luthier.data.prepare import Prepared, Reading, prepare
+from luthier.data.rows import write_rejects
+from luthier.data.tokenizer import Tokenizer
+from luthier.infer.generator import Generator
+from luthier.model.attachment import Attachment
+from luthier.model.language_model import LanguageModel
+from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.recipes import accounts
+from luthier.recipes.samples import Samples
+from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.store.files import write_json, write_text
+from luthier.store.report import write_report
+from luthier.store.runs import RunDirectory
+from luthier.train.checkpointing import CheckpointKeeper
+from luthier.train.loop import Cadence, Loop
+from luthier.train.result import prove_result, save_result
+from luthier.train.signals import stop_on_signals
+from luthier.train.source import DataSource
+from luthier.train.state import LoopState
+from luthier.train.stepper import Stepper
+
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended, and what it says of itself."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    def line(self) -> dict[str, Any]:
+        """The one line that `luthier train --json` ends with."""
+        loss = {key: self.summary["loss"][key] for key in ("first", "last", "eval")}
+        keys = ("run", "status", "steps", "tokens", "tokens_per_second", "peak_memory_bytes")
+        return {**{key: self.summary[key] for key in keys}, "loss": loss}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything on the table before the first step."""
+
+    recipe: FinetuneRecipe
+    tokenizer: Tokenizer
+    data: Prepared
+    model: LanguageModel
+    attachment: Attachment
+    stepper: Stepper
+    source: DataSource
+    plan: dict[str, Any]
+
+
+def finetune(recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder) -> RunResult:
+    """Run a recipe in a fresh run directory. Raises StoppedError when it was asked to stop; the state is then saved."""
+    with run.lock():
+        return _told(run, lambda: _train(lay_out(recipe), run, recorder, resuming=False))
+
+
+def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:
+    """Go on with a run from its last good checkpoint, exactly as if it had never stopped."""
+    with run.lock():
+        if run.status().state == "finished":
+            return RunResult(run.folder, run.read_json(SUMMARY))
+        recipe = validate(FinetuneRecipe, run.read_recipe())
+        return _told(run, lambda: _train(lay_out(recipe), run, recorder, resuming=True, accept_drift=accept_drift))
+
+
+def lay_out(recipe: FinetuneRecipe) -> Bench:
+    """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here."""
+    tokenizer = Tokenizer.load(resolve_source(recipe.model))
+    data = prepare(
+        recipe.data.train,
+        tokenizer,
+        reading_of(recipe),
+        evaluation=recipe.data.evaluation,
+        fraction=recipe.evaluation.fraction,
+        seed=recipe.seed,
+        context_tokens=context_tokens(recipe.model),
+    )
+    model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
+    torch.manual_seed(recipe.seed)
+    attachment = model.attach(recipe.adapter.attach(model.sites))
+    stepper = Stepper(
+        model,
+        attachment,
+        recipe.objective,
+        recipe.optimizer,
+        max_grad_norm=recipe.max_grad_norm,
+        micro_tokens=recipe.batch.micro_tokens,
+    )
+    rows, tokens = recipe.batch.rows, recipe.batch.tokens
+    source = DataSource(
+        data.train,
+        recipe.objective,
+        lengths=data.train.lengths,
+        seed=recipe.seed,
+        rows=rows,
+        tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
+    )
+    plan = accounts.plan(recipe, data, model, attachment, accounts.total_steps(recipe.budget, source))
+    return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan)
+
+
+def reading_of(recipe: FinetuneRecipe) -> Reading:
+    """How the recipe wants its rows to become tokens."""
+    data = recipe.data
+    return Reading(
+        format=data.format,
+        columns=data.columns,
+        template=data.template,
+        train_on=data.train_on,
+        max_tokens=data.max_tokens,
+        over_length=data.over_length,
+        on_bad_row=data.on_bad_row,
+    )
+
+
+def _told(run: RunDirectory, train: Callable[[], RunResult]) -> RunResult:
+    """Train, and let the run directory say how it ended, whatever way it ends."""
+    run.write_status("running")
+    try:
+        return train()
+    except StoppedError as stopped:
+        run.write_status("stopped", reason=stopped.received)
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        # Not swallowed: only written down on its way out.
+        run.write_status("failed", reason=str(error) or type(error).__name__)
+        raise
+
+
+def _train(
+    bench: Bench, run: RunDirectory, recorder: Recorder, *, resuming: bool, accept_drift: bool = False
+) -> RunResult:
+    recipe, data, model = bench.recipe, bench.data, bench.model
+    start_digest = bench.attachment.digest()
+    keeper = CheckpointKeeper(
+        run, bench.stepper, keep=recipe.checkpoint.keep, facts=accounts.facts(recipe, data, model, bench.tokenizer)
+    )
+    state = keeper.recover(accept_drift=accept_drift) if resuming else LoopState()
+    state.total_steps = bench.plan["steps"]
+    if data.report.rejects:
+        write_rejects(run.folder / "rejects.jsonl", data.report.rejects)
+    run.write_plan(bench.plan)
+    everyone = Several([run, recorder])
+    everyone.record(Event("start", {**bench.plan, "run": str(run.folder), "resumed_at": state.step}, step=state.step))
+    eval_trees = accounts.held_out_trees(recipe, data)
+    with stop_on_signals() as stop:
+        loop = Loop(
+            source=bench.source,
+            stepper=bench.stepper,
+            schedule=recipe.schedule,
+            cadence=_cadence(recipe),
+            recorder=everyone,
+            keeper=keeper,
+            stop=stop,
+            eval_trees=eval_trees,
+            sample=_sampler(bench, run),
+        )
+        status = loop.run(state)
+    if status == "stopped":
+        raise StoppedError(
+            f"stopped by {stop.reason} after step {state.step} of {state.total_steps}; everything is saved",
+            do=f"luthier resume {run.folder}",
+        )
+    return _finish(bench, run, everyone, keeper, state, status, start_digest)
+
+
+def _cadence(recipe: FinetuneRecipe) -> Cadence:
+    evaluation = recipe.evaluation
+    return Cadence(
+        evaluate_every=evaluation.every,
+        sample_every=evaluation.every,
+        save_every=recipe.checkpoint.every,
+        patience=evaluation.patience,
+        minutes=recipe.budget.minutes or 0.0,
+    )
+
+
+def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
+    evaluation = bench.recipe.evaluation
+    if evaluation.prompts == 0:
+        return None
+    speaker = Generator(bench.model, decode=bench.tokenizer.decode)
+    return Samples(
+        run,
+        bench.model,
+        speaker,
+        bench.tokenizer,
+        bench.data,
+        count=evaluation.prompts,
+        max_new_tokens=evaluation.max_new_tokens,
+    ).ask
+
+
+def _finish(
+    bench: Bench,
+    run: RunDirectory,
+    recorder: Recorder,
+    keeper: CheckpointKeeper,
+    state: LoopState,
+    status: str,
+    start_digest: str,
+) -> RunResult:
+    """Take the best state, save it, reload it, prove it, and tell."""
+    recipe, data, model = bench.recipe, bench.data, bench.model
+    loss = keeper.restore_best(state)
+    extras = {
+        "run": run.folder.name,
+        "stop_ids": sorted(data.store.stop_ids),
+        "template": recipe.data.template,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "base_seed": recipe.seed,
+    }
+    folder = save_result(run.folder, model, bench.attachment, recipe.adapter, extras)
+    bench.tokenizer.save(folder, chat_template=data.renderer.template.source)
+    proof = prove_result(
+        folder,
+        bench.attachment,
+        bench.stepper,
+        start_digest=start_digest,
+        eval_trees=accounts.held_out_trees(recipe, data),
+        eval_loss=loss,
+    )
+    summary = accounts.summary(bench.plan, run.folder, state, status=status, proof=proof, more=run.checkpoints.notices)
+    write_json(run.folder / SUMMARY, plain(summary))
+    worst = accounts.worst_rows(keeper.row_losses, data, bench.tokenizer)
+    write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
+    recorder.record(Event("finish", summary, step=state.step))
+    run.write_status("finished", values=summary)
+    write_report(run.folder)
+    return RunResult(run.folder, summary)

@@ -1,0 +1,71 @@
+"""Samples: the same held-out prompts, answered by the base and, again and again, by the model in training."""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+
+from luthier.data.forest import Ints
+from luthier.data.prepare import Prepared
+from luthier.data.rendered import Rendered
+from luthier.data.tokenizer import Tokenizer
+from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling, Speaker
+from luthier.store.runs import RunDirectory
+
+CONTEXT_SHARE = 4
+"""A row without answers (plain text) is cut here: its first quarter is the prompt, the rest the reference."""
+
+
+@final
+class Samples:
+    """Asks the speaker and writes `samples.jsonl`: prompt, reference, base answer once, tuned answer at each call."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        model: LanguageModel,
+        speaker: Speaker,
+        tokenizer: Tokenizer,
+        data: Prepared,
+        *,
+        count: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.run = run
+        self.model = model
+        self.speaker = speaker
+        self.tokenizer = tokenizer
+        views = [data.held_out[index] for index in range(len(data.held_out))] or [data.train[0]]
+        self.questions = [question(view, max_new_tokens) for view in views[:count]]
+        self.sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=tuple(sorted(data.store.stop_ids)))
+
+    def ask(self, step: int) -> None:
+        """Let the model answer, and the base too at step 0."""
+        prompts = [prompt for prompt, _ in self.questions]
+        tuned = [self._text(spoken.tokens) for spoken in self.speaker.speak(prompts, self.sampling)]
+        base: list[str | None] = [None] * len(prompts)
+        if step == 0:
+            with self.model.without_attachments():
+                base = [self._text(spoken.tokens) for spoken in self.speaker.speak(prompts, self.sampling)]
+        for index, (prompt, reference) in enumerate(self.questions):
+            row = {"step": step, "index": index, "prompt": self._text(prompt), "reference": self._text(reference)}
+            answers = {"base": base[index]} if base[index] is not None else {}
+            self.run.record_sample({**row, **answers, "tuned": tuned[index]})
+
+    def _text(self, tokens: Ints) -> str:
+        special = self.tokenizer.special_ids | self.tokenizer.stop_ids
+        return self.tokenizer.decode([int(token) for token in tokens if int(token) not in special])
+
+
+def question(view: Rendered, max_new_tokens: int) -> tuple[Ints, Ints]:
+    """The prompt and the reference answer of a view: what stands before its last trained run, and that run."""
+    trained = np.flatnonzero(view.weights)
+    if len(trained) == 0:
+        return view.tokens, view.tokens[:0]
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    first = int(trained[gaps[-1] + 1]) if len(gaps) else int(trained[0])
+    if first <= 1:
+        first = max(1, min(len(view.tokens) // CONTEXT_SHARE, len(view.tokens) - max_new_tokens))
+    return view.tokens[:first], view.tokens[first : int(trained[-1]) + 1]

@@ -1,0 +1,123 @@
+"""The recipe of a fine-tune: every knob, with its range and its meaning.
+
+One schema serves the YAML file, `--set`, `luthier init`, the help and the Python call. A method's own knobs live in the
+method's file; what is here belongs to the run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from luthier.adapters import Adapter
+from luthier.core.errors import RecipeError
+from luthier.core.knobs import Chosen, Knobs, choose
+from luthier.objectives import Objective
+from luthier.optimizers import Optimizer
+from luthier.schedules import Schedule
+
+Paths = str | Annotated[tuple[str, ...], Field(strict=False)]
+DEFAULT_STEP_TOKENS = 8192
+
+
+class DataKnobs(Knobs):
+    """Where the rows come from and how they become tokens."""
+
+    train: Paths = Field(description="data file, folder, glob or a list of them; FILE#500 takes the first 500 rows")
+    evaluation: Paths | None = Field(None, description="held-out data; empty splits a fraction off the training rows")
+    format: str | None = Field(None, description="data format; empty detects it and says what it found")
+    columns: dict[str, str] | None = Field(
+        None, description="column names for prompt and answer (and system), or for text, where detection cannot know"
+    )
+    template: str = Field("auto", description="chat template: auto (the model's own), a shipped name, or a .jinja file")
+    train_on: Literal["answers", "last", "all"] = Field("answers", description="which turns carry loss")
+    max_tokens: int | None = Field(None, ge=8, description="longest row in tokens; empty takes the model's own limit")
+    over_length: Literal["raise", "drop", "truncate"] = Field(
+        "raise", description="what happens to longer rows; always counted"
+    )
+    on_bad_row: Literal["raise", "skip"] = Field("raise", description="what happens to rows that cannot be read")
+
+
+class BudgetKnobs(Knobs):
+    """How long a run is. The first limit that is reached ends it."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data; 3 when nothing else is given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    minutes: float | None = Field(None, gt=0, description="minutes of training")
+
+
+class BatchKnobs(Knobs):
+    """How much one optimizer step sees, and how much goes through the model at once."""
+
+    tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step; 8192 when rows is empty too")
+    rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of tokens")
+    micro_tokens: int = Field(4096, ge=16, description="tokens that go through the model at once; never changes results")
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> BatchKnobs:
+        if self.tokens is not None and self.rows is not None:
+            raise RecipeError("batch has both tokens and rows", allowed="one of the two")
+        return self
+
+
+class EvaluationKnobs(Knobs):
+    """What is held out, how often it is looked at, and what the model is asked meanwhile."""
+
+    fraction: float = Field(0.05, ge=0, lt=1, description="share of the rows that is held out; 0 evaluates nothing")
+    every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 only at the end")
+    max_rows: int = Field(200, ge=1, description="held-out rows that are evaluated at most")
+    prompts: int = Field(3, ge=0, description="held-out prompts that base and tuned model answer at each evaluation")
+    max_new_tokens: int = Field(64, ge=1, description="longest of these answers, in tokens")
+    patience: int = Field(0, ge=0, description="evaluations without gain before the run stops early; 0 never")
+
+
+class CheckpointKnobs(Knobs):
+    """When the state is saved and how many states are kept."""
+
+    every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0 only at the end")
+    keep: int = Field(2, ge=1, description="checkpoints kept besides the best and the last")
+
+
+class FinetuneRecipe(Knobs):
+    """A fine-tune: one base model, one data set, one adapter, one objective."""
+
+    recipe: Literal["finetune"] = Field("finetune", description="which story of recipes/ this file tells")
+    model: str = Field(description="base model: hub id, folder, seedling, or fresh:FOLDER for new weights")
+    data: DataKnobs = Field(description="where the rows come from")
+    adapter: Annotated[Adapter, Chosen("adapters")] = Field(
+        default_factory=lambda: choose("adapters", Adapter, "lora"), description="what is trained"
+    )
+    objective: Annotated[Objective, Chosen("objectives")] = Field(
+        default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
+    )
+    optimizer: Annotated[Optimizer, Chosen("optimizers")] = Field(
+        default_factory=lambda: choose("optimizers", Optimizer, "adamw"), description="how a gradient becomes a step"
+    )
+    schedule: Annotated[Schedule, Chosen("schedules")] = Field(
+        default_factory=lambda: choose("schedules", Schedule, "cosine"), description="learning rate over the run"
+    )
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; empty never")
+    budget: BudgetKnobs = Field(default_factory=BudgetKnobs, description="how long the run is")
+    batch: BatchKnobs = Field(default_factory=BatchKnobs, description="how much a step sees")
+    evaluation: EvaluationKnobs = Field(default_factory=EvaluationKnobs, description="what is held out and asked")
+    checkpoint: CheckpointKnobs = Field(default_factory=CheckpointKnobs, description="what is kept")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of weights and products")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
+    seed: int = Field(0, ge=0, description="of initial adapter weights, row order, dropout and the held-out split")
+    run: str | None = Field(None, description="run directory; empty is runs/<date>-<name>")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _bare_path(cls, value: object) -> object:
+        return {"train": value} if isinstance(value, (str, list, tuple)) else value
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _composes(cls, value: Objective) -> Objective:
+        if value.requires:
+            raise RecipeError(
+                f"objective {value.method_name()} needs {', '.join(sorted(value.requires))}",
+                allowed="objectives that need nothing but the data",
+            )
+        return value

@@ -1,0 +1,228 @@
+"""A run: a directory of plain files, and nothing else.
+
+| file | holds |
+|---|---|
+| `run.json` | what makes the directory a run: its id, its name, when it began |
+| `recipe.yaml` | the resolved recipe |
+| `plan.json`, `environment.json` | what was expected, what it was made with |
+| `status.json` | running, finished, stopped or failed, why, and its numbers so far |
+| `events.jsonl`, `samples.jsonl` | everything that happened; what the model answered meanwhile |
+| `checkpoints/`, `adapter/` | states to go on from; the result |
+| `run.lock` | who is at work here |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+import yaml
+
+from luthier.core.errors import CorruptError, RefusedError, StorageError
+from luthier.core.events import Event, plain
+from luthier.core.recipe_file import text_layer
+from luthier.store.checkpoints import CheckpointStore
+from luthier.store.disk import REAL, Disk, explained
+from luthier.store.files import read_json, write_json, write_text
+from luthier.store.lines import JsonLines
+from luthier.store.lock import holder, locked
+
+State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
+WRITTEN_STATES: Final[tuple[State, ...]] = ("running", "finished", "stopped", "failed")
+_MARK: Final = "run.json"
+_LOCK: Final = "run.lock"
+_FORMAT: Final = 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a run stands. `values` are its latest numbers; `updated` is a wall-clock time for people."""
+
+    state: State
+    reason: str = ""
+    updated: str = ""
+    values: Mapping[str, Any] | None = None
+
+
+@final
+class RunDirectory:
+    """One run. It is also a `Recorder`: events go to `events.jsonl`."""
+
+    def __init__(self, folder: Path, *, run_id: str, created: str, disk: Disk = REAL) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        self.created = created
+        self.disk = disk
+        self.events = JsonLines(folder / "events.jsonl")
+        self.samples = JsonLines(folder / "samples.jsonl")
+        self.checkpoints = CheckpointStore(folder / "checkpoints", run=run_id, disk=disk)
+
+    @classmethod
+    def create(cls, folder: Path, *, overwrite: bool = False, disk: Disk = REAL) -> RunDirectory:
+        """A new run in `folder`, which does not exist or is empty.
+
+        With `overwrite` a run that is there already is first moved aside to `<folder>.old-<n>`. Raises RefusedError for
+        a folder that holds something else, or a run without `overwrite`.
+        """
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise RefusedError(f"{folder} is no folder", allowed="a new or empty folder")
+        if is_run(folder) and overwrite:
+            _move_aside(folder, disk)
+        _refuse_occupied(folder)
+        _make_durably(folder, disk)
+        created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        run_id = uuid.uuid4().hex
+        mark = {"format": _FORMAT, "id": run_id, "name": folder.name, "created": created}
+        with locked(folder / _LOCK, name=str(folder)):
+            # Again, now that nobody else can: another process may have been quicker.
+            _refuse_occupied(folder)
+            write_json(folder / _MARK, mark, disk=disk)
+        return cls(folder, run_id=run_id, created=created, disk=disk)
+
+    @classmethod
+    def open(cls, folder: Path, *, disk: Disk = REAL) -> RunDirectory:
+        """The run in `folder`. Raises StorageError when there is none."""
+        if not is_run(folder):
+            raise StorageError(f"{folder} is no run", do="name a run directory: luthier run list shows them")
+        mark = read_json(folder / _MARK)
+        if mark.get("format") != _FORMAT or not isinstance(mark.get("id"), str):
+            raise CorruptError(f"format {mark.get('format')!r}", allowed=f"{_FORMAT}", where=str(folder / _MARK))
+        return cls(folder, run_id=mark["id"], created=str(mark.get("created", "")), disk=disk)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only process at work here. Raises RunLockedError at once when there is another."""
+        with locked(self.folder / _LOCK, name=str(self.folder)):
+            try:
+                yield
+            finally:
+                self.events.close()
+                self.samples.close()
+
+    # ---------------------------------------------------------------------------------------------------- the log
+
+    def record(self, event: Event) -> None:
+        """Append an event, with the wall-clock time."""
+        self.events.append({**event.as_dict(), "time": round(time.time(), 3)})
+
+    def record_sample(self, values: Mapping[str, Any]) -> None:
+        """Append what a model answered."""
+        self.samples.append(plain(values))
+
+    def cursors(self) -> tuple[int, int]:
+        """The lengths of events and samples in bytes, durable when this returns; a checkpoint saves them."""
+        self.events.sync()
+        self.samples.sync()
+        return self.events.length, self.samples.length
+
+    def rewind(self, events_bytes: int, samples_bytes: int) -> list[str]:
+        """Cut the log back to the cursors of a checkpoint; give back what is to be said of damage found."""
+        notes = []
+        for lines, cursor in ((self.events, events_bytes), (self.samples, samples_bytes)):
+            if missing := lines.truncate(cursor):
+                notes.append(f"{lines.path} lacks its last {missing:,} bytes; the log has a gap, the state has not")
+        return notes
+
+    # ------------------------------------------------------------------------------------------------- plain files
+
+    def write_recipe(self, values: Mapping[str, Any]) -> None:
+        """Write the resolved recipe: a file that `luthier train` takes again."""
+        text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+        write_text(self.folder / "recipe.yaml", text, disk=self.disk)
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values."""
+        path = self.folder / "recipe.yaml"
+        with explained("read", path):
+            text = path.read_text(encoding="utf-8")
+        layer = text_layer(text, name=str(path))
+        return dict(layer.values)
+
+    def write_plan(self, values: Mapping[str, Any]) -> None:
+        """Write what the run is expected to do and to need."""
+        write_json(self.folder / "plan.json", plain(values), disk=self.disk)
+
+    def write_environment(self, values: Mapping[str, Any]) -> None:
+        """Write what the run is made with (`luthier.store.environment.receipt`)."""
+        write_json(self.folder / "environment.json", plain(values), disk=self.disk)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of the JSON files of the run: `plan.json`, `environment.json`, ..."""
+        return read_json(self.folder / name)
+
+    def write_status(self, state: State, *, reason: str = "", values: Mapping[str, Any] | None = None) -> None:
+        """Write how the run stands; `values` are its latest numbers."""
+        if state not in WRITTEN_STATES:
+            raise ValueError(f"{state!r} is never written; one of {', '.join(WRITTEN_STATES)} is")
+        updated = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"state": state, "reason": reason, "updated": updated, "values": plain(values or {})}
+        write_json(self.folder / "status.json", content, disk=self.disk)
+
+    def status(self) -> Status:
+        """How the run stands; a run that says it is running while nobody holds its lock was interrupted."""
+        path = self.folder / "status.json"
+        if not path.exists():
+            return Status("new")
+        content = read_json(path)
+        state = next((known for known in WRITTEN_STATES if known == content.get("state")), None)
+        if state is None:
+            wrong = f"state {content.get('state')!r}"
+            raise CorruptError(wrong, allowed=", ".join(WRITTEN_STATES), where=str(path))
+        if state == "running" and holder(self.folder / _LOCK) is None:
+            state = "interrupted"
+        return Status(
+            state=state,
+            reason=str(content.get("reason", "")),
+            updated=str(content.get("updated", "")),
+            values=content.get("values") or {},
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run directory."""
+    return (folder / _MARK).is_file()
+
+
+def _move_aside(folder: Path, disk: Disk) -> None:
+    with locked(folder / _LOCK, name=str(folder)), explained("move aside", folder):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        disk.rename(folder, aside)
+        disk.sync_folder(folder.absolute().parent)
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if is_run(folder):
+        state = RunDirectory.open(folder).status().state
+        go_on = "" if state == "finished" else f", go on with it (luthier resume {folder})"
+        raise RefusedError(
+            f"{folder} holds a run ({state}); nothing was changed",
+            do=f"name another folder{go_on}, or add --overwrite to move it aside",
+        )
+    if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
+        raise RefusedError(
+            f"{folder} is not empty and holds no run; nothing was changed", do="name a new folder, or an empty one"
+        )
+
+
+def _make_durably(folder: Path, disk: Disk) -> None:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    with explained("make", folder):
+        for path in reversed(missing):
+            try:
+                disk.make_folder(path)
+            except FileExistsError:
+                # Somebody else made it meanwhile; two runs that race for one folder meet at its lock.
+                continue
+            disk.sync_folder(path.absolute().parent)
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{folder} may not be written", do="choose a folder of your own with run:")

@@ -1,0 +1,48 @@
+"""Fixtures that all tests share. The tiny models themselves are plain functions in `tests/tiny.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.tiny import KINDS, tiny_folder
+
+# The same examples on every machine and every day; a search with new ones is started by hand.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_path("llama")`: the folder of a tiny model, made once for all workers of the session. Read only."""
+    own = tmp_path_factory.getbasetemp()
+    # Each xdist worker has its own folder inside that of the session.
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def path(kind: str) -> Path:
+        return tiny_folder(kind, shared / "tiny-models")
+
+    return path
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def every_tiny_path(request: pytest.FixtureRequest, tiny_path: Callable[[str], Path]) -> Path:
+    """The folder of each tiny model in turn."""
+    return tiny_path(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees or fills the user's folders, settings or the network."""
+    for name in [name for name in os.environ if name.startswith("LUTHIER_")]:
+        monkeypatch.delenv(name)
+    own = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("LUTHIER_HOME", str(own / "home"))
+    monkeypatch.setenv("LUTHIER_CACHE", str(own / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    yield
