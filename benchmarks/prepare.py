@@ -162,7 +162,7 @@ def _digest(folder: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for everything the benchmarks make")
+    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, LoRA start and rows")
     args = parser.parse_args()
     print(prepare(args.home / "sft", seed=args.seed))

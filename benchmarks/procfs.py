@@ -83,12 +83,12 @@ def load_average() -> float:
 
 def machine() -> dict[str, str | int | None]:
     """Processor, cores that this process may use, memory."""
-    model = next((line.partition(":")[2].strip() for line in _read("cpuinfo").splitlines() if "model name" in line), None)
-    memory = next((int(line.split()[1]) * 1024 for line in _read("meminfo").splitlines() if "MemTotal" in line), None)
+    models = [line.partition(":")[2].strip() for line in _read("cpuinfo").splitlines() if "model name" in line]
+    totals = [int(line.split()[1]) * 1024 for line in _read("meminfo").splitlines() if "MemTotal" in line]
     return {
-        "cpu": model or platform.processor(),
+        "cpu": models[0] if models else platform.processor(),
         "cores": available_cores(),
-        "memory_bytes": memory,
+        "memory_bytes": totals[0] if totals else None,
         "system": platform.system(),
         "python": platform.python_version(),
     }

@@ -3,7 +3,7 @@
     python benchmarks/report.py --home bench-home
     python benchmarks/report.py --home bench-home --report docs/performance.md
 
-In a document the text between two marker lines is replaced and nothing else; a document without them gets them at its end.
+In a document only the text between two marker lines is replaced; a document without them gets them at its end.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def create(home: Path, peer: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for everything the benchmarks make")
+    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
     args = parser.parse_args()
     args.home.mkdir(parents=True, exist_ok=True)
     for peer in PEERS:

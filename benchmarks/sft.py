@@ -51,7 +51,7 @@ SYSTEMS = {
 REFERENCE = System("sft_reference.py")
 
 
-class WorkerFailure(Exception):
+class WorkerError(Exception):
     """A process that gave no result line."""
 
 
@@ -87,10 +87,10 @@ def start(name: str, system: System, args: argparse.Namespace) -> dict[str, Any]
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise WorkerFailure(f"{name} took longer than {args.limit} s; see --limit") from None
+        raise WorkerError(f"{name} took longer than {args.limit} s; see --limit") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise WorkerFailure(f"{name} ended with {done.returncode} and said:\n{done.stderr[-2000:]}")
+        raise WorkerError(f"{name} ended with {done.returncode} and said:\n{done.stderr[-2000:]}")
     return {**json.loads(lines[-1]), "process_wall_s": round(time.perf_counter() - started, 1)}
 
 
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, digest: str) -> tuple[list[dict[str, Any]]
         load = procfs.load_average()
         try:
             line = start(name, SYSTEMS[name], args)
-        except WorkerFailure as failure:
+        except WorkerError as failure:
             print(failure, file=sys.stderr)
             failed = True
             continue
@@ -180,7 +180,7 @@ def _prepared(home: Path) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for everything the benchmarks make")
+    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
     parser.add_argument("--systems", default="luthier,trl-stock,trl-tuned", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repetitions", type=int, default=3, help="processes of each system")
     parser.add_argument("--steps", type=int, default=9, help="optimizer steps of a process")
@@ -205,11 +205,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    if procfs.load_average() > QUIET_LOAD:
-        print(f"load average {procfs.load_average():.2f}: other work is going on, expect contended runs", file=sys.stderr)
+    load = procfs.load_average()
+    if load > QUIET_LOAD:
+        print(f"load average {load:.2f}: other work is going on, expect contended runs", file=sys.stderr)
     try:
         lines, failed = measure(args, _prepared(args.home))
-    except WorkerFailure as failure:
+    except WorkerError as failure:
         print(failure, file=sys.stderr)
         return 1
     if lines:

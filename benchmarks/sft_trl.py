@@ -1,7 +1,7 @@
 """TRL with PEFT as one process of `sft.py`. Runs in the peer's own virtual environment.
 
 What is set beside the system's own settings: what makes the work equal (rows, order, learning rate, LoRA) and what
-keeps the trainer from writing. Everything else stays at the documented defaults of SFTConfig, bfloat16 autocast included.
+keeps the trainer from writing. All else stays at the documented defaults of SFTConfig, bfloat16 autocast included.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> int:
                 "gradient_checkpointing": trainer.args.gradient_checkpointing,
                 "bf16_autocast": trainer.args.bf16,
                 "grouped": job.grouped,
-                "optimizer": str(trainer.args.optim),
+                "optimizer": str(trainer.args.optim.value),
                 "attention": trainer.model.config._attn_implementation,
                 "threads": torch.get_num_threads(),
             },

@@ -6,7 +6,6 @@ own SDPA or eager attention, and take log-softmax of its logits.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GemmaConfig, MambaConfig, PreTrainedModel
 
 from luthier.core.events import Event
 from luthier.data.forest import Floats, Forest, Ints, Segment, Tree, row_tree
@@ -35,56 +23,39 @@ from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
 from luthier.train.state import LoopState
+from tests.tiny import HIDDEN, KINDS, LAYERS, VOCABULARY, tiny_model
 
-VOCABULARY = 128
-HIDDEN = 32
-WINDOW = 6
-
-_SIZES: dict[str, Any] = {
+_GEMMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_inner=48, n_positions=256, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
-    ),
-    "gemma": lambda: GemmaConfig(**_SIZES, head_dim=16),
-    "gemma2": lambda: Gemma2Config(
-        **_SIZES, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-        query_pre_attn_scalar=16,
-    ),
-    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=WINDOW),
-}  # fmt: skip
-ARCHITECTURES = tuple(_CONFIGS)
+ARCHITECTURES = (*KINDS, "gemma")
 
 
 def zoo(architecture: str, *, seed: int = 0, ours: bool = True, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A tiny zoo model with every parameter random, biases and norms included: zeros would hide mistakes."""
+    """A tiny zoo model with every parameter random, norms included: ones and zeros would hide mistakes."""
     attention.register()
-    config = copy.deepcopy(_CONFIGS[architecture]())
-    reference = "eager" if architecture == "gemma2" else "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention.NAME if ours else reference
-        )
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, dtype=dtype))
-    return module.eval()
+    if architecture == "gemma":
+        module = AutoModelForCausalLM.from_config(GemmaConfig(**_GEMMA), dtype=torch.float32)
+        matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        for parameter in matrices:
+            torch.nn.init.zeros_(parameter)
+        shake(matrices, seed=seed, std=0.15)
+    else:
+        module = tiny_model(architecture, seed=seed)
+    shake([parameter for parameter in module.parameters() if parameter.ndim == 1], seed=seed)
+    # The zoo's SDPA has no soft cap, its eager attention has.
+    module.set_attn_implementation(attention.NAME if ours else "eager" if architecture == "gemma2" else "sdpa")
+    return module.to(dtype).eval()
 
 
 def language_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:

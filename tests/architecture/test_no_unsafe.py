@@ -33,8 +33,10 @@ def test_each_danger_would_be_seen() -> None:
     dangers = [
         "import pickle", "from pickle import loads", "import joblib.x", "torch.load('x')", "eval('1')", "exec('1')",
         "subprocess.run('x', shell=True)", "np.load('x', allow_pickle=True)", "assert x", "hasattr(x, 'y')",
-        "def f():\n    import pickle", "try:\n    pass\nexcept:\n    pass", "try:\n    pass\nexcept Exception:\n    pass",
-        "M.from_pretrained('x', trust_remote_code=True)", "yaml.load('x', L)", "os.system('x')",
+        "def f():\n    import pickle", "try:\n    pass\nexcept:\n    pass",
+        "try:\n    pass\nexcept Exception:\n    pass",
+        "M.from_pretrained('x', trust_remote_code=True)",
+        "yaml.load('x', L)", "os.system('x')",
     ]  # fmt: skip
     for danger in dangers:
         assert complaints(Module("luthier.x", modules()[0].path, ast.parse(danger), 1)), danger
@@ -71,7 +73,7 @@ def _call(node: ast.Call) -> str:
     if name in CALLS:
         return f"calls {name}; use {CALLS[name]}"
     for keyword in node.keywords:
-        if keyword.arg in KEYWORDS and isinstance(keyword.value, ast.Constant):
-            if keyword.value.value is KEYWORDS[keyword.arg]:
-                return f"passes {keyword.arg}={keyword.value.value}"
+        value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+        if keyword.arg in KEYWORDS and value is KEYWORDS[keyword.arg]:
+            return f"passes {keyword.arg}={value}"
     return ""

@@ -16,7 +16,8 @@ def test_the_tokenizer_writes_every_ascii_text() -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(tokenizer) == VOCABULARY
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "hi"}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<|start|>user\nhi<|end|>\n<|start|>assistant\n"
     assert tokenizer(chat)["input_ids"].count(tokenizer.eos_token_id) == 1
 

@@ -12,6 +12,7 @@ from luthier.data.forest import Forest, Segment, Tree, pack, row_tree
 from luthier.model.executor import run_segments, run_unrolled
 from tests import forests
 from tests.forests import ARCHITECTURES
+from tests.tiny import WINDOW
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -22,7 +23,7 @@ def test_packed_rows_equal_single_rows_and_the_zoos_own_loss_with_labels(archite
     predicted from the wrong place."""
     model = forests.language_model(architecture)
     plain = forests.zoo(architecture, ours=False)
-    trees = forests.rows(5, ones=True, longest=3 * forests.WINDOW)
+    trees = forests.rows(5, ones=True, longest=3 * WINDOW)
     parameters = forests.trainable(model)
     packed = forests.engine_loss(model, trees)
     packed_gradients = forests.gradients(packed, parameters)

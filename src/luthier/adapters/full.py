@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self, final
 
 from pydantic import Field
-from torch import nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, TrainedParameters
+from luthier.model.edits import Edit, TrainedParameters, base_parameters
 from luthier.model.sites import Site, Sites
 
 
@@ -42,12 +41,12 @@ class Full(Adapter):
         counts: dict[int, int] = {}
         for site, names in self._parameters(sites):
             for name in names:
-                parameter = site.module.get_parameter(name)
+                parameter = base_parameters(site.module)[name]
                 counts[id(parameter)] = parameter.numel()
         return sum(counts.values())
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
-        raise RecipeError("all weights were trained, and PEFT has no adapter file for that", do="save the model instead")
+        raise RecipeError("all weights were trained, and PEFT has no file for that", do="save the model instead")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -61,5 +60,5 @@ class Full(Adapter):
             raise RecipeError(f"layers {sorted(unknown)} do not exist", allowed=f"0 to {len(known) - 1}")
         outside = [site for site in sites if site.layer is None and self.layers is None]
         chosen = [site for site in blocks if self.layers is None or site.layer in self.layers]
-        found = [(site, tuple(name for name, _ in site.module.named_parameters())) for site in [*chosen, *outside]]
-        return [(site, names) for site, names in found if names and isinstance(site.module, nn.Module)]
+        found = [(site, tuple(base_parameters(site.module))) for site in [*chosen, *outside]]
+        return [(site, names) for site, names in found if names]

@@ -40,7 +40,8 @@ class IA3(Adapter):
 
     def attach(self, sites: Sites) -> list[Edit]:
         outputs, inputs = self._sites(sites)
-        return [*(Rescale(site, on_input=False) for site in outputs), *(Rescale(site, on_input=True) for site in inputs)]
+        made: list[Edit] = [Rescale(site, on_input=False) for site in outputs]
+        return [*made, *(Rescale(site, on_input=True) for site in inputs)]
 
     def parameter_count(self, sites: Sites) -> int:
         outputs, inputs = self._sites(sites)

@@ -37,6 +37,8 @@ class PrefixTuning(Adapter):
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial keys and values")
 
     def attach(self, sites: Sites) -> list[Edit]:
+        if sites.key_value_heads == 0:
+            raise RecipeError("the model has no attention, so no keys and values to learn", do="use lora")
         return [Prefix(self, sites)]
 
     def parameter_count(self, sites: Sites) -> int:

@@ -10,6 +10,7 @@ Source: nucleus sampling: Holtzman et al., arXiv 1904.09751; top-k: Fan et al., 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import final
 
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Ints
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
@@ -43,26 +44,43 @@ class Generator:
         was_training = self.model.module.training
         self.model.train(False)
         answers: dict[int, Spoken] = {}
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        for start in range(0, len(order), self.batch_rows):
-            batch = order[start : start + self.batch_rows]
-            rows = [_Row(prompts[index], sampling, seed_offset=index, decode=self.decode) for index in batch]
-            self._run(rows, sampling)
+        for batch in self._batches(prompts):
+            rows = [
+                _Row(prompts[index], sampling, seed_offset=index, decode=self.decode, room=self._room(prompts[index]))
+                for index in batch
+            ]
+            self._run(rows)
             answers.update({index: row.spoken() for index, row in zip(batch, rows, strict=True)})
         self.model.train(was_training)
         return [answers[index] for index in range(len(prompts))]
 
+    def _batches(self, prompts: Sequence[Ints]) -> list[list[int]]:
+        """The indices of the prompts, shortest first, in batches."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        batches: list[list[int]] = []
+        for index in order:
+            full = not batches or len(batches[-1]) == self.batch_rows
+            if full or (self._equal_lengths() and len(prompts[batches[-1][0]]) != len(prompts[index])):
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    def _equal_lengths(self) -> bool:
+        # Padding lies between a learned root and its text, and would push the root out of a sliding window.
+        window = getattr(self.model.module.config.get_text_config(), "sliding_window", None)
+        return window is not None and self.model.active_root is not None
+
     def _check(self, prompts: Sequence[Ints], sampling: Sampling) -> None:
         if sampling.stop and self.decode is None:
             raise DataError("stop strings were given, but no tokenizer to read the text with", do="use stop_ids")
-        limit = self.model.context_tokens
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise DataError(f"prompt {index} has no token", allowed="at least one token")
-            if limit is not None and len(prompt) >= limit:
-                raise DataError(f"prompt {index} has {len(prompt)} tokens", allowed=f"fewer than {limit}")
+            room = self._room(prompt)
+            if room is not None and room <= 0:
+                raise DataError(f"prompt {index} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + room}")
 
-    def _run(self, rows: list[_Row], sampling: Sampling) -> None:
+    def _run(self, rows: list[_Row]) -> None:
         device = self.model.device
         width = max(len(row.prompt) for row in rows)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
@@ -74,7 +92,7 @@ class Generator:
         cache, root_tokens = self._cache(len(rows))
         mask = torch.cat([torch.ones(len(rows), root_tokens, dtype=torch.long), mask], 1)
         tokens, mask, positions = tokens.to(device), mask.to(device), (positions + root_tokens).to(device)
-        for _ in range(self._room(width + root_tokens, sampling)):
+        while True:
             logits, cache = self._forward(tokens, mask, positions, cache)
             chosen = torch.tensor([row.choose(scores) for row, scores in zip(rows, logits, strict=True)])
             if all(row.ended for row in rows):
@@ -82,10 +100,14 @@ class Generator:
             tokens = chosen.to(device)[:, None]
             mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long, device=device)], 1)
             positions = positions[:, -1:] + 1
+            if self.model.context_tokens is not None:
+                # Rows that have ended go on for as long as the batch does, but never past the last position there is.
+                positions = positions.clamp(max=self.model.context_tokens - 1)
 
-    def _room(self, used: int, sampling: Sampling) -> int:
-        limit = self.model.context_tokens
-        return sampling.max_new_tokens if limit is None else min(sampling.max_new_tokens, limit - used)
+    def _room(self, prompt: Ints) -> int | None:
+        """How many tokens may follow a prompt, when the context is limited: its own room, whatever shares its batch."""
+        limit, root = self.model.context_tokens, self.model.active_root
+        return None if limit is None else limit - len(prompt) - (0 if root is None else root.token_count)
 
     def _cache(self, rows: int) -> tuple[DynamicCache | None, int]:
         if self.model.executor.kind != "segments":
@@ -103,8 +125,8 @@ class Generator:
         tokens: Int[Tensor, "B T"],
         mask: Int[Tensor, "B S"],
         positions: Int[Tensor, "B T"],
-        cache: DynamicCache | None,
-    ) -> tuple[Float[Tensor, "B V"], DynamicCache | None]:
+        cache: Cache | None,
+    ) -> tuple[Float[Tensor, "B V"], Cache | None]:
         if self.model.executor.kind == "segments":
             result = self.model.module(
                 input_ids=tokens,
@@ -116,17 +138,33 @@ class Generator:
             )
         else:
             # A model with a state of its own takes no padding, and knows its positions from that state.
-            result = self.model.module(input_ids=tokens, past_key_values=cache, use_cache=True)
+            name = _state_name(self.model.module)
+            result = self.model.module(input_ids=tokens, use_cache=True, **{name: cache})
+            return result.logits[:, -1].float(), result[name]
         return result.logits[:, -1].float(), result.past_key_values
+
+
+def _state_name(module: PreTrainedModel) -> str:
+    """What a model calls the state it carries from token to token; attention-free ones have their own names."""
+    known = inspect.signature(module.forward).parameters
+    found = [name for name in ("past_key_values", "cache_params", "state") if name in known]
+    if not found:
+        raise RecipeError(
+            f"{type(module).__name__} names no state it carries from token to token", do="use a model with a cache"
+        )
+    return found[0]
 
 
 @final
 class _Row:
     """One prompt on its way: its generator, what it has said, and whether it has ended."""
 
-    def __init__(self, prompt: Ints, sampling: Sampling, *, seed_offset: int, decode: Decode | None) -> None:
+    def __init__(
+        self, prompt: Ints, sampling: Sampling, *, seed_offset: int, decode: Decode | None, room: int | None
+    ) -> None:
         self.prompt = prompt
         self.sampling = sampling
+        self.limit = sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room)
         self.decode = decode
         self.generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + seed_offset)
         self.said: list[int] = []
@@ -143,12 +181,12 @@ class _Row:
         self.log_probs.append(float(log_probs[token]))
         if token in self.sampling.stop_ids or self._met_stop_string():
             self.ended = "stop"
-        elif len(self.said) >= self.sampling.max_new_tokens:
+        elif len(self.said) >= self.limit:
             self.ended = "length"
         return token
 
     def spoken(self) -> Spoken:
-        return Spoken(np.array(self.said, dtype=np.int32), self.log_probs, self.ended or "length")
+        return Spoken(np.array(self.said, dtype=np.int32), self.log_probs, self.ended)
 
     def _draw(self, log_probs: Float[Tensor, " V"]) -> int:
         settings = self.sampling

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from luthier.core.errors import CorruptError, DriftError, RecipeError, UnsafeArtifactError
 from luthier.model.attachment import Attachment
@@ -27,7 +26,13 @@ EXTRAS = "luthier.json"
 
 
 def save_adapter(
-    folder: Path, attachment: Attachment, *, peft_type: str, config: Mapping[str, Any], base: str, extras: Mapping[str, Any]
+    folder: Path,
+    attachment: Attachment,
+    *,
+    peft_type: str,
+    config: Mapping[str, Any],
+    base: str,
+    extras: Mapping[str, Any],
 ) -> None:
     """Write the adapter into `folder`: float32 tensors, keys sorted, so that equal adapters are equal files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,10 @@ def fill(attachment: Attachment, folder: Path) -> None:
             do="the adapter was made for another model, or with other targets than its config says",
         )
     for name, tensor in found.items():
-        _copy(expected[name], tensor, name)
+        if expected[name].shape != tensor.shape:
+            raise CorruptError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(tuple(expected[name].shape)))
+    for name, tensor in found.items():
+        expected[name].copy_(tensor)
 
 
 def check_base(folder: Path, model: LanguageModel) -> None:
@@ -88,15 +96,9 @@ def check_base(folder: Path, model: LanguageModel) -> None:
     recorded = read_extras(folder).get("base_digest")
     if recorded and recorded != model.digest:
         raise DriftError(
-            f"{folder} was trained on base weights {str(recorded)[:12]}..., and {model.source} has {model.digest[:12]}...",
+            f"{folder} was trained on base weights {str(recorded)[:12]}..., {model.source} has {model.digest[:12]}...",
             do="load the base model it was trained on",
         )
-
-
-def _copy(target: Tensor, source: Tensor, name: str) -> None:
-    if target.shape != source.shape:
-        raise CorruptError(f"{name} has shape {tuple(source.shape)}", allowed=str(tuple(target.shape)))
-    target.copy_(source)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

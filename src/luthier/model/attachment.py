@@ -131,7 +131,7 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
     """Fold the edits into the base weights and take the attachment off; the base is changed for good.
 
     Products are in float32 and rounded once to the weight's dtype. Raises RecipeError when an edit cannot be folded
-    (a learned root, an inserted layer), before anything has changed.
+    (a learned root, an inserted layer, an edit around that of an earlier attachment), before anything has changed.
     """
     folded: list[tuple[EditedModule, Tensor, Tensor | None]] = []
     for edit in attachment.edits:
@@ -140,6 +140,12 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         module = model.get_submodule(edit.site_name) if isinstance(edit, SiteEdit) else None
         result = None
         if isinstance(edit, SiteEdit) and isinstance(module, EditedModule):
+            first = next(iter(module.edits))
+            if first != attachment.name:
+                raise RecipeError(
+                    f"{attachment.name!r} computes on top of {first!r} at {edit.site_name}",
+                    do=f"merge or detach {first!r} first",
+                )
             transposed = _is_transposed(module.base)
             weight = module.weight.detach().float()
             bias = None if module.bias is None else module.bias.detach().float()
@@ -152,12 +158,14 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         base.weight = nn.Parameter(weight.contiguous().to(module.weight.dtype), requires_grad=False)
         if bias is not None and module.bias is not None:
             base.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
+    if not attachment.enabled:
+        switch(model, attachment, on=True)
     if not attachment.trains_base:
         take_off(model, attachment)
 
 
 def _share_tied(edits: list[Edit]) -> None:
-    """Let edits of one original parameter (a tied head and embedding) train one new parameter, so that it stays tied."""
+    """Let edits of one original parameter (a tied head and embedding) train one new parameter: it stays tied."""
     shared: dict[int, nn.Parameter] = {}
     for edit in edits:
         if isinstance(edit, TrainedParameters):
@@ -179,9 +187,11 @@ def _swap_parameters(model: nn.Module, edit: TrainedParameters, *, trained: bool
     module = model.get_submodule(edit.site_name)
     target = module.base if isinstance(module, EditedModule) else module
     for name, original in edit.originals.items():
-        owner, _, leaf = name.rpartition(".")
-        holder = target.get_submodule(owner)
-        holder = holder.base if isinstance(holder, EditedModule) else holder
+        *owners, leaf = name.split(".")
+        holder = target
+        for owner in owners:
+            holder = holder.get_submodule(owner)
+            holder = holder.base if isinstance(holder, EditedModule) else holder
         holder.register_parameter(leaf, edit.trained(name) if trained else original)
 
 

@@ -42,7 +42,7 @@ class SiteEdit(Edit):
 
     @abstractmethod
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
-        """The output as the rest of the model shall see it; `x` is what came in, before any edit."""
+        """The output as the rest of the model shall see it; `x` is what came in, before this edit."""
 
     @abstractmethod
     def merged(
@@ -58,7 +58,8 @@ class TrainedParameters(Edit):
         super().__init__()
         self.site_name = site.name
         self.names = names
-        self.originals = {name: site.module.get_parameter(name) for name in names}
+        present = base_parameters(site.module)
+        self.originals = {name: present[name] for name in names}
         for name, original in self.originals.items():
             self.share(name, nn.Parameter(original.detach().clone()))
 
@@ -114,10 +115,27 @@ class EditedModule(nn.Module):
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         edits = [edit for name, edit in self.edits.items() if name not in self.disabled]
-        seen = x
+        # Edits nest: each one wraps what was there before it came, so the first can be folded into the weight exactly.
+        seen = [x]
+        for edit in reversed(edits):
+            seen.append(edit.before(seen[-1]))  # type: ignore[operator]
+        y: Tensor = self.base(seen.pop(), *args)
         for edit in edits:
-            seen = edit.before(seen)  # type: ignore[operator]
-        y: Tensor = self.base(seen, *args)
-        for edit in edits:
-            y = edit.after(x, y)  # type: ignore[operator]
+            y = edit.after(seen.pop(), y)  # type: ignore[operator]
         return y
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters at and below `module` by the names they have when nothing is attached, without those of edits."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        holder, path, edited = module, [], False
+        *parts, leaf = name.split(".")
+        for part in parts:
+            edited = edited or (isinstance(holder, EditedModule) and part == "edits")
+            if not isinstance(holder, EditedModule):
+                path.append(part)
+            holder = holder.get_submodule(part)
+        if not edited:
+            found[".".join([*path, leaf])] = parameter
+    return found

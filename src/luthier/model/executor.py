@@ -21,8 +21,11 @@ from luthier.data.forest import Forest, Layout, Segment, Tree
 from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, ForestPlan, UndrivableAttentionError
 from luthier.model.edits import LearnedRoot
-from luthier.model.head import head_of
+from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
+
+AnyHead = Head | EditedHead | None
+"""A head as tensors, one with edits around it, or None when only the zoo's own layer computes the logits."""
 
 PROBE_TOLERANCE = 2e-2
 """Largest difference of a log-probability between executors that rounding in bfloat16 explains."""
@@ -38,7 +41,7 @@ class Executor:
 
 
 def run_segments(
-    module: PreTrainedModel, forest: Forest, *, head: Head | None, root: LearnedRoot | None = None
+    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
 ) -> TokenOutputs:
     """One flat pass over the forest, attention by segment."""
     layout = forest.layout
@@ -64,7 +67,7 @@ def flat_hidden(
 
 
 def run_unrolled(
-    module: PreTrainedModel, forest: Forest, *, head: Head | None, root: LearnedRoot | None = None
+    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
 ) -> TokenOutputs:
     """Every path of every tree as a row of a right-padded batch."""
     if root is not None:
@@ -121,16 +124,17 @@ def _paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
 
 
 def score(
-    module: PreTrainedModel, hidden: Float[Tensor, "N d"], head: Head | None, labels: Int[Tensor, " N"]
+    module: PreTrainedModel, hidden: Float[Tensor, "N d"], head: AnyHead, labels: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """log p(label) of each row, by our chunked head or, when there is none, by the zoo's output layer."""
-    if head is not None:
+    if isinstance(head, Head):
         return head_log_probs(hidden, head, labels)
     if len(labels) == 0:
         return hidden.sum(-1)
     parts = []
     for rows in torch.arange(len(labels), device=labels.device).split(256):
-        logits = module.get_output_embeddings()(hidden[rows]).float()  # type: ignore[misc]
+        layer = head.logits if head is not None else module.get_output_embeddings()
+        logits = layer(hidden[rows]).float()  # type: ignore[misc]
         parts.append(torch.log_softmax(logits, -1).gather(1, labels[rows, None])[:, 0])
     return torch.cat(parts)
 
@@ -165,11 +169,10 @@ def probe(module: PreTrainedModel) -> Executor:
     truth = _plain_log_probs(module, forest)
     own_head = True
     try:
-        head = head_of(module)
-        own_head = _close(run_unrolled(module, forest, head=head).log_probs, truth)
+        own_head = _close(run_unrolled(module, forest, head=head_of(module)).log_probs, truth)
     except RecipeError:
         own_head = False
-    head = head_of(module) if own_head else None
+    head: AnyHead = head_of(module) if own_head else None
     if not own_head and not _close(run_unrolled(module, forest, head=None).log_probs, truth):
         raise RecipeError(
             f"{type(module).__name__}: hidden states and output layer do not reproduce the model's own logits",

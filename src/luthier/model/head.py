@@ -1,13 +1,40 @@
-"""The output head of a zoo model as plain tensors and numbers."""
+"""The output head of a zoo model as plain tensors and numbers, or as a module with edits around it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
 from luthier.model.edits import EditedModule
+
+
+@dataclass(frozen=True)
+class EditedHead:
+    """An output head with edits around it: its logits come from the module, scale and cap from the model as ever."""
+
+    module: EditedModule
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        """The logits of a few rows, in float32."""
+        logits = self.module(hidden).float() * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def edited_head(module: PreTrainedModel) -> EditedHead | None:
+    """The output head while an edit at it is switched on, else None."""
+    linear = module.get_output_embeddings()
+    if not isinstance(linear, EditedModule) or all(name in linear.disabled for name in linear.edits):
+        return None
+    plain = head_of(module)
+    return EditedHead(linear, plain.scale, plain.cap)
 
 
 def head_of(module: PreTrainedModel) -> Head:

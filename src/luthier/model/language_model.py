@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
 from luthier.data.forest import Forest
-from luthier.kernels.head import Head
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
-from luthier.model.edits import Edit, EditedModule, LearnedRoot
-from luthier.model.executor import Executor, probe, run_segments, run_unrolled
-from luthier.model.head import head_of
+from luthier.model.edits import Edit, LearnedRoot
+from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled
+from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.sites import Sites, find_sites
 
@@ -78,14 +77,11 @@ class LanguageModel:
         return run_unrolled(self.module, forest, head=self.head, root=root)
 
     @property
-    def head(self) -> Head | None:
+    def head(self) -> AnyHead:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
         if not self.executor.own_head:
             return None
-        module = self.module.get_output_embeddings()
-        if isinstance(module, EditedModule) and any(name not in module.disabled for name in module.edits):
-            return None
-        return head_of(self.module)
+        return edited_head(self.module) or head_of(self.module)
 
     @property
     def active_root(self) -> LearnedRoot | None:

@@ -66,7 +66,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites:
-    """All sites of a model, in module order, with what an adapter may need to know of the whole."""
+    """All sites of a model, in module order, with what an adapter may need to know of the whole.
+
+    `heads`, `key_value_heads` and `head_size` are 0 in a model without attention.
+    """
 
     all: tuple[Site, ...]
     layers: int
@@ -138,21 +141,21 @@ def find_sites(model: nn.Module) -> Sites:
         for name, module in model.named_modules()
         if (site := _site(name, module, is_head=module is head, is_block=name in block_lists)) is not None
     ]
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
     return Sites(
         all=tuple(sites),
         layers=int(config.num_hidden_layers),
         hidden=int(config.hidden_size),
         heads=heads,
         key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
     )
 
 
 def _block_lists(model: nn.Module) -> set[str]:
     """The names of the transformer blocks: the children of module lists with one entry for each layer."""
     layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
-    names = set()
+    names: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             names.update(f"{name}.{index}" for index in range(layers))

@@ -1,7 +1,7 @@
 """The lock of a run: one process at a time, and a second one learns at once who has it.
 
-Idea: the kernel holds the lock (`flock`), so it is gone with its process and is never stale; the content of the file only
-says who holds it. It is never deleted, because two processes could then lock two files of one name.
+Idea: the kernel holds the lock (`flock`), so it is gone with its process and is never stale; what is in the file
+only says who holds it. It is never deleted, because two processes could then lock two files of one name.
 """
 
 from __future__ import annotations
@@ -59,12 +59,15 @@ def locked(path: Path, *, name: str) -> Iterator[None]:
     owner = os.getpid()
     try:
         _take(handle, path, name)
-        _describe(handle, path)
-        yield
+        try:
+            _describe(handle, path)
+            yield
+        finally:
+            # A forked child shares the lock; when it comes by here it must not give its parent's away.
+            if os.getpid() == owner:
+                os.ftruncate(handle, 0)
+                fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
-        # A forked child shares the lock; when it comes by here it must not give its parent's away.
-        if os.getpid() == owner:
-            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

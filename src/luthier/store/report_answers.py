@@ -18,6 +18,7 @@ from luthier.store.report_files import step_of, text_of
 LONGEST_TEXT: Final = 6000
 _MOST_WORDS: Final = 800
 """Comparing word by word takes quadratic time; longer answers are shown without marks."""
+_LONGEST_LINE: Final = 240
 _ALIKE: Final = 0.4
 """Below this share of common words, marks would cover everything and say nothing."""
 _WORD: Final = re.compile(r"\d+(?:[.,]\d+)*|[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
@@ -33,7 +34,10 @@ def compare_answers(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 entry[key] = text_of(line[key])
         if step_of(line) > 0 and line.get("tuned") is not None:
             entry["tuned"][step_of(line)] = text_of(line["tuned"])
-    return [_sample(entry) for entry in prompts.values()]
+    samples = [_sample(entry) for entry in prompts.values()]
+    # Short answers are compared line above line, long ones in columns; one page does not mix the two.
+    columns = any(sample["longest"] > _LONGEST_LINE for sample in samples)
+    return [{**sample, "columns": columns} for sample in samples]
 
 
 def _sample(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def _sample(entry: Mapping[str, Any]) -> dict[str, Any]:
         "answers": answers,
         "match": last is not None and last == reference,
         "history": history if len(history) > 1 else [],
-        "columns": longest > 240,
+        "longest": longest,
         # JSON and code have few spaces: broken at spaces only, half of each line would stay empty.
         "dense": any(len(word) > 40 for answer in (last, reference) for word in (answer or "").split()),
     }

@@ -42,11 +42,11 @@ def read_run(run: Path) -> RunFiles:
     files.status = mapping(_read_json(files, "status.json", ""))
     worst = _read_json(files, "worst_rows.json", "") or []
     files.worst = [entry for entry in listing(worst) if isinstance(entry, dict)]
-    files.recipe = _read_text(files, "recipe.yaml", "the recipe cannot be shown")
+    files.recipe = _read_text(files, "recipe.yaml", "the recipe cannot be shown") or ""
     return files
 
 
-def _read_text(files: RunFiles, name: str, without: str) -> str:
+def _read_text(files: RunFiles, name: str, without: str) -> str | None:
     try:
         return (files.run / name).read_text("utf-8", errors="replace")
     except FileNotFoundError:
@@ -54,13 +54,13 @@ def _read_text(files: RunFiles, name: str, without: str) -> str:
             files.problems.append(f"{name} is missing: {without}.")
     except OSError as error:
         files.problems.append(f"{name} cannot be read: {error.strerror}.")
-    return ""
+    return None
 
 
 def _read_json(files: RunFiles, name: str, without: str) -> Any:
     text = _read_text(files, name, without)
     try:
-        return json.loads(text) if text else None
+        return None if text is None else json.loads(text)
     except (ValueError, RecursionError):
         files.problems.append(f"{name} is not complete JSON and was left out.")
         return None
@@ -68,7 +68,7 @@ def _read_json(files: RunFiles, name: str, without: str) -> Any:
 
 def _read_lines(files: RunFiles, name: str, without: str) -> list[dict[str, Any]]:
     found, broken = [], 0
-    for line in _read_text(files, name, without).split("\n"):
+    for line in (_read_text(files, name, without) or "").split("\n"):
         try:
             content = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError):

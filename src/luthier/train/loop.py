@@ -94,8 +94,9 @@ class Loop:
             # ---------------------------------------------------------------------------------------------------
             self._record_step(state, passed, norm, factor, seconds)
             last = state.step >= state.total_steps
+            late = bool(self.cadence.minutes) and state.train_seconds >= 60 * self.cadence.minutes
             better = False
-            if last or _due(state.step, self.cadence.evaluate_every):
+            if last or late or _due(state.step, self.cadence.evaluate_every):
                 better = self._evaluate(state)
             if last or _due(state.step, self.cadence.sample_every):
                 self._sample(state)
@@ -107,9 +108,8 @@ class Loop:
             if self.stop and not last:
                 status = "stopped"
                 break
-            if self.cadence.minutes and state.train_seconds >= 60 * self.cadence.minutes and not last:
+            if late and not last:
                 status = "out-of-time"
-                self._evaluate(state)
                 break
         if self.saved_step != state.step:
             self._save(state, best=False)

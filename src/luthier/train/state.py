@@ -11,9 +11,10 @@ import base64
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,8 +66,9 @@ def save_state(folder: Path, state: LoopState, stepper: Stepper, row_losses: dic
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / TENSORS)
     content = {
         "loop": asdict(state),
+        "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "optimizer": numbers,
-        "random": {"torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii"), **_cuda_random()},
+        "random": {"torch": _text(torch.get_rng_state()), **_cuda_random()},
         "row_losses": {str(row): loss for row, loss in row_losses.items()},
     }
     (folder / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
@@ -77,7 +79,7 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
 
     Strict: every tensor of the file is used and every expected one must be there. Raises CorruptError otherwise.
     """
-    content = json.loads((folder / NUMBERS).read_text("utf-8"))
+    content = _read_numbers(folder)
     unused = load_parameters(folder, stepper)
     with safe_open(folder / TENSORS, framework="pt") as file:
         for name, master in stepper.masters.items():
@@ -91,25 +93,59 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
     _restore_random(content["random"])
-    known = {field.name for field in fields(LoopState)}
-    state = LoopState(**{key: value for key, value in content["loop"].items() if key in known})
-    return state, {int(row): loss for row, loss in content["row_losses"].items()}
+    return LoopState(**content["loop"]), {int(row): loss for row, loss in content["row_losses"].items()}
 
 
 @torch.no_grad()
 def load_parameters(folder: Path, stepper: Stepper) -> set[str]:
-    """Restore the trained parameters alone; give back the names of the file's other tensors."""
+    """Restore the trained parameters alone; give back the names of the file's other tensors.
+
+    Nothing is restored unless the file holds exactly the tensors that were saved, and one for each parameter.
+    """
+    names = _check_tensors(folder, stepper)
     with safe_open(folder / TENSORS, framework="pt") as file:
-        names = set(file.keys())
         for name, master in stepper.masters.items():
-            key = f"master/{name}"
-            if key not in names:
-                raise CorruptError(f"{folder / TENSORS} lacks {key}", do="the recipe's adapter differs from the run's")
-            master.copy_(file.get_tensor(key))
-            names.remove(key)
+            master.copy_(file.get_tensor(f"master/{name}"))
+            names.remove(f"master/{name}")
             if stepper.parameters[name] is not master:
                 stepper.parameters[name].copy_(master)
     return names
+
+
+def _read_numbers(folder: Path) -> dict[str, Any]:
+    """The numbers of a state, all of them."""
+    try:
+        content = json.loads((folder / NUMBERS).read_text("utf-8"))
+    except (OSError, ValueError) as failure:
+        raise CorruptError(f"{folder / NUMBERS} cannot be read: {failure}") from None
+    parts = {"loop", "tensors", "optimizer", "random", "row_losses"}
+    missing = parts - set(content) if isinstance(content, dict) else parts
+    numbers = {field.name for field in fields(LoopState)}
+    if missing or set(content["loop"]) != numbers:
+        lacking = missing or numbers ^ set(content["loop"])
+        raise CorruptError(f"{folder / NUMBERS} is not whole, or of another version: {', '.join(sorted(lacking))}")
+    return content
+
+
+def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
+    """The names of the file's tensors. Raises CorruptError unless they are those that were saved, and those needed."""
+    expected = {key: tuple(shape) for key, shape in _read_numbers(folder)["tensors"].items()}
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as failure:
+        raise CorruptError(f"{folder / TENSORS} cannot be read: {failure}") from None
+    if found != expected:
+        differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
+        raise CorruptError(f"{folder / TENSORS} does not hold the tensors that were saved: {', '.join(differing[:3])}")
+    for name, master in stepper.masters.items():
+        if found.get(f"master/{name}") != tuple(master.shape):
+            raise CorruptError(
+                f"{folder / TENSORS} has {found.get(f'master/{name}', 'nothing')} for {name}",
+                allowed=str(tuple(master.shape)),
+                do="the recipe's adapter differs from the run's",
+            )
+    return set(found)
 
 
 def _place(key: str, value: Tensor, master: Tensor) -> Tensor:
@@ -121,7 +157,7 @@ def _cuda_random() -> dict[str, list[str]]:
     if not torch.cuda.is_available():
         return {}
     states = torch.cuda.get_rng_state_all()
-    return {"cuda": [base64.b64encode(state.numpy().tobytes()).decode("ascii") for state in states]}
+    return {"cuda": [_text(state) for state in states]}
 
 
 def _restore_random(saved: dict[str, object]) -> None:
@@ -129,6 +165,10 @@ def _restore_random(saved: dict[str, object]) -> None:
     cuda = saved.get("cuda")
     if isinstance(cuda, list) and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([_bytes(state) for state in cuda])
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
 
 
 def _bytes(text: str) -> Tensor:
