@@ -22,8 +22,9 @@ check: $(READY)  ## lint, types, architecture
 	@$(BIN)/mypy
 	@$(PYTEST) -q tests/architecture
 
-bench: $(READY)  ## measure; results are printed and written below benchmarks/
-	@for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(READY)  ## tokens per second and peak memory beside peers (benchmarks/README.md); results in bench-home
+	@$(BIN)/python benchmarks/setup_peers.py --home bench-home
+	@$(BIN)/python benchmarks/sft.py --home bench-home
 
 clean:  ## remove the virtual environment and every cache
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

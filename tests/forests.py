@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GemmaConfig, MambaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, MambaConfig, PreTrainedModel
 
 from luthier.core.events import Event
 from luthier.data.forest import Floats, Forest, Ints, Segment, Tree, row_tree
@@ -83,7 +83,9 @@ def tokens(rng: np.random.Generator, count: int) -> Ints:
     return rng.integers(3, VOCABULARY, count).astype(np.int32)
 
 
-def segment(rng: np.random.Generator, count: int, *, parent: int = -1, weights: Sequence[float] | None = None) -> Segment:
+def segment(
+    rng: np.random.Generator, count: int, *, parent: int = -1, weights: Sequence[float] | None = None
+) -> Segment:
     """A random segment; its weights are 0, 0.5, 1 or 2 unless they are given."""
     chosen = rng.choice([0.0, 0.5, 1.0, 2.0], count) if weights is None else weights
     return Segment(tokens(rng, count), np.asarray(chosen, dtype=np.float32), parent)
@@ -238,6 +240,21 @@ def views(count: int, *, seed: int = 0, shortest: int = 3, longest: int = 12) ->
 def lengths(made: Sequence[Rendered]) -> np.ndarray:
     """Token counts of rendered rows, as a source wants them."""
     return np.array([len(each.tokens) for each in made], dtype=np.int64)
+
+
+def logits(model: LanguageModel, ids: Ints, *, seen: DynamicCache | None = None) -> Tensor:
+    """The model's logits for one row, (T, V), attachments included; a learned root enters as a cache."""
+    root = model.active_root
+    cache, before = seen or DynamicCache(), 0 if seen is None else seen.get_seq_length()
+    if root is not None:
+        before = root.token_count
+        for layer in range(model.sites.layers):
+            cache.update(*root.keys_values(layer, model.dtype), layer)
+    places = torch.arange(before, before + len(ids))[None]
+    every = torch.ones(1, before + len(ids), dtype=torch.long)
+    row = torch.from_numpy(ids.astype(np.int64))[None]
+    found: Tensor = model.module(input_ids=row, position_ids=places, attention_mask=every, past_key_values=cache).logits
+    return found[0]
 
 
 @dataclass

@@ -145,6 +145,7 @@ def test_a_second_derivative_is_refused() -> None:
     """Breaks when the Jacobian computed in the forward pass is silently taken for a constant."""
     hidden, weight, _, labels, _ = case(bias=False)
     hidden.requires_grad_()
-    (first,) = torch.autograd.grad(head_log_probs(hidden, Head(weight), labels).sum(), hidden, create_graph=True)
+    squares = head_log_probs(hidden, Head(weight), labels).square().sum()
+    (first,) = torch.autograd.grad(squares, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

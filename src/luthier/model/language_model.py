@@ -96,6 +96,8 @@ class LanguageModel:
         if name in self.attachments or "." in name or not name:
             raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
         attachment = Attachment(name, edits)
+        if attachment.trains_base and any(other.trains_base for other in self.attachments.values()):
+            raise RecipeError("two adapters would train the model's own parameters", allowed="one at a time")
         surgery.put_on(self.module, attachment)
         self.attachments[name] = attachment
         for edit in edits:

@@ -1,0 +1,53 @@
+"""luthier: a fine-tuning workshop for language models.
+
+    import luthier
+    run = luthier.finetune(model="seedling", data="rows.jsonl", adapter=luthier.LoRA(rank=16))
+
+Names are looked up when they are first used, so that importing this package is instant: `finetune`, `load`, `Run`,
+`Session`, and the class of every method in the catalog (`LoRA`, `IA3`, `PrefixTuning`, `Full`, `SFT`, `AdamW`, ...).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from luthier.core import catalog
+
+_HOMES = {
+    "finetune": "luthier.api",
+    "Run": "luthier.api",
+    "load": "luthier.recipes.session",
+    "Session": "luthier.recipes.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    found = _method_classes().get(name)
+    if found is None:
+        raise AttributeError(f"luthier has no {name!r}; it offers {', '.join(__dir__())}")
+    return catalog.load(*found)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, *_method_classes()])
+
+
+def _method_classes() -> dict[str, tuple[str, str]]:
+    """Class name -> (family, method), read from the files without importing them."""
+    found = {}
+    for family in catalog.families():
+        for name in catalog.names(family):
+            contract = re.search(r"^class (\w+)\(Method\b", _text(family, "__init__"), re.MULTILINE)
+            text = _text(family, name)
+            if contract and (made := re.search(rf"^class (\w+)\({contract[1]}\b", text, re.MULTILINE)):
+                found[made[1]] = (family, name)
+    return found
+
+
+def _text(family: str, name: str) -> str:
+    path = catalog.ROOT / family / f"{name}.py"
+    return path.read_text("utf-8") if path.is_file() else ""

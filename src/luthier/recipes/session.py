@@ -1,0 +1,142 @@
+"""A session: the four primitives for people who write their own loop.
+
+`forward_backward` adds gradients of rows, `optim_step` applies them, `sample` asks the model as it is now, `save` and
+`load` write and read what was trained. Everything a recipe does beyond these is convenience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from luthier.adapters import Adapter, adapter_of
+from luthier.core.errors import DataError, RecipeError
+from luthier.core.knobs import choose
+from luthier.data.conversation import Message, Row
+from luthier.data.forest import Tree
+from luthier.data.formats import detect
+from luthier.data.prepare import Reading, make_renderer
+from luthier.data.renderer import OverLength, Renderer
+from luthier.data.tokenizer import Tokenizer
+from luthier.infer.generator import Generator
+from luthier.model.adapter_files import CONFIG, check_base, fill, read_config
+from luthier.model.language_model import LanguageModel
+from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.speaker import Sampling
+from luthier.objectives import Objective
+from luthier.optimizers import Optimizer
+from luthier.train.result import save_result
+from luthier.train.stepper import PassReport, Stepper, StepReport
+
+RowLike = Mapping[str, Any]
+
+
+@final
+class Session:
+    """A model with an adapter on it, ready to be trained by hand. Make one with `luthier.load`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        renderer: Renderer,
+        *,
+        adapter: Adapter,
+        objective: Objective,
+        optimizer: Optimizer,
+        micro_tokens: int = 4096,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.renderer = renderer
+        self.adapter = adapter
+        self.objective = objective
+        self.attachment = model.attach(adapter.attach(model.sites))
+        self.stepper = Stepper(model, self.attachment, objective, optimizer, micro_tokens=micro_tokens)
+
+    def forward_backward(self, rows: Sequence[RowLike]) -> PassReport:
+        """Add the gradient of these rows (mappings in any of luthier's data formats); nothing is stepped."""
+        return self.stepper.forward_backward(self.trees(rows))
+
+    def optim_step(self, *, factor: float = 1.0) -> StepReport:
+        """Divide by the weight of all rows since the last step, clip, and step."""
+        return self.stepper.optim_step(factor=factor)
+
+    def loss(self, rows: Sequence[RowLike]) -> float:
+        """The mean loss over the trained tokens of these rows, without dropout."""
+        return self.stepper.evaluate(self.trees(rows)).loss
+
+    def sample(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """What the model answers to these user messages now."""
+        ids = [self.renderer.prompt_ids([Message("user", prompt)]) for prompt in prompts]
+        stops = tuple(sorted(self.renderer.stop_ids))
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=stops)
+        spoken = Generator(self.model, decode=self.tokenizer.decode).speak(ids, sampling)
+        silent = self.tokenizer.special_ids | set(stops)
+        return [self.tokenizer.decode([int(t) for t in answer.tokens if int(t) not in silent]) for answer in spoken]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter (in PEFT's format) or the trained model into a new folder; `luthier.load` reads it."""
+        extras = {"stop_ids": sorted(self.renderer.stop_ids)}
+        place = Path(folder)
+        if place.exists() and any(place.iterdir()):
+            raise RecipeError(f"{place} is not empty", do="name a new folder")
+        saved = save_result(place, self.model, self.attachment, self.adapter, extras)
+        self.tokenizer.save(saved, chat_template=self.renderer.template.source)
+        return saved
+
+    def trees(self, rows: Sequence[RowLike]) -> list[Tree]:
+        """The rows as the trees that the objective trains."""
+        if not rows:
+            raise DataError("no row was given", allowed="at least one mapping in a format luthier reads")
+        format = detect(rows).format
+        trees: list[Tree] = []
+        for number, values in enumerate(rows):
+            where = f"row {number}"
+            row = Row(number, where, format.read(values, where))
+            trees += [tree for view in self.renderer.render(row) for tree in self.objective.trees(view)]
+        return trees
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: Adapter | str = "lora",
+    objective: Objective | str = "sft",
+    optimizer: Optimizer | str = "adamw",
+    template: str = "auto",
+    max_tokens: int | None = None,
+    over_length: OverLength = "raise",
+    micro_tokens: int = 4096,
+    precision: Precision = "auto",
+    device: str = "auto",
+    seed: int = 0,
+) -> Session:
+    """A session on a base model with a fresh adapter, or on a folder that `Session.save` wrote, with the saved one."""
+    saved = Path(model) if (Path(model) / CONFIG).is_file() else None
+    config = read_config(saved) if saved is not None else {}
+    source = str(config.get("base_model_name_or_path", model))
+    base = load_model(source, precision=precision, device=device, seed=seed)
+    tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
+    reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
+    renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)
+    # The adapter's first weights come from torch's default generator.
+    torch.manual_seed(seed)
+    session = Session(
+        base,
+        tokenizer,
+        renderer,
+        adapter=adapter_of(config) if saved is not None else choose("adapters", Adapter, adapter),
+        objective=choose("objectives", Objective, objective),
+        optimizer=choose("optimizers", Optimizer, optimizer),
+        micro_tokens=micro_tokens,
+    )
+    if saved is not None:
+        check_base(saved, base)
+        fill(session.attachment, saved)
+    return session
