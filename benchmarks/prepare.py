@@ -8,7 +8,7 @@
 - sft/lora.safetensors: the first factor of a rank-16 LoRA at every linear layer (the second one starts at zero).
 - sft/rows.jsonl: prompt, completion, their token ids, and how many ids belong to the prompt.
 
-Everything follows from the seed and from the standard library of the interpreter that runs this; `sft/digest.txt`
+Everything follows from one fixed seed and the standard library of the interpreter that runs this; `sft/digest.txt`
 says whether two machines trained on the same bytes.
 """
 
@@ -35,6 +35,7 @@ VOCABULARY = 32000
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 MAX_TOKENS = 512
 ROWS = 2000
+SEED = 0
 RANK = 16
 SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 PROMPT_MEDIAN, PROMPT_SIGMA = 80, 0.35
@@ -46,7 +47,7 @@ TEMPLATE = (
 )
 
 
-def prepare(folder: Path, *, seed: int = 0, rows: int = ROWS) -> str:
+def prepare(folder: Path) -> str:
     """Write all files into `folder` and return their digest. A complete folder is left alone."""
     mark = folder / "digest.txt"
     if mark.exists():
@@ -54,11 +55,11 @@ def prepare(folder: Path, *, seed: int = 0, rows: int = ROWS) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    model = _model(seed)
+    model = _model()
     model.save_pretrained(folder / "model")
-    save_file(_lora_start(model, seed), folder / "lora.safetensors")
+    save_file(_lora_start(model), folder / "lora.safetensors")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in _rows(tokenizer, seed, rows):
+        for row in _rows(tokenizer):
             file.write(json.dumps(row) + "\n")
     digest = _digest(folder)
     mark.write_text(digest + "\n", "utf-8")
@@ -90,7 +91,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _model(seed: int) -> LlamaForCausalLM:
+def _model() -> LlamaForCausalLM:
     config = LlamaConfig(
         hidden_size=512,
         num_hidden_layers=8,
@@ -104,12 +105,12 @@ def _model(seed: int) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def _lora_start(model: LlamaForCausalLM, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed + 1)
+def _lora_start(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(SEED + 1)
     start = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -118,11 +119,11 @@ def _lora_start(model: LlamaForCausalLM, seed: int) -> dict[str, torch.Tensor]:
     return start
 
 
-def _rows(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> Iterator[dict[str, object]]:
+def _rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
     """Runs of consecutive words from the standard library; lengths of prompts and answers are log-normal."""
     words = [word for text in _library_texts() for word in re.findall(r"[A-Za-z]{1,14}[,.]?", text)]
-    draw = random.Random(seed)
-    for _ in range(count):
+    draw = random.Random(SEED)
+    for _ in range(ROWS):
         prompt = "Question:" + _passage(words, draw, tokenizer, _length(draw, PROMPT_MEDIAN, PROMPT_SIGMA, 192))
         completion = _passage(words, draw, tokenizer, _length(draw, ANSWER_MEDIAN, ANSWER_SIGMA, 300))
         yield row_of(prompt + "\nAnswer:", completion, tokenizer)
@@ -163,9 +164,8 @@ def _digest(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, LoRA start and rows")
     args = parser.parse_args()
-    print(prepare(args.home / "sft", seed=args.seed))
+    print(prepare(args.home / "sft"))
     return 0
 
 

@@ -214,8 +214,10 @@ def main() -> int:
         print(failure, file=sys.stderr)
         return 1
     if lines:
-        for row in results.table(lines, baseline=BASELINE):
-            print("  ".join(cell.ljust(26 if column < 3 else 12) for column, cell in enumerate(row)).rstrip())
+        rows = results.table(lines, baseline=BASELINE)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         print("\n".join(["", *results.notes(lines)]))
     return 1 if failed or not all(line["valid"] for line in lines) else 0
 

@@ -195,7 +195,7 @@ def assert_same_gradients(left: Mapping[str, Tensor], right: Mapping[str, Tensor
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference as a share of the largest expected entry."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
 
 
 def shake(parameters: Iterable[Tensor], *, seed: int = 0, std: float = 0.1) -> None:
@@ -254,7 +254,7 @@ def logits(model: LanguageModel, ids: Ints, *, seen: DynamicCache | None = None)
     every = torch.ones(1, before + len(ids), dtype=torch.long)
     row = torch.from_numpy(ids.astype(np.int64))[None]
     found: Tensor = model.module(input_ids=row, position_ids=places, attention_mask=every, past_key_values=cache).logits
-    return found[0]
+    return found[0].detach()
 
 
 @dataclass

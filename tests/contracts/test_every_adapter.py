@@ -132,7 +132,7 @@ def test_merged_equals_unmerged(name: str, architecture: str) -> None:
         assert torch.equal(forests.logits(model, IDS), adapted)
         return
     model.merge()
-    assert model.attachments == {}
+    assert model.attachments == {} and not any(parameter.requires_grad for parameter in model.module.parameters())
     assert not any(isinstance(module, EditedModule) for module in model.module.modules())
     assert forests.relative_error(forests.logits(model, IDS), adapted) <= 1e-5
 

@@ -162,6 +162,8 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         switch(model, attachment, on=True)
     if not attachment.trains_base:
         take_off(model, attachment)
+    for parameter in attachment.named_parameters().values():
+        parameter.requires_grad_(False)
 
 
 def _share_tied(edits: list[Edit]) -> None:

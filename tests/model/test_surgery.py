@@ -1,0 +1,143 @@
+"""Surgery where attachments meet: nesting, merging one of two, an edited head, names, and switching around errors."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adapters import Adapter
+from luthier.adapters.full import Full
+from luthier.adapters.ia3 import IA3
+from luthier.adapters.lora import LoRA
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Forest
+from luthier.model.edits import EditedModule, base_parameters
+from luthier.model.executor import run_segments, run_unrolled
+from luthier.model.language_model import LanguageModel
+from tests import forests
+
+IDS = np.array([5, 17, 90, 3, 44, 71], dtype=np.int32)
+MERGEABLE: dict[str, Adapter] = {"lora": LoRA(rank=3), "ia3": IA3(), "lora-2": LoRA(rank=2, alpha=4.0, targets=("q", "down"))}
+
+
+def put(model: LanguageModel, adapter: Adapter, name: str, *, seed: int) -> None:
+    """Attach and move away from the start."""
+    forests.shake(model.attach(adapter.attach(model.sites), name=name).named_parameters().values(), seed=seed)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(("first", "second"), list(product(MERGEABLE, MERGEABLE)))
+def test_merging_one_of_two_and_then_the_other_changes_nothing(first: str, second: str, architecture: str) -> None:
+    """Breaks when a folded update lands inside a rescaling it used to stand outside of, or the reverse."""
+    model = forests.language_model(architecture)
+    put(model, MERGEABLE[first], "one", seed=1)
+    put(model, MERGEABLE[second], "two", seed=2)
+    both = forests.logits(model, IDS)
+    model.merge("one")
+    assert forests.relative_error(forests.logits(model, IDS), both) <= 1e-5
+    model.merge("two")
+    assert forests.relative_error(forests.logits(model, IDS), both) <= 1e-5
+
+
+def test_merging_the_outer_one_first_is_refused_before_anything_changes() -> None:
+    """Breaks when a merge out of order goes through: rescaled updates would become another model."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=3), "inner", seed=1)
+    put(model, IA3(), "outer", seed=2)
+    both, before = forests.logits(model, IDS), forests.snapshot(model.module)
+    with pytest.raises(RecipeError, match="merge or detach 'inner' first"):
+        model.merge("outer")
+    assert forests.snapshot(model.module) == before and torch.equal(forests.logits(model, IDS), both)
+
+
+def test_an_attachment_merged_while_off_does_not_silence_its_successor() -> None:
+    """Breaks when the name of a merged attachment stays in a site's list of switched-off ones."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=3), "one", seed=1)
+    put(model, IA3(), "two", seed=2)
+    model.switch("one", on=False)
+    model.merge("one")
+    without = forests.logits(model, IDS)
+    put(model, LoRA(rank=3), "one", seed=3)
+    assert not torch.equal(forests.logits(model, IDS), without)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama", "gpt2"])
+def test_an_edited_head_keeps_the_scale_and_cap_of_its_model(architecture: str) -> None:
+    """Breaks when log-probabilities under an edited head skip the final soft cap of the architecture."""
+    model = forests.language_model(architecture)
+    put(model, LoRA(rank=4, targets=("head", "v")), "default", seed=1)
+    forest = Forest((*forests.rows(3), forests.branching(seed=1)))
+    truth = torch.cat([
+        torch.log_softmax(forests.logits(model, tree.segments[0].tokens)[:-1], -1)[
+            torch.arange(len(tree.segments[0].tokens) - 1), torch.from_numpy(tree.segments[0].tokens[1:].astype(np.int64))
+        ][torch.from_numpy(tree.segments[0].weights[1:] != 0)]
+        for tree in forest.trees[:3]
+    ])  # fmt: skip
+    for run in (run_segments, run_unrolled):
+        outputs = run(model.module, forest, head=model.head)
+        torch.testing.assert_close(outputs.log_probs[: len(truth)].detach(), truth, rtol=1e-5, atol=1e-5)
+    with model.without_attachments():
+        plain = forests.brute_log_probs(forests.zoo(architecture, ours=False), forest)
+        torch.testing.assert_close(model.token_outputs(forest).log_probs, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_weights_stay_tied_under_full_and_after_undo() -> None:
+    """Breaks when head and embedding are trained apart: the saved file holds only one of them."""
+    model = forests.language_model("qwen2")
+    table = model.module.get_input_embeddings().weight
+    assert model.module.get_output_embeddings().weight is table
+    attachment = model.attach(Full().attach(model.sites))
+    trained = model.module.get_input_embeddings().weight
+    assert trained is not table and model.module.get_output_embeddings().weight is trained
+    assert sum(parameter is trained for parameter in attachment.named_parameters().values()) == 1
+    with model.without_attachments():
+        assert model.module.get_output_embeddings().weight is table is model.module.get_input_embeddings().weight
+    model.detach()
+    assert model.module.get_output_embeddings().weight is table is model.module.get_input_embeddings().weight
+
+
+def test_parameters_of_the_base_are_found_under_their_own_names_below_edits() -> None:
+    """Breaks when full fine-tuning beside a LoRA trains a copy of the LoRA."""
+    model = forests.language_model("gpt2")
+    plain = {name: id(parameter) for name, parameter in base_parameters(model.module).items()}
+    put(model, LoRA(rank=2), "one", seed=1)
+    assert any(isinstance(module, EditedModule) for module in model.module.modules())
+    assert {name: id(parameter) for name, parameter in base_parameters(model.module).items()} == plain
+
+
+def test_the_reference_policy_ends_with_its_block_even_after_an_error() -> None:
+    """Breaks when an exception leaves the model switched off."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=2), "default", seed=1)
+    adapted = forests.logits(model, IDS)
+
+    def fail() -> None:
+        with model.without_attachments():
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert torch.equal(forests.logits(model, IDS), adapted)
+
+
+@pytest.mark.parametrize("name", ["default", "", "a.b"])
+def test_names_of_attachments_are_unused_and_without_dots(name: str) -> None:
+    """Breaks when a second attachment takes the place of the first without a word."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=2), "default", seed=1)
+    with pytest.raises(RecipeError, match="cannot name"):
+        model.attach(IA3().attach(model.sites), name=name)
+
+
+def test_an_unknown_attachment_is_an_error_that_names_the_known() -> None:
+    """Breaks when taking off what is not on passes for done."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=2), "poems", seed=1)
+    with pytest.raises(RecipeError, match="poems"):
+        model.detach("poem")
+    with pytest.raises(RecipeError, match="changes nothing"):
+        model.attach([], name="empty")
