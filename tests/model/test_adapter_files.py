@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 from luthier.adapters import adapter_of
 from luthier.adapters.lora import LoRA
 from luthier.core.errors import CorruptError, DriftError, LuthierError, RecipeError, UnsafeArtifactError
-from luthier.model.adapter_files import CONFIG, EXTRAS, TENSORS, check_base, fill, read_config, read_extras, save_adapter
+from luthier.model.adapter_files import (
+    CONFIG,
+    EXTRAS,
+    TENSORS,
+    check_base,
+    fill,
+    read_config,
+    read_extras,
+    save_adapter,
+)
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from tests import forests

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import RecipeError
-from luthier.data.forest import Forest
+from luthier.data.forest import Forest, row_tree
 from luthier.model.edits import LearnedRoot
 from luthier.model.language_model import LanguageModel
 from tests import forests
@@ -78,7 +79,6 @@ def test_a_head_that_our_numbers_do_not_describe_is_left_to_the_zoo() -> None:
 def test_hidden_states_that_do_not_give_the_models_logits_are_refused() -> None:
     """Breaks when a model is trained on numbers that are not its own."""
     module = forests.zoo("llama")
-    module.lm_head.register_forward_hook(lambda _module, inputs, output: output + inputs[0].shape[1])
     original = type(module).forward
 
     def other(self: torch.nn.Module, *args: object, **settings: object) -> object:
@@ -94,6 +94,6 @@ def test_hidden_states_that_do_not_give_the_models_logits_are_refused() -> None:
 def test_a_forest_without_weights_has_no_outputs_and_no_error() -> None:
     """Breaks when a micro-batch of context only ends in an empty reduction."""
     model = forests.language_model("llama")
-    rng = forests.np.random.default_rng(0)
-    tree = forests.row_tree(forests.tokens(rng, 4), forests.np.zeros(4, dtype=forests.np.float32))
+    rng = np.random.default_rng(0)
+    tree = row_tree(forests.tokens(rng, 4), np.zeros(4, dtype=np.float32))
     assert model.token_outputs(Forest((tree,))).log_probs.shape == (0,)

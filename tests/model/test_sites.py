@@ -11,7 +11,7 @@ from tests import forests
 from tests.forests import ARCHITECTURES
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY
 
-SEPARATE = {role: 1 for role in ("q", "k", "v", "o", "gate", "up", "down")}
+SEPARATE = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 1)
 FUSED = {"q": 1, "k": 1, "v": 1, "o": 1, "gate": 0, "up": 1, "down": 1}
 
 

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 
-import click
 import typer
 
 from luthier.cli import data as data_commands
@@ -57,12 +56,12 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         return result if isinstance(result, int) else 0
     except LuthierError as error:
         return _tell(error, as_json="--json" in arguments, debug=debug)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
-    except click.ClickException as wrong:
-        wrong.show(sys.stderr)
+    except typer.TyperException as wrong:
+        # typer carries its own click: its usage errors are no exceptions of the package click.
+        show = getattr(wrong, "show", None)
+        show(sys.stderr) if show else sys.stderr.write(f"{wrong.format_message()}\n")
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("stopped\n")
         return 130
     except BrokenPipeError:

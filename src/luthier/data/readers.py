@@ -360,8 +360,8 @@ def _read_text(path: Path) -> Iterator[Item]:
 def _read_parquet(path: Path) -> Iterator[Item]:
     """Rows of a Parquet file; the line of an address is the number of the row, from 1."""
     try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
         raise MissingError("reading Parquet needs pyarrow", do='pip install "luthier[data]"', where=str(path)) from None
     number = 0

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.errors import StorageError
+from luthier.core.paths import cache_folder
 from luthier.data.checks import Problem, check_rendered, demand
 from luthier.data.conversation import Row
 from luthier.data.rendered import Rendered
@@ -38,15 +39,6 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
 }
 _HEADER_BYTES: Final = 128
 _MAX_PROBLEMS: Final = 1000
-
-
-def cache_folder() -> Path:
-    """Where luthier keeps what it can make again: LUTHIER_CACHE, else luthier in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("LUTHIER_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "luthier"
-    return Path.home() / ".cache" / "luthier"
 
 
 def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[str, Any] | None = None) -> str:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -169,7 +169,7 @@ def _load_weights(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel
     return module
 
 
-def _with_our_attention(name: str, settings: dict[str, object]) -> tuple[PreTrainedModel, dict[str, object]]:
+def _with_our_attention(name: str, settings: dict[str, object]) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
         return AutoModelForCausalLM.from_pretrained(
             name, attn_implementation=attention.NAME, output_loading_info=True, **settings

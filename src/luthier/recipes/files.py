@@ -24,6 +24,13 @@ from luthier.store.environment import receipt
 from luthier.store.runs import RunDirectory
 
 WIDTH = 118
+DEFAULT_METHODS: dict[str, Any] = {
+    "adapter": {"method": "lora"},
+    "objective": {"method": "sft"},
+    "optimizer": {"method": "adamw"},
+    "schedule": {"method": "cosine"},
+}
+"""What `--set adapter.rank=32` hangs on when the recipe names no adapter."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class LoadedRecipe:
 def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path | None = None) -> LoadedRecipe:
     """The recipe of a file, the environment and `--set`, in rising order of strength."""
     sets = [*overrides, *([f"run={run}"] if run is not None else [])]
-    layered = read_layers(path, sets=sets, environ=os.environ, known=tuple(FinetuneRecipe.model_fields))
+    known = tuple(FinetuneRecipe.model_fields)
+    layered = read_layers(path, sets=sets, environ=os.environ, defaults=DEFAULT_METHODS, known=known)
     recipe = validated(FinetuneRecipe, layered)
     return LoadedRecipe(recipe, origins_table(recipe.model_dump(mode="json"), layered), layered.notes)
 
@@ -57,7 +65,8 @@ def open_run(recipe: FinetuneRecipe, *, overwrite: bool = False, command: Sequen
 def write_template(*, model: str, data: str, overrides: Sequence[str] = ()) -> str:
     """A recipe as text: every knob with its meaning above it; those at their default are commented out."""
     given = [f"model={yaml.safe_dump(model).splitlines()[0]}", f"data.train={yaml.safe_dump(data).splitlines()[0]}"]
-    layered = read_layers(None, sets=[*given, *overrides], known=tuple(FinetuneRecipe.model_fields))
+    known = tuple(FinetuneRecipe.model_fields)
+    layered = read_layers(None, sets=[*given, *overrides], defaults=DEFAULT_METHODS, known=known)
     recipe = validated(FinetuneRecipe, layered)
     lines = [
         "# A luthier recipe. Run it with: luthier train THIS_FILE",

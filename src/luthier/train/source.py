@@ -8,9 +8,9 @@ out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,16 @@ from luthier.core.errors import DataError
 from luthier.data.forest import Tree
 from luthier.data.rendered import Rendered
 from luthier.objectives import Objective
+
+
+class Rows(Protocol):
+    """Rendered rows by index: a list, or a store on disk."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> Rendered:
+        """One of them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class DataSource(Source):
 
     def __init__(
         self,
-        views: Sequence[Rendered],
+        views: Rows,
         objective: Objective,
         *,
         lengths: NDArray[np.int64],
