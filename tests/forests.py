@@ -245,7 +245,8 @@ def lengths(made: Sequence[Rendered]) -> np.ndarray:
 def logits(model: LanguageModel, ids: Ints, *, seen: DynamicCache | None = None) -> Tensor:
     """The model's logits for one row, (T, V), attachments included; a learned root enters as a cache."""
     root = model.active_root
-    cache, before = seen or DynamicCache(), 0 if seen is None else seen.get_seq_length()
+    cache = DynamicCache() if seen is None else seen
+    before = cache.get_seq_length()
     if root is not None:
         before = root.token_count
         for layer in range(model.sites.layers):

@@ -13,8 +13,7 @@ from luthier.core.knobs import validate
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
-from luthier.recipes.files import open_run
-from luthier.recipes.finetune import finetune as run_recipe
+from luthier.recipes.finetune import start
 from luthier.recipes.opened import open_named
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.schedules import Schedule
@@ -80,7 +79,6 @@ def finetune(
     if run is not None:
         values["run"] = str(run)
     recipe = validate(FinetuneRecipe, values)
-    folder = open_run(recipe)
     with progress(quiet=quiet) as recorder:
-        result = run_recipe(recipe, folder, recorder=recorder)
+        result = start(recipe, recorder=recorder)
     return Run(result.path, result.summary)

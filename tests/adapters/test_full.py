@@ -6,6 +6,7 @@ import pytest
 
 from luthier.adapters.full import Full
 from luthier.core.errors import RecipeError
+from luthier.data.forest import Forest
 from tests import forests
 from tests.forests import ARCHITECTURES
 
@@ -39,7 +40,8 @@ def test_gradients_equal_those_of_the_zoo() -> None:
     trees = forests.rows(3, ones=True)
     forests.engine_loss(model, trees).backward()
     plain = forests.zoo("qwen2", ours=False)
-    expected = forests.gradients(forests.brute_loss(plain, forests.Forest(tuple(trees))), dict(plain.named_parameters()))
+    loss = forests.brute_loss(plain, Forest(tuple(trees)))
+    expected = forests.gradients(loss, dict(plain.named_parameters()))
     trained = {id(parameter): parameter for parameter in attachment.named_parameters().values()}
     found = {name: trained[id(p)].grad for name, p in model.module.named_parameters()}
     assert all(gradient is not None for gradient in found.values())

@@ -72,7 +72,11 @@ def with_wrong_shape(tensors: Tensors) -> Tensors:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(without_first, "1 expected tensors are missing"), (with_stranger, "1 have no place"), (with_wrong_shape, "shape")],
+    [
+        (without_first, "1 expected tensors are missing"),
+        (with_stranger, "1 have no place"),
+        (with_wrong_shape, "has shape"),
+    ],
 )
 def test_a_file_that_does_not_fit_loads_nothing(
     saved: tuple[LanguageModel, Path], change: Callable[[Tensors], Tensors], words: str

@@ -91,9 +91,14 @@ def test_selected_sites_keep_the_order_of_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "advice"),
-    [(("q_prj",), "q_proj"), (("q", "gat_proj"), "gate_proj"), (r".*\.nothing_here", "roles here"), ("(", "names here")],
+    [
+        (("q_prj",), "q_proj"),
+        (("q", "gat_proj"), "gate_proj"),
+        (r".*\.nothing_here", "roles here"),
+        ("(", "names here"),
+    ],
 )
-def test_a_target_without_a_match_is_an_error_that_names_the_nearest(targets: str | tuple[str, ...], advice: str) -> None:
+def test_a_target_without_a_match_is_an_error_with_the_nearest(targets: str | tuple[str, ...], advice: str) -> None:
     """Breaks when a target that matches nothing is passed over because another one matches."""
     with pytest.raises(RecipeError, match="no site matches") as caught:
         find_sites(forests.zoo("llama")).select(targets)

@@ -20,7 +20,11 @@ from luthier.model.language_model import LanguageModel
 from tests import forests
 
 IDS = np.array([5, 17, 90, 3, 44, 71], dtype=np.int32)
-MERGEABLE: dict[str, Adapter] = {"lora": LoRA(rank=3), "ia3": IA3(), "lora-2": LoRA(rank=2, alpha=4.0, targets=("q", "down"))}
+MERGEABLE: dict[str, Adapter] = {
+    "lora": LoRA(rank=3),
+    "ia3": IA3(),
+    "lora-2": LoRA(rank=2, alpha=4.0, targets=("q", "down")),
+}
 
 
 def put(model: LanguageModel, adapter: Adapter, name: str, *, seed: int) -> None:
@@ -71,12 +75,13 @@ def test_an_edited_head_keeps_the_scale_and_cap_of_its_model(architecture: str) 
     model = forests.language_model(architecture)
     put(model, LoRA(rank=4, targets=("head", "v")), "default", seed=1)
     forest = Forest((*forests.rows(3), forests.branching(seed=1)))
-    truth = torch.cat([
-        torch.log_softmax(forests.logits(model, tree.segments[0].tokens)[:-1], -1)[
-            torch.arange(len(tree.segments[0].tokens) - 1), torch.from_numpy(tree.segments[0].tokens[1:].astype(np.int64))
-        ][torch.from_numpy(tree.segments[0].weights[1:] != 0)]
-        for tree in forest.trees[:3]
-    ])  # fmt: skip
+    parts = []
+    for tree in forest.trees[:3]:
+        row = tree.segments[0]
+        log_probs = torch.log_softmax(forests.logits(model, row.tokens)[:-1], -1)
+        own = log_probs.gather(1, torch.from_numpy(row.tokens[1:].astype(np.int64))[:, None])[:, 0]
+        parts.append(own[torch.from_numpy(row.weights[1:] != 0)])
+    truth = torch.cat(parts)
     for run in (run_segments, run_unrolled):
         outputs = run(model.module, forest, head=model.head)
         torch.testing.assert_close(outputs.log_probs[: len(truth)].detach(), truth, rtol=1e-5, atol=1e-5)

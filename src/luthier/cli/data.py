@@ -100,4 +100,4 @@ def stats(
 
     how = reading(format, template, train_on, max_tokens, over_length, column)
     histogram, counts = measure(file, model, how)
-    print_json({**histogram.as_dict(), "counts": counts}) if json else print_histogram(histogram, counts)
+    print_json({**histogram.as_dict(), "rendered": counts}) if json else print_histogram(histogram, counts)

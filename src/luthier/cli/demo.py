@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet
 from luthier.cli.progress import progress
-from luthier.cli.show import print_json
+from luthier.cli.show import console_of, print_json
 from luthier.core.units import duration_text
 
 if TYPE_CHECKING:
@@ -41,18 +41,20 @@ def demo(
 
 
 def _print(found: DemoResult) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
-    table = Table(title="a sentence becomes strict JSON (held-out rows, unseen names)", title_justify="left", show_lines=True)
+    console = console_of()
+    title = "a sentence becomes strict JSON (held-out rows, unseen names)"
+    table = Table(title=title, title_justify="left", show_lines=True)
     for name in ("sentence", "before", "after"):
         table.add_column(name, ratio=1, overflow="fold")
     for example in found.examples:
         right = "green" if example["after"] == example["reference"] else "red"
-        table.add_row(example["prompt"], example["before"] or "(nothing)", f"[{right}]{_escaped(example['after'])}[/]")
-    console.print(table)
-    console.print(f"exact match      {found.before:.0%} -> [bold]{found.after:.0%}[/bold] of 100 held-out rows")
+        before, after = example["before"] or "(nothing)", example["after"] or "(nothing)"
+        table.add_row(Text(example["prompt"]), Text(before), Text(after, style=right))
+    console.print(table, soft_wrap=False)
+    console.print(f"exact match      {found.before:.0%} -> {found.after:.0%} of 100 held-out rows")
     forgetting = found.forgetting
     console.print(
         f"forgetting       loss on base text {forgetting['before']:.3f} -> {forgetting['after']:.3f} "
@@ -65,7 +67,3 @@ def _print(found: DemoResult) -> None:
     console.print("\nThe seedling is a toy of three million parameters. With a real model and your own file:")
     console.print("  luthier init mine.yaml --model Qwen/Qwen2.5-0.5B-Instruct --data my_rows.jsonl")
     console.print("  luthier train mine.yaml")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -14,7 +14,7 @@ from luthier.cli.show import print_json
 def evaluate(
     run: Run,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="Another data file; empty takes the run's held-out rows.")
+        Path | None, typer.Option("--data", metavar="FILE", help="Another data file; empty takes the held-out rows.")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 from luthier.cli.options import DryRun, Json, Set
 from luthier.cli.show import print_json
 from luthier.core.errors import RefusedError
+from luthier.store.files import write_text
 
 
 def init(
@@ -31,9 +32,9 @@ def init(
 
     text = write_template(model=model, data=data, overrides=set_ or [])
     if dry_run:
-        typer.echo(text, nl=False)
+        print_json({"recipe": str(path), "text": text}) if json else typer.echo(text, nl=False)
         return
     if path.exists():
         raise RefusedError(f"{path} exists and is not overwritten", do="name another file, or remove it first")
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     print_json({"recipe": str(path)}) if json else typer.echo(f"wrote {path}; next: luthier train {path}")

@@ -10,17 +10,18 @@ import json
 import os
 import sys
 import traceback
+from types import TracebackType
 
 import typer
 
 from luthier.cli import data as data_commands
 from luthier.cli import demo, describe, doctor, evaluate, generate, init, resume, train
 from luthier.cli import run as run_commands
-from luthier.core.errors import LuthierError
+from luthier.core.errors import LuthierError, MemoryExhaustedError, StorageError
 
 app = typer.Typer(
     name="luthier",
-    help="A fine-tuning workshop for language models.",
+    help="A fine-tuning workshop for language models. Add --debug to any command to see tracebacks.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -46,28 +47,31 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if not debug:
+        sys.excepthook = _tell_unexpected
     sys.exit(run(arguments, debug=debug))
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run a command line and give back its exit code."""
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="luthier", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        typer.main.get_command(app).main(arguments, prog_name="luthier")
     except LuthierError as error:
         return _tell(error, as_json="--json" in arguments, debug=debug)
-    except typer.TyperException as wrong:
-        # typer carries its own click: its usage errors are no exceptions of the package click.
-        show = getattr(wrong, "show", None)
-        show(sys.stderr) if show else sys.stderr.write(f"{wrong.format_message()}\n")
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("stopped\n")
-        return 130
-    except BrokenPipeError:
-        # The reader of our output went away (`luthier ... | head`); that is its right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as leave:
+        # typer tells usage errors itself (2) and turns Ctrl-C into 130. A reader of our output that goes away
+        # (`luthier ... | head`) has the right to.
+        return 0 if isinstance(leave.__context__, BrokenPipeError) else int(leave.code or 0)
+    except OSError as failure:
+        place = f"{failure.filename}: " if failure.filename is not None else ""
+        told = StorageError(f"{place}{failure.strerror or failure}", do="look at the path and the free space")
+        told.__cause__ = failure
+        return _tell(told, as_json="--json" in arguments, debug=debug)
+    except MemoryError as failure:
+        short = MemoryExhaustedError(f"out of memory: {failure}", do="lower batch.micro_tokens, or the model's size")
+        short.__cause__ = failure
+        return _tell(short, as_json="--json" in arguments, debug=debug)
+    return 0
 
 
 def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:
@@ -77,3 +81,9 @@ def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
     return error.exit_code
+
+
+def _tell_unexpected(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """What nobody foresaw is one sentence too; Python then ends with 1."""
+    advice = "run it again with --debug and report the traceback"
+    sys.stderr.write(f"error[unexpected]: {kind.__name__}: {error}; {advice}\n")

@@ -13,5 +13,4 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, such as adapter.rank=32.")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback with errors.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]

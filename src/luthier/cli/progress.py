@@ -19,7 +19,8 @@ LINES = 20
 @contextmanager
 def progress(*, quiet: bool = False, notices: Sequence[str] = ()) -> Iterator[Recorder]:
     """A recorder that shows what happens while the block runs."""
-    console = Console(stderr=True, highlight=False)
+    # Paths and notices may hold brackets and be long: no markup, and a line stays one line where nobody sees a width.
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if quiet:
         yield Silent()
         return

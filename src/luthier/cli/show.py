@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from luthier.data.statistics import LengthHistogram
 
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "blue", "tool": "yellow", "text": "white"}
+WIDE = 10_000
 MARKS = {"fine": ("ok", "green"), "note": ("--", "yellow"), "missing": ("!!", "red")}
 
 
@@ -26,13 +28,25 @@ def print_json(values: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
 
 
+def console_of() -> Console:
+    """Stdout. What is printed are facts, so brackets are no markup and no line is cut or broken in a pipe."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """A table with whole cells: folded to the terminal, as wide as they are where there is none."""
+    console = console_of()
+    piped = not console.is_terminal and "COLUMNS" not in os.environ
+    (Console(highlight=False, markup=False, width=WIDE) if piped else console).print(table, soft_wrap=False)
+
+
 def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any]) -> None:
     """The resolved recipe with the origin of each value, and what would happen."""
-    console = Console()
-    table = Table("key", "value", "origin", title="recipe", title_justify="left", box=None)
+    table = _table("key", "value", "origin", title="recipe")
     for key, value, origin in origins:
-        table.add_row(key, str(value), Text(origin, style="dim" if origin == "default" else "bold"))
-    console.print(table)
+        table.add_row(key, Text(str(value)), Text(origin, style="dim" if origin == "default" else "bold"))
+    print_table(table)
+    console = console_of()
     console.print()
     _print_plan_numbers(console, plan)
 
@@ -64,7 +78,8 @@ def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """What a run did, in a few lines."""
     loss, tokens = summary["loss"], summary["tokens"]
-    typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {duration_text(summary['train_seconds'])} of training")
+    seconds = duration_text(summary["train_seconds"])
+    typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {seconds} of training")
     if loss["eval"] is not None and loss["eval_first"] is not None:
         typer.echo(f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f} (best at step {loss['best_step']})")
     typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
@@ -86,18 +101,16 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         typer.echo("no runs here yet; start one with: luthier demo")
         return
-    table = Table("run", "state", "model", "adapter", "step", "before", "after", box=None)
+    table = _table("run", "state", "model", "adapter", "step", "before", "after")
     for row in rows:
-        table.add_row(
-            row["name"], row["state"], row["model"], row["adapter"], str(row["step"]),
-            _number(row["loss_before"]), _number(row["loss_after"]),
-        )  # fmt: skip
-    Console().print(table)
+        cells = [row["name"], row["state"], row["model"], row["adapter"], str(row["step"])]
+        table.add_row(*map(Text, cells), _number(row["loss_before"]), _number(row["loss_after"]))
+    print_table(table)
 
 
 def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
     """The doctor's findings."""
-    console = Console()
+    console = console_of()
     for check in checks:
         mark, style = MARKS[check["state"]]
         console.print(Text(mark, style=style), Text(f"{check['what']:<26}"), check["detail"], highlight=False)
@@ -105,7 +118,7 @@ def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
 
 def print_rows(shown: Mapping[str, Any]) -> None:
     """Rows as coloured text: trained tokens stand out, context is dim, special tokens are visible."""
-    console = Console(highlight=False)
+    console = console_of()
     for file in shown["files"]:
         console.print(f"{file['path']}: format {file['format']} ({file['why']})", style="dim")
     for notice in shown["notices"]:
@@ -119,9 +132,9 @@ def print_rows(shown: Mapping[str, Any]) -> None:
             style = "black on green" if token["weight"] else f"dim {ROLE_STYLES.get(token['role'], 'white')}"
             text.append(token["text"], style=style)
         console.print(text, soft_wrap=True)
-        if not console.is_terminal:
+        if not console.is_terminal or console.no_color:
             # Without colours the trained text must still be told from the rest.
-            console.print("trained:", "".join(token["text"] for token in row["tokens"] if token["weight"]), markup=False)
+            console.print("trained:", "".join(token["text"] for token in row["tokens"] if token["weight"]))
 
 
 def print_check(found: Mapping[str, Any]) -> None:
@@ -146,6 +159,13 @@ def print_histogram(histogram: LengthHistogram, counts: Mapping[str, Any]) -> No
     typer.echo(histogram.draw())
     share = percent_text(counts["trained_tokens"] / max(1, counts["tokens"]))
     typer.echo(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {share} of them trained")
+
+
+def _table(*names: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    return table
 
 
 def _number(value: float | None) -> str:

@@ -28,8 +28,8 @@ def train(
       luthier train recipe.yaml
       luthier train recipe.yaml --set adapter.rank=32 --set data.train=rows.jsonl --run runs/mine
     """
-    from luthier.recipes.files import load_recipe, open_run
-    from luthier.recipes.finetune import finetune, lay_out
+    from luthier.recipes.files import load_recipe
+    from luthier.recipes.finetune import lay_out, start
 
     loaded = load_recipe(recipe, overrides=set_ or [], run=run)
     if dry_run:
@@ -37,7 +37,6 @@ def train(
         origins = [{"key": key, "value": value, "origin": origin} for key, value, origin in loaded.origins]
         print_json({"recipe": origins, "plan": plan}) if json else print_plan(loaded.origins, plan)
         return
-    folder = open_run(loaded.recipe, overwrite=overwrite)
     with progress(quiet=quiet, notices=loaded.notices) as recorder:
-        result = finetune(loaded.recipe, folder, recorder=recorder)
+        result = start(loaded.recipe, recorder=recorder, overwrite=overwrite)
     print_json(result.line()) if json else print_summary(result.summary)

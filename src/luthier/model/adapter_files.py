@@ -48,6 +48,11 @@ def save_adapter(
         **config,
     }
     _write_json(folder / CONFIG, whole)
+    save_extras(folder, extras)
+
+
+def save_extras(folder: Path, extras: Mapping[str, Any]) -> None:
+    """Write what luthier knows of a result beside it."""
     _write_json(folder / EXTRAS, dict(extras))
 
 

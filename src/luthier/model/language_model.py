@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
-from luthier.data.forest import Forest
+from luthier.data.forest import Forest, Tree
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
 from luthier.model.edits import Edit, LearnedRoot
 from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled
 from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
+from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.sites import Sites, find_sites
 
 
@@ -75,6 +76,12 @@ class LanguageModel:
         if self.executor.kind == "segments":
             return run_segments(self.module, forest, head=self.head, root=root)
         return run_unrolled(self.module, forest, head=self.head, root=root)
+
+    def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
+        """Forward and backward of one tree, its root once and its branches in parts; the same gradient as at once."""
+        return backward_in_parts(
+            self.module, tree, loss, head=self.head, max_tokens=max_tokens, root=self.active_root
+        )
 
     @property
     def head(self) -> AnyHead:

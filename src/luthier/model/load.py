@@ -11,13 +11,18 @@ import hashlib
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as zoo_logging
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
+from luthier.core.nearest import nearest
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 
@@ -37,7 +42,16 @@ def resolve_source(source: str) -> str:
     name = source.removeprefix(FRESH)
     if name == SEEDLING:
         return str(Path(__file__).resolve().parents[1] / "assets" / "seedling")
-    return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    place = Path(name).expanduser()
+    if place.exists():
+        return str(place)
+    # A hub id has one slash at most; anything else can only have meant a folder.
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        beside = [path.name for path in place.parent.iterdir() if path.is_dir()] if place.parent.is_dir() else []
+        close = nearest(place.name, beside)
+        do = f"did you mean {' or '.join(close)}?" if close else "check the path; a hub id has the form owner/name"
+        raise MissingError(f"there is no model folder {name}", do=do)
+    return name
 
 
 def load_model(
@@ -106,6 +120,12 @@ def state_digest(module: PreTrainedModel) -> str:
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = device.partition(":")
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise RecipeError(f"device is {device!r}", allowed=" | ".join(["auto", "cpu", *cards]))
+    if kind == "cuda" and f"cuda:{number or 0}" not in cards:
+        raise MissingError(f"device is {device!r}, which is not here", allowed=" | ".join(["auto", "cpu", *cards]))
     return torch.device(device)
 
 
@@ -150,12 +170,26 @@ def _load_config(name: str, source: str):  # type: ignore[no-untyped-def]  # tra
         raise _explain(source, failure) from None
 
 
+@contextmanager
+def without_bars(*, local: bool) -> Iterator[None]:
+    """Keep transformers from drawing bars for files it reads in an instant; a download keeps its own."""
+    shown = zoo_logging.is_progress_bar_enabled()
+    if local or not sys.stderr.isatty():
+        zoo_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            zoo_logging.enable_progress_bar()
+
+
 def _load_weights(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
     settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     # transformers reports missing and unexpected tensors in a table on its logger; we raise instead.
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
-        module, info = _with_our_attention(name, settings)
+        with without_bars(local=Path(name).is_dir()):
+            module, info = _with_our_attention(name, settings)
     except (OSError, ValueError, KeyError) as failure:
         raise _explain(source, failure) from None
     missing = sorted(set(info.get("missing_keys", ())))

@@ -7,6 +7,7 @@ The contract: `trees` turns a rendered row into trees whose tokens carry weights
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from luthier.core.knobs import Method
 from luthier.data.forest import Forest, Tree
@@ -16,6 +17,9 @@ from luthier.model.outputs import LossReport, TokenOutputs
 
 class Objective(Method):
     """A training objective."""
+
+    separable: ClassVar[bool] = True
+    """Whether the loss of a tree is the sum of the losses of its branches, so that a large tree may run in parts."""
 
     @abstractmethod
     def trees(self, view: Rendered) -> list[Tree]:

@@ -94,11 +94,9 @@ def summary(
 ) -> dict[str, Any]:
     """What happened, for people, reports and `--json`."""
     notices = [*planned["notices"], *more]
-    if state.best_eval_loss is not None and state.first_eval_loss is not None:
-        if state.best_eval_loss >= state.first_eval_loss:
-            notices.append(
-                f"the held-out loss did not improve ({state.first_eval_loss:.4f} before, {state.best_eval_loss:.4f} best)"
-            )
+    first, best = state.first_eval_loss, state.best_eval_loss
+    if best is not None and first is not None and best >= first:
+        notices.append(f"the held-out loss did not improve ({first:.4f} before, {best:.4f} best)")
     return {
         "run": str(run),
         "status": status,

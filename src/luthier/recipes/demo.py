@@ -20,15 +20,16 @@ from luthier.core.knobs import validate
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Tree
 from luthier.model.load import SEEDLING
+from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.evaluate import mean_loss
-from luthier.recipes.files import open_run
+from luthier.recipes.files import open_run, place_of
 from luthier.recipes.finetune import SUMMARY, finetune
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
-from luthier.model.speaker import Sampling
+from luthier.store.runs import RunDirectory
 
 TRAIN_ROWS = 2000
 TEST_ROWS = 100
@@ -76,6 +77,7 @@ def recipe_of(folder: Path | None, rows: Path) -> FinetuneRecipe:
 
 def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
     """Run the demo in a run directory."""
+    RunDirectory.require_free(place_of(recipe_of(folder, Path("rows.jsonl"))))
     test = demo_rows(TEST_ROWS, seed=1, held_out=True)
     base = open_named(SEEDLING)
     before, _ = measure(base, test)
@@ -89,9 +91,8 @@ def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
     result = finetune(recipe, run, recorder=recorder)
     tuned = open_named(str(run.folder))
     after, answers = measure(tuned, test)
-    found = DemoResult(
-        result.summary, before, after, {"before": base_before, "after": forgotten(tuned)}, _examples(base, test, answers)
-    )
+    forgetting = {"before": base_before, "after": forgotten(tuned)}
+    found = DemoResult(result.summary, before, after, forgetting, _examples(base, test, answers))
     extra = {"demo": {**found.line(), "forgetting": found.forgetting}}
     write_json(run.folder / SUMMARY, plain({**result.summary, **extra}))
     write_report(run.folder)

@@ -25,7 +25,8 @@ def examine() -> list[dict[str, str]]:
 
 
 def _packages() -> list[dict[str, str]]:
-    found = [_finding(name, "fine", _version(name)) if _version(name) else _finding(name, "missing", "") for name in NEEDED]
+    versions = {name: _version(name) for name in NEEDED}
+    found = [_finding(name, "fine" if version else "missing", version) for name, version in versions.items()]
     for name, purpose in OPTIONAL.items():
         version = _version(name)
         found.append(_finding(name, "fine" if version else "note", version or f"not installed; for {purpose}"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.data.forest import Tree, pack
 from luthier.data.prepare import prepare
@@ -41,6 +42,8 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
         trees = held_out_trees(recipe, prepared)
     else:
         trees = [tree for index in range(len(prepared.train)) for tree in recipe.objective.trees(prepared.train[index])]
+    if not trees:
+        raise RecipeError(f"{run.folder} held no rows out (evaluation.fraction is 0)", do="name a file: --data FILE")
     tuned = mean_loss(opened.model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
     if (run.folder / MODEL).is_dir():
         base_model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)

@@ -44,17 +44,25 @@ class LoadedRecipe:
 
 def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path | None = None) -> LoadedRecipe:
     """The recipe of a file, the environment and `--set`, in rising order of strength."""
-    sets = [*overrides, *([f"run={run}"] if run is not None else [])]
+    sets = [*overrides, *([f"run={_scalar(str(run))}"] if run is not None else [])]
     known = tuple(FinetuneRecipe.model_fields)
     layered = read_layers(path, sets=sets, environ=os.environ, defaults=DEFAULT_METHODS, known=known)
     recipe = validated(FinetuneRecipe, layered)
-    return LoadedRecipe(recipe, origins_table(recipe.model_dump(mode="json"), layered), layered.notes)
+    origins = origins_table(recipe.model_dump(mode="json"), layered)
+    if run is not None:
+        origins = [(key, value, "--run" if key == "run" else origin) for key, value, origin in origins]
+    return LoadedRecipe(recipe, origins, layered.notes)
+
+
+def place_of(recipe: FinetuneRecipe) -> Path:
+    """The folder a recipe's run goes to."""
+    name = f"{recipe.model.rstrip('/').rpartition('/')[2]}-{recipe.adapter.method_name()}"
+    return Path(recipe.run) if recipe.run else run_folder(name, today=datetime.date.today())
 
 
 def open_run(recipe: FinetuneRecipe, *, overwrite: bool = False, command: Sequence[str] = ()) -> RunDirectory:
     """A new run directory for a recipe, with the recipe and the environment written into it."""
-    name = f"{recipe.model.rstrip('/').rpartition('/')[2]}-{recipe.adapter.method_name()}"
-    folder = Path(recipe.run) if recipe.run else run_folder(name, today=datetime.date.today())
+    folder = place_of(recipe)
     run = RunDirectory.create(folder, overwrite=overwrite)
     run.write_recipe({**recipe.model_dump(mode="json", exclude_none=True), "run": str(folder)})
     more = {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}

@@ -25,6 +25,7 @@ from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
+from luthier.recipes.files import open_run, place_of
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.store.files import write_json, write_text
@@ -37,7 +38,6 @@ from luthier.train.signals import stop_on_signals
 from luthier.train.source import DataSource
 from luthier.train.state import LoopState
 from luthier.train.stepper import Stepper
-
 
 SUMMARY = "summary.json"
 
@@ -70,10 +70,19 @@ class Bench:
     plan: dict[str, Any]
 
 
-def finetune(recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder) -> RunResult:
+def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False) -> RunResult:
+    """Run a recipe in a new run directory, which is only made once model and data have proved usable."""
+    RunDirectory.require_free(place_of(recipe), overwrite=overwrite)
+    bench = lay_out(recipe)
+    return finetune(recipe, open_run(recipe, overwrite=overwrite), recorder=recorder, bench=bench)
+
+
+def finetune(
+    recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder, bench: Bench | None = None
+) -> RunResult:
     """Run a recipe in a fresh run directory. Raises StoppedError when it was asked to stop; the state is then saved."""
     with run.lock():
-        return _told(run, lambda: _train(lay_out(recipe), run, recorder, resuming=False))
+        return _told(run, lambda: _train(bench or lay_out(recipe), run, recorder, resuming=False))
 
 
 def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:

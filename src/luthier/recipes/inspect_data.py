@@ -41,8 +41,9 @@ class Checked:
         """Raise DataError when anything was found."""
         if self.problem_count:
             raise DataError(
-                f"{self.problem_count:,} problems in {self.read:,} rows ({self.kept:,} kept, {self.rejected:,} rejected)",
-                do="mend the rows named above, or choose data.on_bad_row, data.over_length or data.template in the recipe",
+                f"{self.problem_count:,} {'problem' if self.problem_count == 1 else 'problems'} in {self.read:,} rows "
+                f"({self.kept:,} kept, {self.rejected:,} rejected)",
+                do="mend the rows named above, or set data.on_bad_row, data.over_length or data.template in the recipe",
             )
 
 

@@ -1,6 +1,6 @@
 """Opening what a name stands for: a base model, or a run with its base, its result and its way of rendering.
 
-Every later verb takes just the run. What the run trained on decides how prompts are rendered and where generation stops.
+Every later verb takes just the run. What the run trained on decides how prompts are rendered and where answers stop.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None
 def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     if (run.folder / MODEL).is_dir():
         extras = read_extras(run.folder / MODEL)
-        return _opened(load_model(str(run.folder / MODEL), precision=precision, device=device), run.folder / MODEL, extras)
+        whole = load_model(str(run.folder / MODEL), precision=_kept(extras, precision), device=device)
+        return _opened(whole, run.folder / MODEL, extras)
     folder = run.folder / ADAPTER
     if not folder.is_dir():
         raise RecipeError(
@@ -91,11 +92,15 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
         )
     extras = read_extras(folder)
     base = str(read_config(folder)["base_model_name_or_path"])
-    kept = extras.get("precision")
-    wanted: Precision = kept if precision == "auto" and kept in ("float32", "bfloat16") else precision
-    model = load_model(base, precision=wanted, device=device, seed=int(extras.get("base_seed", 0)))
+    model = load_model(base, precision=_kept(extras, precision), device=device, seed=int(extras.get("base_seed", 0)))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras)
+
+
+def _kept(extras: dict[str, object], precision: Precision) -> Precision:
+    """The precision the run was trained in, unless another is asked for."""
+    known: tuple[Precision, ...] = ("float32", "bfloat16")
+    return next((kept for kept in known if precision == "auto" and extras.get("precision") == kept), precision)
 
 
 def _opened(model: LanguageModel, source: str | Path, extras: dict[str, object]) -> Opened:

@@ -32,7 +32,7 @@ class DataKnobs(Knobs):
     )
     template: str = Field("auto", description="chat template: auto (the model's own), a shipped name, or a .jinja file")
     train_on: Literal["answers", "last", "all"] = Field("answers", description="which turns carry loss")
-    max_tokens: int | None = Field(None, ge=8, description="longest row in tokens; empty takes the model's own limit")
+    max_tokens: int | None = Field(None, ge=16, description="longest row in tokens; empty takes the model's own limit")
     over_length: Literal["raise", "drop", "truncate"] = Field(
         "raise", description="what happens to longer rows; always counted"
     )
@@ -52,7 +52,7 @@ class BatchKnobs(Knobs):
 
     tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step; 8192 when rows is empty too")
     rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of tokens")
-    micro_tokens: int = Field(4096, ge=16, description="tokens that go through the model at once; never changes results")
+    micro_tokens: int = Field(4096, ge=16, description="tokens that go through the model at once; changes no result")
 
     @model_validator(mode="after")
     def _one_measure(self) -> BatchKnobs:

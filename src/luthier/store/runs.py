@@ -25,7 +25,7 @@ from typing import Any, Final, Literal, final
 
 import yaml
 
-from luthier.core.errors import CorruptError, RefusedError, StorageError
+from luthier.core.errors import CorruptError, RefusedError, RunLockedError, StorageError
 from luthier.core.events import Event, plain
 from luthier.core.recipe_file import text_layer
 from luthier.store.checkpoints import CheckpointStore
@@ -72,11 +72,9 @@ class RunDirectory:
         With `overwrite` a run that is there already is first moved aside to `<folder>.old-<n>`. Raises RefusedError for
         a folder that holds something else, or a run without `overwrite`.
         """
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise RefusedError(f"{folder} is no folder", allowed="a new or empty folder")
+        cls.require_free(folder, overwrite=overwrite)
         if is_run(folder) and overwrite:
             _move_aside(folder, disk)
-        _refuse_occupied(folder)
         _make_durably(folder, disk)
         created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         run_id = uuid.uuid4().hex
@@ -86,6 +84,20 @@ class RunDirectory:
             _refuse_occupied(folder)
             write_json(folder / _MARK, mark, disk=disk)
         return cls(folder, run_id=run_id, created=created, disk=disk)
+
+    @staticmethod
+    def require_free(folder: Path, *, overwrite: bool = False) -> None:
+        """Raise RefusedError when `create` would refuse `folder`; changes nothing."""
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise RefusedError(f"{folder} is no folder", allowed="a new or empty folder")
+        if is_run(folder) and overwrite:
+            if (user := holder(folder / _LOCK)) is not None:
+                raise RunLockedError(
+                    f"{folder} is used by pid {user.pid} on {user.host} since {user.since}; nothing was changed",
+                    do="wait until it ends, or use another run directory",
+                )
+            return
+        _refuse_occupied(folder)
 
     @classmethod
     def open(cls, folder: Path, *, disk: Disk = REAL) -> RunDirectory:

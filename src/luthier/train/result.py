@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from luthier.adapters import Adapter
 from luthier.core.errors import CorruptError, GateError
 from luthier.data.forest import Tree
-from luthier.model.adapter_files import fill, save_adapter
+from luthier.model.adapter_files import fill, save_adapter, save_extras
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
+from luthier.model.load import without_bars
 from luthier.train.stepper import Stepper
 
 ADAPTER = "adapter"
@@ -46,7 +47,9 @@ def save_result(
     """Write the trained adapter, or the trained model, into the run directory; the folder it went to."""
     if attachment.trains_base:
         folder = run / MODEL
-        model.module.save_pretrained(folder)
+        with without_bars(local=True):
+            model.module.save_pretrained(folder)
+        save_extras(folder, extras)
         return folder
     folder = run / ADAPTER
     save_adapter(

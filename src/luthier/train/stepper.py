@@ -24,6 +24,7 @@ from luthier.data.forest import Forest, Tree, pack
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
+from luthier.model.parts import can_split
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 
@@ -85,6 +86,13 @@ class Stepper:
         self.model.train()
         reports = []
         for forest in self._forests(trees):
+            if self._runs_in_parts(forest):
+                parts = self.model.backward_in_parts(
+                    forest.trees[0], self.objective.loss, max_tokens=self.micro_tokens
+                )
+                found = [_report(float(loss.sum.detach()), loss.weight, 0, outputs) for _, outputs, loss in parts]
+                reports += [*found, PassReport(0.0, 0.0, forest.token_count, 0, {})]
+                continue
             outputs = self.model.token_outputs(forest)
             report = self.objective.loss(outputs, forest)
             report.sum.backward()
@@ -133,6 +141,12 @@ class Stepper:
         for master in self.masters.values():
             master.grad = None
         self.pending_weight = 0.0
+
+    def _runs_in_parts(self, forest: Forest) -> bool:
+        """Whether this micro-batch is one tree that is too large, and may be cut at its root."""
+        too_large = len(forest.trees) == 1 and forest.token_count > self.micro_tokens
+        possible = self.model.executor.kind == "segments" and self.objective.separable
+        return too_large and possible and can_split(forest.trees[0])
 
     def _forests(self, trees: Sequence[Tree]) -> list[Forest]:
         """Micro-batches. Longest trees first: equal ones then share an attention call, and memory peaks at once."""

@@ -1,0 +1,54 @@
+"""What every objective of the catalog promises on rendered rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from luthier.core import catalog
+from luthier.core.knobs import choose
+from luthier.data.forest import Forest, Tree
+from luthier.objectives import Objective
+from tests import forests
+
+each = pytest.mark.parametrize("name", catalog.names("objectives"))
+
+
+def trees_of(method: Objective, count: int = 5) -> list[Tree]:
+    """The trees of a few rendered rows with weights of 0, 0.5 and 1."""
+    rng = np.random.default_rng(3)
+    made = []
+    for view in forests.views(count, seed=4):
+        weights = rng.choice([0.0, 0.5, 1.0], len(view.tokens)).astype(np.float32)
+        weights[-1] = 1.0
+        made.extend(method.trees(forests.view(view.row, view.tokens, weights=weights)))
+    return made
+
+
+@each
+def test_the_loss_is_a_sum_so_that_micro_batches_add_up(name: str) -> None:
+    """Breaks when an objective takes a mean over what happens to share a forest."""
+    method, model = choose("objectives", Objective, name), forests.language_model("llama")
+    trees = trees_of(method)
+    whole = method.loss(model.token_outputs(Forest(tuple(trees))), Forest(tuple(trees)))
+    parts = [method.loss(model.token_outputs(Forest((tree,))), Forest((tree,))) for tree in trees]
+    assert whole.sum.item() == pytest.approx(sum(part.sum.item() for part in parts), rel=1e-5)
+    assert whole.weight == pytest.approx(sum(part.weight for part in parts)) and whole.weight > 0
+    for key, (value, weight) in whole.metrics.items():
+        assert value == pytest.approx(sum(part.metrics[key][0] for part in parts), rel=1e-5)
+        assert weight == pytest.approx(sum(part.metrics[key][1] for part in parts))
+
+
+@each
+def test_the_weight_is_known_before_the_first_pass(name: str) -> None:
+    """Breaks when the divisor of a step is found out on the way, where devices would have to agree on it."""
+    method, model = choose("objectives", Objective, name), forests.language_model("llama")
+    forest = Forest(tuple(trees_of(method)))
+    assert method.loss(model.token_outputs(forest), forest).weight == forest.weight
+
+
+@each
+def test_trees_keep_the_row_they_came_from(name: str) -> None:
+    """Breaks when the loss of a row is booked on another."""
+    method = choose("objectives", Objective, name)
+    assert {tree.row for tree in trees_of(method)} == set(range(5))

@@ -1,0 +1,68 @@
+"""What every optimizer of the catalog promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from luthier.core import catalog
+from luthier.core.knobs import choose
+from luthier.optimizers import Optimizer
+
+each = pytest.mark.parametrize("name", catalog.names("optimizers"))
+
+
+def descend(method: Optimizer, steps: int = 60) -> tuple[torch.optim.Optimizer, dict[str, torch.Tensor], list[float]]:
+    """Steps on a small quadratic; the optimizer, its tensors and the losses."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"w": torch.randn(32, 16, generator=generator), "b": torch.randn(16, generator=generator)}
+    optimizer = method.build(tensors)
+    losses = []
+    for _ in range(steps):
+        losses.append(sum(float((tensor**2).sum()) for tensor in tensors.values()))
+        for tensor in tensors.values():
+            tensor.grad = 2 * tensor
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        optimizer.step()
+    return optimizer, tensors, losses
+
+
+@each
+def test_it_goes_downhill_on_every_tensor(name: str) -> None:
+    """Breaks when a group of parameters is left out, or the sign is wrong."""
+    _, tensors, losses = descend(choose("optimizers", Optimizer, name))
+    assert losses[-1] < 0.5 * losses[0] and all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+@each
+def test_its_state_has_the_size_it_declares(name: str) -> None:
+    """Breaks when the planner is told another number than is kept."""
+    method = choose("optimizers", Optimizer, name)
+    optimizer, tensors, _ = descend(method, steps=2)
+    kept = sum(
+        value.numel() * value.element_size()
+        for tensor in tensors.values()
+        for value in optimizer.state[tensor].values()
+        if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
+    assert kept == method.bytes_per_parameter() * sum(tensor.numel() for tensor in tensors.values())
+
+
+@each
+def test_the_peak_learning_rate_is_the_knob(name: str) -> None:
+    """Breaks when a schedule would scale something else."""
+    assert choose("optimizers", Optimizer, {"method": name, "learning_rate": 0.125}).peak_learning_rate == 0.125
+
+
+@each
+def test_a_rate_of_zero_changes_nothing(name: str) -> None:
+    """Breaks when an update escapes the learning rate, weight decay included."""
+    method = choose("optimizers", Optimizer, name)
+    tensor = torch.ones(4, 4)
+    optimizer = method.build({"w": tensor})
+    tensor.grad = torch.full((4, 4), 0.5)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(tensor, torch.ones(4, 4))
