@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.data.checks import check_rendered, demand
+from luthier.data.checks import check_rendered
 from luthier.data.conversation import Row, Text
 from luthier.data.renderer import Renderer
 from luthier.data.template import Template
@@ -134,9 +134,8 @@ def test_training_on_everything(make_tokenizer, talk):
     assert problems(replace(view, weights=weights), made, row) == {"stop"}
 
 
-def test_demand(case):
+def test_a_problem_as_an_error(case):
     view, made, row = case
-    demand([])
-    with pytest.raises(DataError, match="no token is trained") as caught:
-        demand(check_rendered(replace(view, weights=np.zeros_like(view.weights)), made, row))
-    assert caught.value.where == row.where
+    (problem, *_) = check_rendered(replace(view, weights=np.zeros_like(view.weights)), made, row)
+    error = problem.error()
+    assert isinstance(error, DataError) and "no token is trained" in str(error) and error.where == row.where

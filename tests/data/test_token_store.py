@@ -113,6 +113,13 @@ def test_a_row_that_fails_leaves_nothing(made, rows, talk, tmp_path):
     assert caught.value.where == bad.where and list(tmp_path.iterdir()) == []
 
 
+def test_every_row_that_fails_is_listed(made, rows, talk, tmp_path):
+    bad = [talk(("user", "only a question"), number=9), talk(("user", "and another"), number=10)]
+    with pytest.raises(DataError, match="2 problems in") as caught:
+        TokenStore.open_or_build(lambda: [*rows, *bad], made, key="k", folder=tmp_path)
+    assert all(row.where in str(caught.value) for row in bad)
+
+
 def test_the_key_knows_everything(made, make_tokenizer, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("one")

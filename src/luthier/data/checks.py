@@ -35,6 +35,10 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.where}: [{self.invariant}] {self.found}; {self.do}"
 
+    def error(self) -> DataError:
+        """The problem as what is raised for it."""
+        return DataError(f"[{self.invariant}] {self.found}", do=self.do, where=self.where)
+
 
 def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem]:
     """The problems of one view of `row`; an empty list is what every view must give."""
@@ -45,15 +49,6 @@ def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem
     else:
         found.append(_last(view, renderer))
     return [Problem(row.where, *problem) for problem in found if problem is not None]
-
-
-def demand(problems: Sequence[Problem]) -> None:
-    """Raise DataError when there is a problem; the first one speaks, the others are counted."""
-    if not problems:
-        return
-    first = problems[0]
-    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-    raise DataError(f"[{first.invariant}] {first.found}{more}", do=first.do, where=first.where)
 
 
 _Finding = tuple[Invariant, str, str] | None

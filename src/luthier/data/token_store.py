@@ -21,9 +21,9 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.errors import StorageError
+from luthier.core.errors import DataError, StorageError
 from luthier.core.paths import cache_folder
-from luthier.data.checks import Problem, check_rendered, demand
+from luthier.data.checks import check_rendered
 from luthier.data.conversation import Row
 from luthier.data.rendered import Rendered
 from luthier.data.renderer import RENDERER_VERSION, RenderCounts, Renderer
@@ -38,7 +38,7 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "offsets": (np.int64, ()),
 }
 _HEADER_BYTES: Final = 128
-_MAX_PROBLEMS: Final = 1000
+_LISTED_PROBLEMS: Final = 20
 
 
 def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[str, Any] | None = None) -> str:
@@ -157,15 +157,20 @@ class TokenStore:
 
 
 def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> None:
-    """Render and check all rows into `made`; raises DataError when a row does not pass."""
-    problems: list[Problem] = []
-    total = 0
+    """Render and check all rows into `made`; raises one DataError that lists the rows that do not pass."""
+    problems: list[DataError] = []
+    total = read = 0
     with _Arrays(made) as arrays:
         arrays.append("offsets", np.zeros(1, np.int64))
         for row in rows:
-            for view in renderer.render(row):
-                if len(problems) < _MAX_PROBLEMS:
-                    problems.extend(check_rendered(view, renderer, row))
+            read += 1
+            try:
+                views = renderer.render(row)
+            except DataError as refused:
+                problems.append(refused)
+                continue
+            for view in views:
+                problems += [problem.error() for problem in check_rendered(view, renderer, row)]
                 total += len(view.tokens)
                 arrays.append("tokens", view.tokens)
                 arrays.append("weights", view.weights)
@@ -173,7 +178,7 @@ def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> Non
                 arrays.append("spans", view.spans)
                 arrays.append("rows", np.array([view.row], np.int32))
                 arrays.append("offsets", np.array([total], np.int64))
-    demand(problems)
+    _demand(problems, read)
     about = {
         "format": _FORMAT,
         "key": key,
@@ -185,6 +190,17 @@ def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> Non
         json.dump(about, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _demand(problems: Sequence[DataError], read: int) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED_PROBLEMS])
+        more = f"\n  and {len(problems) - _LISTED_PROBLEMS:,} more" if len(problems) > _LISTED_PROBLEMS else ""
+        raise DataError(
+            f"{len(problems):,} problems in {read:,} rows{listed}{more}\n", do="see them all with: luthier data check"
+        )
 
 
 def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:

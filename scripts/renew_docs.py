@@ -1,0 +1,190 @@
+"""Renew the generated blocks of README.md and docs/: tables that come from the code and must never drift from it.
+
+What: everything between `<!-- begin NAME -->` and `<!-- end NAME -->` is written anew from the catalog, the recipe
+schema, the data formats, the error tree and the command line. tests/docs/test_blocks.py says when that is due.
+
+    python scripts/renew_docs.py            # write
+    python scripts/renew_docs.py --check    # only tell which files are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from luthier.cli.main import app
+from luthier.core import catalog, errors
+from luthier.core.knobs import Chosen
+from luthier.data.formats import formats
+from luthier.recipes.schema import FinetuneRecipe
+
+HOME = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- begin (\w[\w-]*) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
+WORDS = {"str": "text", "float": "number", "int": "whole number", "bool": "true or false", "NoneType": "empty"}
+
+
+def pages() -> list[Path]:
+    """README, CONTRIBUTING and every page of docs/."""
+    return [HOME / "README.md", HOME / "CONTRIBUTING.md", *sorted((HOME / "docs").glob("*.md"))]
+
+
+def renewed(text: str) -> str:
+    """`text` with each of its generated blocks made anew. Raises KeyError for a block nobody makes."""
+    return MARKED.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]().rstrip()}\n{match[4]}", text)
+
+
+def methods() -> str:
+    """What the catalog holds."""
+    rows = [
+        (family, f"`{name}`", catalog.card(family, name).title.rstrip("."))
+        for family in catalog.families()
+        for name in catalog.names(family)
+    ]
+    return _table(("family", "method", "what it is"), rows)
+
+
+def commands() -> str:
+    """Every command and the first sentence of its help."""
+    rows = [(f"`luthier {name}`", (command.help or "").split("\n")[0]) for name, command in leaf_commands()]
+    return _table(("command", "what it does"), rows)
+
+
+def leaf_commands() -> Iterator[tuple[str, Any]]:
+    """Every command that does something, with its full name."""
+
+    def walk(group: Any, before: str) -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if getattr(command, "commands", None):
+                yield from walk(command, f"{before}{name} ")
+            else:
+                yield f"{before}{name}", command
+
+    yield from walk(typer.main.get_command(app), "")
+
+
+def exit_codes() -> str:
+    """The documented exit codes with the error codes that lead to them."""
+    table = re.findall(r"^\| (\d+) \| (\w+) \| (.+) \|$", errors.__doc__ or "", re.MULTILINE)
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LuthierError)]
+    rows = [("0", "done, and what was promised was checked", "")]
+    for number, _, meaning in table:
+        codes = [f"`{kind.code}`" for kind in kinds if kind.exit_code == int(number)]
+        rows.append((number, meaning, ", ".join(codes)))
+    rows.append(("130", "stopped by Ctrl-C outside of training", ""))
+    return _table(("exit", "meaning", "error codes"), rows)
+
+
+def schema() -> str:
+    """Every knob of a recipe, section by section, with the knobs of each method of a family."""
+    lines = ["### The run", "", *_knobs(FinetuneRecipe, "", skip_sections=True)]
+    for name, field in FinetuneRecipe.model_fields.items():
+        if family := _family(field):
+            lines += ["", f"### `{name}`: {field.description}", ""]
+            lines += [f"`{name}: {{method: NAME, ...}}`; the default is `{_default(field)}`."]
+            for method in catalog.names(family):
+                kind = catalog.load(family, method)
+                lines += ["", f"**`{method}`** — {catalog.card(family, method).title}", ""]
+                lines += _knobs(kind, f"{name}.") if kind.model_fields else ["No knobs."]
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"### `{name}`: {field.description}", "", *_knobs(field.annotation, f"{name}.")]
+    return "\n".join(lines)
+
+
+def data_formats() -> str:
+    """Every data format with an example row, the most specific first: the order of detection."""
+    lines: list[str] = []
+    for form in formats():
+        text = " ".join((sys.modules[type(form).__module__].__doc__ or "").split())
+        about = re.sub(r" (Source|Use when):", r" \1:", text)
+        columns = ", ".join(f"`{column}`" for column in form.known)
+        lines += [f"### `{form.name}`: {form.title}", "", about, "", f"Columns it goes by: {columns}.", ""]
+        lines += ["```json", form.example, "```", ""]
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "commands": commands,
+    "exit-codes": exit_codes,
+    "schema": schema,
+    "formats": data_formats,
+}
+
+
+def _knobs(kind: type[BaseModel], before: str, *, skip_sections: bool = False) -> list[str]:
+    rows = []
+    for name, field in kind.model_fields.items():
+        section = _family(field) or (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        if not (skip_sections and section):
+            rows.append((f"`{before}{name}`", _values(field), _default(field), field.description or ""))
+    return _table(("key", "values", "default", "meaning"), rows).splitlines()
+
+
+def _family(field: FieldInfo) -> str | None:
+    return next((item.family for item in field.metadata if isinstance(item, Chosen)), None)
+
+
+def _values(field: FieldInfo) -> str:
+    """The values a field may have, in words: its type and its range."""
+    text = str(field.annotation)
+    if literal := re.search(r"Literal\[(.*?)\]", text):
+        return ", ".join(f"`{value}`" for value in re.findall(r"'(.*?)'", literal[1]))
+    if isinstance(field.annotation, type):
+        words = [WORDS.get(field.annotation.__name__, field.annotation.__name__)]
+    elif "dict[" in text:
+        words = ["mapping", "empty"]
+    else:
+        found = re.findall(r"tuple\[\w+|\b(?:str|float|int|bool)\b|NoneType|None", text)
+        words = ["a list of them" if word.startswith("tuple") else WORDS.get(word, "empty") for word in found]
+        words = list(dict.fromkeys(words))
+    marks = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [
+        f"{mark} {getattr(item, key):g}"
+        for item in field.metadata
+        for key, mark in marks.items()
+        if getattr(item, key, None) is not None
+    ]
+    return " or ".join(words) + (f", {' and '.join(limits)}" if limits else "")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(needed)"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if (family := _family(field)) is not None:
+        return next(name for name in catalog.names(family) if isinstance(value, catalog.load(family, name)))
+    if value is None:
+        return "(empty)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main() -> int:
+    """Renew or check; 1 when something was out of date and --check was given."""
+    parser = argparse.ArgumentParser(description="renew the generated blocks of README.md and docs/")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when a page is out of date")
+    check = parser.parse_args().check
+    stale = [page for page in pages() if renewed(page.read_text("utf-8")) != page.read_text("utf-8")]
+    for page in stale:
+        if not check:
+            page.write_text(renewed(page.read_text("utf-8")), encoding="utf-8")
+        print(f"{'out of date' if check else 'renewed'}: {page.relative_to(HOME)}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
