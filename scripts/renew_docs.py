@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def data_formats() -> str:
     lines: list[str] = []
     for form in formats():
         text = " ".join((sys.modules[type(form).__module__].__doc__ or "").split())
-        about = re.sub(r" (Source|Use when):", r" \1:", text)
+        about = re.sub(r" (Source|Use when):", r"\n*\1:*", text)
         columns = ", ".join(f"`{column}`" for column in form.known)
         lines += [f"### `{form.name}`: {form.title}", "", about, "", f"Columns it goes by: {columns}.", ""]
         lines += ["```json", form.example, "```", ""]
@@ -134,17 +135,7 @@ def _family(field: FieldInfo) -> str | None:
 
 def _values(field: FieldInfo) -> str:
     """The values a field may have, in words: its type and its range."""
-    text = str(field.annotation)
-    if literal := re.search(r"Literal\[(.*?)\]", text):
-        return ", ".join(f"`{value}`" for value in re.findall(r"'(.*?)'", literal[1]))
-    if isinstance(field.annotation, type):
-        words = [WORDS.get(field.annotation.__name__, field.annotation.__name__)]
-    elif "dict[" in text:
-        words = ["mapping", "empty"]
-    else:
-        found = re.findall(r"tuple\[\w+|\b(?:str|float|int|bool)\b|NoneType|None", text)
-        words = ["a list of them" if word.startswith("tuple") else WORDS.get(word, "empty") for word in found]
-        words = list(dict.fromkeys(words))
+    words = list(dict.fromkeys(_words(field.annotation)))
     marks = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     limits = [
         f"{mark} {getattr(item, key):g}"
@@ -153,6 +144,22 @@ def _values(field: FieldInfo) -> str:
         if getattr(item, key, None) is not None
     ]
     return " or ".join(words) + (f", {' and '.join(limits)}" if limits else "")
+
+
+def _words(annotation: Any) -> list[str]:
+    inside = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _words(inside[0])
+    if origin is typing.Literal:
+        return [", ".join(f"`{value}`" for value in inside)]
+    if origin is tuple:
+        return ["a list of them" if inside[0] is str else f"a list of {_words(inside[0])[0]}s"]
+    if origin is dict:
+        return ["mapping"]
+    if inside:
+        return [word for part in inside for word in _words(part)]
+    return [WORDS[annotation.__name__]]
 
 
 def _default(field: FieldInfo) -> str:

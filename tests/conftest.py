@@ -11,6 +11,9 @@ from hypothesis import settings
 
 from tests.tiny import KINDS, tiny_folder
 
+# Read once, when the hub's client is imported, which may be before any fixture runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # The same examples on every machine and every day; a search with new ones is started by hand.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

@@ -105,9 +105,12 @@ def rows(count: int, *, seed: int = 0, shortest: int = 2, longest: int = 14, one
 
 
 def branching(*, seed: int = 0, row: int = 0) -> Tree:
-    """A prompt with three children, one of which has two of its own; the first token of each child carries weight."""
+    """A prompt with three children, two of which have children of their own; first tokens of children carry weight.
+
+    The segments are not in the order in which paths visit them.
+    """
     rng = np.random.default_rng(seed)
-    sizes = [(7, -1), (4, 0), (1, 0), (6, 0), (3, 3), (5, 3)]
+    sizes = [(7, -1), (4, 0), (1, 0), (6, 0), (3, 3), (5, 1), (2, 3)]
     parts = []
     for count, parent in sizes:
         part = segment(rng, count, parent=parent)

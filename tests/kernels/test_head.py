@@ -40,7 +40,9 @@ def case(
     return draw(rows, size), draw(vocabulary, size), draw(vocabulary) if bias else None, labels, draw(rows)
 
 
-def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None) -> Tensor:
+def reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, cap: float | None
+) -> Tensor:
     """The same in one line of torch after the other, full logits and all."""
     logits = hidden @ weight.t() * scale
     logits = logits if bias is None else logits + bias

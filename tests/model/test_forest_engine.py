@@ -46,7 +46,9 @@ def test_a_shared_prefix_equals_unshared_rows(architecture: str) -> None:
     """Breaks when a child sees its sibling, forgets an ancestor, starts at the wrong position, or when the gradient of
     several children does not add up in the prefix."""
     model = forests.language_model(architecture)
-    trees = [forests.branching(seed=1), *forests.rows(2, seed=5), forests.branching(seed=2, row=3)]
+    # A row as long as the prompt that follows it: equal rows are attended together, a prompt with children never.
+    same = forests.rows(1, seed=5, shortest=7, longest=7)
+    trees = [forests.branching(seed=1), *forests.rows(2, seed=5), *same, forests.branching(seed=2, row=3)]
     parameters = forests.trainable(model)
     shared = forests.engine_loss(model, trees)
     shared_gradients = forests.gradients(shared, parameters)

@@ -93,6 +93,7 @@ def test_selected_sites_keep_the_order_of_the_model() -> None:
     ("targets", "advice"),
     [
         (("q_prj",), "q_proj"),
+        (("proj",), "q_proj"),
         (("q", "gat_proj"), "gate_proj"),
         (r".*\.nothing_here", "roles here"),
         ("(", "names here"),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.conversation import Row
+from luthier.data.conversation import Row, Text
 from luthier.data.rendered import Rendered
 from luthier.data.renderer import OverLength, Renderer, TrainOn
 from luthier.data.rows import OnBadRow, RowReport, SourceFile, find_sources, read_rows
@@ -174,6 +174,10 @@ def _held_out(
         held_rows = np.array([row.number for row in report.rows[first:]], dtype=np.int64)
         return np.isin(store.rows, held_rows)
     rows = np.unique(store.rows)
+    if len(rows) == 1 and isinstance(report.rows[0].content, Text):
+        # One long text: its pieces share no token, so the last ones can be held out.
+        share = min(max(1, round(fraction * len(store))), len(store) - 1) if fraction > 0 else 0
+        return np.arange(len(store)) >= len(store) - share
     count = round(fraction * len(rows))
     if fraction > 0 and len(rows) > 1:
         count = max(1, min(count, len(rows) - 1))

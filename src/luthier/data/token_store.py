@@ -196,11 +196,19 @@ def _demand(problems: Sequence[DataError], read: int) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:_LISTED_PROBLEMS])
-        more = f"\n  and {len(problems) - _LISTED_PROBLEMS:,} more" if len(problems) > _LISTED_PROBLEMS else ""
         raise DataError(
-            f"{len(problems):,} problems in {read:,} rows{listed}{more}\n", do="see them all with: luthier data check"
+            f"{len(problems):,} problems in {read:,} rows{_listed(problems)}\n", do="see them all with: luthier data check"
         )
+
+
+def _listed(problems: Sequence[DataError]) -> str:
+    """The problems, a line each; the same words for many rows stand once, with the first address and their number."""
+    alike: dict[str, list[DataError]] = {}
+    for problem in problems:
+        alike.setdefault(problem.received, []).append(problem)
+    lines = [f"\n  {same[0]}{f' (and {len(same) - 1:,} rows alike)' * (len(same) > 1)}" for same in alike.values()]
+    left = len(lines) - _LISTED_PROBLEMS
+    return "".join(lines[:_LISTED_PROBLEMS]) + (f"\n  and {left:,} other problems" if left > 0 else "")
 
 
 def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:

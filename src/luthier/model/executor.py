@@ -184,7 +184,7 @@ def probe(module: PreTrainedModel) -> Executor:
     return Executor("segments", own_head, "" if own_head else "the output head is computed by the zoo")
 
 
-def _segments_fail(module: PreTrainedModel, forest: Forest, head: Head | None, truth: Tensor) -> str:
+def _segments_fail(module: PreTrainedModel, forest: Forest, head: AnyHead, truth: Tensor) -> str:
     """Why the by-segment executor cannot run this model; empty when it can."""
     if module.config._attn_implementation != NAME:
         return "the model does not support the attention interface"

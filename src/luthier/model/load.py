@@ -43,6 +43,8 @@ def resolve_source(source: str) -> str:
     if name == SEEDLING:
         return str(Path(__file__).resolve().parents[1] / "assets" / "seedling")
     place = Path(name).expanduser()
+    if place.is_file():
+        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling")
     if place.exists():
         return str(place)
     # A hub id has one slash at most; anything else can only have meant a folder.
@@ -186,7 +188,9 @@ def without_bars(*, local: bool) -> Iterator[None]:
 def _load_weights(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
     settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
     # transformers reports missing and unexpected tensors in a table on its logger; we raise instead.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    # It also warns of layers that no tensor-parallel plan covers, where there is one device.
+    for noisy in ("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         with without_bars(local=Path(name).is_dir()):
             module, info = _with_our_attention(name, settings)

@@ -19,7 +19,7 @@ from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.finetune import reading_of
-from luthier.recipes.opened import open_named
+from luthier.recipes.opened import open_named, require_room
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
@@ -43,7 +43,8 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     else:
         trees = [tree for index in range(len(prepared.train)) for tree in recipe.objective.trees(prepared.train[index])]
     if not trees:
-        raise RecipeError(f"{run.folder} held no rows out (evaluation.fraction is 0)", do="name a file: --data FILE")
+        raise RecipeError(f"{run.folder} has no held-out rows", do="name a file: --data FILE")
+    require_room(prepared.store.lengths, opened.model)
     tuned = mean_loss(opened.model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
     if (run.folder / MODEL).is_dir():
         base_model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)

@@ -26,6 +26,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
 from luthier.recipes.files import open_run, place_of
+from luthier.recipes.opened import require_room
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.store.files import write_json, write_text
@@ -110,6 +111,7 @@ def lay_out(recipe: FinetuneRecipe) -> Bench:
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(recipe.adapter.attach(model.sites))
+    require_room(data.store.lengths, model)
     stepper = Stepper(
         model,
         attachment,
@@ -173,7 +175,9 @@ def _train(
         write_rejects(run.folder / "rejects.jsonl", data.report.rejects)
     run.write_plan(bench.plan)
     everyone = Several([run, recorder])
-    everyone.record(Event("start", {**bench.plan, "run": str(run.folder), "resumed_at": state.step}, step=state.step))
+    notices = [*bench.plan["notices"], *run.checkpoints.notices]
+    started = {**bench.plan, "notices": notices, "run": str(run.folder), "resumed_at": state.step}
+    everyone.record(Event("start", started, step=state.step))
     eval_trees = accounts.held_out_trees(recipe, data)
     with stop_on_signals() as stop:
         loop = Loop(

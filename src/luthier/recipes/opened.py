@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.adapters import adapter_of
 from luthier.core.errors import RecipeError
@@ -77,6 +78,18 @@ def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None
     check_base(folder, model)
     method = adapter_of(read_config(folder))
     fill(model.attach(method.attach(model.sites), name=name), folder)
+
+
+def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> None:
+    """Raise RecipeError when the longest row and a learned root before it are more than the model's context."""
+    root = 0 if model.active_root is None else model.active_root.token_count
+    longest = int(max(lengths, default=0))
+    if root and model.context_tokens is not None and longest + root > model.context_tokens:
+        raise RecipeError(
+            f"the longest row has {longest} tokens and the learned prefix {root}",
+            allowed=f"the model's {model.context_tokens} positions for both",
+            do=f"set data.max_tokens to {model.context_tokens - root} and data.over_length to drop or truncate",
+        )
 
 
 def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:

@@ -112,6 +112,12 @@ class FinetuneRecipe(Knobs):
     def _bare_path(cls, value: object) -> object:
         return {"train": value} if isinstance(value, (str, list, tuple)) else value
 
+    @field_validator("budget", "batch", "evaluation", "checkpoint", mode="before")
+    @classmethod
+    def _nothing_given(cls, value: object) -> object:
+        # What is left of a section once all of its lines are commented out, as `luthier init` writes it.
+        return {} if value is None else value
+
     @field_validator("objective", mode="after")
     @classmethod
     def _composes(cls, value: Objective) -> Objective:

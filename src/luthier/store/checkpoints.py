@@ -286,7 +286,10 @@ def _call(writer: Callable[[Path], None], folder: Path) -> None:
         writer(folder)
     except SafetensorError as failure:
         # The Rust side reports a full disk as its own kind of error.
-        raise StorageError(f"cannot write {folder}: {failure}") from failure
+        raise StorageError(
+            f"cannot write {folder}: {failure}",
+            do="look at the free space; then luthier resume goes on from the checkpoint before",
+        ) from failure
 
 
 def _name(step: int) -> str:

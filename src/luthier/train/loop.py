@@ -81,8 +81,10 @@ class Loop:
         if state.step == 0:
             self._evaluate(state)
             self._sample(state)
-        status: Status = "finished"
-        while state.step < state.total_steps:
+        # A run that was killed after its patience had run out has nothing left to do but to end.
+        over = self._impatient(state)
+        status: Status = "early-stopped" if over else "finished"
+        while not over and state.step < state.total_steps:
             # ---------------------------------------------------------------------------------------- one step
             began = time.perf_counter()
             trees = self.source.next_step()
@@ -102,7 +104,7 @@ class Loop:
                 self._sample(state)
             if better or last or _due(state.step, self.cadence.save_every):
                 self._save(state, best=better)
-            if self.cadence.patience and state.evaluations_without_gain >= self.cadence.patience:
+            if self._impatient(state):
                 status = "early-stopped"
                 break
             if self.stop and not last:
@@ -114,6 +116,9 @@ class Loop:
         if self.saved_step != state.step:
             self._save(state, best=False)
         return status
+
+    def _impatient(self, state: LoopState) -> bool:
+        return 0 < self.cadence.patience <= state.evaluations_without_gain
 
     def _apply(self, state: LoopState, passed: PassReport, factor: float) -> float:
         """Step, unless a number is not finite: then nothing is applied, and the rows are named."""

@@ -1,0 +1,87 @@
+"""Every snippet of README, CONTRIBUTING and docs/ is run or parsed.
+
+So that this takes seconds, a tiny model with random weights stands in for `seedling` and for every hub model: the
+pages are tested for whether they work, not for how good the models get.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from luthier.cli.main import run
+from luthier.core.knobs import validate
+from luthier.model import load
+from luthier.recipes.schema import FinetuneRecipe
+from tests.docs.snippets import NOT_RUN, PAGES, Command, bash, commands, snippets, there, with_stand_in
+
+LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
+
+
+@pytest.fixture
+def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> Path:
+    """The tiny model, which `seedling` stands for while the test runs."""
+    package = tmp_path_factory.mktemp("package")
+    (package / "assets").mkdir()
+    (package / "assets" / "seedling").symlink_to(tiny_path("llama"))
+    # `seedling` is looked for beside the file that loads models.
+    monkeypatch.setattr(load, "__file__", str(package / "model" / "load.py"))
+    return tiny_path("llama")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_snippet_of_a_page_works(
+    page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = ""
+    for snippet in snippets(page):
+        where = f"{page.name}:{snippet.line}"
+        assert snippet.language in LANGUAGES, f"{where}: a snippet needs one of {', '.join(sorted(LANGUAGES))}"
+        text = with_stand_in(snippet.text, stand_in)
+        if snippet.language == "bash":
+            for command in commands(text):
+                said += _run(command, where, tmp_path, capsys)
+        elif snippet.language == "python":
+            exec(compile(text, where, "exec"), {"__name__": "__page__"})
+        elif snippet.language == "yaml":
+            _check_recipe(text)
+        elif snippet.language == "json":
+            json.loads(text)
+        elif snippet.language == "console":
+            missing = [line for line in text.splitlines() if line not in said]
+            assert not missing, f"{where}: nothing printed {missing}; what was printed:\n{said}"
+
+
+def test_a_snippet_that_fails_is_seen(tmp_path: Path, capsys: Any) -> None:
+    [wrong, here] = commands("luthier describe lorra   # exit 0\ncat > a.txt <<'END'\nx\nEND\n")
+    with pytest.raises(AssertionError, match="exit code 2"):
+        _run(wrong, "page:1", tmp_path, capsys)
+    _run(here, "page:2", tmp_path, capsys)
+    assert (tmp_path / "a.txt").read_text() == "x\n"
+
+
+def _run(command: Command, where: str, folder: Path, capsys: Any) -> str:
+    if command.words[0] in NOT_RUN:
+        there(command)
+        return ""
+    if command.words[0] != "luthier":
+        return bash(command, folder)
+    capsys.readouterr()
+    code = run(command.words[1:])
+    printed = capsys.readouterr()
+    assert code == command.expected, f"{where}: {command.text}\nexit code {code}\n{printed.err}"
+    # Lines that a narrow console wrapped are joined, so that pages can show them whole.
+    return re.sub(r" *\n", "\n", printed.out + printed.err)
+
+
+def _check_recipe(text: str) -> None:
+    """A recipe, or a part of one, fits the schema."""
+    values = yaml.safe_load(text)
+    validate(FinetuneRecipe, {"model": "seedling", "data": "rows.jsonl", **values})

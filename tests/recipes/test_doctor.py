@@ -1,0 +1,44 @@
+"""What the machine offers, and an exit code when something needed is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from luthier.recipes import doctor
+from tests.cli.commands import luthier, tree
+
+
+@pytest.fixture
+def seedling(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small model in the place of the seedling."""
+    monkeypatch.setattr(doctor, "resolve_source", lambda _: str(copied))
+    return copied
+
+
+def test_all_that_is_needed_is_there(seedling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tree(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    checks = luthier("doctor", "--json").must(0).json["checks"]
+    found = {check["what"]: check for check in checks}
+    assert {*doctor.NEEDED, "GPU", "CPU", "memory", "cache", "runs", "seedling"} <= set(found)
+    assert all(set(check) == {"what", "state", "detail"} for check in checks)
+    assert all(found[name]["state"] == "fine" and found[name]["detail"] for name in doctor.NEEDED)
+    shown = luthier("doctor").must(0)
+    assert shown.err == "" and "torch" in shown.out and "\x1b" not in shown.out
+    assert tree(tmp_path) == before
+
+
+def test_what_is_missing_is_marked_and_ends_with_69(seedling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (seedling / "model.safetensors").unlink()
+    monkeypatch.setattr(doctor, "NEEDED", (*doctor.NEEDED, "no-such-package"))
+    told = luthier("doctor").must(69, "error[missing]", "no-such-package, seedling", "pip install")
+    assert "!! no-such-package" in told.out and "ok torch" in told.out
+
+
+def test_a_folder_that_may_not_be_written_is_named(
+    seedling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    luthier("doctor").must(69, "cache, runs")

@@ -1,0 +1,201 @@
+"""The state of a run: saved, loaded and gone on with, bit for bit; damaged files are named."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.adapters import Adapter
+from luthier.core import catalog
+from luthier.core.errors import CorruptError
+from luthier.core.knobs import choose
+from luthier.objectives.sft import SFT
+from luthier.optimizers import Optimizer
+from luthier.schedules.cosine import Cosine
+from luthier.train.loop import Cadence, Loop
+from luthier.train.signals import StopRequest
+from luthier.train.source import DataSource
+from luthier.train.state import NUMBERS, TENSORS, LoopState, load_parameters, load_state, save_state
+from luthier.train.stepper import Stepper
+from tests import forests
+from tests.forests import Diary
+
+ADAPTERS: list[Any] = [
+    {"method": "lora", "dropout": 0.3} if name == "lora" else name for name in catalog.names("adapters")
+]
+VIEWS = forests.views(9, seed=2)
+LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "tokens", "trained_tokens")
+
+
+class Run:
+    """A whole run over a tiny llama: made anew for every life of it."""
+
+    def __init__(
+        self, *, adapter: Any = "lora", optimizer: str = "adamw", dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
+        model = forests.language_model("llama", dtype=dtype)
+        torch.manual_seed(seed)
+        attachment = model.attach(choose("adapters", Adapter, adapter).attach(model.sites))
+        method = choose("optimizers", Optimizer, {"method": optimizer, "learning_rate": 1e-2})
+        self.stepper = Stepper(model, attachment, SFT(), method, micro_tokens=20)
+        self.source = DataSource(VIEWS, SFT(), lengths=forests.lengths(VIEWS), seed=3, rows=2)
+        self.diary = Diary()
+        self.stop = StopRequest()
+
+    def go(self, state: LoopState, *, until: int | None = None, cadence: Cadence | None = None) -> str:
+        """Run the loop; `until` asks for a stop once that step is saved."""
+        if until is not None:
+            self.diary.on_save = lambda saved: self.stop.ask("test") if saved.step == until else None
+        held_out = [tree for view in VIEWS[:2] for tree in SFT().trees(view)]
+        loop = Loop(
+            source=self.source, stepper=self.stepper, schedule=Cosine(), recorder=self.diary, keeper=self.diary,
+            cadence=cadence or Cadence(evaluate_every=2, save_every=1), stop=self.stop, eval_trees=held_out,
+        )  # fmt: skip
+        return loop.run(state)
+
+    def bits(self) -> dict[str, bytes]:
+        """Everything a next step depends on."""
+        found = {f"master/{name}": tensor for name, tensor in self.stepper.masters.items()}
+        found.update({f"parameter/{name}": tensor for name, tensor in self.stepper.parameters.items()})
+        for name, master in self.stepper.masters.items():
+            for key, value in self.stepper.optimizer.state[master].items():
+                found[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        found["random"] = torch.get_rng_state()
+        return {
+            name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            for name, tensor in found.items()
+        }
+
+    def logged(self) -> list[tuple[Any, ...]]:
+        """The numbers of all steps and evaluations."""
+        steps = [tuple(event.values[key] for key in LOGGED) for event in self.diary.events if event.kind == "step"]
+        return [*steps, *((loss,) for loss in self.diary.values("evaluation", "loss"))]
+
+
+EACH = [*product(ADAPTERS, catalog.names("optimizers"), [torch.float32]), ("full", "adamw", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("adapter", "optimizer", "dtype"), EACH)
+def test_save_load_and_go_on_equals_the_unbroken_run_bit_for_bit(
+    adapter: Any, optimizer: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Breaks when anything that one step hands to the next is not saved: moments, counters, dropout, data order."""
+    unbroken = Run(adapter=adapter, optimizer=optimizer, dtype=dtype)
+    assert unbroken.go(LoopState(total_steps=12)) == "finished"
+    first = Run(adapter=adapter, optimizer=optimizer, dtype=dtype)
+    state = LoopState(total_steps=12)
+    assert first.go(state, until=6) == "stopped" and state.step == 6
+    save_state(tmp_path, state, first.stepper, first.diary.row_losses)
+    # Another seed: what the resumed run draws at its start must not matter.
+    second = Run(adapter=adapter, optimizer=optimizer, dtype=dtype, seed=99)
+    resumed, second.diary.row_losses = load_state(tmp_path, second.stepper)
+    assert resumed == state and second.diary.row_losses == first.diary.row_losses
+    assert second.bits() == {**first.bits(), "random": second.bits()["random"]}
+    assert second.go(resumed) == "finished"
+    whole = unbroken.logged()
+    steps = first.logged()[:6] + second.logged()[:6]
+    assert steps == whole[:12]
+    assert second.diary.row_losses == unbroken.diary.row_losses
+    found, expected = second.bits(), unbroken.bits()
+    assert {name for name in expected if found[name] != expected[name]} == set()
+    assert set(found) == set(expected)
+
+
+def test_the_dropout_of_a_resumed_run_is_not_that_of_its_start(tmp_path: Path) -> None:
+    """Guards the test above: with the generator not restored, the numbers do differ."""
+    first = Run(adapter={"method": "lora", "dropout": 0.3})
+    state = LoopState(total_steps=4)
+    first.go(state, until=2)
+    save_state(tmp_path, state, first.stepper, {})
+    losses = []
+    for restore in (True, False):
+        run = Run(adapter={"method": "lora", "dropout": 0.3}, seed=99)
+        resumed, _ = load_state(tmp_path, run.stepper)
+        if not restore:
+            torch.manual_seed(1)
+        run.go(resumed)
+        losses.append(run.diary.values("step", "loss"))
+    assert losses[0] != losses[1]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a state after two steps."""
+    run = Run()
+    state = LoopState(total_steps=2)
+    run.go(state)
+    save_state(tmp_path, state, run.stepper, {3: 0.5})
+    return tmp_path
+
+
+def change_tensors(folder: Path, *, drop: str = "", add: bool = False, cut: str = "") -> None:
+    """Rewrite the tensor file with one tensor less, more, or shorter."""
+    tensors = load_file(folder / TENSORS)
+    key = next((name for name in sorted(tensors) if drop and name.startswith(drop)), "")
+    tensors.pop(key, None)
+    if add:
+        tensors["optimizer/nobody/exp_avg"] = torch.zeros(2)
+    short = next((name for name in sorted(tensors) if cut and name.startswith(cut)), "")
+    if short:
+        tensors[short] = tensors[short][:1].clone()
+    save_file(tensors, folder / TENSORS)
+
+
+@pytest.mark.parametrize(
+    "change", [{"drop": "master/"}, {"drop": "optimizer/"}, {"add": True}, {"cut": "master/"}, {"cut": "optimizer/"}]
+)
+def test_a_tensor_too_few_too_many_or_too_short_is_corrupt_and_nothing_is_loaded(
+    saved: Path, change: dict[str, Any]
+) -> None:
+    """Breaks when a run goes on with fresh moments, or with a part of its parameters."""
+    change_tensors(saved, **change)
+    run = Run(seed=5)
+    before = run.bits()
+    with pytest.raises(CorruptError, match=TENSORS):
+        load_state(saved, run.stepper)
+    assert run.bits() == before
+
+
+@pytest.mark.parametrize("name", [TENSORS, NUMBERS])
+def test_a_file_cut_short_or_gone_is_corrupt(saved: Path, name: str) -> None:
+    """Breaks when the error of a library reaches the user."""
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptError, match=name):
+        load_state(saved, Run().stepper)
+    (saved / name).unlink()
+    with pytest.raises(CorruptError, match=name):
+        load_state(saved, Run().stepper)
+
+
+@pytest.mark.parametrize("part", ["loop", "tensors", "optimizer", "random", "row_losses"])
+def test_numbers_with_a_part_missing_are_corrupt(saved: Path, part: str) -> None:
+    """Breaks when a default stands in for what was lost."""
+    content = json.loads((saved / NUMBERS).read_text("utf-8"))
+    del content[part]
+    (saved / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CorruptError, match=part):
+        load_state(saved, Run().stepper)
+
+
+def test_another_adapter_cannot_go_on_from_it(saved: Path) -> None:
+    """Breaks when shapes that happen to fit are enough."""
+    with pytest.raises(CorruptError, match="differs from the run's"):
+        load_state(saved, Run(adapter={"method": "lora", "rank": 3}).stepper)
+    with pytest.raises(CorruptError, match="the recipe's adapter|that nothing expects"):
+        load_state(saved, Run(adapter={"method": "lora", "targets": ["q"]}).stepper)
+
+
+def test_parameters_alone_can_be_loaded(saved: Path) -> None:
+    """Breaks when the best checkpoint cannot be had without its moments."""
+    run, whole = Run(seed=5), Run(seed=6)
+    left = load_parameters(saved, run.stepper)
+    load_state(saved, whole.stepper)
+    assert all(torch.equal(value, whole.stepper.masters[name]) for name, value in run.stepper.masters.items())
+    assert not run.stepper.optimizer.state and all(name.startswith("optimizer/") for name in left)
