@@ -143,7 +143,8 @@ def test_a_full_disk_harms_no_checkpoint_and_the_run_goes_on_once_there_is_space
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointKeeper, "save", on_a_full_disk)
-        luthier("train", recipe, "--run", folder).must(74, "error[storage]", ".tmp-6-", "File too large", "luthier resume")
+        told = luthier("train", recipe, "--run", folder)
+    told.must(74, "error[storage]", ".tmp-6-", "File too large", "luthier resume")
     found = tree(folder / "checkpoints")
     assert {name: data for name, data in found.items() if name.startswith("step-")} == saved
     assert "step-000004/state.safetensors" in saved and not [name for name in found if name.startswith(".tmp")]

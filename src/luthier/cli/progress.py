@@ -66,8 +66,8 @@ class Lines:
                 self.console.print(line)
         elif event.kind == "step" and ((event.step or 0) % self.every == 0 or event.step == self.steps):
             self.console.print(f"step {event.step}/{self.steps}  {figures(event.values)}")
-        elif (line := event_line(event)) is not None:
-            self.console.print(line)
+        elif (told := event_line(event)) is not None:
+            self.console.print(told)
 
 
 @final
@@ -86,8 +86,8 @@ class Bar:
             self.bar.update(self.task, completed=event.step or 0)
         elif event.kind == "step" and self.task is not None:
             self.bar.update(self.task, completed=event.step, figures=figures(event.values))
-        elif (line := event_line(event)) is not None:
-            self.bar.console.print(line)
+        elif (told := event_line(event)) is not None:
+            self.bar.console.print(told)
 
 
 def start_lines(values: Any) -> list[str]:
