@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.adapters import Adapter
-from luthier.cli.progress import progress
 from luthier.core.knobs import validate
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.recipes.finetune import start
 from luthier.recipes.opened import open_named
+from luthier.recipes.progress import progress
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.schedules import Schedule
 

@@ -18,7 +18,7 @@ FLOORS: dict[str, float] = {
          "synthesizers", "mergers", "probes", "prompt_optimizers", "exporters"), 4),
     **dict.fromkeys(("train", "infer", "merge", "curate", "trace"), 5),
     "recipes": 6,
-    **dict.fromkeys(("cli", "server", "studio"), 7),
+    **dict.fromkeys(("cli", "server", "studio", "api"), 7),
 }  # fmt: skip
 FAMILY, MACHINE = 4, 5
 WITHOUT_TORCH = ("core", "arithmetic", "store", "assets")

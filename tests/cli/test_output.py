@@ -116,6 +116,8 @@ def test_dry_run_writes_nothing_and_says_where_each_value_comes_from(
     tmp_path: Path, recipe: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # A table is folded to a width that is asked for; in a pipe nobody asks, and its lines stay whole.
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LUTHIER_SET__SEED", "7")
     command = ("train", recipe, "--set", "adapter.rank=2", "--run", "2026-11-20", "--dry-run")

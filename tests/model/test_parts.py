@@ -17,7 +17,8 @@ from tests.forests import ARCHITECTURES, shake, zoo
 
 
 def _segment(generator: np.random.Generator, count: int, parent: int = ROOT) -> Segment:
-    return Segment(generator.integers(0, 60, count).astype(np.int32), generator.random(count).astype(np.float32), parent)
+    tokens = generator.integers(0, 60, count).astype(np.int32)
+    return Segment(tokens, generator.random(count).astype(np.float32), parent)
 
 
 def _nested() -> Tree:
@@ -40,7 +41,7 @@ def _gradients(architecture: str, adapter: str, micro_tokens: int) -> tuple[Pass
 @pytest.mark.parametrize("adapter", ["full", "lora", "prefix_tuning"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parts_equal_the_whole(architecture: str, adapter: str) -> None:
-    """Breaks when a branch's gradient into the root's keys, values or last state is lost, or a first token's label is."""
+    """Breaks when a branch's gradient into the root's keys, values or last state is lost, or a first label is."""
     whole, expected = _gradients(architecture, adapter, 1000)
     for micro_tokens in (7, 1):
         parts, found = _gradients(architecture, adapter, micro_tokens)

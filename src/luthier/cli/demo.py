@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.options import DryRun, Json, Quiet
-from luthier.cli.progress import progress
 from luthier.cli.show import console_of, print_json
 from luthier.core.units import duration_text
+from luthier.recipes.progress import progress
 
 if TYPE_CHECKING:
     from luthier.recipes.demo import DemoResult

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Run
-from luthier.cli.progress import progress
 from luthier.cli.show import print_json, print_summary
+from luthier.recipes.progress import progress
 
 
 def resume(

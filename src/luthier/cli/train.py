@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Set
-from luthier.cli.progress import progress
 from luthier.cli.show import print_json, print_plan, print_summary
+from luthier.recipes.progress import progress
 
 
 def train(

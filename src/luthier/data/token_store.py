@@ -196,9 +196,8 @@ def _demand(problems: Sequence[DataError], read: int) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise DataError(
-            f"{len(problems):,} problems in {read:,} rows{_listed(problems)}\n", do="see them all with: luthier data check"
-        )
+        counts = f"{len(problems):,} problems in {read:,} rows"
+        raise DataError(f"{counts}{_listed(problems)}\n", do="see them all with: luthier data check")
 
 
 def _listed(problems: Sequence[DataError]) -> str:

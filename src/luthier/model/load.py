@@ -61,8 +61,8 @@ def load_model(
 ) -> LanguageModel:
     """The base model `source`, frozen, in evaluation mode, on its device.
 
-    Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model, RecipeError
-    when it is no causal language model.
+    Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model, and
+    RecipeError when it is no causal language model.
     """
     attention.register()
     name = resolve_source(source)
@@ -232,7 +232,7 @@ def _fresh(config, dtype: torch.dtype, seed: int) -> PreTrainedModel:  # type: i
 def _explain(source: str, failure: Exception) -> LuthierError:
     text = " ".join(str(failure).split())[:300]
     if "trust_remote_code" in text or "custom code" in text:
-        return UnsafeArtifactError(f"{source} needs its own code to run: {text}", do="choose a model transformers knows")
+        return UnsafeArtifactError(f"{source} needs code of its own: {text}", do="choose a model transformers knows")
     if "safetensors" in text and "pytorch_model" in text:
         return UnsafeArtifactError(f"{source} has no safetensors weights: {text}", allowed="safetensors")
     if isinstance(failure, OSError):

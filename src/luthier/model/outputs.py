@@ -27,8 +27,8 @@ class TokenOutputs:
 class LossReport:
     """A loss as a sum and the weight it must be divided by, never a mean.
 
-    The loop divides once, by the weight of the whole optimizer step, so cutting a step into micro-batches, packing it or
-    splitting it over devices cannot change a gradient. `metrics` are sums too, each with its own weight.
+    The loop divides once, by the weight of the whole optimizer step, so cutting a step into micro-batches, packing it
+    or splitting it over devices cannot change a gradient. `metrics` are sums too, each with its own weight.
     """
 
     sum: Float[Tensor, ""]

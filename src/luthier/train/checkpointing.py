@@ -34,7 +34,8 @@ class CheckpointKeeper:
             best=best,
         )
         self.run.checkpoints.rotate(self.keep)
-        self.run.write_status("running", values={"step": state.step, "steps": state.total_steps, "loss": state.last_loss})
+        progress = {"step": state.step, "steps": state.total_steps, "loss": state.last_loss}
+        self.run.write_status("running", values=progress)
 
     def recover(self, *, accept_drift: bool = False) -> LoopState:
         """The state to go on from: the newest checkpoint that verifies, or a fresh one when none was ever made.
