@@ -10,10 +10,12 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from luthier.train.checkpointing import CheckpointKeeper
+from luthier.train.result import save_result
 from luthier.train.state import LoopState
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import STEPS, events, luthier, process, step_events, tree, wait_for_step
@@ -231,3 +233,26 @@ def test_a_run_killed_after_its_patience_ran_out_does_no_further_step(
     line = luthier("resume", tmp_path / "run", "--json").must(0).json
     assert (line["status"], line["steps"], line["loss"]) == (whole["status"], whole["steps"], whole["loss"])
     assert step_events(tmp_path / "run") == step_events(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_result_that_finds_no_space_is_written_by_resume(
+    adapter: str, tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def on_a_full_disk(*arguments: Any) -> Path:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+        try:
+            return save_result(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("luthier.recipes.finetune.save_result", on_a_full_disk)
+        told = luthier("train", recipe, "--run", folder, "--set", f"adapter.method={adapter}")
+        told.must(74, "error[storage]", "File too large", "luthier resume")
+    line = luthier("resume", folder, "--json").must(0).json
+    assert line["steps"] == STEPS
+    assert luthier("eval", folder, "--json").json["tuned"]["loss"] == pytest.approx(line["loss"]["eval"], abs=1e-6)

@@ -108,8 +108,8 @@ class Layout:
     """A forest laid end to end.
 
     `tokens` and `positions` are (T,); `predictors`, `labels`, `weights`, `rows` and `trees` are (N,), one entry for
-    each token with weight: the flat position whose hidden state predicts it, the token, its weight, the data row and the
-    index of its tree.
+    each token with weight: the flat position whose hidden state predicts it, the token, its weight, the data row and
+    the index of its tree.
     """
 
     tokens: Ints

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from luthier.adapters import Adapter
-from luthier.core.errors import CorruptError, GateError
+from luthier.core.errors import CorruptError, GateError, StorageError
 from luthier.data.forest import Tree
 from luthier.model.adapter_files import fill, save_adapter, save_extras
 from luthier.model.attachment import Attachment
@@ -45,21 +46,25 @@ def save_result(
     run: Path, model: LanguageModel, attachment: Attachment, adapter: Adapter, extras: Mapping[str, Any]
 ) -> Path:
     """Write the trained adapter, or the trained model, into the run directory; the folder it went to."""
-    if attachment.trains_base:
-        folder = run / MODEL
-        with without_bars(local=True):
-            model.module.save_pretrained(folder)
-        save_extras(folder, extras)
-        return folder
-    folder = run / ADAPTER
-    save_adapter(
-        folder,
-        attachment,
-        peft_type=str(adapter.peft_type),
-        config=adapter.peft_config(model.sites),
-        base=model.source,
-        extras={"base_digest": model.digest, **extras},
-    )
+    folder = run / (MODEL if attachment.trains_base else ADAPTER)
+    try:
+        if attachment.trains_base:
+            with without_bars(local=True):
+                model.module.save_pretrained(folder)
+            save_extras(folder, extras)
+        else:
+            save_adapter(
+                folder,
+                attachment,
+                peft_type=str(adapter.peft_type),
+                config=adapter.peft_config(model.sites),
+                base=model.source,
+                extras={"base_digest": model.digest, **extras},
+            )
+    except (OSError, SafetensorError) as failure:
+        raise StorageError(
+            f"cannot write {folder}: {failure}", do="look at the free space; then luthier resume writes it again"
+        ) from failure
     return folder
 
 
