@@ -194,6 +194,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 STEP_TOKENS = 4096
+LATE_FROM = 139097
+"""The document from which on the late mix is read, at about two thirds of the default number of steps."""
 HELD_OUT_DOCUMENTS = 200
 HELD_OUT_SEED = 99
 
@@ -219,7 +221,7 @@ class DocumentSource(Source):
         return Cursor(0, self._used)
 
     def seek(self, cursor: Cursor) -> None:
-        self._stream = itertools.islice(documents(self.seed), cursor.used, None)
+        self._stream = itertools.islice(documents(self.seed, late_from=LATE_FROM), cursor.used, None)
         self._used = cursor.used
 
 

@@ -52,12 +52,18 @@ class Document:
         return [{"role": role, "content": content} for role, content in self.turns]
 
 
-def documents(seed: int, *, held_out: bool = False) -> Iterator[Document]:
-    """An endless stream of documents; with `held_out` every invented name is one that training never shows."""
+def documents(seed: int, *, held_out: bool = False, late_from: int | None = None) -> Iterator[Document]:
+    """An endless stream of documents; with `held_out` every invented name is one that training never shows.
+
+    From document `late_from` on, the mix holds more objects in braces, things and their numbers among them: what is
+    rare and hard is read last, when the learning rate falls.
+    """
     kinds = list(_TEXTS) + list(_CHATS)
     shares = [share for _, share in (_TEXTS | _CHATS).values()]
     index = 0
     while True:
+        if index == late_from:
+            kinds, shares = [*kinds, *_LATE], [*shares, *_LATE.values()]
         # One generator per document: a change to one kind of document leaves the others of a seed as they were.
         rng = random.Random(f"{seed}/{index}/{held_out}")
         kind = rng.choices(kinds, shares)[0]
@@ -199,6 +205,19 @@ def _braces(rng: random.Random, names: Namer) -> str:
         pairs.append(f'"mark":"{word}"')
         told += f", mark {word}"
     return f"{told}: {{{','.join(pairs)}}}"
+
+
+def _tally(rng: random.Random, names: Namer) -> str:
+    """Things that were counted, as a sentence and as objects in braces: a plural becomes its singular in quotes."""
+    counted = [(rng.choice(ITEMS), rng.randint(1, 20)) for _ in range(rng.randint(1, 3))]
+    told = []
+    for (one, many), count in counted:
+        number = str(count) if rng.random() < 0.5 else spell_number(count)
+        told.append(f"{number} {one if count == 1 else many}")
+    objects = [f'{{"thing":"{one}","count":{count}}}' for (one, _), count in counted]
+    opening = rng.choice(("{} has {}", "{} counted {}", "{} sold {}", "in the house of {} are {}"))
+    said = opening.format(names.first(), ", ".join(told))
+    return f"{said}: {','.join(objects)}"
 
 
 def _words(rng: random.Random, names: Namer, count: int) -> list[str]:
@@ -353,7 +372,9 @@ _TEXTS: dict[str, tuple[Callable[[random.Random, Namer], str], float]] = {
     "echo": (_echo, 12),
     "listing": (_listing, 6),
     "braces": (_braces, 4),
+    "tally": (_tally, 0),
 }
+_LATE: dict[str, float] = {"braces": 6, "tally": 14}
 _CHATS: dict[str, tuple[Callable[[random.Random, Namer], Turns], float]] = {
     "answer": (_answer_questions, 14),
     "write_record": (_write_record, 16),
