@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.cli.main import app
 from luthier.core import catalog, errors
-from luthier.core.knobs import Chosen
+from luthier.core.chosen import Chosen
 from luthier.data.formats import formats
 from luthier.recipes.schema import FinetuneRecipe
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from luthier.adapters import Adapter, adapter_of
 from luthier.core import catalog
+from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import choose
 from luthier.data.forest import Forest
 from luthier.model.adapter_files import check_base, fill, read_config
 from luthier.model.attachment import Attachment

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from luthier.core import catalog
-from luthier.core.knobs import choose
+from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Tree
 from luthier.objectives import Objective
 from tests import forests

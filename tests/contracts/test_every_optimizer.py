@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.core import catalog
-from luthier.core.knobs import choose
+from luthier.core.chosen import choose
 from luthier.optimizers import Optimizer
 
 each = pytest.mark.parametrize("name", catalog.names("optimizers"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.core import catalog
-from luthier.core.knobs import choose
+from luthier.core.chosen import choose
 from luthier.schedules import Schedule
 
 each = pytest.mark.parametrize("name", catalog.names("schedules"))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from luthier.adapters import Adapter
 from luthier.core import catalog
+from luthier.core.chosen import choose
 from luthier.core.errors import CorruptError
-from luthier.core.knobs import choose
 from luthier.objectives.sft import SFT
 from luthier.optimizers import Optimizer
 from luthier.schedules.cosine import Cosine

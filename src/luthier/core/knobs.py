@@ -1,8 +1,7 @@
 """Knobs: frozen, strict, typed settings, and the methods that own them.
 
-A *method* is one object: its own knobs and its behaviour. A recipe names one by `method` and gives its knobs beside
-it (`{method: lora, rank: 16}`); `Chosen("adapters")` turns that mapping into the object, importing only the file of
-the method that was named. Unknown keys are errors that name the nearest known one.
+A *method* is one object: its own knobs and its behaviour. Unknown keys are errors that name the nearest known one.
+How a recipe's mapping becomes a method is in `chosen.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
-from pydantic_core import ErrorDetails, core_schema
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
-from luthier.core import catalog
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.core.nearest import did_you_mean
 
@@ -42,48 +40,7 @@ class Method(Knobs, ABC):
         return {"method": self.method_name(), **self.model_dump(mode="json")}
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """Annotation of a recipe field that holds a method of `family`: `Annotated[Adapter, Chosen("adapters")]`."""
-
-    family: str
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            self.choose,
-            serialization=core_schema.plain_serializer_function_ser_schema(Method.as_recipe),
-        )
-
-    def choose(self, value: Any) -> Method:
-        """The method object that a mapping, a bare name or an object of the family stands for."""
-        if isinstance(value, Method):
-            return value
-        if isinstance(value, str):
-            value = {"method": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
-            raise RecipeError(
-                f"{self.family}: {value!r} does not say which method",
-                allowed=f"a mapping with method: {' | '.join(catalog.names(self.family))}",
-                do=f"for example {{method: {catalog.names(self.family)[0]}}}",
-            )
-        kind = catalog.load(self.family, value["method"])
-        knobs = {key: item for key, item in value.items() if key != "method"}
-        method = validate(kind, knobs, where=value["method"])
-        if not isinstance(method, Method):
-            raise TypeError(f"{kind} is not a Method")
-        return method
-
-
-Kind = TypeVar("Kind", bound=Method)
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def choose(family: str, base: type[Kind], value: Any) -> Kind:
-    """The method of `family` that `value` (a name, a mapping, or the object itself) stands for."""
-    method = Chosen(family).choose(value)
-    if not isinstance(method, base):
-        raise RecipeError(f"{method.method_name()} is no {base.__name__.lower()}")
-    return method
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from luthier.core import catalog
-from luthier.core.knobs import Chosen, Method
+from luthier.core.chosen import Chosen
+from luthier.core.knobs import Method
 from luthier.core.paths import run_folder
 from luthier.core.recipe_file import origins_table, read_layers, validated
 from luthier.recipes.schema import FinetuneRecipe

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from luthier.adapters import Adapter
+from luthier.core.chosen import Chosen, choose
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import Chosen, Knobs, choose
+from luthier.core.knobs import Knobs
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.schedules import Schedule

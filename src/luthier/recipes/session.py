@@ -13,8 +13,8 @@ from typing import Any, final
 import torch
 
 from luthier.adapters import Adapter, adapter_of
+from luthier.core.chosen import choose
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.knobs import choose
 from luthier.data.conversation import Message, Row
 from luthier.data.forest import Tree
 from luthier.data.formats import detect

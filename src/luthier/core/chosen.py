@@ -1,0 +1,60 @@
+"""The method that a recipe chooses: from a mapping, a bare name or an object to the object.
+
+A recipe names a method by `method` and gives its knobs beside it (`{method: lora, rank: 16}`); `Chosen("adapters")` on
+a field turns that mapping into the object, importing only the file of the method that was named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from luthier.core import catalog
+from luthier.core.errors import RecipeError
+from luthier.core.knobs import Method, validate
+
+Kind = TypeVar("Kind", bound=Method)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Annotation of a recipe field that holds a method of `family`: `Annotated[Adapter, Chosen("adapters")]`."""
+
+    family: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.choose,
+            serialization=core_schema.plain_serializer_function_ser_schema(Method.as_recipe),
+        )
+
+    def choose(self, value: Any) -> Method:
+        """The method object that a mapping, a bare name or an object of the family stands for."""
+        if isinstance(value, Method):
+            return value
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+            raise RecipeError(
+                f"{self.family}: {value!r} does not say which method",
+                allowed=f"a mapping with method: {' | '.join(catalog.names(self.family))}",
+                do=f"for example {{method: {catalog.names(self.family)[0]}}}",
+            )
+        kind = catalog.load(self.family, value["method"])
+        knobs = {key: item for key, item in value.items() if key != "method"}
+        method = validate(kind, knobs, where=value["method"])
+        if not isinstance(method, Method):
+            raise TypeError(f"{kind} is not a Method")
+        return method
+
+
+def choose(family: str, base: type[Kind], value: Any) -> Kind:
+    """The method of `family` that `value` (a name, a mapping, or the object itself) stands for."""
+    method = Chosen(family).choose(value)
+    if not isinstance(method, base):
+        raise RecipeError(f"{method.method_name()} is no {base.__name__.lower()}")
+    return method

@@ -1,0 +1,80 @@
+"""Where the paths of a run lead: relative ones start at the folder in which the run was started.
+
+A run and its result keep paths as they were written, so that they read the same wherever the run lies. What opens them
+later, perhaps from elsewhere, asks here. A path that leads nowhere from the first folder is taken from the present one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from luthier.core.errors import DataError
+from luthier.core.nearest import nearest
+from luthier.data.rows import find_sources
+from luthier.model.load import FRESH, SEEDLING
+from luthier.recipes.schema import FinetuneRecipe, Paths
+from luthier.store.runs import RunDirectory
+
+
+def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
+    """`recipe` with paths that lead from here where they led from `folder`; `recipe` itself when that is here."""
+    if folder is None or folder == Path.cwd():
+        return recipe
+    data = {
+        "train": _data(recipe.data.train, folder),
+        "evaluation": None if recipe.data.evaluation is None else _data(recipe.data.evaluation, folder),
+        "template": template_from(recipe.data.template, folder),
+    }
+    return recipe.model_copy(
+        update={"model": model_from(recipe.model, folder), "data": recipe.data.model_copy(update=data)}
+    )
+
+
+def started_in(run: RunDirectory) -> Path | None:
+    """The folder in which a run was started; None when it does not say or the folder is gone."""
+    if not (run.folder / "environment.json").is_file():
+        return None
+    said = run.read_json("environment.json").get("folder")
+    return Path(said) if isinstance(said, str) and Path(said).is_dir() else None
+
+
+def model_from(source: str, folder: Path | None) -> str:
+    """A model's name as it leads from here; hub ids and `seedling` are no paths."""
+    name = source.removeprefix(FRESH)
+    if folder is None or folder == Path.cwd() or name == SEEDLING or not (folder / name).is_dir():
+        return source
+    return source.removesuffix(name) + str(folder / name)
+
+
+def template_from(choice: str, folder: Path | None) -> str:
+    """A chat template's name as it leads from here, if it is a path at all."""
+    if folder is None or folder == Path.cwd() or not (folder / choice).is_file():
+        return choice
+    return str(folder / choice)
+
+
+def runs_beside(place: Path) -> list[str]:
+    """The runs that may have been meant by a path that is none: those of its folder with the nearest names."""
+    folder = place.parent
+    if place.is_dir() or not folder.is_dir():
+        return []
+    names = [path.parent.name for path in folder.glob("*/run.json")]
+    return [str(folder / name) for name in nearest(place.name, names)]
+
+
+def _data(paths: Paths, folder: Path) -> Paths:
+    return _file(paths, folder) if isinstance(paths, str) else tuple(_file(path, folder) for path in paths)
+
+
+def _file(text: str, folder: Path) -> str:
+    there = str(folder / text)
+    # What is nowhere is named with the folder it is missing from.
+    return text if not _leads(there) and _leads(text) else there
+
+
+def _leads(text: str) -> bool:
+    try:
+        return bool(find_sources(text))
+    except DataError:
+        return False
