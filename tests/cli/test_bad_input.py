@@ -48,6 +48,7 @@ def test_an_unknown_method_or_a_wrong_type_is_told_with_its_place(refused: Calla
     refused(2, ("own.yaml:4:1", "'lorra' is no method of adapters; did you mean lora?"), change=("lora,", "lorra,"))
     refused(2, ("own.yaml:4:25: adapter.rank: 'four'", "integer"), change=("rank: 4", "rank: four"))
     refused(2, ("--set: adapter.rank", "greater than"), "adapter.rank=0")
+    luthier("init", "--dry-run", "--set", "adapter.method=loraa").must(2, "--set: adapter: 'loraa' is no method")
     refused(2, ("--set x; --set key=value",), "x")
     refused(2, ("batch has both tokens and rows", "one of the two"), "batch.tokens=64")
     refused(2, ("objective", "'dpo' is no method"), "objective=dpo")
@@ -176,9 +177,12 @@ def test_overwrite_moves_the_old_run_aside_but_not_for_input_that_cannot_be_used
     }
 
 
-def test_names_that_are_no_run(tmp_path: Path) -> None:
+def test_names_that_are_no_run(tmp_path: Path, finished: Path) -> None:
     for command in (("run", "show"), ("eval",), ("resume",)):
-        luthier(*command, tmp_path).must(74, "is no run")
+        luthier(*command, tmp_path).must(2, "is no run", "luthier run list")
+        luthier(*command, finished.parent / "finish").must(2, "is no run", f"did you mean {finished}?")
+    luthier("generate", finished.parent / "finish", "--prompt", "x").must(2, f"did you mean {finished}?")
+    luthier("run", "list", tmp_path / "none").must(2, f"there is no folder {tmp_path / 'none'}")
     luthier("generate", tmp_path, "--prompt", "x").must(2, "has no config.json")
 
 

@@ -48,7 +48,7 @@ def test_each_command_that_prints_prints_one_line_of_json(rows: Path, llama: Pat
     assert run["state"] == "finished" and set(run) >= LINE
     listed = luthier("run", "list", finished.parent, "--json").must(0).json
     assert [row["name"] for row in listed["runs"]] == ["finished"]
-    assert luthier("run", "list", rows.parent / "none", "--json").json == {"runs": []}
+    assert luthier("run", "list", rows.parent, "--json").json == {"runs": []}
     assert luthier("describe", "lora", "--json").json["method"] == "lora"
     assert luthier("describe", "full", "--json").json["family"] == "adapters"
     assert {"family": "adapters", "method": "ia3"}.items() <= luthier("describe", "--json").json["methods"][1].items()
@@ -60,13 +60,23 @@ def test_errors_are_json_too_and_the_sentence_stays_on_stderr(tmp_path: Path) ->
     told = luthier("train", tmp_path / "none.yaml", "--json").must(2, "error[recipe]: there is no recipe")
     assert told.json["error"]["exit_code"] == 2
     assert set(told.json["error"]) == {"code", "exit_code", "where", "received", "allowed", "do"}
+    for usage, part in ((("train", "--bogus"), "--bogus"), (("train",), "Missing argument"), (("trian",), "trian")):
+        told = luthier(*usage, "--json").must(2, part)
+        assert told.json["error"]["code"] == "recipe" and part in told.json["error"]["received"]
+
+
+def test_lengths_have_one_closing_line_and_the_format_comes_first(rows: Path, llama: Path) -> None:
+    lines = luthier("data", "stats", rows, "--model", llama).must(0).out.splitlines()
+    assert lines[0].startswith(f"{rows}: format messages (")
+    assert [line for line in lines if " rows, " in line] == lines[-1:] and "% trained" in lines[-1]
 
 
 def test_every_command_also_prints_for_people(rows: Path, llama: Path, finished: Path) -> None:
     said = {
         ("data", "show", rows, "--model", llama): ["trained: red<|end|>", "row 0"],
         ("data", "check", rows, "--model", llama): ["40 read = 40 kept + 0 rejected", "clean"],
-        ("data", "stats", rows, "--model", llama): ["40 rows"],
+        ("data", "stats", rows, "--model", llama): [f"{rows}: format messages", "\n40 rows, "],
+        ("resume", finished, "--dry-run"): [f"{finished} is finished; there is nothing to go on with\n"],
         ("run", "list", finished.parent): ["finished", "lora", str(STEPS)],
         ("run", "show", finished): ["held-out loss", "saved, reloaded"],
         ("resume", finished): ["held-out loss", "saved, reloaded"],
@@ -90,9 +100,13 @@ def test_colours_only_on_a_terminal_and_never_with_no_color(
     monkeypatch.setenv("TERM", "xterm-256color")
     coloured = luthier(*command).out
     assert f"{ANSI}[30;42m" in coloured and "trained: red" not in coloured
+    assert "carries loss; context does not, and has the colour of its role" in coloured
     monkeypatch.setenv("NO_COLOR", "1")
     plain = luthier(*command).out
     assert "42m" not in plain and "36m" not in plain and "trained: red" in plain
+    assert "each row in full, then the part that is trained" in plain and "colour of its role" not in plain
+    monkeypatch.setenv("COLUMNS", "30")
+    assert f"--- row 0 ({rows}:1:1): " in luthier(*command).out and " trained\n" in luthier(*command).out
 
 
 def test_a_terminal_sees_a_bar_and_stdout_stays_data(
@@ -132,7 +146,9 @@ def test_dry_run_writes_nothing_and_says_where_each_value_comes_from(
     assert origins["run"] == ("2026-11-20", "--run")
     assert all(origin for _, origin in origins.values())
     assert told["plan"]["steps"] == STEPS and told["plan"]["data"]["kept"] == 40
-    assert set(told["plan"]["bytes"]) == {"weights", "trained", "gradients", "optimizer"}
+    count, trained = told["plan"]["parameters"], told["plan"]["trainable_parameters"]
+    each = {"weights": 4 * count, "trained": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+    assert told["plan"]["bytes"] == each
     for key, (value, origin) in origins.items():
         assert any(line.split()[:1] == [key] and line.rstrip().endswith(origin) and str(value) in line
                    for line in shown.splitlines()), (key, shown)  # fmt: skip
@@ -146,7 +162,7 @@ def test_the_other_dry_runs_write_nothing_either(
     assert luthier("init", "--dry-run").must(0).out.startswith("# A luthier recipe")
     assert luthier("init", "mine.yaml", "--dry-run", "--json").must(0).json["recipe"] == "mine.yaml"
     assert luthier("demo", "--dry-run").must(0).json["model"] == "seedling"
-    assert luthier("resume", finished, "--dry-run").must(0).json["state"] == "finished"
+    assert luthier("resume", finished, "--dry-run", "--json").must(0).json["state"] == "finished"
     assert tree(tmp_path) == {} and tree(finished) == before
 
 

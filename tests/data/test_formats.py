@@ -197,6 +197,7 @@ def test_an_unknown_shape_shows_the_closest() -> None:
     text = str(caught.value)
     assert text.startswith("rows.jsonl: no known format has the columns anwser, quesiton")
     assert text.index("question_answer: {") < text.index("data.columns")
+    assert text.index("data.columns") < text.index("--column prompt=COLUMN")
     assert text.count("\n  ") == 3
 
 

@@ -35,6 +35,14 @@ def test_what_is_missing_is_marked_and_ends_with_69(seedling: Path, monkeypatch:
     monkeypatch.setattr(doctor, "NEEDED", (*doctor.NEEDED, "no-such-package"))
     told = luthier("doctor").must(69, "error[missing]", "no-such-package, seedling", "pip install")
     assert "!! no-such-package" in told.out and "ok torch" in told.out
+    assert "grow_seedling.py" in told.err
+
+
+def test_lines_stay_whole_where_nobody_sees_a_width(seedling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(doctor, "choose_precision", lambda _, hidden, __: (hidden < 512, "bfloat16, as asked"))
+    said = luthier("doctor").must(0).out
+    assert "bfloat16, as asked; float32 where the hidden size is below 512, for which bfloat16 does not pay" in said
 
 
 def test_a_folder_that_may_not_be_written_is_named(

@@ -32,10 +32,21 @@ def test_the_template_is_a_recipe_that_says_every_knob(adapter: str, tmp_path: P
     assert load_recipe(path).recipe == loaded.recipe
 
 
+def test_the_template_sets_nothing_that_is_a_default() -> None:
+    text = write_template(model="seedling", data="rows.jsonl", overrides=["seed=3"])
+    lines = text.splitlines()
+    written = [line.partition(":")[0] for line in lines if line[:1].isalpha() and not line.endswith(":")]
+    assert written == ["model", "seed"]
+    # A blank line stands before each key's meaning, and only there.
+    names = [(index, line.removeprefix("# ").partition(":")[0]) for index, line in enumerate(lines)]
+    heads = [index for index, name in names if name in FinetuneRecipe.model_fields]
+    assert [index - 2 for index in heads] == [index for index, line in enumerate(lines) if not line]
+
+
 def is_knob(line: str) -> bool:
-    """Whether a line is a knob that is commented out: below a mapping, one word and a colon."""
+    """Whether a line is a knob that is commented out: one word and a colon."""
     name = line.strip().removeprefix("# ").partition(":")[0]
-    return line.startswith("  # ") and ":" in line and name.replace("_", "").isalnum() and " " not in name
+    return line.lstrip().startswith("# ") and ":" in line and name.replace("_", "").isalnum() and " " not in name
 
 
 def test_a_run_folder_is_taken_as_it_is_written(tmp_path: Path, recipe: Path) -> None:

@@ -60,5 +60,6 @@ def test_columns_and_what_is_trained_can_be_said(tmp_path: Path, llama: Path) ->
 
 
 def test_the_histogram_holds_every_row(rows: Path, llama: Path) -> None:
-    histogram, counts = measure(str(rows), str(llama), PLAIN)
-    assert sum(histogram.counts) == counts["rows"] == 40 and histogram.token_count == counts["tokens"]
+    found = measure(str(rows), str(llama), PLAIN)
+    assert sum(found.histogram.counts) == found.counts["rows"] == 40
+    assert found.histogram.token_count == found.counts["tokens"] and found.files[0]["format"] == "messages"

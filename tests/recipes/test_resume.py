@@ -212,7 +212,7 @@ def test_a_folder_that_is_no_run_is_not_resumed(tmp_path: Path, make: bool) -> N
     folder = tmp_path / "folder"
     if make:
         folder.mkdir()
-    luthier("resume", folder).must(74, f"{folder} is no run", "luthier run list")
+    luthier("resume", folder).must(2, f"{folder} is no run", "luthier run list")
     assert list(tmp_path.iterdir()) == ([folder] if make else []) and tree(folder) == {}
 
 

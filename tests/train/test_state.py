@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,18 @@ def test_another_adapter_cannot_go_on_from_it(saved: Path) -> None:
         load_state(saved, Run(adapter={"method": "lora", "rank": 3}).stepper)
     with pytest.raises(CorruptError, match="the recipe's adapter|that nothing expects"):
         load_state(saved, Run(adapter={"method": "lora", "targets": ["q"]}).stepper)
+
+
+def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path: Path) -> None:
+    def refused(name: str) -> float:
+        raise ValueError(name)
+
+    state = LoopState(first_loss=math.nan, last_loss=-math.inf, best_eval_loss=math.inf, step=3)
+    save_state(tmp_path, state, Run().stepper, {4: math.nan, 5: 0.5})
+    json.loads((tmp_path / NUMBERS).read_text("utf-8"), parse_constant=refused)
+    found, losses = load_state(tmp_path, Run().stepper)
+    assert math.isnan(found.first_loss or 0.0) and math.isnan(losses[4]) and losses[5] == 0.5
+    assert (found.last_loss, found.best_eval_loss, found.step) == (-math.inf, math.inf, 3)
 
 
 def test_parameters_alone_can_be_loaded(saved: Path) -> None:

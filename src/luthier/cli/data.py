@@ -12,12 +12,18 @@ from luthier.cli.show import print_check, print_histogram, print_json, print_row
 app = typer.Typer(help="Show, check and measure data files.", no_args_is_help=True, rich_markup_mode=None)
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="Data file, folder, glob, or FILE#500.", show_default=False)]
-Model = Annotated[str, typer.Option("--model", "-m", help="Model whose tokenizer and chat template are used.")]
-Format = Annotated[str | None, typer.Option("--format", help="Data format; empty detects it.")]
-Template = Annotated[str, typer.Option("--template", help="auto, a shipped template, or a .jinja file.")]
-TrainOn = Annotated[str, typer.Option("--train-on", help="answers, last or all.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Longest row; empty takes the model's limit.")]
-OverLength = Annotated[str, typer.Option("--over-length", help="raise, drop or truncate.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="Model whose tokenizer and chat template are used.")
+]
+Format = Annotated[str | None, typer.Option("--format", metavar="NAME", help="Data format; empty detects it.")]
+Template = Annotated[
+    str, typer.Option("--template", metavar="NAME", help="auto, a shipped template, or a .jinja file.")
+]
+TrainOn = Annotated[str, typer.Option("--train-on", metavar="WHICH", help="answers, last or all.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Longest row; empty takes the model's limit.")
+]
+OverLength = Annotated[str, typer.Option("--over-length", metavar="WHAT", help="raise, drop or truncate.")]
 Columns = Annotated[
     list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="Such as prompt=mr and answer=ref.")
 ]
@@ -27,7 +33,7 @@ Columns = Annotated[
 def show(
     file: File,
     model: Model = "seedling",
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    rows: Annotated[int, typer.Option("--rows", "-n", metavar="N", min=1, help="How many rows.")] = 3,
     format: Format = None,
     template: Template = "auto",
     train_on: TrainOn = "answers",
@@ -99,5 +105,5 @@ def stats(
     from luthier.recipes.inspect_data import measure, reading
 
     how = reading(format, template, train_on, max_tokens, over_length, column)
-    histogram, counts = measure(file, model, how)
-    print_json({**histogram.as_dict(), "rendered": counts}) if json else print_histogram(histogram, counts)
+    found = measure(file, model, how)
+    print_json(found.as_dict()) if json else print_histogram(found)

@@ -13,6 +13,8 @@ from luthier.core.units import duration_text
 from luthier.recipes.progress import progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from luthier.recipes.demo import DemoResult
 
 
@@ -37,14 +39,14 @@ def demo(
         return
     with progress(quiet=quiet) as recorder:
         found = run_demo(run, recorder=recorder)
-    print_json(found.line()) if json else _print(found)
+    print_json(found.line()) if json else show(found, console_of(), where=Path(found.summary["run"]))
 
 
-def _print(found: DemoResult) -> None:
+def show(found: DemoResult, console: Console, *, where: Path) -> None:
+    """Print what the demo found; `where` is the run directory that is named."""
     from rich.table import Table
     from rich.text import Text
 
-    console = console_of()
     title = "a sentence becomes strict JSON (held-out rows, unseen names)"
     table = Table(title=title, title_justify="left", show_lines=True)
     for name in ("sentence", "before", "after"):
@@ -63,7 +65,7 @@ def _print(found: DemoResult) -> None:
         else f"forgetting       none: loss on base text {forgetting['before']:.3f} -> {forgetting['after']:.3f}"
     )
     console.print(f"training         {duration_text(found.summary['train_seconds'])}, {found.summary['steps']} steps")
-    console.print(f"report           {found.summary['run']}/report.html")
+    console.print(f"report           {where}/report.html")
     console.print("\nThe seedling is a toy of three million parameters. With a real model and your own file:")
     console.print("  luthier init mine.yaml --model Qwen/Qwen2.5-0.5B-Instruct --data my_rows.jsonl")
     console.print("  luthier train mine.yaml")

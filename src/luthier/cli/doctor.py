@@ -19,6 +19,9 @@ def doctor(json: Json = False) -> None:
 
     checks = examine()
     print_json({"checks": checks}) if json else print_checks(checks)
-    failed = [check["what"] for check in checks if check["state"] == "missing"]
+    failed = [check for check in checks if check["state"] == "missing"]
     if failed:
-        raise MissingError(f"needed and not there: {', '.join(failed)}", do="pip install -c constraints.txt -e .")
+        names = ", ".join(check["what"] for check in failed)
+        raise MissingError(
+            f"needed and not there: {names}", do="; ".join(f"{check['what']}: {check['detail']}" for check in failed)
+        )

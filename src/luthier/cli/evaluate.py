@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Json, Run
+from luthier.cli.options import Json, Run, run_named
 from luthier.cli.show import print_json
 
 
@@ -26,9 +26,8 @@ def evaluate(
       luthier eval runs/2026-11-20-my-first --data other_rows.jsonl --json
     """
     from luthier.recipes.evaluate import evaluate_run
-    from luthier.store.runs import RunDirectory
 
-    found = evaluate_run(RunDirectory.open(run), data=data)
+    found = evaluate_run(run_named(run), data=data)
     if json:
         print_json(found)
         return

@@ -15,8 +15,8 @@ from luthier.store.files import write_text
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
-    model: Annotated[str, typer.Option(help="Base model: hub id, folder, or seedling.")] = "seedling",
-    data: Annotated[str, typer.Option(help="Training data file.")] = "rows.jsonl",
+    model: Annotated[str, typer.Option(metavar="NAME", help="Base model: hub id, folder, or seedling.")] = "seedling",
+    data: Annotated[str, typer.Option(metavar="FILE", help="Training data file.")] = "rows.jsonl",
     set_: Set = None,
     dry_run: DryRun = False,
     json: Json = False,

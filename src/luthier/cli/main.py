@@ -17,7 +17,7 @@ import typer
 from luthier.cli import data as data_commands
 from luthier.cli import demo, describe, doctor, evaluate, generate, init, resume, train
 from luthier.cli import run as run_commands
-from luthier.core.errors import LuthierError, MemoryExhaustedError, StorageError
+from luthier.core.errors import LuthierError, MemoryExhaustedError, RecipeError, StorageError
 
 app = typer.Typer(
     name="luthier",
@@ -61,7 +61,12 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except SystemExit as leave:
         # typer tells usage errors itself (2) and turns Ctrl-C into 130. A reader of our output that goes away
         # (`luthier ... | head`) has the right to.
-        return 0 if isinstance(leave.__context__, BrokenPipeError) else int(leave.code or 0)
+        if isinstance(leave.__context__, BrokenPipeError):
+            return 0
+        say = getattr(leave.__context__, "format_message", None)
+        if callable(say) and "--json" in arguments:
+            _print_error(RecipeError(str(say()), do="look at --help"))
+        return int(leave.code or 0)
     except OSError as failure:
         place = f"{failure.filename}: " if failure.filename is not None else ""
         told = StorageError(f"{place}{failure.strerror or failure}", do="look at the path and the free space")
@@ -79,8 +84,12 @@ def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:
         traceback.print_exception(error, file=sys.stderr)
     sys.stderr.write(f"error[{error.code}]: {error}\n")
     if as_json:
-        sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
+        _print_error(error)
     return error.exit_code
+
+
+def _print_error(error: LuthierError) -> None:
+    sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
 
 
 def _tell_unexpected(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:

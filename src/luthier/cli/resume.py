@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import DryRun, Json, Quiet, Run
+from luthier.cli.options import DryRun, Json, Quiet, Run, run_named
 from luthier.cli.show import print_json, print_summary
 from luthier.recipes.progress import progress
 
@@ -28,13 +28,24 @@ def resume(
       luthier resume runs/2026-11-20-my-first --json
     """
     from luthier.recipes.finetune import resume as go_on
-    from luthier.store.runs import RunDirectory
 
-    folder = RunDirectory.open(run)
+    folder = run_named(run)
     if dry_run:
         status = folder.status()
-        print_json({"run": str(folder.folder), "state": status.state, **(status.values or {})})
+        found = {"run": str(folder.folder), "state": status.state, **(status.values or {})}
+        print_json(found) if json else typer.echo(f"{run} {_prospect(status.state, folder.checkpoints.steps())}")
         return
     with progress(quiet=quiet) as recorder:
         result = go_on(folder, recorder=recorder, accept_drift=accept_drift)
     print_json(result.line()) if json else print_summary(result.summary)
+
+
+def _prospect(state: str, steps: list[int]) -> str:
+    """What resuming a run would do."""
+    if state == "finished":
+        return "is finished; there is nothing to go on with"
+    if state == "running":
+        return "is at work in another process; it could not be resumed"
+    if not steps:
+        return f"is {state} and has no checkpoint; it would begin again with step 1"
+    return f"is {state}; it would go on from its newest checkpoint that verifies, at best after step {steps[-1]}"

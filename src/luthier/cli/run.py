@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Json, Run
+from luthier.cli.options import Json, Run, run_named
 from luthier.cli.show import print_json, print_runs, print_summary
+from luthier.core.errors import RecipeError
+from luthier.core.paths import RUNS
 
 app = typer.Typer(help="List runs and look at one.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")
 def list_(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path("runs"), json: Json = False
+    folder: Annotated[Path, typer.Argument(help="Folder that holds runs.")] = Path(RUNS), json: Json = False
 ) -> None:
     """List the runs of a folder.
 
@@ -26,6 +28,9 @@ def list_(
     """
     from luthier.store.listing import list_runs
 
+    # Before the first run its usual folder is not there yet, and that is no mistake.
+    if not folder.is_dir() and folder != Path(RUNS):
+        raise RecipeError(f"there is no folder {folder}", do="name the folder that holds the runs; it is usually runs")
     rows = [row.as_dict() for row in list_runs(folder)]
     print_json({"runs": rows}) if json else print_runs(rows)
 
@@ -39,9 +44,7 @@ def show(run: Run, json: Json = False) -> None:
       luthier run show runs/2026-11-20-my-first
       luthier run show runs/2026-11-20-my-first --json
     """
-    from luthier.store.runs import RunDirectory
-
-    folder = RunDirectory.open(run)
+    folder = run_named(run)
     status = folder.status()
     found = {"run": str(folder.folder), "state": status.state, "reason": status.reason, **(status.values or {})}
     if json:

@@ -16,9 +16,10 @@ from luthier.core.events import plain
 from luthier.core.units import bytes_text, count_text, duration_text, percent_text
 
 if TYPE_CHECKING:
-    from luthier.data.statistics import LengthHistogram
+    from luthier.recipes.inspect_data import Measured
 
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "blue", "tool": "yellow", "text": "white"}
+TRAINED_STYLE = "black on green"
 WIDE = 10_000
 MARKS = {"fine": ("ok", "green"), "note": ("--", "yellow"), "missing": ("!!", "red")}
 
@@ -113,34 +114,45 @@ def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
     console = console_of()
     for check in checks:
         mark, style = MARKS[check["state"]]
-        console.print(Text(mark, style=style), Text(f"{check['what']:<26}"), check["detail"], highlight=False)
+        console.print(Text.assemble((mark, style), f" {check['what']:<26} {check['detail']}"))
 
 
 def print_rows(shown: Mapping[str, Any]) -> None:
     """Rows as coloured text: trained tokens stand out, context is dim, special tokens are visible."""
     console = console_of()
     for file in shown["files"]:
-        console.print(f"{file['path']}: format {file['format']} ({file['why']})", style="dim")
+        console.print(_format_line(file), style="dim")
     for notice in shown["notices"]:
         console.print(f"note: {notice}", style="yellow")
-    console.print(Text.assemble(("trained", "black on green"), " ", ("context", "dim"), " one colour a role"))
+    plain_text = not console.is_terminal or console.no_color
+    console.print(_legend(coloured=not plain_text))
     for row in shown["rows"]:
         trained = sum(1 for token in row["tokens"] if token["weight"])
-        console.rule(f"row {row['row']} ({row['where']}): {len(row['tokens'])} tokens, {trained} trained", align="left")
+        console.print(f"--- row {row['row']} ({row['where']}): {len(row['tokens'])} tokens, {trained} trained")
         text = Text()
         for token in row["tokens"]:
-            style = "black on green" if token["weight"] else f"dim {ROLE_STYLES.get(token['role'], 'white')}"
+            style = TRAINED_STYLE if token["weight"] else f"dim {ROLE_STYLES.get(token['role'], 'white')}"
             text.append(token["text"], style=style)
         console.print(text, soft_wrap=True)
-        if not console.is_terminal or console.no_color:
+        if plain_text:
             # Without colours the trained text must still be told from the rest.
             console.print("trained:", "".join(token["text"] for token in row["tokens"] if token["weight"]))
+
+
+def _legend(*, coloured: bool) -> Text:
+    """How trained tokens are told from context."""
+    if not coloured:
+        return Text("each row in full, then the part that is trained; the rest is context and carries no loss")
+    roles = [part for role, style in ROLE_STYLES.items() for part in (" ", (role, f"dim {style}"))]
+    return Text.assemble(
+        ("trained", TRAINED_STYLE), " carries loss; context does not, and has the colour of its role:", *roles
+    )
 
 
 def print_check(found: Mapping[str, Any]) -> None:
     """What a check of a file found."""
     for file in found["files"]:
-        typer.echo(f"{file['path']}: format {file['format']} ({file['why']})")
+        typer.echo(_format_line(file))
     counts = found["counts"]
     typer.echo(
         f"{found['read']:,} read = {found['kept']:,} kept + {found['rejected']:,} rejected; {found['views']:,} views, "
@@ -154,11 +166,17 @@ def print_check(found: Mapping[str, Any]) -> None:
         typer.echo("clean")
 
 
-def print_histogram(histogram: LengthHistogram, counts: Mapping[str, Any]) -> None:
-    """The length histogram and the token counts."""
-    typer.echo(histogram.draw())
-    share = percent_text(counts["trained_tokens"] / max(1, counts["tokens"]))
-    typer.echo(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {share} of them trained")
+def print_histogram(found: Measured) -> None:
+    """The length histogram, which ends with the token counts."""
+    for file in found.files:
+        typer.echo(_format_line(file))
+    if (rows := found.counts["rows"]) != found.histogram.row_count:
+        typer.echo(f"{rows:,} rows became {found.histogram.row_count:,} views, which are counted here")
+    typer.echo(found.histogram.draw())
+
+
+def _format_line(file: Mapping[str, str]) -> str:
+    return f"{file['path']}: format {file['format']} ({file['why']})"
 
 
 def _table(*names: str, title: str | None = None) -> Table:

@@ -19,6 +19,7 @@ import numpy as np
 
 from luthier.core.errors import LuthierError, MissingError, StorageError, UnsafeArtifactError
 from luthier.data.forest import Ints
+from luthier.data.hub import only_cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,10 @@ class Tokenizer:
         folder = Path(source)
         local = folder.is_dir()
         try:
-            _refuse_code(source, local)
+            cached = not local and only_cached(str(source))
+            _refuse_code(source, local, cached)
             raw = AutoTokenizer.from_pretrained(
-                str(source), trust_remote_code=False, local_files_only=local or _offline()
+                str(source), trust_remote_code=False, local_files_only=local or cached
             )
         except LuthierError:
             raise
@@ -78,7 +80,7 @@ class Tokenizer:
             if "trust_remote_code" in str(error):
                 raise _remote_code(source) from error
             raise StorageError(f"the tokenizer of {str(source)!r} cannot be read: {_first_line(error)}") from error
-        return cls.of(raw, generation_eos=_generation_eos(source, local))
+        return cls.of(raw, generation_eos=_generation_eos(source, local, cached))
 
     @classmethod
     def of(cls, raw: Any, *, generation_eos: Sequence[int] = ()) -> Tokenizer:
@@ -194,9 +196,9 @@ class Tokenizer:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def _refuse_code(source: str | Path, local: bool) -> None:
+def _refuse_code(source: str | Path, local: bool, cached: bool) -> None:
     """Refuse what would need code or a pickle to load, before anything is opened."""
-    config = _read_json(source, "tokenizer_config.json", local)
+    config = _read_json(source, "tokenizer_config.json", local, cached)
     if isinstance(config.get("auto_map"), Mapping) and "AutoTokenizer" in config["auto_map"]:
         raise _remote_code(source)
     if not local:
@@ -221,13 +223,7 @@ def _remote_code(source: str | Path) -> UnsafeArtifactError:
     )
 
 
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
+def _read_json(source: str | Path, name: str, local: bool, cached: bool) -> dict[str, Any]:
     """A small JSON file of the model; empty when it has none."""
     if local:
         path = Path(source) / name
@@ -239,7 +235,7 @@ def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
         found = cached_file(
             str(source),
             name,
-            local_files_only=_offline(),
+            local_files_only=cached,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
@@ -254,8 +250,8 @@ def _read_json(source: str | Path, name: str, local: bool) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _generation_eos(source: str | Path, local: bool) -> list[int]:
-    value = _read_json(source, "generation_config.json", local).get("eos_token_id")
+def _generation_eos(source: str | Path, local: bool, cached: bool) -> list[int]:
+    value = _read_json(source, "generation_config.json", local, cached).get("eos_token_id")
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int)]
 

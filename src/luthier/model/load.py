@@ -23,6 +23,7 @@ from transformers.utils import logging as zoo_logging
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
 from luthier.core.nearest import nearest
+from luthier.data.hub import only_cached
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 
@@ -166,8 +167,9 @@ def _check_config(path: Path) -> None:
 
 
 def _load_config(name: str, source: str):  # type: ignore[no-untyped-def]  # transformers returns one class a model type
+    alone = Path(name).is_dir() or only_cached(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=alone)
     except (OSError, ValueError, KeyError) as failure:
         raise _explain(source, failure) from None
 
@@ -186,7 +188,8 @@ def without_bars(*, local: bool) -> Iterator[None]:
 
 
 def _load_weights(name: str, source: str, dtype: torch.dtype) -> PreTrainedModel:
-    settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+    alone = Path(name).is_dir() or only_cached(name)
+    settings = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, "local_files_only": alone}
     # transformers reports missing and unexpected tensors in a table on its logger; we raise instead.
     # It also warns of layers that no tensor-parallel plan covers, where there is one device.
     for noisy in ("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):

@@ -13,11 +13,13 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from luthier.data.forest import Tree
 from luthier.data.prepare import Prepared
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.attachment import Attachment
+from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
 from luthier.train.result import Proof
@@ -41,19 +43,20 @@ def plan(
     recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, steps: int
 ) -> dict[str, Any]:
     """What is going to happen, in numbers that are known before the first step."""
-    whole = sum(parameter.numel() for parameter in model.module.parameters())
-    base = whole if attachment.trains_base or attachment.root is not None else whole - attachment.parameter_count
+    base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
+    trained = attachment.named_parameters().values()
     trainable = attachment.parameter_count
     return {
         "model": recipe.model,
         "adapter": recipe.adapter.as_recipe(),
         "objective": recipe.objective.as_recipe(),
         "steps": steps,
-        "parameters": base,
+        "parameters": sum(parameter.numel() for parameter in base),
         "trainable_parameters": trainable,
         "bytes": {
-            "weights": sum(p.numel() * p.element_size() for p in model.module.parameters()),
-            "trained": 4 * trainable,
+            # Of base weights that are trained the originals are kept aside, so they count here too.
+            "weights": sum(parameter.nbytes for parameter in base),
+            "trained": sum(parameter.nbytes + _master_bytes(parameter) for parameter in trained),
             "gradients": 4 * trainable,
             "optimizer": int(recipe.optimizer.bytes_per_parameter() * trainable),
         },
@@ -152,6 +155,11 @@ def peak_memory_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def _master_bytes(parameter: Tensor) -> int:
+    """A trained parameter in a lower precision has a float32 master beside it."""
+    return 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -12,11 +12,17 @@ import torch
 
 from luthier.core.paths import cache_folder
 from luthier.core.units import bytes_text
-from luthier.model.load import choose_precision, resolve_source
+from luthier.model.load import BFLOAT16_HIDDEN, choose_precision, resolve_source
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "jinja2")
 OPTIONAL = {"pyarrow": 'parquet files: pip install "luthier[data]"', "peft": "nothing: only luthier's own tests use it"}
 LEAST_FREE_BYTES = 2_000_000_000
+INSTALL = "pip install -c constraints.txt -e ."
+SMALL = f"where the hidden size is below {BFLOAT16_HIDDEN}, for which bfloat16 does not pay on a CPU"
+ELSEWHERE = {
+    "cache": "set LUTHIER_CACHE to a folder that is",
+    "runs": "change to another folder, or name a run directory with --run",
+}
 
 
 def examine() -> list[dict[str, str]]:
@@ -26,7 +32,8 @@ def examine() -> list[dict[str, str]]:
 
 def _packages() -> list[dict[str, str]]:
     versions = {name: _version(name) for name in NEEDED}
-    found = [_finding(name, "fine" if version else "missing", version) for name, version in versions.items()]
+    absent = f"not installed; {INSTALL}"
+    found = [_finding(name, "fine" if version else "missing", version or absent) for name, version in versions.items()]
     for name, purpose in OPTIONAL.items():
         version = _version(name)
         found.append(_finding(name, "fine" if version else "note", version or f"not installed; for {purpose}"))
@@ -35,8 +42,8 @@ def _packages() -> list[dict[str, str]]:
 
 def _devices() -> list[dict[str, str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, large = choose_precision("auto", 4096, device)
-    _, small = choose_precision("auto", 64, device)
+    large, why = choose_precision("auto", BFLOAT16_HIDDEN, device)
+    small, _ = choose_precision("auto", BFLOAT16_HIDDEN - 1, device)
     memory = psutil.virtual_memory()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     gpu = torch.cuda.get_device_name(0) if device.type == "cuda" else "none; everything runs on the CPU"
@@ -44,8 +51,7 @@ def _devices() -> list[dict[str, str]]:
         _finding("GPU", "fine" if device.type == "cuda" else "note", gpu),
         _finding("CPU", "fine", f"{cores} cores, {torch.get_num_threads()} torch threads"),
         _finding("memory", "fine", f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"),
-        _finding("precision of large models", "fine", large),
-        _finding("precision of small models", "fine", small),
+        _finding("precision", "fine", why if small == large else f"{why}; float32 {SMALL}"),
     ]
 
 
@@ -56,13 +62,17 @@ def _places() -> list[dict[str, str]]:
         free = shutil.disk_usage(existing).free
         writable = os.access(existing, os.W_OK)
         state = "missing" if not writable else "fine" if free > LEAST_FREE_BYTES else "note"
-        found.append(_finding(what, state, f"{folder}, {bytes_text(free)} free{'' if writable else ', not writable'}"))
+        detail = f"{folder}, {bytes_text(free)} free"
+        found.append(_finding(what, state, detail if writable else f"{detail}, not writable; {ELSEWHERE[what]}"))
     return found
 
 
 def _seedling() -> dict[str, str]:
     weights = Path(resolve_source("seedling")) / "model.safetensors"
-    return _finding("seedling", "fine" if weights.is_file() else "missing", str(weights))
+    if weights.is_file():
+        return _finding("seedling", "fine", str(weights))
+    grow = "install luthier again, or grow them in a checkout: python scripts/grow_seedling.py"
+    return _finding("seedling", "missing", f"its weights are not at {weights}; {grow}")
 
 
 def _finding(what: str, state: str, detail: str) -> dict[str, str]:

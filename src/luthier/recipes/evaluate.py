@@ -20,6 +20,7 @@ from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.finetune import reading_of
 from luthier.recipes.opened import open_named, require_room
+from luthier.recipes.places import located, started_in
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
@@ -27,7 +28,7 @@ from luthier.train.result import MODEL
 
 def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, Any]:
     """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file."""
-    recipe = validate(FinetuneRecipe, run.read_recipe())
+    recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
     opened = open_named(str(run.folder))
     prepared = prepare(
         recipe.data.train if data is None else data,

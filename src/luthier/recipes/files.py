@@ -6,7 +6,7 @@ import datetime
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from luthier.core import catalog
 from luthier.core.chosen import Chosen
 from luthier.core.knobs import Method
 from luthier.core.paths import run_folder
-from luthier.core.recipe_file import origins_table, read_layers, validated
+from luthier.core.recipe_file import Layered, origins_table, read_layers, validated
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import receipt
 from luthier.store.runs import RunDirectory
@@ -47,7 +47,7 @@ def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path |
     """The recipe of a file, the environment and `--set`, in rising order of strength."""
     sets = [*overrides, *([f"run={_scalar(str(run))}"] if run is not None else [])]
     known = tuple(FinetuneRecipe.model_fields)
-    layered = read_layers(path, sets=sets, environ=os.environ, defaults=DEFAULT_METHODS, known=known)
+    layered = _traced(read_layers(path, sets=sets, environ=os.environ, defaults=DEFAULT_METHODS, known=known))
     recipe = validated(FinetuneRecipe, layered)
     origins = origins_table(recipe.model_dump(mode="json"), layered)
     if run is not None:
@@ -75,28 +75,35 @@ def write_template(*, model: str, data: str, overrides: Sequence[str] = ()) -> s
     """A recipe as text: every knob with its meaning above it; those at their default are commented out."""
     given = [f"model={yaml.safe_dump(model).splitlines()[0]}", f"data.train={yaml.safe_dump(data).splitlines()[0]}"]
     known = tuple(FinetuneRecipe.model_fields)
-    layered = read_layers(None, sets=[*given, *overrides], defaults=DEFAULT_METHODS, known=known)
+    layered = _traced(read_layers(None, sets=[*given, *overrides], defaults=DEFAULT_METHODS, known=known))
     recipe = validated(FinetuneRecipe, layered)
     lines = [
         "# A luthier recipe. Run it with: luthier train THIS_FILE",
         "# Lines that are commented out show defaults. What a method does: luthier describe METHOD",
-        "",
     ]
     return "\n".join([*lines, *_fields(recipe, layered.values, indent="")]) + "\n"
 
 
+def _traced(layered: Layered) -> Layered:
+    """With a method's own place for its section, where the section as such is a default and only the method is not."""
+    own = {family: layered.places.get(f"{family}.method", "") for family in DEFAULT_METHODS}
+    given = {family: place for family, place in own.items() if layered.places.get(family) == "default" and place}
+    return replace(layered, places={**layered.places, **given})
+
+
 def _fields(knobs: BaseModel, given: Mapping[str, Any], *, indent: str) -> list[str]:
     lines: list[str] = []
+    blank = [] if indent else [""]
     for name, field in type(knobs).model_fields.items():
         value = getattr(knobs, name)
         if isinstance(value, BaseModel):
             inside = given.get(name)
-            lines += ["", f"{indent}# {_meaning(field)}", f"{indent}{name}:"]
+            lines += [*blank, f"{indent}# {_meaning(field)}", f"{indent}{name}:"]
             chosen = [f"{indent}  method: {value.method_name()}"] if isinstance(value, Method) else []
             lines += chosen + _fields(value, inside if isinstance(inside, Mapping) else {}, indent=indent + "  ")
         else:
-            mark = "" if name in given or field.is_required() or not indent else "# "
-            lines.append(f"{indent}# {_meaning(field)}")
+            mark = "" if name in given or field.is_required() else "# "
+            lines += [*blank, f"{indent}# {_meaning(field)}"]
             lines.append(f"{indent}{mark}{name}: {_scalar(value)}")
     return lines
 

@@ -27,6 +27,7 @@ from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
 from luthier.recipes.files import open_run, place_of
 from luthier.recipes.opened import require_room
+from luthier.recipes.places import located, started_in
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.store.files import write_json, write_text
@@ -92,22 +93,31 @@ def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False)
         if run.status().state == "finished":
             return RunResult(run.folder, run.read_json(SUMMARY))
         recipe = validate(FinetuneRecipe, run.read_recipe())
-        return _told(run, lambda: _train(lay_out(recipe), run, recorder, resuming=True, accept_drift=accept_drift))
+        place = started_in(run)
+        return _told(
+            run, lambda: _train(lay_out(recipe, place), run, recorder, resuming=True, accept_drift=accept_drift)
+        )
 
 
-def lay_out(recipe: FinetuneRecipe) -> Bench:
-    """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here."""
-    tokenizer = Tokenizer.load(resolve_source(recipe.model))
+def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
+    """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here.
+
+    `folder` is where the relative paths of the recipe start, when that is not here.
+    """
+    found = located(recipe, folder)
+    tokenizer = Tokenizer.load(resolve_source(found.model))
     data = prepare(
-        recipe.data.train,
+        found.data.train,
         tokenizer,
-        reading_of(recipe),
-        evaluation=recipe.data.evaluation,
+        reading_of(found),
+        evaluation=found.data.evaluation,
         fraction=recipe.evaluation.fraction,
         seed=recipe.seed,
-        context_tokens=context_tokens(recipe.model),
+        context_tokens=context_tokens(found.model),
     )
-    model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    # The result names its base as the recipe does, wherever the run is resumed from.
+    model.source = recipe.model
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(recipe.adapter.attach(model.sites))

@@ -47,6 +47,19 @@ class Checked:
             )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The lengths of whole files."""
+
+    files: list[dict[str, str]]
+    histogram: LengthHistogram
+    counts: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The findings as plain values."""
+        return {"files": self.files, **self.histogram.as_dict(), "rendered": self.counts}
+
+
 def reading(
     format: str | None,
     template: str,
@@ -105,17 +118,20 @@ def check_file(file: str, model: str, how: Reading) -> Checked:
     return Checked(files, read, read - rejected, rejected, views, renderer.counts.as_dict(), problems, count)
 
 
-def measure(file: str, model: str, how: Reading) -> tuple[LengthHistogram, dict[str, Any]]:
+def measure(file: str, model: str, how: Reading) -> Measured:
     """The lengths of all rows that can be rendered, and the counts. Raises DataError for one that cannot."""
     renderer, _ = _renderer(model, how)
     lengths = []
+    files = []
     for source in sources_of(file, how):
-        for item in open_source(source).items:
+        opened = open_source(source)
+        files.append({"path": str(source.path), "format": opened.format, "why": opened.why})
+        for item in opened.items:
             if isinstance(item, DataError):
                 raise item
             lengths += [len(view.tokens) for view in renderer.render(item)]
     histogram = LengthHistogram.of(lengths, trained_count=renderer.counts.trained_tokens)
-    return histogram, renderer.counts.as_dict()
+    return Measured(files, histogram, renderer.counts.as_dict())
 
 
 def _renderer(model: str, how: Reading) -> tuple[Renderer, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from luthier.infer.generator import Generator
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
+from luthier.recipes.places import model_from, started_in, template_from
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
 
@@ -96,7 +97,7 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     if (run.folder / MODEL).is_dir():
         extras = read_extras(run.folder / MODEL)
         whole = load_model(str(run.folder / MODEL), precision=_kept(extras, precision), device=device)
-        return _opened(whole, run.folder / MODEL, extras)
+        return _opened(whole, run.folder / MODEL, extras, started_in(run))
     folder = run.folder / ADAPTER
     if not folder.is_dir():
         raise RecipeError(
@@ -104,10 +105,11 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
             do=f"luthier resume {run.folder}",
         )
     extras = read_extras(folder)
-    base = str(read_config(folder)["base_model_name_or_path"])
+    place = started_in(run)
+    base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     model = load_model(base, precision=_kept(extras, precision), device=device, seed=int(extras.get("base_seed", 0)))
     put_on(model, folder)
-    return _opened(model, resolve_source(base), extras)
+    return _opened(model, resolve_source(base), extras, place)
 
 
 def _kept(extras: dict[str, object], precision: Precision) -> Precision:
@@ -116,9 +118,11 @@ def _kept(extras: dict[str, object], precision: Precision) -> Precision:
     return next((kept for kept in known if precision == "auto" and extras.get("precision") == kept), precision)
 
 
-def _opened(model: LanguageModel, source: str | Path, extras: dict[str, object]) -> Opened:
+def _opened(
+    model: LanguageModel, source: str | Path, extras: dict[str, object], folder: Path | None = None
+) -> Opened:
     tokenizer = Tokenizer.load(source)
-    reading = Reading(template=str(extras.get("template", "auto")))
+    reading = Reading(template=template_from(str(extras.get("template", "auto")), folder))
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=model.context_tokens)
     recorded = extras.get("stop_ids")
     learned = [int(token) for token in recorded] if isinstance(recorded, list) else []

@@ -6,11 +6,10 @@ later, perhaps from elsewhere, asks here. A path that leads nowhere from the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import glob
 from pathlib import Path
 
 from luthier.core.errors import DataError
-from luthier.core.nearest import nearest
 from luthier.data.rows import find_sources
 from luthier.model.load import FRESH, SEEDLING
 from luthier.recipes.schema import FinetuneRecipe, Paths
@@ -54,21 +53,13 @@ def template_from(choice: str, folder: Path | None) -> str:
     return str(folder / choice)
 
 
-def runs_beside(place: Path) -> list[str]:
-    """The runs that may have been meant by a path that is none: those of its folder with the nearest names."""
-    folder = place.parent
-    if place.is_dir() or not folder.is_dir():
-        return []
-    names = [path.parent.name for path in folder.glob("*/run.json")]
-    return [str(folder / name) for name in nearest(place.name, names)]
-
-
 def _data(paths: Paths, folder: Path) -> Paths:
     return _file(paths, folder) if isinstance(paths, str) else tuple(_file(path, folder) for path in paths)
 
 
 def _file(text: str, folder: Path) -> str:
-    there = str(folder / text)
+    pattern = any(char in text for char in "*?[") and not (folder / text).exists()
+    there = str(Path(glob.escape(str(folder)) if pattern else folder, text))
     # What is nowhere is named with the folder it is missing from.
     return text if not _leads(there) and _leads(text) else there
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.core.errors import CorruptError
+from luthier.core.events import plain
 from luthier.train.source import Cursor
 from luthier.train.stepper import Stepper
 
@@ -71,7 +72,7 @@ def save_state(folder: Path, state: LoopState, stepper: Stepper, row_losses: dic
         "random": {"torch": _text(torch.get_rng_state()), **_cuda_random()},
         "row_losses": {str(row): loss for row, loss in row_losses.items()},
     }
-    (folder / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
+    (folder / NUMBERS).write_text(json.dumps(plain(content), allow_nan=False), encoding="utf-8")
 
 
 def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
@@ -86,14 +87,15 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
             prefix = f"optimizer/{name}/"
             found = {key[len(prefix) :]: file.get_tensor(key) for key in sorted(unused) if key.startswith(prefix)}
             unused -= {prefix + key for key in found}
-            numbers = {key.rpartition("/")[2]: value for key, value in content["optimizer"].items()
+            numbers = {key.rpartition("/")[2]: _number(value) for key, value in content["optimizer"].items()
                        if key.rpartition("/")[0] == name}
             if found or numbers:
                 stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
     _restore_random(content["random"])
-    return LoopState(**content["loop"]), {int(row): loss for row, loss in content["row_losses"].items()}
+    loop = {key: _number(value) for key, value in content["loop"].items()}
+    return LoopState(**loop), {int(row): _number(loss) for row, loss in content["row_losses"].items()}
 
 
 @torch.no_grad()
@@ -165,6 +167,11 @@ def _restore_random(saved: dict[str, object]) -> None:
     cuda = saved.get("cuda")
     if isinstance(cuda, list) and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([_bytes(state) for state in cuda])
+
+
+def _number(value: Any) -> Any:
+    # JSON has no numbers that are not finite; they stand there as texts (core/events.py).
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 def _text(state: Tensor) -> str:

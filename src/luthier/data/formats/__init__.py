@@ -113,10 +113,14 @@ def _unknown_shape(head: Sequence[Values], where: str) -> DataError:
     closest = sorted(formats(), key=lambda format: -_closeness(format, found))[:3]
     if {"chosen", "rejected"} <= set(found):
         do = (
-            "these are preference pairs; to train on the chosen answers, set data.columns {prompt: ..., answer: chosen}"
+            "these are preference pairs; to train on the chosen answers, set data.columns "
+            "{prompt: ..., answer: chosen} in a recipe, --column prompt=... --column answer=chosen on the command line"
         )
     else:
-        do = "or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN}"
+        do = (
+            "or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN} in a recipe, "
+            "--column prompt=COLUMN --column answer=COLUMN on the command line"
+        )
     shapes = "".join(f"\n  {format.name}: {format.example}" for format in closest)
     return DataError(
         f"no known format has the columns {', '.join(found[:20]) or '(none)'}",
