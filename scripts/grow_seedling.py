@@ -3,7 +3,7 @@
 What: writes its corpus (the little world of `luthier.assets`), trains its tokenizer, starts a llama with random
 weights, and trains it with luthier's own loop. The same seed gives the same corpus, tokenizer and starting weights.
 
-    python scripts/grow_seedling.py --minutes 60
+    OMP_NUM_THREADS=1 python scripts/grow_seedling.py --out grown
     python scripts/grow_seedling.py --only tokenizer        # tokenizer and configuration files, no training
 """
 
@@ -93,7 +93,7 @@ def main() -> int:
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=None, help="stop after this time, whatever the steps")
     parser.add_argument("--seed", type=int, default=0, help="of corpus, tokenizer and starting weights")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder of the model")
@@ -288,6 +288,7 @@ def grow(out: Path, *, seed: int, steps: int, minutes: float | None, resume: Pat
     print(f"{status} after {state.step} steps, {state.tokens:,} tokens, {state.train_seconds:.0f} s")
     if status in ("finished", "out-of-time"):
         model.module.to(torch.bfloat16).save_pretrained(out)
+        write_configuration(out)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def show(found: DemoResult, console: Console, *, where: Path) -> None:
     forgetting = found.forgetting
     console.print(
         f"forgetting       loss on base text {forgetting['before']:.3f} -> {forgetting['after']:.3f} "
-        "(what the base could do before, it does a little worse now)"
+        "(it predicts the base's own text worse than before)"
         if forgetting["after"] > forgetting["before"]
         else f"forgetting       none: loss on base text {forgetting['before']:.3f} -> {forgetting['after']:.3f}"
     )
