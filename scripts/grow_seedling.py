@@ -232,14 +232,14 @@ class FolderKeeper:
     def __init__(self, folder: Path, stepper: Stepper) -> None:
         self.folder = folder
         self.stepper = stepper
-        self.row_losses: dict[int, float] = {}
+        self.row_excess: dict[int, float] = {}
 
     def save(self, state: LoopState, *, best: bool) -> None:
         made = self.folder.with_name(f".{self.folder.name}-{state.step}")
         made.mkdir(parents=True, exist_ok=True)
         # The corpus is endless, so the loss of a row is of no use here.
-        self.row_losses.clear()
-        save_state(made, state, self.stepper, self.row_losses)
+        self.row_excess.clear()
+        save_state(made, state, self.stepper, self.row_excess)
         shutil.rmtree(self.folder, ignore_errors=True)
         made.rename(self.folder)
 

@@ -267,7 +267,7 @@ class Diary:
 
     events: list[Event] = field(default_factory=list)
     saves: list[tuple[int, bool]] = field(default_factory=list)
-    row_losses: dict[int, float] = field(default_factory=dict)
+    row_excess: dict[int, float] = field(default_factory=dict)
     on_save: Callable[[LoopState], None] | None = None
 
     def record(self, event: Event) -> None:

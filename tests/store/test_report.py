@@ -122,7 +122,7 @@ def test_the_verdict_comes_first_and_the_order_is_kept(run: Path) -> None:
     sentence = "Held-out loss fell from 3.400 to 0.410, best at step 40 with 0.400, on 2,400 trained tokens in 1 min"
     wanted = [
         "3 rows were rejected", "Before and after", "0.4 % →</span> 91.5 %", "<svg", "Tokens, time and memory",
-        "2,400 (40.0 %)", "913 MB", "311k of 5.8M (5.4 %)", "Rows kept", "Rows with the highest loss", "Proof",
+        "2,400 (40.0 %)", "913 MB", "311k of 5.8M (5.4 %)", "Rows kept", "Rows with the worst loss", "Proof",
         "0.410000", "luthier train recipe.yaml", "&lt;recipe&gt;",
     ]  # fmt: skip
     places = [page.index(text, page.index("<main>")) for text in (sentence, *wanted)]

@@ -101,7 +101,7 @@ def test_what_is_counted_and_logged() -> None:
     assert diary.values("step", "loss") == [2.0, 1.0, 4.0, 4.0]
     assert diary.values("step", "learning_rate") == pytest.approx([0.5, 0.375, 0.25, 0.125])
     assert (state.first_loss, state.last_loss, state.tokens, state.trained_tokens) == (2.0, 4.0, 40, 8)
-    assert set(diary.row_losses) == set(range(8)) and (state.epoch, state.used) == (0, 8)
+    assert set(diary.row_excess) == set(range(8)) and (state.epoch, state.used) == (0, 8)
     assert diary.events[0].values["worst_rows"][0]["loss"] == 3.0
 
 

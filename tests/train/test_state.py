@@ -92,17 +92,17 @@ def test_save_load_and_go_on_equals_the_unbroken_run_bit_for_bit(
     first = Run(adapter=adapter, optimizer=optimizer, dtype=dtype)
     state = LoopState(total_steps=12)
     assert first.go(state, until=6) == "stopped" and state.step == 6
-    save_state(tmp_path, state, first.stepper, first.diary.row_losses)
+    save_state(tmp_path, state, first.stepper, first.diary.row_excess)
     # Another seed: what the resumed run draws at its start must not matter.
     second = Run(adapter=adapter, optimizer=optimizer, dtype=dtype, seed=99)
-    resumed, second.diary.row_losses = load_state(tmp_path, second.stepper)
-    assert resumed == state and second.diary.row_losses == first.diary.row_losses
+    resumed, second.diary.row_excess = load_state(tmp_path, second.stepper)
+    assert resumed == state and second.diary.row_excess == first.diary.row_excess
     assert second.bits() == {**first.bits(), "random": second.bits()["random"]}
     assert second.go(resumed) == "finished"
     whole = unbroken.logged()
     steps = first.logged()[:6] + second.logged()[:6]
     assert steps == whole[:12]
-    assert second.diary.row_losses == unbroken.diary.row_losses
+    assert second.diary.row_excess == unbroken.diary.row_excess
     found, expected = second.bits(), unbroken.bits()
     assert {name for name in expected if found[name] != expected[name]} == set()
     assert set(found) == set(expected)
@@ -175,7 +175,7 @@ def test_a_file_cut_short_or_gone_is_corrupt(saved: Path, name: str) -> None:
         load_state(saved, Run().stepper)
 
 
-@pytest.mark.parametrize("part", ["loop", "tensors", "optimizer", "random", "row_losses"])
+@pytest.mark.parametrize("part", ["loop", "tensors", "optimizer", "random", "row_excess"])
 def test_numbers_with_a_part_missing_are_corrupt(saved: Path, part: str) -> None:
     """Breaks when a default stands in for what was lost."""
     content = json.loads((saved / NUMBERS).read_text("utf-8"))

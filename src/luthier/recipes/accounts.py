@@ -133,10 +133,10 @@ def summary(
 
 
 def worst_rows(
-    row_losses: Mapping[int, float], data: Prepared, tokenizer: Tokenizer, *, count: int = WORST_ROWS
+    row_excess: Mapping[int, float], data: Prepared, tokenizer: Tokenizer, *, count: int = WORST_ROWS
 ) -> list[dict[str, Any]]:
-    """The training rows with the highest loss when they were last seen, with their text."""
-    worst = sorted(row_losses.items(), key=lambda item: -item[1])[:count]
+    """The training rows whose loss was furthest above the mean of their step when last seen, with their text."""
+    worst = sorted(row_excess.items(), key=lambda item: -item[1])[:count]
     views: dict[int, Sequence[int]] = {}
     wanted = {row for row, _ in worst}
     for index in range(len(data.store)):

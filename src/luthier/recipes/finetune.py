@@ -268,7 +268,7 @@ def _finish(
     )
     summary = accounts.summary(bench.plan, run.folder, state, status=status, proof=proof, more=run.checkpoints.notices)
     write_json(run.folder / SUMMARY, plain(summary))
-    worst = accounts.worst_rows(keeper.row_losses, data, bench.tokenizer)
+    worst = accounts.worst_rows(keeper.row_excess, data, bench.tokenizer)
     write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
     recorder.record(Event("finish", summary, step=state.step))
     run.write_status("finished", values=summary)

@@ -21,7 +21,7 @@ class CheckpointKeeper:
         self.stepper = stepper
         self.keep = keep
         self.facts = dict(facts)
-        self.row_losses: dict[int, float] = {}
+        self.row_excess: dict[int, float] = {}
 
     def save(self, state: LoopState, *, best: bool) -> None:
         """Save; return once the checkpoint is durable, verified and linked."""
@@ -29,7 +29,7 @@ class CheckpointKeeper:
         state.events_bytes, state.samples_bytes = self.run.cursors()
         self.run.checkpoints.save(
             state.step,
-            lambda folder: save_state(folder, state, self.stepper, self.row_losses),
+            lambda folder: save_state(folder, state, self.stepper, self.row_excess),
             {"facts": self.facts},
             best=best,
         )
@@ -48,7 +48,7 @@ class CheckpointKeeper:
             return LoopState()
         saved = read_manifest(place).facts.get("facts")
         self._check_drift(place.name, saved if isinstance(saved, dict) else {}, accept_drift=accept_drift)
-        state, self.row_losses = load_state(place, self.stepper)
+        state, self.row_excess = load_state(place, self.stepper)
         self.run.checkpoints.notices.extend(self.run.rewind(state.events_bytes, state.samples_bytes))
         return state
 

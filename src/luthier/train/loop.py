@@ -27,9 +27,9 @@ Status = Literal["finished", "stopped", "early-stopped", "out-of-time"]
 
 
 class Keeper(Protocol):
-    """Keeps checkpoints, and the last loss of each training row, which is part of them."""
+    """Keeps checkpoints, and for each training row by how much its loss was above its step's mean, which is in them."""
 
-    row_losses: dict[int, float]
+    row_excess: dict[int, float]
 
     def save(self, state: LoopState, *, best: bool) -> None:
         """Save everything a resumed run needs; return once it is durable and verified."""
@@ -157,7 +157,8 @@ class Loop:
         if state.first_loss is None:
             state.first_loss = passed.loss
         for row, (loss, weight) in passed.row_losses.items():
-            self.keeper.row_losses[row] = loss / weight
+            # Beside its neighbours, not by itself: early rows all have a high loss, whatever is wrong with them.
+            self.keeper.row_excess[row] = loss / weight - passed.loss
 
     def _record_step(
         self, state: LoopState, passed: PassReport, norm: float, factor: float, seconds: float

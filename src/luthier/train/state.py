@@ -54,7 +54,7 @@ class LoopState:
         return Cursor(self.epoch, self.used)
 
 
-def save_state(folder: Path, state: LoopState, stepper: Stepper, row_losses: dict[int, float]) -> None:
+def save_state(folder: Path, state: LoopState, stepper: Stepper, row_excess: dict[int, float]) -> None:
     """Write everything a resumed run needs into `folder`."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
     numbers: dict[str, object] = {}
@@ -70,7 +70,7 @@ def save_state(folder: Path, state: LoopState, stepper: Stepper, row_losses: dic
         "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "optimizer": numbers,
         "random": {"torch": _text(torch.get_rng_state()), **_cuda_random()},
-        "row_losses": {str(row): loss for row, loss in row_losses.items()},
+        "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
     (folder / NUMBERS).write_text(json.dumps(plain(content), allow_nan=False), encoding="utf-8")
 
@@ -95,7 +95,7 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
     _restore_random(content["random"])
     loop = {key: _number(value) for key, value in content["loop"].items()}
-    return LoopState(**loop), {int(row): _number(loss) for row, loss in content["row_losses"].items()}
+    return LoopState(**loop), {int(row): _number(loss) for row, loss in content["row_excess"].items()}
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def _read_numbers(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / NUMBERS).read_text("utf-8"))
     except (OSError, ValueError) as failure:
         raise CorruptError(f"{folder / NUMBERS} cannot be read: {failure}") from None
-    parts = {"loop", "tensors", "optimizer", "random", "row_losses"}
+    parts = {"loop", "tensors", "optimizer", "random", "row_excess"}
     missing = parts - set(content) if isinstance(content, dict) else parts
     numbers = {field.name for field in fields(LoopState)}
     if missing or set(content["loop"]) != numbers:
