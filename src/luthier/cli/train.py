@@ -28,8 +28,9 @@ def train(
       luthier train recipe.yaml
       luthier train recipe.yaml --set adapter.rank=32 --set data.train=rows.jsonl --run runs/mine
     """
+    from luthier.recipes.bench import lay_out
     from luthier.recipes.files import load_recipe
-    from luthier.recipes.finetune import lay_out, start
+    from luthier.recipes.finetune import start
 
     loaded = load_recipe(recipe, overrides=set_ or [], run=run)
     if dry_run:

@@ -18,7 +18,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
-from luthier.recipes.finetune import reading_of
+from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named, require_room
 from luthier.recipes.places import located, started_in
 from luthier.recipes.schema import FinetuneRecipe

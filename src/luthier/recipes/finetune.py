@@ -1,7 +1,7 @@
 """Fine-tune: a base model, a data file and an adapter become a better model, with the proof that it is better.
 
-Read top to bottom: check and tokenise the data, load the base, put the adapter on, train, take the best state, save
-it, reload it, and show that it is what the numbers say. `finetune` starts a run, `resume` goes on with one.
+Read top to bottom: lay out the bench (data, base, adapter: see bench.py), train, take the best state, save it, reload
+it, and show that it is what the numbers say. `start` begins a run, `resume` goes on with one.
 """
 
 from __future__ import annotations
@@ -12,24 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.core.errors import StoppedError
 from luthier.core.events import Event, Recorder, Several, plain
 from luthier.core.knobs import validate
-from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.rows import write_rejects
-from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
-from luthier.model.attachment import Attachment
-from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
+from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.files import open_run, place_of
-from luthier.recipes.opened import require_room
-from luthier.recipes.places import located, started_in
+from luthier.recipes.places import started_in
 from luthier.recipes.samples import Samples
-from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
 from luthier.store.runs import RunDirectory
@@ -37,9 +30,7 @@ from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.loop import Cadence, Loop
 from luthier.train.result import prove_result, save_result
 from luthier.train.signals import stop_on_signals
-from luthier.train.source import DataSource
 from luthier.train.state import LoopState
-from luthier.train.stepper import Stepper
 
 SUMMARY = "summary.json"
 
@@ -56,20 +47,6 @@ class RunResult:
         loss = {key: self.summary["loss"][key] for key in ("first", "last", "eval")}
         keys = ("run", "status", "steps", "tokens", "tokens_per_second", "peak_memory_bytes")
         return {**{key: self.summary[key] for key in keys}, "loss": loss}
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Everything on the table before the first step."""
-
-    recipe: FinetuneRecipe
-    tokenizer: Tokenizer
-    data: Prepared
-    model: LanguageModel
-    attachment: Attachment
-    stepper: Stepper
-    source: DataSource
-    plan: dict[str, Any]
 
 
 def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False) -> RunResult:
@@ -97,64 +74,6 @@ def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False)
         return _told(
             run, lambda: _train(lay_out(recipe, place), run, recorder, resuming=True, accept_drift=accept_drift)
         )
-
-
-def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
-    """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here.
-
-    `folder` is where the relative paths of the recipe start, when that is not here.
-    """
-    found = located(recipe, folder)
-    tokenizer = Tokenizer.load(resolve_source(found.model))
-    data = prepare(
-        found.data.train,
-        tokenizer,
-        reading_of(found),
-        evaluation=found.data.evaluation,
-        fraction=recipe.evaluation.fraction,
-        seed=recipe.seed,
-        context_tokens=context_tokens(found.model),
-    )
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
-    # The result names its base as the recipe does, wherever the run is resumed from.
-    model.source = recipe.model
-    # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
-    torch.manual_seed(recipe.seed)
-    attachment = model.attach(recipe.adapter.attach(model.sites))
-    require_room(data.store.lengths, model)
-    stepper = Stepper(
-        model,
-        attachment,
-        recipe.objective,
-        recipe.optimizer,
-        max_grad_norm=recipe.max_grad_norm,
-        micro_tokens=recipe.batch.micro_tokens,
-    )
-    rows, tokens = recipe.batch.rows, recipe.batch.tokens
-    source = DataSource(
-        data.train,
-        recipe.objective,
-        lengths=data.train.lengths,
-        seed=recipe.seed,
-        rows=rows,
-        tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
-    )
-    plan = accounts.plan(recipe, data, model, attachment, accounts.total_steps(recipe.budget, source))
-    return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan)
-
-
-def reading_of(recipe: FinetuneRecipe) -> Reading:
-    """How the recipe wants its rows to become tokens."""
-    data = recipe.data
-    return Reading(
-        format=data.format,
-        columns=data.columns,
-        template=data.template,
-        train_on=data.train_on,
-        max_tokens=data.max_tokens,
-        over_length=data.over_length,
-        on_bad_row=data.on_bad_row,
-    )
 
 
 def _told(run: RunDirectory, train: Callable[[], RunResult]) -> RunResult:
