@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier.assets.demo_task import demo_rows, exact_match
 from luthier.assets.world_documents import Document, documents
-from luthier.core.events import Recorder, plain
+from luthier.core.events import Event, Recorder, plain
 from luthier.core.knobs import validate
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Tree
@@ -80,6 +80,7 @@ def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
     RunDirectory.require_free(place_of(recipe_of(folder, Path("rows.jsonl"))))
     test = demo_rows(TEST_ROWS, seed=1, held_out=True)
     base = open_named(SEEDLING)
+    recorder.record(Event("doing", {"what": f"asking the base model {len(test)} held-out questions"}))
     before, _ = measure(base, test)
     base_before = forgotten(base)
     run = open_run(recipe_of(folder, Path("rows.jsonl")))
@@ -90,6 +91,7 @@ def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
     run.write_recipe(recipe.model_dump(mode="json", exclude_none=True))
     result = finetune(recipe, run, recorder=recorder)
     tuned = open_named(str(run.folder))
+    recorder.record(Event("doing", {"what": "asking the tuned model the same questions"}))
     after, answers = measure(tuned, test)
     forgetting = {"before": base_before, "after": forgotten(tuned)}
     found = DemoResult(result.summary, before, after, forgetting, _examples(base, test, answers))

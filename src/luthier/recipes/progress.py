@@ -115,6 +115,8 @@ def event_line(event: Event) -> str | None:
     """A line for an event that a person wants to see; None for the others."""
     if event.kind == "evaluation":
         return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
+    if event.kind == "doing":
+        return f"{event.values['what']} ..."
     if event.kind == "bad_step":
         rows = ", ".join(map(str, event.values["rows"][:8]))
         return f"step {event.step}: the {event.values['what']} is not finite (rows {rows}); nothing was applied"
