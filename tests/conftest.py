@@ -44,7 +44,6 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     for name in [name for name in os.environ if name.startswith("LUTHIER_")]:
         monkeypatch.delenv(name)
     own = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("LUTHIER_HOME", str(own / "home"))
     monkeypatch.setenv("LUTHIER_CACHE", str(own / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -11,7 +11,7 @@ import pytest
 from luthier.core.errors import MissingError
 from luthier.core.events import Event, Several, plain
 from luthier.core.optional import require
-from luthier.core.paths import cache_folder, home_folder, run_folder, slug
+from luthier.core.paths import cache_folder, run_folder, slug
 
 TODAY = datetime.date(2026, 11, 20)
 
@@ -20,8 +20,8 @@ def test_own_variables_go_before_xdg_and_that_before_home() -> None:
     assert cache_folder({"LUTHIER_CACHE": "/c", "XDG_CACHE_HOME": "/x"}) == Path("/c")
     assert cache_folder({"XDG_CACHE_HOME": "/x"}) == Path("/x/luthier")
     assert cache_folder({"XDG_CACHE_HOME": "relative"}) == Path.home() / ".cache/luthier"
-    assert home_folder({"LUTHIER_HOME": "~/h"}) == Path.home() / "h"
-    assert home_folder({}) == Path.home() / ".local/share/luthier"
+    assert cache_folder({"LUTHIER_CACHE": "~/h"}) == Path.home() / "h"
+    assert cache_folder({}) == Path.home() / ".cache/luthier"
 
 
 def test_a_new_run_never_takes_a_name_that_is_taken(tmp_path: Path) -> None:

@@ -20,11 +20,6 @@ RUNS: Final = "runs"
 _LONGEST_NAME: Final = 60
 
 
-def home_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """What shall be kept: LUTHIER_HOME, else luthier in XDG_DATA_HOME or ~/.local/share."""
-    return _own(environ, "LUTHIER_HOME") or _shared(environ, "XDG_DATA_HOME", Path(".local/share"))
-
-
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """What can be made again: LUTHIER_CACHE, else luthier in XDG_CACHE_HOME or ~/.cache."""
     return _own(environ, "LUTHIER_CACHE") or _shared(environ, "XDG_CACHE_HOME", Path(".cache"))

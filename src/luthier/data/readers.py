@@ -19,8 +19,9 @@ from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
 
-from luthier.core.errors import DataError, MissingError, StorageError
+from luthier.core.errors import DataError, StorageError
 from luthier.core.nearest import nearest
+from luthier.core.optional import require
 from luthier.data.strict_json import (
     EXCERPT,
     Place,
@@ -359,19 +360,16 @@ def _read_text(path: Path) -> Iterator[Item]:
 
 def _read_parquet(path: Path) -> Iterator[Item]:
     """Rows of a Parquet file; the line of an address is the number of the row, from 1."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingError("reading Parquet needs pyarrow", do='pip install "luthier[data]"', where=str(path)) from None
+    parquet = require("pyarrow.parquet", extra="data", purpose="reading Parquet")
+    arrow = require("pyarrow", extra="data", purpose="reading Parquet")
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     yield Record(number, f"{path}:{number + 1}:1", values)
                     number += 1
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as failure:
+    except (arrow.ArrowException, OSError, ValueError, ArithmeticError) as failure:
         yield DataError(
             f"not readable as Parquet ({str(failure)[:EXCERPT]}); nothing after this row was read",
             where=f"{path}:{number + 1}:1",

@@ -31,7 +31,6 @@ class SourceFile:
     path: Path | str
     format: str | None = None
     columns: Mapping[str, str] | None = None
-    weight: float = 1.0
     limit: int | None = None
 
 

@@ -57,18 +57,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, saved, now) of what could make a resumed run differ: python, packages, processor and threads."""
-    rows = [("python", str(before.get("python")), str(now.get("python")))]
-    for part in ("packages", "variables"):
-        old, new = before.get(part) or {}, now.get(part) or {}
-        rows += [(name, str(old.get(name, "none")), str(new.get(name, "none"))) for name in sorted({*old, *new})]
-    for key in ("processor", "threads"):
-        old, new = (receipt.get("machine") or {} for receipt in (before, now))
-        rows.append((key, str(old.get(key)), str(new.get(key))))
-    return [row for row in rows if row[1] != row[2] and not row[0].startswith("LUTHIER_")]
-
-
 def git_state(folder: Path) -> dict[str, Any] | None:
     """The commit that `folder` is at and whether files differ from it; None without git or a repository."""
     commit = _git(folder, "rev-parse", "HEAD")
