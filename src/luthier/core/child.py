@@ -1,0 +1,54 @@
+"""Child processes of our own: Python modules that work apart from us and never outlive us.
+
+Idea: what must not share our memory (untrusted templates) or must not profit from it (the proof of a saved result) runs
+as `python -m MODULE` in a process of its own, which ends when we end, whatever way that is. On Linux the kernel sees to
+it (`PR_SET_PDEATHSIG`), and everywhere the end of its standard input does, which only we hold open.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import IO, Final
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def start_child(
+    module: str, arguments: Sequence[str] = (), *, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
+    """`python -m module arguments` with pipes on standard input and output; `module` calls `bound_to_parent` first.
+
+    Start it from the main thread, or from one that lives as long as the child shall: on Linux the child is bound to the
+    thread that started it. The child sees our import path, our environment and our `-O`.
+    """
+    optimised = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
+    command = [sys.executable, *optimised, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, close_fds=True
+    )
+
+
+def bound_to_parent(*, watch: IO[bytes] | None = None) -> None:
+    """In the child: end when the parent ends, and leave Ctrl-C to the parent.
+
+    `watch` is a stream that nothing is ever sent through; its end is the parent's. A child that reads its standard
+    input sees the end by itself and passes none.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if watch is not None:
+        threading.Thread(target=_leave_with, args=(watch,), daemon=True).start()
+
+
+def _leave_with(stream: IO[bytes]) -> None:
+    while stream.read(1):
+        pass
+    os._exit(1)
