@@ -269,15 +269,30 @@ class Diary:
     saves: list[tuple[int, bool]] = field(default_factory=list)
     row_excess: dict[int, float] = field(default_factory=dict)
     on_save: Callable[[LoopState], None] | None = None
+    abandoned: bool | None = None
 
     def record(self, event: Event) -> None:
         json.dumps(event.as_dict(), allow_nan=False)
         self.events.append(event)
 
-    def save(self, state: LoopState, *, best: bool) -> None:
+    def save(self, state: LoopState, *, best: bool) -> bool:
         self.saves.append((state.step, best))
         if self.on_save is not None:
             self.on_save(state)
+        self.record(Event("checkpoint", {"best": best}, step=state.step))
+        return True
+
+    def poll(self) -> list[Event]:
+        return []
+
+    def finish(self) -> list[Event]:
+        return []
+
+    def abandon(self, *, at_once: bool) -> None:
+        self.abandoned = at_once
+
+    def pin(self) -> str:
+        return f"step-{self.saves[-1][0]:06d}" if self.saves else ""
 
     def kinds(self) -> list[tuple[str, int | None]]:
         """What happened, and at which step."""

@@ -62,8 +62,16 @@ def _complaint(node: ast.AST) -> str:
         caught = ast.unparse(node.type) if node.type is not None else "everything"
         broad = caught in ("everything", "Exception", "BaseException")
         reraises = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
-        return f"catches {caught} and goes on; name what is expected" if broad and not reraises else ""
+        passes_on = reraises or any(_keeps(inner, node.name) for inner in node.body)
+        return f"catches {caught} and goes on; name what is expected" if broad and not passes_on else ""
     return _call(node) if isinstance(node, ast.Call) else ""
+
+
+def _keeps(node: ast.stmt, name: str | None) -> bool:
+    """Whether a handler keeps the error in an attribute: a thread does, for another one to raise."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Name):
+        return False
+    return node.value.id == name and all(isinstance(target, ast.Attribute) for target in node.targets)
 
 
 def _call(node: ast.Call) -> str:

@@ -13,6 +13,7 @@ from luthier.recipes.places import located, model_from, started_in, template_fro
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from tests.cli.commands import colour_rows, luthier, recipe_text
+from tests.store.made import created
 
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}" \
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -80,7 +81,7 @@ def test_what_is_only_here_is_taken_from_here(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_that_does_not_say_where_it_began_is_read_from_here(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
+    run = created(tmp_path / "run")
     assert started_in(run) is None
     run.write_environment({"folder": str(tmp_path / "gone")})
     assert started_in(run) is None

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.result import save_result
-from luthier.train.state import LoopState
+from luthier.train.state import LoopState, Snapshot
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import STEPS, events, luthier, process, step_events, tree, wait_for_step
 
@@ -124,33 +125,61 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_only_finishes(
     same_run(folder, finished)
 
 
-def test_a_full_disk_harms_no_checkpoint_and_the_run_goes_on_once_there_is_space(
-    tmp_path: Path, recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Snapshot], bool]], None]:
+    """`full_disk(when)`: the kernel lets no file grow far while a snapshot is written for which `when` says so."""
+
+    def patch(when: Callable[[Snapshot], bool]) -> None:
+        write, pause = CheckpointKeeper._write, 0.01
+
+        def written(self: CheckpointKeeper, snapshot: Snapshot, best: bool) -> None:
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if when(snapshot) else soft, hard))
+            try:
+                write(self, snapshot, best)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        monkeypatch.setattr(CheckpointKeeper, "_write", written)
+        monkeypatch.setattr(CheckpointKeeper.__init__, "__kwdefaults__", {"first_pause": pause})
+
+    return patch
+
+
+def test_a_full_disk_stops_no_training_and_is_told(
+    tmp_path: Path, recipe: Path, finished: Path, full_disk: Callable[[Callable[[Snapshot], bool]], None]
 ) -> None:
+    """Breaks when a save that fails ends a run that could go on, or is not tried again."""
+    folder, tries = tmp_path / "run", 0
+
+    def full(snapshot: Snapshot) -> bool:
+        nonlocal tries
+        tries += snapshot.step == 4
+        return snapshot.step == 4 and tries < 3
+
+    full_disk(full)
+    told = luthier("train", recipe, "--run", folder, "--json").must(0, "was not saved", "File too large", "tried again")
+    assert told.json["status"] == "finished"
+    same_run(folder, finished)
+    assert {event["step"] for event in events(folder) if event["kind"] == "save_failed"} == {4}
+
+
+def test_a_disk_that_stays_full_harms_no_checkpoint_and_the_run_goes_on_once_there_is_space(
+    tmp_path: Path, recipe: Path, finished: Path, full_disk: Callable[[Callable[[Snapshot], bool]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Breaks when the end of a run does not insist on its last state, or an older checkpoint is touched."""
     folder = tmp_path / "run"
-    save = CheckpointKeeper.save
-    saved: dict[str, bytes] = {}
-
-    def on_a_full_disk(self: CheckpointKeeper, state: LoopState, *, best: bool) -> None:
-        if state.step < 6:
-            return save(self, state, best=best)
-        saved.update({name: data for name, data in tree(folder / "checkpoints").items() if name.startswith("step-")})
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # The kernel refuses to let a file grow further, in the middle of the tensors.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        try:
-            return save(self, state, best=best)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointKeeper, "save", on_a_full_disk)
+    with monkeypatch.context():
+        full_disk(lambda snapshot: snapshot.step >= 6)
         told = luthier("train", recipe, "--run", folder)
-    told.must(74, "error[storage]", ".tmp-6-", "File too large", "luthier resume")
+    told.must(74, "error[disk-full]", ".tmp-", "File too large", "luthier resume")
+    steps = [event["step"] for event in events(folder) if event["kind"] == "step"]
+    assert steps[-1] == STEPS
     found = tree(folder / "checkpoints")
-    assert {name: data for name, data in found.items() if name.startswith("step-")} == saved
-    assert "step-000004/state.safetensors" in saved and not [name for name in found if name.startswith(".tmp")]
+    assert "step-000004/state.safetensors" in found and not [name for name in found if name.startswith(".tmp")]
     assert luthier("run", "show", folder, "--json").json["state"] == "failed"
+    monkeypatch.undo()
     luthier("resume", folder, "--json").must(0)
     same_run(folder, finished)
 
@@ -161,10 +190,12 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_its_steps_and_nothing_else
     folder = tmp_path / "run"
     save = CheckpointKeeper.save
 
-    def interrupted(self: CheckpointKeeper, state: LoopState, *, best: bool) -> None:
-        save(self, state, best=best)
+    def interrupted(self: CheckpointKeeper, state: LoopState, *, best: bool) -> bool:
+        taken = save(self, state, best=best)
         if state.step == 6:
+            self.finish()
             raise KeyboardInterrupt
+        return taken
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointKeeper, "save", interrupted)
@@ -194,8 +225,9 @@ def test_what_has_changed_since_is_named_and_refused(
     lines = own.read_text("utf-8")
     save = CheckpointKeeper.save
 
-    def interrupted(self: CheckpointKeeper, state: LoopState, *, best: bool) -> None:
+    def interrupted(self: CheckpointKeeper, state: LoopState, *, best: bool) -> bool:
         save(self, state, best=best)
+        self.finish()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -219,7 +251,7 @@ def test_a_folder_that_is_no_run_is_not_resumed(tmp_path: Path, make: bool) -> N
 def test_a_run_killed_after_its_patience_ran_out_does_no_further_step(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = ("evaluation.patience=1", "optimizer.learning_rate=0.5", "evaluation.every=1", "checkpoint.every=1")
+    knobs = ("evaluation.patience=1", "optimizer.learning_rate=1e-12", "evaluation.every=1", "checkpoint.every=1")
     sets = [part for item in knobs for part in ("--set", item)]
     whole = luthier("train", recipe, "--run", tmp_path / "whole", *sets, "--json").must(0).json
     assert whole["status"] == "early-stopped"

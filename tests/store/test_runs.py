@@ -19,10 +19,11 @@ from luthier.store.lines import JsonLines
 from luthier.store.listing import list_runs, summary
 from luthier.store.lock import Holder, holder
 from luthier.store.runs import RunDirectory, is_run
+from tests.store.made import created
 
 
 def test_a_run_is_created_opened_and_told(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "runs/a")
+    run = created(tmp_path / "runs/a")
     assert is_run(run.folder) and run.status().state == "new"
     recipe = {"model": "seedling", "adapter": {"method": "lora", "rank": 4}, "optimizer": {"learning_rate": 1e-5}}
     run.write_recipe(recipe)
@@ -53,33 +54,33 @@ def test_foreign_folders_and_other_runs_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("x")
     with pytest.raises(RefusedError, match="is not empty and holds no run; nothing was changed"):
-        RunDirectory.create(tmp_path / "foreign", overwrite=True)
+        created(tmp_path / "foreign", overwrite=True)
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(RefusedError, match="is no folder"):
-        RunDirectory.create(tmp_path / "file")
-    run = RunDirectory.create(tmp_path / "a")
+        created(tmp_path / "file")
+    run = created(tmp_path / "a")
     with pytest.raises(RefusedError, match=r"holds a run \(new\).*luthier resume"):
-        RunDirectory.create(run.folder)
+        created(run.folder)
     run.write_status("finished")
     with pytest.raises(RefusedError) as caught:
-        RunDirectory.create(run.folder)
+        created(run.folder)
     assert "resume" not in str(caught.value) and caught.value.exit_code == 77
     with pytest.raises(StorageError, match="is no run"):
         RunDirectory.open(tmp_path / "foreign")
 
 
 def test_overwrite_moves_the_old_run_aside(tmp_path: Path) -> None:
-    first = RunDirectory.create(tmp_path / "a")
-    second = RunDirectory.create(tmp_path / "a", overwrite=True)
-    third = RunDirectory.create(tmp_path / "a", overwrite=True)
+    first = created(tmp_path / "a")
+    second = created(tmp_path / "a", overwrite=True)
+    third = created(tmp_path / "a", overwrite=True)
     assert RunDirectory.open(tmp_path / "a.old-1").run_id == first.run_id
     assert RunDirectory.open(tmp_path / "a.old-2").run_id == second.run_id
     assert RunDirectory.open(tmp_path / "a").run_id == third.run_id
 
 
 def test_a_second_process_is_refused_at_once_and_told_who(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "a")
+    run = created(tmp_path / "a")
     program = textwrap.dedent("""
         import sys; from pathlib import Path
         from luthier.core.errors import RunLockedError; from luthier.store.runs import RunDirectory
@@ -97,7 +98,7 @@ def test_a_second_process_is_refused_at_once_and_told_who(tmp_path: Path) -> Non
             pass
         assert time.monotonic() - began < 1
         with pytest.raises(RunLockedError):
-            RunDirectory.create(run.folder, overwrite=True)
+            created(run.folder, overwrite=True)
         assert holder(run.folder / "run.lock") is not None
     assert f"{run.folder} is used by pid {os.getpid()} on " in told and "nothing was changed" in told
     assert "mine" in subprocess.run([sys.executable, "-c", program, str(run.folder)], capture_output=True, text=True,
@@ -105,7 +106,7 @@ def test_a_second_process_is_refused_at_once_and_told_who(tmp_path: Path) -> Non
 
 
 def test_the_lock_of_a_dead_process_is_nobodys(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "a")
+    run = created(tmp_path / "a")
     program = (
         "import os, sys; from pathlib import Path; from luthier.store.runs import RunDirectory\n"
         "run = RunDirectory.open(Path(sys.argv[1]))\n"
@@ -162,9 +163,10 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_cursors_and_rewinding(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "a")
+    run = created(tmp_path / "a")
     run.record(Event("step", {}, step=1))
-    cursors = run.cursors()
+    run.sync_logs()
+    cursors = run.events.length, run.samples.length
     run.record(Event("step", {}, step=2))
     run.record_sample({"x": 1})
     assert run.rewind(*cursors) == []
@@ -175,7 +177,7 @@ def test_cursors_and_rewinding(tmp_path: Path) -> None:
 
 def test_the_list_shows_every_run_even_broken_ones(tmp_path: Path) -> None:
     assert list_runs(tmp_path / "none") == []
-    good, bad, odd = (RunDirectory.create(tmp_path / name) for name in ("good", "bad", "odd"))
+    good, bad, odd = (created(tmp_path / name) for name in ("good", "bad", "odd"))
     good.write_status("failed", reason="loss is NaN")
     (bad.folder / "run.json").write_text("{")
     (odd.folder / "status.json").write_text('{"state": "dancing"}')

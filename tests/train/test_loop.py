@@ -166,10 +166,10 @@ def test_time_used_before_a_resume_counts() -> None:
 def test_bad_steps_in_a_row_end_the_run_and_nothing_is_applied(losses: list[float], norms: list[float]) -> None:
     """Breaks when a loss that is not finite is stepped on, or a run goes on forever without a step."""
     script, diary = Script(losses=losses, norms=norms), Diary()
-    with pytest.raises(NumericError, match="3 bad steps in a row, none was applied"):
+    with pytest.raises(NumericError, match="the update was not applied; 3 of 3 bad steps in a row"):
         run(script, diary=diary, cadence=Cadence(max_bad_steps=3, save_every=10))
     assert [event.values["what"] for event in diary.events if event.kind == "bad_step"] == [
-        "gradient norm" if math.isfinite(losses[0]) else "loss"
+        "gradient" if math.isfinite(losses[0]) else "loss"
     ] * 3
     assert all(event.values["rows"] for event in diary.events if event.kind == "bad_step")
     assert math.isfinite(losses[0]) or ("optim_step" not in script.done and script.done.count("zero_grad") == 3)

@@ -22,7 +22,7 @@ from luthier.schedules.cosine import Cosine
 from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import StopRequest
 from luthier.train.source import DataSource
-from luthier.train.state import NUMBERS, TENSORS, LoopState, load_parameters, load_state, save_state
+from luthier.train.state import NUMBERS, TENSORS, LoopState, load_parameters, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 from tests import forests
 from tests.forests import Diary
@@ -92,7 +92,7 @@ def test_save_load_and_go_on_equals_the_unbroken_run_bit_for_bit(
     first = Run(adapter=adapter, optimizer=optimizer, dtype=dtype)
     state = LoopState(total_steps=12)
     assert first.go(state, until=6) == "stopped" and state.step == 6
-    save_state(tmp_path, state, first.stepper, first.diary.row_excess)
+    take_snapshot(state, first.stepper, first.diary.row_excess).write(tmp_path)
     # Another seed: what the resumed run draws at its start must not matter.
     second = Run(adapter=adapter, optimizer=optimizer, dtype=dtype, seed=99)
     resumed, second.diary.row_excess = load_state(tmp_path, second.stepper)
@@ -113,7 +113,7 @@ def test_the_dropout_of_a_resumed_run_is_not_that_of_its_start(tmp_path: Path) -
     first = Run(adapter={"method": "lora", "dropout": 0.3})
     state = LoopState(total_steps=4)
     first.go(state, until=2)
-    save_state(tmp_path, state, first.stepper, {})
+    take_snapshot(state, first.stepper, {}).write(tmp_path)
     losses = []
     for restore in (True, False):
         run = Run(adapter={"method": "lora", "dropout": 0.3}, seed=99)
@@ -131,7 +131,7 @@ def saved(tmp_path: Path) -> Path:
     run = Run()
     state = LoopState(total_steps=2)
     run.go(state)
-    save_state(tmp_path, state, run.stepper, {3: 0.5})
+    take_snapshot(state, run.stepper, {3: 0.5}).write(tmp_path)
     return tmp_path
 
 
@@ -198,7 +198,7 @@ def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path: Pat
         raise ValueError(name)
 
     state = LoopState(first_loss=math.nan, last_loss=-math.inf, best_eval_loss=math.inf, step=3)
-    save_state(tmp_path, state, Run().stepper, {4: math.nan, 5: 0.5})
+    take_snapshot(state, Run().stepper, {4: math.nan, 5: 0.5}).write(tmp_path)
     json.loads((tmp_path / NUMBERS).read_text("utf-8"), parse_constant=refused)
     found, losses = load_state(tmp_path, Run().stepper)
     assert math.isnan(found.first_loss or 0.0) and math.isnan(losses[4]) and losses[5] == 0.5

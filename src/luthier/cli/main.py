@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import typer
 
 from luthier.cli import data as data_commands
 from luthier.cli import demo, describe, doctor, evaluate, generate, init, resume, train
 from luthier.cli import run as run_commands
-from luthier.core.errors import LuthierError, MemoryExhaustedError, RecipeError, StorageError
+from luthier.core.errors import LuthierError, MemoryExhaustedError, RecipeError, StoppedError, StorageError
 
 app = typer.Typer(
     name="luthier",
@@ -49,7 +50,17 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
         sys.excepthook = _tell_unexpected
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop_early)
     sys.exit(run(arguments, debug=debug))
+
+
+def _stop_early(number: int, _frame: FrameType | None) -> None:
+    # While there is a run its own handlers are in place; before and after it there is nothing to save.
+    signal.signal(number, signal.SIG_DFL)
+    raise StoppedError(f"stopped by {signal.Signals(number).name}; nothing was begun", do="run the same command again")
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
@@ -82,7 +93,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    sys.stderr.write(f"error[{error.code}]: {error}\n")
+    sys.stderr.write(f"error[{error.code}]: {error.told()}\n")
     if as_json:
         _print_error(error)
     return error.exit_code

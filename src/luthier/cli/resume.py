@@ -27,9 +27,13 @@ def resume(
       luthier resume runs/2026-11-20-my-first
       luthier resume runs/2026-11-20-my-first --json
     """
-    from luthier.recipes.finetune import resume as go_on
+    from luthier.store.runs import refuse_busy
 
     folder = run_named(run)
+    if not dry_run:
+        refuse_busy(folder.folder)
+    from luthier.recipes.finetune import resume as go_on
+
     if dry_run:
         status = folder.status()
         found = {"run": str(folder.folder), "state": status.state, **(status.values or {})}

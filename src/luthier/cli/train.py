@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json, print_plan, print_summary
+from luthier.core.errors import RecipeError
 from luthier.recipes.progress import progress
 
 
@@ -21,13 +23,15 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a model as a recipe says.
+    """Fine-tune a model as a recipe says. The same command again goes on with a run that was interrupted.
 
     \b
     Examples:
       luthier train recipe.yaml
       luthier train recipe.yaml --set adapter.rank=32 --set data.train=rows.jsonl --run runs/mine
     """
+    if not dry_run:
+        _refuse_busy(recipe, set_ or [], run)
     from luthier.recipes.bench import lay_out
     from luthier.recipes.files import load_recipe
     from luthier.recipes.finetune import start
@@ -41,3 +45,17 @@ def train(
     with progress(quiet=quiet, notices=loaded.notices) as recorder:
         result = start(loaded.recipe, recorder=recorder, overwrite=overwrite)
     print_json(result.line()) if json else print_summary(result.summary)
+
+
+def _refuse_busy(recipe: Path, sets: list[str], run: Path | None) -> None:
+    """Before anything slow is imported: say at once when another process is at work where this run would go."""
+    from luthier.core.recipe_file import read_layers
+    from luthier.store.runs import refuse_busy
+
+    place: object = run
+    if place is None:
+        with suppress(RecipeError):
+            # What is wrong with the recipe is told by those who read all of it.
+            place = read_layers(recipe, sets=[item for item in sets if item.startswith("run=")]).values.get("run")
+    if isinstance(place, (str, Path)):
+        refuse_busy(Path(place))

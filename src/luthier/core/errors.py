@@ -2,7 +2,10 @@
 
 Every error a user can reach is a `LuthierError`. Each category is also the standard exception of its kind, so that
 library callers can catch `ValueError` or `OSError` without knowing luthier. Add a category by subclassing the one
-whose exit code fits and giving it a `code`; codes are part of the interface and never change their meaning.
+whose exit code fits and giving it a `code` and an `advice`, the next step where an error brings none of its own; its
+docstring is the cause. Codes are part of the interface and never change their meaning.
+
+Texts are clipped: whatever somebody puts into a file, the error about it stays readable.
 
 | exit | category | meaning |
 |---|---|---|
@@ -20,21 +23,33 @@ whose exit code fits and giving it a `code`; codes are part of the interface and
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Final
+
+MOST_LINES: Final = 64
+_ROOM: Final[Mapping[str, int]] = {"received": 900, "allowed": 400, "do": 350, "where": 300}
+"""Characters of a line of each part; so a message of one line has less than 2,000. A list of rows has a line for each."""
 
 
 class LuthierError(Exception):
-    """An error with an address (`where`), what was `received`, what is `allowed`, and what to `do` next."""
+    """Something that nobody foresaw.
+
+    An error has an address (`where`), what was `received`, what is `allowed`, and what to `do` next.
+    """
 
     code: ClassVar[str] = "unexpected"
     exit_code: ClassVar[int] = 1
+    advice: ClassVar[str] = "run it again with --debug and report the traceback"
 
     def __init__(self, received: str, *, allowed: str = "", do: str = "", where: str = "") -> None:
-        super().__init__(received)
-        self.received = received
-        self.allowed = allowed
-        self.do = do
-        self.where = where
+        self.received = _clipped(received, _ROOM["received"])
+        self.allowed = _clipped(allowed, _ROOM["allowed"])
+        self.do = _clipped(do, _ROOM["do"])
+        self.where = _tail(where, _ROOM["where"])
+        super().__init__(self.received)
+        if not self.do:
+            # Shown below a traceback; not in str(), so that an error quoted inside another brings no second advice.
+            self.add_note(f"next: {self.advice}")
 
     def __str__(self) -> str:
         address = f"{self.where}: " if self.where else ""
@@ -43,7 +58,11 @@ class LuthierError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments would be lost by the default pickling of exceptions, and workers send errors home.
-        return (_rebuild, (type(self), self.received, self.allowed, self.do, self.where))
+        return (_rebuild, (type(self), self.received, self.allowed, self.do, self.where), self.__dict__)
+
+    def told(self) -> str:
+        """The error for a person: with the next step of its category where it brings none of its own."""
+        return str(self) if self.do else f"{self}; {self.advice}"
 
     def as_dict(self) -> dict[str, str | int]:
         """The error as plain values, for `--json` and for events."""
@@ -53,7 +72,7 @@ class LuthierError(Exception):
             "where": self.where,
             "received": self.received,
             "allowed": self.allowed,
-            "do": self.do,
+            "do": self.do or self.advice,
         }
 
 
@@ -61,11 +80,31 @@ def _rebuild(kind: type[LuthierError], received: str, allowed: str, do: str, whe
     return kind(received, allowed=allowed, do=do, where=where)
 
 
+def _clipped(text: str, room: int) -> str:
+    """`text` with long lines cut, and the end of too many; what was left out is counted."""
+    if len(text) <= room:
+        return text
+    lines = text.split("\n", MOST_LINES)
+    if len(lines) > MOST_LINES:
+        lines[-1] = f"... ({lines[-1].count(chr(10)) + 1:,} more lines)"
+    return "\n".join(_head(line, room) for line in lines)
+
+
+def _head(line: str, room: int) -> str:
+    return line if len(line) <= room else f"{line[: room - 40]}... ({len(line) - room + 40:,} more characters)"
+
+
+def _tail(where: str, room: int) -> str:
+    # Of an address the end counts: the name of the file, the line, the column.
+    return where if len(where) <= room else f"({len(where) - room + 40:,} characters)...{where[40 - room :]}"
+
+
 class RecipeError(LuthierError, ValueError):
     """A recipe, a flag or an argument that cannot be used."""
 
     code = "recipe"
     exit_code = 2
+    advice = "luthier init --dry-run shows every key with its meaning and its range"
 
 
 class DataError(LuthierError, ValueError):
@@ -73,12 +112,14 @@ class DataError(LuthierError, ValueError):
 
     code = "data"
     exit_code = 65
+    advice = "luthier data check FILE --model MODEL lists every row that cannot be used"
 
 
 class TemplateError(DataError):
     """A chat template that cannot be rendered, or that does not show the model what inference would show it."""
 
     code = "template"
+    advice = "luthier data show FILE --model MODEL --template NAME shows what a template renders"
 
 
 class MissingError(LuthierError, ImportError):
@@ -86,6 +127,7 @@ class MissingError(LuthierError, ImportError):
 
     code = "missing"
     exit_code = 69
+    advice = "luthier doctor tells what is installed here"
 
 
 class MemoryExhaustedError(LuthierError, MemoryError):
@@ -93,6 +135,7 @@ class MemoryExhaustedError(LuthierError, MemoryError):
 
     code = "out-of-memory"
     exit_code = 71
+    advice = "let less go through the model at once: --set batch.micro_tokens=512"
 
 
 class StorageError(LuthierError, OSError):
@@ -100,12 +143,21 @@ class StorageError(LuthierError, OSError):
 
     code = "storage"
     exit_code = 74
+    advice = "look at the path, its permissions and the free space; then run the same command again"
 
 
 class CorruptError(StorageError):
     """A file whose content does not match the digest recorded for it, or that is cut short."""
 
     code = "corrupt"
+    advice = "bring the file back from a copy; a run goes on from its newest whole checkpoint with: luthier resume RUN"
+
+
+class DiskFullError(StorageError):
+    """No space for a file that had to be written; what is on the disk already is unharmed."""
+
+    code = "disk-full"
+    advice = "free space, then run the same command again"
 
 
 class StoppedError(LuthierError):
@@ -113,6 +165,7 @@ class StoppedError(LuthierError):
 
     code = "stopped"
     exit_code = 75
+    advice = "luthier resume RUN"
 
 
 class NumericError(LuthierError, ArithmeticError):
@@ -120,6 +173,7 @@ class NumericError(LuthierError, ArithmeticError):
 
     code = "numeric"
     exit_code = 76
+    advice = "lower the rate (--set optimizer.learning_rate=1e-5), or compute in --set precision=float32"
 
 
 class RefusedError(LuthierError, PermissionError):
@@ -127,24 +181,28 @@ class RefusedError(LuthierError, PermissionError):
 
     code = "refused"
     exit_code = 77
+    advice = "choose another place or file; --help names the options of the command"
 
 
 class UnsafeArtifactError(RefusedError):
     """A file that could run code when loaded."""
 
     code = "unsafe-artifact"
+    advice = "take the safetensors version of it; luthier loads no file that could run code"
 
 
 class RunLockedError(RefusedError):
     """A run directory that another process is using."""
 
     code = "run-locked"
+    advice = "wait until it ends, or use another run directory: --run DIR"
 
 
 class DriftError(RefusedError):
     """A run that cannot be continued exactly because something it depends on has changed."""
 
     code = "drift"
+    advice = "restore what has changed, or go on as another run: luthier resume RUN --accept-drift"
 
 
 class GateError(LuthierError):
@@ -152,3 +210,4 @@ class GateError(LuthierError):
 
     code = "gate"
     exit_code = 78
+    advice = "do not use the result; luthier run show RUN tells what was measured"

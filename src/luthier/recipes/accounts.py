@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +19,14 @@ from luthier.model.attachment import Attachment
 from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
+from luthier.store.environment import processor
 from luthier.train.result import Proof
 from luthier.train.source import DataSource
 from luthier.train.state import LoopState
 
 DEFAULT_EPOCHS = 3.0
 WORST_ROWS = 20
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+LIBRARIES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def total_steps(budget: BudgetKnobs, source: DataSource) -> int:
@@ -69,13 +67,14 @@ def plan(
 def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint depends on. A resumed run whose facts differ would not continue the same run."""
     return {
-        "recipe": _digest(recipe.model_dump(mode="json", exclude={"run"})),
+        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"run"}),
         "base": model.digest,
         "tokenizer": tokenizer.digest,
         "data": data.store.folder.name,
         "threads": torch.get_num_threads(),
         "device": model.device.type,
-        "machine": platform.machine(),
+        # Another processor may add up in another order, even of the same kind.
+        "processor": processor(),
         **{name: metadata.version(name) for name in LIBRARIES},
     }
 
@@ -160,7 +159,3 @@ def peak_memory_bytes() -> int:
 def _master_bytes(parameter: Tensor) -> int:
     """A trained parameter in a lower precision has a float32 master beside it."""
     return 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

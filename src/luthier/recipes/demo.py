@@ -23,7 +23,7 @@ from luthier.model.load import SEEDLING
 from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.evaluate import mean_loss
-from luthier.recipes.files import open_run, place_of
+from luthier.recipes.files import begin_run, place_of
 from luthier.recipes.finetune import SUMMARY, finetune
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.schema import FinetuneRecipe
@@ -83,13 +83,13 @@ def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
     recorder.record(Event("doing", {"what": f"asking the base model {len(test)} held-out questions"}))
     before, _ = measure(base, test)
     base_before = forgotten(base)
-    run = open_run(recipe_of(folder, Path("rows.jsonl")))
-    rows = run.folder / "rows.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) for row in demo_rows(TRAIN_ROWS, seed=0, held_out=False)]
-    write_text(rows, "\n".join(lines) + "\n")
-    recipe = recipe_of(run.folder, rows)
-    run.write_recipe(recipe.model_dump(mode="json", exclude_none=True))
-    result = finetune(recipe, run, recorder=recorder)
+    with begin_run(recipe_of(folder, Path("rows.jsonl"))) as run:
+        rows = run.folder / "rows.jsonl"
+        lines = [json.dumps(row, ensure_ascii=False) for row in demo_rows(TRAIN_ROWS, seed=0, held_out=False)]
+        write_text(rows, "\n".join(lines) + "\n")
+        recipe = recipe_of(run.folder, rows)
+        run.write_recipe(recipe.model_dump(mode="json", exclude_none=True))
+        result = finetune(recipe, run, recorder=recorder)
     tuned = open_named(str(run.folder))
     recorder.record(Event("doing", {"what": "asking the tuned model the same questions"}))
     after, answers = measure(tuned, test)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from pydantic.fields import FieldInfo
 from luthier.core import catalog
 from luthier.core.chosen import Chosen
 from luthier.core.knobs import Method
-from luthier.core.paths import run_folder
+from luthier.core.paths import RUNS, run_folder, slug
 from luthier.core.recipe_file import Layered, origins_table, read_layers, validated
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import receipt
-from luthier.store.runs import RunDirectory
+from luthier.store.runs import RunDirectory, State, is_begun
 
 WIDTH = 118
 DEFAULT_METHODS: dict[str, Any] = {
@@ -57,18 +58,46 @@ def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path |
 
 def place_of(recipe: FinetuneRecipe) -> Path:
     """The folder a recipe's run goes to."""
-    name = f"{recipe.model.rstrip('/').rpartition('/')[2]}-{recipe.adapter.method_name()}"
-    return Path(recipe.run) if recipe.run else run_folder(name, today=datetime.date.today())
+    return Path(recipe.run) if recipe.run else run_folder(_name_of(recipe), today=datetime.date.today())
 
 
-def open_run(recipe: FinetuneRecipe, *, overwrite: bool = False, command: Sequence[str] = ()) -> RunDirectory:
-    """A new run directory for a recipe, with the recipe and the environment written into it."""
+@contextmanager
+def begin_run(
+    recipe: FinetuneRecipe, *, overwrite: bool = False, command: Sequence[str] = ()
+) -> Iterator[RunDirectory]:
+    """A new run directory for a recipe, locked, with the environment and the recipe written into it."""
     folder = place_of(recipe)
-    run = RunDirectory.create(folder, overwrite=overwrite)
-    run.write_recipe({**recipe.model_dump(mode="json", exclude_none=True), "run": str(folder)})
-    more = {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
-    run.write_environment(receipt(list(command) or sys.argv, more=more))
-    return run
+    with RunDirectory.begin(folder, overwrite=overwrite) as run:
+        more = {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+        run.write_environment(receipt(list(command) or sys.argv, more=more))
+        # The recipe last: from then on the run has begun, and the same command goes on with it.
+        run.write_recipe({**as_written(recipe), "run": str(folder)})
+        yield run
+
+
+def unfinished(recipe: FinetuneRecipe) -> RunDirectory | None:
+    """The run that this very recipe began and did not finish, so that the same command goes on with it.
+
+    The same recipe would come to the same bits from the start, only later. Without a place of its own in the recipe,
+    the newest run of its name counts that was stopped or interrupted.
+    """
+    states: tuple[State, ...]
+    if recipe.run:
+        places, states = [Path(recipe.run)], ("new", "running", "interrupted", "stopped", "failed")
+    else:
+        places = sorted(Path(RUNS).glob(f"*-{slug(_name_of(recipe))}*"), key=lambda path: path.name, reverse=True)
+        states = ("interrupted", "stopped")
+    for place in places:
+        if is_begun(place) and (run := RunDirectory.open(place)).status().state in states:
+            written = {key: value for key, value in run.read_recipe().items() if key != "run"}
+            if written == as_written(recipe):
+                return run
+    return None
+
+
+def as_written(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The recipe as a run directory keeps it, without its place."""
+    return recipe.model_dump(mode="json", exclude_none=True, exclude={"run"})
 
 
 def write_template(*, model: str, data: str, overrides: Sequence[str] = ()) -> str:
@@ -82,6 +111,10 @@ def write_template(*, model: str, data: str, overrides: Sequence[str] = ()) -> s
         "# Lines that are commented out show defaults. What a method does: luthier describe METHOD",
     ]
     return "\n".join([*lines, *_fields(recipe, layered.values, indent="")]) + "\n"
+
+
+def _name_of(recipe: FinetuneRecipe) -> str:
+    return f"{recipe.model.rstrip('/').rpartition('/')[2]}-{recipe.adapter.method_name()}"
 
 
 def _traced(layered: Layered) -> Layered:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from luthier.data.rows import write_rejects
 from luthier.infer.generator import Generator
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.files import open_run, place_of
+from luthier.recipes.files import begin_run, place_of, unfinished
 from luthier.recipes.places import started_in
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
@@ -27,9 +28,10 @@ from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
+from luthier.train.diagnosis import find_bad_number
 from luthier.train.loop import Cadence, Loop
 from luthier.train.result import prove_result, save_result
-from luthier.train.signals import stop_on_signals
+from luthier.train.signals import StopRequest, stop_on_signals
 from luthier.train.state import LoopState
 
 SUMMARY = "summary.json"
@@ -50,34 +52,52 @@ class RunResult:
 
 
 def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False) -> RunResult:
-    """Run a recipe in a new run directory, which is only made once model and data have proved usable."""
-    RunDirectory.require_free(place_of(recipe), overwrite=overwrite)
-    bench = lay_out(recipe)
-    return finetune(recipe, open_run(recipe, overwrite=overwrite), recorder=recorder, bench=bench)
+    """Run a recipe in a new run directory, which is only made once model and data have proved usable.
+
+    A run that this very recipe began and did not finish is gone on with instead. Raises StoppedError when a signal
+    asked it to stop; what was done is then saved.
+    """
+    with stop_on_signals() as stop:
+        begun = None if overwrite else unfinished(recipe)
+        if begun is not None:
+            return _resume(begun, stop, recorder=recorder)
+        RunDirectory.require_free(place_of(recipe), overwrite=overwrite)
+        bench = lay_out(recipe)
+        with begin_run(recipe, overwrite=overwrite) as run:
+            return _told(run, stop, lambda: _train(bench, run, stop, recorder, resuming=False))
 
 
-def finetune(
-    recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder, bench: Bench | None = None
-) -> RunResult:
-    """Run a recipe in a fresh run directory. Raises StoppedError when it was asked to stop; the state is then saved."""
-    with run.lock():
-        return _told(run, lambda: _train(bench or lay_out(recipe), run, recorder, resuming=False))
+def finetune(recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder) -> RunResult:
+    """Run a recipe in a fresh run directory whose lock is held."""
+    with stop_on_signals() as stop:
+        return _told(run, stop, lambda: _train(lay_out(recipe), run, stop, recorder, resuming=False))
 
 
 def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:
     """Go on with a run from its last good checkpoint, exactly as if it had never stopped."""
+    with stop_on_signals() as stop:
+        return _resume(run, stop, recorder=recorder, accept_drift=accept_drift)
+
+
+def _resume(
+    run: RunDirectory, stop: StopRequest, *, recorder: Recorder, accept_drift: bool = False
+) -> RunResult:
     with run.lock():
         if run.status().state == "finished":
             return RunResult(run.folder, run.read_json(SUMMARY))
         recipe = validate(FinetuneRecipe, run.read_recipe())
         place = started_in(run)
-        return _told(
-            run, lambda: _train(lay_out(recipe, place), run, recorder, resuming=True, accept_drift=accept_drift)
-        )
+
+        def train() -> RunResult:
+            bench = lay_out(recipe, place)
+            return _train(bench, run, stop, recorder, resuming=True, accept_drift=accept_drift)
+
+        return _told(run, stop, train)
 
 
-def _told(run: RunDirectory, train: Callable[[], RunResult]) -> RunResult:
+def _told(run: RunDirectory, stop: StopRequest, train: Callable[[], RunResult]) -> RunResult:
     """Train, and let the run directory say how it ended, whatever way it ends."""
+    stop.resumes_with(f"luthier resume {run.folder}")
     run.write_status("running")
     try:
         return train()
@@ -91,7 +111,13 @@ def _told(run: RunDirectory, train: Callable[[], RunResult]) -> RunResult:
 
 
 def _train(
-    bench: Bench, run: RunDirectory, recorder: Recorder, *, resuming: bool, accept_drift: bool = False
+    bench: Bench,
+    run: RunDirectory,
+    stop: StopRequest,
+    recorder: Recorder,
+    *,
+    resuming: bool,
+    accept_drift: bool = False,
 ) -> RunResult:
     recipe, data, model = bench.recipe, bench.data, bench.model
     start_digest = bench.attachment.digest()
@@ -108,18 +134,20 @@ def _train(
     started = {**bench.plan, "notices": notices, "run": str(run.folder), "resumed_at": state.step}
     everyone.record(Event("start", started, step=state.step))
     eval_trees = accounts.held_out_trees(recipe, data)
-    with stop_on_signals() as stop:
-        loop = Loop(
-            source=bench.source,
-            stepper=bench.stepper,
-            schedule=recipe.schedule,
-            cadence=_cadence(recipe),
-            recorder=everyone,
-            keeper=keeper,
-            stop=stop,
-            eval_trees=eval_trees,
-            sample=_sampler(bench, run),
-        )
+    loop = Loop(
+        source=bench.source,
+        stepper=bench.stepper,
+        schedule=recipe.schedule,
+        cadence=_cadence(recipe),
+        recorder=everyone,
+        keeper=keeper,
+        stop=stop,
+        eval_trees=eval_trees,
+        sample=_sampler(bench, run),
+        wants_save=lambda: run.wants_save() or stop.take_save(),
+        diagnose=partial(find_bad_number, bench.stepper),
+    )
+    with stop.patient():
         status = loop.run(state)
     if status == "stopped":
         raise StoppedError(
@@ -137,6 +165,7 @@ def _cadence(recipe: FinetuneRecipe) -> Cadence:
         save_every=recipe.checkpoint.every,
         patience=evaluation.patience,
         minutes=recipe.budget.minutes or 0.0,
+        max_bad_steps=recipe.max_bad_steps,
     )
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from luthier.core.events import Event, Recorder
-from luthier.core.units import count_text
+from luthier.core.units import count_text, duration_text
 
 LINES = 20
 """About how many lines a run prints where nobody watches a terminal."""
@@ -119,5 +119,16 @@ def event_line(event: Event) -> str | None:
         return f"{event.values['what']} ..."
     if event.kind == "bad_step":
         rows = ", ".join(map(str, event.values["rows"][:8]))
-        return f"step {event.step}: the {event.values['what']} is not finite (rows {rows}); nothing was applied"
+        place = event.values.get("tensor") or event.values["what"]
+        bad = f"the {event.values['what']} is not finite ({place}; rows {rows})"
+        return f"step {event.step}: {bad}; nothing was applied"
+    if event.kind == "save_failed":
+        pause = event.values["retry_in_seconds"]
+        again = "" if pause is None else f"; training goes on, and it is tried again in {duration_text(pause)}"
+        return f"step {event.step} was not saved: {event.values['reason']}{again}"
+    if event.kind == "micro_batch_split":
+        cut = f"{event.values['from_tokens']:,} to {event.values['to_tokens']:,} tokens"
+        return f"step {event.step}: out of memory; micro-batches are cut from {cut}, the gradient is the same"
+    if event.kind == "warning":
+        return f"warning: {event.values['message']}"
     return None

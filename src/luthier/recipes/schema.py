@@ -99,6 +99,7 @@ class FinetuneRecipe(Knobs):
         default_factory=lambda: choose("schedules", Schedule, "cosine"), description="learning rate over the run"
     )
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; empty never")
+    max_bad_steps: int = Field(3, ge=1, description="steps in a row whose loss or gradient is not finite before a stop")
     budget: BudgetKnobs = Field(default_factory=BudgetKnobs, description="how long the run is")
     batch: BatchKnobs = Field(default_factory=BatchKnobs, description="how much a step sees")
     evaluation: EvaluationKnobs = Field(default_factory=EvaluationKnobs, description="what is held out and asked")

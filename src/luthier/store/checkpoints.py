@@ -4,8 +4,8 @@ Idea: everything is written into a temporary folder, made durable, and appears u
 read back and compared with its manifest, and only then is it announced, linked, and an older one removed. What is
 found at a start that is not whole is set aside and named, never used.
 Names: `step-000120/` committed; `.tmp-<step>-<pid>/` being written; `.del-<name>-<pid>/` being removed;
-`.bad-<name>-<n>/` set aside; `best` and `last` relative links. No link is read to find the newest state: that is
-the highest step that verifies.
+`.bad-<name>-<n>/` set aside; `best`, `last` and `finite` (pinned when a run met numbers that are not) relative links.
+No link is read to find the newest state: that is the highest step that verifies.
 
 All methods need the lock of the run to be held.
 """
@@ -21,12 +21,12 @@ from typing import Any, Final, Literal, final
 
 from safetensors import SafetensorError
 
-from luthier.core.errors import CorruptError, StorageError
-from luthier.store.disk import REAL, Disk, explained, require_space
+from luthier.core.errors import CorruptError, DiskFullError, StorageError
+from luthier.store.disk import NO_SPACE, REAL, Disk, explained, require_space
 from luthier.store.manifest import Manifest, verify, write_manifest
 
-Link = Literal["best", "last"]
-LINKS: Final[tuple[Link, ...]] = ("best", "last")
+Link = Literal["best", "last", "finite"]
+LINKS: Final[tuple[Link, ...]] = ("best", "last", "finite")
 _COMMITTED: Final = re.compile(r"step-(\d{6,})")
 _LEFTOVER: Final = re.compile(r"\.(?:tmp|del|link)-.*")
 
@@ -72,8 +72,9 @@ class CheckpointStore:
         with explained("write", place):
             self.disk.sync_folder(self.folder)
         self._verify_saved(place)
-        for name in LINKS[0 if best else 1 :]:
-            self.point(name, step)
+        self.point("last", step)
+        if best:
+            self.point("best", step)
         return place
 
     def steps(self) -> list[int]:
@@ -95,6 +96,12 @@ class CheckpointStore:
                 continue
             return place
         return None
+
+    def require(self, step: int) -> Path:
+        """The checkpoint of `step`, every byte verified now. Raises CorruptError."""
+        place = self.folder / _name(step)
+        self._check(place)
+        return place
 
     def recover(self) -> Path | None:
         """Clean up after whatever happened; the newest valid checkpoint, or None when there never was one.
@@ -148,7 +155,7 @@ class CheckpointStore:
             self.disk.sync_folder(self.folder)
 
     def linked(self, name: Link) -> int | None:
-        """The step that `best` or `last` points to; None when the link is missing or points elsewhere."""
+        """The step that a link points to; None when the link is missing or points elsewhere."""
         link = self.folder / name
         match = _COMMITTED.fullmatch(str(link.readlink())) if link.is_symlink() else None
         return int(match[1]) if match and (self.folder / match[0]).is_dir() else None
@@ -285,8 +292,10 @@ def _call(writer: Callable[[Path], None], folder: Path) -> None:
     try:
         writer(folder)
     except SafetensorError as failure:
-        # The Rust side reports a full disk as its own kind of error.
-        raise StorageError(
+        # The Rust side has one kind of error for everything, and the system's number in its text.
+        full = any(f"os error {number})" in str(failure) for number in NO_SPACE)
+        kind = DiskFullError if full else StorageError
+        raise kind(
             f"cannot write {folder}: {failure}",
             do="look at the free space; then luthier resume goes on from the checkpoint before",
         ) from failure

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, final
 
-from luthier.core.errors import LuthierError, StorageError
+from luthier.core.errors import DiskFullError, LuthierError, StorageError
 
-_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FREE_SPACE: Final = "free space, then run the same command again"
 
 
 class Disk(ABC):
@@ -109,10 +110,10 @@ def explained(doing: str, path: Path, *, needed_bytes: int | None = None) -> Ite
     except OSError as failure:
         place = Path(failure.filename) if isinstance(failure.filename, str) else path
         reason = failure.strerror or str(failure) or type(failure).__name__
-        raise StorageError(
-            f"cannot {doing} {place}: {reason}{_space(failure, path, needed_bytes)}",
-            do="free space, then run the same command again" if failure.errno in _NO_SPACE else "",
-        ) from failure
+        if failure.errno in NO_SPACE:
+            space = _space(path, needed_bytes)
+            raise DiskFullError(f"cannot {doing} {place}: {reason}{space}", do=FREE_SPACE) from failure
+        raise StorageError(f"cannot {doing} {place}: {reason}") from failure
 
 
 def require_space(folder: Path, needed_bytes: int, *, disk: Disk = REAL) -> None:
@@ -120,10 +121,7 @@ def require_space(folder: Path, needed_bytes: int, *, disk: Disk = REAL) -> None
     with explained("ask for the free space of", folder):
         free = disk.free_bytes(folder)
     if free < needed_bytes:
-        raise StorageError(
-            f"{folder}: {needed_bytes:,} bytes needed, {free:,} free",
-            do="free space, then run the same command again",
-        )
+        raise DiskFullError(f"{folder}: {needed_bytes:,} bytes needed, {free:,} free", do=FREE_SPACE)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -134,8 +132,7 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def _space(failure: OSError, path: Path, needed_bytes: int | None) -> str:
-    if failure.errno not in _NO_SPACE or needed_bytes is None:
-        return ""
+def _space(path: Path, needed_bytes: int | None) -> str:
     folder = next((parent for parent in (path, *path.parents) if parent.is_dir()), Path())
-    return f" ({needed_bytes:,} bytes needed, {shutil.disk_usage(folder).free:,} free)"
+    needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes needed, "
+    return f" ({needed}{shutil.disk_usage(folder).free:,} free)"

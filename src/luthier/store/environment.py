@@ -35,7 +35,7 @@ def receipt(command: Sequence[str], *, folder: Path = Path(), more: Mapping[str,
         "packages": versions(),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
             "threads": os.cpu_count() or 1,
             "memory_bytes": psutil.virtual_memory().total,
@@ -75,7 +75,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

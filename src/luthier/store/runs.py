@@ -9,6 +9,7 @@
 | `events.jsonl`, `samples.jsonl` | everything that happened; what the model answered meanwhile |
 | `checkpoints/`, `adapter/` | states to go on from; the result |
 | `run.lock` | who is at work here |
+| `save` | put there by anybody (`touch RUN/save`): the state is saved after the step at hand, and the file goes |
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Final, Literal, final
 
 import yaml
 
-from luthier.core.errors import CorruptError, RefusedError, RunLockedError, StorageError
+from luthier.core.errors import CorruptError, DiskFullError, RefusedError, RunLockedError, StorageError
 from luthier.core.events import Event, plain
 from luthier.core.recipe_file import text_layer
 from luthier.store.checkpoints import CheckpointStore
@@ -36,6 +37,7 @@ from luthier.store.lock import holder, locked
 
 State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
 WRITTEN_STATES: Final[tuple[State, ...]] = ("running", "finished", "stopped", "failed")
+SAVE_NOW: Final = "save"
 _MARK: Final = "run.json"
 _LOCK: Final = "run.lock"
 _FORMAT: Final = 1
@@ -66,38 +68,36 @@ class RunDirectory:
         self.checkpoints = CheckpointStore(folder / "checkpoints", run=run_id, disk=disk)
 
     @classmethod
-    def create(cls, folder: Path, *, overwrite: bool = False, disk: Disk = REAL) -> RunDirectory:
-        """A new run in `folder`, which does not exist or is empty.
+    @contextlib.contextmanager
+    def begin(cls, folder: Path, *, overwrite: bool = False, disk: Disk = REAL) -> Iterator[RunDirectory]:
+        """A new run in `folder`, which does not exist or is empty; within the block its lock is held.
 
-        With `overwrite` a run that is there already is first moved aside to `<folder>.old-<n>`. Raises RefusedError for
-        a folder that holds something else, or a run without `overwrite`.
+        With `overwrite` a run that is there already is first moved aside to `<folder>.old-<n>`. A run that died before
+        its recipe was written has done nothing and is begun again. Raises RefusedError for a folder that holds
+        something else, or a run without `overwrite`.
         """
         cls.require_free(folder, overwrite=overwrite)
-        if is_run(folder) and overwrite:
+        if overwrite and is_begun(folder):
             _move_aside(folder, disk)
         _make_durably(folder, disk)
-        created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        run_id = uuid.uuid4().hex
-        mark = {"format": _FORMAT, "id": run_id, "name": folder.name, "created": created}
         with locked(folder / _LOCK, name=str(folder)):
             # Again, now that nobody else can: another process may have been quicker.
             _refuse_occupied(folder)
+            created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            mark = {"format": _FORMAT, "id": uuid.uuid4().hex, "name": folder.name, "created": created}
             write_json(folder / _MARK, mark, disk=disk)
-        return cls(folder, run_id=run_id, created=created, disk=disk)
+            run = cls(folder, run_id=str(mark["id"]), created=created, disk=disk)
+            with run._at_work():
+                yield run
 
     @staticmethod
     def require_free(folder: Path, *, overwrite: bool = False) -> None:
         """Raise RefusedError when `create` would refuse `folder`; changes nothing."""
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise RefusedError(f"{folder} is no folder", allowed="a new or empty folder")
-        if is_run(folder) and overwrite:
-            if (user := holder(folder / _LOCK)) is not None:
-                raise RunLockedError(
-                    f"{folder} is used by pid {user.pid} on {user.host} since {user.since}; nothing was changed",
-                    do="wait until it ends, or use another run directory",
-                )
-            return
-        _refuse_occupied(folder)
+        refuse_busy(folder)
+        if not overwrite or not is_begun(folder):
+            _refuse_occupied(folder)
 
     @classmethod
     def open(cls, folder: Path, *, disk: Disk = REAL) -> RunDirectory:
@@ -112,12 +112,32 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Be the only process at work here. Raises RunLockedError at once when there is another."""
-        with locked(self.folder / _LOCK, name=str(self.folder)):
-            try:
-                yield
-            finally:
-                self.events.close()
-                self.samples.close()
+        with locked(self.folder / _LOCK, name=str(self.folder)), self._at_work():
+            yield
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self._sweep()
+        try:
+            yield
+        except BaseException:
+            # What ends the run is what is told; lines that found no space are repeated by whoever goes on.
+            with contextlib.suppress(DiskFullError):
+                self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
+        try:
+            self.events.close()
+        finally:
+            self.samples.close()
+
+    def _sweep(self) -> None:
+        """Remove what a process that died here while it replaced a file has left beside it."""
+        with explained("clean up", self.folder):
+            for path in self.folder.glob(".*.tmp"):
+                self.disk.remove(path)
 
     # ---------------------------------------------------------------------------------------------------- the log
 
@@ -129,11 +149,19 @@ class RunDirectory:
         """Append what a model answered."""
         self.samples.append(plain(values))
 
-    def cursors(self) -> tuple[int, int]:
-        """The lengths of events and samples in bytes, durable when this returns; a checkpoint saves them."""
+    def sync_logs(self) -> None:
+        """Wait until events and samples are durable: before a checkpoint that has noted their lengths."""
         self.events.sync()
         self.samples.sync()
-        return self.events.length, self.samples.length
+
+    def wants_save(self) -> bool:
+        """Whether somebody has put a file called `save` here, to have the state saved now; it is taken away."""
+        wish = self.folder / SAVE_NOW
+        if not wish.exists():
+            return False
+        with explained("remove", wish):
+            self.disk.remove(wish)
+        return True
 
     def rewind(self, events_bytes: int, samples_bytes: int) -> list[str]:
         """Cut the log back to the cursors of a checkpoint; give back what is to be said of damage found."""
@@ -203,6 +231,20 @@ def is_run(folder: Path) -> bool:
     return (folder / _MARK).is_file()
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether `folder` holds a run that has come as far as its recipe; one that has not has nothing to lose."""
+    return is_run(folder) and (folder / "recipe.yaml").is_file()
+
+
+def refuse_busy(folder: Path) -> None:
+    """Raise RunLockedError when another process is at work in `folder`. Quick: it needs no model and no lock."""
+    if (user := holder(folder / _LOCK)) is not None:
+        raise RunLockedError(
+            f"{folder} is used by pid {user.pid} on {user.host} since {user.since}; nothing was changed",
+            do="wait until it ends, or use another run directory",
+        )
+
+
 def _move_aside(folder: Path, disk: Disk) -> None:
     with locked(folder / _LOCK, name=str(folder)), explained("move aside", folder):
         number = 1
@@ -213,17 +255,22 @@ def _move_aside(folder: Path, disk: Disk) -> None:
 
 
 def _refuse_occupied(folder: Path) -> None:
-    if is_run(folder):
+    if is_begun(folder):
         state = RunDirectory.open(folder).status().state
         go_on = "" if state == "finished" else f", go on with it (luthier resume {folder})"
         raise RefusedError(
             f"{folder} holds a run ({state}); nothing was changed",
             do=f"name another folder{go_on}, or add --overwrite to move it aside",
         )
-    if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
+    if folder.is_dir() and not is_run(folder) and any(not _is_trace(path) for path in folder.iterdir()):
         raise RefusedError(
             f"{folder} is not empty and holds no run; nothing was changed", do="name a new folder, or an empty one"
         )
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether this is all that a process leaves which died before its run had a name."""
+    return path.name == _LOCK or (path.name.startswith(f".{_MARK}.") and path.suffix == ".tmp")
 
 
 def _make_durably(folder: Path, disk: Disk) -> None:

@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
-from luthier.core.errors import NumericError
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.schedules import Schedule
+from luthier.train.shortage import shortage
 from luthier.train.signals import StopRequest
 from luthier.train.source import Source
 from luthier.train.state import LoopState
 from luthier.train.stepper import PassReport, Stepper
+from luthier.train.watch import Diagnose, Watch
 
 Status = Literal["finished", "stopped", "early-stopped", "out-of-time"]
 
@@ -31,8 +32,20 @@ class Keeper(Protocol):
 
     row_excess: dict[int, float]
 
-    def save(self, state: LoopState, *, best: bool) -> None:
-        """Save everything a resumed run needs; return once it is durable and verified."""
+    def save(self, state: LoopState, *, best: bool) -> bool:
+        """Begin to save everything a resumed run needs; False when it is not taken."""
+
+    def poll(self) -> list[Event]:
+        """What has become of saves since the last call: durable and verified, or failed and to be tried again."""
+
+    def finish(self) -> list[Event]:
+        """Wait until all that was begun is durable and verified."""
+
+    def abandon(self, *, at_once: bool) -> None:
+        """Let go of what is in flight: the run ends with an error."""
+
+    def pin(self) -> str:
+        """Pin the newest checkpoint and give back its name; empty when there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,8 @@ class Loop:
         stop: StopRequest,
         eval_trees: Sequence[Tree] = (),
         sample: Callable[[int], None] | None = None,
+        wants_save: Callable[[], bool] | None = None,
+        diagnose: Diagnose | None = None,
     ) -> None:
         self.source = source
         self.stepper = stepper
@@ -73,26 +88,42 @@ class Loop:
         self.stop = stop
         self.eval_trees = eval_trees
         self.sample = sample
+        self.wants_save = wants_save
+        self.watch = Watch(recorder, keeper.pin, max_bad_steps=cadence.max_bad_steps, diagnose=diagnose)
         self.saved_step = -1
 
     def run(self, state: LoopState) -> Status:
         """Go on from `state` until the last step, or until something asks to stop; the state is saved in any case."""
+        try:
+            status = self._steps(state)
+            self._tell(self.keeper.finish())
+            if self.saved_step != state.step:
+                self._save(state, best=False)
+                self._tell(self.keeper.finish())
+        except BaseException as error:
+            self.keeper.abandon(at_once=isinstance(error, KeyboardInterrupt))
+            raise
+        return status
+
+    def _steps(self, state: LoopState) -> Status:
         self.source.seek(state.cursor)
         if state.step == 0:
             self._evaluate(state)
             self._sample(state)
         # A run that was killed after its patience had run out has nothing left to do but to end.
-        over = self._impatient(state)
+        over = self._impatient(state) and state.step < state.total_steps
         status: Status = "early-stopped" if over else "finished"
         while not over and state.step < state.total_steps:
             # ---------------------------------------------------------------------------------------- one step
+            self._tell(self.keeper.poll())
             began = time.perf_counter()
             trees = self.source.next_step()
             passed = self.stepper.forward_backward(trees)
             factor = self.schedule.factor(state.step, state.total_steps)
-            norm = self._apply(state, passed, factor)
+            norm = self._apply(state, passed, trees, factor)
             seconds = time.perf_counter() - began
             self._count(state, passed, seconds)
+            self._tell_splits(state, passed)
             # ---------------------------------------------------------------------------------------------------
             self._record_step(state, passed, norm, factor, seconds)
             last = state.step >= state.total_steps
@@ -102,9 +133,10 @@ class Loop:
                 better = self._evaluate(state)
             if last or _due(state.step, self.cadence.sample_every):
                 self._sample(state)
-            if better or last or _due(state.step, self.cadence.save_every):
+            asked = self.wants_save is not None and self.wants_save()
+            if better or last or asked or _due(state.step, self.cadence.save_every):
                 self._save(state, best=better)
-            if self._impatient(state):
+            if self._impatient(state) and not last:
                 status = "early-stopped"
                 break
             if self.stop and not last:
@@ -113,38 +145,23 @@ class Loop:
             if late and not last:
                 status = "out-of-time"
                 break
-        if self.saved_step != state.step:
-            self._save(state, best=False)
         return status
 
     def _impatient(self, state: LoopState) -> bool:
         return 0 < self.cadence.patience <= state.evaluations_without_gain
 
-    def _apply(self, state: LoopState, passed: PassReport, factor: float) -> float:
-        """Step, unless a number is not finite: then nothing is applied, and the rows are named."""
-        if math.isfinite(passed.loss_sum):
-            step = self.stepper.optim_step(factor=factor)
-            if step.applied:
-                state.bad_steps = 0
-                return step.grad_norm
-            norm = step.grad_norm
-        else:
-            norm = math.nan
+    def _apply(self, state: LoopState, passed: PassReport, trees: Sequence[Tree], factor: float) -> float:
+        """Step, unless a number is not finite: then nothing is applied, and what it was is looked for and told."""
+        if not math.isfinite(passed.loss_sum):
             self.stepper.zero_grad()
-        state.bad_steps += 1
-        rows = [row for row, (loss, _) in passed.row_losses.items() if not math.isfinite(loss)]
-        suspects = sorted(rows or passed.row_losses)
-        what = "loss" if not math.isfinite(passed.loss_sum) else "gradient norm"
-        self.recorder.record(
-            Event("bad_step", {"what": what, "value": str(norm), "rows": suspects[:20]}, step=state.step + 1)
-        )
-        if state.bad_steps >= self.cadence.max_bad_steps:
-            raise NumericError(
-                f"step {state.step + 1}: the {what} is not finite (rows {', '.join(map(str, suspects[:8]))}); "
-                f"{state.bad_steps} bad steps in a row, none was applied",
-                do="look at these rows with `luthier data show`, lower optimizer.learning_rate, or use float32",
-            )
-        return norm
+            self.watch.bad_loss(state, passed, trees)
+            return math.nan
+        step = self.stepper.optim_step(factor=factor)
+        if step.applied:
+            self.watch.applied(state, step)
+        else:
+            self.watch.bad_gradient(state, passed, trees, step)
+        return step.grad_norm
 
     def _count(self, state: LoopState, passed: PassReport, seconds: float) -> None:
         cursor = self.source.cursor
@@ -158,7 +175,14 @@ class Loop:
             state.first_loss = passed.loss
         for row, (loss, weight) in passed.row_losses.items():
             # Beside its neighbours, not by itself: early rows all have a high loss, whatever is wrong with them.
-            self.keeper.row_excess[row] = loss / weight - passed.loss
+            excess = loss / weight - passed.loss
+            self.keeper.row_excess[row] = excess if math.isfinite(excess) else math.inf
+
+    def _tell_splits(self, state: LoopState, passed: PassReport) -> None:
+        for split in passed.splits:
+            values = {"from_tokens": split.from_tokens, "to_tokens": split.to_tokens, "reason": split.reason}
+            self.recorder.record(Event("micro_batch_split", values, step=state.step))
+            state.micro_tokens = split.to_tokens
 
     def _record_step(
         self, state: LoopState, passed: PassReport, norm: float, factor: float, seconds: float
@@ -179,6 +203,7 @@ class Loop:
         if not self.eval_trees:
             return False
         report = self.stepper.evaluate(self.eval_trees)
+        self._tell_splits(state, report)
         state.eval_loss = report.loss
         if state.first_eval_loss is None:
             state.first_eval_loss = report.loss
@@ -202,13 +227,24 @@ class Loop:
         return better
 
     def _sample(self, state: LoopState) -> None:
-        if self.sample is not None:
+        if self.sample is None:
+            return
+        try:
             self.sample(state.step)
+        except (MemoryError, RuntimeError) as failure:
+            reason = shortage(failure)
+            if reason is None:
+                raise
+            # Answers are there to be looked at; the work does not end for want of them.
+            self.watch.warn(state, "samples", f"out of memory while the model was asked for samples ({reason})")
 
     def _save(self, state: LoopState, *, best: bool) -> None:
-        self.keeper.save(state, best=best)
-        self.saved_step = state.step
-        self.recorder.record(Event("checkpoint", {"best": best}, step=state.step))
+        if self.keeper.save(state, best=best):
+            self.saved_step = state.step
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self.recorder.record(event)
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,4 +1,8 @@
-"""Stopping on request: SIGINT and SIGTERM ask the loop to save and stop; a second one stops at once."""
+"""Signals: SIGINT, SIGTERM and SIGHUP ask a run to save and stop, SIGUSR1 asks it to save; a second one stops at once.
+
+While there is a loop, a request waits for the end of the step at hand. Before the first step and after the last one
+nothing needs to be saved, and a request ends the run where it is.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,48 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
+from luthier.core.errors import StoppedError
+
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+SAVES = "SIGUSR1"
+
 
 @final
 class StopRequest:
-    """Whether somebody has asked the run to stop, and how."""
+    """Whether somebody has asked the run to stop, and how; whether somebody has asked it to save."""
 
     def __init__(self) -> None:
         self.reason = ""
+        self.wants_save = False
+        self._patient = False
+        self._again = "run the same command again"
 
     def ask(self, reason: str) -> None:
+        """Ask it to stop."""
         self.reason = self.reason or reason
+
+    def require_patience(self) -> None:
+        """Raise StoppedError when nobody would look at the request: see `patient`."""
+        if self.reason and not self._patient:
+            raise StoppedError(f"stopped by {self.reason}; no step was lost", do=self._again)
+
+    def resumes_with(self, command: str) -> None:
+        """What goes on with the run, once there is one."""
+        self._again = command
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Within the block a request is only noted, because somebody looks at it after each step."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def take_save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked, self.wants_save = self.wants_save, False
+        return asked
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -26,23 +62,31 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """A request that SIGINT and SIGTERM fill within the block; the old handlers come back after it.
+    """A request that signals fill within the block; the old handlers come back after it.
 
-    The second signal goes to the handler that was there before, which for SIGINT is KeyboardInterrupt. Outside the main
-    thread, where Python takes no handlers, the request can only be filled by hand.
+    The second signal goes to the handler that was there before, which for SIGINT is KeyboardInterrupt. A signal that
+    was ignored before (SIGHUP under nohup) stays ignored. Outside the main thread, where Python takes no handlers, the
+    request can only be filled by hand.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = [name for name in (*STOPS, SAVES) if name in signal.Signals.__members__]
+    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        request.ask(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if name == SAVES:
+            request.wants_save = True
+            return
         signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+        request.ask(name)
+        request.require_patience()
 
-    for number in before:
-        signal.signal(number, handle)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
     try:
         yield request
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Final, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from luthier.core.errors import DataError
 from luthier.data.forest import Tree
 from luthier.data.rendered import Rendered
 from luthier.objectives import Objective
+
+FULL: Final = 0.99
+"""A micro-batch as full as this is not worth a search through a million rows for a fuller one."""
 
 
 class Rows(Protocol):
@@ -37,6 +40,15 @@ class Cursor:
 
     epoch: int = 0
     used: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows (by their index in the source) that would go through the model together, and their lengths."""
+
+    indices: tuple[int, ...]
+    tokens: int
+    longest: int
 
 
 class Source(ABC):
@@ -111,6 +123,51 @@ class DataSource(Source):
             rows = part * len(self.lengths)
             count += sum(1 for start, _ in self._bounds(whole) if start < rows)
         return count
+
+    def largest_micro_batches(self, micro_tokens: int, steps: int) -> tuple[MicroBatch, ...]:
+        """The micro-batch with the most tokens in `steps` steps, and the one with the longest row when it is another.
+
+        From lengths alone; no row is read. The search ends early once there can be none that is larger by a hundredth.
+        """
+        longest_row = int(self.lengths.max())
+        enough = max(FULL * micro_tokens, longest_row)
+        fullest = longest = MicroBatch((), 0, 0)
+        for step in self._steps(steps):
+            batches = self._micro_batches(step, micro_tokens)
+            fullest = max(fullest, *batches, key=lambda batch: (batch.tokens, batch.longest))
+            longest = max(longest, *batches, key=lambda batch: (batch.longest, batch.tokens))
+            if fullest.tokens >= enough and longest.longest == longest_row:
+                break
+        return (fullest,) if fullest.longest == longest.longest else (fullest, longest)
+
+    def trees_of(self, batch: MicroBatch) -> list[Tree]:
+        """The trees of the rows of a micro-batch."""
+        return [tree for index in batch.indices for tree in self.objective.trees(self.views[index])]
+
+    def _steps(self, count: int) -> Iterator[NDArray[np.int64]]:
+        """The rows of the first `count` steps of a run."""
+        epoch = 0
+        while True:
+            order = self._epoch_order(epoch)
+            for start, stop in self._bounds(epoch):
+                if count == 0:
+                    return
+                yield order[start:stop]
+                count -= 1
+            epoch += 1
+
+    def _micro_batches(self, step: NDArray[np.int64], micro_tokens: int) -> list[MicroBatch]:
+        """A step as the stepper cuts it: longest rows first, each filled until the next row does not fit."""
+        order = step[np.argsort(-self.lengths[step], kind="stable")]
+        sizes = self.lengths[order]
+        ends = np.cumsum(sizes)
+        batches, start, before = [], 0, 0
+        while start < len(order):
+            stop = max(start + 1, int(np.searchsorted(ends, before + micro_tokens, side="right")))
+            tokens = int(ends[stop - 1]) - before
+            batches.append(MicroBatch(tuple(order[start:stop].tolist()), tokens, int(sizes[start])))
+            start, before = stop, int(ends[stop - 1])
+        return batches
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))

@@ -1,24 +1,27 @@
 """The state of a run: declared once, saved from that declaration, restored into it.
 
 `LoopState` holds every number the loop carries from step to step. With the trained parameters, the optimizer's tensors
-and the random generators it is all that a resumed run needs to go on bit for bit. Tensors are written as safetensors,
-numbers as JSON; nothing is pickled.
+and numbers and the random generators it is all that a resumed run needs to go on bit for bit. Tensors are written as
+safetensors, numbers as JSON; nothing is pickled.
+
+A `Snapshot` is a copy of all that as it is now, so that it can be written while training goes on.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.core.errors import CorruptError
+from luthier.core.errors import CorruptError, NumericError, RecipeError
 from luthier.core.events import plain
 from luthier.train.source import Cursor
 from luthier.train.stepper import Stepper
@@ -46,6 +49,7 @@ class LoopState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     train_seconds: float = 0.0
+    micro_tokens: int = 0
     events_bytes: int = 0
     samples_bytes: int = 0
 
@@ -54,25 +58,61 @@ class LoopState:
         return Cursor(self.epoch, self.used)
 
 
-def save_state(folder: Path, state: LoopState, stepper: Stepper, row_excess: dict[int, float]) -> None:
-    """Write everything a resumed run needs into `folder`."""
+@final
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a resumed run needs, as it was at one step. Make one with `take_snapshot`."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """About how much space it takes on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + 200 * len(self.tensors) + (1 << 16)
+
+    def require_finite(self) -> None:
+        """Raise NumericError when a number in it is not finite: such a state is never saved."""
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NumericError(
+                    f"after step {self.step}, {name} holds numbers that are not finite; the state is not saved",
+                    do="lower optimizer.learning_rate, or use precision float32",
+                )
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`."""
+        save_file(dict(self.tensors), folder / TENSORS)
+        (folder / NUMBERS).write_text(json.dumps(plain(self.numbers), allow_nan=False), encoding="utf-8")
+
+
+def take_snapshot(
+    state: LoopState, stepper: Stepper, row_excess: Mapping[int, float], *, copied: bool = True
+) -> Snapshot:
+    """What a run is now. Without `copied` its tensors may be the live ones: training must wait until it is written."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
     numbers: dict[str, object] = {}
     for name, master in stepper.masters.items():
         for key, value in stepper.optimizer.state.get(master, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
-            else:
+            elif isinstance(value, (int, float, str, bool)) or value is None:
                 numbers[f"{name}/{key}"] = value
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / TENSORS)
+            else:
+                raise RecipeError(
+                    f"the optimizer keeps a {type(value).__name__} ({key}), which cannot be saved",
+                    allowed="tensors and numbers, from which a run can go on",
+                )
     content = {
         "loop": asdict(state),
         "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "optimizer": numbers,
-        "random": {"torch": _text(torch.get_rng_state()), **_cuda_random()},
+        "groups": [_scalars(group) for group in stepper.optimizer.param_groups],
+        "random": _random(),
         "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
-    (folder / NUMBERS).write_text(json.dumps(plain(content), allow_nan=False), encoding="utf-8")
+    return Snapshot(state.step, {key: _apart(tensor, copied) for key, tensor in tensors.items()}, content)
 
 
 def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
@@ -93,6 +133,11 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
                 stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
+    groups = stepper.optimizer.param_groups
+    if len(groups) != len(content["groups"]):
+        raise CorruptError(f"{folder / NUMBERS} has {len(content['groups'])} groups", allowed=f"{len(groups)}")
+    for group, saved in zip(groups, content["groups"], strict=True):
+        group.update({key: _number(value) for key, value in saved.items()})
     _restore_random(content["random"])
     loop = {key: _number(value) for key, value in content["loop"].items()}
     return LoopState(**loop), {int(row): _number(loss) for row, loss in content["row_excess"].items()}
@@ -120,7 +165,7 @@ def _read_numbers(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / NUMBERS).read_text("utf-8"))
     except (OSError, ValueError) as failure:
         raise CorruptError(f"{folder / NUMBERS} cannot be read: {failure}") from None
-    parts = {"loop", "tensors", "optimizer", "random", "row_excess"}
+    parts = {"loop", "tensors", "optimizer", "groups", "random", "row_excess"}
     missing = parts - set(content) if isinstance(content, dict) else parts
     numbers = {field.name for field in fields(LoopState)}
     if missing or set(content["loop"]) != numbers:
@@ -150,23 +195,36 @@ def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
     return set(found)
 
 
+def _scalars(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps beside its tensors and may change from step to step; betas and the like are knobs."""
+    kept = (bool, int, float)
+    return {key: value for key, value in group.items() if isinstance(value, kept) and key != "lr"}
+
+
+def _apart(tensor: Tensor, copied: bool) -> Tensor:
+    """The tensor on the CPU, contiguous, and with memory of its own if it is to be `copied`."""
+    here = tensor.detach().to("cpu", copy=copied)
+    return here.contiguous()
+
+
 def _place(key: str, value: Tensor, master: Tensor) -> Tensor:
     # Step counters stay where torch keeps them (on the CPU unless fused on a GPU); moments follow their parameter.
     return value if value.ndim == 0 and master.device.type == "cpu" else value.to(master.device)
 
 
-def _cuda_random() -> dict[str, list[str]]:
-    if not torch.cuda.is_available():
-        return {}
-    states = torch.cuda.get_rng_state_all()
-    return {"cuda": [_text(state) for state in states]}
+def _random() -> dict[str, object]:
+    # Torch's generators only. Python's and NumPy's global ones are drawn from by libraries whenever they like: two runs
+    # of one recipe leave Python's in different states. Nothing of ours may depend on them.
+    return {
+        "torch": _text(torch.get_rng_state()),
+        "cuda": [_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
 
 
-def _restore_random(saved: dict[str, object]) -> None:
-    torch.set_rng_state(_bytes(str(saved["torch"])))
-    cuda = saved.get("cuda")
-    if isinstance(cuda, list) and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes(state) for state in cuda])
+def _restore_random(saved: Mapping[str, Any]) -> None:
+    torch.set_rng_state(_bytes(saved["torch"]))
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([_bytes(state) for state in saved["cuda"]])
 
 
 def _number(value: Any) -> Any:
