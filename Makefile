@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo test slow faults check bench clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)  ## train on this machine, print before and after
@@ -16,6 +16,9 @@ test: $(READY)  ## the test suite, without the tests marked slow
 
 slow: $(READY)  ## the tests marked slow
 	@$(PYTEST) -n 2 -m slow
+
+faults: $(READY)  ## break it in every way the tests know, many times; print the fault table, write docs/faults.md
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py
 
 check: $(READY)  ## lint, types, architecture
 	@$(BIN)/ruff check .

@@ -10,6 +10,8 @@ schema, the data formats, the error tree and the command line. tests/docs/test_b
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import re
 import sys
 import typing
@@ -21,6 +23,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import luthier
 from luthier.cli.main import app
 from luthier.core import catalog, errors
 from luthier.core.chosen import Chosen
@@ -74,13 +77,35 @@ def leaf_commands() -> Iterator[tuple[str, Any]]:
 def exit_codes() -> str:
     """The documented exit codes with the error codes that lead to them."""
     table = re.findall(r"^\| (\d+) \| (\w+) \| (.+) \|$", errors.__doc__ or "", re.MULTILINE)
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LuthierError)]
     rows = [("0", "done, and what was promised was checked", "")]
     for number, _, meaning in table:
-        codes = [f"`{kind.code}`" for kind in kinds if kind.exit_code == int(number)]
+        codes = [f"`{kind.code}`" for kind in error_kinds() if kind.exit_code == int(number)]
         rows.append((number, meaning, ", ".join(codes)))
     rows.append(("130", "stopped by Ctrl-C outside of training", ""))
     return _table(("exit", "meaning", "error codes"), rows)
+
+
+def error_kinds() -> list[type[errors.LuthierError]]:
+    """Every error class with a code of its own, wherever it is defined, by exit code."""
+    for found in pkgutil.walk_packages(luthier.__path__, "luthier."):
+        importlib.import_module(found.name)
+
+    def below(kind: type[errors.LuthierError]) -> Iterator[type[errors.LuthierError]]:
+        yield kind
+        for each in kind.__subclasses__():
+            yield from below(each)
+
+    ours = (kind for kind in below(errors.LuthierError) if kind.__module__.startswith("luthier."))
+    return sorted((kind for kind in ours if "code" in vars(kind)), key=lambda kind: kind.exit_code)
+
+
+def error_walk() -> str:
+    """Every error: its code, how a command ends with it, its cause, and what to do next."""
+    rows = []
+    for kind in error_kinds():
+        cause = (kind.__doc__ or "").partition("\n")[0]
+        rows.append((f"`{kind.code}`", str(kind.exit_code), f"`{kind.__name__}`", cause, kind.advice))
+    return _table(("code", "exit", "in Python", "cause", "next, unless the message says another"), rows)
 
 
 def schema() -> str:
@@ -115,6 +140,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "commands": commands,
     "exit-codes": exit_codes,
+    "errors": error_walk,
     "schema": schema,
     "formats": data_formats,
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from luthier.recipes import verify
+from luthier.store.runs import RunDirectory
 from tests.tiny import KINDS, tiny_folder
 
 # Read once, when the hub's client is imported, which may be before any fixture runs.
@@ -47,3 +50,30 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     monkeypatch.setenv("LUTHIER_CACHE", str(own / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _proved_in_this_process() -> Iterator[Callable[[RunDirectory], dict[str, Any]]]:
+    """Runs are proved by the same checks in this process, as each process of its own costs seconds; the real proof.
+
+    For the session, because runs that many tests share are trained before any test begins.
+    """
+    apart = verify.verify_apart
+
+    def here(run: RunDirectory) -> dict[str, Any]:
+        return verify.verify_run(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "verify_apart", here)
+        yield apart
+
+
+@pytest.fixture(autouse=True)
+def _proved_apart_where_marked(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    _proved_in_this_process: Callable[[RunDirectory], dict[str, Any]],
+) -> None:
+    """A test that is marked `fresh_process` gets the proof that users get."""
+    if request.node.get_closest_marker("fresh_process") is not None:
+        monkeypatch.setattr(verify, "verify_apart", _proved_in_this_process)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from typing import Any
-
-from luthier.core import catalog
 
 _HOMES = {
     "finetune": "luthier.api",
@@ -29,6 +28,8 @@ def __getattr__(name: str) -> Any:
     found = _method_classes().get(name)
     if found is None:
         raise AttributeError(f"luthier has no {name!r}; it offers {', '.join(__dir__())}")
+    from luthier.core import catalog
+
     return catalog.load(*found)
 
 
@@ -38,16 +39,18 @@ def __dir__() -> list[str]:
 
 def _method_classes() -> dict[str, tuple[str, str]]:
     """Class name -> (family, method), read from the files without importing them."""
+    # Not at the top: every small process of ours imports this package, and the catalog takes longer than all of it.
+    from luthier.core import catalog
+
     found = {}
     for family in catalog.families():
         for name in catalog.names(family):
-            contract = re.search(r"^class (\w+)\(Method\b", _text(family, "__init__"), re.MULTILINE)
-            text = _text(family, name)
+            contract = re.search(r"^class (\w+)\(Method\b", _text(catalog.ROOT / family / "__init__.py"), re.MULTILINE)
+            text = _text(catalog.ROOT / family / f"{name}.py")
             if contract and (made := re.search(rf"^class (\w+)\({contract[1]}\b", text, re.MULTILINE)):
                 found[made[1]] = (family, name)
     return found
 
 
-def _text(family: str, name: str) -> str:
-    path = catalog.ROOT / family / f"{name}.py"
+def _text(path: Path) -> str:
     return path.read_text("utf-8") if path.is_file() else ""

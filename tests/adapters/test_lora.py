@@ -101,7 +101,7 @@ def test_a_config_comes_back_as_the_same_method() -> None:
     [
         {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]}, {"exclude_modules": ["q_proj"]},
-        {"lora_bias": True}, {"trainable_token_indices": [3]}, {"target_parameters": ["x"]},
+        {"lora_bias": True}, {"target_parameters": ["x"]},
     ],
 )  # fmt: skip
 def test_a_file_that_computes_something_else_is_refused(extra: dict[str, Any]) -> None:

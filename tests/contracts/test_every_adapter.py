@@ -21,10 +21,13 @@ from luthier.model.edits import EditedModule
 from luthier.model.language_model import LanguageModel
 from luthier.train.result import save_result
 from tests import forests
+from tests.contracts.resumption import BREAKS, FEW_BREAKS, Setup, assert_resumes
 from tests.forests import ARCHITECTURES
 
 NAMES = catalog.names("adapters")
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
+RESUMED = [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)]
+"""Where every adapter is resumed in each test run; the rest of the architectures are among the slow tests."""
 each = pytest.mark.parametrize(("name", "architecture"), list(product(NAMES, ARCHITECTURES)))
 
 
@@ -165,7 +168,27 @@ def test_equal_adapters_are_equal_files(name: str, tmp_path: Path) -> None:
         model, attachment = attached(name, "llama")
         folder = save_result(tmp_path / str(index), model, attachment, method(name), {"run": "a"})
         made.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
-    assert made[0] == made[1] and len(made[0]) == 3
+    assert made[0] == made[1] and len(made[0]) == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("architecture", "dtype"), RESUMED)
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
+    name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Breaks when an edit keeps something that training changes beside its parameters, or draws where none is saved."""
+    breaks = BREAKS if (architecture, dtype) == RESUMED[0] else FEW_BREAKS
+    assert_resumes(Setup(adapter=name, architecture=architecture, dtype=dtype), tmp_path, breaks=breaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each
+def test_it_goes_on_bit_for_bit_on_every_architecture(
+    name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Breaks where the test above does, on an architecture it leaves out."""
+    assert_resumes(Setup(adapter=name, architecture=architecture, dtype=dtype), tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Tree
 from luthier.objectives import Objective
 from tests import forests
+from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("objectives"))
 
@@ -52,3 +56,10 @@ def test_trees_keep_the_row_they_came_from(name: str) -> None:
     """Breaks when the loss of a row is booked on another."""
     method = choose("objectives", Objective, name)
     assert {tree.row for tree in trees_of(method)} == set(range(5))
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Breaks when an objective remembers what it has seen, or has trained parts that are not saved."""
+    assert_resumes(Setup(objective=name, dtype=dtype), tmp_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.optimizers import Optimizer
+from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("optimizers"))
 
@@ -66,3 +70,31 @@ def test_a_rate_of_zero_changes_nothing(name: str) -> None:
         group["lr"] = 0.0
     optimizer.step()
     assert torch.equal(tensor, torch.ones(4, 4))
+
+
+@each
+@pytest.mark.parametrize(("adapter", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)])
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
+    name: str, adapter: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Breaks when a moment, a counter or a number of a group is not saved."""
+    assert_resumes(Setup(optimizer=name, adapter=adapter, dtype=dtype), tmp_path)
+
+
+@each
+def test_it_keeps_nothing_where_no_checkpoint_looks(name: str) -> None:
+    """Breaks when an optimizer counts in an attribute of its own instead of its state or its groups."""
+    method = choose("optimizers", Optimizer, name)
+    tensor = torch.ones(4, 4)
+    optimizer = method.build({"w": tensor})
+
+    def kept() -> dict[str, Any]:
+        own = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
+        # torch counts the steps of an optimizer that a scheduler watches; it reads the count nowhere else.
+        return {key: repr(value) for key, value in own.items() if key not in ("_opt_called", "_step_count")}
+
+    before = kept()
+    for _ in range(3):
+        tensor.grad = torch.full((4, 4), 0.5)
+        optimizer.step()
+    assert kept() == before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.schedules import Schedule
+from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("schedules"))
 
@@ -36,3 +39,9 @@ def test_warm_up_is_a_share_of_the_run(name: str) -> None:
     method = choose("schedules", Schedule, {"method": name, "warmup": 0.5})
     factors = [method.factor(step, 20) for step in range(11)]
     assert factors == sorted(factors) and factors[10] == pytest.approx(1.0) and factors[0] == pytest.approx(1 / 11)
+
+
+@each
+def test_a_run_that_is_interrupted_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Breaks when the rate of a resumed run begins anew."""
+    assert_resumes(Setup(schedule={"method": name, "warmup": 0.4}), tmp_path)

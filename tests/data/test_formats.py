@@ -12,7 +12,8 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Content, Conversation, Message, Text, ToolCall
 from luthier.data.formats import detect, formats, mapped, named
 from luthier.data.formats._fields import FieldError
-from luthier.data.rows import SourceFile, read_rows
+from luthier.data.rows import SourceFile
+from tests.data.taken import take
 
 HI = {"role": "user", "content": "Hi"}
 HELLO = {"role": "assistant", "content": "Hello!"}
@@ -234,7 +235,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
     (
         chat({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{a"}}]}),
         '{"function"',
-        "messages[2].tool_calls[0].arguments is no JSON",
+        "messages[2].tool_calls[0].arguments is no JSON: broken JSON at \"a\" (there at 1:2)",
     ),
     (
         chat({"role": "user", "content": [{"type": "image_url"}]}),
@@ -273,7 +274,7 @@ def test_a_bad_row_names_path_and_column(tmp_path: Path, row: dict[str, Any], at
     good = detect([row]).format.example
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{good}\n{line}\n")
-    report = read_rows([SourceFile(path)], on_bad_row="skip")
+    report = take(SourceFile(path))
     (error,) = report.rejects
     assert words in str(error)
     assert error.where == f"{path}:2:{line.rindex(at) + 1}"
@@ -284,22 +285,22 @@ def test_a_bad_row_names_path_and_column(tmp_path: Path, row: dict[str, Any], at
 def test_a_row_of_another_shape_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", "answer": "b"}\n{"qestion": "a", "answer": "b"}\n')
-    (error,) = read_rows([SourceFile(path)], on_bad_row="skip").rejects
+    (error,) = take(SourceFile(path)).rejects
     assert str(error) == f'{path}:2:1: the column "question" is missing; did you mean qestion?'
 
 
 def test_a_bad_cell_of_a_table_has_its_column(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("mr,ref\na,b\nccc,\n")
-    (error,) = read_rows([SourceFile(path)], on_bad_row="skip").rejects
+    (error,) = take(SourceFile(path)).rejects
     assert str(error).startswith(f"{path}:3:5: the answer is empty (ref)")
 
 
 def test_a_row_keeps_number_address_and_a_file_its_reason(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": ""}\n{"text": "b"}\n')
-    report = read_rows([SourceFile(path)], on_bad_row="skip")
+    report = take(SourceFile(path))
     assert [(row.number, row.where) for row in report.rows] == [(0, f"{path}:1:1"), (2, f"{path}:4:1")]
     assert (report.files[0].format, report.files[0].why) == ("text", "3 of the first 3 rows have text")
     with pytest.raises(RecipeError, match="both format and columns"):
-        read_rows([SourceFile(path, format="text", columns={"text": "text"})])
+        take(SourceFile(path, format="text", columns={"text": "text"}))

@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.data import readers
+from luthier.data import text_files
 from luthier.data.readers import Record, read_records
-from luthier.data.rows import SourceFile, find_sources, open_source, read_rows, write_rejects
+from luthier.data.row_log import demand_readable
+from luthier.data.rows import SourceFile, find_sources, open_source, write_rejects
 from luthier.data.strict_json import MAX_DEPTH, Place, excerpt, locate, parse
+from tests.data.taken import take
 
 GOOD = b'{"question": "1 + 1?", "answer": "2"}\n'
 
@@ -100,7 +102,7 @@ def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
 
 
 def test_a_line_too_long_is_refused_and_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 64)
     path = put(tmp_path, "rows.jsonl", GOOD + b'{"a": "' + b"x" * 500 + b'"}\n' + GOOD)
     assert the_error(path).where == f"{path}:2:1"
     assert len(list(read_records(path))) == 3
@@ -197,7 +199,7 @@ def test_parquet_rows_and_damage(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"text": ["a", "b", None]}), path)
-    report = read_rows([SourceFile(path)], on_bad_row="skip")
+    report = take(SourceFile(path))
     assert (report.read, report.kept, report.rejected) == (3, 2, 1)
     assert report.rejects[0].where == f"{path}:3:1"
     assert "not readable" in the_error(put(tmp_path, "bad.parquet", b"PAR1" + b"\0" * 50)).received
@@ -207,11 +209,11 @@ def test_missing_files_name_their_neighbours(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", GOOD)
     put(tmp_path, "train.xyz", GOOD)
     with pytest.raises(DataError, match=r"did you mean train\.jsonl"):
-        read_rows([SourceFile(tmp_path / "trian.jsonl")])
+        take(SourceFile(tmp_path / "trian.jsonl"))
     with pytest.raises(DataError, match="no folder"):
         find_sources(tmp_path / "no" / "file.jsonl")
     with pytest.raises(DataError, match="no kind of data file"):
-        read_rows([SourceFile(tmp_path / "train.xyz")])
+        take(SourceFile(tmp_path / "train.xyz"))
 
 
 def test_sources_from_folders_globs_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +223,7 @@ def test_sources_from_folders_globs_and_samples(tmp_path: Path, monkeypatch: pyt
     assert [source.path for source in find_sources(tmp_path)] == both
     assert [source.path for source in find_sources(f"{tmp_path}/*.jsonl")] == both
     (sample,) = find_sources(f"{tmp_path}/a.jsonl#3")
-    assert read_rows([sample]).read == 3
+    assert take(sample).read == 3
     with pytest.raises(DataError, match="no data file"):
         find_sources(f"{tmp_path}/*.csv")
     with pytest.raises(DataError, match="no pattern"):
@@ -231,9 +233,10 @@ def test_sources_from_folders_globs_and_samples(tmp_path: Path, monkeypatch: pyt
 
 
 def test_raise_lists_all_bad_rows_with_counts(tmp_path: Path) -> None:
+    """Breaks when a bad row is passed over, or its address or the counts are lost on the way to the error."""
     path = put(tmp_path, "rows.jsonl", GOOD + b"{\n" + GOOD + b'{"question": "?", "answer": ""}\n')
     with pytest.raises(DataError) as caught:
-        read_rows([SourceFile(path)])
+        demand_readable([SourceFile(path)])
     text = str(caught.value)
     assert "2 of 4 rows cannot be used (2 can)" in text
     assert f"{path}:2:2: " in text
@@ -242,28 +245,31 @@ def test_raise_lists_all_bad_rows_with_counts(tmp_path: Path) -> None:
 
 
 def test_raise_stops_at_the_limit(tmp_path: Path) -> None:
+    """Breaks when a file of damage is read to its end, or fills the screen."""
     path = put(tmp_path, "rows.jsonl", GOOD + b"{\n" * 50)
     with pytest.raises(DataError, match=r"20 of 21 rows .* stopped after 20") as caught:
-        read_rows([SourceFile(path)])
+        demand_readable([SourceFile(path)])
     assert str(caught.value).count("\n  ") == 20
 
 
-def test_skip_keeps_count_and_writes_the_rejects(tmp_path: Path) -> None:
+def test_rows_of_several_files_are_counted_and_rejects_written(tmp_path: Path) -> None:
+    """Breaks when a file's rows are numbered anew, or a reject is lost between reading and writing."""
     path = put(tmp_path, "rows.jsonl", GOOD + b"{\n" * 50 + GOOD)
-    report = read_rows([SourceFile(path), SourceFile(path, limit=3)], on_bad_row="skip")
-    assert (report.read, report.kept, report.rejected) == (55, 3, 52)
-    assert [(file.start, file.kept, file.rejected) for file in report.files] == [(0, 2, 50), (2, 1, 2)]
+    found = take(SourceFile(path), SourceFile(path, limit=3))
+    assert (found.read, found.kept, found.rejected) == (55, 3, 52)
+    assert [(file.start, file.kept, file.rejected) for file in found.files] == [(0, 2, 50), (2, 1, 2)]
+    assert [row.number for row in found.rows] == [0, 1, 2]
     out = tmp_path / "rejects.jsonl"
-    assert write_rejects(out, report.rejects) == 52
+    assert write_rejects(out, found.rejects) == 52
     first = json.loads(out.read_text().splitlines()[0])
     assert first["where"] == f"{path}:2:2"
 
 
-def test_no_usable_row_is_an_error_even_when_skipping(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no row is left"):
-        read_rows([SourceFile(put(tmp_path, "rows.jsonl", b"{\n{\n"))], on_bad_row="skip")
-    with pytest.raises(DataError, match="has no row"):
-        read_rows([SourceFile(put(tmp_path, "empty.jsonl", b"\n\n"))], on_bad_row="skip")
+def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
+    """Breaks when nothing at all is taken for a data set."""
+    for content in (b"", b"\n\n", b"[]"):
+        with pytest.raises(DataError, match="has no row"):
+            take(SourceFile(put(tmp_path, "empty.json", content)))
 
 
 def test_locate_finds_keys_elements_and_nearest_ancestors() -> None:
@@ -330,7 +336,7 @@ def test_any_bytes_give_rows_or_a_data_error(
     source = SourceFile(path, limit=limit)
     try:
         items = list(open_source(source).items)
-        report = read_rows([source], on_bad_row="skip")
+        report = take(source)
     except DataError:
         return
     assert report.read == report.kept + report.rejected == len(items)

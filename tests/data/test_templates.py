@@ -12,8 +12,9 @@ import pytest
 from luthier.core.errors import MissingError, RecipeError, StorageError, TemplateError, UnsafeArtifactError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Message
+from luthier.data.render_process import RenderProcess
 from luthier.data.renderer import Renderer
-from luthier.data.template import SHIPPED, Template, choose
+from luthier.data.template import SHIPPED, Template, Wanted, choose
 from luthier.data.tokenizer import Tokenizer
 
 COLLECTION = Path(os.environ.get("LUTHIER_TEMPLATES", Path(__file__).parents[3] / "shared" / "chat_templates"))
@@ -33,10 +34,10 @@ def squeezed(source: str) -> str:
 @pytest.mark.skipif(not FILES, reason="the collection of chat templates is not on this machine")
 @pytest.mark.parametrize("squeeze", [False, True], ids=["pretty", "squeezed"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_collection_trains_exactly_the_answers(any_tokenizer, talk, path, squeeze):
+def test_the_collection_trains_exactly_the_answers(any_tokenizer, talk, path, squeeze, process):
     source = path.read_text(encoding="utf-8")
     source = squeezed(source) if squeeze else source
-    template = Template(source, any_tokenizer.special_tokens, name=path.stem)
+    template = Template(source, any_tokenizer.special_tokens, name=path.stem, process=process)
     for turns in TALKS.values():
         row = talk(*turns)
         made = Renderer(any_tokenizer, template)
@@ -107,11 +108,43 @@ def test_choices(make_tokenizer, tmp_path):
         "{{ tools is none }} {{ tools | length if tools else 0 }}",
     ],
 )
-def test_the_text_is_what_transformers_writes(make_tokenizer, source):
+def test_the_text_is_what_transformers_writes(make_tokenizer, source, process):
     tokenizer = make_tokenizer("bytes")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     theirs = tokenizer.raw.apply_chat_template(messages, chat_template=source, tokenize=False)
-    assert Template(source, tokenizer.special_tokens, name="test").render(messages) == theirs
+    assert Template(source, tokenizer.special_tokens, name="test", process=process).render(messages) == theirs
+
+
+def test_many_at_once_are_what_each_is_alone(process):
+    """Breaks when a batch shifts, loses or mixes up its texts and errors, or remembers those of another batch."""
+    source = "{{ bos }}{% for m in messages %}{{ m.content if m.content else raise_exception('empty') }}{% endfor %}"
+    template = Template(source, {"bos": "<s>"}, name="test", process=process)
+    wanted = [Wanted([{"content": text}] * count) for text in ("é", "\ud83d", "", "b\n") for count in range(3)]
+    alone = []
+    for one in wanted:
+        try:
+            alone.append(template.render(one.messages))
+        except TemplateError as error:
+            alone.append(str(error))
+    assert [str(made) for made in template.render_many(wanted)] == alone
+    assert "empty" in alone[7] and alone[8] == alone[7] and alone[5] == "<s>\ud83d\ud83d"
+    assert template.render(wanted[1].messages) == "<s>é"
+    with pytest.raises(TemplateError, match="empty"):
+        template.render(wanted[7].messages)
+    assert template.render_many([]) == []
+    other = Template("{{ messages[0].content }}!", {}, name="other", process=process)
+    assert other.render(wanted[1].messages) == "é!" and template.render(wanted[4].messages) == "<s>\ud83d"
+
+
+def test_what_is_no_json_is_refused(process):
+    template = Template("{{ messages | length }}", {}, name="test", process=process)
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (object(), deep, 10**5000):
+        with pytest.raises(TemplateError):
+            template.render([{"content": value}])
+    assert template.render([{"content": [1, None, True, 1.5, {"a": ("b",)}]}]) == "1"
 
 
 DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
@@ -123,25 +156,27 @@ DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x 
         ("{{ raise_exception('not like this') }}", "not like this"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ 'a' * 99999999 }}", "characters"),
-        ("{{ '%99999999d' % 1 }}", "characters"),
-        ("{{ 'a'.ljust(99999999) }}", "characters"),
-        (DOUBLING, "characters"),
-        ("{% for i in range(99999) %}{{ 'abcdefghij' * 10 }}{% endfor %}", "characters"),
+        ("{{ 'a' * 99999999 }}", "characters.*template_limit"),
+        ("{{ '%99999999d' % 1 }}", "characters.*template_limit"),
+        ("{{ 'a'.ljust(99999999) }}", "characters.*template_limit"),
+        (DOUBLING, "characters.*template_limit"),
+        ("{% for i in range(99999) %}{{ 'abcdefghij' * 10 }}{% endfor %}", "characters.*template_limit"),
         ("{{ messages[7].content.text }}", "no element 7"),
         ("{{ 1 + 'a' }}", "unsupported"),
     ],
 )
-def test_hostile_or_broken_templates(source, words):
+def test_hostile_or_broken_templates(source, words, process):
     with pytest.raises(TemplateError, match=words):
-        Template(source, {}, name="test").render([])
+        Template(source, {}, name="test", process=process).render([])
+    assert Template("well", {}, name="test", process=process).render([]) == "well"
 
 
-def test_time_is_bounded(monkeypatch):
-    monkeypatch.setattr("luthier.data.template.MAX_SECONDS", 0.2)
-    source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(TemplateError, match="seconds"):
-        Template(source, {}, name="test").render([])
+@pytest.fixture(scope="module")
+def process():
+    """One process for all tests that only look at texts."""
+    shared = RenderProcess()
+    yield shared
+    shared.close()
 
 
 def test_a_template_that_does_not_compile():

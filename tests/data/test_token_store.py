@@ -32,18 +32,20 @@ def rows(talk):
 
 
 class Counting:
-    """Rows that know how often they were asked for."""
+    """Rows that know how often they were asked for, and the views that are made of them."""
 
-    def __init__(self, rows):
-        self.rows, self.asked = rows, 0
+    def __init__(self, rows, renderer):
+        self.rows, self.renderer, self.asked = rows, renderer, 0
 
-    def __call__(self):
+    def __call__(self, folder):
         self.asked += 1
-        return iter(self.rows)
+        assert folder.is_dir()
+        for row in self.rows:
+            yield from self.renderer.render(row)
 
 
 def test_views_come_back(made, rows, tmp_path):
-    store = TokenStore.open_or_build(lambda: rows, made, key="k", folder=tmp_path)
+    store = TokenStore.open_or_build(Counting(rows, made), made, key="k", folder=tmp_path)
     assert len(store) == 5
     fresh = Renderer(made.tokenizer, made.template)
     for index, row in enumerate(rows):
@@ -62,7 +64,7 @@ def test_views_come_back(made, rows, tmp_path):
 
 
 def test_made_once_and_recalled(made, rows, tmp_path):
-    source = Counting(rows)
+    source = Counting(rows, made)
     TokenStore.open_or_build(source, made, key="k", folder=tmp_path)
     later = Renderer(made.tokenizer, made.template)
     again = TokenStore.open_or_build(source, later, key="k", folder=tmp_path)
@@ -98,7 +100,7 @@ def not_even_json(place: Path) -> None:
 
 @pytest.mark.parametrize("damage", [tear_short, lose_a_file, lose_the_description, foreign_key, pickled, not_even_json])
 def test_damage_is_made_good(made, rows, tmp_path, damage):
-    source = Counting(rows)
+    source = Counting(rows, made)
     wanted = TokenStore.open_or_build(source, made, key="k", folder=tmp_path).tokens.tolist()
     damage(tmp_path / "k")
     assert TokenStore.open(tmp_path / "k", key="k") is None
@@ -107,17 +109,24 @@ def test_damage_is_made_good(made, rows, tmp_path, damage):
 
 
 def test_a_row_that_fails_leaves_nothing(made, rows, talk, tmp_path):
-    bad = talk(("user", "only a question"), number=9)
-    with pytest.raises(DataError, match="no token is trained") as caught:
-        TokenStore.open_or_build(lambda: [*rows, bad], made, key="k", folder=tmp_path)
-    assert caught.value.where == bad.where and list(tmp_path.iterdir()) == []
+    """Breaks when half a store stays behind and is found by the next run."""
+    bad = talk(("user", "q"), ("tool", "x"), ("assistant", "it ends <|im_end|> early"), number=9)
+    with pytest.raises(DataError, match="at which generation stops"):
+        TokenStore.open_or_build(Counting([*rows, bad], made), made, key="k", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_every_row_that_fails_is_listed(made, rows, talk, tmp_path):
-    bad = [talk(("user", "only a question"), number=9), talk(("user", "and another"), number=10)]
-    with pytest.raises(DataError, match="2 problems in") as caught:
-        TokenStore.open_or_build(lambda: [*rows, *bad], made, key="k", folder=tmp_path)
-    assert bad[0].where in str(caught.value) and "and 1 rows alike" in str(caught.value)
+@pytest.mark.parametrize("name", ["tokens", "weights", "roles", "spans", "rows", "offsets"])
+def test_a_flipped_bit_is_found(made, rows, tmp_path, name):
+    """Breaks when a store is used whose bytes are not the ones that were written."""
+    source = Counting(rows, made)
+    wanted = TokenStore.open_or_build(source, made, key="k", folder=tmp_path).tokens.tolist()
+    path = tmp_path / "k" / f"{name}.npy"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    again = TokenStore.open_or_build(source, made, key="k", folder=tmp_path)
+    assert source.asked == 2 and again.tokens.tolist() == wanted
 
 
 def test_the_key_knows_everything(made, make_tokenizer, tmp_path):
@@ -150,7 +159,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_an_empty_data_set(made, tmp_path):
-    store = TokenStore.open_or_build(lambda: [], made, key="k", folder=tmp_path)
+    store = TokenStore.open_or_build(Counting([], made), made, key="k", folder=tmp_path)
     assert len(store) == 0 and store.token_count == 0
 
 

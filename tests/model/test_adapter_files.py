@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.adapters import adapter_of
+from luthier.adapters import adapter_of, saved_adapter
 from luthier.adapters.lora import LoRA
 from luthier.core.errors import CorruptError, DriftError, LuthierError, RecipeError, UnsafeArtifactError
 from luthier.model.adapter_files import (
@@ -47,7 +47,7 @@ def saved(tmp_path: Path) -> tuple[LanguageModel, Path]:
 
 def load(model: LanguageModel, folder: Path) -> Attachment:
     """Everything a caller does with a folder."""
-    adapter = adapter_of(read_config(folder))
+    adapter = saved_adapter(folder, model.sites)
     check_base(folder, model)
     attachment = model.attach(adapter.attach(model.sites))
     fill(attachment, folder)
@@ -96,7 +96,7 @@ def test_a_file_cut_short_is_corrupt(saved: tuple[LanguageModel, Path]) -> None:
     model, folder = saved
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptError, match="cannot be read"):
+    with pytest.raises(CorruptError, match="no sound safetensors file"):
         load(model, folder)
 
 
@@ -152,3 +152,82 @@ def test_files_hold_float32_and_sorted_json(saved: tuple[LanguageModel, Path]) -
     assert list(config) == sorted(config)
     assert config["base_model_name_or_path"] == "tiny/llama" and config["task_type"] == "CAUSAL_LM"
     assert read_extras(folder)["run"] == "a-run"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Other values in adapter_config.json."""
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"peft_type": "LORA", "peft_type": "IA3"}',
+        '{"peft_type": "LORA", "r": NaN}',
+        '{"peft_type": "LORA", "r": 1e999}',
+        '{"peft_type": "LORA", "x": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"peft_type": "LORA", "x": "\\ud800"}',
+        '{"peft_type": "LORA"} {}',
+        "\x00",
+    ],
+    ids=["twice", "nan", "infinite", "deep", "surrogate", "more", "nul"],
+)
+def test_a_config_that_is_not_strict_json_is_corrupt(saved: tuple[LanguageModel, Path], text: str) -> None:
+    """Breaks when two readers of one file could see different settings, or a nest of brackets ends in a traceback."""
+    model, folder = saved
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    with pytest.raises(CorruptError, match=CONFIG):
+        load(model, folder)
+
+
+def test_a_config_of_any_size_is_not_read(saved: tuple[LanguageModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a settings file can fill the memory."""
+    model, folder = saved
+    monkeypatch.setattr("luthier.model.json_files.MAX_BYTES", 100)
+    with pytest.raises(CorruptError, match="larger than 100 bytes"):
+        load(model, folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": "many"}, {"r": None}, {"r": -1}, {"r": 1.5e300}, {"r": []}, {"lora_alpha": {}}, {"lora_alpha": 0},
+        {"target_modules": None}, {"target_modules": 7}, {"target_modules": [7]}, {"target_modules": ["nowhere"]},
+        {"lora_dropout": "x"}, {"peft_type": ["LORA"]}, {"trainable_token_indices": {"a": 1}},
+        {"trainable_token_indices": [10**30]}, {"peft_type": "PREFIX_TUNING"},
+        {"peft_type": "IA3", "target_modules": 3},
+        {"peft_type": "TRAINABLE_TOKENS"}, {"peft_type": "TRAINABLE_TOKENS", "token_indices": 4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_with_nonsense_is_refused_in_words(
+    saved: tuple[LanguageModel, Path], changes: dict[str, object]
+) -> None:
+    """Breaks when a value of another type reaches a constructor and ends in a traceback."""
+    model, folder = saved
+    change_config(folder, **changes)
+    with pytest.raises(LuthierError):
+        load(model, folder)
+    assert model.attachments == {}
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**9}])
+def test_a_config_that_asks_for_more_than_its_file_makes_nothing(
+    saved: tuple[LanguageModel, Path], changes: dict[str, object]
+) -> None:
+    """Breaks when a number in a small file allocates the memory of a large model."""
+    model, folder = saved
+    change_config(folder, **changes)
+    with pytest.raises(CorruptError, match="describes .* parameters, the tensor file holds 448"):
+        load(model, folder)
+
+
+def test_a_pattern_from_a_file_is_never_run(saved: tuple[LanguageModel, Path]) -> None:
+    """Breaks when a regular expression that takes for ever comes with an adapter. The file's tensors say its sites."""
+    model, folder = saved
+    expected = load(model, folder).digest()
+    model.detach()
+    change_config(folder, target_modules=r"(([a-z0-9_]+\.?)+)+(q|v)_proj!?")
+    assert len(read_config(folder)["target_modules"]) == 4
+    assert load(model, folder).digest() == expected

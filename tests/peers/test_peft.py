@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.adapters import Adapter, adapter_of
+from luthier.adapters import Adapter, adapter_of, saved_adapter
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
+from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.model.adapter_files import check_base, fill, read_config
 from luthier.train.result import save_result
 from tests import forests
@@ -27,6 +28,7 @@ OURS: dict[str, Adapter] = {
     "ia3": IA3(),
     "prefix": PrefixTuning(prefix_tokens=4),
 }
+TOKENS = (90, 5, 44)
 EACH = [
     *((architecture, name) for architecture in ("llama", "qwen2", "gpt2", "mistral") for name in OURS),
     ("gemma", "lora"), ("gemma", "ia3"), ("gemma", "prefix"),
@@ -97,3 +99,87 @@ def test_theirs_load_here_with_equal_logits(architecture: str, name: str, tmp_pa
     attachment = model.attach(adapter_of(read_config(tmp_path)).attach(model.sites))
     fill(attachment, tmp_path)
     assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ trained tokens
+
+ROWS: dict[str, Adapter] = {
+    "lora": LoRA(rank=4, alpha=8.0, trainable_tokens=TOKENS),
+    "lora, embedding": LoRA(rank=4, alpha=8.0, trainable_tokens=TOKENS, trainable_token_targets=("embed",)),
+    "tokens": TrainableTokens(tokens=TOKENS),
+    "tokens, embedding": TrainableTokens(tokens=TOKENS, targets=("embed",)),
+}
+each_rows = pytest.mark.parametrize("name", ROWS)
+tied_and_not = pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "gemma2"])
+
+
+def rows_config_of(architecture: str, name: str) -> object:
+    """The same trained tokens as PEFT is asked for them."""
+    conv = architecture == "gpt2"
+    both = architecture == "llama" and "embedding" not in name
+    indices = {"embed_tokens": list(TOKENS), "lm_head": list(TOKENS)} if both else list(TOKENS)
+    if name.startswith("lora"):
+        linear = ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"] if conv else "all-linear"
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, fan_in_fan_out=conv,
+            trainable_token_indices=indices,
+        )  # fmt: skip
+    targets = ["embed_tokens", "lm_head"] if both else None
+    return peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=list(TOKENS), target_modules=targets)
+
+
+@each_rows
+@tied_and_not
+def test_trained_tokens_of_ours_load_in_peft(architecture: str, name: str, tmp_path: Path) -> None:
+    """Breaks when rows go by another key, in another order, or a tied head does not see them there."""
+    model = forests.language_model(architecture)
+    attachment = model.attach(ROWS[name].attach(model.sites))
+    forests.shake(attachment.named_parameters().values())
+    folder = save_result(tmp_path, model, attachment, ROWS[name], {})
+    theirs = peft.PeftModel.from_pretrained(forests.zoo(architecture, ours=False), str(folder))
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-5
+
+
+@each_rows
+@tied_and_not
+def test_trained_tokens_of_theirs_load_here(architecture: str, name: str, tmp_path: Path) -> None:
+    """Breaks when PEFT's list, mapping or repeated tensor is refused, or means other rows here."""
+    theirs = peft.get_peft_model(forests.zoo(architecture, ours=False), rows_config_of(architecture, name))
+    forests.shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    expected = their_logits(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    model = forests.language_model(architecture)
+    attachment = model.attach(saved_adapter(tmp_path, model.sites).attach(model.sites))
+    fill(attachment, tmp_path)
+    assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+
+
+@each_rows
+@tied_and_not
+def test_a_training_step_is_theirs(architecture: str, name: str) -> None:
+    """Breaks when a row gets the gradient of the embedding or of the head alone, or another token's."""
+    model = forests.language_model(architecture)
+    torch.manual_seed(3)
+    ours = model.attach(ROWS[name].attach(model.sites))
+    theirs = peft.get_peft_model(forests.zoo(architecture, ours=False), rows_config_of(architecture, name))
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    values = ours.named_tensors()
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            if "lora" in key:
+                parameter.copy_(values[key.replace(".default", "")])
+    tree = forests.row_tree(IDS, np.ones(len(IDS), dtype=np.float32), row=0)
+    ids = torch.from_numpy(IDS.astype(np.int64))[None]
+    theirs.eval()
+    optimizers = [torch.optim.SGD(list(found.values()), lr=0.1) for found in (ours.named_parameters(), trained)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        forests.engine_loss(model, [tree]).backward()
+        log_probs = torch.log_softmax(theirs(input_ids=ids).logits[0].float(), -1)
+        (-log_probs[:-1].gather(1, ids[0, 1:, None]).sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-5
+    model.switch("default", on=False)
+    assert forests.relative_error(their_logits(theirs), forests.logits(model, IDS)) > 1e-2

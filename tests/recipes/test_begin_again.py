@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from luthier.recipes.finetune import SUMMARY
+from luthier.recipes.ending import SUMMARY
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import STEPS, environ, events, luthier, process, step_events, tree, wait_for_step
 from tests.recipes.test_resume import same_run
+from tests.tiny import CHAT_TEMPLATE
 
 main_thread = pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals need the main thread"
@@ -153,3 +156,29 @@ def _imported(command: tuple[object, ...], environment: dict[str, str]) -> str:
     )
     assert "[] 77" in done.stdout, done
     return done.stdout
+
+
+@main_thread
+def test_a_run_goes_on_with_the_date_it_began_with(
+    tmp_path: Path, recipe: Path, at_step: Callable[[int, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a template that shows the date makes other tokens of the same rows on the next day."""
+    folder, template = tmp_path / "run", tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%d %B %Y') }}\n" + CHAT_TEMPLATE)
+    again = ["train", recipe, "--run", folder, "--set", f"data.template={template}"]
+    monkeypatch.setattr("luthier.recipes.files.datetime", day("2026-11-20"))
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    luthier(*again).must(75)
+    monkeypatch.setattr("luthier.recipes.files.datetime", day("2026-11-21"))
+    luthier(*again, "--json").must(0, "going on after step 3")
+    assert "date: '2026-11-20'" in (folder / "recipe.yaml").read_text()
+    luthier("eval", folder, "--verify").must(0)
+    wrong = luthier("train", recipe, "--run", tmp_path / "other", "--set", "data.date=tomorrow")
+    wrong.must(2, "data.date", "a day such as")
+
+
+def day(text: str) -> types.SimpleNamespace:
+    """A `datetime` module whose today is this day."""
+    known = datetime.date.fromisoformat(text)
+    fixed = type("date", (datetime.date,), {"today": classmethod(lambda cls: known)})
+    return types.SimpleNamespace(date=fixed)

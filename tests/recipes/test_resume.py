@@ -117,7 +117,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_only_finishes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.recipes.finetune.save_result", fail)
+        patch.setattr("luthier.recipes.ending.save_result", fail)
         assert luthier("train", recipe, "--run", folder).code == 130
     assert not (folder / "adapter").exists()
     luthier("generate", folder, "--prompt", "x").must(2, "has no result yet", f"luthier resume {folder}")
@@ -173,7 +173,7 @@ def test_a_disk_that_stays_full_harms_no_checkpoint_and_the_run_goes_on_once_the
     with monkeypatch.context():
         full_disk(lambda snapshot: snapshot.step >= 6)
         told = luthier("train", recipe, "--run", folder)
-    told.must(74, "error[disk-full]", ".tmp-", "File too large", "luthier resume")
+    told.must(74, "error[disk-full]", ".tmp-", "File too large", "run the same command again")
     steps = [event["step"] for event in events(folder) if event["kind"] == "step"]
     assert steps[-1] == STEPS
     found = tree(folder / "checkpoints")
@@ -260,7 +260,7 @@ def test_a_run_killed_after_its_patience_ran_out_does_no_further_step(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.recipes.finetune.save_result", fail)
+        patch.setattr("luthier.recipes.ending.save_result", fail)
         assert luthier("train", recipe, "--run", tmp_path / "run", *sets).code == 130
     line = luthier("resume", tmp_path / "run", "--json").must(0).json
     assert (line["status"], line["steps"], line["loss"]) == (whole["status"], whole["steps"], whole["loss"])
@@ -273,18 +273,18 @@ def test_a_result_that_finds_no_space_is_written_by_resume(
 ) -> None:
     folder = tmp_path / "run"
 
-    def on_a_full_disk(*arguments: Any) -> Path:
+    def on_a_full_disk(*arguments: Any, **named: Any) -> Path:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
         try:
-            return save_result(*arguments)
+            return save_result(*arguments, **named)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.recipes.finetune.save_result", on_a_full_disk)
+        patch.setattr("luthier.recipes.ending.save_result", on_a_full_disk)
         told = luthier("train", recipe, "--run", folder, "--set", f"adapter.method={adapter}")
-        told.must(74, "error[storage]", "File too large", "luthier resume")
+        told.must(74, "error[disk-full]", "File too large", "luthier resume")
     line = luthier("resume", folder, "--json").must(0).json
     assert line["steps"] == STEPS
     assert luthier("eval", folder, "--json").json["tuned"]["loss"] == pytest.approx(line["loss"]["eval"], abs=1e-6)

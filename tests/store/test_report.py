@@ -91,7 +91,8 @@ def run(tmp_path: Path) -> Path:
         "trainable_parameters": 311_296,
         "parameters": 5_812_224,
         "command": "luthier train recipe.yaml --set 'run=<x>'",
-        "proof": {"folder": "adapter", "tensors": 84, "changed": True, "eval_loss": 0.41, "reloaded_loss": 0.41},
+        "result": "adapter",
+        "proof": {"tensors": 84, "differs_from_start": True, "eval_loss": 0.41, "reloaded_loss": 0.41},
         "data": {"read": 100, "kept": 97, "rejected": 3, "files": ["rows.jsonl"], "rendered": {"trained_tokens": 2400}},
         "notices": ["3 rows were rejected"],
         "demo": {

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
+from luthier.data.forest import pack
 from luthier.objectives.sft import SFT
-from luthier.train.source import Cursor, DataSource
+from luthier.train.source import FULL, Cursor, DataSource
 from tests import forests
 
 VIEWS = forests.views(23, seed=1)
@@ -102,3 +103,25 @@ def test_no_rows_and_no_single_measure_are_errors() -> None:
         source(rows=1, tokens=1)
     with pytest.raises(DataError, match="exactly one"):
         source()
+
+
+@given(micro_tokens=st.integers(1, 60), tokens=st.integers(5, 80), steps=st.integers(1, 30))
+def test_the_largest_micro_batches_are_those_that_the_steps_make(micro_tokens: int, tokens: int, steps: int) -> None:
+    """Breaks when rows are packed in another way than the stepper packs them, or steps that never come are counted."""
+    made, walked = source(tokens=tokens), source(tokens=tokens)
+    forests_made = []
+    for _ in range(steps):
+        ordered = sorted(walked.next_step(), key=lambda tree: tree.token_count, reverse=True)
+        forests_made += pack(ordered, max_tokens=micro_tokens)
+    found = made.largest_micro_batches(micro_tokens, steps)
+    most = max(forest.token_count for forest in forests_made)
+    longest = max(tree.token_count for forest in forests_made for tree in forest.trees)
+    assert FULL * most <= max(batch.tokens for batch in found) <= most
+    assert max(batch.longest for batch in found) == longest
+    cuts = {tuple(tree.row for tree in forest.trees) for forest in forests_made}
+    for batch in found:
+        trees = made.trees_of(batch)
+        assert tuple(tree.row for tree in trees) in cuts
+        assert sum(tree.token_count for tree in trees) == batch.tokens
+        assert max(tree.token_count for tree in trees) == batch.longest
+    assert made.cursor == Cursor(0, 0)

@@ -18,7 +18,8 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Segment, Tree, row_tree
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
-from luthier.train.stepper import Stepper
+from luthier.train.rounding import RoundingWatch
+from luthier.train.stepper import PassReport, Stepper, add_up
 from tests import forests
 
 TREES = [*forests.rows(4, seed=2), forests.branching(seed=1, row=4), *forests.rows(1, seed=9)]
@@ -141,6 +142,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(bad: float) -> None:
     before = values(made)
     report = made.optim_step()
     assert not report.applied and not math.isfinite(report.grad_norm)
+    assert report.bad_tensors == (next(iter(made.masters)),) and not report.broken
     assert all(torch.equal(value, before[name]) for name, value in values(made).items())
     assert not made.optimizer.state and made.pending_weight == 0
     assert all(parameter.grad is None for parameter in made.parameters.values())
@@ -230,3 +232,79 @@ def test_a_step_without_a_gradient_is_an_error() -> None:
     assert math.isnan(report.loss) and report.weight == 0
     with pytest.raises(RecipeError, match="without a gradient"):
         made.optim_step()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_an_update_breaks_are_named(dtype: torch.dtype, bad: float) -> None:
+    """Breaks when an update is not looked at after it was made: the run would save NaN and go on with it."""
+    made = stepper(Full(), dtype=dtype)
+    names = list(made.masters)
+    torch_step = made.optimizer.step
+
+    def step() -> None:
+        torch_step()
+        for name in names[1:20:2]:
+            made.masters[name].data.view(-1)[-1] = bad
+
+    made.optimizer.step = step  # type: ignore[method-assign, assignment]
+    made.forward_backward(TREES[:2])
+    report = made.optim_step()
+    assert report.applied and report.broken and math.isfinite(report.grad_norm)
+    assert report.bad_tensors == tuple(names[1:20:2])[:8]
+
+
+def test_a_master_too_large_for_its_rounded_copy_breaks_the_weight() -> None:
+    """Breaks when only masters are looked at: the largest float32 numbers are infinite once they are rounded."""
+    made = stepper(Full(), dtype=torch.bfloat16)
+    name = next(iter(made.masters))
+
+    def step() -> None:
+        made.masters[name].data.view(-1)[0] = torch.finfo(torch.float32).max
+
+    made.optimizer.step = step  # type: ignore[method-assign, assignment]
+    made.forward_backward(TREES[:2])
+    report = made.optim_step()
+    assert report.broken and report.bad_tensors == (name,)
+
+
+def test_a_sum_over_infinities_of_both_signs_is_not_a_number() -> None:
+    """Breaks when the sum raises instead: a bad step would end the run with a traceback."""
+    halves = [PassReport(loss, 1.0, 1, 1, {}) for loss in (math.inf, -math.inf)]
+    assert math.isnan(add_up(halves).loss_sum) and add_up(halves[:1]).loss_sum == math.inf
+
+
+@pytest.mark.parametrize("rate", [1e-8, 1e-4, 1e-1])
+def test_updates_that_round_to_nothing_are_counted(rate: float) -> None:
+    """Breaks when the share is of something else than the elements that moved."""
+    made = stepper(Full(), dtype=torch.bfloat16, optimizer=AdamW(learning_rate=rate), max_grad_norm=None)
+    masters = {name: master.clone() for name, master in made.masters.items()}
+    before = values(made)
+    made.forward_backward(TREES)
+    report = made.optim_step()
+    moved = {name: made.masters[name] != old for name, old in masters.items()}
+    lost = sum(int((each & (made.parameters[name] == before[name])).sum()) for name, each in moved.items())
+    # Tensors this small are looked at as a whole.
+    assert report.rounded_away == lost / sum(int(each.sum()) for each in moved.values())
+    assert (report.rounded_away > 0.99) == (rate == 1e-8) and (report.rounded_away < 0.05) == (rate == 1e-1)
+
+
+def test_a_large_tensor_is_sampled() -> None:
+    """Breaks when the samples lie in a few columns, or more than a few thousand elements are kept twice."""
+    master = torch.zeros(512, 512)
+    watch = RoundingWatch({"w": master}, {"w": master.bfloat16()})
+    before = watch.look()
+    assert 4000 < before[0].numel() < 5000
+    master[:, ::2] = 1.0
+    master[:, 1::4] = 1e-45
+    share = watch.rounded_away(before)
+    # Half of the columns move visibly, a quarter too little for bfloat16, a quarter not at all.
+    assert share is not None and abs(share - 1 / 3) < 0.05
+    assert watch.rounded_away(watch.look()) is None
+
+
+def test_float32_has_nothing_to_round() -> None:
+    """Breaks when adapters, which are float32 in every base, are watched as if they were rounded."""
+    made = stepper(dtype=torch.bfloat16)
+    made.forward_backward(TREES[:2])
+    assert made.optim_step().rounded_away is None and not made.lower

@@ -9,14 +9,19 @@ are in `model/`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from luthier.core import catalog
-from luthier.core.errors import RecipeError
+from luthier.core.errors import CorruptError, LuthierError, RecipeError
 from luthier.core.knobs import Method
+from luthier.model.adapter_files import read_config, tensor_sizes
 from luthier.model.edits import Edit
 from luthier.model.sites import Sites
+
+SPARE_PARAMETERS = 1_000_000
+"""What a config may ask for beyond twice its tensor file: too little to matter, so that `fill` can name the tensors."""
 
 
 class Adapter(Method):
@@ -24,6 +29,8 @@ class Adapter(Method):
 
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the method, or None when PEFT has no such file; the result is then a whole model."""
+    tokens_knob: ClassVar[str] = ""
+    """The knob that names tokens whose rows are trained, where the method has one."""
 
     @abstractmethod
     def attach(self, sites: Sites) -> list[Edit]:
@@ -37,6 +44,17 @@ class Adapter(Method):
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         """The method's own keys of `adapter_config.json`."""
 
+    def with_token_ids(self, token_id: Callable[[str], int], stop_ids: tuple[int, ...]) -> Self:
+        """The adapter with ids for the texts of tokens it names; it is asked with the tokenizer of the model.
+
+        `stop_ids` are the tokens at which the run's answers stop.
+        """
+        if not self.tokens_knob:
+            return self
+        named = getattr(self, self.tokens_knob)
+        ids = tuple(token_id(token) if isinstance(token, str) else token for token in named)
+        return self.model_copy(update={self.tokens_knob: ids})
+
     @classmethod
     @abstractmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -49,8 +67,34 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
     known = [kind for kind in kinds.values() if issubclass(kind, Adapter) and kind.peft_type is not None]
     for kind in known:
         if kind.peft_type == config.get("peft_type"):
-            return kind.from_peft(config)
+            try:
+                return kind.from_peft(config)
+            except LuthierError:
+                raise
+            except (KeyError, TypeError, ValueError, OverflowError) as failure:
+                # Whatever a file may hold in the place of a number or a list.
+                words = f"it lacks {failure}" if isinstance(failure, KeyError) else " ".join(str(failure).split())
+                raise RecipeError(
+                    f"adapter_config.json describes no {kind.peft_type} adapter: {words[:200]}",
+                    allowed="what PEFT writes",
+                ) from None
     raise RecipeError(
-        f"adapter_config.json has peft_type {config.get('peft_type')!r}",
+        f"adapter_config.json has peft_type {config.get('peft_type')!r:.80}",
         allowed=", ".join(str(kind.peft_type) for kind in known),
     )
+
+
+def saved_adapter(folder: Path, sites: Sites) -> Adapter:
+    """The adapter in `folder` (PEFT's format), if it has a place on `sites`; nothing is made yet.
+
+    Raises CorruptError when the config describes far more parameters than the tensor file holds: making them would take
+    memory. A tensor or two that are missing are for `fill` to name.
+    """
+    adapter = adapter_of(read_config(folder))
+    described, held = adapter.parameter_count(sites), sum(tensor_sizes(folder).values())
+    if described > 2 * held + SPARE_PARAMETERS:
+        raise CorruptError(
+            f"{folder}: the config describes {described:,} parameters, the tensor file holds {held:,}",
+            do="the two files do not belong together; fetch or save the adapter again",
+        )
+    return adapter

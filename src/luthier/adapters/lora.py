@@ -6,7 +6,8 @@ Equation: y = W x + b + s B A drop(x), A in R^{r x in}, B in R^{out x r}, s = al
 Source: Hu et al., arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732, theorem 3.2.
     Initialisation as in the reference implementation and PEFT (A uniform in +-1/sqrt(in), B zero), where the paper
     says Gaussian A.
-Cost: r (in + out) trained parameters a site; 6 r (in + out) FLOPs a token and site in training.
+Cost: r (in + out) trained parameters a site; 6 r (in + out) FLOPs a token and site in training. A trained token adds
+    its row, d, or 2 d with a head of its own (see trainable_tokens).
 Use when: in doubt. It matches full tuning on most single tasks at a hundredth of the memory.
 Not when: the task needs much new knowledge (continued pre-training on many tokens), or a fixed budget below 0.01 %.
 """
@@ -27,8 +28,11 @@ from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.model.edits import Edit, SiteEdit
 from luthier.model.sites import Site, Sites
+from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
 
-Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Targets = str | Names
+Tokens = Annotated[tuple[int | str, ...], Field(strict=False)]
 
 
 @final
@@ -36,6 +40,7 @@ class LoRA(Adapter):
     """Low-rank adapters on linear layers."""
 
     peft_type: ClassVar[str | None] = "LORA"
+    tokens_knob: ClassVar[str] = "trainable_tokens"
     provides: ClassVar[frozenset[str]] = frozenset({"mergeable"})
 
     rank: int = Field(16, ge=1, description="inner dimension r of the two factors")
@@ -45,16 +50,32 @@ class LoRA(Adapter):
     targets: Targets = Field(
         "all-linear", description="all-linear, roles (q, k, v, o, gate, up, down), module name endings, or a pattern"
     )
+    trainable_tokens: Tokens = Field(
+        (), description="tokens, as texts or ids, whose rows are trained too: control tokens the base never learned"
+    )
+    trainable_token_targets: Names = Field(
+        EVERYWHERE, description="where those rows are: embed, head, or module names; a tied head always follows"
+    )
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def attach(self, sites: Sites) -> list[Edit]:
-        return [LowRank(site, self) for site in sites.select(self.targets)]
+        made: list[Edit] = [LowRank(site, self) for site in sites.select(self.targets)]
+        if not self.trainable_tokens:
+            return made
+        key = "token_adapter.trainable_tokens_delta"
+        rows = token_rows(
+            sites, self.trainable_tokens, self.trainable_token_targets, file_key=key, repeat_tied=False
+        )
+        return [*made, *rows]
 
     def parameter_count(self, sites: Sites) -> int:
-        return sum(self.rank * (site.in_features + site.out_features) for site in sites.select(self.targets))
+        low_rank = sum(self.rank * (site.in_features + site.out_features) for site in sites.select(self.targets))
+        if not self.trainable_tokens:
+            return low_rank
+        return low_rank + row_count(sites, self.trainable_tokens, self.trainable_token_targets)
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         chosen = sites.select(self.targets)
@@ -74,19 +95,33 @@ class LoRA(Adapter):
             "layers_pattern": None,
             "rank_pattern": {},
             "alpha_pattern": {},
+            "trainable_token_indices": self._token_indices(sites),
         }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
         _refuse_unknown(config)
         targets = config["target_modules"]
+        tokens, places = _tokens_of(config.get("trainable_token_indices"))
         return cls(
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             rslora=bool(config.get("use_rslora", False)),
             dropout=float(config.get("lora_dropout") or 0.0),
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            trainable_tokens=tokens,
+            trainable_token_targets=places,
         )
+
+    def _token_indices(self, sites: Sites) -> list[int] | dict[str, list[int]] | None:
+        """PEFT's way to say it: a list means the embedding and a head tied to it, a mapping names the modules."""
+        if not self.trainable_tokens:
+            return None
+        ids = list(checked_ids(sites, self.trainable_tokens))
+        chosen = row_sites(sites, self.trainable_token_targets)
+        if sites.tied or [site.roles for site in chosen] == [("embed",)]:
+            return ids
+        return {site.name: ids for site in chosen}
 
 
 @final
@@ -131,8 +166,21 @@ def _shortest_names(chosen: list[Site], sites: Sites) -> list[str]:
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     """Settings that would make the file compute something else than we do."""
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
-                "target_parameters", "trainable_token_indices", "megatron_config", "exclude_modules"):
+                "target_parameters", "megatron_config", "exclude_modules"):
         if config.get(key):
             raise RecipeError(f"the LoRA file uses {key} = {config[key]!r}", allowed="plain LoRA and rslora")
     if config.get("bias", "none") != "none":
         raise RecipeError(f"the LoRA file trains biases (bias = {config['bias']!r})", allowed="none")
+
+
+def _tokens_of(indices: object) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The trained tokens of a PEFT config, and where their rows are."""
+    if not indices:
+        return (), EVERYWHERE
+    if isinstance(indices, list):
+        return tuple(int(token) for token in indices), ("embed",)
+    if not isinstance(indices, dict) or len({tuple(ids) for ids in indices.values()}) != 1:
+        raise RecipeError(
+            f"the LoRA file trains rows of tokens as {indices!r}"[:200], allowed="the same tokens in every module"
+        )
+    return tuple(int(token) for token in next(iter(indices.values()))), tuple(sorted(indices))

@@ -27,6 +27,9 @@ OverLength = Annotated[str, typer.Option("--over-length", metavar="WHAT", help="
 Columns = Annotated[
     list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="Such as prompt=mr and answer=ref.")
 ]
+Evaluation = Annotated[
+    str | None, typer.Option("--evaluation", metavar="FILE", help="Held-out data: checked too, and compared.")
+]
 
 
 @app.command("show")
@@ -66,19 +69,23 @@ def check(
     max_tokens: MaxTokens = None,
     over_length: OverLength = "raise",
     column: Columns = None,
+    evaluation: Evaluation = None,
     json: Json = False,
 ) -> None:
     """Prove the promises about every row of a file; exits with 65 when one is broken.
 
+    What is odd about sound rows is said too: empty answers, copies, one answer for everything, a template that changes
+    history, rows that are in the evaluation data as well.
+
     \b
     Examples:
       luthier data check rows.jsonl --model seedling
-      luthier data check rows.jsonl --max-tokens 512 --json
+      luthier data check rows.jsonl --evaluation held-out.jsonl --max-tokens 512 --json
     """
     from luthier.recipes.inspect_data import check_file, reading
 
     how = reading(format, template, train_on, max_tokens, over_length, column)
-    found = check_file(file, model, how)
+    found = check_file(file, model, how, evaluation=evaluation)
     print_json(found.as_dict()) if json else print_check(found.as_dict())
     found.demand()
 

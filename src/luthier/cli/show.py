@@ -53,7 +53,7 @@ def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any])
 
 
 def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
-    data, tokens, sizes = plan["data"], plan["tokens"], plan["bytes"]
+    data, tokens = plan["data"], plan["tokens"]
     for file in data["files"]:
         console.print(f"data       {file['path']}: {file['rows']:,} rows, format {file['format']} ({file['why']})")
     rendered = data["rendered"]
@@ -69,11 +69,24 @@ def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
         f"model      {plan['model']}: {count_text(plan['parameters'])} parameters, "
         f"{count_text(plan['trainable_parameters'])} trained ({trainable})"
     )
-    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in sizes.items())
-    console.print(f"memory     {parts}; activations come on top")
+    for line in _room_lines(plan["memory"], plan["disk"]):
+        console.print(line)
     console.print(f"steps      {plan['steps']:,}")
     for notice in plan["notices"]:
         console.print(f"note       {notice}", style="yellow")
+
+
+def _room_lines(memory: Mapping[str, int], disk: Mapping[str, int]) -> list[str]:
+    """What the run needs of memory and disk, and what there is."""
+    about = ("total", "available", "tokens", "longest")
+    parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.items() if name not in about)
+    needed, there = bytes_text(memory["total"]), bytes_text(memory["available"])
+    written, free = bytes_text(disk["total"]), bytes_text(disk["free"])
+    return [
+        f"memory     about {needed} of {there}: {parts} (for {memory['tokens']:,} tokens at once)",
+        f"disk       about {written} of {free}: {disk['kept']:,} checkpoints of {bytes_text(disk['checkpoint'])}, "
+        f"result {bytes_text(disk['result'])}",
+    ]
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -90,9 +103,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     )
     proof = summary["proof"]
     if proof["reloaded_loss"] is not None:
-        typer.echo(f"saved, reloaded ({proof['tensors_reloaded']} tensors), held-out loss reproduced")
+        typer.echo(f"saved, reloaded ({proof['tensors']} tensors), held-out loss reproduced")
     else:
-        typer.echo(f"saved and reloaded ({proof['tensors_reloaded']} tensors); nothing was held out to compare on")
+        typer.echo(f"saved and reloaded ({proof['tensors']} tensors); nothing was held out to compare on")
     typer.echo(f"result  {summary['result']}\nreport  {summary['run']}/report.html")
     typer.echo(f'next    luthier generate {summary["run"]} --prompt "..."')
 
@@ -158,8 +171,8 @@ def print_check(found: Mapping[str, Any]) -> None:
         f"{found['read']:,} read = {found['kept']:,} kept + {found['rejected']:,} rejected; {found['views']:,} views, "
         f"{counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained"
     )
-    for notice, times in counts["notices"].items():
-        typer.echo(f"note ({times:,} times): {notice}")
+    for warning in found["warnings"]:
+        typer.echo(f"note: {warning}")
     for problem in found["problems"]:
         typer.echo(problem)
     if not found["problems"]:

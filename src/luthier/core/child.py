@@ -17,32 +17,37 @@ from collections.abc import Sequence
 from typing import IO, Final
 
 _PR_SET_PDEATHSIG: Final = 1
+_NEEDED: Final = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
+"""What an interpreter may need to start; names of secrets (tokens, keys, proxies) are not among them."""
 
 
 def start_child(
-    module: str, arguments: Sequence[str] = (), *, stderr: int = subprocess.PIPE
+    module: str, arguments: Sequence[str] = (), *, stderr: int = subprocess.PIPE, bare: bool = False
 ) -> subprocess.Popen[bytes]:
     """`python -m module arguments` with pipes on standard input and output; `module` calls `bound_to_parent` first.
 
     Start it from the main thread, or from one that lives as long as the child shall: on Linux the child is bound to the
-    thread that started it. The child sees our import path, our environment and our `-O`.
+    thread that started it. The child sees our import path, our `-O` and, unless it is `bare`, our environment.
     """
     optimised = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
-    command = [sys.executable, *optimised, "-m", module, *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # -P: `-m` would put the working directory first on the import path, and that may be a folder from the internet.
+    command = [sys.executable, "-P", *optimised, "-m", module, *arguments]
+    known = {name: os.environ[name] for name in _NEEDED if name in os.environ} if bare else os.environ
+    environment = {**known, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, close_fds=True
     )
 
 
-def bound_to_parent(*, watch: IO[bytes] | None = None) -> None:
+def bound_to_parent(*, watch: IO[bytes] | None = None, thread: bool = True) -> None:
     """In the child: end when the parent ends, and leave Ctrl-C to the parent.
 
     `watch` is a stream that nothing is ever sent through; its end is the parent's. A child that reads its standard
-    input sees the end by itself and passes none.
+    input sees the end by itself and passes none. A child that shall outlive the `thread` that started it passes False
+    and looks now and then whether `os.getppid()` has changed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
+    if thread and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if watch is not None:
         threading.Thread(target=_leave_with, args=(watch,), daemon=True).start()

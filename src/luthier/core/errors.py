@@ -28,7 +28,7 @@ from typing import ClassVar, Final
 
 MOST_LINES: Final = 64
 _ROOM: Final[Mapping[str, int]] = {"received": 900, "allowed": 400, "do": 350, "where": 300}
-"""Characters of a line of each part; so a message of one line has less than 2,000. A list of rows has a line for each."""
+"""Characters of a line of each part; so a message of one line has less than 2,000. A list has one per row."""
 
 
 class LuthierError(Exception):

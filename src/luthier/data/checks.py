@@ -20,6 +20,8 @@ from luthier.data.renderer import Renderer
 
 Invariant = Literal["trained", "stop", "bos", "text", "prompt"]
 
+_EXCERPT = 8
+"""Tokens shown where a row and what inference feeds part."""
 _ASSISTANT = TOKEN_ROLES.index("assistant")
 
 
@@ -108,7 +110,7 @@ def _bos(view: Rendered, renderer: Renderer, row: Row) -> _Finding:
         return "bos", "the row begins with BOS twice", "take bos_token out of the template"
     if bos in renderer.tokenizer.eos_ids:
         return None
-    mark = renderer.tokenizer.decode([bos])
+    mark = renderer.bos_text
     content = row.content
     words = [message.content for message in content.messages] if isinstance(content, Conversation) else [content.text]
     if any(mark in text.removeprefix(mark if isinstance(content, Text) else "") for text in words):
@@ -150,22 +152,26 @@ def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> _
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if renderer.train_on == "all":
         prompts = [_ids(renderer, conversation, messages, index) for index in answers[-1:]]
-        kept = all(_cut(view, renderer) or _begins(prompt, view.tokens) for prompt in prompts)
-        return None if kept else _differs()
+        wrong = [prompt for prompt in prompts if not _cut(view, renderer) and not _begins(prompt, view.tokens)]
+        return _differs(wrong[0], view.tokens, renderer) if wrong else None
     for start, _ in _runs(view.weights > 0):
-        before = view.tokens[:start]
+        before = prompt = view.tokens[:start]
         while answers:
             prompt = _ids(renderer, conversation, messages, answers.pop(0))
             if np.array_equal(prompt, before) or (_cut(view, renderer) and _is_end(before, prompt, renderer)):
                 break
         else:
-            return _differs()
+            return _differs(prompt, before, renderer)
     return None
 
 
-def _differs() -> _Finding:
-    found = "inference would feed other tokens before an answer than the row has"
-    return "prompt", found, "choose another data.template"
+def _differs(prompt: Ints, row: Ints, renderer: Renderer) -> _Finding:
+    size = min(len(prompt), len(row))
+    apart = np.flatnonzero(prompt[:size] != row[:size])
+    at = int(apart[0]) if len(apart) else size
+    fed, has = (renderer.tokenizer.decode(ids[at : at + _EXCERPT]) for ids in (prompt, row))
+    found = f"before an answer inference would feed {fed!r} where the row has {has!r} (token {at + 1})"
+    return "prompt", found, "the template shows a prompt otherwise than a row; choose another data.template"
 
 
 def _ids(renderer: Renderer, conversation: Conversation, messages: Sequence[Message], index: int) -> Ints:

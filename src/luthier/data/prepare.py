@@ -1,25 +1,30 @@
 """From data files to training and held-out rows: read, render, check, split, and count every row on the way.
 
-Idea: the one path from files to tokens, whether a run, a check or a look at the data asks for it. Reading always
-happens, because it is what finds bad rows; rendering and checking happen once for the same content and settings and
-are cached.
+Idea: the one path from files to tokens, for a run and for its evaluation. Rows stream: a file is read once to find all
+rows that cannot be read, and once more to render, check and store the others; memory holds a few numbers a row. For
+the same content and settings all of it is cached, the log of the rows included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.errors import DataError, RecipeError
-from luthier.data.conversation import Row, Text
-from luthier.data.rendered import Rendered
+from luthier.core.errors import CorruptError, DataError, RecipeError
+from luthier.core.paths import cache_folder
+from luthier.data import findings
+from luthier.data.intake import Intake
+from luthier.data.rendered import TOKEN_ROLES, Rendered
 from luthier.data.renderer import OverLength, Renderer, TrainOn
-from luthier.data.rows import OnBadRow, RowReport, SourceFile, find_sources, read_rows
+from luthier.data.row_log import RowLog, RowReport, demand_readable
+from luthier.data.rows import OnBadRow, SourceFile, Stamp, find_sources
+from luthier.data.split import Split, split
 from luthier.data.statistics import LengthHistogram
 from luthier.data.template import choose
 from luthier.data.token_store import TokenStore, store_key
@@ -28,7 +33,11 @@ from luthier.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How files become tokens: everything but the tokenizer."""
+    """How files become tokens: everything but the tokenizer.
+
+    `now` is the date that templates see, as YYYY-MM-DD; today when it is empty. A run that is to go on on another day
+    keeps the date of its first one.
+    """
 
     format: str | None = None
     columns: dict[str, str] | None = None
@@ -37,6 +46,7 @@ class Reading:
     max_tokens: int | None = None
     over_length: OverLength = "raise"
     on_bad_row: OnBadRow = "raise"
+    now: str | None = None
 
 
 @final
@@ -60,7 +70,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready for a run, with the counts of everything that happened to it."""
+    """Data ready for a run, with the counts of everything that happened to it; `notices` are for a person to read."""
 
     report: RowReport
     renderer: Renderer
@@ -99,7 +109,7 @@ def make_renderer(
     if context_tokens is not None and limit is not None and limit > context_tokens:
         raise RecipeError(f"data.max_tokens is {limit}", allowed=f"at most the model's {context_tokens} positions")
     notices: list[str] = []
-    template = choose(reading.template, tokenizer, notice=notices.append)
+    template = choose(reading.template, tokenizer, notice=notices.append, now=_midnight(reading.now))
     renderer = Renderer(
         tokenizer,
         template,
@@ -108,6 +118,15 @@ def make_renderer(
         max_tokens=limit,
     )
     return renderer, tuple(notices)
+
+
+def _midnight(day: str | None) -> datetime | None:
+    if day is None:
+        return None
+    try:
+        return datetime.combine(date.fromisoformat(day), datetime.min.time()).astimezone()
+    except ValueError:
+        raise RecipeError(f"the date {day!r}", allowed="a date such as 2026-11-21") from None
 
 
 def sources_of(paths: str | Path | Sequence[str | Path], reading: Reading) -> list[SourceFile]:
@@ -131,55 +150,88 @@ def prepare(
     """Read, render, check and split. Raises DataError with the address of what cannot be used.
 
     With `evaluation` files their rows are held out; else a `fraction` of the rows, drawn by `seed`. All views of a row
-    fall on the same side.
+    fall on the same side, and so do the copies of a row.
     """
-    renderer, notices = make_renderer(tokenizer, reading, context_tokens=context_tokens)
+    renderer, chosen = make_renderer(tokenizer, reading, context_tokens=context_tokens)
     train_sources = sources_of(train, reading)
-    held_sources = sources_of(evaluation, reading) if evaluation is not None else []
-    report = _numbered(read_rows([*train_sources, *held_sources], on_bad_row=reading.on_bad_row))
+    sources = [*train_sources, *(sources_of(evaluation, reading) if evaluation is not None else [])]
+    store, report = _stored(sources, renderer, reading, cache)
+    report.answers.demand()
+    if len(store) == 0:
+        raise DataError(
+            f"none of the {report.read:,} rows is left to train on", do="look at the counts of: luthier data check"
+        )
+    chat = bool(report.answers.trained)
+    parts = _split(report, store, len(train_sources), fraction=fraction, seed=seed)
+    notices = [
+        *chosen,
+        *rendering_notices(report, renderer),
+        *report.answers.warnings(),
+        *parts.notices,
+        *findings.warnings(report.records, parts.held_rows, report.address, chat=chat),
+    ]
+    sides = Views(store, np.flatnonzero(~parts.held_views)), Views(store, np.flatnonzero(parts.held_views))
+    return Prepared(report, renderer, store, *sides, tuple(notices))
+
+
+def rendering_notices(report: RowReport, renderer: Renderer) -> list[str]:
+    """What rendering noticed: how often, and where first."""
+    told = []
+    for text, count in renderer.counts.notices.items():
+        where, words = report.examples.get(text, ("", ""))
+        first = f", first {where}{f': {words}' if words else ''}" if where else ""
+        told.append(f"{text} ({count:,} times{first})")
+    return told
+
+
+def _stored(
+    sources: Sequence[SourceFile], renderer: Renderer, reading: Reading, cache: Path | None
+) -> tuple[TokenStore, RowReport]:
+    """The tokens of all rows, and the log of the reading that made them: from the cache, or made now."""
+    stamps = [Stamp.of(source.path) for source in sources]
     key = store_key(
-        [Path(source.path) for source in [*train_sources, *held_sources]],
+        [Path(source.path) for source in sources],
         renderer,
         reading={
             "format": reading.format,
             "columns": reading.columns,
             "on_bad_row": reading.on_bad_row,
-            "limits": [source.limit for source in [*train_sources, *held_sources]],
+            "limits": [source.limit for source in sources],
         },
     )
-    store = TokenStore.open_or_build(lambda: report.rows, renderer, key=key, folder=cache)
-    if len(store) == 0:
-        raise DataError(
-            f"none of the {report.read:,} rows is left to train on", do="look at the counts of: luthier data check"
+
+    def make(folder: Path) -> Iterator[Rendered]:
+        if reading.on_bad_row == "raise":
+            # Found in seconds; rendering takes minutes where there are many rows.
+            demand_readable(sources)
+        log = RowLog(Intake(sources, renderer), renderer, folder=folder)
+        for item in log.sound(reading.on_bad_row):
+            yield from item.views
+        # The digests in the key are of the files as they were before; so must be what was read.
+        for source, stamp in zip(sources, stamps, strict=True):
+            stamp.demand_same(source.path)
+        log.write(folder)
+
+    home = cache if cache is not None else cache_folder() / "tokens"
+    store = TokenStore.open_or_build(make, renderer, key=key, folder=home)
+    report = RowReport.open(store.folder, sources)
+    if report is None:
+        raise CorruptError(
+            "the log of the rows does not fit the files it was written for",
+            do=f"rm -r {store.folder}; it is made again",
+            where=str(store.folder),
         )
-    held = _held_out(report, store, len(train_sources), fraction=fraction, seed=seed)
-    train_views, held_views = Views(store, np.flatnonzero(~held)), Views(store, np.flatnonzero(held))
-    return Prepared(report, renderer, store, train_views, held_views, notices)
+    return store, report
 
 
-def _numbered(report: RowReport) -> RowReport:
-    """Rows of several files numbered as one sequence; in one file a row keeps the number it has there."""
-    if len(report.files) == 1:
-        return report
-    rows = tuple(Row(index, row.where, row.content) for index, row in enumerate(report.rows))
-    return replace(report, rows=rows)
-
-
-def _held_out(
-    report: RowReport, store: TokenStore, train_files: int, *, fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """Which views are held out."""
+def _split(report: RowReport, store: TokenStore, train_files: int, *, fraction: float, seed: int) -> Split:
+    """Which rows are held out."""
+    rows = report.records["row"]
     if len(report.files) > train_files:
         first = report.files[train_files].start
-        held_rows = np.array([row.number for row in report.rows[first:]], dtype=np.int64)
-        return np.isin(store.rows, held_rows)
-    rows = np.unique(store.rows)
-    if len(rows) == 1 and isinstance(report.rows[0].content, Text):
-        # One long text: its pieces share no token, so the last ones can be held out.
-        share = min(max(1, round(fraction * len(store))), len(store) - 1) if fraction > 0 else 0
-        return np.arange(len(store)) >= len(store) - share
-    count = round(fraction * len(rows))
-    if fraction > 0 and len(rows) > 1:
-        count = max(1, min(count, len(rows) - 1))
-    chosen = np.random.default_rng([seed, 0x5EED]).permutation(rows)[:count]
-    return np.isin(store.rows, chosen)
+        return Split.of(rows, store.rows, rows[rows >= first])
+    if len(rows) == 1 and int(store.roles[-1]) == TOKEN_ROLES.index("text"):
+        return Split.of_pieces(len(store), fraction)
+    return split(
+        rows, store.rows, findings.groups(report.records) if fraction > 0 else None, fraction=fraction, seed=seed
+    )

@@ -11,18 +11,21 @@ Use it through `render`; `prompt_ids` is what generation feeds; `stop_ids` is wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, final, get_args
 
 import numpy as np
 
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.conversation import Conversation, Message, Row, Text
-from luthier.data.forest import Floats, Ints
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.template import Template
+from luthier.data.document import document
+from luthier.data.forest import Ints
+from luthier.data.render_counts import RenderCounts
+from luthier.data.rendered import Rendered
+from luthier.data.spans import closed, lead, message_weights, role_of_each
+from luthier.data.template import Template, Wanted
 from luthier.data.tokenizer import Tokenizer
-from luthier.data.turns import Answer, Shown, View, lay_out, placed, show
+from luthier.data.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
 
 RENDERER_VERSION = 1
 """Goes up whenever the same row may become other tokens, so that cached tokens are made again."""
@@ -30,29 +33,14 @@ RENDERER_VERSION = 1
 TrainOn = Literal["answers", "last", "all"]
 OverLength = Literal["raise", "drop", "truncate"]
 
+_ENCODED = 64
+"""Texts of one row whose tokens are remembered."""
 MIN_TOKENS = 16
 """The least that `max_tokens` may be: BOS, and two whole characters of four bytes each, with some room."""
 
 
-@final
-@dataclass(slots=True)
-class RenderCounts:
-    """What rendering did so far. `answers_too_long` are views dropped because not even their answer fits."""
-
-    rows: int = 0
-    views: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    dropped: int = 0
-    answers_too_long: int = 0
-    truncated: int = 0
-    notices: dict[str, int] = field(default_factory=dict)
-
-    def notice(self, text: str) -> None:
-        self.notices[text] = self.notices.get(text, 0) + 1
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+class TooLongError(DataError):
+    """A row of too many tokens under `over_length: raise`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +50,20 @@ class _Trained:
     start: int
     stop: int
     weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A row on its way: ready to be finished, or the error that stands for it, and the notices given so far."""
+
+    row: Row
+    ready: Stage | Text | DataError
+    told: Sequence[tuple[str, str]]
+
+    @property
+    def asks(self) -> bool:
+        """Whether the template will be asked for it."""
+        return isinstance(self.ready, Stage)
 
 
 @final
@@ -88,6 +90,10 @@ class Renderer:
         self.max_tokens = max_tokens
         self.counts = RenderCounts()
         self._found_stops: set[int] = set()
+        self.bos_text = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
+        self._before = (self.counts, self._found_stops)
+        self._now: Staged | None = None
+        self._encoded: dict[str, tuple[Ints, Ints]] = {}
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -101,10 +107,52 @@ class Renderer:
 
     def render(self, row: Row) -> list[Rendered]:
         """The views of `row`: one; several where history is rewritten or a text is long; none when it is dropped."""
+        staged = self.stage(row)
+        self.foresee([staged])
+        made = self.finish(staged)
+        if isinstance(made, DataError):
+            raise made
+        return made
+
+    # Many rows: stage each, foresee all of them at once (in another thread, if that helps), finish each in its turn.
+
+    def stage(self, row: Row) -> Staged:
+        """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        told: list[tuple[str, str]] = []
+        content = row.content
         try:
-            made = self._text(row, row.content) if isinstance(row.content, Text) else self._talk(row, row.content)
+            if isinstance(content, Conversation):
+                return Staged(row, self._stage(content, lambda text, example="": told.append((text, example))), told)
+            return Staged(row, content, told)
         except DataError as error:
-            raise error if error.where == row.where else placed(error, row.where) from error
+            return Staged(row, placed(error, row.where), told)
+
+    def foresee(self, staged: Sequence[Staged]) -> None:
+        """Have the template asked once, ahead, for what these rows will need."""
+        stages = [one.ready for one in staged if isinstance(one.ready, Stage)]
+        slots = [(stage, slot, wanted) for stage in stages for slot, wanted in stage.foreseen()]
+        try:
+            outcomes = self.template.render_many([wanted for _, _, wanted in slots]) if slots else []
+        except TemplateError:
+            outcomes = []  # a row that cannot be sent at all says so when its turn comes, and hides no other
+        for (stage, slot, _), outcome in zip(slots, outcomes, strict=False):
+            stage.take(slot, outcome)
+
+    def finish(self, staged: Staged) -> list[Rendered] | DataError:
+        """The views of a staged row, or why there are none."""
+        row, ready = staged.row, staged.ready
+        # Whoever refuses the row later takes its counts back.
+        self._before = (self.counts.copy(), set(self._found_stops))
+        self._now = staged
+        self._encoded.clear()
+        for text, example in staged.told:
+            self._notice(text, example)
+        if isinstance(ready, DataError):
+            return ready
+        try:
+            made = self._document(row, ready) if isinstance(ready, Text) else self._talk(row, ready)
+        except DataError as error:
+            return error if error.where == row.where else placed(error, row.where)
         self.counts.rows += 1
         for view in made:
             self.counts.views += 1
@@ -112,30 +160,47 @@ class Renderer:
             self.counts.trained_tokens += view.trained_count
         return made
 
+    def take_back(self) -> None:
+        """Forget what the row rendered last has added to the counts and the stop tokens: it is refused."""
+        self.counts, self._found_stops = self._before
+
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
         """What inference feeds to get the answer that follows `messages`."""
         shown = show(Conversation(tuple(messages), tuple(tools)), self.template, _quiet)
-        fields = [message.fields for message in shown]
-        text = self.template.render(fields, tools=tools, add_generation_prompt=True)
-        return self._encode(text, _quiet)[0]
+        wanted = Wanted([message.fields for message in shown], tools, add_generation_prompt=True)
+        return self._encode(self._write(wanted), _quiet)[0].copy()
 
     # Conversations
 
-    def _talk(self, row: Row, conversation: Conversation) -> list[Rendered]:
+    def _stage(self, conversation: Conversation, notice: Notice) -> Stage:
         if not conversation.messages:
             raise DataError("the conversation has no message")
         for message in conversation.messages:
             if len(self.tokenizer.specials.split(message.content)) > 1:
-                self.counts.notice("a message contains the text of a control token, which is read as that token")
-        shown = show(conversation, self.template, self.counts.notice)
-        weights = self._turn_weights(shown)
-        views = lay_out(shown, self.template, tools=conversation.tools, weights=weights, notice=self.counts.notice)
+                notice("a message contains the text of a control token, which is read as that token")
+        shown = show(conversation, self.template, notice)
+        return Stage(shown, self._write, conversation.tools, self._turn_weights(shown))
+
+    def _write(self, wanted: Wanted) -> str:
+        """The one place where the template is asked, but for what was asked of it ahead."""
+        if self._now is not None and isinstance(self._now.ready, Stage):
+            known = self._now.ready.prompt_like(wanted)
+            if known is not None:
+                return known
+        ask = wanted.add_generation_prompt
+        return self.template.render(wanted.messages, tools=wanted.tools, add_generation_prompt=ask)
+
+    def _notice(self, text: str, example: str = "") -> None:
+        self.counts.notice(text, (self._now.row.where if self._now is not None else "", example))
+
+    def _talk(self, row: Row, stage: Stage) -> list[Rendered]:
+        views = lay_out(stage, self._notice)
         if self.train_on == "all":
             # Only the last view holds the whole conversation; earlier ones would train its words twice.
             views = views[-1:]
         made: list[Rendered] = []
         for view in views:
-            for rendered, trained in self._tokens(row, view, shown):
+            for rendered, trained in self._tokens(row, view, stage.shown):
                 made.extend(self._fit(row, rendered, trained))
         return made
 
@@ -151,7 +216,7 @@ class Renderer:
         return weights
 
     def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[_Trained]]]:
-        notice = self.counts.notice
+        notice = self._notice
         tokens, spans = self._encode(view.text, notice)
         starts: list[int] = []
         for answer in view.answers:
@@ -170,16 +235,16 @@ class Renderer:
         trained = [
             self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
         ]
-        roles = _roles(spans, view, shown)
+        roles = role_of_each(spans, view, shown)
         weights = np.zeros(len(tokens), np.float32)
         if self.train_on == "all":
-            weights = _message_weights(spans, view, shown)
+            weights = message_weights(spans, view, shown)
         for turn in trained:
             weights[turn.start : turn.stop] = turn.weight
         if len(weights):
             weights[0] = 0.0
         if self.tokenizer.bos_id is not None and self.tokenizer.adds_bos:
-            weights[: _lead(tokens, self.tokenizer.bos_id)] = 0.0
+            weights[: lead(tokens, self.tokenizer.bos_id)] = 0.0
         return [(Rendered(row.number, view.text, tokens, weights, roles, spans), trained)]
 
     def _in_two(self, view: View) -> tuple[Ints, Ints, list[int]]:
@@ -192,7 +257,7 @@ class Renderer:
                 f"the answer of message {answer.message + 1} has no encoding that continues its prompt",
                 do="choose another template with data.template",
             )
-        self.counts.notice("prompt and answer were encoded apart: a token would straddle the start of the answer")
+        self._notice("prompt and answer were encoded apart: a token would straddle the start of the answer")
         tokens = np.concatenate([prompt, rest[0]])
         return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [len(prompt)]
 
@@ -227,7 +292,7 @@ class Renderer:
                 )
         if stop not in ids.stop_ids:
             self._found_stops.add(stop)
-            self.counts.notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
+            self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
         return _Trained(start, at + 1, answer.weight)
 
     # Length
@@ -238,7 +303,7 @@ class Renderer:
         if limit is None or len(view.tokens) <= limit:
             return [view]
         if self.over_length == "raise":
-            raise DataError(
+            raise TooLongError(
                 f"the conversation has {len(view.tokens)} tokens",
                 allowed=f"at most {limit}",
                 do="raise data.max_tokens, or set data.over_length to drop or to truncate",
@@ -252,7 +317,7 @@ class Renderer:
     def _cut(self, view: Rendered, trained: Sequence[_Trained], limit: int) -> list[Rendered]:
         """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
         bos = self.tokenizer.bos_id
-        head = _lead(view.tokens, bos) if bos is not None and self.tokenizer.adds_bos else 0
+        head = lead(view.tokens, bos) if bos is not None and self.tokenizer.adds_bos else 0
         stop = trained[-1].stop
         start = max(stop - (limit - head), head)
         while head < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
@@ -266,117 +331,45 @@ class Renderer:
         for turn in trained[:-1]:
             if turn.start < first:
                 weights[turn.start : turn.stop] = 0.0
-                self.counts.notice("an earlier answer was cut away by truncation")
+                self._notice("an earlier answer was cut away by truncation")
         keep = np.concatenate([np.arange(head), np.arange(start, stop)])
         weights = weights[keep]
         weights[: max(head, 1)] = 0.0
         self.counts.truncated += 1
         return [Rendered(view.row, view.text, view.tokens[keep], weights, view.roles[keep], view.spans[keep])]
 
-    # Texts
-
-    def _text(self, row: Row, content: Text) -> list[Rendered]:
-        """A document: all of it trained once, in consecutive chunks when it is long."""
-        text = content.text
-        tokens, spans = self.tokenizer.encode(text)
-        spans = _closed(spans, text)
-        bos = np.array([self.tokenizer.bos_id], np.int32) if self.tokenizer.adds_bos else np.zeros(0, np.int32)
-        if len(bos) and len(tokens) and tokens[0] == bos[0]:
-            tokens, spans = tokens[1:], spans[1:]
-        eos = self.tokenizer.eos_id
-        if eos is None:
-            self.counts.notice("the tokenizer has no end-of-text token, so texts end without one")
-        elif not len(tokens) or tokens[-1] != eos:
-            tokens = np.append(tokens, np.int32(eos))
-            spans = np.concatenate([spans, np.full((1, 2), len(text), np.int32)])
-        made: list[Rendered] = []
-        start = 0
-        while start < len(tokens):
-            # The chunk before hands over its last character, unweighted, so that every token is predicted once.
-            before = max(_whole_character(spans, start - 1), start - 4) if start else 0
-            room = (self.max_tokens or len(tokens) + 1) - len(bos) - (start - before)
-            stop = len(tokens) if start + room >= len(tokens) else _whole_character(spans, start + room)
-            stop = stop if stop > start else start + room
-            weights = np.ones(len(bos) + stop - before, np.float32)
-            weights[: max(len(bos) + start - before, 1 if start == 0 else 0)] = 0.0
-            marks = np.full((len(bos), 2), spans[before, 0], np.int32)
-            roles = np.full(len(weights), TOKEN_ROLES.index("text"), np.uint8)
-            roles[: len(bos)] = TOKEN_ROLES.index("template")
-            ids = np.concatenate([bos, tokens[before:stop]])
-            made.append(Rendered(row.number, text, ids, weights, roles, np.concatenate([marks, spans[before:stop]])))
-            start = stop
-        return made
-
     # Tokens
 
-    def _encode(self, text: str, notice: Any) -> tuple[Ints, Ints]:
+    def _document(self, row: Row, content: Text) -> list[Rendered]:
+        return document(row.number, content.text, self.tokenizer, longest=self.max_tokens, notice=self._notice)
+
+    def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
         """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""
-        tokens, spans = self.tokenizer.encode(text)
-        spans = _closed(spans, text)
+        if text not in self._encoded:
+            # The prompt of a row is asked for again when the row is checked.
+            if len(self._encoded) >= _ENCODED:
+                self._encoded.clear()
+            ids, places = self.tokenizer.encode(text)
+            self._encoded[text] = ids, closed(places, text)
+        tokens, spans = self._encoded[text]
         bos = self.tokenizer.bos_id
         if bos is None or not self.tokenizer.adds_bos:
             return tokens, spans
-        written = _lead(tokens, bos)
+        written = lead(tokens, bos)
         if written > 1:
             notice("the template writes BOS more than once at the start; one is kept")
             return tokens[written - 1 :], spans[written - 1 :]
-        mark = self.tokenizer.decode([bos])
-        if written == 0 and not text.lstrip().startswith(mark):
+        if written == 0 and not text.lstrip().startswith(self.bos_text):
             notice("the template writes no BOS; it is added")
             tokens = np.concatenate([np.array([bos], np.int32), tokens])
             spans = np.concatenate([np.zeros((1, 2), np.int32), spans])
         return tokens, spans
 
 
-def _quiet(text: str) -> None:
+def _quiet(text: str, example: str = "") -> None:
     """Prompts are encoded again to compare ids; what is noticed in them was counted with the whole text."""
 
 
 def _one_of(value: str, allowed: Sequence[str], where: str) -> None:
     if value not in allowed:
         raise RecipeError(f"{value!r}", allowed=" or ".join(allowed), where=where)
-
-
-def _lead(tokens: Ints, bos: int) -> int:
-    """How many BOS stand at the start."""
-    count = 0
-    while count < len(tokens) and int(tokens[count]) == bos:
-        count += 1
-    return count
-
-
-def _closed(spans: Ints, text: str) -> Ints:
-    """The spans with white space that no token claims given to the token after it, so that they cover the text."""
-    if not len(spans):
-        return spans
-    closed = spans.copy()
-    before = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])[:-1]])
-    for index in np.flatnonzero(spans[:, 0] > before):
-        if not text[before[index] : spans[index, 0]].strip():
-            closed[index, 0] = before[index]
-    return closed
-
-
-def _whole_character(spans: Ints, index: int) -> int:
-    """The last place up to `index` where no character is cut in two."""
-    while index > 0 and spans[index, 0] < spans[index - 1, 1]:
-        index -= 1
-    return index
-
-
-def _roles(spans: Ints, view: View, shown: Sequence[Shown]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    names = np.array([TOKEN_ROLES.index(shown[message].role) for _, message in view.bounds], np.uint8)
-    roles = names[_owners(spans, view)]
-    # A token that no character stands for, such as an added BOS, is nobody's.
-    roles[spans[:, 0] == spans[:, 1]] = TOKEN_ROLES.index("template")
-    return roles
-
-
-def _message_weights(spans: Ints, view: View, shown: Sequence[Shown]) -> Floats:
-    values = [shown[message].weight if shown[message].role == "assistant" else None for _, message in view.bounds]
-    return np.array([1.0 if value is None else value for value in values], np.float32)[_owners(spans, view)]
-
-
-def _owners(spans: Ints, view: View) -> Ints:
-    ends = np.array([end for end, _ in view.bounds], np.int32)
-    return np.minimum(np.searchsorted(ends, spans[:, 0], side="right"), len(ends) - 1).astype(np.int32)

@@ -53,14 +53,16 @@ class Place:
 
     def at(self, text: str, offset: int) -> str:
         """The address `file:line:column` of the character at `offset`, which is not before this place."""
-        breaks = text.count("\n", self.offset, offset)
-        column = offset - text.rfind("\n", self.offset, offset) if breaks else self.column + offset - self.offset
-        return f"{self.name}:{self.line + breaks}:{column}"
+        place = self.moved(text, offset)
+        return f"{place.name}:{place.line}:{place.column}"
 
     def moved(self, text: str, offset: int) -> Place:
-        """The place of the character at `offset`."""
-        name, line, column = self.at(text, offset).rsplit(":", 2)
-        return Place(name, int(line), int(column), offset)
+        """The place of the character at `offset`, which is not before this place."""
+        if offset == self.offset:
+            return self
+        breaks = text.count("\n", self.offset, offset)
+        column = offset - text.rfind("\n", self.offset, offset) if breaks else self.column + offset - self.offset
+        return Place(self.name, self.line + breaks, column, offset)
 
 
 def excerpt(text: str, *, limit: int = EXCERPT) -> str:
@@ -79,11 +81,11 @@ def excerpt(text: str, *, limit: int = EXCERPT) -> str:
 
 
 def decode_text(raw: bytes, place: Place) -> str:
-    """UTF-8 bytes as text, without the byte order mark a file may begin with.
+    """UTF-8 bytes that begin at `place` as text, without the byte order mark a file may begin with.
 
     Raises DataError with the line and the byte for UTF-16, NUL and anything else that is not UTF-8 text.
     """
-    if place.line == 1:
+    if place.line == 1 and place.column == 1:
         if is_wide(raw):
             raise DataError(
                 "the file is UTF-16 or UTF-32", allowed="UTF-8", do="save it as UTF-8", where=f"{place.name}:1:1"
@@ -109,8 +111,9 @@ def is_wide(raw: bytes) -> bool:
 
 
 def _byte_address(raw: bytes, offset: int, place: Place) -> str:
-    line, column = place.line + raw.count(b"\n", 0, offset), offset - raw.rfind(b"\n", 0, offset)
-    return f"{place.name}:{line}:{column}"
+    breaks = raw.count(b"\n", 0, offset)
+    column = offset - raw.rfind(b"\n", 0, offset) if breaks else place.column + offset
+    return f"{place.name}:{place.line + breaks}:{column}"
 
 
 def _nul_advice(raw: bytes) -> str:
@@ -159,6 +162,7 @@ def parse(text: str, place: Place) -> object:
         raise DataError(
             f"{excerpt(text[end : end + EXCERPT + 1])} after the end of the value",
             allowed="one JSON value",
+            do="save the file with Unix or Windows line ends" if "\r" in text[:end] else "",
             where=place.at(text, end),
         )
     return value
@@ -206,59 +210,6 @@ def locate(text: str, path: Sequence[str | int]) -> int:
             if depth == len(path):
                 break
     return best
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """An element of a list: its value, its text, and the place where that begins."""
-
-    value: object
-    place: Place
-    source: str
-
-
-def elements(text: str, place: Place) -> Iterator[Element | DataError]:
-    """The elements of the JSON list that `text` is, or values one after another; a bad one does not hide the next.
-
-    Raises DataError where the text stops being JSON, since nothing behind that can be trusted.
-    """
-    offset = skip_space(text, 0)
-    in_list = text.startswith("[", offset)
-    offset = skip_space(text, offset + 1) if in_list else offset
-    here = place
-    more = not text.startswith("]", offset) if in_list else offset < len(text)
-    while more:
-        # Counting goes on from the element before: a list on one long line must not take quadratic time.
-        here = here.moved(text, offset)
-        try:
-            value, end = parse_at(text, offset, here)
-        except DataError as failure:
-            passed = skip_value(text, offset)
-            if passed is None:
-                raise _last(failure.received, failure.allowed, failure.do, failure.where) from None
-            yield failure
-            end = passed
-        else:
-            yield Element(value, Place(here.name, here.line, here.column), text[offset:end])
-        offset = skip_space(text, end)
-        more = text.startswith(",", offset) if in_list else offset < len(text)
-        if in_list and more:
-            offset = skip_space(text, offset + 1)
-    if in_list:
-        if not text.startswith("]", offset):
-            raise _unexpected(text, offset, place, "expected a comma or the end of the list")
-        offset = skip_space(text, offset + 1)
-    if offset < len(text):
-        raise _unexpected(text, offset, place, "expected nothing after the end of the list")
-
-
-def _unexpected(text: str, offset: int, place: Place, allowed: str) -> DataError:
-    came = excerpt(text[offset : offset + EXCERPT + 1]) if offset < len(text) else "the file ends too early"
-    return _last(came, allowed, "", place.at(text, offset))
-
-
-def _last(received: str, allowed: str, do: str, where: str) -> DataError:
-    return DataError(f"{received}; nothing after it was read", allowed=allowed, do=do, where=where)
 
 
 def _depth(value: object) -> int:

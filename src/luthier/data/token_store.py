@@ -1,8 +1,8 @@
 """Rendered rows on disk: made once for the same data, tokenizer, template and policy, then mapped into memory.
 
 Idea: the folder's name is a digest of everything the tokens depend on, so a store can be used without asking whether
-it is still right. It is written beside its place and renamed, so a crash leaves nothing that looks whole; what does not
-match its own description is made again. Arrays are plain .npy files, read without pickle.
+it is still right. It is written beside its place and renamed, so a crash leaves nothing that looks whole; a manifest
+tells each flipped bit, and what does not match it is made again. Arrays are plain .npy files, read without pickle.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.errors import DataError, StorageError
+from luthier.core.errors import StorageError
 from luthier.core.paths import cache_folder
-from luthier.data.checks import check_rendered
-from luthier.data.conversation import Row
+from luthier.data.render_counts import RenderCounts
 from luthier.data.rendered import Rendered
-from luthier.data.renderer import RENDERER_VERSION, RenderCounts, Renderer
+from luthier.data.renderer import RENDERER_VERSION, Renderer
+from luthier.store.disk import explained
+from luthier.store.manifest import verify, write_manifest
 
 _FORMAT: Final = 1
 _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
@@ -38,7 +39,6 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "offsets": (np.int64, ()),
 }
 _HEADER_BYTES: Final = 128
-_LISTED_PROBLEMS: Final = 20
 
 
 def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[str, Any] | None = None) -> str:
@@ -81,11 +81,12 @@ class TokenStore:
 
     @classmethod
     def open_or_build(
-        cls, rows: Callable[[], Iterable[Row]], renderer: Renderer, *, key: str, folder: Path | None = None
+        cls, make: Callable[[Path], Iterable[Rendered]], renderer: Renderer, *, key: str, folder: Path | None = None
     ) -> TokenStore:
-        """The store of `key` if it is whole; otherwise `rows()` are rendered and checked, and the store is written.
+        """The store of `key` if it is whole; otherwise it is written with the views of `make(its folder)`.
 
-        Either way the renderer ends with the counts and stop tokens of exactly these rows.
+        `make` has rendered and checked them, and may leave files of its own in the folder. Either way the renderer ends
+        with the counts and stop tokens of exactly these rows.
         """
         home = folder if folder is not None else cache_folder() / "tokens"
         place = home / key
@@ -94,16 +95,14 @@ class TokenStore:
             renderer.recall(found.counts, found.stop_ids)
             return found
         renderer.recall(RenderCounts(), frozenset())
-        try:
+        with explained("write the token cache", home):
             home.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=home))
-        except OSError as error:
-            raise StorageError(f"the token cache cannot be written: {error.strerror}", where=str(home)) from error
         try:
-            _write(rows(), renderer, made, key)
-            _take_place(made, place, lambda: cls.open(place, key=key) is not None)
-        except OSError as error:
-            raise StorageError(f"the token cache cannot be written: {error}", where=str(place)) from error
+            with explained("write the token cache", place):
+                _write(make(made), renderer, made, key)
+                write_manifest(made, {"key": key})
+                _take_place(made, place, lambda: cls.open(place, key=key) is not None)
         finally:
             shutil.rmtree(made, ignore_errors=True)
         found = cls.open(place, key=key)
@@ -113,8 +112,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, place: Path, *, key: str) -> TokenStore | None:
-        """The store in `place`, or None when there is none that is whole and has this key."""
+        """The store in `place`, or None when there is none that is whole, to the bit, and has this key."""
         try:
+            verify(place)
             about = json.loads((place / "store.json").read_text(encoding="utf-8"))
             arrays = {name: _open_array(place, name, about) for name in _ARRAYS}
             if about["key"] != key or about["format"] != _FORMAT or not _agree(arrays):
@@ -156,29 +156,19 @@ class TokenStore:
         return self.counts.trained_tokens
 
 
-def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> None:
-    """Render and check all rows into `made`; raises one DataError that lists the rows that do not pass."""
-    problems: list[DataError] = []
-    total = read = 0
+def _write(views: Iterable[Rendered], renderer: Renderer, made: Path, key: str) -> None:
+    """Write the views into `made`, as they come."""
+    total = 0
     with _Arrays(made) as arrays:
         arrays.append("offsets", np.zeros(1, np.int64))
-        for row in rows:
-            read += 1
-            try:
-                views = renderer.render(row)
-            except DataError as refused:
-                problems.append(refused)
-                continue
-            for view in views:
-                problems += [problem.error() for problem in check_rendered(view, renderer, row)]
-                total += len(view.tokens)
-                arrays.append("tokens", view.tokens)
-                arrays.append("weights", view.weights)
-                arrays.append("roles", view.roles)
-                arrays.append("spans", view.spans)
-                arrays.append("rows", np.array([view.row], np.int32))
-                arrays.append("offsets", np.array([total], np.int64))
-    _demand(problems, read)
+        for view in views:
+            total += len(view.tokens)
+            arrays.append("tokens", view.tokens)
+            arrays.append("weights", view.weights)
+            arrays.append("roles", view.roles)
+            arrays.append("spans", view.spans)
+            arrays.append("rows", np.array([view.row], np.int32))
+            arrays.append("offsets", np.array([total], np.int64))
     about = {
         "format": _FORMAT,
         "key": key,
@@ -190,24 +180,6 @@ def _write(rows: Iterable[Row], renderer: Renderer, made: Path, key: str) -> Non
         json.dump(about, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _demand(problems: Sequence[DataError], read: int) -> None:
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        counts = f"{len(problems):,} problems in {read:,} rows"
-        raise DataError(f"{counts}{_listed(problems)}\n", do="see them all with: luthier data check")
-
-
-def _listed(problems: Sequence[DataError]) -> str:
-    """The problems, a line each; the same words for many rows stand once, with the first address and their number."""
-    alike: dict[str, list[DataError]] = {}
-    for problem in problems:
-        alike.setdefault(problem.received, []).append(problem)
-    lines = [f"\n  {same[0]}{f' (and {len(same) - 1:,} rows alike)' * (len(same) > 1)}" for same in alike.values()]
-    left = len(lines) - _LISTED_PROBLEMS
-    return "".join(lines[:_LISTED_PROBLEMS]) + (f"\n  and {left:,} other problems" if left > 0 else "")
 
 
 def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:

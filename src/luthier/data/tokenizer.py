@@ -17,9 +17,10 @@ from typing import Any, final
 
 import numpy as np
 
-from luthier.core.errors import LuthierError, MissingError, StorageError, UnsafeArtifactError
+from luthier.core.errors import UnsafeArtifactError
 from luthier.data.forest import Ints
-from luthier.data.hub import only_cached
+from luthier.data.hub import ModelFiles
+from luthier.data.tokenizer_files import read_tokenizer, stop_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +59,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
-        """The tokenizer in a folder, or of a hub id (from the hub cache alone when HF_HUB_OFFLINE is set)."""
-        from transformers import AutoTokenizer
+        """The tokenizer in a folder, or of a hub id (from the hub cache alone when HF_HUB_OFFLINE is set).
 
-        folder = Path(source)
-        local = folder.is_dir()
-        try:
-            cached = not local and only_cached(str(source))
-            _refuse_code(source, local, cached)
-            raw = AutoTokenizer.from_pretrained(
-                str(source), trust_remote_code=False, local_files_only=local or cached
-            )
-        except LuthierError:
-            raise
-        except OSError as error:
-            raise MissingError(
-                f"no tokenizer could be loaded from {str(source)!r}: {_first_line(error)}",
-                do="give a folder with a tokenizer.json, or a hub id that is cached or can be reached",
-            ) from error
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise _remote_code(source) from error
-            raise StorageError(f"the tokenizer of {str(source)!r} cannot be read: {_first_line(error)}") from error
-        return cls.of(raw, generation_eos=_generation_eos(source, local, cached))
+        Raises MissingError when there is none, UnsafeArtifactError for one that needs code, CorruptError for damage.
+        """
+        files = ModelFiles.of(source)
+        return cls.of(read_tokenizer(files), generation_eos=stop_ids(files.json("generation_config.json")))
 
     @classmethod
     def of(cls, raw: Any, *, generation_eos: Sequence[int] = ()) -> Tokenizer:
@@ -192,68 +176,12 @@ class Tokenizer:
     def save(self, folder: Path, *, chat_template: str | None = None) -> None:
         """Write the tokenizer's files beside a model, with `chat_template` in the place of its own when given."""
         self.raw.save_pretrained(str(folder))
+        # The class that every version of transformers has, and that reads tokenizer.json as it stands, as we do.
+        path = folder / "tokenizer_config.json"
+        config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if chat_template is not None:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
-
-def _refuse_code(source: str | Path, local: bool, cached: bool) -> None:
-    """Refuse what would need code or a pickle to load, before anything is opened."""
-    config = _read_json(source, "tokenizer_config.json", local, cached)
-    if isinstance(config.get("auto_map"), Mapping) and "AutoTokenizer" in config["auto_map"]:
-        raise _remote_code(source)
-    if not local:
-        return
-    names = {path.name for path in Path(source).iterdir()}
-    pickles = sorted(name for name in names if re.search(r"(tok|vocab).*\.(pkl|pickle)$", name, re.IGNORECASE))
-    if pickles and "tokenizer.json" not in names:
-        raise UnsafeArtifactError(
-            f"the tokenizer is a pickle: {', '.join(pickles)}",
-            allowed="tokenizers that have a tokenizer.json",
-            do="convert it in a place where its origin is trusted",
-            where=str(source),
-        )
-
-
-def _remote_code(source: str | Path) -> UnsafeArtifactError:
-    return UnsafeArtifactError(
-        "the tokenizer needs Python code that comes with the model",
-        allowed="tokenizers that have a tokenizer.json and need no code",
-        do="save a converted tokenizer.json without auto_map, or choose another model",
-        where=str(source),
-    )
-
-
-def _read_json(source: str | Path, name: str, local: bool, cached: bool) -> dict[str, Any]:
-    """A small JSON file of the model; empty when it has none."""
-    if local:
-        path = Path(source) / name
-        if not path.is_file():
-            return {}
-    else:
-        from transformers.utils.hub import cached_file
-
-        found = cached_file(
-            str(source),
-            name,
-            local_files_only=cached,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-        if found is None:
-            return {}
-        path = Path(found)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StorageError(f"{name} is not JSON: {_first_line(error)}", where=str(path)) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _generation_eos(source: str | Path, local: bool, cached: bool) -> list[int]:
-    value = _read_json(source, "generation_config.json", local, cached).get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    return [token for token in values if isinstance(token, int)]
 
 
 def _template_of(raw: Any) -> str | None:
@@ -293,7 +221,3 @@ def _prefix_space(raw: Any) -> bool:
         if text.endswith(" xy"):
             return True
     return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,15 +15,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, final
 
 from luthier.core.errors import DataError, TemplateError
 from luthier.data.conversation import Conversation, Message, Role, ToolCall
-from luthier.data.template import Template
+from luthier.data.strict_json import excerpt
+from luthier.data.template import Template, Wanted
 
 _PROBES = ("Qz4mT", "Wk9xB")
+_FORESEEN = 2**18
+"""Characters of one row's renderings that are made ahead: those of a very long conversation would fill the memory."""
+_BEFORE, _AFTER = 20, 40
+"""Characters shown before and after the place where two renderings part."""
 
-Notice = Callable[[str], None]
+
+class Notice(Protocol):
+    """Hears of something that a user should know, in words that are the same for every row, with one row's example."""
+
+    def __call__(self, text: str, example: str = "") -> None: ...
+
+
+HISTORY = (
+    "the template changes history: it shows a turn differently once others follow, so each answer is trained in a view "
+    "of its own, behind exactly what inference shows (more tokens, the same answers); a template that leaves past "
+    "turns as they were needs one view for a conversation, such as data.template: chatml"
+)
+PROMPT = (
+    "the generation prompt is not how the template begins an answer, so each answer is trained behind that prompt in a "
+    "view of its own; a template whose prompt is the beginning needs one view, such as data.template: chatml"
+)
+Write = Callable[[Wanted], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +116,25 @@ def show(conversation: Conversation, template: Template, notice: Notice) -> list
     return shown
 
 
-def lay_out(
-    shown: Sequence[Shown],
-    template: Template,
-    *,
-    tools: Sequence[Mapping[str, Any]],
-    weights: Mapping[int, float],
-    notice: Notice,
-) -> list[View]:
-    """The views of a conversation in which the messages of `weights` are trained, with that weight."""
-    stage = _Stage(shown, template, tools, notice)
-    full = stage.text(len(shown))
-    turns = {index: stage.turn(index, weight) for index, weight in weights.items()}
-    joint = all(turn.prefixed and full.startswith(turn.text[: turn.answer.stop]) for turn in turns.values())
-    if joint:
-        return [View(full, tuple(turn.answer for turn in turns.values()), stage.bounds(full, len(shown)))]
+def lay_out(stage: Stage, notice: Notice) -> list[View]:
+    """The views of a conversation in which the messages of the stage's weights are trained, with that weight."""
+    count = len(stage.shown)
+    full = stage.text(count)
+    turns = {index: stage.turn(index, weight, notice) for index, weight in stage.weights.items()}
+    changed = [index for index, turn in turns.items() if not full.startswith(turn.text[: turn.answer.stop])]
+    if not changed and all(turn.prefixed for turn in turns.values()):
+        return [View(full, tuple(turn.answer for turn in turns.values()), stage.bounds(full, count))]
     if len(turns) > 1:
-        notice("the template shows past turns differently: one view for each answer")
+        example = _parting(changed[0], turns[changed[0]].text, full) if changed else ""
+        notice(HISTORY, example)
     return [View(turn.text, (turn.answer,), stage.bounds(turn.text, index + 1)) for index, turn in turns.items()]
+
+
+def _parting(index: int, alone: str, full: str) -> str:
+    """How a rendering that ends with message `index` and one that goes on differ, where they part."""
+    at = len(_common_start(alone, full))
+    one, two = (text[max(at - _BEFORE, 0) : at + _AFTER] for text in (alone, full))
+    return f"message {index + 1} is shown as {one!r} when it is the last one and as {two!r} when others follow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,29 +146,68 @@ class _Turn:
     prefixed: bool
 
 
-class _Stage:
-    """The renderings of one conversation."""
+@final
+class Stage:
+    """One conversation and the renderings it needs: those that can be foreseen may be made ahead and handed in."""
 
     def __init__(
-        self, shown: Sequence[Shown], template: Template, tools: Sequence[Mapping[str, Any]], notice: Notice
+        self, shown: Sequence[Shown], write: Write, tools: Sequence[Mapping[str, Any]], weights: Mapping[int, float]
     ) -> None:
+        self.shown = shown
+        self.weights = weights
         self._fields = [message.fields for message in shown]
-        self._shown = shown
-        self._template = template
+        self._write = write
         self._tools = tools
-        self._notice = notice
-        self._known: dict[int, str] = {}
+        self._known: dict[tuple[str, int], str | TemplateError] = {}
+
+    def foreseen(self) -> list[tuple[tuple[str, int], Wanted]]:
+        """The renderings that laying out will ask for, as far as can be told; give what became of them to `take`."""
+        fields = self._fields
+        wanted = [(("text", count), Wanted(fields[:count], self._tools)) for count in range(1, len(fields) + 1)]
+        for index in self.weights:
+            wanted.append((("prompt", index), self._prompt(index)))
+            wanted += [((probe, index), self._changed(index, {"content": probe})) for probe in _PROBES]
+        size = sum(len(field["content"]) for field in fields) + 1
+        return wanted if size * len(wanted) <= _FORESEEN else []
+
+    def take(self, slot: tuple[str, int], outcome: str | TemplateError) -> None:
+        """What became of a foreseen rendering."""
+        self._known[slot] = outcome
+
+    def prompt_like(self, wanted: Wanted) -> str | None:
+        """The prompt that `wanted` asks for, when it is one of this conversation's and is known."""
+        count = len(wanted.messages)
+        known = self._known.get(("prompt", count)) if wanted.add_generation_prompt else None
+        same = wanted.messages == self._fields[:count] and list(wanted.tools) == list(self._tools)
+        return known if isinstance(known, str) and same else None
 
     def text(self, count: int) -> str:
         """The rendering of the first `count` messages."""
-        if count not in self._known:
-            self._known[count] = self._template.render(self._fields[:count], tools=self._tools)
-        return self._known[count]
+        return self._rendered(("text", count), lambda: Wanted(self._fields[:count], self._tools))
 
-    def turn(self, index: int, weight: float) -> _Turn:
+    def _rendered(self, slot: tuple[str, int], wanted: Callable[[], Wanted]) -> str:
+        known = self._known.get(slot)
+        if known is None:
+            try:
+                known = self._write(wanted())
+            except TemplateError as error:
+                known = error
+            self._known[slot] = known
+        if isinstance(known, TemplateError):
+            # A new one each time, since an error that was raised keeps what was around it alive.
+            raise placed(known, known.where)
+        return known
+
+    def _prompt(self, index: int) -> Wanted:
+        return Wanted(self._fields[:index], self._tools, add_generation_prompt=True)
+
+    def _changed(self, index: int, change: Mapping[str, Any]) -> Wanted:
+        return Wanted([*self._fields[:index], {**self._fields[index], **change}], self._tools)
+
+    def turn(self, index: int, weight: float, notice: Notice) -> _Turn:
         """The answer at message `index`, after what inference shows before it."""
         try:
-            prompt = self._template.render(self._fields[:index], tools=self._tools, add_generation_prompt=True)
+            prompt = self._rendered(("prompt", index), lambda: self._prompt(index))
         except TemplateError as error:
             raise TemplateError(
                 f"message {index + 1} is an answer that inference could not ask for: {error.received}",
@@ -162,9 +223,11 @@ class _Stage:
         end = len(text) - len(ending)
         if text.startswith(prompt) and len(prompt) <= end:
             self._prove_prompt(index, prompt, opening)
-            self._compare(index, text[len(prompt) : end])
+            self._compare(index, text[len(prompt) : end], notice)
             return _Turn(text, Answer(index, len(prompt), end, len(text), weight, calls), prefixed=True)
         said = self._said(index, text, opening, ending)
+        example = _apart(index, prompt, text)
+        notice(PROMPT, example)
         joined = prompt + said + ending
         start = len(prompt)
         answer = Answer(index, start, start + len(said), len(joined), weight, calls)
@@ -189,7 +252,7 @@ class _Stage:
 
     def _around(self, index: int) -> tuple[str, str]:
         """What the template writes before and after the content of message `index`, whatever the content is."""
-        one, two = (self._with(index, {"content": probe}) for probe in _PROBES)
+        one, two = (self._probed(index, probe) for probe in _PROBES)
         if one == two:
             raise _unproven(index, "the template does not show it")
         return _common_start(one, two), _common_end(one, two)
@@ -202,46 +265,55 @@ class _Stage:
         # A text and a number: the quote that closes a text belongs to the arguments.
         for probe in (*_PROBES, 70417):
             probed = _call_fields(ToolCall(name, {"probe": probe}, call_id))
-            ending = _common_end(ending, self._with(index, {"tool_calls": [*calls[:-1], probed]}))
+            changed = self._changed(index, {"tool_calls": [*calls[:-1], probed]})
+            ending = _common_end(ending, self._write(changed))
         for probe in _PROBES:
-            ending = _common_end(ending, self._with(index, {"content": probe}))
+            ending = _common_end(ending, self._probed(index, probe))
         if ending == text:
             raise _unproven(index, "the template does not show its tool calls")
         return ending
 
-    def _with(self, index: int, change: Mapping[str, Any]) -> str:
-        messages = [*self._fields[:index], {**self._fields[index], **change}]
-        return self._template.render(messages, tools=self._tools)
+    def _probed(self, index: int, probe: str) -> str:
+        return self._rendered((probe, index), lambda: self._changed(index, {"content": probe}))
 
     def _prove_prompt(self, index: int, prompt: str, opening: str) -> None:
         """Refuse a template that ignores the generation prompt: the header would be trained as if it were answer."""
         lead = opening[len(prompt) :] if opening.startswith(prompt) else ""
         if not lead.strip():
             return
-        if self._template.render(self._fields[:index], tools=self._tools) == prompt:
+        if self._write(Wanted(self._fields[:index], self._tools)) == prompt:
             raise TemplateError(
                 f"the template writes {lead!r} before an answer but not when it is asked for an answer",
                 do="let the template write it when add_generation_prompt is set, or choose another data.template",
             )
 
-    def _compare(self, index: int, said: str) -> None:
+    def _compare(self, index: int, said: str, notice: Notice) -> None:
         content = self._fields[index]["content"]
         if content.strip() not in said:
-            self._notice("the template changes the text of an answer (it is trained as the template shows it)")
+            notice(
+                "the template changes the text of an answer (it is trained as the template shows it)",
+                f"message {index + 1} {excerpt(content)} is shown as {excerpt(said)}",
+            )
         elif content not in said:
-            self._notice("the template trims white space around an answer")
+            notice("the template trims white space around an answer", f"message {index + 1} {excerpt(content)}")
 
     def _said(self, index: int, text: str, opening: str, ending: str) -> str:
         """The content as the template shows it, where the generation prompt does not begin the template's own text."""
         content = self._fields[index]["content"]
-        probe = self._with(index, {"content": _PROBES[0]})
+        probe = self._probed(index, _PROBES[0])
         if probe != opening + _PROBES[0] + ending or not text.startswith(opening):
             raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
         said = text[len(opening) : len(text) - len(ending)]
         if len(opening) + len(ending) > len(text) or said.strip() != content.strip():
             raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
-        self._notice("the generation prompt is not how the template begins an answer: one view for each answer")
         return said
+
+
+def _apart(index: int, prompt: str, text: str) -> str:
+    """How the generation prompt and the template's own text differ, where they part."""
+    at = len(_common_start(prompt, text))
+    one, two = (words[max(at - _BEFORE, 0) : at + _AFTER] for words in (prompt, text))
+    return f"message {index + 1} is asked for with {one!r} and then shown as {two!r}"
 
 
 def _unproven(index: int, why: str) -> TemplateError:

@@ -76,6 +76,7 @@ class Generator:
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise DataError(f"prompt {index} has no token", allowed="at least one token")
+            self.model.require_rows(prompt)
             room = self._room(prompt)
             if room is not None and room <= 0:
                 raise DataError(f"prompt {index} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + room}")

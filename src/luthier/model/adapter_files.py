@@ -7,18 +7,20 @@ Loading is strict: every tensor is used, every expected one is there, shapes agr
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from luthier.core.errors import CorruptError, DriftError, RecipeError, UnsafeArtifactError
-from luthier.model.attachment import Attachment
+from luthier.model.attachment import PEFT_PREFIX, Attachment
+from luthier.model.json_files import read_object, write_object
 from luthier.model.language_model import LanguageModel
+from luthier.model.tensor_files import load_tensors, tensor_shapes
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -37,7 +39,8 @@ def save_adapter(
     """Write the adapter into `folder`: float32 tensors, keys sorted, so that equal adapters are equal files."""
     folder.mkdir(parents=True, exist_ok=True)
     named = attachment.named_tensors()
-    tensors = {name: named[name].detach().float().cpu().contiguous() for name in sorted(named)}
+    # Cloned: the rows of a tied head are one tensor under two names, which the format refuses to share.
+    tensors = {name: named[name].detach().float().cpu().contiguous().clone() for name in sorted(named)}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     whole = {
         "peft_type": peft_type,
@@ -47,17 +50,21 @@ def save_adapter(
         "inference_mode": True,
         **config,
     }
-    _write_json(folder / CONFIG, whole)
+    write_object(folder / CONFIG, whole)
     save_extras(folder, extras)
 
 
 def save_extras(folder: Path, extras: Mapping[str, Any]) -> None:
     """Write what luthier knows of a result beside it."""
-    _write_json(folder / EXTRAS, dict(extras))
+    write_object(folder / EXTRAS, dict(extras))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration. Raises RecipeError when the folder holds no adapter."""
+    """The adapter's configuration. Raises RecipeError when the folder holds no adapter.
+
+    A pattern of target modules is not run but replaced by the modules that the tensor file names: matching it against
+    the model could take for ever.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise RecipeError(f"{folder} holds no {CONFIG}", do="name a folder in PEFT's format, or a run directory")
@@ -65,22 +72,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         if list(folder.glob("*.bin")):
             raise UnsafeArtifactError(f"{folder} holds its tensors as a pickle", allowed=TENSORS)
         raise CorruptError(f"{folder} holds no {TENSORS}")
-    return _read_json(path)
+    config = read_object(path)
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear" and not re.fullmatch(r"[\w.]+", targets):
+        config["target_modules"] = sorted({_module_of(name) for name in tensor_sizes(folder)} - {""})
+    return config
+
+
+def tensor_sizes(folder: Path) -> dict[str, int]:
+    """The number of elements of each tensor in the adapter file, without reading the tensors."""
+    return {name: math.prod(shape) for name, shape in tensor_shapes(folder / TENSORS).items()}
 
 
 def read_extras(folder: Path) -> dict[str, Any]:
     """What luthier wrote beside the adapter; empty for adapters from elsewhere."""
     path = folder / EXTRAS
-    return _read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 @torch.no_grad()
 def fill(attachment: Attachment, folder: Path) -> None:
     """Load the tensors of `folder` into an attachment of the same shape, strictly."""
-    try:
-        found = load_file(folder / TENSORS)
-    except SafetensorError as failure:
-        raise CorruptError(f"{folder / TENSORS} cannot be read: {failure}") from None
+    found = load_tensors(folder / TENSORS)
     expected = attachment.named_tensors()
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
@@ -92,6 +105,7 @@ def fill(attachment: Attachment, folder: Path) -> None:
     for name, tensor in found.items():
         if expected[name].shape != tensor.shape:
             raise CorruptError(f"{name} has shape {tuple(tensor.shape)}", allowed=str(tuple(expected[name].shape)))
+    _require_equal_twins(folder, expected, found)
     for name, tensor in found.items():
         expected[name].copy_(tensor)
 
@@ -106,15 +120,18 @@ def check_base(folder: Path, model: LanguageModel) -> None:
         )
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _require_equal_twins(folder: Path, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """What is one parameter here (the rows of a tied head and embedding) must be one value in the file."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in expected.items():
+        twin = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if not torch.equal(found[twin], found[name]):
+            raise CorruptError(
+                f"{folder / TENSORS}: {twin} and {name} differ, but the model has one matrix for both",
+                do="the adapter was made for a model whose embedding and head are apart",
+            )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError as failure:
-        raise CorruptError(f"{path} is not valid JSON: {failure}") from None
-    if not isinstance(values, dict):
-        raise CorruptError(f"{path} holds a {type(values).__name__}", allowed="an object")
-    return values
+def _module_of(name: str) -> str:
+    """The module that a low-rank factor belongs to."""
+    return name.removeprefix(PEFT_PREFIX).rpartition(".lora_A.")[0]

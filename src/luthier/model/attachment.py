@@ -28,6 +28,7 @@ class Attachment:
     def __init__(self, name: str, edits: list[Edit]) -> None:
         if not edits:
             raise RecipeError(f"the adapter {name!r} changes nothing", do="check its targets")
+        _require_one_edit_a_site(edits)
         self.name = name
         self.edits = edits
         self.enabled = True
@@ -153,9 +154,13 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         if result is None or not isinstance(module, EditedModule):
             raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do="keep the adapter beside them")
         folded.append((module, result[0].t() if _is_transposed(module.base) else result[0], result[1]))
+    made: dict[int, nn.Parameter] = {}
     for module, weight, bias in folded:
         base = module.base
-        base.weight = nn.Parameter(weight.contiguous().to(module.weight.dtype), requires_grad=False)
+        fresh = nn.Parameter(weight.contiguous().to(module.weight.dtype), requires_grad=False)
+        # A tied head and embedding that were changed alike stay one parameter.
+        twin = made.setdefault(id(module.weight), fresh)
+        base.weight = twin if torch.equal(twin, fresh) else fresh
         if bias is not None and module.bias is not None:
             base.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
     if not attachment.enabled:
@@ -164,6 +169,18 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         take_off(model, attachment)
     for parameter in attachment.named_parameters().values():
         parameter.requires_grad_(False)
+
+
+def _require_one_edit_a_site(edits: list[Edit]) -> None:
+    """At a site the edits of a model go by the attachment's name, so a second one would take the first one's place."""
+    names = [edit.site_name for edit in edits if isinstance(edit, SiteEdit)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(
+            f"the adapter changes {', '.join(twice[:3])} in two ways at once",
+            allowed="one change at a site",
+            do="take the head out of adapter.targets, or out of the sites of the trained tokens",
+        )
 
 
 def _share_tied(edits: list[Edit]) -> None:

@@ -36,6 +36,7 @@ class UndrivableAttentionError(RecipeError):
     """An attention call with parts this function does not know; the caller falls back to unrolled paths."""
 
     code = "attention"
+    advice = "choose an adapter that works at sites, such as lora"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
 from luthier.model.edits import EditedModule
+from luthier.model.token_rows import HeadRows
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,21 @@ class EditedHead:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def edited_head(module: PreTrainedModel) -> EditedHead | None:
-    """The output head while an edit at it is switched on, else None."""
+def edited_head(module: PreTrainedModel) -> EditedHead | Head | None:
+    """The output head while an edit at it is switched on, else None.
+
+    Where the edits are trained rows and nothing else, they are tensors too, and the chunked head takes them.
+    """
     linear = module.get_output_embeddings()
-    if not isinstance(linear, EditedModule) or all(name in linear.disabled for name in linear.edits):
+    if not isinstance(linear, EditedModule):
+        return None
+    active = [edit for name, edit in linear.edits.items() if name not in linear.disabled]
+    if not active:
         return None
     plain = head_of(module)
+    rows = [edit for edit in active if isinstance(edit, HeadRows)]
+    if len(rows) == len(active):
+        return replace(plain, changes=tuple(edit.change for edit in rows))
     return EditedHead(linear, plain.scale, plain.cap)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
-from luthier.data.forest import Forest, Tree
+from luthier.data.forest import Forest, Ints, Tree
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
 from luthier.model.edits import Edit, LearnedRoot
@@ -25,6 +25,7 @@ from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.sites import Sites, find_sites
+from luthier.model.token_rows import ADD_ROWS
 
 
 @final
@@ -69,6 +70,16 @@ class LanguageModel:
         """The longest sequence the config allows for, when it says so."""
         limit = getattr(self.module.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
+
+    def require_rows(self, tokens: Ints) -> None:
+        """Raise RecipeError for a token that has no row here; the lookup would end in an index error."""
+        size, largest = self.vocabulary_size, int(tokens.max(initial=0))
+        if largest >= size:
+            raise RecipeError(
+                f"token {largest} has no row: {self.source} has {size:,}",
+                allowed=f"tokens 0 to {size - 1}",
+                do=f"use the tokenizer and template this model was trained with. {ADD_ROWS}",
+            )
 
     def token_outputs(self, forest: Forest) -> TokenOutputs:
         """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean, nearest
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "head", "norm", "block")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "block")
 
 _ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("q_proj", "query", "wq", "q"), ("q",)),
@@ -47,7 +47,7 @@ class Site:
 
     @property
     def is_linear(self) -> bool:
-        return self.in_features > 0 and "embed" not in self.roles
+        return self.in_features > 0 and not {"embed", "table"} & set(self.roles)
 
     @property
     def transposed(self) -> bool:
@@ -56,8 +56,13 @@ class Site:
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight as (out, in), whatever way the module keeps it."""
-        weight = self.module.get_parameter("weight").detach()
+        weight = self.weight_parameter.detach()
         return weight.t() if self.transposed else weight
+
+    @property
+    def weight_parameter(self) -> nn.Parameter:
+        """The weight as the module keeps it: sites that share it are tied."""
+        return self.module.get_parameter("weight")
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +73,8 @@ class Site:
 class Sites:
     """All sites of a model, in module order, with what an adapter may need to know of the whole.
 
-    `heads`, `key_value_heads` and `head_size` are 0 in a model without attention.
+    `heads`, `key_value_heads` and `head_size` are 0 in a model without attention. `stop_ids` are the tokens at which
+    the model's own config says that a text ends.
     """
 
     all: tuple[Site, ...]
@@ -77,6 +83,13 @@ class Sites:
     heads: int
     key_value_heads: int
     head_size: int
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head and the token embedding are one matrix."""
+        ends = self.role("embed", "head")
+        return len(ends) > 1 and len({id(site.weight_parameter) for site in ends}) == 1
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.all)
@@ -134,12 +147,12 @@ def _advice(target: str, sites: Iterable[Site]) -> str:
 def find_sites(model: nn.Module) -> Sites:
     """The sites of a transformers model."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     block_lists = _block_lists(model)
     sites = [
         site
         for name, module in model.named_modules()
-        if (site := _site(name, module, is_head=module is head, is_block=name in block_lists)) is not None
+        if (site := _site(name, module, ends=(embed, head), is_block=name in block_lists)) is not None
     ]
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     return Sites(
@@ -149,7 +162,13 @@ def find_sites(model: nn.Module) -> Sites:
         heads=heads,
         key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
+        stop_ids=_stop_ids(config),
     )
+
+
+def _stop_ids(config: object) -> tuple[int, ...]:
+    found = getattr(config, "eos_token_id", None)
+    return tuple(int(token) for token in (found if isinstance(found, (list, tuple)) else [found]) if token is not None)
 
 
 def _block_lists(model: nn.Module) -> set[str]:
@@ -162,14 +181,17 @@ def _block_lists(model: nn.Module) -> set[str]:
     return names
 
 
-def _site(name: str, module: nn.Module, *, is_head: bool, is_block: bool) -> Site | None:
+def _site(name: str, module: nn.Module, *, ends: tuple[object, object], is_block: bool) -> Site | None:
+    """The site of a module, if it is one; `ends` are the token embedding and the output head."""
     layer = _layer(name)
     if is_block:
         return Site(name, ("block",), layer, module)
     if isinstance(module, nn.Embedding):
-        return Site(name, ("embed",), layer, module, module.num_embeddings, module.embedding_dim)
+        # A table of positions or types is looked up too, but not by tokens.
+        role = "embed" if module is ends[0] else "table"
+        return Site(name, (role,), layer, module, module.num_embeddings, module.embedding_dim)
     if isinstance(module, nn.Linear):
-        roles = ("head",) if is_head else _linear_roles(name)
+        roles = ("head",) if module is ends[1] else _linear_roles(name)
         return Site(name, roles, layer, module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
         return Site(name, _linear_roles(name), layer, module, module.nx, module.nf)

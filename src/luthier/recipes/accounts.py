@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from luthier.data.forest import Tree
 from luthier.data.prepare import Prepared
@@ -18,14 +17,15 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.attachment import Attachment
 from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
+from luthier.recipes import memory
 from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
 from luthier.store.environment import processor
-from luthier.train.result import Proof
 from luthier.train.source import DataSource
 from luthier.train.state import LoopState
 
 DEFAULT_EPOCHS = 3.0
 WORST_ROWS = 20
+PROVED = ("tensors", "differs_from_start", "eval_loss", "reloaded_loss", "process", "seconds")
 LIBRARIES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -38,30 +38,28 @@ def total_steps(budget: BudgetKnobs, source: DataSource) -> int:
 
 
 def plan(
-    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, steps: int
+    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, source: DataSource
 ) -> dict[str, Any]:
     """What is going to happen, in numbers that are known before the first step."""
+    steps = total_steps(recipe.budget, source)
+    needed = memory.plan_memory(recipe, data, model, attachment, source, steps)
+    written = memory.plan_disk(recipe, data, model, attachment, steps)
     base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
-    trained = attachment.named_parameters().values()
-    trainable = attachment.parameter_count
     return {
         "model": recipe.model,
         "adapter": recipe.adapter.as_recipe(),
         "objective": recipe.objective.as_recipe(),
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in base),
-        "trainable_parameters": trainable,
-        "bytes": {
-            # Of base weights that are trained the originals are kept aside, so they count here too.
-            "weights": sum(parameter.nbytes for parameter in base),
-            "trained": sum(parameter.nbytes + _master_bytes(parameter) for parameter in trained),
-            "gradients": 4 * trainable,
-            "optimizer": int(recipe.optimizer.bytes_per_parameter() * trainable),
-        },
+        "trainable_parameters": attachment.parameter_count,
+        "memory": needed,
+        "disk": written,
         "data": data.counts(),
         "tokens": {"total": data.store.token_count, "trained": data.store.trained_count},
-        "notices": [*model.notices, *data.notices, *data.store.counts.notices],
-    }
+        "notices": [
+            *model.notices, *data.notices, *memory.notices(needed, written),
+        ],
+    }  # fmt: skip
 
 
 def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def summary(
     state: LoopState,
     *,
     status: str,
-    proof: Proof,
+    proof: Mapping[str, Any],
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What happened, for people, reports and `--json`."""
@@ -107,7 +105,7 @@ def summary(
         "loss": {
             "first": state.first_loss,
             "last": state.last_loss,
-            "eval": proof.eval_loss,
+            "eval": proof["eval_loss"],
             "eval_first": state.first_eval_loss,
             "best": state.best_eval_loss,
             "best_step": state.best_step,
@@ -120,13 +118,8 @@ def summary(
         "parameters": planned["parameters"],
         "trainable_parameters": planned["trainable_parameters"],
         "data": planned["data"],
-        "result": proof.folder,
-        "proof": {
-            "tensors_reloaded": proof.tensors,
-            "differs_from_start": proof.changed,
-            "eval_loss": proof.eval_loss,
-            "reloaded_loss": proof.reloaded_loss,
-        },
+        "result": proof["result"],
+        "proof": {key: proof[key] for key in PROVED},
         "notices": notices,
     }
 
@@ -154,8 +147,3 @@ def peak_memory_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
-
-
-def _master_bytes(parameter: Tensor) -> int:
-    """A trained parameter in a lower precision has a float32 master beside it."""
-    return 0 if parameter.dtype == torch.float32 else 4 * parameter.numel()

@@ -17,6 +17,8 @@ from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
+from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
+from luthier.recipes.memory import PARTS
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
@@ -57,6 +59,9 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
     model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model
+    require_rows(model, tokenizer, data.store)
+    # From here on the recipe names tokens by id: whoever reads an adapter's knobs has no tokenizer.
+    recipe = recipe.model_copy(update={"adapter": with_token_ids(recipe.adapter, tokenizer, data.store.stop_ids)})
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(recipe.adapter.attach(model.sites))
@@ -78,7 +83,10 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         rows=rows,
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
-    plan = accounts.plan(recipe, data, model, attachment, accounts.total_steps(recipe.budget, source))
+    plan = accounts.plan(recipe, data, model, attachment, source)
+    stepper.planned_bytes = {name: plan["memory"][name] for name in PARTS}
+    plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
+    plan["notices"] = [*notices, *plan["notices"]]
     return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan)
 
 
@@ -93,4 +101,5 @@ def reading_of(recipe: FinetuneRecipe) -> Reading:
         max_tokens=data.max_tokens,
         over_length=data.over_length,
         on_bad_row=data.on_bad_row,
+        now=data.date,
     )

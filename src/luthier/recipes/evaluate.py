@@ -12,7 +12,7 @@ import torch
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.data.forest import Tree, pack
-from luthier.data.prepare import prepare
+from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
@@ -30,19 +30,7 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file."""
     recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
     opened = open_named(str(run.folder))
-    prepared = prepare(
-        recipe.data.train if data is None else data,
-        Tokenizer.load(resolve_source(recipe.model)),
-        reading_of(recipe),
-        evaluation=recipe.data.evaluation if data is None else None,
-        fraction=recipe.evaluation.fraction if data is None else 0.0,
-        seed=recipe.seed,
-        context_tokens=context_tokens(recipe.model),
-    )
-    if data is None:
-        trees = held_out_trees(recipe, prepared)
-    else:
-        trees = [tree for index in range(len(prepared.train)) for tree in recipe.objective.trees(prepared.train[index])]
+    prepared, trees = held_out_of(recipe, data=data)
     if not trees:
         raise RecipeError(f"{run.folder} has no held-out rows", do="name a file: --data FILE")
     require_room(prepared.store.lengths, opened.model)
@@ -61,6 +49,23 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
         "base": {"loss": base[0], "perplexity": math.exp(min(base[0], 700.0))},
         "tuned": {"loss": tuned[0], "perplexity": math.exp(min(tuned[0], 700.0))},
     }
+
+
+def held_out_of(recipe: FinetuneRecipe, *, data: Path | None = None) -> tuple[Prepared, list[Tree]]:
+    """The data of a recipe whose paths lead from here, and its held-out trees; or another file and all its trees."""
+    prepared = prepare(
+        recipe.data.train if data is None else data,
+        Tokenizer.load(resolve_source(recipe.model)),
+        reading_of(recipe),
+        evaluation=recipe.data.evaluation if data is None else None,
+        fraction=recipe.evaluation.fraction if data is None else 0.0,
+        seed=recipe.seed,
+        context_tokens=context_tokens(recipe.model),
+    )
+    if data is None:
+        return prepared, held_out_trees(recipe, prepared)
+    views = [prepared.train[index] for index in range(len(prepared.train))]
+    return prepared, [tree for view in views for tree in recipe.objective.trees(view)]
 
 
 @torch.no_grad()

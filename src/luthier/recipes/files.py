@@ -71,7 +71,7 @@ def begin_run(
         more = {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
         run.write_environment(receipt(list(command) or sys.argv, more=more))
         # The recipe last: from then on the run has begun, and the same command goes on with it.
-        run.write_recipe({**as_written(recipe), "run": str(folder)})
+        run.write_recipe({**as_written(dated(recipe)), "run": str(folder)})
         yield run
 
 
@@ -90,9 +90,18 @@ def unfinished(recipe: FinetuneRecipe) -> RunDirectory | None:
     for place in places:
         if is_begun(place) and (run := RunDirectory.open(place)).status().state in states:
             written = {key: value for key, value in run.read_recipe().items() if key != "run"}
-            if written == as_written(recipe):
+            day = written.get("data", {}).get("date")
+            if written == as_written(dated(recipe, day) if day else recipe):
                 return run
     return None
+
+
+def dated(recipe: FinetuneRecipe, day: str | None = None) -> FinetuneRecipe:
+    """With the day that the run begins: a chat template that shows the date shows this one when it goes on, too."""
+    if recipe.data.date is not None:
+        return recipe
+    today = day or datetime.date.today().isoformat()
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": today})})
 
 
 def as_written(recipe: FinetuneRecipe) -> dict[str, Any]:

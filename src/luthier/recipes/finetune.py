@@ -1,40 +1,37 @@
 """Fine-tune: a base model, a data file and an adapter become a better model, with the proof that it is better.
 
-Read top to bottom: lay out the bench (data, base, adapter: see bench.py), train, take the best state, save it, reload
-it, and show that it is what the numbers say. `start` begins a run, `resume` goes on with one.
+Read top to bottom: lay out the bench (data, base, adapter: bench.py), rehearse the largest micro-batch, train, and end
+with a result that a fresh process has proved (ending.py). `start` begins a run, `resume` goes on with one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import StoppedError
-from luthier.core.events import Event, Recorder, Several, plain
+from luthier.core.events import Event, Recorder, Several
 from luthier.core.knobs import validate
 from luthier.data.rows import write_rejects
 from luthier.infer.generator import Generator
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.files import begin_run, place_of, unfinished
+from luthier.recipes.ending import SUMMARY, finish
+from luthier.recipes.files import begin_run, dated, place_of, unfinished
+from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
-from luthier.store.files import write_json, write_text
-from luthier.store.report import write_report
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number
 from luthier.train.loop import Cadence, Loop
-from luthier.train.result import prove_result, save_result
+from luthier.train.rehearsal import rehearse
 from luthier.train.signals import StopRequest, stop_on_signals
 from luthier.train.state import LoopState
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,10 @@ def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False
         begun = None if overwrite else unfinished(recipe)
         if begun is not None:
             return _resume(begun, stop, recorder=recorder)
+        recipe = dated(recipe)
         RunDirectory.require_free(place_of(recipe), overwrite=overwrite)
         bench = lay_out(recipe)
+        require_disk(bench.plan["disk"], place_of(recipe))
         with begin_run(recipe, overwrite=overwrite) as run:
             return _told(run, stop, lambda: _train(bench, run, stop, recorder, resuming=False))
 
@@ -70,7 +69,7 @@ def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False
 def finetune(recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder) -> RunResult:
     """Run a recipe in a fresh run directory whose lock is held."""
     with stop_on_signals() as stop:
-        return _told(run, stop, lambda: _train(lay_out(recipe), run, stop, recorder, resuming=False))
+        return _told(run, stop, lambda: _train(lay_out(dated(recipe)), run, stop, recorder, resuming=False))
 
 
 def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:
@@ -79,9 +78,7 @@ def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False)
         return _resume(run, stop, recorder=recorder, accept_drift=accept_drift)
 
 
-def _resume(
-    run: RunDirectory, stop: StopRequest, *, recorder: Recorder, accept_drift: bool = False
-) -> RunResult:
+def _resume(run: RunDirectory, stop: StopRequest, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:
     with run.lock():
         if run.status().state == "finished":
             return RunResult(run.folder, run.read_json(SUMMARY))
@@ -133,7 +130,7 @@ def _train(
     notices = [*bench.plan["notices"], *run.checkpoints.notices]
     started = {**bench.plan, "notices": notices, "run": str(run.folder), "resumed_at": state.step}
     everyone.record(Event("start", started, step=state.step))
-    eval_trees = accounts.held_out_trees(recipe, data)
+    _rehearse(bench, state, everyone)
     loop = Loop(
         source=bench.source,
         stepper=bench.stepper,
@@ -142,7 +139,7 @@ def _train(
         recorder=everyone,
         keeper=keeper,
         stop=stop,
-        eval_trees=eval_trees,
+        eval_trees=accounts.held_out_trees(recipe, data),
         sample=_sampler(bench, run),
         wants_save=lambda: run.wants_save() or stop.take_save(),
         diagnose=partial(find_bad_number, bench.stepper),
@@ -154,7 +151,19 @@ def _train(
             f"stopped by {stop.reason} after step {state.step} of {state.total_steps}; everything is saved",
             do=f"luthier resume {run.folder}",
         )
-    return _finish(bench, run, everyone, keeper, state, status, start_digest)
+    return RunResult(run.folder, finish(bench, run, everyone, keeper, state, status=status, start_digest=start_digest))
+
+
+def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
+    """The largest micro-batch first: what does not fit shows now, and is cut smaller for the whole run."""
+    if state.step >= state.total_steps:
+        return
+    rehearsal = rehearse(bench.stepper, bench.source, state.total_steps)
+    for split in rehearsal.splits:
+        recorder.record(Event("micro_batch_split", asdict(split), step=state.step))
+        state.micro_tokens = split.to_tokens
+    values = {"tokens": rehearsal.tokens, "rows": rehearsal.rows, "seconds": rehearsal.seconds}
+    recorder.record(Event("rehearsal", values, step=state.step))
 
 
 def _cadence(recipe: FinetuneRecipe) -> Cadence:
@@ -183,42 +192,3 @@ def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
         count=evaluation.prompts,
         max_new_tokens=evaluation.max_new_tokens,
     ).ask
-
-
-def _finish(
-    bench: Bench,
-    run: RunDirectory,
-    recorder: Recorder,
-    keeper: CheckpointKeeper,
-    state: LoopState,
-    status: str,
-    start_digest: str,
-) -> RunResult:
-    """Take the best state, save it, reload it, prove it, and tell."""
-    recipe, data, model = bench.recipe, bench.data, bench.model
-    loss = keeper.restore_best(state)
-    extras = {
-        "run": run.folder.name,
-        "stop_ids": sorted(data.store.stop_ids),
-        "template": recipe.data.template,
-        "precision": str(model.dtype).removeprefix("torch."),
-        "base_seed": recipe.seed,
-    }
-    folder = save_result(run.folder, model, bench.attachment, recipe.adapter, extras)
-    bench.tokenizer.save(folder, chat_template=data.renderer.template.source)
-    proof = prove_result(
-        folder,
-        bench.attachment,
-        bench.stepper,
-        start_digest=start_digest,
-        eval_trees=accounts.held_out_trees(recipe, data),
-        eval_loss=loss,
-    )
-    summary = accounts.summary(bench.plan, run.folder, state, status=status, proof=proof, more=run.checkpoints.notices)
-    write_json(run.folder / SUMMARY, plain(summary))
-    worst = accounts.worst_rows(keeper.row_excess, data, bench.tokenizer)
-    write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
-    recorder.record(Event("finish", summary, step=state.step))
-    run.write_status("finished", values=summary)
-    write_report(run.folder)
-    return RunResult(run.folder, summary)

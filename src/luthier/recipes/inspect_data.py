@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+import numpy as np
+
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.checks import Problem, check_rendered
-from luthier.data.conversation import Row
-from luthier.data.prepare import Reading, make_renderer, sources_of
+from luthier.data import findings
+from luthier.data.intake import FileReport, Intake, Refused
+from luthier.data.prepare import Reading, make_renderer, rendering_notices, sources_of
 from luthier.data.rendered import TOKEN_ROLES, Rendered
 from luthier.data.renderer import OverLength, Renderer, TrainOn
-from luthier.data.rows import open_source
+from luthier.data.row_log import RowLog
+from luthier.data.rows import OpenSource, open_source
 from luthier.data.statistics import LengthHistogram
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.load import context_tokens, resolve_source
@@ -32,6 +36,7 @@ class Checked:
     counts: dict[str, Any]
     problems: list[str]
     problem_count: int
+    warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """The findings as plain values."""
@@ -41,7 +46,8 @@ class Checked:
         """Raise DataError when anything was found."""
         if self.problem_count:
             raise DataError(
-                f"{self.problem_count:,} {'problem' if self.problem_count == 1 else 'problems'} in {self.read:,} rows "
+                f"{self.problem_count:,} {'problem' if self.problem_count == 1 else 'problems'} in {self.read:,} "
+                f"{'row' if self.read == 1 else 'rows'} "
                 f"({self.kept:,} kept, {self.rejected:,} rejected)",
                 do="mend the rows named above, or set data.on_bad_row, data.over_length or data.template in the recipe",
             )
@@ -89,7 +95,7 @@ def show_rows(file: str, model: str, how: Reading, *, rows: int) -> dict[str, An
     detected = []
     for source in sources_of(file, how):
         opened = open_source(source)
-        detected.append({"path": str(source.path), "format": opened.format, "why": opened.why})
+        detected.append(_detected(opened))
         for item in opened.items:
             if isinstance(item, DataError):
                 raise item
@@ -99,53 +105,66 @@ def show_rows(file: str, model: str, how: Reading, *, rows: int) -> dict[str, An
     return {"files": detected, "notices": [*notices, *renderer.counts.notices], "rows": shown}
 
 
-def check_file(file: str, model: str, how: Reading) -> Checked:
-    """Read, render and check every row; problems are collected, not raised."""
-    renderer, _ = _renderer(model, how)
+def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = None) -> Checked:
+    """Read, render and check every row; problems are collected, not raised, and so is what is odd about sound rows.
+
+    With an `evaluation` file, its rows are checked too and compared with the others.
+    """
+    renderer, notices = _renderer(model, how)
+    sources = sources_of(file, how)
+    held_files = sources_of(evaluation, how) if evaluation is not None else []
+    intake = Intake([*sources, *held_files], renderer)
+    log = RowLog(intake, renderer)
     problems: list[str] = []
-    count = read = rejected = views = 0
-    files = []
-    for source in sources_of(file, how):
-        opened = open_source(source)
-        files.append({"path": str(source.path), "format": opened.format, "why": opened.why})
-        for item in opened.items:
-            read += 1
-            found = _check(item, renderer) if isinstance(item, Row) else [str(item)]
-            rejected += bool(found)
-            count += len(found)
-            problems += found[: max(0, MOST_PROBLEMS - len(problems))]
-    views = renderer.counts.views
-    return Checked(files, read, read - rejected, rejected, views, renderer.counts.as_dict(), problems, count)
+    count = 0
+    for item in log:
+        if isinstance(item, Refused):
+            count += len(item.errors)
+            problems += [str(error) for error in item.errors[: MOST_PROBLEMS - len(problems)]]
+    report = log.report()
+    held = report.records["file"] >= len(sources)
+    if report.answers.all_empty:
+        count += 1
+        problems.append(str(report.answers.flat()))
+    warnings = [
+        *notices,
+        *rendering_notices(report, renderer),
+        *report.answers.warnings(),
+        *findings.warnings(report.records, held, report.address, chat=bool(report.answers.trained)),
+    ]
+    return Checked(
+        files=[_detected(opened) for opened in intake.files],
+        read=report.read,
+        kept=report.kept,
+        rejected=report.rejected,
+        views=renderer.counts.views,
+        counts=renderer.counts.as_dict(),
+        problems=problems,
+        problem_count=count,
+        warnings=warnings,
+    )
 
 
 def measure(file: str, model: str, how: Reading) -> Measured:
     """The lengths of all rows that can be rendered, and the counts. Raises DataError for one that cannot."""
     renderer, _ = _renderer(model, how)
-    lengths = []
-    files = []
-    for source in sources_of(file, how):
-        opened = open_source(source)
-        files.append({"path": str(source.path), "format": opened.format, "why": opened.why})
-        for item in opened.items:
-            if isinstance(item, DataError):
-                raise item
-            lengths += [len(view.tokens) for view in renderer.render(item)]
-    histogram = LengthHistogram.of(lengths, trained_count=renderer.counts.trained_tokens)
-    return Measured(files, histogram, renderer.counts.as_dict())
+    intake = Intake(sources_of(file, how), renderer)
+    lengths = array("q")
+    for item in intake:
+        if isinstance(item, Refused):
+            raise item.errors[0]
+        lengths.extend(len(view.tokens) for view in item.views)
+    histogram = LengthHistogram.of(np.frombuffer(lengths, np.int64), trained_count=renderer.counts.trained_tokens)
+    return Measured([_detected(opened) for opened in intake.files], histogram, renderer.counts.as_dict())
+
+
+def _detected(opened: OpenSource | FileReport) -> dict[str, str]:
+    return {"path": str(opened.source.path), "format": opened.format, "why": opened.why}
 
 
 def _renderer(model: str, how: Reading) -> tuple[Renderer, tuple[str, ...]]:
     tokenizer = Tokenizer.load(resolve_source(model))
     return make_renderer(tokenizer, how, context_tokens=context_tokens(model))
-
-
-def _check(row: Row, renderer: Renderer) -> list[str]:
-    try:
-        views = renderer.render(row)
-    except DataError as error:
-        return [str(error)]
-    problems: list[Problem] = [problem for view in views for problem in check_rendered(view, renderer, row)]
-    return [str(problem) for problem in problems]
 
 
 def _tokens(view: Rendered, renderer: Renderer) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.adapters import adapter_of
-from luthier.core.errors import RecipeError
+from luthier.adapters import saved_adapter
+from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.conversation import Message
 from luthier.data.forest import Ints
 from luthier.data.prepare import Reading, make_renderer
@@ -20,9 +20,11 @@ from luthier.data.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
+from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
 from luthier.recipes.places import model_from, started_in, template_from
+from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
 
@@ -67,17 +69,16 @@ def open_named(
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
         return _open_run(RunDirectory.open(Path(name)), precision, device)
     model = load_model(name, precision=precision, device=device)
-    extras = {}
-    if adapter is not None:
-        put_on(model, Path(adapter))
-        extras = read_extras(Path(adapter))
-    return _opened(model, resolve_source(name), extras)
+    if adapter is None:
+        return _opened(model, resolve_source(name), {})
+    put_on(model, Path(adapter))
+    return _opened(model, resolve_source(name), read_extras(Path(adapter)), stops=read_stop_ids(Path(adapter)))
 
 
 def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None:
     """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base."""
     check_base(folder, model)
-    method = adapter_of(read_config(folder))
+    method = saved_adapter(folder, model.sites)
     fill(model.attach(method.attach(model.sites), name=name), folder)
 
 
@@ -93,23 +94,42 @@ def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> Non
         )
 
 
-def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
-    if (run.folder / MODEL).is_dir():
-        extras = read_extras(run.folder / MODEL)
-        whole = load_model(str(run.folder / MODEL), precision=_kept(extras, precision), device=device)
-        return _opened(whole, run.folder / MODEL, extras, started_in(run))
-    folder = run.folder / ADAPTER
-    if not folder.is_dir():
+def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
+    """The folder of a run's result and its manifest, after every byte was read and compared.
+
+    Raises RecipeError when there is no result yet, and CorruptError for one that is not what was saved.
+    """
+    folder = next((run.folder / name for name in (MODEL, ADAPTER) if (run.folder / name).is_dir()), None)
+    if folder is None:
         raise RecipeError(
             f"{run.folder} has no result yet (its status is {run.status().state})",
             do=f"luthier resume {run.folder}",
         )
+    use = f"--adapter {folder} with its base" if folder.name == ADAPTER else f"{folder} itself"
+    advice = f"train again, or name {use} if you trust these files as they are"
+    if not (folder / NAME).is_file():
+        raise CorruptError(f"{folder} has no {NAME}, so nothing says what it must hold", do=advice)
+    try:
+        return folder, verify(folder)
+    except CorruptError as error:
+        raise CorruptError(error.received, do=advice) from error
+
+
+def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
+    folder, _ = result_of(run)
+    if (state := run.status().state) != "finished":
+        raise RecipeError(
+            f"the result of {run.folder} is not proved yet (its status is {state})", do=f"luthier resume {run.folder}"
+        )
     extras = read_extras(folder)
     place = started_in(run)
+    if folder.name == MODEL:
+        whole = load_model(str(folder), precision=_kept(extras, precision), device=device)
+        return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     model = load_model(base, precision=_kept(extras, precision), device=device, seed=int(extras.get("base_seed", 0)))
     put_on(model, folder)
-    return _opened(model, resolve_source(base), extras, place)
+    return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
 
 
 def _kept(extras: dict[str, object], precision: Precision) -> Precision:
@@ -119,11 +139,16 @@ def _kept(extras: dict[str, object], precision: Precision) -> Precision:
 
 
 def _opened(
-    model: LanguageModel, source: str | Path, extras: dict[str, object], folder: Path | None = None
+    model: LanguageModel,
+    source: str | Path,
+    extras: dict[str, object],
+    folder: Path | None = None,
+    *,
+    stops: frozenset[int] = frozenset(),
 ) -> Opened:
     tokenizer = Tokenizer.load(source)
     reading = Reading(template=template_from(str(extras.get("template", "auto")), folder))
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=model.context_tokens)
     recorded = extras.get("stop_ids")
     learned = [int(token) for token in recorded] if isinstance(recorded, list) else []
-    return Opened(model, tokenizer, renderer, tuple(sorted({*tokenizer.stop_ids, *learned})))
+    return Opened(model, tokenizer, renderer, tuple(sorted({*tokenizer.stop_ids, *learned, *stops})))

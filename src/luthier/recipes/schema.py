@@ -6,6 +6,7 @@ method's file; what is here belongs to the run.
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -38,6 +39,17 @@ class DataKnobs(Knobs):
         "raise", description="what happens to longer rows; always counted"
     )
     on_bad_row: Literal["raise", "skip"] = Field("raise", description="what happens to rows that cannot be read")
+    date: str | None = Field(None, description="day that dated chat templates show; empty is the day the run begins")
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: object) -> object:
+        if isinstance(value, datetime.date):  # as YAML reads it where it is not quoted
+            return value.isoformat()
+        try:
+            return value if value is None else datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise RecipeError(f"data.date: {value!r}", allowed="a day such as 2026-11-21") from None
 
 
 class BudgetKnobs(Knobs):

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from luthier.adapters import Adapter, adapter_of
+from luthier.adapters import Adapter, saved_adapter
 from luthier.core.chosen import choose
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Message, Row
@@ -28,6 +28,7 @@ from luthier.model.load import Precision, load_model, resolve_source
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
+from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.train.result import save_result
 from luthier.train.stepper import PassReport, Stepper, StepReport
 
@@ -52,9 +53,9 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.renderer = renderer
-        self.adapter = adapter
+        self.adapter = with_token_ids(adapter, tokenizer, renderer.stop_ids)
         self.objective = objective
-        self.attachment = model.attach(adapter.attach(model.sites))
+        self.attachment = model.attach(self.adapter.attach(model.sites))
         self.stepper = Stepper(model, self.attachment, objective, optimizer, micro_tokens=micro_tokens)
 
     def forward_backward(self, rows: Sequence[RowLike]) -> PassReport:
@@ -86,9 +87,12 @@ class Session:
         place = Path(folder)
         if place.exists() and any(place.iterdir()):
             raise RecipeError(f"{place} is not empty", do="name a new folder")
-        saved = save_result(place, self.model, self.attachment, self.adapter, extras)
-        self.tokenizer.save(saved, chat_template=self.renderer.template.source)
-        return saved
+
+        def beside(saved: Path) -> None:
+            self.tokenizer.save(saved, chat_template=self.renderer.template.source)
+            save_stops(saved, self.model, self.tokenizer, self.renderer.stop_ids)
+
+        return save_result(place, self.model, self.attachment, self.adapter, extras, beside=beside)
 
     def trees(self, rows: Sequence[RowLike]) -> list[Tree]:
         """The rows as the trees that the objective trains."""
@@ -99,7 +103,10 @@ class Session:
         for number, values in enumerate(rows):
             where = f"row {number}"
             row = Row(number, where, format.read(values, where))
-            trees += [tree for view in self.renderer.render(row) for tree in self.objective.trees(view)]
+            views = self.renderer.render(row)
+            for view in views:
+                self.model.require_rows(view.tokens)
+            trees += [tree for view in views for tree in self.objective.trees(view)]
         return trees
 
 
@@ -131,7 +138,7 @@ def load(
         base,
         tokenizer,
         renderer,
-        adapter=adapter_of(config) if saved is not None else choose("adapters", Adapter, adapter),
+        adapter=saved_adapter(saved, base.sites) if saved is not None else choose("adapters", Adapter, adapter),
         objective=choose("objectives", Objective, objective),
         optimizer=choose("optimizers", Optimizer, optimizer),
         micro_tokens=micro_tokens,

@@ -19,11 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from safetensors import SafetensorError
-
-from luthier.core.errors import CorruptError, DiskFullError, StorageError
-from luthier.store.disk import NO_SPACE, REAL, Disk, explained, require_space
-from luthier.store.manifest import Manifest, verify, write_manifest
+from luthier.core.errors import CorruptError, StorageError
+from luthier.store.disk import REAL, Disk, explained, require_space
+from luthier.store.folder import fill_folder
+from luthier.store.manifest import Manifest, verify
 
 Link = Literal["best", "last", "finite"]
 LINKS: Final[tuple[Link, ...]] = ("best", "last", "finite")
@@ -59,11 +58,8 @@ class CheckpointStore:
         beside = self.folder / f".tmp-{step}-{os.getpid()}"
         place = self.folder / _name(step)
         with self._removed_on_error(beside), explained("write", beside, needed_bytes=needed_bytes):
-            self.disk.make_folder(beside)
-            _call(writer, beside)
-            self._sync_tree(beside)
-            write_manifest(beside, {**facts, "run": self.run, "step": step}, disk=self.disk)
-            self.disk.sync_folder(beside)
+            whole = {**facts, "run": self.run, "step": step}
+            fill_folder(beside, writer, whole, disk=self.disk, needed_bytes=needed_bytes)
             if self._occupied(place):
                 # The same step of a deterministic run holds the same bits; the one that is there stays.
                 self.disk.remove(beside)
@@ -176,13 +172,6 @@ class CheckpointStore:
         with explained("measure", place):
             return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
 
-    def _sync_tree(self, folder: Path) -> None:
-        for path in sorted(folder.rglob("*")):
-            if path.is_dir() and not path.is_symlink():
-                self.disk.sync_folder(path)
-            elif path.is_file():
-                self.disk.sync_file(path)
-
     def _occupied(self, place: Path) -> bool:
         """Whether a valid checkpoint is there already; a damaged one is set aside to free the name."""
         if not place.exists() and not place.is_symlink():
@@ -281,24 +270,12 @@ class CheckpointStore:
             yield
             done = True
         finally:
-            if not done and (beside.exists() or beside.is_symlink()):
+            if not done:
                 try:
-                    self.disk.remove(beside)
+                    if beside.exists() or beside.is_symlink():
+                        self.disk.remove(beside)
                 except OSError as failure:
                     self.notices.append(f"{beside.name} could not be removed ({failure.strerror}); the next start will")
-
-
-def _call(writer: Callable[[Path], None], folder: Path) -> None:
-    try:
-        writer(folder)
-    except SafetensorError as failure:
-        # The Rust side has one kind of error for everything, and the system's number in its text.
-        full = any(f"os error {number})" in str(failure) for number in NO_SPACE)
-        kind = DiskFullError if full else StorageError
-        raise kind(
-            f"cannot write {folder}: {failure}",
-            do="look at the free space; then luthier resume goes on from the checkpoint before",
-        ) from failure
 
 
 def _name(step: int) -> str:

@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     try:
         values = json.loads(data)
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         raise CorruptError(f"not valid JSON: {failure}", where=str(path)) from None
     if not isinstance(values, dict):
         raise CorruptError(f"a {type(values).__name__}", allowed="a mapping", where=str(path))

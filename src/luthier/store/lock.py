@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,10 @@ from luthier.store.disk import explained
 
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _TAKEN: Final = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+_NAMELESS_SECONDS: Final = 0.5
+"""How long a process that is refused waits for the holder's name: the holder writes it right after taking the lock."""
+
+_PAUSE_SECONDS: Final = 0.002
 
 
 @final
@@ -81,17 +86,28 @@ def holder(path: Path) -> Holder | None:
 
 
 def _take(handle: int, path: Path, name: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as failure:
-        if failure.errno in _TAKEN:
-            user = holder(path)
+    until = time.monotonic() + _NAMELESS_SECONDS
+    while not _is_ours(handle, path):
+        # Who has just taken it, or is about to let it go, is not named there yet, or no longer.
+        user = holder(path)
+        if user is not None or time.monotonic() > until:
             who = f"pid {user.pid} on {user.host} since {user.since}" if user else "another process"
             raise RunLockedError(
                 f"{name} is used by {who}; nothing was changed", do="wait until it ends, or use another run directory"
-            ) from None
-        with explained("lock", path):
+            )
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_ours(handle: int, path: Path) -> bool:
+    """Take the lock; False when another process has it."""
+    with explained("lock", path):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno in _TAKEN:
+                return False
             raise
+    return True
 
 
 def _describe(handle: int, path: Path) -> None:

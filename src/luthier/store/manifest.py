@@ -80,13 +80,14 @@ def read_manifest(folder: Path) -> Manifest:
         own = content["self"]
         files = {str(name): Entry(int(each["bytes"]), str(each["sha256"])) for name, each in content["files"].items()}
         manifest = Manifest(files, dict(content["facts"]))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # Inside: numbers that are not finite, and values nested too deep, are found out by writing them again.
+        digest, again = manifest.digest, manifest.encoded()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CorruptError(f"{path} is no manifest ({len(data):,} bytes)") from None
     if content.get("format") != _FORMAT:
         raise CorruptError(f"{path} has format {content.get('format')!r}", allowed=f"format {_FORMAT}")
-    if manifest.digest != own or manifest.encoded() != data:
-        found = manifest.digest[:12]
-        raise CorruptError(f"{path} does not match itself (sha256 expected {str(own)[:12]}, found {found})")
+    if digest != own or again != data:
+        raise CorruptError(f"{path} does not match itself (sha256 expected {str(own)[:12]}, found {digest[:12]})")
     return manifest
 
 

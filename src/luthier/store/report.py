@@ -75,7 +75,7 @@ def render_report(run: Path) -> str:
         numbers=_numbers(summary, steps),
         data=_data(mapping(summary.get("data"))),
         worst=_worst(files, evaluations),
-        proof=_proof(mapping(summary.get("proof"))),
+        proof=_proof(mapping(summary.get("proof")), text_of(summary.get("result"))),
         command=text_of(summary.get("command")),
         resume=f"luthier resume {shlex.quote(text_of(summary.get('run')) or str(run))}" if tone == "open" else "",
         recipe=files.recipe,
@@ -304,17 +304,17 @@ def _worst(files: RunFiles, evaluations: Sequence[dict[str, Any]]) -> list[dict[
     ]
 
 
-def _proof(proof: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _proof(proof: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
     """What was checked of the saved result, each as `held`, `open` (not checked) or `broken`."""
     if not proof:
         return []
-    tensors, folder = number(proof.get("tensors")), text_of(proof.get("folder"))
+    tensors = number(proof.get("tensors"))
     count = "" if tensors is None else f", {_count(round(tensors), 'tensor')}"
     said = []
     if folder:
         said.append(("held", f"Saved to {folder}{count}, and every tensor found its place when read back."))
-    if proof.get("changed") is not None:
-        held, differ = ("held", "differ") if proof["changed"] else ("broken", "do not differ")
+    if proof.get("differs_from_start") is not None:
+        held, differ = ("held", "differ") if proof["differs_from_start"] else ("broken", "do not differ")
         said.append((held, f"The trained parameters {differ} from their start."))
     before, after = number(proof.get("eval_loss")), number(proof.get("reloaded_loss"))
     if before is None or after is None:

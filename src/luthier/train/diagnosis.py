@@ -2,7 +2,7 @@
 
 Idea: weights first, because everything downstream of a bad one is bad. Then the step is repeated micro-batch by
 micro-batch, as it was cut and with the random numbers it had, under hooks that note the first module whose output and
-the first parameter whose gradient is not finite. The micro-batch that shows it is then repeated tree by tree to find
+the first parameter whose gradient is not finite. The micro-batches that show it are then repeated tree by tree to find
 the rows. Slow, and only ever run after a bad step; all it leaves behind is that the gradients are cleared.
 """
 
@@ -58,18 +58,19 @@ def _bad_weight(stepper: Stepper) -> BadNumber | None:
 
 
 def _bad_pass(stepper: Stepper, trees: Sequence[Tree]) -> BadNumber:
-    """The first micro-batch of the repeated step that shows it, and its rows."""
+    """The first bad number of the repeated step, and the rows of every micro-batch that shows one."""
     stepper.zero_grad()
     stepper.model.train()
     stepper.began.restore()
-    weight = 0.0
-    for forest in stepper.micro_batches(trees):
-        found = _run(stepper, forest)
-        if found is not None:
-            what, tensor, value = found
-            return BadNumber(what, tensor, _rows(_guilty(stepper, forest)), value)
-        weight += forest.weight
-    return _bad_sum(stepper, weight, _rows(trees))
+    forests = stepper.micro_batches(trees)
+    # All of them before any tree runs alone: the random numbers of each are those that the ones before it left.
+    found = [_run(stepper, forest) for forest in forests]
+    first = next((bad for bad in found if bad is not None), None)
+    if first is None:
+        return _bad_sum(stepper, sum(forest.weight for forest in forests), _rows(trees))
+    shown = [forest for forest, bad in zip(forests, found, strict=True) if bad is not None]
+    guilty = [tree for forest in shown for tree in _guilty(stepper, forest)]
+    return BadNumber(first[0], first[1], _rows(guilty), first[2])
 
 
 def _guilty(stepper: Stepper, forest: Forest) -> Sequence[Tree]:

@@ -170,7 +170,9 @@ class Loop:
         state.tokens += passed.tokens
         state.trained_tokens += passed.trained_tokens
         state.train_seconds += seconds
-        state.last_loss = passed.loss
+        if math.isfinite(passed.loss):
+            # A step that was not applied is an event; the result is what the steps before it have made.
+            state.last_loss = passed.loss
         if state.first_loss is None:
             state.first_loss = passed.loss
         for row, (loss, weight) in passed.row_losses.items():
@@ -207,7 +209,8 @@ class Loop:
         state.eval_loss = report.loss
         if state.first_eval_loss is None:
             state.first_eval_loss = report.loss
-        better = state.step > 0 and (state.best_eval_loss is None or report.loss < state.best_eval_loss)
+        gain = state.best_eval_loss is None or report.loss < state.best_eval_loss
+        better = state.step > 0 and math.isfinite(report.loss) and gain
         if better:
             state.best_eval_loss, state.best_step = report.loss, state.step
         state.evaluations_without_gain = 0 if better or state.step == 0 else state.evaluations_without_gain + 1

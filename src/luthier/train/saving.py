@@ -160,7 +160,7 @@ class _Job:
             self._others += not isinstance(error, DiskFullError)
             with self._state:
                 last = self._left == 0 or self._others > RETRIES
-                values = {"reason": str(error), "retry_in_seconds": None if last else self._pause}
+                values = {"reason": error.received, "retry_in_seconds": None if last else self._pause}
                 self._events.append(Event("save_failed", values, step=self.snapshot.step))
             if last:
                 raise

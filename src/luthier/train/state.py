@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, final
@@ -92,23 +92,19 @@ def take_snapshot(
 ) -> Snapshot:
     """What a run is now. Without `copied` its tensors may be the live ones: training must wait until it is written."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
-    numbers: dict[str, object] = {}
+    numbers: dict[str, dict[str, object]] = {}
+    _require_owned(stepper)
     for name, master in stepper.masters.items():
         for key, value in stepper.optimizer.state.get(master, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
-            elif isinstance(value, (int, float, str, bool)) or value is None:
-                numbers[f"{name}/{key}"] = value
             else:
-                raise RecipeError(
-                    f"the optimizer keeps a {type(value).__name__} ({key}), which cannot be saved",
-                    allowed="tensors and numbers, from which a run can go on",
-                )
+                numbers.setdefault(name, {})[key] = _kept(key, value)
     content = {
         "loop": asdict(state),
         "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "optimizer": numbers,
-        "groups": [_scalars(group) for group in stepper.optimizer.param_groups],
+        "groups": [_beside_tensors(group) for group in stepper.optimizer.param_groups],
         "random": _random(),
         "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
@@ -127,20 +123,18 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
             prefix = f"optimizer/{name}/"
             found = {key[len(prefix) :]: file.get_tensor(key) for key in sorted(unused) if key.startswith(prefix)}
             unused -= {prefix + key for key in found}
-            numbers = {key.rpartition("/")[2]: _number(value) for key, value in content["optimizer"].items()
-                       if key.rpartition("/")[0] == name}
+            numbers = content.optimizer.get(name, {})
             if found or numbers:
                 stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
     groups = stepper.optimizer.param_groups
-    if len(groups) != len(content["groups"]):
-        raise CorruptError(f"{folder / NUMBERS} has {len(content['groups'])} groups", allowed=f"{len(groups)}")
-    for group, saved in zip(groups, content["groups"], strict=True):
-        group.update({key: _number(value) for key, value in saved.items()})
-    _restore_random(content["random"])
-    loop = {key: _number(value) for key, value in content["loop"].items()}
-    return LoopState(**loop), {int(row): _number(loss) for row, loss in content["row_excess"].items()}
+    if len(groups) != len(content.groups):
+        raise CorruptError(f"{folder / NUMBERS} has {len(content.groups)} groups", allowed=f"{len(groups)}")
+    for group, saved in zip(groups, content.groups, strict=True):
+        group.update(saved)
+    _restore_random(content.random, content.cuda, folder / NUMBERS)
+    return content.loop, content.row_excess
 
 
 @torch.no_grad()
@@ -159,24 +153,55 @@ def load_parameters(folder: Path, stepper: Stepper) -> set[str]:
     return names
 
 
-def _read_numbers(folder: Path) -> dict[str, Any]:
-    """The numbers of a state, all of them."""
+@final
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The numbers of a state as they are needed again, every one of its type."""
+
+    loop: LoopState
+    shapes: Mapping[str, tuple[int, ...]]
+    optimizer: Mapping[str, Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]]
+    random: Tensor
+    cuda: Sequence[Tensor]
+    row_excess: dict[int, float]
+
+
+def _read_numbers(folder: Path) -> _Numbers:
+    """The numbers of a state. Raises CorruptError unless each is there and is what it has to be."""
     try:
         content = json.loads((folder / NUMBERS).read_text("utf-8"))
-    except (OSError, ValueError) as failure:
-        raise CorruptError(f"{folder / NUMBERS} cannot be read: {failure}") from None
-    parts = {"loop", "tensors", "optimizer", "groups", "random", "row_excess"}
-    missing = parts - set(content) if isinstance(content, dict) else parts
-    numbers = {field.name for field in fields(LoopState)}
-    if missing or set(content["loop"]) != numbers:
-        lacking = missing or numbers ^ set(content["loop"])
-        raise CorruptError(f"{folder / NUMBERS} is not whole, or of another version: {', '.join(sorted(lacking))}")
-    return content
+        return _Numbers(
+            loop=_loop(content["loop"]),
+            shapes={key: tuple(shape) for key, shape in content["tensors"].items()},
+            optimizer={name: _all_restored(kept) for name, kept in content["optimizer"].items()},
+            groups=[_all_restored(group) for group in content["groups"]],
+            random=_bytes(content["random"]["torch"]),
+            cuda=[_bytes(state) for state in content["random"]["cuda"]],
+            row_excess={int(row): float(loss) for row, loss in content["row_excess"].items()},
+        )
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as failure:
+        raise CorruptError(
+            f"{folder / NUMBERS} is damaged, or of another version: {type(failure).__name__}: {str(failure)[:200]}"
+        ) from None
+
+
+def _loop(saved: Mapping[str, Any]) -> LoopState:
+    """The loop's numbers. Raises ValueError when one is missing, not known, or of another kind."""
+    expected = {field.name: str(field.type) for field in fields(LoopState)}
+    if differing := expected.keys() ^ saved.keys():
+        raise ValueError(f"other numbers of the loop: {', '.join(sorted(differing))[:200]}")
+    loop = {key: _number(value) for key, value in saved.items()}
+    for key, value in loop.items():
+        kinds = (int, float) if "float" in expected[key] else (int,)
+        if not (type(value) in kinds or (value is None and "None" in expected[key])):
+            raise ValueError(f"{key} is {str(value)[:50]!r}")
+    return LoopState(**loop)
 
 
 def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
     """The names of the file's tensors. Raises CorruptError unless they are those that were saved, and those needed."""
-    expected = {key: tuple(shape) for key, shape in _read_numbers(folder)["tensors"].items()}
+    expected = _read_numbers(folder).shapes
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -195,10 +220,65 @@ def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
     return set(found)
 
 
-def _scalars(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What an optimizer keeps beside its tensors and may change from step to step; betas and the like are knobs."""
-    kept = (bool, int, float)
-    return {key: value for key, value in group.items() if isinstance(value, kept) and key != "lr"}
+def _beside_tensors(group: Mapping[str, Any]) -> dict[str, object]:
+    """What an optimizer keeps for a group. Its rate is set anew at each step."""
+    return {key: _kept(key, value) for key, value in group.items() if key not in ("params", "lr")}
+
+
+def _require_owned(stepper: Stepper) -> None:
+    """Raise RecipeError when the optimizer keeps something that belongs to no single parameter: it would not be saved
+    at all, or come back as several things where there was one."""
+    optimizer = stepper.optimizer
+    masters = list(stepper.masters.values())
+    known, owners = {id(master) for master in masters}, list[object](optimizer.state)
+    for owner in owners:
+        if id(owner) not in known:
+            raise _unsaveable(f"state for {owner if isinstance(owner, str) else type(owner).__name__!r}")
+    memory = {tensor.untyped_storage().data_ptr() for tensor in (*masters, *stepper.parameters.values())}
+    for master in masters:
+        for key, value in optimizer.state.get(master, {}).items():
+            if isinstance(value, Tensor) and value.nbytes:
+                place = value.untyped_storage().data_ptr()
+                if place in memory:
+                    raise _unsaveable(f"tensor ({key}) that shares its memory with another")
+                memory.add(place)
+
+
+def _kept(key: object, value: object) -> object:
+    """A value that an optimizer keeps beside its tensors, as JSON can hold it; `_restored` makes it again."""
+    if not isinstance(key, str):
+        raise _unsaveable(f"value named {key!r}")
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, tuple):
+        return {"tuple": [_kept(key, item) for item in value]}
+    if value is None or type(value) in (bool, int, float):
+        return value
+    raise _unsaveable(f"{type(value).__name__} ({key})")
+
+
+def _all_restored(kept: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _restored(value) for key, value in kept.items()}
+
+
+def _restored(value: Any) -> Any:
+    """What `_kept` has made. Raises ValueError for anything else."""
+    if isinstance(value, dict) and set(value) == {"text"} and isinstance(value["text"], str):
+        return value["text"]
+    if isinstance(value, dict) and set(value) == {"tuple"}:
+        return tuple(_restored(item) for item in value["tuple"])
+    number = _number(value)
+    if number is None or type(number) in (bool, int, float):
+        return number
+    raise ValueError(f"the optimizer kept {str(value)[:50]!r}")
+
+
+def _unsaveable(what: str) -> RecipeError:
+    return RecipeError(
+        f"the optimizer keeps a {what}, which cannot be saved",
+        allowed="for each parameter tensors of its own, numbers and texts; for each group numbers and texts",
+        do="use another optimizer.method",
+    )
 
 
 def _apart(tensor: Tensor, copied: bool) -> Tensor:
@@ -221,10 +301,13 @@ def _random() -> dict[str, object]:
     }
 
 
-def _restore_random(saved: Mapping[str, Any]) -> None:
-    torch.set_rng_state(_bytes(saved["torch"]))
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes(state) for state in saved["cuda"]])
+def _restore_random(state: Tensor, cuda: Sequence[Tensor], path: Path) -> None:
+    try:
+        torch.set_rng_state(state)
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
+    except RuntimeError as failure:
+        raise CorruptError(f"{path} holds no state of random generators: {failure}") from None
 
 
 def _number(value: Any) -> Any:
@@ -237,4 +320,4 @@ def _text(state: Tensor) -> str:
 
 
 def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8).clone()
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8).clone()

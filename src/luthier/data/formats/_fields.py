@@ -106,7 +106,7 @@ def json_at(text: str, path: Path, where: str) -> object:
         return parse(text, Place("", 1, 1))
     except DataError as failure:
         raise FieldError(
-            f"{dotted(path)} is no JSON: {failure.received} (at{failure.where})",
+            f"{dotted(path)} is no JSON: {failure.received} (there at {failure.where[1:]})",
             path=path,
             allowed=failure.allowed,
             do=failure.do,

@@ -1,0 +1,162 @@
+"""The intake: rows of all files through the renderer and the checks; each is kept with its views, or refused.
+
+Idea: the one pass over data, for a run, a check and a count alike. Rows come and go in small batches, one being made
+into tokens while the template is asked about the next; what stays is what the caller takes. A refused row leaves no
+trace in the renderer's counts, so what they say is true of what is kept.
+
+A pass without a renderer finds all rows that cannot even be read, before the slow work of rendering begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import final
+
+from luthier.core.errors import DataError, RecipeError
+from luthier.data.checks import check_rendered
+from luthier.data.conversation import Conversation, Row
+from luthier.data.rendered import Rendered
+from luthier.data.renderer import Renderer, Staged
+from luthier.data.rows import SourceFile, open_source
+
+BATCH_ROWS = 32
+BATCH_CHARACTERS = 2**17
+"""Rows that are rendered together: enough that asking the template costs little, few enough to stay in the caches."""
+
+
+@dataclass(slots=True)
+class FileReport:
+    """What became of one file: `start` is the number of its first row where files are numbered as one sequence."""
+
+    source: SourceFile
+    format: str
+    why: str
+    start: int
+    read: int = 0
+    kept: int = 0
+
+    @property
+    def rejected(self) -> int:
+        return self.read - self.kept
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A row that may be trained on, and its views (none when it was dropped for its length)."""
+
+    file: int
+    row: Row
+    views: list[Rendered]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that cannot be used, and everything that is wrong with it; `rendering` says that it could be read."""
+
+    file: int
+    errors: tuple[DataError, ...]
+    rendering: bool
+
+
+@final
+class Intake:
+    """One pass over `sources`; `files` counts while it is iterated. Without a renderer rows are only read."""
+
+    def __init__(self, sources: Sequence[SourceFile], renderer: Renderer | None) -> None:
+        if not sources:
+            raise RecipeError("no data file is named", allowed="at least one")
+        self.sources = sources
+        self.files: list[FileReport] = []
+        self._renderer = renderer
+
+    @property
+    def read(self) -> int:
+        return sum(file.read for file in self.files)
+
+    @property
+    def kept(self) -> int:
+        return sum(file.kept for file in self.files)
+
+    def __iter__(self) -> Iterator[Kept | Refused]:
+        if self._renderer is None:
+            for file, item in self._items():
+                yield self._counted(file, item if isinstance(item, DataError) else Kept(file, item, []))
+            return
+        with ThreadPoolExecutor(1, "templates") as thread:
+            waiting: _Batch | None = None
+            for items in self._batches():
+                staged = [item if isinstance(item, DataError) else self._renderer.stage(item) for _, item in items]
+                # The template's process works on the next rows while these become tokens.
+                wanted = [one for one in staged if isinstance(one, Staged) and one.asks]
+                ahead = thread.submit(self._renderer.foresee, wanted) if wanted else None
+                if waiting is not None:
+                    yield from self._finished(waiting, self._renderer)
+                waiting = _Batch([file for file, _ in items], staged, ahead)
+            if waiting is not None:
+                yield from self._finished(waiting, self._renderer)
+
+    def _batches(self) -> Iterator[list[tuple[int, Row | DataError]]]:
+        batch: list[tuple[int, Row | DataError]] = []
+        size = 0
+        for file, item in self._items():
+            batch.append((file, item))
+            size += _size(item) if isinstance(item, Row) else 0
+            if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _items(self) -> Iterator[tuple[int, Row | DataError]]:
+        number = 0
+        for file, source in enumerate(self.sources):
+            opened = open_source(source)
+            self.files.append(FileReport(source, opened.format, opened.why, start=number))
+            for item in opened.items:
+                if isinstance(item, Row):
+                    # In one file a row keeps the number it has there; several files are numbered as one sequence.
+                    yield file, item if len(self.sources) == 1 else replace(item, number=number)
+                    number += 1
+                else:
+                    yield file, item
+
+    def _finished(self, batch: _Batch, renderer: Renderer) -> Iterator[Kept | Refused]:
+        if batch.ahead is not None:
+            batch.ahead.result()
+        for file, one in zip(batch.files, batch.staged, strict=True):
+            if isinstance(one, DataError):
+                yield self._counted(file, one)
+                continue
+            made = renderer.finish(one)
+            errors = (made,) if isinstance(made, DataError) else _problems(one.row, made, renderer)
+            if errors:
+                renderer.take_back()
+                yield self._counted(file, Refused(file, errors, rendering=True))
+            elif not isinstance(made, DataError):
+                yield self._counted(file, Kept(file, one.row, made))
+
+    def _counted(self, file: int, item: Kept | Refused | DataError) -> Kept | Refused:
+        self.files[file].read += 1
+        self.files[file].kept += isinstance(item, Kept)
+        return Refused(file, (item,), rendering=False) if isinstance(item, DataError) else item
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Rows on their way, the file of each, and the renderings that are being made for them."""
+
+    files: Sequence[int]
+    staged: Sequence[Staged | DataError]
+    ahead: Future[None] | None
+
+
+def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[DataError, ...]:
+    return tuple(problem.error() for view in views for problem in check_rendered(view, renderer, row))
+
+
+def _size(row: Row) -> int:
+    if isinstance(row.content, Conversation):
+        return sum(len(message.content) for message in row.content.messages)
+    return len(row.content.text)

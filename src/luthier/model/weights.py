@@ -1,0 +1,256 @@
+"""The weights of a base model: which files hold them, and a module of the zoo that holds nothing else.
+
+Idea: luthier finds and reads the tensors itself and hands them to transformers, together with a config that has passed
+the gate. So transformers opens no file of the model: no index, no adapter that lies in a base's folder, no code for
+generation. What the config asks for is compared with what the files hold before memory is taken for it.
+
+Use through `load.load_model`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
+from luthier.data.hub import ModelFiles
+from luthier.data.strict_json import excerpt
+from luthier.model import attention
+from luthier.model.tensor_files import CONVERT, PICKLES, load_tensors
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+_SHARD: Final = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
+_BROKEN: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+"""What the zoo raises for a config that describes no model."""
+
+
+def weight_files(files: ModelFiles) -> list[Path]:
+    """The files that hold the weights of a model.
+
+    Raises UnsafeArtifactError where there are only pickles, or where an index names anything but a safetensors file
+    beside it.
+    """
+    single = files.find(SINGLE)
+    if single is not None:
+        return [single]
+    index = files.json(INDEX)
+    if not index:
+        raise _no_weights(files)
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CorruptError(f"{INDEX} has no weight_map", where=files.source, do="fetch the file again")
+    found = []
+    for shard in sorted({str(name) for name in shards.values()}):
+        if Path(shard).suffix.lower() in PICKLES or not _SHARD.fullmatch(shard) or shard.startswith("."):
+            raise UnsafeArtifactError(
+                f"{INDEX} names the file {excerpt(shard)}",
+                allowed="names of safetensors files in the same folder",
+                do="choose another model",
+                where=files.source,
+            )
+        path = files.find(shard)
+        if path is None:
+            raise MissingError(
+                f"{INDEX} names {shard}, which is not there ({files.source})", do="fetch the model again"
+            )
+        found.append(path)
+    return found
+
+
+def _no_weights(files: ModelFiles) -> LuthierError:
+    names = sorted(path.name for path in files.folder.iterdir()) if files.folder is not None else []
+    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
+    if pickles:
+        return UnsafeArtifactError(
+            f"{files.source} holds its weights as {', '.join(pickles[:3])}, a pickle that could run code when loaded",
+            allowed="safetensors",
+            do=CONVERT,
+        )
+    if files.folder is None:
+        return UnsafeArtifactError(
+            f"{files.source} has no safetensors weights on the hub, or they are not in the cache",
+            allowed="safetensors",
+            do=f"choose a model that has a {SINGLE}",
+        )
+    other = [name for name in names if name.endswith(".safetensors")]
+    return RecipeError(
+        f"{files.source} has a config but no weights" + (f" called {SINGLE} (it has {other[0]})" if other else ""),
+        do=f"write fresh:{files.source} to draw new ones, or add {SINGLE}",
+    )
+
+
+def read_weights(paths: list[Path], *, widen: bool) -> dict[str, Tensor]:
+    """The tensors of all files; `widen` turns half precision into float32 while reading."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        held = load_tensors(path, widen=widen)
+        twice = sorted(tensors.keys() & held.keys())
+        if twice:
+            raise CorruptError(f"{excerpt(twice[0])} stands in two files", where=str(path), do="fetch the model again")
+        tensors.update(held)
+    return tensors
+
+
+def module_with(
+    config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The zoo's model for `config` with these tensors, and what a user should know about those it does not use."""
+    kind, config = _class_of(config, source)
+    other = _other_shapes(kind, config, tensors, source)
+    # transformers reports missing and unexpected tensors in a table on its logger; we raise instead.
+    # It also warns of layers that no tensor-parallel plan covers, where there is one device.
+    for noisy in ("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    settings = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
+    try:
+        module, info = _with_our_attention(kind, settings)
+    except (OSError, ValueError, KeyError) as failure:
+        raise RecipeError(f"{source} cannot be loaded: {_words(failure)}") from None
+    except RuntimeError as failure:
+        if "mismatch" not in str(failure):
+            raise
+        shown = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
+        raise CorruptError(
+            f"{source}: tensors have another shape than the config says: {shown or _words(failure)}",
+            do="the weight files do not belong to this config.json",
+        ) from None
+    missing = sorted(set(info.get("missing_keys", ())))
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        raise CorruptError(
+            f"{source}: {len(missing)} tensors are missing and {len(mismatched)} have another shape "
+            f"({', '.join([*missing, *mismatched][:4])})",
+            do="the weight files do not belong to this config.json",
+        )
+    unused = sorted(str(key) for key in info.get("unexpected_keys", ()))
+    if not unused:
+        return module, ()
+    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+    return module, (f"weights: the model has no place for {', '.join(unused[:3])}{more}",)
+
+
+def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str) -> PreTrainedModel:
+    """The zoo's model for `config` with weights drawn anew; the same for the same seed."""
+    _class_of(config, source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            # A copy: a class that refuses our attention leaves its name in the config.
+            own = copy.deepcopy(config)
+            return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attention.NAME)
+        except _BROKEN as failure:
+            if not _has_its_own_attention(failure):
+                raise _no_model(source, failure) from None
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def take_generation_settings(module: PreTrainedModel, files: ModelFiles) -> None:
+    """The numbers of generation_config.json, where there is one: what to sample with, and where to stop."""
+    said = files.json("generation_config.json")
+    if not said or not module.can_generate():
+        return
+    known = vars(GenerationConfig())
+    kept = {key: value for key, value in said.items() if key in known and key[0] != "_" and _is_number(value)}
+    try:
+        module.generation_config = GenerationConfig(**kept)
+    except (ValueError, TypeError) as failure:
+        raise CorruptError(
+            f"generation_config.json holds values that make no sense: {_words(failure)}", where=files.source
+        ) from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (bool, int, float)) or (isinstance(value, list) and all(map(_is_number, value)))
+
+
+def _class_of(config: PretrainedConfig, source: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class that the zoo has for a config, and the part of the config that it takes."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RecipeError(
+            f"{source} is a {config.model_type} model, which is no causal language model",
+            do="choose a model that generates text",
+        )
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if isinstance(kinds, (list, tuple)):
+        named = [kind for kind in kinds if kind.__name__ in (config.architectures or ())]
+        kinds = (named or kinds)[0]
+    if kinds.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
+    return kinds, config
+
+
+def _other_shapes(
+    kind: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Tensor], source: str
+) -> list[str]:
+    """The tensors whose shape is not the one that the config asks for, as far as names tell.
+
+    Raises CorruptError for a config that describes no model, or a much larger one than the files hold: memory would be
+    taken for it.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(tensors):
+        raise CorruptError(
+            f"{source}: the config says {layers} layers, the weight files hold {len(tensors)} tensors",
+            do="the weight files do not belong to this config.json",
+        )
+    try:
+        with torch.device("meta"):
+            wanted = kind(copy.deepcopy(config)).state_dict()
+    except _BROKEN as failure:
+        raise _no_model(source, failure) from None
+    count = sum(tensor.numel() for tensor in wanted.values())
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if count > 2 * held + 1_000_000:
+        raise CorruptError(
+            f"{source}: the config describes {count} numbers, the weight files hold {held}",
+            do="the weight files do not belong to this config.json",
+        )
+    return [
+        f"{name} is {list(tensor.shape)} and should be {list(wanted[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in wanted and wanted[name].shape != tensor.shape
+    ]
+
+
+def _with_our_attention(
+    kind: type[PreTrainedModel], settings: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    # Without a name transformers reads no file. Its answer with loading info is a pair.
+    try:
+        return kind.from_pretrained(None, attn_implementation=attention.NAME, **settings)
+    except (ValueError, KeyError) as failure:
+        if not _has_its_own_attention(failure):
+            raise
+        return kind.from_pretrained(None, **settings)
+
+
+def _has_its_own_attention(failure: Exception) -> bool:
+    """Whether the zoo's class takes no attention from outside: some say so, older ones look the name up in a table."""
+    said = str(failure)
+    return isinstance(failure, (ValueError, KeyError)) and ("attention" in said.lower() or attention.NAME in said)
+
+
+def _no_model(source: str, failure: Exception) -> CorruptError:
+    return CorruptError(
+        f"{source}: the config describes no model: {type(failure).__name__}: {_words(failure)}",
+        do="correct config.json, or fetch it again",
+    )
+
+
+def _words(failure: Exception) -> str:
+    return " ".join(str(failure).split())[:300]

@@ -1,0 +1,79 @@
+"""The ending of a run: take the best state, save it whole, let a fresh process prove it, and tell.
+
+Each part can be done again by the same command when it was interrupted, and only the last one says `finished`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from luthier.core.events import Event, Recorder, plain
+from luthier.recipes import accounts, verify
+from luthier.recipes.bench import Bench
+from luthier.recipes.claims import claims_of
+from luthier.recipes.control_tokens import save_stops
+from luthier.store.files import write_json, write_text
+from luthier.store.report import write_report
+from luthier.store.runs import RunDirectory
+from luthier.train.checkpointing import CheckpointKeeper
+from luthier.train.result import release, save_result
+from luthier.train.state import LoopState
+
+SUMMARY = "summary.json"
+
+
+def finish(
+    bench: Bench,
+    run: RunDirectory,
+    recorder: Recorder,
+    keeper: CheckpointKeeper,
+    state: LoopState,
+    *,
+    status: str,
+    start_digest: str,
+) -> dict[str, Any]:
+    """End a run whose steps are done; its summary. `start_digest` is of the trained parameters before any step.
+
+    Raises NumericError or GateError when what was trained cannot be a result, or its files do not prove to be one.
+    """
+    loss = keeper.restore_best(state)
+    _save(bench, run, keeper, state, loss, start_digest)
+    release(bench.model, bench.stepper)
+    proof = verify.proved(run)
+    summary = accounts.summary(bench.plan, run.folder, state, status=status, proof=proof, more=run.checkpoints.notices)
+    write_json(run.folder / SUMMARY, plain(summary))
+    worst = accounts.worst_rows(keeper.row_excess, bench.data, bench.tokenizer)
+    write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
+    recorder.record(Event("finish", summary, step=state.step))
+    write_report(run.folder)
+    run.write_status("finished", values=summary)
+    return summary
+
+
+def _save(
+    bench: Bench,
+    run: RunDirectory,
+    keeper: CheckpointKeeper,
+    state: LoopState,
+    loss: float | None,
+    start_digest: str,
+) -> None:
+    """The result with all that goes with it: its tokenizer, its template, where it stops, and what the run claims."""
+    recipe, data, model = bench.recipe, bench.data, bench.model
+    extras = {
+        "run": run.folder.name,
+        "stop_ids": sorted(data.store.stop_ids),
+        "template": recipe.data.template,
+        "precision": str(model.dtype).removeprefix("torch."),
+        "base_seed": recipe.seed,
+    }
+    claims = claims_of(bench, run, state, eval_loss=loss, start_digest=start_digest, made_with=keeper.facts)
+
+    def beside(folder: Path) -> None:
+        bench.tokenizer.save(folder, chat_template=data.renderer.template.source)
+        if data.store.stop_ids:
+            save_stops(folder, model, bench.tokenizer, data.store.stop_ids)
+
+    save_result(run.folder, model, bench.attachment, recipe.adapter, extras, claims=claims, beside=beside)
