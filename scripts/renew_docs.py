@@ -180,7 +180,7 @@ def _words(annotation: Any) -> list[str]:
     if origin is typing.Literal:
         return [", ".join(f"`{value}`" for value in inside)]
     if origin is tuple:
-        return ["a list of them" if inside[0] is str else f"a list of {_words(inside[0])[0]}s"]
+        return ["a list of " + " or ".join(f"{word}s" for word in _words(inside[0]))]
     if origin is dict:
         return ["mapping"]
     if inside:
@@ -198,7 +198,7 @@ def _default(field: FieldInfo) -> str:
         return "(empty)"
     if isinstance(value, bool):
         return str(value).lower()
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    return (", ".join(map(str, value)) or "(empty)") if isinstance(value, tuple) else str(value)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
