@@ -13,7 +13,8 @@ import pytest
 from luthier.core.errors import TemplateError
 from luthier.data import json_list, render_process
 from luthier.data.conversation import Row, Text
-from luthier.data.prepare import Reading, prepare
+from luthier.data.intake import Intake
+from luthier.data.prepare import Reading, make_renderer, prepare
 from luthier.data.render_counts import RenderCounts
 from luthier.data.render_process import RenderProcess
 from luthier.data.renderer import Renderer
@@ -57,13 +58,15 @@ def test_reading_holds_one_row_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_row_leaves_a_few_numbers_in_memory(tmp_path: Path) -> None:
-    """Breaks when preparing keeps texts or tokens: a million rows would not fit."""
+    """Breaks when preparing keeps texts or tokens: a million rows would not fit. The control keeps them."""
     tokenizer = Tokenizer.of(tiny_tokenizer())
-    found = {}
-    for count in (10, 100, 400):
-        path = rows(tmp_path / f"{count}.jsonl", count, characters=300)
+    renderer, _ = make_renderer(tokenizer, Reading())
+    found, control = {}, {}
+    for count in (10, 100, 600):
+        path = rows(tmp_path / f"{count}.jsonl", count, characters=150)
         found[count] = peak(lambda path=path: prepare(path, tokenizer, Reading(), fraction=0.1, cache=tmp_path / "c"))  # type: ignore[misc]
-    assert (found[400] - found[100]) / 300 < 400, found
+        control[count] = peak(lambda path=path: list(Intake([SourceFile(path)], renderer)))  # type: ignore[misc]
+    assert (found[600] - found[100]) / 500 < 1000 < (control[600] - control[100]) / 500
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
@@ -105,7 +108,7 @@ def test_a_template_that_always_reaches_a_limit_is_given_up(
     process: RenderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks when a million rows are rendered by a template that takes half a second to fail for each."""
-    monkeypatch.setattr(render_process, "MOST_LOST", 4)
+    monkeypatch.setattr(render_process, "MOST_LOST", 2)
     template = Template(DOUBLES, {}, name="bomb", process=process)
     bomb, good = Wanted([{"bomb": True}]), Wanted([{"bomb": False}])
     asked: list[int] = []
@@ -117,12 +120,12 @@ def test_a_template_that_always_reaches_a_limit_is_given_up(
 
     monkeypatch.setattr(RenderProcess, "_render", counted)
     # A text between two of them shows that the template works.
-    made = template.render_many([bomb, bomb, bomb, good, bomb, bomb, bomb, good])
-    assert [isinstance(one, str) for one in made] == [False] * 3 + [True] + [False] * 3 + [True]
+    made = template.render_many([bomb, good, bomb, good])
+    assert [isinstance(one, str) for one in made] == [False, True] * 2
     asked.clear()
-    made = template.render_many([bomb] * 9 + [good])
-    assert len(asked) == 4 and all(isinstance(one, TemplateError) for one in made)
-    assert "characters" in str(made[3]) and "reached a limit 4 times in a row; it is not asked again" in str(made[4])
+    made = template.render_many([bomb] * 5 + [good])
+    assert len(asked) == 2 and all(isinstance(one, TemplateError) for one in made)
+    assert "characters" in str(made[1]) and "reached a limit 2 times in a row; it is not asked again" in str(made[2])
     other = Template(DOUBLES + ".", {}, name="other", process=process)
     assert other.render([{"bomb": False}]) == "ab."
 
@@ -156,9 +159,11 @@ def test_a_copy_of_the_counts_has_all_of_them() -> None:
 
 
 def test_a_text_that_is_only_the_mark_of_its_beginning_and_end() -> None:
-    """Breaks when BOS is taken off before a text that ends in the same token, and nothing of it is trained."""
+    """Breaks when a text that begins with BOS gets a second one, or one that is only BOS is not trained at all."""
     tokenizer = build("bytes", bos="<s>", eos="<s>")
     template = Template("{{ messages }}", {}, name="none")
     for text in ("<s>", ""):
         (view,) = Renderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text(text)))
         assert view.tokens.tolist() == [tokenizer.bos_id] * 2 and view.weights.tolist() == [0, 1]
+    (view,) = Renderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text("<s>the dog")))
+    assert [index for index, token in enumerate(view.tokens) if token == tokenizer.bos_id] == [0, len(view.tokens) - 1]

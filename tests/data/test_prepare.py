@@ -18,7 +18,8 @@ from luthier.data.renderer import TooLongError
 from luthier.data.split import split
 from luthier.data.template import Template
 from luthier.data.tokenizer import Tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.data.conftest import build
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 Row = Sequence[tuple[str, str]]
 Make = Callable[..., Prepared]
@@ -44,14 +45,20 @@ def made(tmp_path: Path, tokenizer: Tokenizer) -> Make:
     """`made(rows, evaluation=rows, reading settings)`: files in a folder, prepared with a cache beside them."""
 
     def make(
-        rows: Sequence[str], *, held: Sequence[str] = (), fraction: float = 0.0, seed: int = 0, **settings: Any
+        rows: Sequence[str],
+        *,
+        held: Sequence[str] = (),
+        fraction: float = 0.0,
+        seed: int = 0,
+        read_by: Tokenizer = tokenizer,
+        **settings: Any,
     ) -> Prepared:
         train, evaluation = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
         train.write_text("".join(rows), encoding="utf-8")
         evaluation.write_text("".join(held), encoding="utf-8")
         return prepare(
             train,
-            tokenizer,
+            read_by,
             Reading(**settings),
             evaluation=evaluation if held else None,
             fraction=fraction,
@@ -223,14 +230,13 @@ def test_sound_rows_have_no_warning(made: Make) -> None:
 @pytest.mark.parametrize("nothing", ["\u200b", "<|pad|>", "\u200b\u2060"])
 def test_empty_answers_are_told_and_only_empty_ones_are_an_error(made: Make, tmp_path: Path, nothing: str) -> None:
     """Breaks when the loss would be flat because nothing but the end of a turn is trained, and nobody says so."""
-    if nothing.isascii():
-        full, empty = ask("a", "b"), ask("c", nothing)
-    else:
-        pytest.skip("the tiny tokenizer writes ASCII only")
-    said = only(made([full, empty, ask("e", "f"), empty]), "are empty")
+    # The tiny tokenizer writes ASCII only.
+    other = {} if nothing.isascii() else {"read_by": build(marks=("<|start|>", "<|end|>"), template=CHAT_TEMPLATE)}
+    empty = ask("c", nothing)
+    said = only(made([ask("a", "b"), empty, ask("e", "f"), empty], **other), "are empty")
     assert "2 of 4 answers (50.0 %)" in said and f"first: {tmp_path}/train.jsonl:2:1" in said
     with pytest.raises(DataError, match="all 2 answers are empty.*loss would be flat") as caught:
-        made([empty, ask("g", nothing)])
+        made([empty, ask("g", nothing)], **other)
     assert caught.value.where == f"{tmp_path}/train.jsonl:1:1" and caught.value.exit_code == 65
 
 

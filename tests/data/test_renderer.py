@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Conversation, Message, Row, Text, ToolCall
+from luthier.data.render_process import RenderProcess
 from luthier.data.rendered import TOKEN_ROLES, Rendered
 from luthier.data.renderer import Renderer
 from luthier.data.template import Template
@@ -68,8 +71,19 @@ HI = [("user", "What is it?"), ("assistant", "It is Paris.")]
 LONGER = [*HI, ("user", "and now?"), ("assistant", "The end é 你好.")]
 
 
-def renderer(tokenizer: Tokenizer, source: str, **knobs: object) -> Renderer:
-    return Renderer(tokenizer, Template(source, tokenizer.special_tokens, name="test"), **knobs)  # type: ignore[arg-type]
+def renderer(
+    tokenizer: Tokenizer, source: str, *, process: RenderProcess | None = None, **knobs: object
+) -> Renderer:
+    template = Template(source, tokenizer.special_tokens, name="test", process=process)
+    return Renderer(tokenizer, template, **knobs)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[RenderProcess]:
+    """One process for all examples of a property."""
+    made = RenderProcess()
+    yield made
+    made.close()
 
 
 def said(views: list[Rendered], tokenizer: Tokenizer) -> list[str]:
@@ -290,11 +304,11 @@ KINDS = st.sampled_from(["bytes", "metaspace", "legacy"])
 
 @settings(max_examples=150, deadline=None)
 @given(asked=ASKED, source=SOURCES, kind=KINDS)
-def test_trained_text_is_the_answers(make_tokenizer, asked, source, kind):
+def test_trained_text_is_the_answers(make_tokenizer, process, asked, source, kind):
     tokenizer = make_tokenizer(kind)
     turns = [(Message("user", question), Message("assistant", answer)) for question, answer in asked]
     row = Row(0, "rows.jsonl:1:1", Conversation(tuple(message for turn in turns for message in turn)))
-    made = renderer(tokenizer, source)
+    made = renderer(tokenizer, source, process=process)
     views = made.render(row)
     assert [str(problem) for view in views for problem in check_rendered(view, made, row)] == []
     stop = "</s>" if source in (TRAILING_SPACE, LEADING_SPACE, PRETTY) else "<|im_end|>"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -40,6 +42,39 @@ def fresh_cache() -> None:
     os.environ["LUTHIER_CACHE"] = tempfile.mkdtemp(prefix="cache-", dir=Path("/proc/self/fd/1").readlink().parent)
 
 
+def killed_at_a_call() -> None:
+    """No defect: `kill -9` by our own hand right before the N-th call that changes a name or makes it durable.
+
+    N stands in the file `kill-at` beside the output; when it is 0 the calls are written into `calls` instead. They are
+    counted over all threads, which strace, counting each thread by itself, cannot.
+    """
+    place = Path("/proc/self/fd/1").readlink().parent
+    last, lock, done = int((place / "kill-at").read_text("ascii")), threading.Lock(), [0]
+    calls = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sync = os.fsync
+
+    def count(call: str) -> None:
+        with lock:
+            done[0] += 1
+            if last == 0:
+                os.write(calls, f"{call}\n".encode())
+            elif done[0] == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audited(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"):
+            count(event.removeprefix("os."))
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT:
+            count("open")
+
+    def synced(handle: int) -> None:
+        count("fsync")
+        sync(handle)
+
+    setattr(os, "fsync", synced)  # noqa: B010
+    sys.addaudithook(audited)
+
+
 def in_a_hurry() -> None:
     """No defect: what is tried again after a second on a full disk is tried again after a twentieth of it."""
     if importlib.util.find_spec("luthier.train.saving") is None:
@@ -56,20 +91,34 @@ def in_a_hurry() -> None:
 
 def checkpoints_in_place() -> None:
     """Checkpoints are written where they will be looked for, unhurriedly, and the newest is taken as it is."""
+    _saved_in_place(links_first=False)
 
+
+def links_before_checkpoints() -> None:
+    """The same, and the links move first."""
+    _saved_in_place(links_first=True)
+
+
+def _saved_in_place(*, links_first: bool) -> None:
     def save(
         self: CheckpointStore, step: int, writer: Callable[[Path], None], facts: Mapping[str, Any], **_: object
     ) -> Path:
         place = self.folder / f"step-{step:06d}"
         place.mkdir(parents=True, exist_ok=True)
+        if links_first:
+            link(self, place)
         writer(place)
         time.sleep(0.1)
         (place / "manifest.json").unlink(missing_ok=True)
         write_manifest(place, {**facts, "run": self.run, "step": step})
+        if not links_first:
+            link(self, place)
+        return place
+
+    def link(self: CheckpointStore, place: Path) -> None:
         for name in LINKS:
             (self.folder / name).unlink(missing_ok=True)
             (self.folder / name).symlink_to(place.name)
-        return place
 
     def newest(self: CheckpointStore) -> Path | None:
         steps = self.steps()

@@ -26,7 +26,7 @@ from luthier.data.rows import SourceFile
 from luthier.data.strict_json import Place
 from tests.data.taken import Taken, take
 from tests.faults.campaign import CLEAN, Campaign, Tally
-from tests.faults.mutators import mutate
+from tests.faults.mutators import mutate, mutate_scalar
 from tests.faults.watch import HangError, Watch, alarmed
 
 FAULT = "mutated data files"
@@ -139,9 +139,15 @@ def _in_process(count: int, seed: int, folder: Path, tally: Tally, sums: Sums) -
 
 def mutant(name: str, good: bytes, dice: random.Random) -> bytes:
     """`good` changed; of a packed file the content or the packing."""
-    if not name.endswith(".gz") or dice.random() < 0.3:
-        return mutate(good, dice)
-    return gzip.compress(mutate(gzip.decompress(good), dice), compresslevel=1, mtime=0)
+    if name.endswith(".gz"):
+        if dice.random() < 0.3:
+            return mutate(good, dice)
+        return gzip.compress(mutant(name.removesuffix(".gz"), gzip.decompress(good), dice), compresslevel=1, mtime=0)
+    if ".json" in name and dice.random() < 0.3:
+        good = mutate_scalar(good, dice)
+        if dice.random() < 0.7:
+            return good
+    return mutate(good, dice)
 
 
 def attempt(path: Path, data: bytes, *, raising: bool = False) -> Found:

@@ -47,13 +47,13 @@ def run_inodes(count: int, *, seed: int, folder: Path) -> Campaign:
 def control(*, seed: int, folder: Path) -> Campaign:
     """A few sizes for a run that writes its checkpoints in place."""
     prepare = (NO_FRESH_PROOF, HURRY, "tests.faults.broken:checkpoints_in_place")
-    return _campaign(f"{FAULT} (broken)", "size", 5, seed=seed, folder=folder, prepare=prepare)
+    return _campaign(f"{FAULT} (broken)", "size", 8, seed=seed, folder=folder, prepare=prepare)
 
 
 def control_inodes(*, seed: int, folder: Path) -> Campaign:
     """The same with few inodes."""
     prepare = (NO_FRESH_PROOF, HURRY, "tests.faults.broken:checkpoints_in_place")
-    return _campaign(f"{INODES} (broken)", "nr_inodes", 5, seed=seed, folder=folder, prepare=prepare)
+    return _campaign(f"{INODES} (broken)", "nr_inodes", 12, seed=seed, folder=folder, prepare=prepare)
 
 
 def _campaign(

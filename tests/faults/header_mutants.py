@@ -86,10 +86,12 @@ def _all(count: int, seed: int, folder: Path, tally: Tally) -> None:
         if not target.guards:
             (place / manifest.NAME).unlink(missing_ok=True)
             manifest.write_manifest(place, {})
-    done = 0
+    # Each in turn first, so that a small count has some of everything.
+    size = max(1, min(BATCH, count // (2 * len(made))))
+    first, done = list(made), 0
     while done < count:
-        target = dice.choices(made, shares)[0]
-        batch = min(BATCH, count - done)
+        target = first.pop(0) if first else dice.choices(made, shares)[0]
+        batch = min(size, count - done)
         _batch(target, folder / target.name, range(done, done + batch), seed, tally)
         done += batch
 

@@ -9,6 +9,7 @@ processes race. `run_finished` starts commands on a finished run, which must sta
 from __future__ import annotations
 
 import fcntl
+import os
 import random
 import re
 import shutil
@@ -70,7 +71,7 @@ def _campaign(fault: str, count: int, *, seed: int, folder: Path, prepare: Seque
         slowest = max([slowest, *seconds])
     tally.notes.append(f"a refused start took at most {slowest:.3f} s, imports excluded, {RACERS} at once")
     alone = sorted(_alone(unbroken.recipe, folder) for _ in range(FRESH_STARTS))
-    # The fastest of a few: a busy machine makes any of them slow, and the promise is about what has to be done.
+    # The fastest of a few: the promise is about what has to be done, not about how busy disk and cores are meanwhile.
     tally.count(CLEAN if alone[0] < AT_ONCE else "slow", f"a refused start takes {alone[0]:.2f} s, imports included")
     tally.notes.append(
         f"a start beside a run at work was refused after {alone[0]:.2f} to {alone[-1]:.2f} s, imports included"
@@ -120,19 +121,30 @@ def _judged(said: str, code: int | None, winners: Sequence[int], racers: Sequenc
 
 
 def _alone(recipe: Path, folder: Path) -> float:
-    """Seconds that a fresh `luthier train` takes to be refused, from the start of its process."""
+    """Seconds that a fresh `luthier train` takes to be refused, from the start of its process, but for other work."""
     place = folder / "held"
     shutil.rmtree(place, ignore_errors=True)
     with RunDirectory.begin(place) as run:
         run.write_status("running")
-        began = time.monotonic()
         program = "from luthier.cli.main import main; main()"
         command = [sys.executable, "-c", program, "train", str(recipe), "--run", str(place)]
-        ended = subprocess.run(command, capture_output=True, text=True, env=environ(), check=False)
-        seconds = time.monotonic() - began
-    if ended.returncode != LOST:
-        raise RuntimeError(f"a start on a held directory gives {ended.returncode}: {ended.stderr[-400:]}")
+        out = place.with_name("refused")
+        began = time.monotonic()
+        with out.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environ()) as process:
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            seconds = time.monotonic() - began - _waited(process.pid)
+    if process.returncode != LOST:
+        raise RuntimeError(f"a start on a held directory gives {process.returncode}: {out.read_text('utf-8')[-400:]}")
     return seconds
+
+
+def _waited(pid: int) -> float:
+    """Seconds that a process could have run and had no core: a busy machine is no fault of ours."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[1]) / 1e9
+    except OSError:
+        # A kernel that does not count them.
+        return 0.0
 
 
 # --------------------------------------------------------------------------------------- the directory and its lock

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -31,6 +32,26 @@ def mutate(data: bytes, dice: random.Random, *, tokens: Sequence[bytes] = TOKENS
         else:
             dice.choice(_MUTATIONS)(changed, dice)
     return bytes(changed)
+
+
+_SCALAR: Final = re.compile(rb'(?<=[:\[,])\s*("(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|null|true|false)')
+_KEY: Final = re.compile(rb'"(?:[^"\\]|\\.)*"(?=\s*:)')
+_ODD_SCALARS: Final = (
+    b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b'"\\ud800"', b'"\\udc00\\ud83d"', b'"\\u0000"', b"null",
+    b"-0.0", b"7" * 400, b"[]", b"{}", b"true", b'""', b"1.0", b"1e-999",
+)  # fmt: skip
+
+
+def mutate_scalar(data: bytes, dice: random.Random) -> bytes:
+    """JSON with one value that only a strict parser refuses, or with a key for the second time."""
+    pattern = dice.choice((_SCALAR, _SCALAR, _KEY))
+    found = list(pattern.finditer(data))
+    if not found:
+        return data
+    match = dice.choice(found)
+    if pattern is _KEY:
+        return data[: match.start()] + match[0] + b":" + dice.choice(_ODD_SCALARS) + b"," + data[match.start() :]
+    return data[: match.start(1)] + dice.choice(_ODD_SCALARS) + data[match.end(1) :]
 
 
 def _insert(data: bytearray, what: bytes, dice: random.Random) -> None:

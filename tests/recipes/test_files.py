@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from luthier.core.knobs import validate
-from luthier.recipes.files import load_recipe, place_of, write_template
+from luthier.recipes.files import dated, load_recipe, place_of, write_template
 from luthier.recipes.schema import FinetuneRecipe
 from tests.cli.commands import luthier
 
@@ -71,7 +72,10 @@ def test_what_a_run_writes_down_is_a_recipe(finished: Path, recipe: Path) -> Non
     written = yaml.safe_load((finished / "recipe.yaml").read_text("utf-8"))
     assert written["run"] == str(finished)
     again = load_recipe(finished / "recipe.yaml").recipe
-    assert again.model_dump(exclude={"run"}) == load_recipe(recipe).recipe.model_dump(exclude={"run"})
+    began = written["data"]["date"]
+    assert datetime.date.fromisoformat(began)
+    asked = dated(load_recipe(recipe).recipe, began)
+    assert again.model_dump(exclude={"run"}) == asked.model_dump(exclude={"run"})
     receipt = json.loads((finished / "environment.json").read_text("utf-8"))
     assert "torch_threads" in json.dumps(receipt)
 

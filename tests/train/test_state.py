@@ -212,3 +212,18 @@ def test_parameters_alone_can_be_loaded(saved: Path) -> None:
     load_state(saved, whole.stepper)
     assert all(torch.equal(value, whole.stepper.masters[name]) for name, value in run.stepper.masters.items())
     assert not run.stepper.optimizer.state and all(name.startswith("optimizer/") for name in left)
+
+
+def test_what_the_recipe_now_sets_otherwise_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    """Breaks when a changed knob of the optimizer, accepted as a drift, is silently without effect."""
+    before = Run()
+    before.go(LoopState(total_steps=2))
+    before.stepper.optimizer.param_groups[0]["kept_by_the_optimizer"] = 7
+    take_snapshot(LoopState(step=2), before.stepper, {}).write(tmp_path)
+    after = Run()
+    for groups in (after.stepper.optimizer.param_groups, after.stepper.first_groups):
+        groups[0]["weight_decay"] = 0.25
+    load_state(tmp_path, after.stepper)
+    [group] = after.stepper.optimizer.param_groups
+    assert group["weight_decay"] == 0.25 and group["kept_by_the_optimizer"] == 7
+    assert group["betas"] == before.stepper.optimizer.param_groups[0]["betas"]

@@ -16,10 +16,13 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import Method
 from luthier.core.nearest import did_you_mean
+
+if TYPE_CHECKING:
+    from luthier.core.knobs import Method
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD_KEYS = ("Idea", "Equation", "Source", "Cost", "Use when", "Not when")
@@ -75,6 +78,9 @@ def load(family: str, name: str) -> type[Method]:
     known = modules(family)
     if name not in known:
         raise RecipeError(f"{name!r} is no method of {family}", do=did_you_mean(name, known))
+    # Names and cards are asked for where pydantic is not: it takes a third of what `luthier --help` may take.
+    from luthier.core.knobs import Method
+
     module = importlib.import_module(known[name])
     kinds = [
         kind

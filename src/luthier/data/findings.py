@@ -25,8 +25,8 @@ from luthier.data.renderer import Renderer
 
 SHOWN: Final = 3
 """Addresses that a warning names."""
-SHORT: Final = 4
-"""Tokens of an answer that is decoded to see whether they show anything."""
+SHORT: Final = 16
+"""Tokens of an answer that is decoded to see whether they show anything; an invisible character may take three."""
 COMMON_SHARE: Final = 0.5
 """Share of the rows with one answer above which that is worth a warning."""
 _INVISIBLE: Final = frozenset("\u200b\u200c\u200d\u2060\ufeff")

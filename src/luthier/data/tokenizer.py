@@ -135,8 +135,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
         """The text of `ids`, control tokens included, nothing cleaned up."""
-        plain = [int(token) for token in ids]
-        return str(self.raw.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        # Not through `raw.decode`, which looks at the type of each id before it makes this same call.
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+        return str(self.raw.backend_tokenizer.decode(plain, skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
         """The text of one token as it reads inside a text (with its leading space, where it has one)."""

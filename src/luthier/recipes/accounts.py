@@ -97,10 +97,16 @@ def summary(
     first, best = state.first_eval_loss, state.best_eval_loss
     if best is not None and first is not None and best >= first:
         notices.append(f"the held-out loss did not improve ({first:.4f} before, {best:.4f} best)")
+    if state.skipped_steps:
+        notices.append(
+            f"{state.skipped_steps:,} of {state.step:,} steps had a number that was not finite and were not applied; "
+            "the bad_step events name the rows"
+        )
     return {
         "run": str(run),
         "status": status,
         "steps": state.step,
+        "skipped_steps": state.skipped_steps,
         "tokens": {"total": state.tokens, "trained": state.trained_tokens},
         "loss": {
             "first": state.first_loss,

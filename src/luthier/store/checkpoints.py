@@ -75,9 +75,9 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending, whether they verify or not."""
-        if not self.folder.is_dir():
-            return []
         with explained("list", self.folder):
+            if not self.folder.is_dir():
+                return []
             found = [_COMMITTED.fullmatch(path.name) for path in self.folder.iterdir()]
         return sorted(int(match[1]) for match in found if match)
 
@@ -105,9 +105,9 @@ class CheckpointStore:
         Leftovers are removed, damaged checkpoints set aside (and named in `notices`), links put right. Raises
         StorageError when there are checkpoints and none is valid.
         """
-        if not self.folder.is_dir():
-            return None
         with explained("clean up", self.folder):
+            if not self.folder.is_dir():
+                return None
             for path in sorted(self.folder.iterdir()):
                 if _LEFTOVER.fullmatch(path.name):
                     self.disk.remove(path)
@@ -153,12 +153,13 @@ class CheckpointStore:
     def linked(self, name: Link) -> int | None:
         """The step that a link points to; None when the link is missing or points elsewhere."""
         link = self.folder / name
-        match = _COMMITTED.fullmatch(str(link.readlink())) if link.is_symlink() else None
-        return int(match[1]) if match and (self.folder / match[0]).is_dir() else None
+        with explained("read", link):
+            match = _COMMITTED.fullmatch(str(link.readlink())) if link.is_symlink() else None
+            return int(match[1]) if match and (self.folder / match[0]).is_dir() else None
 
     def _prepare(self, needed_bytes: int) -> None:
-        if not self.folder.is_dir():
-            with explained("make", self.folder):
+        with explained("make", self.folder):
+            if not self.folder.is_dir():
                 self.disk.make_folder(self.folder)
                 self.disk.sync_folder(self.folder.parent)
         require_space(self.folder, needed_bytes, disk=self.disk)
@@ -200,7 +201,8 @@ class CheckpointStore:
                 self._set_aside(place, error)
                 continue
             return place
-        aside = [path.name for path in sorted(self.folder.iterdir()) if path.name.startswith(".bad-")]
+        with explained("list", self.folder):
+            aside = [path.name for path in sorted(self.folder.iterdir()) if path.name.startswith(".bad-")]
         if steps or aside:
             raise StorageError(
                 f"{self.folder}: no checkpoint is valid ({'; '.join(self.notices) or ', '.join(aside)})",
@@ -215,17 +217,20 @@ class CheckpointStore:
             step = None
         if name == "last" and newest is not None and step != _step(newest):
             self.point("last", _step(newest))
-        elif step is None and link.is_symlink():
-            self.notices.append(f"the link {name} pointed to {link.readlink()}, which is not valid; it was removed")
+        elif step is None:
             with explained("remove", link):
-                self.disk.remove(link)
+                if link.is_symlink():
+                    told = f"the link {name} pointed to {link.readlink()}, which is not valid; it was removed"
+                    self.disk.remove(link)
+                    self.notices.append(told)
 
     def _check(self, place: Path) -> Manifest:
         """The manifest of a checkpoint that is whole and where it belongs. Raises CorruptError."""
-        if place.is_symlink() or not place.is_dir():
-            raise CorruptError(f"{place} is no folder")
         self._verified.discard(place.name)
-        manifest = verify(place)
+        with explained("read", place):
+            if place.is_symlink() or not place.is_dir():
+                raise CorruptError(f"{place} is no folder")
+            manifest = verify(place)
         if manifest.facts.get("step") != _step(place):
             raise CorruptError(f"{place} holds step {manifest.facts.get('step')}")
         if self.run and manifest.facts.get("run") != self.run:
@@ -235,9 +240,10 @@ class CheckpointStore:
 
     def _is_valid(self, place: Path) -> bool:
         """Whether it verified, now or earlier in this process; a damaged one leaves a notice."""
-        if place.name in self._verified and place.is_dir():
-            return True
         try:
+            with explained("read", place):
+                if place.name in self._verified and place.is_dir():
+                    return True
             self._check(place)
         except CorruptError as error:
             self.notices.append(f"checkpoint {place.name} is not valid: {error}")
@@ -246,9 +252,9 @@ class CheckpointStore:
 
     def _set_aside(self, place: Path, error: CorruptError) -> None:
         number = 1
-        while (aside := self.folder / f".bad-{place.name}-{number}").exists():
-            number += 1
         with explained("set aside", place):
+            while (aside := self.folder / f".bad-{place.name}-{number}").exists():
+                number += 1
             self.disk.rename(place, aside)
             self.disk.sync_folder(self.folder)
         self._verified.discard(place.name)

@@ -41,6 +41,7 @@ class LoopState:
     tokens: int = 0
     trained_tokens: int = 0
     bad_steps: int = 0
+    skipped_steps: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
     first_eval_loss: float | None = None
@@ -105,6 +106,7 @@ def take_snapshot(
         "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
         "optimizer": numbers,
         "groups": [_beside_tensors(group) for group in stepper.optimizer.param_groups],
+        "first_groups": [_beside_tensors(group) for group in stepper.first_groups],
         "random": _random(),
         "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
@@ -128,11 +130,7 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
                 stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
-    groups = stepper.optimizer.param_groups
-    if len(groups) != len(content.groups):
-        raise CorruptError(f"{folder / NUMBERS} has {len(content.groups)} groups", allowed=f"{len(groups)}")
-    for group, saved in zip(groups, content.groups, strict=True):
-        group.update(saved)
+    _restore_groups(stepper, content, folder / NUMBERS)
     _restore_random(content.random, content.cuda, folder / NUMBERS)
     return content.loop, content.row_excess
 
@@ -162,6 +160,7 @@ class _Numbers:
     shapes: Mapping[str, tuple[int, ...]]
     optimizer: Mapping[str, Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
+    first_groups: Sequence[Mapping[str, Any]]
     random: Tensor
     cuda: Sequence[Tensor]
     row_excess: dict[int, float]
@@ -176,6 +175,7 @@ def _read_numbers(folder: Path) -> _Numbers:
             shapes={key: tuple(shape) for key, shape in content["tensors"].items()},
             optimizer={name: _all_restored(kept) for name, kept in content["optimizer"].items()},
             groups=[_all_restored(group) for group in content["groups"]],
+            first_groups=[_all_restored(group) for group in content["first_groups"]],
             random=_bytes(content["random"]["torch"]),
             cuda=[_bytes(state) for state in content["random"]["cuda"]],
             row_excess={int(row): float(loss) for row, loss in content["row_excess"].items()},
@@ -218,6 +218,15 @@ def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
                 do="the recipe's adapter differs from the run's",
             )
     return set(found)
+
+
+def _restore_groups(stepper: Stepper, content: _Numbers, path: Path) -> None:
+    """What the optimizer has kept for each group. What the recipe now sets otherwise (an accepted drift) stays so."""
+    groups, first = stepper.optimizer.param_groups, stepper.first_groups
+    if not len(groups) == len(content.groups) == len(content.first_groups):
+        raise CorruptError(f"{path} has {len(content.groups)} groups", allowed=f"{len(groups)}")
+    for group, saved, now, then in zip(groups, content.groups, first, content.first_groups, strict=True):
+        group.update({key: value for key, value in saved.items() if now.get(key) == then.get(key)})
 
 
 def _beside_tensors(group: Mapping[str, Any]) -> dict[str, object]:

@@ -79,8 +79,8 @@ class StepReport:
 class Stepper:
     """Holds what a step needs: model, objective, masters and the torch optimizer.
 
-    `micro_tokens` only ever becomes smaller. `planned_bytes` is what a plan expects each part to need, for the error
-    when memory is exhausted.
+    `micro_tokens` only ever becomes smaller. `first_groups` are the optimizer's groups as the recipe made them, and
+    `planned_bytes` what a plan expects each part to need, for the error when memory is exhausted.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Stepper:
             self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
         self.lower = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
         self.optimizer = optimizer.build(self.masters)
+        self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
         self.began = RandomState.now(model.device)
         self._groups: list[Group] = []

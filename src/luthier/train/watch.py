@@ -84,6 +84,7 @@ class Watch:
         # A number that does not come again when the step is repeated: what is known of the first time stands.
         bad = known if found.what == "unknown" else found
         state.bad_steps += 1
+        state.skipped_steps += 1
         losses = [row for row, (loss, _) in passed.row_losses.items() if not math.isfinite(loss)]
         rows = sorted(bad.rows or losses or passed.row_losses)
         values = {"what": bad.what, "tensor": bad.tensor, "value": bad.value, "rows": rows[:MOST_ROWS]}
