@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 import pytest
 import typer
 
+from luthier.cli import main
 from luthier.cli.main import app
+from luthier.core.errors import StoppedError
 from tests.cli.commands import environ, luthier
 
 LEAVES = [
@@ -72,3 +75,25 @@ def test_an_error_nobody_foresaw_is_one_sentence_and_a_traceback_only_on_request
         assert told.returncode == 1
         assert ("Traceback" in told.stderr) == traced
         assert "ZeroDivisionError: x" in told.stderr and ("--debug" in told.stderr) != traced
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "said"),
+    [(KeyboardInterrupt(), 130, ""), (StoppedError("stopped by SIGTERM"), 75, "error[stopped]: stopped by SIGTERM")],
+)
+def test_a_signal_beside_a_command_is_no_surprise(
+    reason: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks when Ctrl-C before the command has begun, or while an error is told, asks for a bug report."""
+
+    def interrupted(arguments: list[str], *, debug: bool = False) -> int:
+        raise reason
+
+    monkeypatch.setattr(main, "run", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(said) and bool(printed) == bool(said)

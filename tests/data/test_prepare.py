@@ -14,6 +14,7 @@ import pytest
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data import prepare as prepare_module
 from luthier.data.prepare import Prepared, Reading, prepare
+from luthier.data.render_process import RenderProcess
 from luthier.data.renderer import TooLongError
 from luthier.data.split import split
 from luthier.data.template import Template
@@ -356,3 +357,18 @@ def test_a_run_keeps_its_date(made: Make, tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError, match="the date 'yesterday'; a date such as"):
         made(rows, now="yesterday")
+
+
+def test_no_process_is_left_when_the_tokens_are_made(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a finalizer has to end it later, where a request to stop would be printed and lost."""
+    begun: list[int | None] = []
+    plain = RenderProcess.close
+
+    def close(self: RenderProcess) -> None:
+        begun.append(self.pid)
+        plain(self)
+
+    monkeypatch.setattr(RenderProcess, "close", close)
+    template = made([ask("one", "two")]).renderer.template
+    assert begun[-1] is not None and template._process.pid is None
+    assert "hello" in template.render([{"role": "user", "content": "hello"}])

@@ -73,15 +73,15 @@ def run_others(count: int, *, seed: int, folder: Path) -> Campaign:
 
 
 def control(*, seed: int, folder: Path) -> Campaign:
-    """SIGTERM to runs in which nobody listens to it: while they begin and end that loses nothing."""
+    """SIGTERM to runs in which nobody listens to it: while they begin and end that loses nothing, in a save it does."""
     deaf = (NO_FRESH_PROOF, "tests.faults.broken:signals_ignored")
-    return _campaign(f"{FAULT} (broken)", ("SIGTERM",), 12, seed=seed, folder=folder, prepare=deaf)
+    return _campaign(f"{FAULT} (broken)", ("SIGTERM", "SIGTERM in a save"), 12, seed=seed, folder=folder, prepare=deaf)
 
 
 def control_others(*, seed: int, folder: Path) -> Campaign:
     """SIGINT, SIGHUP and SIGUSR1 to runs in which nobody listens to them."""
     deaf = (NO_FRESH_PROOF, "tests.faults.broken:signals_ignored")
-    return _campaign(f"{OTHERS} (broken)", ("SIGINT", "SIGHUP", "SIGUSR1"), 9, seed=seed, folder=folder, prepare=deaf)
+    return _campaign(f"{OTHERS} (broken)", ("SIGINT", "SIGHUP", "SIGUSR1"), 18, seed=seed, folder=folder, prepare=deaf)
 
 
 def _campaign(

@@ -41,6 +41,10 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(run_commands.app, name="run")
 
 
+INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C has ended."""
+
+
 def main() -> None:
     """Run a command; every error leaves as one paragraph on stderr and its documented exit code."""
     # No telemetry of our dependencies in our process, and no warnings from tokenizer threads that we fork around.
@@ -54,7 +58,12 @@ def main() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _stop_early)
-    sys.exit(run(arguments, debug=debug))
+    try:
+        code = run(arguments, debug=debug)
+    except (KeyboardInterrupt, StoppedError) as stopped:
+        # It came before typer listened, or while an error was being told.
+        code = _tell(stopped, as_json=False, debug=debug) if isinstance(stopped, StoppedError) else INTERRUPTED
+    sys.exit(code)
 
 
 def _stop_early(number: int, _frame: FrameType | None) -> None:
@@ -105,5 +114,7 @@ def _print_error(error: LuthierError) -> None:
 
 def _tell_unexpected(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
     """What nobody foresaw is one sentence too; Python then ends with 1."""
+    if issubclass(kind, KeyboardInterrupt):
+        return
     advice = "run it again with --debug and report the traceback"
     sys.stderr.write(f"error[unexpected]: {kind.__name__}: {error}; {advice}\n")

@@ -8,6 +8,7 @@ the same content and settings all of it is cached, the log of the rows included.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -155,7 +156,9 @@ def prepare(
     renderer, chosen = make_renderer(tokenizer, reading, context_tokens=context_tokens)
     train_sources = sources_of(train, reading)
     sources = [*train_sources, *(sources_of(evaluation, reading) if evaluation is not None else [])]
-    store, report = _stored(sources, renderer, reading, cache)
+    # Closed here and not by a finalizer later: an exception in one (a request to stop) would be printed and lost.
+    with closing(renderer.template):
+        store, report = _stored(sources, renderer, reading, cache)
     report.answers.demand()
     if len(store) == 0:
         raise DataError(

@@ -108,6 +108,10 @@ class Template:
         self._ahead = dict(zip(jobs, made, strict=True))
         return made
 
+    def close(self) -> None:
+        """End the process; it is started again when it is needed."""
+        self._process.close()
+
 
 def _job(wanted: Wanted) -> str:
     """What the template sees of one rendering, besides the special tokens, as JSON."""
