@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from luthier.core.errors import DataError
 from luthier.data.conversation import Row
 from luthier.data.intake import FileReport, Intake, Kept
-from luthier.data.rows import SourceFile
+from luthier.data.reading.rows import SourceFile
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import TemplateError
-from luthier.data import json_list, render_process
 from luthier.data.conversation import Row, Text
 from luthier.data.intake import Intake
 from luthier.data.prepare import Reading, make_renderer, prepare
-from luthier.data.render_counts import RenderCounts
-from luthier.data.render_process import RenderProcess
-from luthier.data.renderer import Renderer
+from luthier.data.reading import json_list
+from luthier.data.reading.rows import SourceFile
+from luthier.data.rendering import process as render_process
+from luthier.data.rendering.counts import RenderCounts
+from luthier.data.rendering.process import RenderProcess
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.template import Template, Wanted
 from luthier.data.row_log import demand_readable
-from luthier.data.rows import SourceFile
-from luthier.data.template import Template, Wanted
 from luthier.data.tokenizer import Tokenizer
 from tests.data.conftest import build
 from tests.data.taken import take
@@ -75,7 +76,7 @@ def test_a_value_that_ends_within_what_is_held_is_still_too_long(
 ) -> None:
     """Breaks when a row of a list may be twice as long as the limit says, or hides the row behind it."""
     monkeypatch.setattr(json_list, "MAX_VALUE", 5000)
-    monkeypatch.setattr("luthier.data.text_files.PIECE_BYTES", 4096)
+    monkeypatch.setattr("luthier.data.reading.text_files.PIECE_BYTES", 4096)
     good = {"text": "a"}
     path = tmp_path / name
     path.write_text(json.dumps([good, {"text": "b" * 4900}, {"text": "c" * 5001}, good]), encoding="utf-8")

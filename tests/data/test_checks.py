@@ -10,8 +10,8 @@ import pytest
 from luthier.core.errors import DataError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Row, Text
-from luthier.data.renderer import Renderer
-from luthier.data.template import Template
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.template import Template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, StorageError
-from luthier.data import json_list, text_files
+from luthier.data.reading import json_list, text_files
+from luthier.data.reading.rows import SourceFile, Stamp, find_sources, open_source
 from luthier.data.row_log import demand_readable
-from luthier.data.rows import SourceFile, Stamp, find_sources, open_source
 from tests.cli.commands import chat, luthier
 from tests.cli.conftest import llama
 from tests.data.taken import take
@@ -136,8 +136,8 @@ def test_a_damaged_parquet_file(tmp_path: Path) -> None:
 def test_lines_cells_and_texts_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when one endless line, cell, text or list element is taken for a row, or hides the rows behind it."""
     monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 5000)
-    monkeypatch.setattr("luthier.data.tables.MAX_LINE_BYTES", 5000)
-    monkeypatch.setattr("luthier.data.readers.MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr("luthier.data.reading.tables.MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr("luthier.data.reading.readers.MAX_LINE_BYTES", 5000)
     monkeypatch.setattr(json_list, "MAX_VALUE", 5000)
     monkeypatch.setattr(text_files, "PIECE_BYTES", 512)
     long = b"x" * 90_000

@@ -12,7 +12,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Content, Conversation, Message, Text, ToolCall
 from luthier.data.formats import detect, formats, mapped, named
 from luthier.data.formats._fields import FieldError
-from luthier.data.rows import SourceFile
+from luthier.data.reading.rows import SourceFile
 from tests.data.taken import take
 
 HI = {"role": "user", "content": "Hi"}

@@ -14,10 +14,10 @@ import pytest
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data import prepare as prepare_module
 from luthier.data.prepare import Prepared, Reading, prepare
-from luthier.data.render_process import RenderProcess
-from luthier.data.renderer import TooLongError
+from luthier.data.rendering.process import RenderProcess
+from luthier.data.rendering.renderer import TooLongError
+from luthier.data.rendering.template import Template
 from luthier.data.split import split
-from luthier.data.template import Template
 from luthier.data.tokenizer import Tokenizer
 from tests.data.conftest import build
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Conversation, Message, Row, Text, ToolCall
-from luthier.data.render_process import RenderProcess
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.renderer import Renderer
-from luthier.data.template import Template
+from luthier.data.rendering.process import RenderProcess
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.template import Template
 from luthier.data.tokenizer import Tokenizer
 
 HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -12,9 +12,9 @@ import pytest
 from luthier.core.errors import MissingError, RecipeError, StorageError, TemplateError, UnsafeArtifactError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Message
-from luthier.data.render_process import RenderProcess
-from luthier.data.renderer import Renderer
-from luthier.data.template import SHIPPED, Template, Wanted, choose
+from luthier.data.rendering.process import RenderProcess
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.template import SHIPPED, Template, Wanted, choose
 from luthier.data.tokenizer import Tokenizer
 
 COLLECTION = Path(os.environ.get("LUTHIER_TEMPLATES", Path(__file__).parents[3] / "shared" / "chat_templates"))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import DataError, StorageError
-from luthier.data.renderer import Renderer
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.template import Template
 from luthier.data.statistics import LengthHistogram
-from luthier.data.template import Template
 from luthier.data.token_store import TokenStore, cache_folder, store_key
 
 CHATML = (

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import TemplateError
-from luthier.data import render_process
-from luthier.data.render_process import RenderProcess
-from luthier.data.template import Template, Wanted
+from luthier.data.rendering import process as render_process
+from luthier.data.rendering.process import RenderProcess
+from luthier.data.rendering.template import Template, Wanted
 from tests.faults.payloads import BOMBS, LIMITED, SWIFT, TEMPLATES
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -208,7 +208,7 @@ def test_threads_share_a_process(process):
 
 PARENT = """
 import sys, time
-from luthier.data.template import Template
+from luthier.data.rendering.template import Template
 template = Template("{{ messages | length }}", {}, name="x")
 print(template._process.pid, flush=True)
 time.sleep(60)
@@ -243,7 +243,7 @@ CLOSED = """
 import os, sys
 for number in (0, 1, 2):
     os.close(number)
-from luthier.data.template import Template
+from luthier.data.rendering.template import Template
 text = Template("{{ messages | length }}", {}, name="x").render([{}])
 os.open("/dev/null", os.O_RDWR)
 with open(sys.argv[1], "w") as file:
@@ -252,7 +252,7 @@ with open(sys.argv[1], "w") as file:
 
 FORKED = """
 import os, sys
-from luthier.data.template import Template
+from luthier.data.rendering.template import Template
 template = Template("{{ messages[0] }}", {}, name="x")
 child = os.fork()
 for number in range(50):
@@ -278,7 +278,7 @@ def test_it_works_where_parents_are_odd(program, tmp_path):
 
 INSIDE = """
 import json, os, socket
-from luthier.data import render_worker
+from luthier.data.rendering import worker as render_worker
 
 def probe(template, context):
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -22,22 +23,24 @@ class HangError(BaseException):
 
 @final
 class Watch:
-    """What a block took: processor seconds, and by how many bytes memory rose above where it began."""
+    """What a block took: processor seconds, those outside the kernel, and by how many bytes memory rose meanwhile."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.user_seconds = 0.0
         self.bytes = 0
 
     @contextlib.contextmanager
-    def over(self, *, memory: bool = True) -> Iterator[None]:
+    def over(self) -> Iterator[None]:
         """Measure the block. Processor time: on a busy machine wall-clock time says nothing of a hang."""
-        start = _begin() if memory else 0
-        began = time.process_time()
+        start = _begin()
+        began, user = time.process_time(), os.times().user
         try:
             yield
         finally:
             self.seconds = time.process_time() - began
-            self.bytes = _field("VmHWM") - start if memory else 0
+            self.user_seconds = os.times().user - user
+            self.bytes = _field("VmHWM") - start
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from luthier.adapters import Adapter
 from luthier.adapters.full import Full
 from luthier.adapters.lora import LoRA
 from luthier.data.forest import Forest, Segment, Tree
-from luthier.data.rendered import Rendered
+from luthier.data.rendering.rendered import Rendered
 from luthier.model.edits import base_parameters
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective

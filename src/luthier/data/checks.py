@@ -15,8 +15,8 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Ints
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.renderer import Renderer
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.renderer import Renderer
 
 Invariant = Literal["trained", "stop", "bos", "text", "prompt"]
 

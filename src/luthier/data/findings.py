@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import DataError
 from luthier.core.units import percent_text
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.renderer import Renderer
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.renderer import Renderer
 
 SHOWN: Final = 3
 """Addresses that a warning names."""

@@ -17,9 +17,9 @@ from typing import final
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Conversation, Row
-from luthier.data.rendered import Rendered
-from luthier.data.renderer import Renderer, Staged
-from luthier.data.rows import SourceFile, open_source
+from luthier.data.reading.rows import SourceFile, open_source
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rendering.renderer import Renderer, Staged
 
 BATCH_ROWS = 32
 BATCH_CHARACTERS = 2**17

@@ -21,13 +21,13 @@ from luthier.core.errors import CorruptError, DataError, RecipeError
 from luthier.core.paths import cache_folder
 from luthier.data import findings
 from luthier.data.intake import Intake
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.renderer import OverLength, Renderer, TrainOn
+from luthier.data.reading.rows import OnBadRow, SourceFile, Stamp, find_sources
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.renderer import OverLength, Renderer, TrainOn
+from luthier.data.rendering.template import choose
 from luthier.data.row_log import RowLog, RowReport, demand_readable
-from luthier.data.rows import OnBadRow, SourceFile, Stamp, find_sources
 from luthier.data.split import Split, split
 from luthier.data.statistics import LengthHistogram
-from luthier.data.template import choose
 from luthier.data.token_store import TokenStore, store_key
 from luthier.data.tokenizer import Tokenizer
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from luthier.core.errors import DataError, StorageError, TemplateError
 from luthier.data.findings import Answers, Watch, digests
 from luthier.data.intake import FileReport, Intake, Kept, Refused
-from luthier.data.renderer import Renderer, TooLongError
-from luthier.data.rows import OnBadRow, SourceFile
+from luthier.data.reading.rows import OnBadRow, SourceFile
+from luthier.data.rendering.renderer import Renderer, TooLongError
 
 MAX_ERRORS: Final = 20
 """Bad rows after which reading stops, where they are errors."""

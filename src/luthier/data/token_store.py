@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import StorageError
 from luthier.core.paths import cache_folder
-from luthier.data.render_counts import RenderCounts
-from luthier.data.rendered import Rendered
-from luthier.data.renderer import RENDERER_VERSION, Renderer
+from luthier.data.rendering.counts import RenderCounts
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rendering.renderer import RENDERER_VERSION, Renderer
 from luthier.store.disk import explained
 from luthier.store.manifest import verify, write_manifest
 

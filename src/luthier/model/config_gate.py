@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from luthier.core.errors import CorruptError, RecipeError, UnsafeArtifactError
 from luthier.core.nearest import nearest
 from luthier.data.hub import read_json
-from luthier.data.strict_json import excerpt
+from luthier.data.reading.strict_json import excerpt
 
 MAX_LAYERS: Final = 10_000
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import CorruptError, DataError, StorageError
-from luthier.data.strict_json import Place, decode_text, parse
+from luthier.data.reading.strict_json import Place, decode_text, parse
 
 MAX_BYTES = 16 * 2**20
 """Far above any settings file; below what takes long to parse."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, DataError, UnsafeArtifactError
 from luthier.data.hub import open_regular
-from luthier.data.strict_json import Place, decode_text, excerpt, parse
+from luthier.data.reading.strict_json import Place, decode_text, excerpt, parse
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack", ".joblib")
 """Endings of files that hold weights as a pickle, or as something else that may run code when it is loaded."""

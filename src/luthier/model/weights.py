@@ -28,7 +28,7 @@ from transformers import (
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
 from luthier.data.hub import ModelFiles
-from luthier.data.strict_json import excerpt
+from luthier.data.reading.strict_json import excerpt
 from luthier.model import attention
 from luthier.model.tensor_files import CONVERT, PICKLES, load_tensors
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from luthier.core.knobs import Method
 from luthier.data.forest import Forest, Tree
-from luthier.data.rendered import Rendered
+from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
 
 

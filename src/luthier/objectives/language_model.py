@@ -16,7 +16,7 @@ from typing import final
 import numpy as np
 
 from luthier.data.forest import Forest, Tree, row_tree
-from luthier.data.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 

@@ -16,7 +16,7 @@ import numpy as np
 from luthier.core.events import plain
 from luthier.data.forest import Forest, Tree
 from luthier.data.prepare import Prepared
-from luthier.data.renderer import RENDERER_VERSION
+from luthier.data.rendering.renderer import RENDERER_VERSION
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import Bench
 from luthier.store.runs import RunDirectory

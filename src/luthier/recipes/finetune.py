@@ -15,7 +15,7 @@ from typing import Any
 from luthier.core.errors import StoppedError
 from luthier.core.events import Event, Recorder, Several
 from luthier.core.knobs import validate
-from luthier.data.rows import write_rejects
+from luthier.data.reading.rows import write_rejects
 from luthier.infer.generator import Generator
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out

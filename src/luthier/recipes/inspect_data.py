@@ -13,10 +13,10 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data import findings
 from luthier.data.intake import FileReport, Intake, Refused
 from luthier.data.prepare import Reading, make_renderer, rendering_notices, sources_of
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.renderer import OverLength, Renderer, TrainOn
+from luthier.data.reading.rows import OpenSource, open_source
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.renderer import OverLength, Renderer, TrainOn
 from luthier.data.row_log import RowLog
-from luthier.data.rows import OpenSource, open_source
 from luthier.data.statistics import LengthHistogram
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.load import context_tokens, resolve_source

@@ -16,7 +16,7 @@ from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.conversation import Message
 from luthier.data.forest import Ints
 from luthier.data.prepare import Reading, make_renderer
-from luthier.data.renderer import Renderer
+from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras

@@ -10,7 +10,7 @@ import glob
 from pathlib import Path
 
 from luthier.core.errors import DataError
-from luthier.data.rows import find_sources
+from luthier.data.reading.rows import find_sources
 from luthier.model.load import FRESH, SEEDLING
 from luthier.recipes.schema import FinetuneRecipe, Paths
 from luthier.store.runs import RunDirectory

@@ -8,7 +8,7 @@ import numpy as np
 
 from luthier.data.forest import Ints
 from luthier.data.prepare import Prepared
-from luthier.data.rendered import Rendered
+from luthier.data.rendering.rendered import Rendered
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Speaker

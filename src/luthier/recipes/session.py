@@ -19,7 +19,7 @@ from luthier.data.conversation import Message, Row
 from luthier.data.forest import Tree
 from luthier.data.formats import detect
 from luthier.data.prepare import Reading, make_renderer
-from luthier.data.renderer import OverLength, Renderer
+from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
 from luthier.model.adapter_files import CONFIG, check_base, fill, read_config

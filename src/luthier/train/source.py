@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from luthier.core.errors import DataError
 from luthier.data.forest import Tree
-from luthier.data.rendered import Rendered
+from luthier.data.rendering.rendered import Rendered
 from luthier.objectives import Objective
 
 FULL: Final = 0.99

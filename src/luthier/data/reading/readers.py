@@ -20,10 +20,10 @@ from typing import Any, Final
 from luthier.core.errors import DataError
 from luthier.core.nearest import nearest
 from luthier.core.optional import require
-from luthier.data.json_list import elements
-from luthier.data.strict_json import EXCERPT, Place, excerpt, locate, parse, skip_space, skip_value
-from luthier.data.tables import table_rows
-from luthier.data.text_files import (
+from luthier.data.reading.json_list import elements
+from luthier.data.reading.strict_json import EXCERPT, Place, excerpt, locate, parse, skip_space, skip_value
+from luthier.data.reading.tables import table_rows
+from luthier.data.reading.text_files import (
     MAX_LINE_BYTES,
     PIECE_BYTES,
     first_line,

@@ -18,14 +18,14 @@ import numpy as np
 
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.conversation import Conversation, Message, Row, Text
-from luthier.data.document import document
 from luthier.data.forest import Ints
-from luthier.data.render_counts import RenderCounts
-from luthier.data.rendered import Rendered
-from luthier.data.spans import closed, lead, message_weights, role_of_each
-from luthier.data.template import Template, Wanted
+from luthier.data.rendering.counts import RenderCounts
+from luthier.data.rendering.document import document
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
+from luthier.data.rendering.template import Template, Wanted
+from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
 from luthier.data.tokenizer import Tokenizer
-from luthier.data.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
 
 RENDERER_VERSION = 1
 """Goes up whenever the same row may become other tokens, so that cached tokens are made again."""

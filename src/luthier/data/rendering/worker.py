@@ -1,4 +1,4 @@
-"""The process that chat templates run in: `python -m luthier.data.render_worker PARENT`.
+"""The process that chat templates run in: `python -m luthier.data.rendering.worker PARENT`.
 
 Idea: a template is code of somebody else. It runs in jinja2's immutable sandbox, and because that sandbox has been left
 before, it runs in a process that has nothing to give: no environment, no way to open a file or a socket (a limit on

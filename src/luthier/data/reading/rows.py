@@ -18,8 +18,8 @@ from luthier.core.errors import DataError, RecipeError, StorageError
 from luthier.data.conversation import Row
 from luthier.data.formats import SAMPLE, Detection, Format, detect, mapped, named
 from luthier.data.formats._fields import FieldError
-from luthier.data.readers import READERS, Item, Record, missing_file, read_records, suffix_of
-from luthier.data.text_files import MAX_LINE_BYTES, is_regular, unreadable
+from luthier.data.reading.readers import READERS, Item, Record, missing_file, read_records, suffix_of
+from luthier.data.reading.text_files import MAX_LINE_BYTES, is_regular, unreadable
 
 OnBadRow = Literal["raise", "skip"]
 DETECTION_ITEMS = 10_000

@@ -1,6 +1,6 @@
 """Our end of the process that chat templates run in: started when first needed, bounded in time, replaced when it dies.
 
-Idea: the limits of processor time and memory are kept by the kernel inside that process (`render_worker.py`). Here is
+Idea: the limits of processor time and memory are kept by the kernel inside that process (`worker.py`). Here is
 only a generous limit of wall time, for a process that hangs, so that a busy machine raises no false alarm. Whoever owns
 this object owns the process: it ends with the object, with `close`, and with us.
 
@@ -24,7 +24,7 @@ from typing import Final, final
 from luthier.core.child import start_child
 from luthier.core.errors import MissingError, TemplateError
 
-WORKER: Final = "luthier.data.render_worker"
+WORKER: Final = "luthier.data.rendering.worker"
 WALL_SECONDS: Final = 60.0
 """Seconds without an answer after which the process counts as hanging."""
 MAX_REQUEST: Final = 16 * 1024 * 1024

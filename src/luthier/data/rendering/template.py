@@ -1,6 +1,6 @@
 """Chat templates: messages to text, in a process of its own.
 
-Idea: a template is untrusted code of somebody else. It is compiled and rendered by `render_worker.py`, in a sandbox
+Idea: a template is untrusted code of somebody else. It is compiled and rendered by `worker.py`, in a sandbox
 inside a process without files, with limits of processor time (half a second each), memory and output. It gets what
 transformers would give it, so both write the same text. The clock stands still while a template lives: all rows of a
 run show the same date.
@@ -21,7 +21,7 @@ from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError, StorageError, TemplateError
 from luthier.core.nearest import did_you_mean
-from luthier.data.render_process import Program, RenderProcess
+from luthier.data.rendering.process import Program, RenderProcess
 from luthier.data.tokenizer import Tokenizer
 
 MAX_SOURCE: Final = 1024 * 1024
@@ -140,7 +140,7 @@ def choose(
         name = FALLBACK
         notice(f"the model has no chat template; luthier's {FALLBACK!r} template is used (set data.template to choose)")
     if name in SHIPPED:
-        source = (resources.files("luthier.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        source = (resources.files("luthier.data.rendering") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
         # Servers add no BOS to a chat, so a template that is to be saved with the model has to write it.
         if tokenizer.adds_bos:
             source = "{{- bos_token -}}" + source

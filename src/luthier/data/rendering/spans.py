@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from luthier.data.forest import Floats, Ints
-from luthier.data.rendered import TOKEN_ROLES
-from luthier.data.turns import Shown, View
+from luthier.data.rendering.rendered import TOKEN_ROLES
+from luthier.data.rendering.turns import Shown, View
 
 
 def lead(tokens: Ints, bos: int) -> int:

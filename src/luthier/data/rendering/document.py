@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from luthier.data.forest import Ints
-from luthier.data.rendered import TOKEN_ROLES, Rendered
-from luthier.data.spans import closed, whole_character
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.spans import closed, whole_character
+from luthier.data.rendering.turns import Notice
 from luthier.data.tokenizer import Tokenizer
-from luthier.data.turns import Notice
 
 
 def document(row: int, text: str, tokenizer: Tokenizer, *, longest: int | None, notice: Notice) -> list[Rendered]:

@@ -1,0 +1,1 @@
+"""Rendering: conversations become tokens with roles, spans and weights, through templates that run apart."""
