@@ -57,7 +57,7 @@ ENTRIES = (
     Entry("inodes", "full_disks", 50, "run_inodes", "control_inodes"),
     Entry("data-mutants", "data_mutants", 100_000),
     Entry("failing-calls", "syscalls", 5000, "run_errors", "control_errors"),
-    Entry("flips", "flips", 1000),
+    Entry("flips", "flips", 1500),
     Entry("store-locks", "locks", 5000, "run_store", "control_store"),
     Entry("power-cuts", "power_cuts", 200),
     Entry("finished", "locks", 30, "run_finished", "control_finished"),

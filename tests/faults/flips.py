@@ -132,7 +132,8 @@ def _checkpoints(folder: Path) -> Callable[[Path, random.Random], Verdict]:
     def trial(place: Path, dice: random.Random) -> Verdict:
         copy = place / "checkpoints"
         shutil.copytree(good, copy, symlinks=True)
-        step = dice.choice(STEPS)
+        # Mostly the newest: damage to an older one is met by nobody as long as that one is whole.
+        step = dice.choices(STEPS, weights=(1, 1, 10))[0]
         target = copy / f"step-{step:06d}"
         done = ""
         if dice.random() < 0.15:

@@ -194,3 +194,11 @@ def test_the_receipt_says_what_a_run_was_made_with(tmp_path: Path) -> None:
     now = receipt(["luthier"])
     assert now["packages"]["torch"] and now["machine"]["memory_bytes"] > 0
     assert git_state(tmp_path) is None
+
+
+def test_a_recipe_that_is_no_text_is_damage_with_a_name(tmp_path: Path) -> None:
+    """Breaks when a flipped bit in recipe.yaml ends in the exception of a decoder."""
+    run = created(tmp_path / "run")
+    (run.folder / "recipe.yaml").write_bytes(b"model: \xafeedling\n")
+    with pytest.raises(CorruptError, match=r"recipe\.yaml is not UTF-8 .*byte 7"):
+        run.read_recipe()

@@ -182,9 +182,11 @@ class RunDirectory:
         """The resolved recipe as plain values."""
         path = self.folder / "recipe.yaml"
         with explained("read", path):
-            text = path.read_text(encoding="utf-8")
-        layer = text_layer(text, name=str(path))
-        return dict(layer.values)
+            data = path.read_bytes()
+        try:
+            return dict(text_layer(data.decode("utf-8"), name=str(path)).values)
+        except UnicodeDecodeError as failure:
+            raise CorruptError(f"{path} is not UTF-8 ({failure.reason} at byte {failure.start})") from None
 
     def write_plan(self, values: Mapping[str, Any]) -> None:
         """Write what the run is expected to do and to need."""
