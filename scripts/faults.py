@@ -1,8 +1,9 @@
 """Break luthier in every way its tests know, many times, and print the fault table: fault, promise, passed / tried.
 
 What: runs each campaign of tests/faults and its negative control, two campaigns at a time, each in a process of its
-own. A whole run (no --only, no --scale) writes the table into docs/faults.md. Ends with 1 when a promise was broken or
-a negative control found nothing, and with --no-skips also when this machine could not run a campaign.
+own. What was run in full (no --scale) takes its row in the table of docs/faults.md; the rows of campaigns that were not
+asked for stay, each with the commit it was made at. Ends with 1 when a promise was broken or a negative control found
+nothing, and with --no-skips also when this machine could not run a campaign.
 
     python scripts/faults.py                        # all of it: make faults
     python scripts/faults.py --only kills --scale 0.1 --seed 7
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def one(entry: Entry, *, count: int, seed: int, folder: Path) -> dict[str, Any]:
         done = getattr(module, entry.run)(count, seed=seed, folder=folder / "run")
     except UnavailableError as reason:
         return {"skipped": str(reason), "fault": entry.name}
-    return {**dataclasses.asdict(done), "broken": dataclasses.asdict(control)}
+    return {**dataclasses.asdict(done), "broken": dataclasses.asdict(control), "commit": _commit()}
 
 
 def apart(entry: Entry, *, count: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -113,37 +115,83 @@ def all_of(entries: list[Entry], *, scale: float, seed: int, folder: Path) -> li
     return [rows[entry.name] for entry in entries]
 
 
+HEAD = ("fault", "promise", "passed / tried", "seconds", "seed", "commit", "negative control", "how they ended")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as people read them."""
-    head = ("fault", "promise", "passed / tried", "seconds", "seed", "negative control", "how they ended")
-    lines = [head, tuple("---" for _ in head)]
+    return _joined([_line(HEAD), _line(["---"] * len(HEAD)), *lines(rows)])
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line of the table for each row."""
+    made = []
     for row in rows:
         if "skipped" in row or "broke" in row:
-            lines.append((row["fault"], "", row.get("skipped") or row["broke"], "", "", "", ""))
+            made.append(_line((row["fault"], "", row.get("skipped") or row["broke"], *[""] * (len(HEAD) - 3))))
             continue
         broken = row["broken"]
         found = f"{row['control']}: {broken['tried'] - broken['passed']:,} of {broken['tried']:,} found"
         verdicts = ", ".join(f"{number:,} {verdict}" for verdict, number in row["verdicts"].items())
         counts = f"{row['passed']:,} / {row['tried']:,}"
         seconds = f"{row['seconds']:,.0f}"
-        lines.append((row["fault"], row["promise"], counts, seconds, str(row["seed"]), found, verdicts))
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        which = (str(row["seed"]), row["commit"])
+        made.append(_line((row["fault"], row["promise"], counts, seconds, *which, found, verdicts)))
+    return made
 
 
-def remarks(rows: list[dict[str, Any]]) -> str:
+def remarks(rows: list[dict[str, Any]]) -> list[str]:
     """The notes of the campaigns, a list."""
-    return "".join(f"- {row['fault']}: {'; '.join(row['notes'])}.\n" for row in rows if row.get("notes"))
+    return [f"- {row['fault']}: {'; '.join(row['notes'])}." for row in rows if row.get("notes")]
 
 
 def written(page: str, rows: list[dict[str, Any]]) -> str:
-    """The page with its table made anew, with the day, the commit and the machine."""
-    commit = subprocess.run(["git", "-C", str(HOME), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    """The page with these rows in the place of those of the same campaigns, the day and the machine."""
+    before, _, rest = page.partition(BEGIN)
+    old, _, after = rest.partition(END)
     day = datetime.date.today().isoformat()
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release().split('-')[0]}"
-    about = f"{day}, commit {commit.stdout.strip() or 'unknown'}, {machine}, Python {platform.python_version()}."
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{about}\n\n{table(rows)}\n{remarks(rows)}{END}{after}"
+    about = f"Last changed {day}: {machine}, Python {platform.python_version()}."
+    body = [line for line in old.splitlines() if line.startswith("| ")][2:]
+    told = [line for line in old.splitlines() if line.startswith("- ")]
+    names = [row["fault"] for row in rows]
+    merged = _merged(body, lines(rows), [f"| {_cell(name)} |" for name in names])
+    notes = _merged(told, remarks(rows), [f"- {name}: " for name in names])
+    text = _joined([_line(HEAD), _line(["---"] * len(HEAD)), *merged])
+    return f"{before}{BEGIN}\n{about}\n\n{text}\n{_joined(notes)}{END}{after}"
+
+
+def _merged(old: list[str], new: list[str], starts: list[str]) -> list[str]:
+    """`new` lines in the places of the old ones that begin alike, the rest behind them; `starts` are replaced."""
+    left = dict.fromkeys(new)
+    found = []
+    for line in old:
+        start = next((start for start in starts if line.startswith(start)), None)
+        if start is None:
+            found.append(line)
+            continue
+        same = next((each for each in left if each.startswith(start)), None)
+        if same is not None:
+            found.append(same)
+            del left[same]
+    return [*found, *left]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_cell(text) for text in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return "".join(f"{text}\n" for text in texts)
+
+
+def _commit() -> str:
+    said = subprocess.run(["git", "-C", str(HOME), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return said.stdout.strip() or "unknown"
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -179,11 +227,11 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="luthier-faults-"))
     entries = [entry for entry in ENTRIES if entry.name in wanted]
     rows = all_of(entries, scale=asked.scale, seed=asked.seed, folder=folder)
-    sys.stdout.write(f"{table(rows)}\n{remarks(rows)}")
+    sys.stdout.write(f"{table(rows)}\n{_joined(remarks(rows))}")
     for row in rows:
         for detail in row.get("failures", ()):
             sys.stdout.write(f"{row['fault']}: {detail}\n")
-    if not asked.only and asked.scale >= 1:
+    if asked.scale >= 1:
         PAGE.write_text(written(PAGE.read_text("utf-8"), rows), encoding="utf-8")
         sys.stdout.write(f"written into {PAGE.relative_to(HOME)}\n")
     bad = [row for row in rows if _verdict(row) != "kept" and not ("skipped" in row and not asked.no_skips)]

@@ -39,7 +39,7 @@ def row(verdicts: dict[str, int], found: dict[str, int], *, note: str = "") -> d
             tally.count(verdict, f"why it was {verdict}", times=times)
         tally.notes += [note] if note else []
         rows.append(dataclasses.asdict(tally.result()))
-    whole: dict[str, Any] = json.loads(json.dumps({**rows[0], "broken": rows[1]}))
+    whole: dict[str, Any] = json.loads(json.dumps({**rows[0], "broken": rows[1], "commit": "0123abc"}))
     return whole
 
 
@@ -89,7 +89,7 @@ def test_a_row_tells_what_came_of_its_campaign(script: ModuleType) -> None:
     assert "0 of 2 found" in lines[4] and "no root" in lines[5] and "died" in lines[6]
     verdicts = [script._verdict(each) for each in (kept, broken, blind, {"skipped": "no root"}, {"broke": "died"})]
     assert verdicts[0] == "kept" and "kept" not in verdicts[1:]
-    assert script.remarks([kept, broken]) == "- a | fault: it was quick.\n"
+    assert script.remarks([kept, broken]) == ["- a | fault: it was quick."]
 
 
 def test_the_page_keeps_its_words_and_gets_the_table(script: ModuleType) -> None:
@@ -97,9 +97,13 @@ def test_the_page_keeps_its_words_and_gets_the_table(script: ModuleType) -> None
     page = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
     once = script.written(page, [row({CLEAN: 5}, {"leak": 1})])
     assert once.startswith(f"before\n{script.BEGIN}\n") and once.endswith(f"{script.END}\nafter\n")
-    assert "5 / 5" in once and "old" not in once and "commit" in once
-    again = script.written(once, [row({CLEAN: 6}, {"leak": 1})])
+    assert "5 / 5" in once and "old" not in once and "0123abc" in once
+    other = {**row({CLEAN: 8}, {"leak": 1}, note="slowly"), "fault": "another", "commit": "4567def"}
+    both = script.written(once, [other])
+    again = script.written(both, [row({CLEAN: 6}, {"leak": 1}, note="quick"), {**other, "notes": ["faster"]}])
+    assert "5 / 5" in both and "8 / 8" in both and "another: slowly" in both
     assert "6 / 6" in again and "5 / 5" not in again and again.count(script.BEGIN) == again.count(script.END) == 1
+    assert again.index("6 / 6") < again.index("8 / 8") and "faster" in again and "slowly" not in again
     real = script.PAGE.read_text("utf-8")
     assert real.count(script.BEGIN) == real.count(script.END) == 1
 
