@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -97,3 +98,27 @@ def test_a_signal_beside_a_command_is_no_surprise(
     assert left.value.code == code
     printed = capsys.readouterr().err
     assert printed.startswith(said) and bool(printed) == bool(said)
+
+
+def test_a_stop_that_a_library_has_wrapped_is_still_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks when SIGTERM within a call back from a library ends in that library's error and asks for a bug report."""
+    handlers: dict[int, Any] = {}
+
+    def wrapping(arguments: list[str], *, debug: bool = False) -> int:
+        try:
+            handlers[signal.SIGTERM](signal.SIGTERM, None)
+        except Exception as stopped:
+            raise ValueError(f"error in a callback: {stopped}") from stopped
+        return 0
+
+    monkeypatch.setattr(main, "run", wrapping)
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["luthier", "describe"])
+    with pytest.raises(SystemExit) as left:
+        main.main()
+    assert left.value.code == 75
+    assert capsys.readouterr().err.startswith("error[stopped]: stopped by SIGTERM; nothing was begun")

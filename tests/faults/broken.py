@@ -154,6 +154,9 @@ def signals_ignored() -> None:
 
     @contextmanager
     def deaf() -> Any:
+        # The command line has handlers of its own, for what comes before a run and after it.
+        for name in signals.STOPS:
+            signal.signal(signal.Signals[name], signal.SIG_DFL)
         yield signals.StopRequest()
 
     for module in [module for name, module in sys.modules.items() if name.startswith("luthier.")]:

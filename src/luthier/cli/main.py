@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from types import FrameType, TracebackType
+from typing import final
 
 import typer
 
@@ -54,22 +55,36 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:
         sys.excepthook = _tell_unexpected
+    early = _EarlyStop()
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop_early)
+            signal.signal(number, early)
     try:
         code = run(arguments, debug=debug)
     except (KeyboardInterrupt, StoppedError) as stopped:
         # It came before typer listened, or while an error was being told.
         code = _tell(stopped, as_json=False, debug=debug) if isinstance(stopped, StoppedError) else INTERRUPTED
+    except Exception:
+        # It was raised wherever the program was, and a library may have made an error of its own of it.
+        if early.error is None:
+            raise
+        code = _tell(early.error, as_json="--json" in arguments, debug=debug)
     sys.exit(code)
 
 
-def _stop_early(number: int, _frame: FrameType | None) -> None:
-    # While there is a run its own handlers are in place; before and after it there is nothing to save.
-    signal.signal(number, signal.SIG_DFL)
-    raise StoppedError(f"stopped by {signal.Signals(number).name}; nothing was begun", do="run the same command again")
+@final
+class _EarlyStop:
+    """Ends the command on a signal while there is no run, which has handlers of its own, and remembers that it did."""
+
+    def __init__(self) -> None:
+        self.error: StoppedError | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        reason = f"stopped by {signal.Signals(number).name}; nothing was begun"
+        self.error = StoppedError(reason, do="run the same command again")
+        raise self.error
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
-from luthier.core.errors import StoppedError
+from luthier.core.errors import LuthierError, StoppedError
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
 SAVES = "SIGUSR1"
@@ -26,6 +26,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self.wants_save = False
+        self.raised: StoppedError | None = None
+        """What `require_patience` has raised: a library may have made an error of its own of it."""
         self._patient = False
         self._again = "run the same command again"
 
@@ -36,7 +38,8 @@ class StopRequest:
     def require_patience(self) -> None:
         """Raise StoppedError when nobody would look at the request: see `patient`."""
         if self.reason and not self._patient:
-            raise StoppedError(f"stopped by {self.reason}; no step was lost", do=self._again)
+            self.raised = StoppedError(f"stopped by {self.reason}; no step was lost", do=self._again)
+            raise self.raised
 
     def resumes_with(self, command: str) -> None:
         """What goes on with the run, once there is one."""
@@ -89,6 +92,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handle)
     try:
         yield request
+    except LuthierError:
+        raise
+    except Exception as error:
+        if request.raised is None:
+            raise
+        raise request.raised from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
