@@ -17,6 +17,7 @@ main_thread = pytest.mark.skipif(
 
 @main_thread
 def test_a_stop_that_a_library_has_wrapped_is_still_a_stop() -> None:
+    """Breaks when SIGTERM within a call back from a library ends a run in that library's error."""
 
     def library() -> None:
         try:
