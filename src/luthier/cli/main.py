@@ -67,9 +67,9 @@ def main() -> None:
         code = _tell(stopped, as_json=False, debug=debug) if isinstance(stopped, StoppedError) else INTERRUPTED
     except Exception:
         # It was raised wherever the program was, and a library may have made an error of its own of it.
-        if early.error is None:
+        if not early.by:
             raise
-        code = _tell(early.error, as_json="--json" in arguments, debug=debug)
+        code = _tell(early.error(), as_json="--json" in arguments, debug=debug)
     sys.exit(code)
 
 
@@ -78,13 +78,16 @@ class _EarlyStop:
     """Ends the command on a signal while there is no run, which has handlers of its own, and remembers that it did."""
 
     def __init__(self) -> None:
-        self.error: StoppedError | None = None
+        self.by = ""
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        reason = f"stopped by {signal.Signals(number).name}; nothing was begun"
-        self.error = StoppedError(reason, do="run the same command again")
-        raise self.error
+        self.by = signal.Signals(number).name
+        raise self.error()
+
+    def error(self) -> StoppedError:
+        # Made anew: an error that is kept keeps the frames it went through, and all that they hold, from ending.
+        return StoppedError(f"stopped by {self.by}; nothing was begun", do="run the same command again")
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:

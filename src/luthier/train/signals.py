@@ -26,8 +26,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self.wants_save = False
-        self.raised: StoppedError | None = None
-        """What `require_patience` has raised: a library may have made an error of its own of it."""
+        self.raised = False
+        """Whether `require_patience` has raised: a library may have made an error of its own of it."""
         self._patient = False
         self._again = "run the same command again"
 
@@ -38,8 +38,12 @@ class StopRequest:
     def require_patience(self) -> None:
         """Raise StoppedError when nobody would look at the request: see `patient`."""
         if self.reason and not self._patient:
-            self.raised = StoppedError(f"stopped by {self.reason}; no step was lost", do=self._again)
-            raise self.raised
+            self.raised = True
+            raise self.error()
+
+    def error(self) -> StoppedError:
+        """The error for a request. Made anew: one that is kept keeps the frames it went through from ending."""
+        return StoppedError(f"stopped by {self.reason}; no step was lost", do=self._again)
 
     def resumes_with(self, command: str) -> None:
         """What goes on with the run, once there is one."""
@@ -95,9 +99,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     except LuthierError:
         raise
     except Exception as error:
-        if request.raised is None:
+        if not request.raised:
             raise
-        raise request.raised from error
+        raise request.error() from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
