@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import typer
 
-from luthier.cli import main
 from luthier.cli.main import app
-from luthier.core.errors import StoppedError
 from tests.cli.commands import environ, luthier
 
 LEAVES = [
@@ -76,49 +72,3 @@ def test_an_error_nobody_foresaw_is_one_sentence_and_a_traceback_only_on_request
         assert told.returncode == 1
         assert ("Traceback" in told.stderr) == traced
         assert "ZeroDivisionError: x" in told.stderr and ("--debug" in told.stderr) != traced
-
-
-@pytest.mark.parametrize(
-    ("reason", "code", "said"),
-    [(KeyboardInterrupt(), 130, ""), (StoppedError("stopped by SIGTERM"), 75, "error[stopped]: stopped by SIGTERM")],
-)
-def test_a_signal_beside_a_command_is_no_surprise(
-    reason: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Breaks when Ctrl-C before the command has begun, or while an error is told, asks for a bug report."""
-
-    def interrupted(arguments: list[str], *, debug: bool = False) -> int:
-        raise reason
-
-    monkeypatch.setattr(main, "run", interrupted)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    with pytest.raises(SystemExit) as left:
-        main.main()
-    assert left.value.code == code
-    printed = capsys.readouterr().err
-    assert printed.startswith(said) and bool(printed) == bool(said)
-
-
-def test_a_stop_that_a_library_has_wrapped_is_still_a_stop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Breaks when SIGTERM within a call back from a library ends in that library's error and asks for a bug report."""
-    handlers: dict[int, Any] = {}
-
-    def wrapping(arguments: list[str], *, debug: bool = False) -> int:
-        try:
-            handlers[signal.SIGTERM](signal.SIGTERM, None)
-        except Exception as stopped:
-            raise ValueError(f"error in a callback: {stopped}") from stopped
-        return 0
-
-    monkeypatch.setattr(main, "run", wrapping)
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "argv", ["luthier", "describe"])
-    with pytest.raises(SystemExit) as left:
-        main.main()
-    assert left.value.code == 75
-    assert capsys.readouterr().err.startswith("error[stopped]: stopped by SIGTERM; nothing was begun")

@@ -108,13 +108,9 @@ def extra_file(folder: Path, dice: random.Random) -> str:
 
 def swap_folders(folder: Path, dice: random.Random) -> str:
     """Two folders have each other's name."""
-    others = [
-        other for other in sorted(folder.parent.iterdir())
-        if other.is_dir() and not other.is_symlink() and other != folder and not other.name.startswith(".")
-    ]  # fmt: skip
-    if not others:
+    other = _another(folder, dice)
+    if other is None:
         return ""
-    other = dice.choice(others)
     between = folder.with_name(".between")
     folder.rename(between)
     other.rename(folder)
@@ -130,16 +126,21 @@ def delete_folder(folder: Path, _dice: random.Random) -> str:
 
 def older_copy(folder: Path, dice: random.Random) -> str:
     """The content of another checkpoint under this name, with its own manifest: a backup put back wrongly."""
+    other = _another(folder, dice)
+    if other is None:
+        return ""
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+    return f"a copy of {other.name}"
+
+
+def _another(folder: Path, dice: random.Random) -> Path | None:
+    """One of the folders beside this one."""
     others = [
         other for other in sorted(folder.parent.iterdir())
         if other.is_dir() and not other.is_symlink() and other != folder and not other.name.startswith(".")
     ]  # fmt: skip
-    if not others:
-        return ""
-    other = dice.choice(others)
-    shutil.rmtree(folder)
-    shutil.copytree(other, folder)
-    return f"a copy of {other.name}"
+    return dice.choice(others) if others else None
 
 
 WHOLE: Final[Sequence[Damage]] = (extra_file, swap_folders, delete_folder, older_copy)

@@ -272,10 +272,8 @@ def _become(order: dict[str, Any]) -> None:
         # As an interpreter tells what nobody has caught.
         sys.excepthook(type(error), error, error.__traceback__)
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    # What the interpreter does at its end, short of tearing down modules: wait for threads, write what is buffered.
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # What the interpreter does at its end, short of tearing down modules: end pools, wait for threads, write the rest.
+    threading._shutdown()  # type: ignore[attr-defined]
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -33,15 +33,25 @@ def test_no_more_rows_are_read_than_shown(tmp_path: Path, llama: Path) -> None:
 
 
 def test_a_check_counts_every_row_once_and_shows_the_first_problems(tmp_path: Path, llama: Path) -> None:
-    bad = [chat("x", "") for _ in range(25)]
+    bad = [chat("x" * n, "y" * 40) for n in range(25)]
     own = write_rows(tmp_path / "rows.jsonl", [*(chat(str(n), "y") for n in range(30)), *bad])
-    found = check_file(str(own), str(llama), PLAIN)
+    found = check_file(str(own), str(llama), reading(None, "auto", "answers", 40, "raise", None))
     assert (found.read, found.kept, found.rejected, found.problem_count) == (55, 30, 25, 25)
     assert len(found.problems) == 20 and f"{own}:31:" in found.problems[0]
     with pytest.raises(DataError, match="25 problems in 55 rows"):
         found.demand()
-    told = luthier("data", "check", own, "--model", llama, "--json").must(65, "25 problems")
+    told = luthier("data", "check", own, "--model", llama, "--max-tokens", 40, "--json").must(65, "25 problems")
     assert '"clean": false' in told.out.splitlines()[0]
+
+
+def test_what_is_wrong_with_many_rows_alike_is_one_line(tmp_path: Path, llama: Path) -> None:
+    """Breaks when a template that refuses every row hides what else is wrong."""
+    rows = [*[chat("x" * 40, "y") for _ in range(25)], {"messages": "none"}, chat("x", "")]
+    own = write_rows(tmp_path / "rows.jsonl", rows)
+    found = check_file(str(own), str(llama), reading(None, "auto", "answers", 40, "raise", None))
+    assert found.problem_count == 27 and len(found.problems) == 3
+    assert f"{own}:1:" in found.problems[0] and "(and 24 rows alike)" in found.problems[0]
+    assert any(f"{own}:26:" in problem for problem in found.problems)
 
 
 def test_columns_and_what_is_trained_can_be_said(tmp_path: Path, llama: Path) -> None:

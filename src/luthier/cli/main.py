@@ -6,6 +6,7 @@ that `luthier --help` is instant; heavy parts are imported inside the commands t
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -70,6 +71,10 @@ def main() -> None:
         if not early.by:
             raise
         code = _tell(early.error(), as_json="--json" in arguments, debug=debug)
+    if code == StoppedError.exit_code:
+        # A stop may have broken into a library that was starting a thread. Python waits for that thread, and it ends
+        # when the last reference to its pool does, which may stand in a cycle.
+        gc.collect()
     sys.exit(code)
 
 

@@ -7,7 +7,7 @@ the same content and settings all of it is cached, the log of the rows included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -203,7 +203,7 @@ def _stored(
         },
     )
 
-    def make(folder: Path) -> Iterator[Rendered]:
+    def make(folder: Path) -> Generator[Rendered]:
         if reading.on_bad_row == "raise":
             # Found in seconds; rendering takes minutes where there are many rows.
             demand_readable(sources)

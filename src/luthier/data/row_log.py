@@ -194,6 +194,31 @@ class RowLog:
         (folder / _LOG).write_text(json.dumps(about), encoding="utf-8")
 
 
+@final
+class Problems:
+    """What is wrong with rows, in at most `most` lines. A template says the same of many rows: that is one line."""
+
+    def __init__(self, *, most: int) -> None:
+        self.count = 0
+        self._most = most
+        self._first: dict[str, DataError] = {}
+        self._alike: dict[str, int] = {}
+
+    def add(self, refused: Refused) -> None:
+        """Count the errors of a row."""
+        for error in refused.errors:
+            self.count += 1
+            key = error.received if refused.rendering else str(error)
+            if key in self._first or len(self._first) < self._most:
+                self._first.setdefault(key, error)
+                self._alike[key] = self._alike.get(key, 0) + 1
+
+    def lines(self) -> list[str]:
+        """Each problem with the first address and the number of the other rows that have it."""
+        more = {key: f" (and {count - 1:,} rows alike)" * (count > 1) for key, count in self._alike.items()}
+        return [f"{error}{more[key]}" for key, error in self._first.items()]
+
+
 def demand_readable(sources: Sequence[SourceFile]) -> None:
     """Read all rows and render none. Raises one DataError that lists those that cannot be read."""
     intake = Intake(sources, None)
@@ -210,28 +235,22 @@ def demand_readable(sources: Sequence[SourceFile]) -> None:
 def bad_rows(intake: Intake, bad: Sequence[Refused]) -> DataError:
     """One error for rows that cannot be used: the counts, and each row with its address."""
     errors = [error for item in bad for error in item.errors]
+    problems = Problems(most=len(errors))
+    for item in bad:
+        problems.add(item)
     counts = f"{len(bad):,} of {intake.read:,} rows cannot be used ({intake.kept:,} can)"
     if len(bad) == MAX_ERRORS:
         counts += f"; reading stopped after {MAX_ERRORS} bad rows"
-    lines = _alike(errors) if any(item.rendering for item in bad) else [str(error) for error in errors]
     do = "mend them; --set data.on_bad_row=skip leaves them out and writes them to a rejects file"
     if all(isinstance(error, TooLongError) for error in errors):
         do = "data.max_tokens and data.over_length say what becomes of long rows"
     kind = TemplateError if all(isinstance(error, TemplateError) for error in errors) else DataError
-    return kind(counts + "".join(f"\n  {line}" for line in lines) + "\n", do=do, where=_only(intake.sources))
+    return kind(counts + "".join(f"\n  {line}" for line in problems.lines()) + "\n", do=do, where=_only(intake.sources))
 
 
 def _only(sources: Sequence[SourceFile]) -> str:
     """The file, where there is only one."""
     return str(sources[0].path) if len(sources) == 1 else ""
-
-
-def _alike(errors: Sequence[DataError]) -> list[str]:
-    """The errors; the same words for several rows stand once, with the first address and their number."""
-    alike: dict[str, list[DataError]] = {}
-    for error in errors:
-        alike.setdefault(error.received, []).append(error)
-    return [f"{same[0]}{f' (and {len(same) - 1:,} rows alike)' * (len(same) > 1)}" for same in alike.values()]
 
 
 # An address is written down without the path: the same content may lie elsewhere when the log is used again.

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +82,7 @@ class TokenStore:
 
     @classmethod
     def open_or_build(
-        cls, make: Callable[[Path], Iterable[Rendered]], renderer: Renderer, *, key: str, folder: Path | None = None
+        cls, make: Callable[[Path], Generator[Rendered]], renderer: Renderer, *, key: str, folder: Path | None = None
     ) -> TokenStore:
         """The store of `key` if it is whole; otherwise it is written with the views of `make(its folder)`.
 
@@ -100,7 +101,8 @@ class TokenStore:
             made = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=home))
         try:
             with explained("write the token cache", place):
-                _write(make(made), renderer, made, key)
+                with closing(make(made)) as views:
+                    _write(views, renderer, made, key)
                 write_manifest(made, {"key": key})
                 _take_place(made, place, lambda: cls.open(place, key=key) is not None)
         finally:

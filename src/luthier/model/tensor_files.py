@@ -74,14 +74,19 @@ def load_tensors(path: Path, *, widen: bool = False) -> dict[str, Tensor]:
     safetensors file, MissingError when there is none.
     """
     tensors = {}
+    for name, tensor in each_tensor(path):
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        tensors[name] = tensor.float() if widen and half else tensor
+    return tensors
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one after another, for whoever needs no two of them at once; raises as `load_tensors` does."""
     with _opened(path) as (file, size):
         places = _checked(path, file, size)
         start = size - max((place.end for place in places.values()), default=0)
         for name, place in places.items():
-            tensor = _read(path, file, start, name, place)
-            half = tensor.dtype in (torch.float16, torch.bfloat16)
-            tensors[name] = tensor.float() if widen and half else tensor
-    return tensors
+            yield name, _read(path, file, start, name, place)
 
 
 def tensor_places(path: Path) -> dict[str, TensorPlace]:

@@ -16,7 +16,7 @@ from luthier.data.prepare import Reading, make_renderer, rendering_notices, sour
 from luthier.data.reading.rows import OpenSource, open_source
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import OverLength, Renderer, TrainOn
-from luthier.data.row_log import RowLog
+from luthier.data.row_log import Problems, RowLog
 from luthier.data.statistics import LengthHistogram
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.load import context_tokens, resolve_source
@@ -115,17 +115,13 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
     held_files = sources_of(evaluation, how) if evaluation is not None else []
     intake = Intake([*sources, *held_files], renderer)
     log = RowLog(intake, renderer)
-    problems: list[str] = []
-    count = 0
+    problems = Problems(most=MOST_PROBLEMS)
     for item in log:
         if isinstance(item, Refused):
-            count += len(item.errors)
-            problems += [str(error) for error in item.errors[: MOST_PROBLEMS - len(problems)]]
+            problems.add(item)
     report = log.report()
     held = report.records["file"] >= len(sources)
-    if report.answers.all_empty:
-        count += 1
-        problems.append(str(report.answers.flat()))
+    flat = [str(report.answers.flat())] if report.answers.all_empty else []
     warnings = [
         *notices,
         *rendering_notices(report, renderer),
@@ -139,8 +135,8 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
         rejected=report.rejected,
         views=renderer.counts.views,
         counts=renderer.counts.as_dict(),
-        problems=problems,
-        problem_count=count,
+        problems=[*problems.lines(), *flat],
+        problem_count=problems.count + len(flat),
         warnings=warnings,
     )
 

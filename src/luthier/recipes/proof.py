@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from luthier.adapters import Adapter, saved_adapter
@@ -29,6 +28,7 @@ from luthier.model.adapter_files import CONFIG, EXTRAS, fill, read_config, read_
 from luthier.model.generation_files import GENERATION, read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.tensor_files import each_tensor
 from luthier.recipes.accounts import LIBRARIES
 from luthier.recipes.claims import changes, data_facts, fingerprint, recipe_digest
 from luthier.recipes.control_tokens import with_token_ids
@@ -213,17 +213,12 @@ def _saved_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the weight files of a folder. Raises NumericError for what is not finite."""
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in found:
-                        raise CorruptError(f"{path} holds {name}, and so does another file beside it")
-                    tensor = file.get_tensor(name)
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise NumericError(f"{name} in {path} holds numbers that are not finite")
-                    found[name] = tuple(tensor.shape)
-        except SafetensorError as failure:
-            raise CorruptError(f"{path} cannot be read: {failure}") from None
+        for name, tensor in each_tensor(path):
+            if name in found:
+                raise CorruptError(f"{path} holds {name}, and so does another file beside it")
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericError(f"{name} in {path} holds numbers that are not finite")
+            found[name] = tuple(tensor.shape)
     return found
 
 

@@ -306,7 +306,7 @@ class Renderer:
             raise TooLongError(
                 f"the conversation has {len(view.tokens)} tokens",
                 allowed=f"at most {limit}",
-                do="raise data.max_tokens, or set data.over_length to drop or to truncate",
+                do="set data.over_length to drop or to truncate; data.max_tokens may be as much as the model's context",
                 where=row.where,
             )
         if self.over_length == "drop" or not trained:
