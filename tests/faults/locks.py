@@ -49,7 +49,7 @@ def run(count: int, *, seed: int, folder: Path) -> Campaign:
 def control(*, seed: int, folder: Path) -> Campaign:
     """The same where the lock locks nothing."""
     deaf = (NO_FRESH_PROOF, "tests.faults.broken:lock_that_locks_nothing")
-    return _campaign(f"{FAULT} (broken)", 2 * RACERS, seed=seed, folder=folder, prepare=deaf)
+    return _campaign(f"{FAULT} (broken)", 6 * RACERS, seed=seed, folder=folder, prepare=deaf)
 
 
 def _campaign(fault: str, count: int, *, seed: int, folder: Path, prepare: Sequence[str]) -> Campaign:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,22 @@ def test_a_run_is_created_opened_and_told(tmp_path: Path) -> None:
     assert (row.state, row.model, row.adapter, row.step) == ("finished", "seedling", "lora", 1)
     assert (row.loss_before, row.loss_after) == (2.0, 1.0)
     assert row.loss != row.loss
+
+
+def test_progress_that_comes_late_does_not_bring_a_run_back(tmp_path: Path) -> None:
+    """Breaks when the thread that saves and the end of a run write the status at once, or in the wrong order."""
+    run = created(tmp_path / "a")
+    run.write_progress({"step": 1})
+    assert run.status().state == "new"
+    run.write_status("running")
+    with run.lock(), ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(run.write_progress, {"step": step}) for step in range(60)]
+        for each in done:
+            each.result()
+        assert run.status().values["step"] in range(60)
+    run.write_status("stopped", reason="SIGINT")
+    run.write_progress({"step": 99})
+    assert run.status().state == "stopped" and run.status().values == {}
 
 
 def test_foreign_folders_and_other_runs_are_not_touched(tmp_path: Path) -> None:

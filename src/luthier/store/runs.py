@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,8 @@ class RunDirectory:
         self.events = JsonLines(folder / "events.jsonl")
         self.samples = JsonLines(folder / "samples.jsonl")
         self.checkpoints = CheckpointStore(folder / "checkpoints", run=run_id, disk=disk)
+        self._telling = threading.Lock()
+        self._told: State | None = None
 
     @classmethod
     @contextlib.contextmanager
@@ -204,8 +207,19 @@ class RunDirectory:
         """Write how the run stands; `values` are its latest numbers."""
         if state not in WRITTEN_STATES:
             raise ValueError(f"{state!r} is never written; one of {', '.join(WRITTEN_STATES)} is")
+        with self._telling:
+            self._told = state
+            self._tell(state, reason, values or {})
+
+    def write_progress(self, values: Mapping[str, Any]) -> None:
+        """Write the latest numbers of a run at work. For the thread that saves: nothing, once the run has ended."""
+        with self._telling:
+            if self._told == "running":
+                self._tell("running", "", values)
+
+    def _tell(self, state: State, reason: str, values: Mapping[str, Any]) -> None:
         updated = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"state": state, "reason": reason, "updated": updated, "values": plain(values or {})}
+        content = {"state": state, "reason": reason, "updated": updated, "values": plain(values)}
         write_json(self.folder / "status.json", content, disk=self.disk)
 
     def status(self) -> Status:

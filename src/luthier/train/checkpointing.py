@@ -117,7 +117,7 @@ class CheckpointKeeper:
         self.run.checkpoints.rotate(self.keep)
         loop = snapshot.numbers["loop"]
         progress = {"step": loop["step"], "steps": loop["total_steps"], "loss": loop["last_loss"]}
-        self.run.write_status("running", values=progress)
+        self.run.write_progress(progress)
 
     def _check_drift(self, name: str, saved: Mapping[str, Any], *, accept_drift: bool) -> None:
         before, now = _flat(saved), _flat(self.facts)
