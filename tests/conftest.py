@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from tests.tiny import KINDS, tiny_folder
 
 # Read once, when the hub's client is imported, which may be before any fixture runs.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Under nohup hang-ups are ignored, and luthier leaves that as it is; what is tested of signals begins with the default.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples on every machine and every day; a search with new ones is started by hand.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
