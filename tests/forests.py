@@ -58,10 +58,12 @@ def zoo(architecture: str, *, seed: int = 0, ours: bool = True, dtype: torch.dty
     return module.to(dtype).eval()
 
 
-def language_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def language_model(
+    architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, fused: bool = True
+) -> LanguageModel:
     """The tiny model as luthier has it: frozen, probed."""
     module = zoo(architecture, seed=seed, dtype=dtype)
-    return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module))
+    return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module), fused=fused)
 
 
 def mamba() -> PreTrainedModel:

@@ -62,12 +62,14 @@ def kept_by_autograd(model: LanguageModel, forest: Forest) -> int:
     return sum(size for place, size in storages.items() if place not in weights)
 
 
-def laid_out(architecture: str, adapter: Adapter, dtype: torch.dtype) -> tuple[LanguageModel, int, int]:
+def laid_out(
+    architecture: str, adapter: Adapter, dtype: torch.dtype, *, fused: bool = True
+) -> tuple[LanguageModel, int, int]:
     """A model with an adapter, what autograd keeps for a micro-batch, and what the formula says."""
     attention.register()
     config = CONFIGS[architecture]()
     module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
-    model = LanguageModel(module, source="fresh", digest="")
+    model = LanguageModel(module, source="fresh", digest="", fused=fused)
     attachment = model.attach(adapter.attach(model.sites))
     rng = np.random.default_rng(0)
     forest = Forest(tuple(
@@ -76,16 +78,20 @@ def laid_out(architecture: str, adapter: Adapter, dtype: torch.dtype) -> tuple[L
     batch = MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH)
     resident, _, _ = peak_of(model, attachment, batch, 1.0)
     edited = 0.0 if attachment.root is not None else 1.0
-    work = Work(tokens=TOKENS, predicted=TOKENS, longest=LENGTH, edited=edited, trains_base=attachment.trains_base)
+    work = Work(
+        tokens=TOKENS, predicted=TOKENS, longest=LENGTH, edited=edited, trains_base=attachment.trains_base,
+        fused=model.executor.blocks is not None,
+    )  # fmt: skip
     return model, kept_by_autograd(model, forest), int(resident / on_heap(1000, work) * 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_activations_are_what_autograd_keeps(architecture: str, adapter: str, dtype: torch.dtype) -> None:
-    """Breaks when the zoo's block keeps another tensor, or an adapter's inputs are forgotten."""
-    _, kept, formula = laid_out(architecture, ADAPTERS[adapter](), dtype)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "zoo"])
+def test_activations_are_what_autograd_keeps(fused: bool, architecture: str, adapter: str, dtype: torch.dtype) -> None:
+    """Breaks when a block, ours or the zoo's, keeps another tensor, or an adapter's inputs are forgotten."""
+    _, kept, formula = laid_out(architecture, ADAPTERS[adapter](), dtype, fused=fused)
     # The widest tensor at work comes on top of what is kept.
     working = TOKENS * SIZES["intermediate_size"] * dtype.itemsize
     assert formula - working == pytest.approx(kept, rel=0.05)

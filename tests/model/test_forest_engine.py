@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.data.forest import Forest, Segment, Tree, pack, row_tree
+from luthier.model import blocks
 from luthier.model.executor import run_segments, run_unrolled
 from tests import forests
 from tests.forests import ARCHITECTURES
@@ -139,7 +140,7 @@ def test_packing_keeps_every_tree_in_order_and_respects_the_budget(sizes: list[i
 
 def test_equal_rows_share_an_attention_call_and_nothing_is_padded() -> None:
     """Breaks when rows of equal length are attended one by one, or a plan is ignored."""
-    model = forests.language_model("llama")
+    model = forests.language_model("llama", fused=False)
     rng = np.random.default_rng(0)
     trees = [row_tree(forests.tokens(rng, n), np.ones(n, dtype=np.float32), row=i) for i, n in enumerate([6, 6, 6, 4])]
     sizes: list[tuple[int, ...]] = []
@@ -153,3 +154,13 @@ def test_equal_rows_share_an_attention_call_and_nothing_is_padded() -> None:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
         model.token_outputs(Forest(tuple(trees)))
     assert sizes == [(3, 6), (1, 4)] * 2
+    runs: list[tuple[tuple[int, int], ...]] = []
+
+    def spy_of_ours(query: torch.Tensor, *args: object) -> torch.Tensor:
+        runs.append(tuple(args[2]))  # type: ignore[arg-type]
+        return query
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "causal_attention", spy_of_ours)
+        forests.language_model("llama").token_outputs(Forest(tuple(trees)))
+    assert runs[-2:] == [((3, 6), (1, 4))] * 2

@@ -71,7 +71,8 @@ def failing(made: Stepper, failure: Exception, *, at: int, where: str, times: in
     """
     tried: list[int] = []
     real = made.model.token_outputs
-    layer = made.model.module.get_submodule("model.layers.0")
+    # Behind the second layer's gradients: half of the gradient is there by then.
+    late = [each for name, each in made.parameters.items() if "layers.0." in name] or list(made.parameters.values())
 
     def now() -> bool:
         return at <= len(tried) < at + times
@@ -82,23 +83,18 @@ def failing(made: Stepper, failure: Exception, *, at: int, where: str, times: in
             raise failure
         return real(forest)
 
-    def boobytrap(_module: object, _given: object, output: Any) -> None:
-        # Behind the second layer's gradients and before those of the first: half of the gradient is there by then.
-        state = output[0] if isinstance(output, tuple) else output
-
-        def burst(_gradient: Tensor) -> None:
+    def burst(_gradient: Tensor) -> None:
+        if now() and where == "backward":
             raise failure
 
-        if now() and where == "backward":
-            state.register_hook(burst)
-
-    handle = layer.register_forward_hook(boobytrap)
+    handles = [parameter.register_hook(burst) for parameter in late]
     # An instance attribute hides the method.
     made.model.token_outputs = outputs  # type: ignore[method-assign]
     try:
         yield tried
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         del made.model.token_outputs
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
+from luthier.kernels.products import LowRankTerm
 from luthier.model.edits import Edit, SiteEdit
 from luthier.model.sites import Site, Sites
 from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
@@ -145,6 +146,10 @@ class LowRank(SiteEdit):
         # The float32 factors are cast, not kept in the base's dtype: the cast is thin, and small updates are not lost.
         low = F.linear(dropped, self.down.to(x.dtype)) * self.scale
         return y + F.linear(low, self.up.to(x.dtype)).to(y.dtype)
+
+    def low_rank(self) -> LowRankTerm | None:
+        # What is dropped differs from site to site: no wider product of several sites is possible then.
+        return None if self.dropout and self.training else LowRankTerm(self.down, self.up, self.scale)
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

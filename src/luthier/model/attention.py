@@ -48,6 +48,15 @@ class Unit:
     length: int
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """How a layer of the zoo calls its attention: the factor of its logits, its window and its soft cap, if any."""
+
+    scale: float | None
+    window: int | None
+    softcap: float | None
+
+
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
@@ -60,6 +69,7 @@ class ForestPlan:
     root: LearnedRoot | None = None
     outer: dict[int, tuple[Tensor, Tensor]] | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
+    noted: dict[int, AttentionCall] = field(default_factory=dict)
     calls: int = 0
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
 
@@ -67,6 +77,16 @@ class ForestPlan:
     def units(self) -> tuple[Unit, ...]:
         """The spans as they are attended: runs of roots of equal length go together, everything else alone."""
         return _units(self.spans, alone=self.root is not None or self.outer is not None)
+
+    @property
+    def separate(self) -> bool:
+        """Whether every span is a text of its own: none has ancestors, learned or other, and nobody wants its keys."""
+        return (
+            self.root is None
+            and self.outer is None
+            and self.captured is None
+            and not any(span.ancestors for span in self.spans)
+        )
 
     def mask(self, before: int, own: int, window: int | None, device: torch.device) -> Bool[Tensor, "own all"]:
         """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
@@ -128,6 +148,7 @@ def forest_attention(
         )
     forest_plan.calls += 1
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    forest_plan.noted[layer] = AttentionCall(scaling, sliding_window, softcap)
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
     outer = _outer(forest_plan, layer, key.dtype)

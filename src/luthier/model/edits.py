@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from luthier.kernels.products import LowRankTerm
 from luthier.model.sites import Site
 
 
@@ -43,6 +44,10 @@ class SiteEdit(Edit):
     @abstractmethod
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         """The output as the rest of the model shall see it; `x` is what came in, before this edit."""
+
+    def low_rank(self) -> LowRankTerm | None:
+        """This edit as a low-rank term of a linear layer, as it stands now; None when it is something else."""
+        return None
 
     @abstractmethod
     def merged(

@@ -7,6 +7,7 @@ computed once for each path but carry weight only in the first. Unrolled works f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
-from luthier.data.forest import Forest, Layout, Segment, Tree
+from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.head import Head, head_log_probs
-from luthier.model.attention import NAME, ForestPlan, UndrivableAttentionError
+from luthier.model.attention import NAME, AttentionCall, ForestPlan, UndrivableAttentionError
+from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
@@ -38,32 +40,51 @@ class Executor:
     kind: Literal["segments", "unrolled"]
     own_head: bool
     reason: str = ""
+    blocks: Blocks | None = None
 
 
 def run_segments(
-    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
+    module: PreTrainedModel,
+    forest: Forest,
+    *,
+    head: AnyHead,
+    root: LearnedRoot | None = None,
+    blocks: Blocks | None = None,
 ) -> TokenOutputs:
-    """One flat pass over the forest, attention by segment."""
+    """One flat pass over the forest, attention by segment, with `blocks` by our own operations."""
     layout = forest.layout
     plan = ForestPlan(spans=layout.spans, root=root)
-    tokens = torch.from_numpy(layout.tokens.astype(np.int64)).to(module.device)[None]
-    hidden = flat_hidden(module, tokens, _positions(layout, root, module), plan)[0]
-    predicting = hidden.index_select(0, _long(layout.predictors, module))
+    tokens = _long(layout.tokens, module)
+    positions = _long(layout.positions, module) + (0 if root is None else root.token_count)
+    predictors = _long(layout.predictors, module)
+    predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
     return _outputs(layout, score(module, predicting, head, _long(layout.labels, module)), module)
 
 
 def flat_hidden(
-    module: PreTrainedModel, tokens: Int[Tensor, "1 T"], positions: Int[Tensor, "1 T"], plan: ForestPlan
-) -> Float[Tensor, "1 T d"]:
-    """Final hidden states of a flat batch under a plan."""
+    module: PreTrainedModel,
+    tokens: Int[Tensor, " T"],
+    positions: Int[Tensor, " T"],
+    plan: ForestPlan,
+    *,
+    blocks: Blocks | None = None,
+    rows: Int[Tensor, " N"] | None = None,
+) -> Float[Tensor, "N d"]:
+    """Final hidden states of a flat batch under a plan: those of `rows`, or all."""
+    if blocks is not None:
+        return blocks.hidden(tokens, positions, plan, rows)
     # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     body = module.base_model
     result = body(
-        input_ids=tokens, position_ids=positions, attention_mask=untouched, use_cache=False, forest_plan=plan
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=untouched,
+        use_cache=False,
+        forest_plan=plan,
     )
-    hidden: Tensor = result.last_hidden_state
-    return hidden
+    hidden: Tensor = result.last_hidden_state[0]
+    return hidden if rows is None else hidden.index_select(0, rows)
 
 
 def run_unrolled(
@@ -139,11 +160,6 @@ def score(
     return torch.cat(parts)
 
 
-def _positions(layout: Layout, root: LearnedRoot | None, module: PreTrainedModel) -> Int[Tensor, "1 T"]:
-    offset = 0 if root is None else root.token_count
-    return _long(layout.positions, module)[None] + offset
-
-
 def _outputs(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:
     return TokenOutputs(
         log_probs=log_probs,
@@ -159,8 +175,11 @@ def _long(array: np.ndarray, module: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def probe(module: PreTrainedModel) -> Executor:
-    """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward."""
+def probe(module: PreTrainedModel, *, fused: bool = True) -> Executor:
+    """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward.
+
+    Without `fused` the zoo's modules run one by one.
+    """
     size = int(module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
     ids = (np.arange(6) * 7 + 3).astype(np.int32) % size
     ones = np.ones(3, dtype=np.float32)
@@ -181,7 +200,18 @@ def probe(module: PreTrainedModel) -> Executor:
     reason = _segments_fail(module, forest, head, truth)
     if reason:
         return Executor("unrolled", own_head, reason)
-    return Executor("segments", own_head, "" if own_head else "the output head is computed by the zoo")
+    blocks = Blocks.of(module, _attention_calls(module)) if fused else None
+    if blocks is not None and not _close(run_segments(module, forest, head=head, blocks=blocks).log_probs, truth):
+        blocks = None
+    return Executor("segments", own_head, "" if own_head else "the output head is computed by the zoo", blocks)
+
+
+def _attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:
+    """How each layer of the zoo calls its attention, from a text of one token."""
+    plan = ForestPlan(spans=(Span(0, 1, ()),))
+    zero = torch.zeros(1, dtype=torch.int64, device=module.device)
+    flat_hidden(module, zero, zero, plan)
+    return plan.noted
 
 
 def _segments_fail(module: PreTrainedModel, forest: Forest, head: AnyHead, truth: Tensor) -> str:

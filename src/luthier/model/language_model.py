@@ -33,10 +33,18 @@ class LanguageModel:
     """A causal language model of the zoo, frozen until something is attached.
 
     `source` says where it came from, `digest` identifies its weights, `notices` lists what a user should know
-    (precision chosen, executor fallback).
+    (precision chosen, executor fallback). Without `fused` the zoo's modules run one by one.
     """
 
-    def __init__(self, module: PreTrainedModel, *, source: str, digest: str, notices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        *,
+        source: str,
+        digest: str,
+        notices: tuple[str, ...] = (),
+        fused: bool = True,
+    ) -> None:
         self.module = module
         self.source = source
         self.digest = digest
@@ -45,7 +53,7 @@ class LanguageModel:
         module.requires_grad_(False)
         module.eval()
         self.sites: Sites = find_sites(module)
-        self.executor: Executor = probe(module)
+        self.executor: Executor = probe(module, fused=fused)
         if self.executor.reason:
             self.notices.append(f"forest executor: {self.executor.kind} ({self.executor.reason})")
 
@@ -85,13 +93,19 @@ class LanguageModel:
         """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
         root = self.active_root
         if self.executor.kind == "segments":
-            return run_segments(self.module, forest, head=self.head, root=root)
+            return run_segments(self.module, forest, head=self.head, root=root, blocks=self.executor.blocks)
         return run_unrolled(self.module, forest, head=self.head, root=root)
 
     def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
         """Forward and backward of one tree, its root once and its branches in parts; the same gradient as at once."""
         return backward_in_parts(
-            self.module, tree, loss, head=self.head, max_tokens=max_tokens, root=self.active_root
+            self.module,
+            tree,
+            loss,
+            head=self.head,
+            max_tokens=max_tokens,
+            root=self.active_root,
+            blocks=self.executor.blocks,
         )
 
     @property

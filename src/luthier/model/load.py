@@ -4,13 +4,16 @@ Safetensors only. A folder that holds its weights as a pickle is refused, and so
 steers which code is used: model files are data. The config passes a gate (`config_gate.py`), tensors are read and
 checked here (`weights.py`), and transformers itself opens no file of a model. No remote code is ever run.
 Precision: weights are computed in the precision chosen here; trained parameters keep float32 copies elsewhere.
+Kernels: LUTHIER_KERNELS=torch runs the zoo's own modules one by one, where `auto` takes our fused operations for models
+that have the shape for them. Results are the same up to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -80,7 +83,15 @@ def load_model(source: str, *, precision: Precision = "auto", device: str = "aut
     module.to(_device(device))
     digest = state_digest(module) if fresh or files.folder is None else folder_digest(files.folder)
     notices = (f"precision: {reason}", *checked.notices, *unused)
-    return LanguageModel(module, source=source, digest=digest, notices=notices)
+    return LanguageModel(module, source=source, digest=digest, notices=notices, fused=wants_fused())
+
+
+def wants_fused(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether our fused operations may run, as LUTHIER_KERNELS says: auto (when it is not set), or torch."""
+    value = environ.get("LUTHIER_KERNELS") or "auto"
+    if value not in ("auto", "torch"):
+        raise RecipeError(f"LUTHIER_KERNELS is {value!r}", allowed="auto or torch")
+    return value == "auto"
 
 
 def context_tokens(source: str) -> int | None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.forest import ROOT, Forest, Segment, Span, Tree
 from luthier.model.attention import ForestPlan
+from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.executor import AnyHead, flat_hidden, score
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -54,15 +55,16 @@ def backward_in_parts(
     head: AnyHead,
     max_tokens: int,
     root: LearnedRoot | None = None,
+    blocks: Blocks | None = None,
 ) -> Iterator[Part]:
     """Run `tree` forward and backward in parts of at most `max_tokens` new tokens, and yield what each part found.
 
     The gradients of the *sum* of losses are added to whatever is trained once the iterator is exhausted. A branch that
     is larger than `max_tokens` is a part of its own.
     """
-    trunk = _run_trunk(module, tree, root)
+    trunk = _run_trunk(module, tree, root, blocks)
     for part in _parts(tree, max_tokens):
-        outputs = _run_branches(module, part, trunk, head, root)
+        outputs = _run_branches(module, part, trunk, head, root, blocks)
         report = loss(outputs, part)
         if report.sum.requires_grad:
             report.sum.backward()
@@ -74,17 +76,22 @@ def backward_in_parts(
     yield own, outputs, report
 
 
-def _run_trunk(module: PreTrainedModel, tree: Tree, root: LearnedRoot | None) -> _Trunk:
+def _run_trunk(module: PreTrainedModel, tree: Tree, root: LearnedRoot | None, blocks: Blocks | None) -> _Trunk:
     length = len(tree.segments[0].tokens)
     captured: dict[int, tuple[Tensor, Tensor]] = {}
     plan = ForestPlan(spans=(Span(0, length, ()),), root=root, captured=captured)
-    hidden = _hidden(module, tree.segments[0].tokens, 0, plan, root)
+    hidden = _hidden(module, tree.segments[0].tokens, 0, plan, root, blocks)
     leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in captured.items()}
     return _Trunk(hidden, captured, _leaf(hidden[-1:]), leaves)
 
 
 def _run_branches(
-    module: PreTrainedModel, part: Forest, trunk: _Trunk, head: AnyHead, root: LearnedRoot | None
+    module: PreTrainedModel,
+    part: Forest,
+    trunk: _Trunk,
+    head: AnyHead,
+    root: LearnedRoot | None,
+    blocks: Blocks | None,
 ) -> TokenOutputs:
     """The branches of a part, seeing the trunk through its leaves."""
     layout = part.layout
@@ -95,7 +102,7 @@ def _run_branches(
         for span in layout.spans[1:]
     )
     plan = ForestPlan(spans=spans, root=root, outer=trunk.leaves)
-    hidden = _hidden(module, layout.tokens[length:], length, plan, root, positions=layout.positions[length:])
+    hidden = _hidden(module, layout.tokens[length:], length, plan, root, blocks, positions=layout.positions[length:])
     return _score(module, part, torch.cat([trunk.last_leaf, hidden]), head, first=length - 1)
 
 
@@ -105,6 +112,7 @@ def _hidden(
     start: int,
     plan: ForestPlan,
     root: LearnedRoot | None,
+    blocks: Blocks | None,
     *,
     positions: np.ndarray | None = None,
 ) -> Float[Tensor, "T d"]:
@@ -112,7 +120,7 @@ def _hidden(
     offset = 0 if root is None else root.token_count
     ids = torch.from_numpy(tokens.astype(np.int64)).to(module.device)
     at = torch.from_numpy(places.astype(np.int64)).to(module.device) + offset
-    return flat_hidden(module, ids[None], at[None], plan)[0]
+    return flat_hidden(module, ids, at, plan, blocks=blocks)
 
 
 def _score(

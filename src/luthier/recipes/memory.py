@@ -149,6 +149,8 @@ def peak_of(
         trains_base=attachment.trains_base,
         squares=_squares(model, decoder),
         masked=model.active_root is not None,
+        fused=_runs_fused(model),
+        ranks=_ranks(model, attachment),
     )
     live = bytes_of.activations(decoder, work)
     kept = bytes_of.on_heap(live, work) if model.device.type == "cpu" else live
@@ -166,6 +168,25 @@ def _edited(model: LanguageModel, attachment: Attachment) -> float:
     # A block that is trained trains all linear layers in it.
     edited = [name for name in linear if any(name == one or name.startswith(f"{one}.") for one in touched)]
     return len(edited) / len(linear) if linear else 0.0
+
+
+def _runs_fused(model: LanguageModel) -> bool:
+    """Whether our operations run all blocks in training, dropout considered."""
+    blocks = model.executor.blocks
+    if blocks is None:
+        return False
+    was_training = model.module.training
+    model.train()
+    try:
+        return blocks.take_everything
+    finally:
+        model.train(was_training)
+
+
+def _ranks(model: LanguageModel, attachment: Attachment) -> int:
+    """The sum of the ranks of one block's adapters, the mean over blocks."""
+    terms = [edit.low_rank() for edit in attachment.edits if isinstance(edit, SiteEdit)]
+    return sum(len(term.down) for term in terms if term is not None) // max(1, model.sites.layers)
 
 
 def _squares(model: LanguageModel, decoder: Decoder) -> int:

@@ -1,0 +1,235 @@
+"""Blocks of a zoo model run by our own operations: the zoo's modules and weights, fewer passes and less kept.
+
+Idea: most decoders of today have the same block: RMSNorm, projected and rotated queries and keys, attention, RMSNorm,
+gated feed-forward. Where a model's modules have that shape, its weights go through `kernels/blocks.py`; whether that is
+the same function is probed when the model is loaded, not assumed from its name. An edit that is a low-rank term, or
+trains weights, is part of these operations. Any other edit, a hook, or dropout in the base sends its half of a block
+through the zoo's own module, so that nothing anybody put on a module is passed over.
+The last block's feed-forward, and the last norm, see only the rows that are asked for.
+Source: the sub-module names and the forward pass of transformers' llama, which qwen2, qwen3, mistral and others share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.kernels.blocks import added_product, gated_feed_forward, normed_products, rotated
+from luthier.kernels.causal import causal_attention
+from luthier.kernels.products import Product
+from luthier.model.attention import AttentionCall, ForestPlan, forest_attention
+from luthier.model.edits import EditedModule, SiteEdit
+
+_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_FEEDS = ("gate_proj", "up_proj", "down_proj")
+
+
+@final
+@dataclass(frozen=True)
+class Blocks:
+    """The body of a model whose blocks have the common shape.
+
+    `head_size` is the width of one attention head; `calls` says how each layer's attention is called.
+    """
+
+    body: nn.Module
+    head_size: int
+    calls: Mapping[int, AttentionCall]
+
+    @classmethod
+    def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall]) -> Blocks | None:
+        """The blocks of a model as it was loaded, or None when its modules have another shape."""
+        body = module.base_model
+        if not isinstance(body, nn.Module) or _names(body) != _BODY:
+            return None
+        layers = list(body.get_submodule("layers").children())
+        if not layers or not all(_has_the_shape(layer) for layer in layers) or not _is_rms_norm(body.norm):
+            return None
+        if set(calls) != set(range(len(layers))) or any(call.softcap is not None for call in calls.values()):
+            return None
+        return cls(body, int(layers[0].self_attn.head_dim), calls)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def take_everything(self) -> bool:
+        """Whether all of the model's blocks run by our operations, as it stands now."""
+        layers = list(self.body.get_submodule("layers").children())
+        return not _is_watched(self.body) and all(
+            not isinstance(layer, EditedModule)
+            and _attention_products(layer.get_submodule("self_attn")) is not None
+            and _products(layer.get_submodule("mlp"), _FEEDS) is not None
+            for layer in layers
+        )
+
+    def hidden(
+        self, tokens: Int[Tensor, " T"], positions: Int[Tensor, " T"], plan: ForestPlan, rows: Int[Tensor, " N"] | None
+    ) -> Float[Tensor, "N d"]:
+        """The final hidden states of `rows`, all when it is None."""
+        body = self.body
+        x: Tensor = body.get_submodule("embed_tokens")(tokens[None])[0]
+        angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
+        layers = list(body.get_submodule("layers").children())
+        watched = _is_watched(body)
+        for index, layer in enumerate(layers):
+            wanted = rows if index == len(layers) - 1 else None
+            x = self._block(layer, x, angles, plan, wanted, watched=watched)
+        normed: Tensor = body.get_submodule("norm")(x)
+        return normed
+
+    def _block(
+        self,
+        layer: nn.Module,
+        x: Float[Tensor, "T d"],
+        angles: tuple[Tensor, Tensor],
+        plan: ForestPlan,
+        rows: Int[Tensor, " N"] | None,
+        *,
+        watched: bool,
+    ) -> Float[Tensor, "N d"]:
+        if isinstance(layer, EditedModule) or watched:
+            # What surrounds a block, or watches it, gets it as it is.
+            out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
+            states: Tensor = (out if isinstance(out, Tensor) else out[0])[0]
+            return states if rows is None else states.index_select(0, rows)
+        attention, norm = layer.get_submodule("self_attn"), layer.get_submodule("input_layernorm")
+        products = _attention_products(attention)
+        inner = _products(layer.get_submodule("mlp"), _FEEDS)
+        if products is None:
+            attended = attention(
+                hidden_states=norm(x[None]), position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan
+            )
+            x = x + attended[0][0]
+        else:
+            heads = self._attended(attention, norm, x, angles, plan, products[:3])
+            if rows is not None and inner is not None:
+                # Not before a module of the zoo: what it drops must not depend on who asks.
+                x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
+            x = added_product(x, heads, products[3])
+        x = _fed_forward(layer, x, inner)
+        return x if rows is None else x.index_select(0, rows)
+
+    def _attended(
+        self,
+        attention: nn.Module,
+        norm: nn.Module,
+        x: Float[Tensor, "T d"],
+        angles: tuple[Tensor, Tensor],
+        plan: ForestPlan,
+        products: tuple[Product, ...],
+    ) -> Float[Tensor, "T q"]:
+        """The heads' results side by side, before the output product."""
+        weight, eps = _norm(norm)
+        heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products)]
+        query, key = heads[0], heads[1]
+        if _names(attention) >= _HEAD_NORMS:
+            query, key = attention.get_submodule("q_norm")(query), attention.get_submodule("k_norm")(key)
+        cosines, sines = (angle[0, :, : self.head_size // 2] for angle in angles)
+        query, key = rotated(query, cosines, sines), rotated(key, cosines, sines)
+        call = self.calls[int(attention.layer_idx)]  # type: ignore[arg-type]
+        near = call.window is None or max(unit.length for unit in plan.units) <= call.window
+        if query.device.type == "cpu" and near and plan.separate:
+            plan.calls += 1
+            runs = [(unit.count, unit.length) for unit in plan.units]
+            scale = self.head_size**-0.5 if call.scale is None else call.scale
+            return causal_attention(query, key, heads[2], runs, scale).flatten(1)
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, heads[2]))
+        found, _ = forest_attention(
+            attention, query, key, value, None, scaling=call.scale, sliding_window=call.window, forest_plan=plan
+        )
+        return found[0].flatten(1)
+
+
+def _fed_forward(
+    layer: nn.Module, x: Float[Tensor, "n d"], products: tuple[Product, ...] | None
+) -> Float[Tensor, "n d"]:
+    norm = layer.get_submodule("post_attention_layernorm")
+    if products is None:
+        # As the zoo calls it, with a batch of one.
+        fed: Tensor = x + layer.get_submodule("mlp")(norm(x[None]))[0]
+        return fed
+    weight, eps = _norm(norm)
+    return gated_feed_forward(x, weight, eps, *products)
+
+
+def _attention_products(attention: nn.Module) -> tuple[Product, ...] | None:
+    """Queries, keys, values and output, or None when the zoo's own attention has to run."""
+    return None if attention.training and _dropout(attention) else _products(attention, _PROJECTIONS)
+
+
+def _products(holder: nn.Module, names: Iterable[str]) -> tuple[Product, ...] | None:
+    """The linear layers of a half with what is on them, or None when something is on them that is no low-rank term."""
+    found = []
+    for name in names:
+        module = holder.get_submodule(name)
+        term = None
+        if isinstance(module, EditedModule):
+            edits = [edit for key, edit in module.edits.items() if key not in module.disabled]
+            if edits:
+                edit = edits[0]
+                term = edit.low_rank() if isinstance(edit, SiteEdit) else None
+                if term is None or len(edits) > 1:
+                    return None
+            module = module.base
+        found.append(Product(module.get_parameter("weight"), module._parameters.get("bias"), term))
+    return tuple(found)
+
+
+def _has_the_shape(layer: nn.Module) -> bool:
+    if _names(layer) != _BLOCK:
+        return False
+    attention, inner = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    if _names(attention) - _HEAD_NORMS != set(_PROJECTIONS) or _names(inner) != {*_FEEDS, "act_fn"}:
+        return False
+    if len(_names(attention) & _HEAD_NORMS) == 1:
+        return False
+    linear = [attention.get_submodule(name) for name in _PROJECTIONS] + [inner.get_submodule(name) for name in _FEEDS]
+    norms = [layer.get_submodule(name) for name in ("input_layernorm", "post_attention_layernorm")]
+    numbers = torch.linspace(-3, 3, 7)
+    bends = inner.get_submodule("act_fn")(numbers)
+    return (
+        all(type(module) is nn.Linear for module in linear)
+        and all(_is_rms_norm(norm) for norm in norms)
+        and torch.equal(bends, F.silu(numbers))
+    )
+
+
+def _is_rms_norm(module: object) -> bool:
+    names = {name for name, _ in module.named_parameters()} if isinstance(module, nn.Module) else set()
+    return names == {"weight"} and isinstance(vars(module).get("variance_epsilon"), float)
+
+
+def _norm(module: nn.Module) -> tuple[Tensor, float]:
+    return module.get_parameter("weight"), float(vars(module)["variance_epsilon"])
+
+
+def _dropout(attention: nn.Module) -> float:
+    return float(vars(attention).get("attention_dropout") or 0.0)
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _is_watched(body: nn.Module) -> bool:
+    """Whether a module has a hook or a forward pass of somebody else, which our operations would not call."""
+    return any(_hooks(module) for module in body.modules())
+
+
+def _hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    )
+
+
+def _untouched(x: Tensor) -> Tensor:
+    # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=x.device)
