@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from luthier.recipes import doctor
 from tests.cli.commands import luthier, tree
@@ -40,9 +41,10 @@ def test_what_is_missing_is_marked_and_ends_with_69(seedling: Path, monkeypatch:
 
 def test_lines_stay_whole_where_nobody_sees_a_width(seedling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    monkeypatch.setattr(doctor, "choose_precision", lambda _, hidden, __: (hidden < 512, "bfloat16, as asked"))
+    why = "float32, because this is a sentence of more than thirty characters"
+    monkeypatch.setattr(doctor, "choose_precision", lambda *_: (torch.float32, why))
     said = luthier("doctor").must(0).out
-    assert "bfloat16, as asked; float32 where the hidden size is below 512, for which bfloat16 does not pay" in said
+    assert why in said and "float32 products" in said and "FLOP/s, copies" in said
 
 
 def test_a_folder_that_may_not_be_written_is_named(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.core.events import plain
-from luthier.core.units import bytes_text, count_text, duration_text, percent_text
+from luthier.core.units import bytes_text, count_text, duration_text, percent_text, rate_text
 
 if TYPE_CHECKING:
     from luthier.recipes.inspect_data import Measured
@@ -71,6 +71,11 @@ def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
     )
     for line in _room_lines(plan["memory"], plan["disk"]):
         console.print(line)
+    speed = plan["speed"]
+    console.print(
+        f"speed      at most {speed['tokens_per_second']:,.0f} tokens/s: {count_text(speed['flops_per_token'])}FLOP a "
+        f"token, and {speed['dtype']} products at {rate_text(speed['flops_per_second'])} here"
+    )
     console.print(f"steps      {plan['steps']:,}")
     for notice in plan["notices"]:
         console.print(f"note       {notice}", style="yellow")
@@ -99,7 +104,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
     typer.echo(
         f"{count_text(tokens['total'])} tokens ({count_text(tokens['trained'])} trained), "
-        f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {bytes_text(summary['peak_memory_bytes'])}"
+        f"{summary['tokens_per_second']:,.0f} tokens/s ({percent_text(summary['share_of_limit'])} of this machine's "
+        f"limit), peak memory {bytes_text(summary['peak_memory_bytes'])}"
     )
     proof = summary["proof"]
     if proof["reloaded_loss"] is not None:

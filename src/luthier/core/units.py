@@ -9,6 +9,7 @@ import math
 from typing import Final
 
 _BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+_FLOPS: Final = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 _COUNTS: Final = ("", "k", "M", "B", "T")
 
 
@@ -22,6 +23,12 @@ def count_text(count: float) -> str:
     """`12.4k`, `7.6B`, `950`."""
     number, unit = _scaled(count, _COUNTS)
     return f"{number}{unit}"
+
+
+def rate_text(flops: float) -> str:
+    """`125 GFLOP/s`, from FLOPs a second."""
+    number, unit = _scaled(flops, _FLOPS)
+    return f"{number} {unit}/s"
 
 
 def duration_text(seconds: float) -> str:

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as zoo_logging
 
 from luthier.core.errors import MissingError, RecipeError
 from luthier.core.nearest import nearest
+from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.model import attention
 from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
+from luthier.model.machine import rates
 from luthier.model.weights import fresh_module, module_with, read_weights, take_generation_settings, weight_files
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -36,8 +38,8 @@ FRESH = "fresh:"
 """A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
 
 SEEDLING = "seedling"
-BFLOAT16_HIDDEN = 512
-"""Below this hidden size bfloat16 gains no speed over float32 on a CPU and only rounds more (`--set precision=...`)."""
+WORTH_ROUNDING = 1.2
+"""How much faster bfloat16 products must be on a CPU before `auto` takes them."""
 
 
 def resolve_source(source: str) -> str:
@@ -70,7 +72,7 @@ def load_model(source: str, *, precision: Precision = "auto", device: str = "aut
     fresh = source.startswith(FRESH)
     files = ModelFiles.of(name)
     checked = _config(files)
-    dtype, reason = choose_precision(precision, int(checked.config.get_text_config().hidden_size), _device(device))
+    dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
     unused: tuple[str, ...] = ()
     if fresh:
         module = fresh_module(checked.config, dtype, seed, source)
@@ -101,18 +103,30 @@ def context_tokens(source: str) -> int | None:
     return int(limit) if limit else None
 
 
-def choose_precision(precision: Precision, hidden: int, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of weights and products, and why."""
+def choose_precision(precision: Precision, shape: tuple[int, int], device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights and products, and why; `shape` is inputs and outputs of a block's widest product."""
     if precision != "auto":
         return getattr(torch, precision), f"{precision}, as asked"
     if device.type == "cuda":
         return torch.bfloat16, "bfloat16, the GPU's matrix units compute in it"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if fast and hidden >= BFLOAT16_HIDDEN:
-        return torch.bfloat16, "bfloat16, this CPU multiplies it natively"
-    if fast:
-        return torch.float32, f"float32, hidden size {hidden} is too small for bfloat16 to pay on a CPU"
-    return torch.float32, "float32, this CPU has no bfloat16 products"
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        # Not measured: without such instructions a single product may take minutes.
+        return torch.float32, "float32, this CPU has no bfloat16 products"
+    inputs, outputs = shape
+    half, full = (
+        rates(device, dtype, inputs=inputs, outputs=outputs).flops for dtype in (torch.bfloat16, torch.float32)
+    )
+    compared = f"products of {inputs} x {outputs} run at {rate_text(half)} in bfloat16, {rate_text(full)} in float32"
+    if half >= WORTH_ROUNDING * full:
+        return torch.bfloat16, f"bfloat16, {compared}"
+    return torch.float32, f"float32, {compared}"
+
+
+def _shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Inputs and outputs of a block's widest product."""
+    hidden = int(config.hidden_size)
+    inner = getattr(config, "intermediate_size", None)
+    return hidden, int(inner) if isinstance(inner, int) and inner > 0 else 4 * hidden
 
 
 def folder_digest(folder: Path) -> str:

@@ -17,7 +17,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.attachment import Attachment
 from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
-from luthier.recipes import memory
+from luthier.recipes import limits, memory
 from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.train.source import DataSource
@@ -44,6 +44,15 @@ def plan(
     steps = total_steps(recipe.budget, source)
     needed = memory.plan_memory(recipe, data, model, attachment, source, steps)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
+    tokens = data.store.token_count
+    speed = limits.plan_speed(
+        model,
+        attachment,
+        [int(length) for length in data.train.lengths],
+        share=data.store.trained_count / max(1, tokens),
+        at_once=recipe.batch.micro_tokens,
+        step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
+    )
     base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
     return {
         "model": recipe.model,
@@ -54,8 +63,9 @@ def plan(
         "trainable_parameters": attachment.parameter_count,
         "memory": needed,
         "disk": written,
+        "speed": speed,
         "data": data.counts(),
-        "tokens": {"total": data.store.token_count, "trained": data.store.trained_count},
+        "tokens": {"total": tokens, "trained": data.store.trained_count},
         "notices": [
             *model.notices, *data.notices, *memory.notices(needed, written),
         ],
@@ -71,6 +81,8 @@ def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenize
         "data": data.store.folder.name,
         "threads": torch.get_num_threads(),
         "device": model.device.type,
+        # What `auto` has chosen: another machine, or a better measurement, may choose otherwise.
+        "dtype": str(model.dtype).removeprefix("torch."),
         # Another processor may add up in another order, even of the same kind.
         "processor": processor(),
         **{name: metadata.version(name) for name in LIBRARIES},
@@ -102,6 +114,7 @@ def summary(
             f"{state.skipped_steps:,} of {state.step:,} steps had a number that was not finite and were not applied; "
             "the bad_step events name the rows"
         )
+    speed = state.tokens / state.train_seconds if state.train_seconds else 0.0
     return {
         "run": str(run),
         "status": status,
@@ -116,7 +129,8 @@ def summary(
             "best": state.best_eval_loss,
             "best_step": state.best_step,
         },
-        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else 0.0,
+        "tokens_per_second": speed,
+        "share_of_limit": speed / planned["speed"]["tokens_per_second"],
         "train_seconds": state.train_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "model": planned["model"],

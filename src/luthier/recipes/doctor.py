@@ -11,14 +11,16 @@ import psutil
 import torch
 
 from luthier.core.paths import cache_folder
-from luthier.core.units import bytes_text
-from luthier.model.load import BFLOAT16_HIDDEN, choose_precision, resolve_source
+from luthier.core.units import bytes_text, rate_text
+from luthier.model.load import choose_precision, resolve_source
+from luthier.model.machine import rates
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "jinja2")
 OPTIONAL = {"pyarrow": 'parquet files: pip install "luthier[data]"', "peft": "nothing: only luthier's own tests use it"}
 LEAST_FREE_BYTES = 2_000_000_000
 INSTALL = "pip install -c constraints.txt -e ."
-SMALL = f"where the hidden size is below {BFLOAT16_HIDDEN}, for which bfloat16 does not pay on a CPU"
+SHAPE = (1024, 4096)
+"""The product whose speed is told: that of a feed-forward of a model of about half a billion parameters."""
 ELSEWHERE = {
     "cache": "set LUTHIER_CACHE to a folder that is",
     "runs": "change to another folder, or name a run directory with --run",
@@ -42,16 +44,19 @@ def _packages() -> list[dict[str, str]]:
 
 def _devices() -> list[dict[str, str]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    large, why = choose_precision("auto", BFLOAT16_HIDDEN, device)
-    small, _ = choose_precision("auto", BFLOAT16_HIDDEN - 1, device)
     memory = psutil.virtual_memory()
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    dtype, why = choose_precision("auto", SHAPE, device)
+    found = rates(device, dtype, inputs=SHAPE[0], outputs=SHAPE[1], anew=True)
+    name = str(dtype).removeprefix("torch.")
+    speed = f"{name} products {rate_text(found.flops)}, copies {bytes_text(found.bytes)}/s (at best)"
     gpu = torch.cuda.get_device_name(0) if device.type == "cuda" else "none; everything runs on the CPU"
     return [
         _finding("GPU", "fine" if device.type == "cuda" else "note", gpu),
         _finding("CPU", "fine", f"{cores} cores, {torch.get_num_threads()} torch threads"),
         _finding("memory", "fine", f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"),
-        _finding("precision", "fine", why if small == large else f"{why}; float32 {SMALL}"),
+        _finding("speed", "fine", speed),
+        _finding("precision", "fine", why),
     ]
 
 

@@ -1,0 +1,113 @@
+"""What this machine can do: the rate of matrix products and the bandwidth of memory, measured and remembered.
+
+Idea: a limit is what the machine has shown at its best. A first run measures for a third of a second, at the shape of
+its own products; later ones take the number from the cache. `luthier doctor` measures anew and keeps the better one.
+The same numbers decide in which precision a CPU computes: half precision is twice as fast on one and a hundred times
+slower on another, and depends on the shape.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from luthier.core.errors import LuthierError
+from luthier.core.paths import cache_folder
+from luthier.store.environment import processor
+from luthier.store.files import read_json, write_json
+
+FILE = "machine.json"
+SECONDS = 0.25
+MOST_TOKENS = 2048
+MOST_FLOPS = 2e10
+"""FLOPs of one product that is timed: a tenth of a second on a small machine."""
+COPIED = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOPs a second of products, and bytes a second (read plus written) of a copy."""
+
+    flops: float
+    bytes: float
+
+
+def rates(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int, anew: bool = False) -> Rates:
+    """The best rates seen here for products of this shape; measured when there are none, or `anew`."""
+    key = " ".join([_name(device), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
+                    str(dtype).removeprefix("torch."), f"{inputs}x{outputs}"])  # fmt: skip
+    path = cache_folder() / FILE
+    known = _known(path)
+    seen = _rates(known.get(key))
+    if seen is not None and not anew:
+        return seen
+    now = measure(device, dtype, inputs=inputs, outputs=outputs)
+    best = now if seen is None else Rates(max(seen.flops, now.flops), max(seen.bytes, now.bytes))
+    _remember(path, {**known, key: asdict(best)})
+    return best
+
+
+def measure(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int, seconds: float = SECONDS) -> Rates:
+    """The rates now: the best of as many tries as fit into `seconds`."""
+    tokens = max(64, min(MOST_TOKENS, int(MOST_FLOPS / (2 * inputs * outputs))))
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        product = _best(lambda: F.linear(x, weight), device, seconds)
+        copied = _best(lambda: target.copy_(source), device, seconds / 3)
+    return Rates(2 * tokens * inputs * outputs / product, 2 * source.nbytes / copied)
+
+
+def _best(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The shortest time of a call, in seconds."""
+    _timed(call, device)
+    times = [_timed(call, device)]
+    while sum(times) < seconds:
+        times.append(_timed(call, device))
+    return min(times)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+def _known(path: Path) -> dict[str, object]:
+    """What is remembered; nothing when the file is not there or cannot be read: it can be made again."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except LuthierError:
+        return {}
+
+
+def _remember(path: Path, values: dict[str, object]) -> None:
+    """A cache that cannot be written costs a third of a second the next time, and no run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, json.loads(json.dumps(values)))
+    except (LuthierError, OSError):
+        return
+
+
+def _rates(value: object) -> Rates | None:
+    if not isinstance(value, dict):
+        return None
+    flops, traffic = value.get("flops"), value.get("bytes")
+    if isinstance(flops, float) and isinstance(traffic, float) and flops > 0 and traffic > 0:
+        return Rates(flops, traffic)
+    return None

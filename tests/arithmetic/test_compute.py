@@ -1,0 +1,69 @@
+"""The arithmetic of work against the products that torch counts, and against limits worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from luthier.adapters.full import Full
+from luthier.adapters.ia3 import IA3
+from luthier.adapters.lora import LoRA
+from luthier.adapters.prefix_tuning import PrefixTuning
+from luthier.arithmetic.compute import Attention, Linear, bytes_per_token, flops_per_token, limit, mean_context
+from luthier.data.forest import Forest, row_tree
+from luthier.model.edits import Edit
+from luthier.model.sites import Sites
+from luthier.recipes.limits import work
+from tests import forests
+
+ADAPTERS: dict[str, Callable[[Sites], list[Edit]]] = {
+    "lora": LoRA(rank=3).attach,
+    "lora on some": LoRA(rank=3, targets=("v", "down")).attach,
+    "lora on the last block": LoRA(rank=3, targets=r".*\.1\.mlp\.(down|c)_proj").attach,
+    "full": Full().attach,
+    "ia3": IA3().attach,
+    "prefix": PrefixTuning(prefix_tokens=2).attach,
+}
+LENGTH, PREDICTED = 16, 6
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_products_are_those_that_torch_counts(architecture: str, name: str) -> None:
+    """Breaks when a product is counted that is never made, or one is made that nobody counted."""
+    model = forests.language_model(architecture, fused=False)
+    attachment = model.attach(ADAPTERS[name](model.sites))
+    weights = np.zeros(LENGTH, np.float32)
+    weights[-PREDICTED:] = 1
+    rng = np.random.default_rng(0)
+    forest = Forest(tuple(row_tree(forests.tokens(rng, LENGTH), weights, row=row) for row in range(3)))
+    with FlopCounterMode(display=False) as counter:
+        model.token_outputs(forest).log_probs.sum().backward()
+    linears, _ = work(model, attachment, context=0, share=PREDICTED / LENGTH)
+    # A head that is trained computes its logits again in the backward pass; that is no work that must be done.
+    again = 2 * PREDICTED / LENGTH * linears[-1].inputs * linears[-1].outputs * linears[-1].trained
+    assert flops_per_token(linears, []) + again == pytest.approx(counter.get_total_flops() / (3 * LENGTH), rel=2e-3)
+
+
+def test_a_frozen_base_costs_four_and_a_trained_one_six() -> None:
+    """Breaks when a factor is lost."""
+    assert Linear(inputs=10, outputs=20).flops() == 4 * 200
+    assert Linear(inputs=10, outputs=20, trained=True).flops() == 6 * 200
+    assert Linear(inputs=10, outputs=20, below=False).flops() == 2 * 200
+    assert Linear(inputs=10, outputs=20, share=0.5).flops() == 2 * 200
+    assert Linear(inputs=10, outputs=20, rank=2).flops() - 4 * 200 == 6 * 2 * 30
+    assert Attention(width=8, context=5).flops() == 3.5 * 4 * 40
+    assert Attention(width=8, context=5, below=False).flops() == 4 * 40
+
+
+def test_the_limit_is_the_slower_of_products_and_memory() -> None:
+    """Breaks when a small step, which reads all weights for a few tokens, is promised the speed of a large one."""
+    assert limit(100, 1, flops_per_second=1000, bytes_per_second=1000) == 10
+    assert limit(100, 1000, flops_per_second=1000, bytes_per_second=1000) == 1
+    layer = Linear(inputs=10, outputs=20)
+    assert bytes_per_token([layer], number=2, at_once=8, parameters=0, step_tokens=8) == 2 * 2 * 200 / 8
+    assert bytes_per_token([], number=2, at_once=8, parameters=10, step_tokens=4) == 32 * 10 / 4
+    assert mean_context([1, 3]) == (1 + 1 + 2 + 3) / 4 and mean_context([]) == 0
