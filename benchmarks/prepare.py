@@ -91,8 +91,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _model() -> LlamaForCausalLM:
-    config = LlamaConfig(
+def _config() -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=512,
         num_hidden_layers=8,
         num_attention_heads=8,
@@ -105,8 +105,21 @@ def _model() -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def _model() -> LlamaForCausalLM:
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(_config()).to(torch.bfloat16)
+
+
+def linear_sizes() -> tuple[list[tuple[int, int]], tuple[int, int], int, int]:
+    """Inputs and outputs of a block's linear layers and of the head, the width of all heads, and the layers."""
+    config = _config()
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    blocks = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
+    blocks += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    return blocks, (hidden, config.vocab_size), hidden, config.num_hidden_layers
 
 
 def _lora_start(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

@@ -16,13 +16,15 @@ SIDE = 2048
 BANDWIDTH_BYTES = 128 * 2**20
 
 
-def probe(*, seconds: float = 0.5) -> dict[str, float]:
-    """GFLOP/s of a square product in bfloat16 and float32, and GB/s of a copy (bytes read plus bytes written)."""
-    return {
-        "gemm_bf16_gflops": _matrix_rate(torch.bfloat16, seconds),
-        "gemm_fp32_gflops": _matrix_rate(torch.float32, seconds),
-        "copy_gb_per_s": _copy_rate(seconds),
-    }
+def probe(precision: str, *, seconds: float = 0.5) -> dict[str, float]:
+    """GFLOP/s of a square product in this precision, and GB/s of a copy (bytes read plus bytes written)."""
+    return {"gemm_gflops": _matrix_rate(getattr(torch, precision), seconds), "copy_gb_per_s": _copy_rate(seconds)}
+
+
+def native() -> str:
+    """The precision that this CPU multiplies natively; imitated bfloat16 products take a hundred times as long."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def _matrix_rate(dtype: torch.dtype, seconds: float) -> float:

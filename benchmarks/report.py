@@ -1,9 +1,10 @@
-"""Write the table of the latest run of `sft.py` as Markdown: to standard output, or into a document.
+"""Write the tables of the latest runs of `sft.py` as Markdown: to standard output, or into a document.
 
     python benchmarks/report.py --home bench-home
     python benchmarks/report.py --home bench-home --report docs/performance.md
 
-In a document only the text between two marker lines is replaced; a document without them gets them at its end.
+Each workload has a table of its own. In a document only the text between its two marker lines is replaced; a document
+without them gets them at its end.
 """
 
 from __future__ import annotations
@@ -14,20 +15,19 @@ from pathlib import Path
 
 import results
 
-BEGIN, END = "<!-- benchmarks/sft.py: begin -->", "<!-- benchmarks/sft.py: end -->"
 
-
-def place(document: str, text: str) -> str:
-    """`document` with `text` between the markers."""
-    if (BEGIN in document) != (END in document):
-        raise SystemExit(f"the document has only one of {BEGIN!r} and {END!r}")
-    if BEGIN not in document:
-        document = document.rstrip("\n") + ("\n\n" if document.strip() else "") + f"{BEGIN}\n{END}\n"
-    before, _, rest = document.partition(BEGIN)
-    old, found, after = rest.partition(END)
-    if not found or BEGIN in old:
-        raise SystemExit(f"{BEGIN!r} must stand once, before {END!r}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def place(document: str, text: str, workload: str) -> str:
+    """`document` with `text` between the markers of the workload."""
+    begin, end = (f"<!-- benchmarks/sft.py: {workload} {word} -->" for word in ("begin", "end"))
+    if (begin in document) != (end in document):
+        raise SystemExit(f"the document has only one of {begin!r} and {end!r}")
+    if begin not in document:
+        document = document.rstrip("\n") + ("\n\n" if document.strip() else "") + f"{begin}\n{end}\n"
+    before, _, rest = document.partition(begin)
+    old, found, after = rest.partition(end)
+    if not found or begin in old:
+        raise SystemExit(f"{begin!r} must stand once, before {end!r}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> int:
@@ -39,12 +39,15 @@ def main() -> int:
     path = args.home / "results.jsonl"
     if not path.exists():
         parser.error(f"{path} does not exist; run sft.py first")
-    text = results.markdown(results.latest_run(results.read_lines(path)), baseline=args.baseline)
-    if args.report is None:
-        print(text)
-        return 0
-    document = args.report.read_text("utf-8") if args.report.exists() else ""
-    args.report.write_text(place(document, text), "utf-8")
+    lines = results.read_lines(path)
+    document = args.report.read_text("utf-8") if args.report is not None and args.report.exists() else ""
+    for workload in results.workloads(lines):
+        text = results.markdown(results.latest_run(lines, workload), baseline=args.baseline)
+        document = place(document, text, workload)
+        if args.report is None:
+            print(f"{workload}\n\n{text}\n")
+    if args.report is not None:
+        args.report.write_text(document, "utf-8")
     return 0
 
 

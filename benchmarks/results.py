@@ -42,6 +42,7 @@ class Summary:
     memory: Spread | None
     padding: float | None
     gemm: Spread | None
+    percent: Spread | None
 
 
 def checks(line: Line, reference: Line) -> dict[str, bool]:
@@ -59,9 +60,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def latest_run(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the run that was written last; runs are never mixed."""
-    return [line for line in lines if line["run"] == lines[-1]["run"]] if lines else []
+def latest_run(lines: Sequence[dict[str, Any]], workload: str = "") -> list[dict[str, Any]]:
+    """The lines of the run that was written last, of a workload if one is named; runs are never mixed."""
+    own = [line for line in lines if workload in ("", line["workload"])]
+    return [line for line in own if line["run"] == own[-1]["run"]]
+
+
+def workloads(lines: Sequence[Line]) -> list[str]:
+    """The workloads there are lines of, by name."""
+    return sorted({line["workload"] for line in lines})
 
 
 def summarise(lines: Sequence[Line]) -> list[Summary]:
@@ -83,7 +90,8 @@ def table(lines: Sequence[Line], *, baseline: str) -> list[list[str]]:
     """Header and rows, as text."""
     summaries = summarise(lines)
     base = next((item for item in summaries if item.system == baseline), None)
-    header = ["system", "real tokens/s (range)", "peak memory GB (range)", f"x {baseline}", "memory", "padding", "runs"]
+    header = ["system", "real tokens/s (range)", "peak memory GB (range)", f"x {baseline}", "memory", "% of limit",
+              "padding", "runs"]
     return [header, *(_row(item, base) for item in summaries)]
 
 
@@ -105,7 +113,7 @@ def notes(lines: Sequence[Line]) -> list[str]:
         versions = ", ".join(f"{key} {value}" for key, value in line["versions"].items() if key != "python")
         text.append(f"- {system}: {settings}; {versions}.")
     for item in summarise(lines):
-        speed = f"bf16 products at {_span(item.gemm, 1, 0)} GFLOP/s around the runs" if item.gemm else "nothing usable"
+        speed = f"products at {_span(item.gemm, 1, 0)} GFLOP/s around the runs" if item.gemm else "nothing usable"
         left_out = f"{item.invalid} invalid, {item.contended} contended"
         used = "CONTENDED RUNS ONLY, not evidence" if item.contended_only else f"{item.used} runs used"
         text.append(f"- {item.system}: {used}; {left_out}; {speed}.")
@@ -130,7 +138,8 @@ def _summary(system: str, lines: Sequence[Line]) -> Summary:
         rate=_spread(used, lambda line: line["tokens_per_second"]),
         memory=_spread(used, lambda line: line["peak_memory_bytes"]),
         padding=used[0]["tokens"]["padding_share"] if used else None,
-        gemm=_spread(used, lambda line: min(side["gemm_bf16_gflops"] for side in line["probes"].values())),
+        gemm=_spread(used, lambda line: min(side["gemm_gflops"] for side in line["probes"].values())),
+        percent=_spread(used, lambda line: line["percent_of_limit"]),
     )
 
 
@@ -148,6 +157,7 @@ def _row(item: Summary, base: Summary | None) -> list[str]:
         _span(item.memory, 1e9, 2),
         _ratio(item.rate, base.rate if base else None),
         _ratio(item.memory, base.memory if base else None),
+        "-" if item.percent is None else f"{item.percent.median:.0f}",
         "-" if item.padding is None else f"{item.padding:.0%}",
         str(item.used),
     ]

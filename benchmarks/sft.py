@@ -1,4 +1,4 @@
-"""LoRA fine-tuning in luthier and in its peers: real tokens per second and peak memory, interleaved in one run.
+"""LoRA or full fine-tuning in luthier and in its peers: real tokens per second and peak memory, interleaved in one run.
 
     python benchmarks/setup_peers.py --home bench-home
     python benchmarks/sft.py --home bench-home --systems luthier,trl-stock,trl-tuned --repetitions 3 --steps 9 --warm 1
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from typing import Any
 
 import procfs
 import results
+import worker
 
 HERE = Path(__file__).resolve().parent
 BASELINE = "trl-stock"
@@ -68,7 +70,7 @@ def order(systems: list[str], repetitions: int) -> list[tuple[int, str]]:
 def command(name: str, system: System, args: argparse.Namespace) -> list[str]:
     """The command line of one process."""
     parts = [interpreter(system, args.home), str(HERE / system.script), "--system", name]
-    for key in ("steps", "warm", "batch", "seed"):
+    for key in ("steps", "warm", "batch", "seed", "method", "precision"):
         parts += [f"--{key}", str(getattr(args, key))]
     parts += ["--folder", str(args.home / "sft"), "--settings", json.dumps(dict(system.settings))]
     return [*parts, "--grouped"] if system.grouped else parts
@@ -100,7 +102,7 @@ def reference(args: argparse.Namespace, digest: str) -> dict[str, Any]:
     They are kept by data and commit, and computed anew when there are uncommitted changes.
     """
     path = args.home / "sft" / "reference.json"
-    key = f"{digest} batch {args.batch} commit {commit()}"
+    key = f"{digest} {args.method} batch {args.batch} commit {commit()}"
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if key not in known or key.endswith("+"):
         known[key] = start("reference", REFERENCE, args)
@@ -131,12 +133,34 @@ def measure(args: argparse.Namespace, digest: str) -> tuple[list[dict[str, Any]]
         passed = results.checks(line, expected)
         line |= {"run": run, "repetition": repetition, "commit": commit(), "data_digest": digest}
         line |= {"load_before": round(load, 2), "checks": passed, "valid": all(passed.values())}
+        line["percent_of_limit"] = percent_of_limit(line, args)
         line["reference"] = {"loss": expected["loss"], "grad_norm": expected["grad_norm"]}
         with (args.home / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         lines.append(line)
         print(_progress(line), file=sys.stderr)
     return lines, failed
+
+
+def percent_of_limit(line: Mapping[str, Any], args: argparse.Namespace) -> float:
+    """The speed as a share of what the products must take at the rate that was probed in the same process.
+
+    The work is that of a token of these rows, whoever does it: no padding, nothing computed twice, logits where there
+    is a label.
+    """
+    from prepare import linear_sizes
+
+    from luthier.arithmetic.compute import Attention, Linear, flops_per_token
+
+    rank, full = (worker.RANK, False) if args.method == "lora" else (0, True)
+    blocks, head, width, layers = linear_sizes()
+    tokens = line["tokens"]
+    linears = [Linear(inputs=a, outputs=b, rank=rank, trained=full) for a, b in blocks * layers]
+    linears.append(Linear(inputs=head[0], outputs=head[1], trained=full, share=tokens["supervised"] / tokens["real"]))
+    context = tokens["pairs"] / tokens["real"]
+    flops = flops_per_token(linears, [Attention(width=width, context=context)] * layers)
+    rate = statistics.median(side["gemm_gflops"] for side in line["probes"].values()) * 1e9
+    return round(100 * line["tokens_per_second"] * flops / rate, 1)
 
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
@@ -177,6 +201,12 @@ def _prepared(home: Path) -> str:
     return prepare(home / "sft")
 
 
+def _native() -> str:
+    from probes import native
+
+    return native()
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -185,6 +215,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3, help="processes of each system")
     parser.add_argument("--steps", type=int, default=9, help="optimizer steps of a process")
     parser.add_argument("--warm", type=int, default=1, help="first steps that are not timed")
+    parser.add_argument("--method", choices=["lora", "full"], default="lora", help="what is trained")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto",
+                        help="of weights and products; auto is what this CPU multiplies natively")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the systems; the data has its own")
     parser.add_argument("--threads", type=int, default=procfs.available_cores(), help="OMP_NUM_THREADS")
@@ -209,6 +242,7 @@ def main() -> int:
     if load > QUIET_LOAD:
         print(f"load average {load:.2f}: other work is going on, expect contended runs", file=sys.stderr)
     try:
+        args.precision = _native() if args.precision == "auto" else args.precision
         lines, failed = measure(args, _prepared(args.home))
     except WorkerError as failure:
         print(failure, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""luthier as one process of `sft.py`: LoRA on the prepared model, driven step by step."""
+"""luthier as one process of `sft.py`: LoRA or full tuning of the prepared model, driven step by step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MICRO_TOKENS = 4096
 
 
 def make(job: worker.Job, precision: Precision) -> tuple[LanguageModel, Attachment, Stepper]:
-    """Model, LoRA with the prepared start, stepper."""
+    """Model, what is trained (LoRA with the prepared start, or all weights), stepper."""
     model = load_model(str(job.folder / "model"), precision=precision, device="cpu")
     torch.manual_seed(job.seed)
-    lora = catalog.load("adapters", "lora")(rank=worker.RANK, alpha=float(worker.ALPHA))
-    attachment = model.attach(lora.attach(model.sites))
+    knobs = {"rank": worker.RANK, "alpha": float(worker.ALPHA)} if job.method == "lora" else {}
+    attachment = model.attach(catalog.load("adapters", job.method)(**knobs).attach(model.sites))
     tensors = attachment.named_tensors()
     with torch.no_grad():
-        for site, start in load_file(job.folder / "lora.safetensors").items():
+        for site, start in load_file(job.folder / "lora.safetensors").items() if job.method == "lora" else ():
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
     optimizer = AdamW(learning_rate=worker.LEARNING_RATE)
     micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS))
@@ -52,10 +52,10 @@ def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
 def main() -> int:
     job = worker.job_from_arguments()
     clock = worker.StepClock(job)
-    before = probe()
+    before = probe(job.precision)
     peak_is_fresh = forget_peak()
     rows = worker.read_rows(job.folder)
-    _, attachment, stepper = make(job, "bfloat16")
+    _, attachment, stepper = make(job, "bfloat16" if job.precision == "bfloat16" else "float32")
     trained = attachment.named_parameters()
     at_start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     losses, norms, counted = [], [], []
@@ -65,7 +65,8 @@ def main() -> int:
         clock.step_ended()
         losses.append(report.loss)
         norms.append(step.grad_norm)
-        counted.append(worker.Counted(sum(len(rows[row].ids) for row in chosen), report.trained_tokens, report.tokens))
+        real, attended = sum(len(rows[row].ids) for row in chosen), worker.pairs([rows[row] for row in chosen])
+        counted.append(worker.Counted(real, report.trained_tokens, report.tokens, attended))
     peak = peak_memory_bytes()
     changed = sum(not torch.equal(at_start[name], parameter) for name, parameter in trained.items())
     worker.print_line(
@@ -76,7 +77,7 @@ def main() -> int:
             losses=losses,
             grad_norms=norms,
             parameters={"tensors": len(trained), "changed": changed, "count": attachment.parameter_count},
-            probes={"before": before, "after": probe()},
+            probes={"before": before, "after": probe(job.precision)},
             peak={"peak_memory_bytes": peak, "peak_excludes_probes": peak_is_fresh},
             packages=("torch", "transformers", "safetensors"),
             settings={"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()},

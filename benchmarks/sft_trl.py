@@ -47,6 +47,11 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
     """The trainer over the planned rows, with the prepared LoRA start."""
     order = [row for batch in worker.plan([len(row.ids) for row in rows], job) for row in batch]
     dataset = Dataset.from_list([{"prompt": rows[row].prompt, "completion": rows[row].completion} for row in order])
+    lora = peft.LoraConfig(
+        r=worker.RANK, lora_alpha=worker.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    # A CPU without bfloat16 products would imitate them under autocast, which takes minutes a step.
+    native = {} if job.precision == "bfloat16" else {"bf16": False}
     config = trl.SFTConfig(
         output_dir=scratch,
         per_device_train_batch_size=job.batch,
@@ -61,19 +66,17 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **job.settings,
+        **(native | dict(job.settings)),
     )
     trainer = WatchedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=torch.bfloat16),
+        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=getattr(torch, job.precision)),
         args=config,
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(job.folder / "model"),
         callbacks=[Clock(clock)],
-        peft_config=peft.LoraConfig(
-            r=worker.RANK, lora_alpha=worker.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora if job.method == "lora" else None,
     )
-    start = load_file(job.folder / "lora.safetensors")
+    start = load_file(job.folder / "lora.safetensors") if job.method == "lora" else {}
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             site, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
@@ -93,14 +96,15 @@ def count(job: worker.Job, rows: list[worker.Row], trainer: WatchedTrainer) -> l
         supervised = int((labels != -100).sum())
         if seen != [rows[row].ids for row in expected] or supervised != sum(rows[row].supervised for row in expected):
             raise SystemExit("the peer trained on other tokens or labels than the prepared ones")
-        counted.append(worker.Counted(int(mask.sum()), supervised, ids.numel()))
+        attended = worker.pairs([rows[row] for row in expected])
+        counted.append(worker.Counted(int(mask.sum()), supervised, ids.numel(), attended))
     return counted
 
 
 def main() -> int:
     job = worker.job_from_arguments()
     clock = worker.StepClock(job)
-    before = probe()
+    before = probe(job.precision)
     peak_is_fresh = forget_peak()
     rows = worker.read_rows(job.folder)
     with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
@@ -124,7 +128,7 @@ def main() -> int:
                 "count": sum(item.numel() for item in trained.values()),
                 "dtype": str(next(iter(trained.values())).dtype),
             },
-            probes={"before": before, "after": probe()},
+            probes={"before": before, "after": probe(job.precision)},
             peak={"peak_memory_bytes": peak, "peak_excludes_probes": peak_is_fresh},
             packages=("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
             settings={

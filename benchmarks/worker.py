@@ -36,6 +36,8 @@ class Job:
     seed: int
     grouped: bool
     settings: Mapping[str, Any]
+    method: str = "lora"
+    precision: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ class Counted:
     real: int
     supervised: int
     padded: int
+    pairs: int
+    """Positions attended to, summed over the tokens of rows."""
+
+
+def pairs(rows: Sequence[Row]) -> int:
+    """Positions attended to: every token of a row sees itself and all before it."""
+    return sum(len(row.ids) * (len(row.ids) + 1) // 2 for row in rows)
 
 
 class StepClock:
@@ -97,6 +106,8 @@ def job_from_arguments() -> Job:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--grouped", action="store_true")
+    parser.add_argument("--method", choices=["lora", "full"], required=True)
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], required=True)
     parser.add_argument("--settings", default="{}")
     args = vars(parser.parse_args())
     args["settings"] = json.loads(args["settings"])
@@ -148,9 +159,9 @@ def result_line(
     """The figures of one run. Only the timed steps are counted; losses are of all steps."""
     timed = counted[job.warm :]
     figures = clock.figures()
-    tokens = {name: sum(getattr(step, name) for step in timed) for name in ("real", "supervised", "padded")}
+    tokens = {name: sum(getattr(step, name) for step in timed) for name in ("real", "supervised", "padded", "pairs")}
     return {
-        "workload": f"sft-lora-r{RANK}-bf16-{job.batch}x{MAX_TOKENS}",
+        "workload": workload(job.method, job.precision, job.batch),
         "system": job.system,
         "steps": {"all": job.steps, "warm": job.warm, "rows": job.batch, "max_tokens": MAX_TOKENS},
         "seed": job.seed,
@@ -166,6 +177,11 @@ def result_line(
         "grad_norm_first": grad_norms[0],
         "parameters": dict(parameters),
     }
+
+
+def workload(method: str, precision: str, batch: int) -> str:
+    """The name under which lines compare."""
+    return f"sft-{f'lora-r{RANK}' if method == 'lora' else method}-{precision}-{batch}x{MAX_TOKENS}"
 
 
 def print_line(line: Mapping[str, Any]) -> None:

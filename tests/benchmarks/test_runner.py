@@ -40,12 +40,13 @@ def line_of(system: str = "luthier", *, rate: float = 100.0, memory: int = 10**9
     line = {
         "run": "r1", "system": system, "repetition": 0, "commit": "abc", "data_digest": "d" * 64, "seed": 0,
         "workload": "sft", "valid": True, "contended": False, "tokens_per_second": rate, "peak_memory_bytes": memory,
-        "tokens": {"real": 1000, "supervised": 400, "padded": 2000, "padding_share": 0.5},
+        "tokens": {"real": 1000, "supervised": 400, "padded": 2000, "pairs": 100_000, "padding_share": 0.5},
+        "percent_of_limit": 61.2,
         "steps": {"all": 3, "warm": 1, "rows": 16, "max_tokens": 512}, "settings": {"threads": 2},
         "versions": {"torch": "2", "python": "3"}, "loss": {"first": 10.5, "last": 10.4}, "grad_norm_first": 2.0,
         "machine": {"cpu": "c", "cores": 2, "memory_bytes": 2**34, "python": "3"},
         "parameters": {"tensors": 4, "changed": 4},
-        "probes": {"before": {"gemm_bf16_gflops": 400.0}, "after": {"gemm_bf16_gflops": 390.0}},
+        "probes": {"before": {"gemm_gflops": 400.0}, "after": {"gemm_gflops": 390.0}},
     }  # fmt: skip
     return line | changes
 
@@ -132,23 +133,29 @@ def test_summary_leaves_out_invalid_and_contended_lines() -> None:
     assert (ours.used, ours.invalid, ours.contended, ours.contended_only) == (3, 1, 2, False)
     assert stock.contended_only and stock.used == 1
     text = results.markdown(lines, baseline="trl-stock")
-    assert "| luthier | 120 (100-300) | 1.00 (1.00-1.00) | 3.00 | 0.25 | 50% | 3 |" in text
+    assert "| luthier | 120 (100-300) | 1.00 (1.00-1.00) | 3.00 | 0.25 | 61 | 50% | 3 |" in text
     assert "CONTENDED RUNS ONLY, not evidence" in text
 
 
 def test_runs_are_not_mixed() -> None:
     results = module("results")
     assert results.latest_run([line_of(run="r1"), line_of(run="r2")]) == [line_of(run="r2")]
+    other = line_of(run="r3", workload="full")
+    assert results.latest_run([line_of(run="r2"), other], "sft") == [line_of(run="r2")]
+    assert results.workloads([other, line_of()]) == ["full", "sft"]
     assert "No measurement" in results.markdown([], baseline="trl-stock")
 
 
 def test_report_replaces_only_its_own_part() -> None:
     report = module("report")
-    once = report.place("# Title\n\nwords\n", "first")
-    twice = report.place(once + "after\n", "second")
-    assert twice == f"# Title\n\nwords\n\n{report.BEGIN}\nsecond\n{report.END}\nafter\n"
+    begin, end = "<!-- benchmarks/sft.py: lora begin -->", "<!-- benchmarks/sft.py: lora end -->"
+    once = report.place("# Title\n\nwords\n", "first", "lora")
+    twice = report.place(once + "after\n", "second", "lora")
+    assert twice == f"# Title\n\nwords\n\n{begin}\nsecond\n{end}\nafter\n"
+    both = report.place(twice, "other", "full")
+    assert both.startswith(twice) and "full begin" in both
     with pytest.raises(SystemExit, match="only one of"):
-        report.place(report.BEGIN, "text")
+        report.place(begin, "text", "lora")
 
 
 def test_runner_writes_a_line_a_process_and_reports_failures(
@@ -173,6 +180,18 @@ def test_runner_writes_a_line_a_process_and_reports_failures(
 def test_bad_arguments_are_refused(bad: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         module("sft").parse(["--home", str(tmp_path), *bad])
+
+
+def test_percent_of_limit_is_worked_out_from_shapes_and_probes() -> None:
+    """Breaks when padding counts as work, or the rate of another precision is taken."""
+    sft = module("sft")
+    args = sft.parse(["--home", "x", "--systems", "luthier"])
+    one = sft.percent_of_limit(line_of(rate=1000.0), args)
+    # 4 x 23.6 million for the blocks, 4 x 16.4 million for two fifths of the tokens, the adapter, attention over 100.
+    flops = 4 * 23.592960e6 + 0.4 * 4 * 16.384e6 + 6 * 1.196032e6 + 3.5 * 4 * 100 * 512 * 8
+    assert one == pytest.approx(100 * 1000 * flops / 395e9, abs=0.06)
+    args.method = "full"
+    assert sft.percent_of_limit(line_of(rate=1000.0), args) > 1.3 * one
 
 
 def test_pins_are_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import final
 
 import numpy as np
@@ -42,17 +43,14 @@ class Samples:
         self.sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=tuple(sorted(data.store.stop_ids)))
 
     def ask(self, step: int) -> None:
-        """Let the model answer, and the base too at step 0."""
+        """Let the model answer; at step 0, before anything is trained, the base."""
+        who = "tuned" if step else "base"
         prompts = [prompt for prompt, _ in self.questions]
-        tuned = [self._text(spoken.tokens) for spoken in self.speaker.speak(prompts, self.sampling)]
-        base: list[str | None] = [None] * len(prompts)
-        if step == 0:
-            with self.model.without_attachments():
-                base = [self._text(spoken.tokens) for spoken in self.speaker.speak(prompts, self.sampling)]
+        with nullcontext() if step else self.model.without_attachments():
+            answers = [self._text(spoken.tokens) for spoken in self.speaker.speak(prompts, self.sampling)]
         for index, (prompt, reference) in enumerate(self.questions):
             row = {"step": step, "index": index, "prompt": self._text(prompt), "reference": self._text(reference)}
-            answers = {"base": base[index]} if base[index] is not None else {}
-            self.run.record_sample({**row, **answers, "tuned": tuned[index]})
+            self.run.record_sample({**row, who: answers[index]})
 
     def _text(self, tokens: Ints) -> str:
         special = self.tokenizer.special_ids | self.tokenizer.stop_ids
