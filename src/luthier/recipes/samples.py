@@ -21,7 +21,7 @@ CONTEXT_SHARE = 4
 
 @final
 class Samples:
-    """Asks the speaker and writes `samples.jsonl`: prompt, reference, base answer once, tuned answer at each call."""
+    """Asks the speaker and writes `samples.jsonl`: prompt, reference, and the base's answer or the tuned model's."""
 
     def __init__(
         self,
