@@ -168,6 +168,6 @@ SWIFT = (
 """The bombs that a quick test tries; the others are of the same kinds."""
 LIMITED = (
     "a long text", "a huge number", "a wide field", "a filter's width", "a doubled text", "a doubled list",
-    "a product", "nested loops", "a long output", "long sums", "a loop of sorts", "a wide recursion", "a loop in C",
+    "a product", "nested loops", "a long output", "a loop of sorts", "a wide recursion", "a loop in C",
 )  # fmt: skip
 """Those that can only end at a limit of luthier, and so name it."""

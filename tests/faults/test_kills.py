@@ -14,13 +14,18 @@ SEED = 1
 
 
 class OneKill(random.Random):
-    """Says: kill once, while the run trains."""
+    """Says: kill once, while the run trains; when that is, the log of the unbroken run tells."""
 
-    killed = False
+    def __init__(self, unbroken: runs.Unbroken) -> None:
+        super().__init__()
+        self.killed = False
+        events = runs.events(unbroken.folder)
+        began = events[-1]["time"] - unbroken.seconds
+        self.steps = [event["time"] - began for event in events if event["kind"] == "step"]
 
     def uniform(self, a: float, b: float) -> float:
-        """The first time some moment in the last third, then one that never comes."""
-        delay = runs.LONGEST if self.killed else b * (0.65 + 0.25 * self.random())
+        """The first time some moment between two steps, then one that never comes."""
+        delay = runs.LONGEST if self.killed else super().uniform(self.steps[0], self.steps[-1])
         self.killed = True
         return delay
 
@@ -39,7 +44,8 @@ def test_a_log_that_is_never_cut_back_is_noticed(faults: Path) -> None:
     broken = (runs.NO_FRESH_PROOF, "tests.faults.broken:log_never_cut_back")
     verdicts: list[str] = []
     while len(verdicts) < 20 and set(verdicts) <= {CLEAN}:
-        trial = kills.killed_until_done(unbroken, faults / "trial", OneKill(), span=unbroken.seconds, prepare=broken)
+        once = OneKill(unbroken)
+        trial = kills.killed_until_done(unbroken, faults / "trial", once, span=unbroken.seconds, prepare=broken)
         verdicts.append(trial.verdict)
     assert verdicts[-1] == "silent-different"
 

@@ -68,11 +68,12 @@ def open_named(
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
         return _open_run(RunDirectory.open(Path(name)), precision, device)
-    model = load_model(name, precision=precision, device=device)
+    extras = read_extras(Path(adapter or name))
+    model = load_model(name, precision=kept_precision(extras, precision), device=device)
     if adapter is None:
         return _opened(model, resolve_source(name), {})
     put_on(model, Path(adapter))
-    return _opened(model, resolve_source(name), read_extras(Path(adapter)), stops=read_stop_ids(Path(adapter)))
+    return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
 
 
 def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None:
@@ -115,6 +116,12 @@ def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
         raise CorruptError(error.received, do=advice) from error
 
 
+def kept_precision(extras: dict[str, object], precision: Precision) -> Precision:
+    """The precision that a result was trained in, as was written beside it, unless another is asked for."""
+    known: tuple[Precision, ...] = ("float32", "bfloat16")
+    return next((kept for kept in known if precision == "auto" and extras.get("precision") == kept), precision)
+
+
 def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     folder, _ = result_of(run)
     if (state := run.status().state) != "finished":
@@ -124,18 +131,13 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     extras = read_extras(folder)
     place = started_in(run)
     if folder.name == MODEL:
-        whole = load_model(str(folder), precision=_kept(extras, precision), device=device)
+        whole = load_model(str(folder), precision=kept_precision(extras, precision), device=device)
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
-    model = load_model(base, precision=_kept(extras, precision), device=device, seed=int(extras.get("base_seed", 0)))
+    kept = kept_precision(extras, precision)
+    model = load_model(base, precision=kept, device=device, seed=int(extras.get("base_seed", 0)))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
-
-
-def _kept(extras: dict[str, object], precision: Precision) -> Precision:
-    """The precision the run was trained in, unless another is asked for."""
-    known: tuple[Precision, ...] = ("float32", "bfloat16")
-    return next((kept for kept in known if precision == "auto" and extras.get("precision") == kept), precision)
 
 
 def _opened(

@@ -22,13 +22,14 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
-from luthier.model.adapter_files import CONFIG, check_base, fill, read_config
+from luthier.model.adapter_files import CONFIG, check_base, fill, read_config, read_extras
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.recipes.control_tokens import save_stops, with_token_ids
+from luthier.recipes.opened import kept_precision
 from luthier.train.result import save_result
 from luthier.train.stepper import PassReport, Stepper, StepReport
 
@@ -83,7 +84,10 @@ class Session:
 
     def save(self, folder: str | Path) -> Path:
         """Write the adapter (in PEFT's format) or the trained model into a new folder; `luthier.load` reads it."""
-        extras = {"stop_ids": sorted(self.renderer.stop_ids)}
+        extras = {
+            "stop_ids": sorted(self.renderer.stop_ids),
+            "precision": str(self.model.dtype).removeprefix("torch."),
+        }
         place = Path(folder)
         if place.exists() and any(place.iterdir()):
             raise RecipeError(f"{place} is not empty", do="name a new folder")
@@ -128,7 +132,8 @@ def load(
     saved = Path(model) if (Path(model) / CONFIG).is_file() else None
     config = read_config(saved) if saved is not None else {}
     source = str(config.get("base_model_name_or_path", model))
-    base = load_model(source, precision=precision, device=device, seed=seed)
+    kept = kept_precision(read_extras(Path(model)), precision)
+    base = load_model(source, precision=kept, device=device, seed=seed)
     tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
     reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)
