@@ -34,17 +34,22 @@ QUIET_LOAD = 0.2
 
 @dataclass(frozen=True)
 class System:
-    """How one system is started. `environment` names the peer's virtual environment; None is our own interpreter."""
+    """How one system is started.
+
+    `environment` names the peer's virtual environment, None is our own interpreter; `variables` are set for it.
+    """
 
     script: str
     environment: str | None = None
     grouped: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 SYSTEMS = {
     "luthier": System("sft_luthier.py"),
+    "luthier-unfused": System("sft_luthier.py", variables={"LUTHIER_KERNELS": "torch"}),
     "trl-stock": System("sft_trl.py", "trl"),
     "trl-tuned": System("sft_trl.py", "trl", True, NO_CHECKPOINTING),
     "trl-stock-no-autocast": System("sft_trl.py", "trl", False, {"bf16": False}),
@@ -85,7 +90,7 @@ def start(name: str, system: System, args: argparse.Namespace) -> dict[str, Any]
             capture_output=True,
             text=True,
             timeout=args.limit,
-            env=_environment(args),
+            env=_environment(args) | system.variables,
             check=False,
         )
     except subprocess.TimeoutExpired:

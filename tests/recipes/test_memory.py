@@ -146,7 +146,7 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
 def test_the_predicted_peak_is_that_of_a_process() -> None:
     """Breaks when formulas that agree with autograd leave out what a process really takes; see the slow test."""
     found = measured({"hidden": 192, "layers": 6, "tokens": 1024, "adapter": "full"})
-    assert found["predicted"] == pytest.approx(found["measured"], rel=0.35), found
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.3), found
 
 
 @pytest.mark.slow
@@ -154,6 +154,6 @@ def test_the_predicted_peak_is_that_of_a_process() -> None:
 @pytest.mark.parametrize("tokens", [1024, 4096])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"hidden {size['hidden']}")
 def test_predicted_peaks_of_three_models(size: dict[str, int], tokens: int, adapter: str) -> None:
-    """Breaks when the plan is off by more than a third: of two machines, one needed a quarter less for small passes."""
+    """Breaks when the plan is off by more than a fifth, which it is for the smallest passes only."""
     found = measured({**size, "tokens": tokens, "adapter": adapter})
-    assert found["predicted"] == pytest.approx(found["measured"], rel=0.34), found
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.22), found
