@@ -63,7 +63,8 @@ def language_model(
 ) -> LanguageModel:
     """The tiny model as luthier has it: frozen, probed."""
     module = zoo(architecture, seed=seed, dtype=dtype)
-    return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module), fused=fused)
+    kernels = "auto" if fused else "torch"
+    return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module), kernels=kernels)
 
 
 def mamba() -> PreTrainedModel:

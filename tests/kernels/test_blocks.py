@@ -15,7 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import LowRankTerm, Product
+from luthier.kernels.torch_backend import TorchBackend
 
+TWIN = TorchBackend()
 TOKENS, WIDTH, INNER, RANK, EPS = 5, 6, 10, 2, 1e-5
 
 
@@ -68,7 +70,7 @@ def test_normed_products_are_those_of_plain_torch(bias: bool, term: bool, frozen
     made = tuple(draw.product(WIDTH, out, bias=bias, term=term, frozen=frozen) for out in (4, 2, 3))
     mixed = (made[0], replace(made[1], term=None), made[2])
     same(
-        lambda: torch.cat(normed_products(x, norm, EPS, mixed), 1),
+        lambda: torch.cat(normed_products(x, norm, EPS, mixed, TWIN), 1),
         lambda: torch.cat([plain(plain_norm(x, norm), each) for each in mixed], 1),
         [x, norm, *tensors(*mixed)],
     )
@@ -95,7 +97,7 @@ def test_the_gated_feed_forward_is_that_of_plain_torch(bias: bool, term: bool, f
         h = plain_norm(x, norm)
         return x + plain(F.silu(plain(h, gate)) * plain(h, up), down)
 
-    same(lambda: gated_feed_forward(x, norm, EPS, gate, up, down), theirs, [x, norm, *tensors(gate, up, down)])
+    same(lambda: gated_feed_forward(x, norm, EPS, (gate, up, down), TWIN), theirs, [x, norm, *tensors(gate, up, down)])
 
 
 def test_finite_differences_agree() -> None:
@@ -103,13 +105,14 @@ def test_finite_differences_agree() -> None:
     draw = Draw()
     x, norm = draw(TOKENS, WIDTH), draw(WIDTH)
     gate, up, down = draw.product(WIDTH, 4), draw.product(WIDTH, 4, bias=True), draw.product(4, WIDTH)
+    layers = (gate, up, down)
     assert torch.autograd.gradcheck(
-        lambda x, norm, *_: gated_feed_forward(x, norm, EPS, gate, up, down), [x, norm, *tensors(gate, up, down)]
+        lambda x, norm, *_: gated_feed_forward(x, norm, EPS, layers, TWIN), [x, norm, *tensors(*layers)]
     )
     angles = torch.randn(TOKENS, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: rotated(x, angles.cos(), angles.sin()), [draw(TOKENS, 2, WIDTH)])
+    assert torch.autograd.gradcheck(lambda x: rotated(x, angles.cos(), angles.sin(), TWIN), [draw(TOKENS, 2, WIDTH)])
     given = [draw(7, 4, 8), draw(7, 2, 8), draw(7, 2, 8)]
-    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, [(2, 2), (1, 3)], 0.4), given)
+    assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, [(2, 2), (1, 3)], 0.4, TWIN), given)
 
 
 def test_a_head_is_rotated_as_the_zoo_does_it() -> None:
@@ -119,7 +122,7 @@ def test_a_head_is_rotated_as_the_zoo_does_it() -> None:
     whole = torch.cat([angles, angles], 1)[:, None]
     first, second = x.chunk(2, -1)
     expected = x * whole.cos() + torch.cat([-second, first], -1) * whole.sin()
-    torch.testing.assert_close(rotated(x, angles.cos(), angles.sin()), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rotated(x, angles.cos(), angles.sin(), TWIN), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -140,7 +143,7 @@ def test_texts_that_lie_end_to_end_do_not_see_each_other(groups: int, dtype: tor
             for text in parts
         ]
     )
-    found = causal_attention(*given, runs, 0.4)
+    found = causal_attention(*given, runs, 0.4, TWIN)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     upstream = torch.randn(expected.shape, dtype=dtype)
     for one, other in zip(*(torch.autograd.grad(out, given, upstream) for out in (found, expected)), strict=True):
@@ -170,8 +173,8 @@ def test_no_more_is_kept_than_the_head_of_the_file_says() -> None:
     wide = tuple(draw.product(WIDTH, INNER, frozen=True) for _ in range(2))
     down = draw.product(INNER, WIDTH, frozen=True)
     known = [x, norm, *tensors(*wide, down)]
-    assert kept_numbers(lambda: normed_products(x, norm, EPS, wide), known) == TOKENS * (1 + 2 * RANK)
-    assert kept_numbers(lambda: gated_feed_forward(x, norm, EPS, *wide, down), known) == TOKENS * (
+    assert kept_numbers(lambda: normed_products(x, norm, EPS, wide, TWIN), known) == TOKENS * (1 + 2 * RANK)
+    assert kept_numbers(lambda: gated_feed_forward(x, norm, EPS, (*wide, down), TWIN), known) == TOKENS * (
         1 + 2 * INNER + 3 * RANK
     )
     assert kept_numbers(lambda: added_product(x, draw(TOKENS, INNER), down), known) == TOKENS * (INNER + RANK)
@@ -182,7 +185,7 @@ def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:
     draw = Draw(dtype=torch.float32)
     x, norm = draw(TOKENS, WIDTH, train=False), draw(WIDTH, train=False)
     layers = tuple(draw.product(WIDTH, INNER, frozen=True) for _ in range(2))
-    (first, second) = normed_products(x, norm, EPS, layers)
+    (first, second) = normed_products(x, norm, EPS, layers, TWIN)
     products: list[tuple[int, ...]] = []
     real = torch.Tensor.addmm_
 
@@ -212,6 +215,6 @@ def test_bfloat16_rounds_no_more_than_plain_torch() -> None:
         return x.to(dtype) + plain(F.silu(plain(h, wide[0])) * plain(h, wide[1]), wide[2])
 
     exact = plainly(torch.float64)
-    ours = (gated_feed_forward(x, norm, EPS, gate, up, down).double() - exact).abs().mean()
+    ours = (gated_feed_forward(x, norm, EPS, (gate, up, down), TWIN).double() - exact).abs().mean()
     theirs = (plainly(torch.bfloat16).double() - exact).abs().mean()
     assert ours.item() <= 1.1 * theirs.item()

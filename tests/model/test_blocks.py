@@ -16,12 +16,14 @@ from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree, row_tree
+from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.torch_backend import TorchBackend
 from luthier.model import attention, blocks
 from luthier.model.attention import AttentionCall
 from luthier.model.blocks import Blocks
 from luthier.model.edits import Edit
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import load_model, wants_fused
+from luthier.model.load import load_model
 from luthier.model.sites import Sites
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
@@ -111,7 +113,8 @@ def test_a_shape_that_computes_something_else_is_left_to_the_zoo() -> None:
         )  # fmt: skip
         module: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     module.set_attn_implementation(attention.NAME)
-    assert Blocks.of(module, {index: AttentionCall(None, None, None) for index in range(2)}) is not None
+    calls = {index: AttentionCall(None, None, None) for index in range(2)}
+    assert Blocks.of(module, calls, TorchBackend()) is not None
     model = LanguageModel(module, source="tiny/granite", digest="")
     assert model.executor.kind == "segments" and model.executor.blocks is None
 
@@ -211,10 +214,11 @@ def test_thirty_steps_give_the_same_losses(name: str) -> None:
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when LUTHIER_KERNELS is not heeded, or a word that nobody knows is taken for one."""
-    assert wants_fused({}) and wants_fused({"LUTHIER_KERNELS": "auto"})
-    assert not wants_fused({"LUTHIER_KERNELS": "torch"})
-    with pytest.raises(RecipeError, match="auto or torch"):
-        wants_fused({"LUTHIER_KERNELS": "fast"})
+    assert wanted_kernels({}) == wanted_kernels({"LUTHIER_KERNELS": ""}) == "auto"
+    with pytest.raises(RecipeError, match="auto, torch, blocks"):
+        wanted_kernels({"LUTHIER_KERNELS": "fast"})
     assert load_model("seedling").executor.blocks is not None
-    monkeypatch.setenv("LUTHIER_KERNELS", "torch")
-    assert load_model("seedling").executor.blocks is None
+    for choice, ours in (("torch", False), ("blocks", True)):
+        monkeypatch.setenv("LUTHIER_KERNELS", choice)
+        executor = load_model("seedling").executor
+        assert (executor.blocks is not None) == ours and isinstance(executor.backend, TorchBackend)

@@ -15,13 +15,16 @@ Cost: 4 N V d FLOPs for N rows (6 N V d + 2 N V d recompute with a trainable hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from luthier.kernels.backend import Backend
+from luthier.kernels.torch_backend import TorchBackend, wide
 
 CHUNK_ROWS = 256
 """Rows a chunk: large enough that reading W costs less than the product, small enough that logits stay a buffer."""
@@ -40,7 +43,7 @@ class RowChange:
 class Head:
     """The output head of a model: `weight` (V, d), `bias` (V,) or None, multiplier `scale`, soft cap `cap` or None.
 
-    `changes` are added to its rows; a row that is in several of them gets them all.
+    `changes` are added to its rows; a row that is in several of them gets them all. `backend` computes it.
     """
 
     weight: Float[Tensor, "V d"]
@@ -48,6 +51,7 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
     changes: tuple[RowChange, ...] = ()
+    backend: Backend = field(default_factory=TorchBackend)
 
 
 def head_log_probs(
@@ -58,10 +62,20 @@ def head_log_probs(
     In float32, whatever the head computes in; a float64 head stays in float64.
     """
     ids = torch.cat([labels.new_empty(0), *(change.ids for change in head.changes)])
-    added = torch.cat([head.weight.new_empty(0, head.weight.shape[1]).to(_wide(head.weight)),
+    added = torch.cat([head.weight.new_empty(0, head.weight.shape[1]).to(wide(head.weight)),
                        *(change.trained - change.start for change in head.changes)])  # fmt: skip
-    settings = (head.scale, head.cap, chunk_rows)
+    settings = _Settings(head.scale, head.cap, chunk_rows, head.backend)
     return _HeadLogProbs.apply(hidden, head.weight, head.bias, added, labels, ids, settings)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What of a head is no tensor."""
+
+    scale: float
+    cap: float | None
+    chunk_rows: int
+    backend: Backend
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -74,62 +88,58 @@ class _HeadLogProbs(torch.autograd.Function):
         added: Tensor,
         labels: Tensor,
         ids: Tensor,
-        settings: tuple[float, float | None, int],
+        settings: _Settings,
     ) -> Tensor:
-        scale, cap, chunk_rows = settings
-        head = Head(weight, bias, scale, cap)
-        low_added = added.to(weight.dtype)
+        rule = _Rule(weight, bias, added.to(weight.dtype), ids, settings)
         ctx.head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         ctx.settings = settings
         frozen_gradient = hidden.requires_grad and not ctx.head_trains
         rows_gradient = added.requires_grad and not ctx.head_trains
-        log_probs = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
+        log_probs = torch.empty(len(hidden), dtype=wide(hidden), device=hidden.device)
         jacobian = torch.empty_like(hidden) if frozen_gradient else None
-        slopes = hidden.new_empty(len(hidden), len(ids), dtype=_wide(hidden)) if rows_gradient else None
-        for rows in _chunks(len(hidden), chunk_rows):
-            capped = _capped_logits(hidden[rows], head, low_added, ids)
-            normaliser = torch.logsumexp(capped, -1)
-            log_probs[rows] = capped.gather(1, labels[rows, None])[:, 0] - normaliser
-            if jacobian is not None or slopes is not None:
-                slope = _slope(capped, normaliser, labels[rows], cap)
-                if jacobian is not None:
-                    jacobian[rows] = _through(slope.to(weight.dtype), weight, low_added, ids) * scale
-                if slopes is not None:
-                    slopes[rows] = slope[:, ids]
+        kept = hidden.new_empty(len(hidden), len(ids), dtype=wide(hidden)) if rows_gradient else None
+        for rows in _chunks(len(hidden), settings.chunk_rows):
+            asked = jacobian is not None or kept is not None
+            log_probs[rows], slopes = rule.look(hidden[rows], labels[rows], None, slopes=asked)
+            if jacobian is not None and slopes is not None:
+                rule.through(slopes.to(weight.dtype), out=jacobian[rows])
+            if kept is not None and slopes is not None:
+                kept[rows] = slopes[:, ids].to(kept.dtype)
         if ctx.head_trains:
             ctx.save_for_backward(hidden, weight, bias, added, labels, ids)
         else:
-            ctx.save_for_backward(jacobian, slopes, hidden if rows_gradient else None)
+            ctx.save_for_backward(jacobian, kept, hidden if rows_gradient else None)
         return log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scale, cap, chunk_rows = ctx.settings
+        scale, chunk_rows = ctx.settings.scale, ctx.settings.chunk_rows
         if not ctx.head_trains:
-            jacobian, slopes, hidden = ctx.saved_tensors
+            jacobian, kept, hidden = ctx.saved_tensors
             grad_hidden = None if jacobian is None else jacobian * upstream[:, None].to(jacobian.dtype)
             grad_added = None
-            if slopes is not None:
-                grad_added = torch.zeros(slopes.shape[1], hidden.shape[1], dtype=slopes.dtype, device=slopes.device)
+            if kept is not None:
+                grad_added = torch.zeros(kept.shape[1], hidden.shape[1], dtype=kept.dtype, device=kept.device)
                 for rows in _chunks(len(hidden), chunk_rows):
-                    slope = slopes[rows] * upstream[rows, None]
+                    slope = kept[rows] * upstream[rows, None]
                     grad_added += (slope.t() @ hidden[rows].to(slope.dtype)) * scale
             return (grad_hidden, None, None, grad_added, None, None, None)
         hidden, weight, bias, added, labels, ids = ctx.saved_tensors
-        head = Head(weight, bias, scale, cap)
-        low_added = added.to(weight.dtype)
+        rule = _Rule(weight, bias, added.to(weight.dtype), ids, ctx.settings)
         grad_hidden = torch.empty_like(hidden)
         # Wide: hundreds of chunks are added up, and bfloat16 would round the late ones away.
-        grad_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
-        grad_bias = torch.zeros(len(weight), dtype=_wide(weight), device=weight.device)
+        grad_weight = torch.zeros(weight.shape, dtype=wide(weight), device=weight.device)
+        grad_bias = torch.zeros(len(weight), dtype=wide(weight), device=weight.device)
         for rows in _chunks(len(hidden), chunk_rows):
-            capped = _capped_logits(hidden[rows], head, low_added, ids)
-            slope = _slope(capped, torch.logsumexp(capped, -1), labels[rows], cap) * upstream[rows, None]
-            grad_bias += slope.sum(0)
-            low = slope.to(weight.dtype)
-            grad_hidden[rows] = _through(low, weight, low_added, ids) * scale
-            grad_weight += (low.t() @ hidden[rows]) * scale
+            _, slopes = rule.look(hidden[rows], labels[rows], upstream[rows], slopes=True)
+            if slopes is None:
+                continue
+            if bias is not None:
+                grad_bias += slopes.to(grad_bias.dtype).sum(0)
+            low = slopes.to(weight.dtype)
+            rule.through(low, out=grad_hidden[rows])
+            _add_product(grad_weight, low.t(), hidden[rows], scale)
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
             grad_weight.to(weight.dtype) if weight.requires_grad else None,
@@ -142,41 +152,56 @@ class _HeadLogProbs(torch.autograd.Function):
         )
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """A head inside an autograd function: from hidden states to log-probabilities and slopes, and back."""
+
+    weight: Float[Tensor, "V d"]
+    bias: Float[Tensor, " V"] | None
+    added: Float[Tensor, "k d"]
+    ids: Int[Tensor, " k"]
+    settings: _Settings
+
+    def look(
+        self, hidden: Float[Tensor, "n d"], labels: Int[Tensor, " n"], factors: Float[Tensor, " n"] | None,
+        *, slopes: bool,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:  # fmt: skip
+        """log p(label) of each row, and its slope in the logits, before scale, times `factors`."""
+        logits = hidden @ self.weight.t()
+        scale, cap = self.settings.scale, self.settings.cap
+        if len(self.ids) or self.bias is not None or cap is not None or scale != 1.0:
+            # Wide from here on, as each of these would round once more.
+            logits = logits.to(wide(logits))
+            if len(self.ids):
+                logits.index_add_(1, self.ids, (hidden @ self.added.t()).to(logits.dtype))
+            logits *= scale
+            if self.bias is not None:
+                logits += self.bias
+        if cap is None:
+            return self.settings.backend.label_slopes(logits, labels, factors, slopes=slopes)
+        capped = torch.tanh_(logits.div_(cap)).mul_(cap)
+        bend = 1 - (capped / cap).square()
+        log_probs, slope = self.settings.backend.label_slopes(capped, labels, factors, slopes=slopes)
+        return log_probs, None if slope is None else slope.mul_(bend)
+
+    def through(self, slopes: Float[Tensor, "n V"], *, out: Float[Tensor, "n d"]) -> None:
+        """Slopes in the logits as slopes in the hidden states, into `out`."""
+        torch.mm(slopes, self.weight, out=out)
+        if len(self.ids):
+            out.addmm_(slopes[:, self.ids], self.added)
+        if self.settings.scale != 1.0:
+            out.mul_(self.settings.scale)
+
+
+def _add_product(
+    total: Float[Tensor, "V d"], left: Float[Tensor, "V n"], right: Float[Tensor, "n d"], scale: float
+) -> None:
+    """Add scale left right to a total that may be wider than they are."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)
+
+
 def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _through(
-    slope: Float[Tensor, "n V"], weight: Float[Tensor, "V d"], added: Float[Tensor, "k d"], ids: Int[Tensor, " k"]
-) -> Float[Tensor, "n d"]:
-    """A slope in the logits as a slope in the hidden states."""
-    back = slope @ weight
-    return back + slope[:, ids] @ added if len(ids) else back
-
-
-def _capped_logits(
-    hidden: Float[Tensor, "n d"], head: Head, added: Float[Tensor, "k d"], ids: Int[Tensor, " k"]
-) -> Float[Tensor, "n V"]:
-    # Wide from here on: a bfloat16 log-sum over 150,000 entries loses the small ones.
-    logits = (hidden @ head.weight.t()).to(_wide(hidden))
-    if len(ids):
-        logits.index_add_(1, ids, (hidden @ added.t()).to(logits.dtype))
-    if head.scale != 1.0:
-        logits *= head.scale
-    if head.bias is not None:
-        logits += head.bias
-    return logits if head.cap is None else torch.tanh_(logits.div_(head.cap)).mul_(head.cap)
-
-
-def _slope(
-    capped: Float[Tensor, "n V"], normaliser: Float[Tensor, " n"], labels: Int[Tensor, " n"], cap: float | None
-) -> Float[Tensor, "n V"]:
-    """d log p(label) / d logits, before scale; overwrites `capped` when there is no cap."""
-    inner = None if cap is None else 1 - (capped / cap).square()
-    slope = capped.sub_(normaliser[:, None]).exp_().neg_()
-    slope[torch.arange(len(labels), device=labels.device), labels] += 1
-    return slope if inner is None else slope.mul_(inner)

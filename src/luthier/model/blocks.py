@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.kernels.backend import Backend
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
@@ -39,15 +40,17 @@ _FEEDS = ("gate_proj", "up_proj", "down_proj")
 class Blocks:
     """The body of a model whose blocks have the common shape.
 
-    `head_size` is the width of one attention head; `calls` says how each layer's attention is called.
+    `head_size` is the width of one attention head; `calls` says how each layer's attention is called; `backend` does
+    what lies between the products.
     """
 
     body: nn.Module
     head_size: int
     calls: Mapping[int, AttentionCall]
+    backend: Backend
 
     @classmethod
-    def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall]) -> Blocks | None:
+    def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
         """The blocks of a model as it was loaded, or None when its modules have another shape."""
         body = module.base_model
         if not isinstance(body, nn.Module) or _names(body) != _BODY:
@@ -57,7 +60,7 @@ class Blocks:
             return None
         if set(calls) != set(range(len(layers))) or any(call.softcap is not None for call in calls.values()):
             return None
-        return cls(body, int(layers[0].self_attn.head_dim), calls)  # type: ignore[union-attr, arg-type]
+        return cls(body, int(layers[0].self_attn.head_dim), calls, backend)  # type: ignore[union-attr, arg-type]
 
     @property
     def take_everything(self) -> bool:
@@ -114,7 +117,7 @@ class Blocks:
                 # Not before a module of the zoo: what it drops must not depend on who asks.
                 x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
             x = added_product(x, heads, products[3])
-        x = _fed_forward(layer, x, inner)
+        x = self._fed_forward(layer, x, inner)
         return x if rows is None else x.index_select(0, rows)
 
     def _attended(
@@ -128,36 +131,36 @@ class Blocks:
     ) -> Float[Tensor, "T q"]:
         """The heads' results side by side, before the output product."""
         weight, eps = _norm(norm)
-        heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products)]
+        heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products, self.backend)]
         query, key = heads[0], heads[1]
         if _names(attention) >= _HEAD_NORMS:
             query, key = attention.get_submodule("q_norm")(query), attention.get_submodule("k_norm")(key)
         cosines, sines = (angle[0, :, : self.head_size // 2] for angle in angles)
-        query, key = rotated(query, cosines, sines), rotated(key, cosines, sines)
+        query, key = (rotated(each, cosines, sines, self.backend) for each in (query, key))
         call = self.calls[int(attention.layer_idx)]  # type: ignore[arg-type]
         near = call.window is None or max(unit.length for unit in plan.units) <= call.window
-        if query.device.type == "cpu" and near and plan.separate:
+        if near and plan.separate and self.backend.attends(query):
             plan.calls += 1
             runs = [(unit.count, unit.length) for unit in plan.units]
             scale = self.head_size**-0.5 if call.scale is None else call.scale
-            return causal_attention(query, key, heads[2], runs, scale).flatten(1)
+            return causal_attention(query, key, heads[2], runs, scale, self.backend).flatten(1)
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, heads[2]))
         found, _ = forest_attention(
             attention, query, key, value, None, scaling=call.scale, sliding_window=call.window, forest_plan=plan
         )
         return found[0].flatten(1)
 
-
-def _fed_forward(
-    layer: nn.Module, x: Float[Tensor, "n d"], products: tuple[Product, ...] | None
-) -> Float[Tensor, "n d"]:
-    norm = layer.get_submodule("post_attention_layernorm")
-    if products is None:
-        # As the zoo calls it, with a batch of one.
-        fed: Tensor = x + layer.get_submodule("mlp")(norm(x[None]))[0]
-        return fed
-    weight, eps = _norm(norm)
-    return gated_feed_forward(x, weight, eps, *products)
+    def _fed_forward(
+        self, layer: nn.Module, x: Float[Tensor, "n d"], products: tuple[Product, ...] | None
+    ) -> Float[Tensor, "n d"]:
+        norm = layer.get_submodule("post_attention_layernorm")
+        if products is None:
+            # As the zoo calls it, with a batch of one.
+            fed: Tensor = x + layer.get_submodule("mlp")(norm(x[None]))[0]
+            return fed
+        weight, eps = _norm(norm)
+        gate, up, down = products
+        return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
 
 
 def _attention_products(attention: nn.Module) -> tuple[Product, ...] | None:

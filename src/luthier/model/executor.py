@@ -8,7 +8,7 @@ computed once for each path but carry weight only in the first. Unrolled works f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Layout, Segment, Span, Tree
+from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, AttentionCall, ForestPlan, UndrivableAttentionError
 from luthier.model.blocks import Blocks
@@ -35,10 +36,14 @@ PROBE_TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class Executor:
-    """Which executor runs a model, whether the head is computed by luthier, and why not when it is not."""
+    """Which executor runs a model, whether the head is computed by luthier, and why not when it is not.
+
+    `backend` computes that head, and what lies between the products of `blocks`.
+    """
 
     kind: Literal["segments", "unrolled"]
     own_head: bool
+    backend: Backend
     reason: str = ""
     blocks: Blocks | None = None
 
@@ -175,7 +180,7 @@ def _long(array: np.ndarray, module: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def probe(module: PreTrainedModel, *, fused: bool = True) -> Executor:
+def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
     """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward.
 
     Without `fused` the zoo's modules run one by one.
@@ -191,7 +196,7 @@ def probe(module: PreTrainedModel, *, fused: bool = True) -> Executor:
         own_head = _close(run_unrolled(module, forest, head=head_of(module)).log_probs, truth)
     except RecipeError:
         own_head = False
-    head: AnyHead = head_of(module) if own_head else None
+    head: AnyHead = replace(head_of(module), backend=backend) if own_head else None
     if not own_head and not _close(run_unrolled(module, forest, head=None).log_probs, truth):
         raise RecipeError(
             f"{type(module).__name__}: hidden states and output layer do not reproduce the model's own logits",
@@ -199,11 +204,12 @@ def probe(module: PreTrainedModel, *, fused: bool = True) -> Executor:
         )
     reason = _segments_fail(module, forest, head, truth)
     if reason:
-        return Executor("unrolled", own_head, reason)
-    blocks = Blocks.of(module, _attention_calls(module)) if fused else None
+        return Executor("unrolled", own_head, backend, reason)
+    blocks = Blocks.of(module, _attention_calls(module), backend) if fused else None
     if blocks is not None and not _close(run_segments(module, forest, head=head, blocks=blocks).log_probs, truth):
         blocks = None
-    return Executor("segments", own_head, "" if own_head else "the output head is computed by the zoo", blocks)
+    reason = "" if own_head else "the output head is computed by the zoo"
+    return Executor("segments", own_head, backend, reason, blocks)
 
 
 def _attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:

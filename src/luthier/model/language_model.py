@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
 from luthier.data.forest import Forest, Ints, Tree
+from luthier.kernels.chosen import backend_for
+from luthier.kernels.head import Head
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
 from luthier.model.edits import Edit, LearnedRoot
@@ -33,7 +36,7 @@ class LanguageModel:
     """A causal language model of the zoo, frozen until something is attached.
 
     `source` says where it came from, `digest` identifies its weights, `notices` lists what a user should know
-    (precision chosen, executor fallback). Without `fused` the zoo's modules run one by one.
+    (precision chosen, executor fallback). `kernels` is one of the choices of `kernels/chosen.py`.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class LanguageModel:
         source: str,
         digest: str,
         notices: tuple[str, ...] = (),
-        fused: bool = True,
+        kernels: str = "auto",
     ) -> None:
         self.module = module
         self.source = source
@@ -53,7 +56,10 @@ class LanguageModel:
         module.requires_grad_(False)
         module.eval()
         self.sites: Sites = find_sites(module)
-        self.executor: Executor = probe(module, fused=fused)
+        backend, missing = backend_for(kernels, module.device, module.dtype)
+        self.executor: Executor = probe(module, backend, fused=kernels != "torch")
+        if missing and self.executor.blocks is not None:
+            self.notices.append(f"kernels: plain torch ({missing})")
         if self.executor.reason:
             self.notices.append(f"forest executor: {self.executor.kind} ({self.executor.reason})")
 
@@ -113,7 +119,8 @@ class LanguageModel:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
         if not self.executor.own_head:
             return None
-        return edited_head(self.module) or head_of(self.module)
+        head = edited_head(self.module) or head_of(self.module)
+        return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head
 
     @property
     def active_root(self) -> LearnedRoot | None:

@@ -4,16 +4,15 @@ Safetensors only. A folder that holds its weights as a pickle is refused, and so
 steers which code is used: model files are data. The config passes a gate (`config_gate.py`), tensors are read and
 checked here (`weights.py`), and transformers itself opens no file of a model. No remote code is ever run.
 Precision: weights are computed in the precision chosen here; trained parameters keep float32 copies elsewhere.
-Kernels: LUTHIER_KERNELS=torch runs the zoo's own modules one by one, where `auto` takes our fused operations for models
-that have the shape for them. Results are the same up to rounding.
+Kernels: our fused operations run models that have the shape for them, unless LUTHIER_KERNELS says otherwise
+(kernels/chosen.py). Results are the same up to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from luthier.core.errors import MissingError, RecipeError
 from luthier.core.nearest import nearest
 from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
+from luthier.kernels.chosen import wanted_kernels
 from luthier.model import attention
 from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
@@ -85,15 +85,7 @@ def load_model(source: str, *, precision: Precision = "auto", device: str = "aut
     module.to(_device(device))
     digest = state_digest(module) if fresh or files.folder is None else folder_digest(files.folder)
     notices = (f"precision: {reason}", *checked.notices, *unused)
-    return LanguageModel(module, source=source, digest=digest, notices=notices, fused=wants_fused())
-
-
-def wants_fused(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether our fused operations may run, as LUTHIER_KERNELS says: auto (when it is not set), or torch."""
-    value = environ.get("LUTHIER_KERNELS") or "auto"
-    if value not in ("auto", "torch"):
-        raise RecipeError(f"LUTHIER_KERNELS is {value!r}", allowed="auto or torch")
-    return value == "auto"
+    return LanguageModel(module, source=source, digest=digest, notices=notices, kernels=wanted_kernels())
 
 
 def context_tokens(source: str) -> int | None:

@@ -1,0 +1,110 @@
+"""What each kind of device does in its own way: the work between the matrix products of a block, and attention.
+
+Idea: products are the library's and autograd functions are written once (blocks.py, causal.py, head.py). What lies
+between is a handful of operations over rows, each of which a device may do in one pass over memory. This is their
+contract. `torch_backend.py` is the twin in plain torch, which runs everywhere, in float64 too, and which all others are
+tested against; `native_backend.py` is C++ for CPUs, `triton_backend.py` is for GPUs, and `chosen.py` takes the best.
+Every tensor is contiguous in its last dimension; float64 is only promised by the twin.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Run = tuple[int, int]
+"""How many texts follow each other, and the length of each of them."""
+
+
+class Backend(ABC):
+    """The operations, on one kind of device. Numbers are summed in float32 at least, whatever they are kept in."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What LUTHIER_KERNELS calls it."""
+
+    @abstractmethod
+    def norm(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
+        """`weight` x / rms(x), rounded before the weight as the zoo does it; and 1 / rms(x) in float32 or wider."""
+
+    @abstractmethod
+    def normed(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], inverse: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n d"]:
+        """The first result of `norm` again, bit for bit, from the second."""
+
+    @abstractmethod
+    def norm_backward(
+        self,
+        grad: Float[Tensor, "n d"],
+        x: Float[Tensor, "n d"],
+        weight: Float[Tensor, " d"],
+        inverse: Float[Tensor, "n 1"],
+        added: Float[Tensor, "n d"] | None,
+    ) -> Float[Tensor, "n d"]:
+        """The gradient of the norm's input, plus `added`."""
+
+    @abstractmethod
+    def gated(self, gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        """silu(gate) up."""
+
+    @abstractmethod
+    def gated_backward(
+        self, grad: Float[Tensor, "n f"], gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]
+    ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n f"]]:
+        """The gradients of gate and up; `grad` may be overwritten."""
+
+    @abstractmethod
+    def rotated(
+        self, x: Float[Tensor, "n heads size"], cosines: Float[Tensor, "n half"], sines: Float[Tensor, "n half"]
+    ) -> Float[Tensor, "n heads size"]:
+        """Each head's first and second half, turned against each other. Turned back when the sines change sign."""
+
+    @abstractmethod
+    def label_slopes(
+        self,
+        logits: Float[Tensor, "n V"],
+        labels: Int[Tensor, " n"],
+        factors: Float[Tensor, " n"] | None,
+        *,
+        slopes: bool,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
+        """log p(label) of each row in float32 or wider, and its slope in the logits times `factors`, if asked for.
+
+        The slopes are in the precision of the logits, whose memory may be used for them.
+        """
+
+    @abstractmethod
+    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
+        """Whether `attend` is there for queries like this one."""
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
+        """Causal attention within each of the texts that `runs` lays end to end; and what its backward pass needs."""
+
+    @abstractmethod
+    def attend_backward(
+        self,
+        grad: Float[Tensor, "n heads size"],
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        out: Float[Tensor, "n heads size"],
+        kept: Sequence[Tensor],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        """The gradients of query, key and value."""

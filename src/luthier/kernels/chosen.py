@@ -1,0 +1,45 @@
+"""Which backend runs a model: the best for its device and precision, or the one that LUTHIER_KERNELS names.
+
+    auto      the best there is (when it is not set)
+    torch     none: the zoo's own modules run one by one
+    blocks    our operations in plain torch
+    native    our operations in C++, compiled once for this CPU
+A backend that is asked for and cannot run here is an error; `auto` says why it did not take it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from luthier.core.errors import MissingError, RecipeError
+from luthier.kernels.backend import Backend
+from luthier.kernels.native_backend import NativeBackend
+from luthier.kernels.torch_backend import TorchBackend
+
+CHOICES = ("auto", "torch", "blocks", "native")
+
+
+def wanted_kernels(environ: Mapping[str, str] = os.environ) -> str:
+    """What LUTHIER_KERNELS says."""
+    value = environ.get("LUTHIER_KERNELS") or "auto"
+    if value not in CHOICES:
+        raise RecipeError(f"LUTHIER_KERNELS is {value!r}", allowed=", ".join(CHOICES))
+    return value
+
+
+def backend_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The backend, and why it is not a better one; empty when it is the best.
+
+    Raises MissingError when `choice` names one that cannot run here.
+    """
+    if choice in ("torch", "blocks") or dtype not in (torch.float32, torch.bfloat16) or device.type != "cpu":
+        return TorchBackend(), ""
+    try:
+        return NativeBackend.build(), ""
+    except MissingError as failure:
+        if choice == "native":
+            raise
+        return TorchBackend(), str(failure)

@@ -1,0 +1,89 @@
+// Small products that stay in the caches: C (+)= A B with a tile of C in registers.
+//
+// A is read one step of k at a time (a number, or a pair of bfloat16 numbers as one word) and spread over a vector; B is
+// packed so that a step of k is a row of vectors. With AVX512-BF16 a step is two bfloat16 numbers, and the products are
+// summed in float32; without it bfloat16 is widened when it is packed, and a step is one float.
+
+#pragma once
+
+#include <cstring>
+
+#include "numbers.h"
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 6, TILE_VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE_ROWS = 6, TILE_VECTORS = 2;
+#else
+constexpr int LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 3;
+#endif
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+// A step of k as it is packed: one float, or two bfloat16 numbers, the lower one first.
+struct Single {
+    typedef float Word;
+    static constexpr int NUMBERS = 1;
+    static inline Vector add(Vector sum, const Word* row, Word factor) {
+        return sum + factor * *reinterpret_cast<const Vector*>(row);
+    }
+    static inline Word word(float number) { return number; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pair {
+    typedef uint32_t Word __attribute__((may_alias));
+    static constexpr int NUMBERS = 2;
+    static inline Vector add(Vector sum, const Word* row, Word factor) {
+        __m512i values = _mm512_loadu_si512(row);
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)_mm512_set1_epi32(int(factor)));
+    }
+    static inline Word word(float first, float second) {
+        return uint32_t(rounded_bits(first)) | uint32_t(rounded_bits(second)) << 16;
+    }
+};
+#endif
+
+// One tile: ROWS rows of A, VECTORS vectors of B.
+template <typename Step, int ROWS, int VECTORS, bool ADDS>
+static inline void tile(const typename Step::Word* a, int64_t a_row, int64_t a_step, const typename Step::Word* b,
+                        int64_t b_step, int64_t steps, float* c, int64_t c_row) {
+    Vector sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++)
+            sums[i][j] = ADDS ? *reinterpret_cast<const Vector*>(c + i * c_row + j * LANES) : Vector{};
+    for (int64_t k = 0; k < steps; k++)
+        for (int i = 0; i < ROWS; i++) {
+            typename Step::Word factor = a[i * a_row + k * a_step];
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = Step::add(sums[i][j], b + k * b_step + j * LANES, factor);
+        }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) = sums[i][j];
+}
+
+template <typename Step, int ROWS, bool ADDS>
+static inline void strip(const typename Step::Word* a, int64_t a_row, int64_t a_step, const typename Step::Word* b,
+                         int64_t b_step, int64_t steps, float* c, int64_t c_row, int64_t columns) {
+    int64_t at = 0;
+    for (; at + TILE_VECTORS * LANES <= columns; at += TILE_VECTORS * LANES)
+        tile<Step, ROWS, TILE_VECTORS, ADDS>(a, a_row, a_step, b + at, b_step, steps, c + at, c_row);
+    for (; at < columns; at += LANES)
+        tile<Step, ROWS, 1, ADDS>(a, a_row, a_step, b + at, b_step, steps, c + at, c_row);
+}
+
+// C (rows x columns, c_row apart) = A B, or += with ADDS. Word (i, k) of A lies at a[i a_row + k a_step], row k of B at
+// b[k b_step]; `columns` is a multiple of LANES.
+template <typename Step, bool ADDS>
+static void product(const typename Step::Word* a, int64_t a_row, int64_t a_step, const typename Step::Word* b,
+                    int64_t b_step, int64_t steps, float* c, int64_t c_row, int64_t rows, int64_t columns) {
+    int64_t i = 0;
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+        strip<Step, TILE_ROWS, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
+    for (; i + 2 <= rows; i += 2)
+        strip<Step, 2, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
+    if (i < rows) strip<Step, 1, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
+}

@@ -1,0 +1,181 @@
+"""The operations of a block in C++, for CPUs: one pass over memory each, and attention that stays in the caches.
+
+Idea: what torch does in five passes over float32 copies is one pass here, in the precision the numbers are kept in; and
+a text's attention is products of a size that a core's cache holds. See native/*.cpp for how.
+Cost: memory bandwidth for the row operations; attention runs at about half the rate of large products.
+Use when: float32 or bfloat16 on a CPU with a compiler. Not when: float64, or another device; the twin does those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Final, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from luthier.kernels.backend import Backend, Run
+from luthier.kernels.native_build import library
+
+_POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
+    "norm": (*[_POINTER] * 4, _WHOLE, _WHOLE, _REAL, _WHOLE),
+    "norm_backward": (*[_POINTER] * 6, _WHOLE, _WHOLE),
+    "gated": (*[_POINTER] * 3, _WHOLE),
+    "gated_backward": (*[_POINTER] * 5, _WHOLE),
+    "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
+    "label_slopes": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE),
+    "attend": (*[_POINTER] * 6, *[_WHOLE] * 4, _REAL),
+    "attend_backward": (*[_POINTER] * 10, *[_WHOLE] * 4, _REAL),
+}
+"""The arguments of each function; its name ends in a precision."""
+_PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@final
+class NativeBackend(Backend):
+    """C++ on the threads that torch uses."""
+
+    def __init__(self, functions: dict[tuple[str, torch.dtype], Any]) -> None:
+        self._functions = functions
+
+    @classmethod
+    def build(cls) -> NativeBackend:
+        """Compile and load. Raises MissingError when that is not possible here."""
+        loaded = library()
+        functions: dict[tuple[str, torch.dtype], Any] = {}
+        for name, arguments in _SIGNATURES.items():
+            for dtype, ending in _PRECISIONS.items():
+                function = loaded[f"{name}_{ending}"]
+                function.argtypes = arguments
+                function.restype = ctypes.c_int if name.startswith("attend") else None
+                functions[name, dtype] = function
+        return cls(functions)
+
+    @property
+    def name(self) -> str:
+        return "native"
+
+    def norm(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
+        inverse = torch.empty(len(x), 1, dtype=torch.float32)
+        return self._norm(x, weight, inverse, eps, known=False), inverse
+
+    def normed(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], inverse: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n d"]:
+        return self._norm(x, weight, inverse, 0.0, known=True)
+
+    def norm_backward(
+        self,
+        grad: Float[Tensor, "n d"],
+        x: Float[Tensor, "n d"],
+        weight: Float[Tensor, " d"],
+        inverse: Float[Tensor, "n 1"],
+        added: Float[Tensor, "n d"] | None,
+    ) -> Float[Tensor, "n d"]:
+        grad, x = grad.contiguous(), x.contiguous()
+        more = None if added is None else added.contiguous()
+        out = torch.empty_like(x)
+        self._call("norm_backward", x.dtype, grad, x, weight.to(x.dtype), inverse, more, out, *x.shape)
+        return out
+
+    def gated(self, gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        self._call("gated", gate.dtype, gate, up, out, gate.numel())
+        return out
+
+    def gated_backward(
+        self, grad: Float[Tensor, "n f"], gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]
+    ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n f"]]:
+        grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+        grad_up = torch.empty_like(up)
+        self._call("gated_backward", gate.dtype, grad, gate, up, grad, grad_up, gate.numel())
+        return grad, grad_up
+
+    def rotated(
+        self, x: Float[Tensor, "n heads size"], cosines: Float[Tensor, "n half"], sines: Float[Tensor, "n half"]
+    ) -> Float[Tensor, "n heads size"]:
+        x, dtype = x.contiguous(), x.dtype
+        out = torch.empty_like(x)
+        angles = (cosines.to(dtype).contiguous(), sines.to(dtype).contiguous())
+        self._call("rotated", dtype, x, *angles, out, len(x), x.shape[1], x.shape[2] // 2, 1.0)
+        return out
+
+    def label_slopes(
+        self,
+        logits: Float[Tensor, "n V"],
+        labels: Int[Tensor, " n"],
+        factors: Float[Tensor, " n"] | None,
+        *,
+        slopes: bool,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
+        logits = logits.contiguous()
+        log_probs = torch.empty(len(logits), dtype=torch.float32)
+        weights = None if factors is None else factors.float().contiguous()
+        self._call("label_slopes", logits.dtype, logits, labels.contiguous(), weights, log_probs, *logits.shape, slopes)
+        return log_probs, logits if slopes else None
+
+    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
+        return query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
+
+    def attend(
+        self,
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
+        given = tuple(tensor.contiguous() for tensor in (query, key, value))
+        out = torch.empty_like(given[0])
+        log_sums = torch.empty(query.shape[:2], dtype=torch.float32)
+        starts, sizes = _starts(runs), _sizes(query, key)
+        self._call("attend", query.dtype, *given, out, log_sums, starts, len(starts) - 1, *sizes, scale)
+        return out, (log_sums,)
+
+    def attend_backward(
+        self,
+        grad: Float[Tensor, "n heads size"],
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        out: Float[Tensor, "n heads size"],
+        kept: Sequence[Tensor],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        given = tuple(tensor.contiguous() for tensor in (grad, query, key, value, out))
+        found = tuple(torch.empty_like(tensor) for tensor in given[1:4])
+        starts, sizes = _starts(runs), _sizes(query, key)
+        self._call(
+            "attend_backward", query.dtype, *given, kept[0], *found, starts, len(starts) - 1, *sizes, scale
+        )
+        return found[0], found[1], found[2]
+
+    def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._call("norm", x.dtype, x, weight.to(x.dtype).contiguous(), out, inverse, *x.shape, eps, known)
+        return out
+
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
+        """Call a function with pointers for tensors; they live at least as long as the call."""
+        plain = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        if self._functions[name, dtype](*plain):
+            raise torch.OutOfMemoryError(f"no memory for the workspace of {name} in C++")
+
+
+def _starts(runs: Sequence[Run]) -> Int[Tensor, " ends"]:
+    """Where each text begins, and where the last one ends."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+
+
+def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "n groups size"]) -> tuple[int, int, int]:
+    """Query heads, key heads, and the size of a head."""
+    return query.shape[1], key.shape[1], query.shape[2]

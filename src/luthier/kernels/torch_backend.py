@@ -1,0 +1,154 @@
+"""The twin: every operation of the contract in plain torch, on any device and in any precision.
+
+Others are tested against this one, and it runs where they cannot: without a compiler, in float64, on devices nobody has
+written anything for. Attention is torch's flash attention for CPUs, one call for each run of equal texts, which reads
+its part of the flat tensors where it lies and whose result is written to where it belongs.
+Source: the roundings are those of transformers' llama; flash attention, arXiv 2205.14135.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from luthier.kernels.backend import Backend, Run
+
+
+@final
+class TorchBackend(Backend):
+    """Plain torch."""
+
+    @property
+    def name(self) -> str:
+        return "blocks"
+
+    def norm(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
+    ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
+        inverse = x.to(wide(x)).square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return self.normed(x, weight, inverse), inverse
+
+    def normed(
+        self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], inverse: Float[Tensor, "n 1"]
+    ) -> Float[Tensor, "n d"]:
+        return (x.to(wide(x)) * inverse).to(x.dtype).mul_(weight)
+
+    def norm_backward(
+        self,
+        grad: Float[Tensor, "n d"],
+        x: Float[Tensor, "n d"],
+        weight: Float[Tensor, " d"],
+        inverse: Float[Tensor, "n 1"],
+        added: Float[Tensor, "n d"] | None,
+    ) -> Float[Tensor, "n d"]:
+        unit = x.to(wide(x)) * inverse
+        slope = (grad * weight).to(wide(x))
+        along = torch.linalg.vecdot(slope, unit)[:, None].div_(-x.shape[-1])
+        found = slope.addcmul_(unit, along).mul_(inverse)
+        return (found if added is None else found.add_(added)).to(x.dtype)
+
+    def gated(self, gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
+        return F.silu(gate).mul_(up)
+
+    def gated_backward(
+        self, grad: Float[Tensor, "n f"], gate: Float[Tensor, "n f"], up: Float[Tensor, "n f"]
+    ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n f"]]:
+        grad_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
+
+    def rotated(
+        self, x: Float[Tensor, "n heads size"], cosines: Float[Tensor, "n half"], sines: Float[Tensor, "n half"]
+    ) -> Float[Tensor, "n heads size"]:
+        turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        first, second = x.chunk(2, -1)
+        low, high = turned.chunk(2, -1)
+        cosine, sine = cosines[:, None], sines[:, None]
+        torch.mul(first, cosine, out=low).addcmul_(second, sine, value=-1)
+        torch.mul(second, cosine, out=high).addcmul_(first, sine)
+        return turned
+
+    def label_slopes(
+        self,
+        logits: Float[Tensor, "n V"],
+        labels: Int[Tensor, " n"],
+        factors: Float[Tensor, " n"] | None,
+        *,
+        slopes: bool,
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
+        # Wide from here on: a bfloat16 log-sum over 150,000 entries loses the small ones.
+        logits_wide = logits.to(wide(logits))
+        normaliser = torch.logsumexp(logits_wide, -1)
+        log_probs = logits_wide.gather(1, labels[:, None])[:, 0] - normaliser
+        if not slopes:
+            return log_probs, None
+        slope = logits_wide.sub_(normaliser[:, None]).exp_().neg_()
+        slope[torch.arange(len(labels), device=labels.device), labels] += 1
+        return log_probs, (slope if factors is None else slope.mul_(factors[:, None])).to(logits.dtype)
+
+    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
+        return query.device.type == "cpu"
+
+    def attend(
+        self,
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        sums = []
+        for at, run in _places(runs):
+            q, k, v = (_texts(tensor[at], run) for tensor in (query, key, value))
+            attended, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, run[1] > 1, scale=scale
+            )
+            _texts(out[at], run).copy_(attended)
+            sums.append(log_sum)
+        return out, tuple(sums)
+
+    def attend_backward(
+        self,
+        grad: Float[Tensor, "n heads size"],
+        query: Float[Tensor, "n heads size"],
+        key: Float[Tensor, "n groups size"],
+        value: Float[Tensor, "n groups size"],
+        out: Float[Tensor, "n heads size"],
+        kept: Sequence[Tensor],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        given = (query, key, value)
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given]
+        for (at, run), log_sum in zip(_places(runs), kept, strict=True):
+            dy, q, k, v, y = (_texts(tensor[at], run) for tensor in (grad, *given, out))
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dy, q, k, v, y, log_sum, 0.0, run[1] > 1, scale=scale
+            )
+            for whole, part in zip(grads, found, strict=True):
+                _texts(whole[at], run).copy_(part)
+        return grads[0], grads[1], grads[2]
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The precision in which numbers of this tensor are added up."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _places(runs: Sequence[Run]) -> list[tuple[slice, Run]]:
+    """Where each run lies, and the run."""
+    places, start = [], 0
+    for count, length in runs:
+        places.append((slice(start, start + count * length), (count, length)))
+        start += count * length
+    return places
+
+
+def _texts(flat: Float[Tensor, "n heads size"], run: Run) -> Float[Tensor, "count heads length size"]:
+    """Texts of equal length as a batch; a view."""
+    return flat.unflatten(0, run).transpose(1, 2)

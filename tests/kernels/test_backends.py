@@ -1,0 +1,154 @@
+"""Every backend against the twin in plain torch: values, gradients, and what is neither even nor finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.kernels.backend import Backend
+from luthier.kernels.native_backend import NativeBackend
+from luthier.kernels.torch_backend import TorchBackend
+
+TWIN = TorchBackend()
+PRECISIONS = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", params=[NativeBackend.build])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    built: Backend = request.param()
+    return built
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype, *, slack: float = 1.0) -> None:
+    """Equal up to rounding: one part in a hundred thousand, or of a hundred in bfloat16, of the largest number."""
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    most = float(expected.abs().max())
+    share = slack * (1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=share, atol=share * most)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (3, 7), (5, 64), (130, 513)])
+def test_norms(backend: Backend, dtype: torch.dtype, n: int, d: int) -> None:
+    """Breaks when the last numbers of a row that is no whole number of vectors are left out."""
+    x, weight, grad, added = (draw(n, d, dtype=dtype, seed=s) for s in range(4))
+    weight = weight[0]
+    h, inverse = backend.norm(x, weight, 1e-5)
+    expected, expected_inverse = TWIN.norm(*exact(x, weight), 1e-5)
+    close(h, expected.to(dtype), dtype)
+    close(inverse, expected_inverse.float(), torch.float32)
+    assert torch.equal(backend.normed(x, weight, inverse), h)
+    for more in (None, added):
+        found = backend.norm_backward(grad, x, weight, inverse, more)
+        wide = None if more is None else more.double()
+        close(found, TWIN.norm_backward(*exact(grad, x, weight), expected_inverse, wide).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 17), (64, 100)])
+def test_gates(backend: Backend, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Breaks when gate and up are exchanged, or a large number overflows in the sigmoid."""
+    gate, up, grad = (draw(*shape, dtype=dtype, seed=s, spread=8.0) for s in range(3))
+    gate[0, 0] = -200.0
+    close(backend.gated(gate, up), TWIN.gated(*exact(gate, up)).to(dtype), dtype)
+    expected = [each.to(dtype) for each in TWIN.gated_backward(*exact(grad, gate, up))]
+    for found, right in zip(backend.gated_backward(grad.clone(), gate, up), expected, strict=True):
+        close(found, right, dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_rotations(backend: Backend, dtype: torch.dtype) -> None:
+    """Breaks when neighbours are turned instead of halves, or turning back is no inverse."""
+    x, angles = draw(9, 3, 20, dtype=dtype), draw(9, 10, dtype=torch.float32, seed=1)
+    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+    turned = backend.rotated(x, cosines, sines)
+    close(turned, TWIN.rotated(*exact(x, cosines, sines)).to(dtype), dtype)
+    close(backend.rotated(turned, cosines, -sines), x, dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:
+    """Breaks when the label's own slope is that of the others, or a factor is forgotten."""
+    logits, factors = draw(7, size, dtype=dtype, spread=6.0), draw(7, dtype=torch.float32, seed=1)
+    labels = torch.arange(7) * 3 % size
+    for weights in (None, factors):
+        wide = None if weights is None else weights.double()
+        expected = TWIN.label_slopes(logits.double(), labels, wide, slopes=True)
+        log_probs, none = backend.label_slopes(logits.clone(), labels, weights, slopes=False)
+        assert none is None
+        torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
+        log_probs, slopes = backend.label_slopes(logits.clone(), labels, weights, slopes=True)
+        torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
+        assert slopes is not None and expected[1] is not None
+        close(slopes, expected[1].to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 8), (4, 2, 16), (3, 1, 6), (2, 1, 128)])
+def test_attention(backend: Backend, dtype: torch.dtype, heads: int, groups: int, size: int) -> None:
+    """Breaks when a text sees its neighbour, a block of queries the one after it, or a key head the wrong queries."""
+    runs = [(2, 5), (1, 1), (1, 49), (3, 2), (1, 130)]
+    total = sum(count * length for count, length in runs)
+    query, grad = (draw(total, heads, size, dtype=dtype, seed=s) for s in range(2))
+    key, value = (draw(total, groups, size, dtype=dtype, seed=s) for s in range(2, 4))
+    out, kept = backend.attend(query, key, value, runs, 0.3)
+    wide = exact(query, key, value)
+    expected, expected_kept = TWIN.attend(*wide, runs, 0.3)
+    close(out, expected.to(dtype), dtype)
+    found = backend.attend_backward(grad, query, key, value, out, kept, runs, 0.3)
+    right = TWIN.attend_backward(grad.double(), *wide, expected, expected_kept, runs, 0.3)
+    for one, other in zip(found, right, strict=True):
+        close(one, other.to(dtype), dtype, slack=2.0)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(backend: Backend, dtype: torch.dtype, bad: float) -> None:
+    """Breaks when a maximum, a clamp or a rounding turns a bad number into a good one."""
+    x = draw(6, 40, dtype=dtype)
+    x[2, 17] = bad
+    good = draw(6, 40, dtype=dtype, seed=1)
+    h, inverse = backend.norm(x, good[0], 1e-5)
+    found = [
+        h, backend.norm_backward(good, x, good[0], inverse, None), backend.gated(good, x),
+        backend.gated_backward(x.clone(), good, good)[1], backend.label_slopes(x.clone(), torch.zeros(6).long(), None,
+                                                                              slopes=True)[1],
+    ]  # fmt: skip
+    if bad != bad:
+        found += [backend.gated(x, good), backend.gated_backward(good.clone(), x, good)[0]]
+    for each in found:
+        assert each is not None and not torch.isfinite(each[2]).all()
+        assert torch.isfinite(each[[0, 1, 3, 4, 5]]).all()
+    heads = x.unflatten(1, (2, 20))
+    # A text that lies beside the bad number stays good; the text with it may be bad throughout.
+    out, _ = backend.attend(heads, heads, heads, [(1, 2), (1, 4)], 1.0)
+    assert torch.isfinite(out[:2]).all() and not torch.isfinite(out[2:]).all()
+
+
+def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
+    """Breaks when a sum is split by threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            q, g = (draw(200, 4, 16, dtype=torch.bfloat16, seed=s) for s in range(2))
+            k, v = (draw(200, 2, 16, dtype=torch.bfloat16, seed=s) for s in range(2, 4))
+            out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5)
+            grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5)
+            logits = draw(200, 300, dtype=torch.float32)
+            log_probs, slopes = backend.label_slopes(logits, torch.arange(200), None, slopes=True)
+            results.append([out, *grads, log_probs, slopes])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
