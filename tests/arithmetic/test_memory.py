@@ -69,7 +69,7 @@ def laid_out(
     attention.register()
     config = CONFIGS[architecture]()
     module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
-    model = LanguageModel(module, source="fresh", digest="", fused=fused)
+    model = LanguageModel(module, source="fresh", digest="", kernels="auto" if fused else "torch")
     attachment = model.attach(adapter.attach(model.sites))
     rng = np.random.default_rng(0)
     forest = Forest(tuple(

@@ -198,7 +198,7 @@ def _add_product(
 ) -> None:
     """Add scale left right to a total that may be wider than they are."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right, alpha=scale)
+        torch.addmm(total, left, right, alpha=scale, out=total)
     else:
         total.add_(left @ right, alpha=scale)
 
