@@ -4,6 +4,7 @@
     torch     none: the zoo's own modules run one by one
     blocks    our operations in plain torch
     native    our operations in C++, compiled once for this CPU
+    triton    our operations as Triton kernels, on a GPU
 A backend that is asked for and cannot run here is an error; `auto` says why it did not take it.
 """
 
@@ -18,8 +19,11 @@ from luthier.core.errors import MissingError, RecipeError
 from luthier.kernels.backend import Backend
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
+from luthier.kernels.triton_backend import TritonBackend
 
-CHOICES = ("auto", "torch", "blocks", "native")
+CHOICES = ("auto", "torch", "blocks", "native", "triton")
+BEST = {"cpu": "native", "cuda": "triton"}
+"""What `auto` takes on a kind of device; plain torch on all others."""
 
 
 def wanted_kernels(environ: Mapping[str, str] = os.environ) -> str:
@@ -35,11 +39,22 @@ def backend_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[
 
     Raises MissingError when `choice` names one that cannot run here.
     """
-    if choice in ("torch", "blocks") or dtype not in (torch.float32, torch.bfloat16) or device.type != "cpu":
+    kind = BEST.get(device.type, "blocks") if choice == "auto" else choice
+    if kind in ("torch", "blocks") or dtype not in (torch.float32, torch.bfloat16):
         return TorchBackend(), ""
     try:
-        return NativeBackend.build(), ""
+        return _build(kind, device, dtype), ""
     except MissingError as failure:
-        if choice == "native":
+        if choice != "auto":
             raise
         return TorchBackend(), str(failure)
+
+
+def _build(kind: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    if kind == "triton":
+        return TritonBackend.build(device, dtype)
+    if device.type != "cpu":
+        raise MissingError(
+            f"C++ kernels run on a CPU, and the model is on {device.type}", do="leave LUTHIER_KERNELS out"
+        )
+    return NativeBackend.build()

@@ -1,0 +1,85 @@
+"""A backend that runs on another device than its tensors: what is given goes there, what comes back is brought home.
+
+With it the tests of test_backends.py, whose tensors are on the CPU, test a GPU as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from luthier.kernels.backend import Backend, Run
+
+
+@final
+class OnDevice(Backend):
+    """`inner`, on `device`."""
+
+    def __init__(self, inner: Backend, device: torch.device) -> None:
+        self._inner, self._device = inner, device
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, inverse = self._inner.norm(self._there(x), self._there(weight), eps)
+        return out.cpu(), inverse.cpu()
+
+    def normed(self, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+        return self._inner.normed(self._there(x), self._there(weight), self._there(inverse)).cpu()
+
+    def norm_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: Tensor | None
+    ) -> Tensor:
+        given = [self._there(each) for each in (grad, x, weight, inverse)]
+        more = None if added is None else self._there(added)
+        return self._inner.norm_backward(given[0], given[1], given[2], given[3], more).cpu()
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._inner.gated(self._there(gate), self._there(up)).cpu()
+
+    def gated_backward(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        found = self._inner.gated_backward(self._there(grad), self._there(gate), self._there(up))
+        return found[0].cpu(), found[1].cpu()
+
+    def rotated(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        return self._inner.rotated(self._there(x), self._there(cosines), self._there(sines)).cpu()
+
+    def label_slopes(
+        self, logits: Tensor, labels: Tensor, factors: Tensor | None, *, slopes: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        weights = None if factors is None else self._there(factors)
+        log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), weights, slopes=slopes)
+        return log_probs.cpu(), None if found is None else found.cpu()
+
+    def attends(self, query: Tensor) -> bool:
+        return self._inner.attends(self._there(query))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], scale: float
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, kept = self._inner.attend(self._there(query), self._there(key), self._there(value), runs, scale)
+        return out.cpu(), tuple(each.cpu() for each in kept)
+
+    def attend_backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        kept: Sequence[Tensor],
+        runs: Sequence[Run],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = [self._there(each) for each in (grad, query, key, value, out)]
+        held = [self._there(each) for each in kept]
+        found = self._inner.attend_backward(given[0], given[1], given[2], given[3], given[4], held, runs, scale)
+        return found[0].cpu(), found[1].cpu(), found[2].cpu()
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
