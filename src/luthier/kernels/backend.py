@@ -27,6 +27,11 @@ class Backend(ABC):
     def name(self) -> str:
         """What LUTHIER_KERNELS calls it."""
 
+    @property
+    def identity(self) -> str:
+        """Its name and what it was made of: with the same identity the same numbers come out, on the same machine."""
+        return self.name
+
     @abstractmethod
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float

@@ -38,13 +38,14 @@ _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 class NativeBackend(Backend):
     """C++ on the threads that torch uses."""
 
-    def __init__(self, functions: dict[tuple[str, torch.dtype], Any]) -> None:
+    def __init__(self, functions: dict[tuple[str, torch.dtype], Any], built_as: str) -> None:
         self._functions = functions
+        self._built_as = built_as
 
     @classmethod
     def build(cls) -> NativeBackend:
         """Compile and load. Raises MissingError when that is not possible here."""
-        loaded = library()
+        loaded, built_as = library()
         functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _SIGNATURES.items():
             for dtype, ending in _PRECISIONS.items():
@@ -52,11 +53,15 @@ class NativeBackend(Backend):
                 function.argtypes = arguments
                 function.restype = ctypes.c_int if name.startswith("attend") else None
                 functions[name, dtype] = function
-        return cls(functions)
+        return cls(functions, built_as)
 
     @property
     def name(self) -> str:
         return "native"
+
+    @property
+    def identity(self) -> str:
+        return f"native {self._built_as}"
 
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
