@@ -13,7 +13,9 @@ SLICE = 2**20
 """Numbers widened at once: 4 MB."""
 
 
-def add_to(total: Float[Tensor, "*shape"], part: Float[Tensor, "*shape"], *, scale: float = 1.0) -> Float[Tensor, "*shape"]:
+def add_to(
+    total: Float[Tensor, "*shape"], part: Float[Tensor, "*shape"], *, scale: float = 1.0
+) -> Float[Tensor, "*shape"]:
     """`total` with `scale` times `part` added in place; the same numbers as `total.add_(part, alpha=scale)`."""
     same = total.dtype == part.dtype or total.device.type != "cpu"
     if same or part.numel() <= SLICE or not (total.is_contiguous() and part.is_contiguous()):
