@@ -90,7 +90,7 @@ class Template:
         add_generation_prompt: bool = False,
     ) -> str:
         """The text of `messages`; raises TemplateError with the template's own words, or the limit it reached."""
-        job = _job(Wanted(messages, tools, add_generation_prompt))
+        job = _job(Wanted(messages, tools, add_generation_prompt), {})
         made = self._ahead.get(job)
         if made is None:
             made = self._process.render(self._program, [job])[0]
@@ -103,7 +103,8 @@ class Template:
 
         The outcomes are remembered until the next call: who knows what a row will need asks once, ahead.
         """
-        jobs = [_job(one) for one in wanted]
+        written: dict[int, str] = {}
+        jobs = [_job(one, written) for one in wanted]
         made = self._process.render(self._program, jobs)
         self._ahead = dict(zip(jobs, made, strict=True))
         return made
@@ -113,18 +114,23 @@ class Template:
         self._process.close()
 
 
-def _job(wanted: Wanted) -> str:
-    """What the template sees of one rendering, besides the special tokens, as JSON."""
+def _job(wanted: Wanted, written: dict[int, str]) -> str:
+    """What the template sees of one rendering, besides the special tokens, as JSON.
+
+    `written` are messages of the same call by identity: most of them stand in several renderings.
+    """
     try:
-        context = {
-            "messages": _plain(wanted.messages),
-            "tools": _plain(wanted.tools) or None,
-            "documents": None,
-            "add_generation_prompt": wanted.add_generation_prompt,
-        }
-        return json.dumps(context, ensure_ascii=False)
+        messages = ", ".join([written.get(id(each)) or _written(each, written) for each in wanted.messages])
+        tools = json.dumps(_plain(wanted.tools) or None, ensure_ascii=False)
     except (RecursionError, ValueError) as error:  # ValueError: a number of very many digits
         raise TemplateError(f"a message cannot be written as JSON: {error}") from None
+    ask = "true" if wanted.add_generation_prompt else "false"
+    return f'{{"messages": [{messages}], "tools": {tools}, "documents": null, "add_generation_prompt": {ask}}}'
+
+
+def _written(message: Mapping[str, Any], written: dict[int, str]) -> str:
+    text = written[id(message)] = json.dumps(_plain(message), ensure_ascii=False)
+    return text
 
 
 def choose(
