@@ -21,7 +21,7 @@ from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError, StorageError, TemplateError
 from luthier.core.nearest import did_you_mean
-from luthier.data.rendering.process import Program, RenderProcess
+from luthier.data.rendering.process import Program, RenderProcess, Seen
 from luthier.data.tokenizer import Tokenizer
 
 MAX_SOURCE: Final = 1024 * 1024
@@ -43,7 +43,8 @@ class Wanted:
 class Template:
     """A compiled chat template; `source` is the text to save with a model.
 
-    Templates given the same `process` share it, otherwise each has its own, which ends with it.
+    Templates given the same `process` share it, otherwise each has its own, which ends with it. One that is not
+    compiled `at_once` is with `compile`, or when something is first asked of it: rows that are cached need no process.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Template:
         name: str,
         now: datetime | None = None,
         process: RenderProcess | None = None,
+        at_once: bool = True,
     ) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateError(
@@ -77,10 +79,28 @@ class Template:
         )
         self._process = process or RenderProcess()
         self._ahead: dict[str, str | TemplateError] = {}
-        seen = self._process.compile(self._program)
-        self.knows_calls = seen.calls
-        self.knows_results = seen.results
-        self.knows_tools = seen.tools
+        self._seen = self._process.compile(self._program) if at_once else None
+
+    def compile(self) -> Seen:
+        """What the template looks at. Raises TemplateError with jinja2's words when it does not compile."""
+        if self._seen is None:
+            self._seen = self._process.compile(self._program)
+        return self._seen
+
+    @property
+    def knows_calls(self) -> bool:
+        """Whether it has a place for tool calls."""
+        return self.compile().calls
+
+    @property
+    def knows_results(self) -> bool:
+        """Whether it has a place for the results of tools."""
+        return self.compile().results
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it has a place for tools on offer."""
+        return self.compile().tools
 
     def render(
         self,
@@ -134,13 +154,21 @@ def _written(message: Mapping[str, Any], written: dict[int, str]) -> str:
 
 
 def choose(
-    choice: str, tokenizer: Tokenizer, *, notice: Callable[[str], None], now: datetime | None = None
+    choice: str,
+    tokenizer: Tokenizer,
+    *,
+    notice: Callable[[str], None],
+    now: datetime | None = None,
+    at_once: bool = True,
 ) -> Template:
-    """The template that `choice` names, for this tokenizer; `notice` hears when "auto" has to fall back."""
+    """The template that `choice` names, for this tokenizer; `notice` hears when "auto" has to fall back.
+
+    Without `at_once` it is compiled later (see `Template`).
+    """
     own = tokenizer.chat_template
     tokens = tokenizer.special_tokens
     if choice == "auto" and own is not None:
-        return Template(own, tokens, name="the model's own chat template", now=now)
+        return Template(own, tokens, name="the model's own chat template", now=now, at_once=at_once)
     name = choice
     if choice == "auto":
         name = FALLBACK
@@ -150,7 +178,7 @@ def choose(
         # Servers add no BOS to a chat, so a template that is to be saved with the model has to write it.
         if tokenizer.adds_bos:
             source = "{{- bos_token -}}" + source
-        return Template(source, tokens, name=name, now=now)
+        return Template(source, tokens, name=name, now=now, at_once=at_once)
     path = Path(choice).expanduser()
     if path.suffix != ".jinja":
         raise RecipeError(
@@ -160,7 +188,7 @@ def choose(
             where="data.template",
         )
     try:
-        return Template(path.read_text(encoding="utf-8"), tokens, name=str(path), now=now)
+        return Template(path.read_text(encoding="utf-8"), tokens, name=str(path), now=now, at_once=at_once)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"the chat template cannot be read: {error}", where=str(path)) from error
 
