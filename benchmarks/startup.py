@@ -2,12 +2,12 @@
 
     python benchmarks/startup.py --home bench-home --repetitions 5
 
-Each measure of each repetition is a process of its own, one after another (A B C A B C). One JSON line a process goes to
-HOME/startup.jsonl; the table on standard output holds medians and ranges. The peer's measures are made where its
+Each measure of each repetition is a process of its own, one after another (A B C A B C). One JSON line a process goes
+to HOME/startup.jsonl; the table on standard output holds medians and ranges. The peer's measures are made where its
 environment is (`setup_peers.py`). Run it with luthier's interpreter.
 
 - `luthier --help`, `import luthier`, `trl sft --help`: wall seconds of the process.
-- `luthier first step`, `trl first step`: seconds from the start of the process to the end of the first optimizer step, of
+- `luthier first step`, `trl first step`: seconds from the start of the process to the end of the first step, of
   one row, LoRA on the prepared model of 56 million parameters; data is cached by a run before, which is not counted.
 - `tokens text`, `tokens chat`: megabytes of text a second and core that become checked and stored tokens, with the
   tokenizers library alone beside it (`startup_tokens.py`).
