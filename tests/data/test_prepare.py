@@ -395,3 +395,9 @@ def test_a_template_that_does_not_compile_is_told_once(made: Make, tmp_path: Pat
     with pytest.raises(TemplateError, match="does not compile") as failure:
         made([ask("one", "two")], template=str(path))
     assert "rows" not in failure.value.received
+
+
+def test_words_are_let_go_of_when_the_tokens_are_made(made: Make, tokenizer: Tokenizer) -> None:
+    """Breaks when a run carries, for all of its time, what only the making of its tokens needs."""
+    made([ask("one", "two")])
+    assert tokenizer.words is not None and not tokenizer.words._known

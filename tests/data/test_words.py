@@ -105,6 +105,15 @@ def test_what_is_remembered_is_bounded(monkeypatch) -> None:
         assert len(words._known) <= max(100, first) and (first <= 100 or len(words._known) == 3)
 
 
+def test_forgotten_words_are_learned_again() -> None:
+    tokenizer = backend()
+    words = Words.of(tokenizer)
+    for _ in range(2):
+        demand_same(words.encode(SENTENCES), tokenizer, SENTENCES)
+        words.forget()
+        assert not words._known and not words._ids.size
+
+
 def test_ascii_patterns_cut_nothing_out() -> None:
     every = "".join(a + b for a in PLAIN for b in PLAIN)
     for pattern in PATTERNS:

@@ -162,6 +162,8 @@ def prepare(
     # Closed here and not by a finalizer later: an exception in one (a request to stop) would be printed and lost.
     with closing(renderer.template):
         store, report = _stored(sources, renderer, reading, cache)
+    if tokenizer.words is not None:
+        tokenizer.words.forget()
     report.answers.demand()
     if len(store) == 0:
         raise DataError(

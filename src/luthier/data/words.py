@@ -44,8 +44,8 @@ _OTHER: Final = re.compile(r"[^\x00-\x7f]+")
 _CUT: Final = re.compile(r"[A-Za-z](?=[ \n])")
 _SLICE: Final = 2**20
 """Characters that are looked up at once: a word costs about ten times its characters in memory."""
-_MOST_WORDS, _MOST_TOKENS = 2**18, 2**22
-"""What is remembered, at most; then it begins anew."""
+_MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
+"""What is remembered, at most, about 30 MB; then it begins anew."""
 
 
 @final
@@ -58,7 +58,7 @@ class Words:
         longest_first = sorted(added, key=len, reverse=True)
         self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
         self._lock = Lock()
-        self._forget()
+        self._begin()
 
     @classmethod
     def of(cls, backend: Any) -> Words | None:
@@ -77,7 +77,7 @@ class Words:
         """The ids (n,) of each text and their character spans (n, 2); None when its words do not add up to it."""
         with self._lock:
             if len(self._known) > _MOST_WORDS or self._ids.size > _MOST_TOKENS:
-                self._forget()
+                self._begin()
             made: list[tuple[Ints, Ints]] = []
             for group in _groups(texts):
                 parts = self._looked_up(group)
@@ -86,7 +86,12 @@ class Words:
                 made += [(ids, spans) for ids, spans, _ in parts]
             return _whole(texts, made)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of the words: they are of use only while many texts are encoded."""
+        with self._lock:
+            self._begin()
+
+    def _begin(self) -> None:
         self._known: dict[str, int] = {}
         self._ids, self._spans = _Growing(()), _Growing((2,))
         # For each word: where its tokens begin, how many they are, and how many characters it has.
