@@ -39,7 +39,11 @@ def library() -> tuple[ctypes.CDLL, str]:
         raise MissingError(f"C++ kernels are not built on {sys.platform}")
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
-        raise MissingError("C++ kernels need a compiler", do="install g++ (apt-get install g++)")
+        raise MissingError(
+            "C++ kernels need a compiler, and none is in PATH",
+            allowed=", ".join(COMPILERS),
+            do="install one (apt-get install g++)",
+        )
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     place = cache_folder() / "native" / f"{_digest(sources, compiler)}.so"
     if not place.is_file():
