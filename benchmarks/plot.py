@@ -16,9 +16,10 @@ from luthier.store.curves import Axis, tick_text, value_axis
 
 WIDTH, HEIGHT = 640, 340
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 34, 46
+DOT = 6
 LINE = 14
-LABEL = 6.4
-"""Pixels from one label to the next, and of a letter on average."""
+LABEL = 6.6
+"""Pixels of half a dot, from one line of text to the next, and of a letter on average."""
 COLOURS: Final = {"ours": "#b3472f", "stock": "#8a8f98", "tuned": "#2f6db3"}
 WORDS: Final = {"ours": "luthier", "stock": "as documented", "tuned": "tuned"}
 
@@ -35,12 +36,13 @@ class Dot:
 
 @dataclass(frozen=True)
 class Label:
-    """Where the name of a dot is written; `anchor` is SVG's word for which end of the text lies there."""
+    """Where the name of the dot at `dot` is written; `anchor` is SVG's word for which end of the text lies there."""
 
     x: float
     y: float
     anchor: str
     text: str
+    dot: tuple[float, float]
 
 
 def draw(dots: Sequence[Dot], title: str) -> str:
@@ -58,8 +60,11 @@ def draw(dots: Sequence[Dot], title: str) -> str:
         x, colour = across.place(dot.memory), COLOURS[dot.kind]
         low, high = up.place(dot.rate.low), up.place(dot.rate.high)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{up.place(dot.rate.median):.1f}" r="5" fill="{colour}"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{up.place(dot.rate.median):.1f}" r="{DOT - 1}" fill="{colour}"/>')
     for label in labels([(across.place(dot.memory), up.place(dot.rate.median), dot.system) for dot in dots]):
+        (x, y), height = label.dot, label.y - 4
+        if abs(height - y) > LINE / 2:
+            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{label.x:.1f}" y2="{height:.1f}" stroke="#999999"/>')
         parts.append(
             f'<text x="{label.x:.1f}" y="{label.y:.1f}" text-anchor="{label.anchor}" fill="#222222">'
             f"{escape(label.text)}</text>"
@@ -68,25 +73,39 @@ def draw(dots: Sequence[Dot], title: str) -> str:
 
 
 def labels(places: Sequence[tuple[float, float, str]]) -> list[Label]:
-    """A label beside each dot, on the side where there is room for it, and below those it would lie on."""
+    """A name for each dot (x, y, name): beside it if there is room, else as near as no other name or dot lies."""
+    taken = [(x - DOT, x + DOT, y + 4) for x, y, _ in places]
     placed: list[Label] = []
     for x, y, text in sorted(places, key=lambda place: place[1]):
-        fits = x + 10 + LABEL * len(text) <= WIDTH - RIGHT / 2
-        label = Label(x + 10 if fits else x - 10, y + 4, "start" if fits else "end", text)
-        while lower := [other.y + LINE for other in placed if _touch(label, other)]:
-            label = Label(label.x, max(lower), label.anchor, text)
+        found = _candidates(x, y, text)
+        label = next((each for each in found if not _touches(each, taken)), found[0])
+        taken.append(_extent(label))
         placed.append(label)
     return placed
 
 
-def _touch(one: Label, other: Label) -> bool:
-    (left, right), (start, end) = _extent(one), _extent(other)
-    return abs(one.y - other.y) < LINE and left < end and start < right
+def _candidates(x: float, y: float, text: str) -> list[Label]:
+    """Places for a name that lie in the picture, the best first."""
+    found = []
+    for step in range(12):
+        for below in (step, -step) if step else (0,):
+            height = y + 4 + below * LINE
+            both = [Label(x + DOT + 4, height, "start", text, (x, y)), Label(x - DOT - 4, height, "end", text, (x, y))]
+            found += [each for each in both if _extent(each)[0] >= 2 and _extent(each)[1] <= WIDTH - 2]
+    inside = [each for each in found if TOP < each.y < HEIGHT - BOTTOM]
+    return inside or found
 
 
-def _extent(label: Label) -> tuple[float, float]:
+def _touches(label: Label, taken: Sequence[tuple[float, float, float]]) -> bool:
+    left, right, height = _extent(label)
+    return any(left < end and start < right and abs(height - other) < LINE - 1 for start, end, other in taken)
+
+
+def _extent(label: Label) -> tuple[float, float, float]:
+    """From where to where a name reaches, and its base line."""
     width = LABEL * len(label.text)
-    return (label.x, label.x + width) if label.anchor == "start" else (label.x - width, label.x)
+    start = label.x if label.anchor == "start" else label.x - width
+    return start, start + width, label.y
 
 
 def _frame(across: Axis, up: Axis) -> list[str]:
@@ -109,9 +128,9 @@ def _frame(across: Axis, up: Axis) -> list[str]:
 
 
 def _legend(kinds: Sequence[str]) -> list[str]:
-    parts, x = [], WIDTH - RIGHT - 100 * len(kinds)
+    parts, x = [], WIDTH - RIGHT - 125 * len(kinds) + 60
     for kind in kinds:
-        parts.append(f'<circle cx="{x}" cy="{TOP - 19}" r="5" fill="{COLOURS[kind]}"/>')
+        parts.append(f'<circle cx="{x}" cy="{TOP - 19}" r="{DOT - 1}" fill="{COLOURS[kind]}"/>')
         parts.append(f'<text x="{x + 10}" y="{TOP - 15}" fill="#222222">{WORDS[kind]}</text>')
-        x += 100
+        x += 125
     return parts

@@ -96,18 +96,18 @@ def _work(lines: Sequence[Line]) -> str:
     timed = steps["all"] - steps["warm"]
     return (
         f"{title[0].upper()}{title[1:]}; {first['precision']}, on {where}{memory}. Tier {first['tier']}: "
-        f"{timed} timed steps of {steps['rows']} rows after {steps['warm']}, {_same(lines, 'real')} real tokens, "
+        f"{timed} timed step{'s' if timed > 1 else ''} of {steps['rows']} rows after {steps['warm']}, {_same(lines, 'real')} real tokens, "
         f"{_same(lines, 'supervised')} of them with a loss, the same for every system."
     )
 
 
 def _left_out(lines: Sequence[Line]) -> list[str]:
     """What the table does not show."""
-    text = []
-    for item in results.summarise(lines):
-        if item.contended_only:
-            text.append(f"- {item.system}: only contended runs, so this is no evidence.")
-        elif item.contended:
+    text, found = [], results.summarise(lines)
+    if unproved := [item.system for item in found if item.contended_only]:
+        text.append(f"- Only contended runs, so no evidence: {', '.join(unproved)}.")
+    for item in found:
+        if item.contended and not item.contended_only:
             text.append(f"- {item.system}: {item.contended} contended left out.")
         if item.invalid:
             own = [line for line in lines if line["system"] == item.system]

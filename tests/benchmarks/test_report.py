@@ -120,7 +120,8 @@ def test_labels_do_not_lie_on_each_other_or_outside() -> None:
     plot = module("plot")
     places = [(300.0, 100.0, "one-system"), (302.0, 101.0, "another"), (298.0, 104.0, "third"), (630.0, 100.0, "edge")]
     found = plot.labels(places)
+    dots = [(x - plot.DOT, x + plot.DOT, y + 4) for x, y, _ in places]
     for index, label in enumerate(found):
-        assert not any(plot._touch(label, other) for other in found[:index])
-        low, high = plot._extent(label)
-        assert low >= 0 and high <= plot.WIDTH
+        assert not plot._touches(label, [*dots, *map(plot._extent, found[:index])])
+        left, right, _ = plot._extent(label)
+        assert left >= 0 and right <= plot.WIDTH
