@@ -94,9 +94,10 @@ def _work(lines: Sequence[Line]) -> str:
     memory = f", {box['memory_bytes'] / 2**30:.0f} GiB" if box["memory_bytes"] and not box.get("gpu") else ""
     title = WORKLOADS[first["workload"]].title if first["workload"] in WORKLOADS else first["workload"]
     timed = steps["all"] - steps["warm"]
+    count = f"{timed} timed step{'s' if timed > 1 else ''}"
     return (
         f"{title[0].upper()}{title[1:]}; {first['precision']}, on {where}{memory}. Tier {first['tier']}: "
-        f"{timed} timed step{'s' if timed > 1 else ''} of {steps['rows']} rows after {steps['warm']}, {_same(lines, 'real')} real tokens, "
+        f"{count} of {steps['rows']} rows after {steps['warm']}, {_same(lines, 'real')} real tokens, "
         f"{_same(lines, 'supervised')} of them with a loss, the same for every system."
     )
 

@@ -88,9 +88,9 @@ def latest_run(lines: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any
 def begun(lines: Sequence[dict[str, Any]], same: Line, tier: Tier) -> list[dict[str, Any]]:
     """The lines of the last run that may be continued: of the same work, code, data and settings.
 
-    What has uncommitted changes cannot be known to be the same, so such a run is never continued.
+    What has uncommitted changes, or no history, cannot be known to be the same, so such a run is never continued.
     """
-    if str(same["commit"]).endswith("+"):
+    if same["commit"] == "unknown" or str(same["commit"]).endswith("+"):
         return []
     equal = [
         line

@@ -6,7 +6,8 @@
 
 Each repetition of each system is a process of its own (A B C A B C), so that a machine whose speed drifts treats all
 alike. One JSON line a process goes to HOME/results.jsonl; a process that fails is told in HOME/failures.jsonl, and the
-others go on. `--resume` continues the last run of the same work, code and machine settings where it was broken off.
+others go on. `--resume` continues the last run of the same work, code and settings: it makes what is missing, failed or
+was contended.
 Run it with luthier's interpreter; what it needs and how far to trust it: benchmarks/README.md.
 """
 
@@ -127,7 +128,8 @@ def measure(workload: str, tier: Tier, session: Session) -> tuple[list[dict[str,
     }  # fmt: skip
     lines = results.begun(_known(session.home), same, tier) if session.resume else []
     run = lines[0]["run"] if lines else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    done = {(line["repetition"], line["system"]) for line in lines}
+    # What others have disturbed is measured again.
+    done = {(line["repetition"], line["system"]) for line in lines if line["contended"] is not True}
     failed = False
     for repetition, name in order(list(tier.systems), tier.repetitions):
         if (repetition, name) in done:

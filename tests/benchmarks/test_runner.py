@@ -67,7 +67,11 @@ def test_a_resumed_run_makes_what_is_missing(fake: Path) -> None:
     lines, _ = sft.measure("m1-lora", both, session(fake, resume=True))
     assert [(line["repetition"], line["system"]) for line in lines] == [(0, "one"), (0, "two"), (1, "one"), (1, "two")]
     assert {line["run"] for line in lines} == {first[0]["run"]}
-    assert len(module("results").read_lines(fake / "results.jsonl")) == 4
+    results = fake / "results.jsonl"
+    assert len(module("results").read_lines(results)) == 4
+    results.write_text(results.read_text("utf-8").replace('"contended": false', '"contended": true', 1), "utf-8")
+    again, _ = sft.measure("m1-lora", both, session(fake, resume=True))
+    assert [(line["repetition"], line["system"]) for line in again[4:]] == [(0, "one")]
 
 
 @pytest.mark.parametrize(
@@ -80,8 +84,8 @@ def test_other_work_is_not_resumed(changes: dict[str, Any]) -> None:
     assert results.begun([line], same, tier()) == [line]
     assert results.begun([line], same | changes, tier()) == []
     assert results.begun([line], same, module("workloads").Tier(9, 1, 1, ())) == []
-    dirty = line_of(commit="abc+")
-    assert results.begun([dirty], same | {"commit": "abc+"}, tier()) == []
+    for commit in ("abc+", "unknown"):
+        assert results.begun([line_of(commit=commit)], same | {"commit": commit}, tier()) == []
 
 
 def test_command_names_the_work_and_the_settings() -> None:
