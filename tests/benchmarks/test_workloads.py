@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from luthier.arithmetic.compute import flops_per_token
+from luthier.core import catalog
+from luthier.model.load import load_model
+from luthier.recipes.limits import work
 from tests.benchmarks.lines import line_of, module
 
 WORKLOADS = ("m1-lora", "m1-full", "m2-lora", "m2-fixed")
@@ -59,6 +65,23 @@ def test_a_tied_head_is_frozen_under_lora() -> None:
         limits.token_flops(shape, "lora", rank=16, share=share, context=1.0) for share in (1.0, 0.0)
     )
     assert with_head - without == pytest.approx(4 * 896 * 151936)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_flops_agree_with_those_read_off_a_model(family: str, method: str, tmp_path: Path) -> None:
+    """The plan of a run finds the same work by walking through the modules."""
+    shape = module("workloads").Shape(
+        family=family, hidden=32, layers=2, heads=4, key_value_heads=2, inner=48, vocabulary=64,
+        tied=family == "qwen2", biases=family == "qwen2", positions=64, rope_theta=1e4, norm_epsilon=1e-6,
+    )  # fmt: skip
+    module("prepare")._model(shape).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), precision="float32", device="cpu")
+    assert sum(item.numel() for item in model.module.parameters()) == shape.parameters
+    knobs = {"rank": 4} if method == "lora" else {}
+    attachment = model.attach(catalog.load("adapters", method)(**knobs).attach(model.sites))
+    found = flops_per_token(*work(model, attachment, context=10.0, share=0.25))
+    assert module("limits").token_flops(shape, method, rank=4, share=0.25, context=10.0) == pytest.approx(found)
 
 
 def test_percent_takes_the_highest_rate_that_was_probed() -> None:
