@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_HOME ?= bench-home
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test slow faults check bench clean
+.PHONY: demo test slow faults check bench bench-full clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)  ## train on this machine, print before and after
@@ -25,9 +26,16 @@ check: $(READY)  ## lint, types, architecture
 	@$(BIN)/mypy
 	@$(PYTEST) -q tests/architecture
 
-bench: $(READY)  ## tokens per second and peak memory beside peers (benchmarks/README.md); results in bench-home
-	@$(BIN)/python benchmarks/setup_peers.py --home bench-home
-	@$(BIN)/python benchmarks/sft.py --home bench-home
+# A peer that cannot be installed or a process that fails ends nothing, but the command tells it by its exit code.
+bench: $(READY)  ## speed and memory beside peers, a first impression; writes docs/performance.md (benchmarks/README.md)
+	@failed=0; $(BIN)/python benchmarks/setup_peers.py --home $(BENCH_HOME) || failed=1; \
+	$(BIN)/python benchmarks/sft.py --home $(BENCH_HOME) --tier quick || failed=1; \
+	$(BIN)/python benchmarks/report.py --home $(BENCH_HOME) --report docs/performance.md && exit $$failed
+
+bench-full: $(READY)  ## the same with all settings of the peers, five times each: hours; run again to go on
+	@failed=0; $(BIN)/python benchmarks/setup_peers.py --home $(BENCH_HOME) || failed=1; \
+	$(BIN)/python benchmarks/sft.py --home $(BENCH_HOME) --tier full --resume || failed=1; \
+	$(BIN)/python benchmarks/report.py --home $(BENCH_HOME) --tier full --report docs/performance.md && exit $$failed
 
 clean:  ## remove the virtual environment and every cache
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

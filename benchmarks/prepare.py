@@ -1,15 +1,17 @@
-"""Write what all systems train on: a model with random weights, its tokenizer, one LoRA start and the rows. Offline.
+"""Write what all systems train on: models with random weights, their tokenizer, LoRA starts and the rows. Offline.
 
-    python benchmarks/prepare.py --home bench-home
+    python benchmarks/prepare.py --home bench-home --models m1,m2
 
-- sft/model: a llama of 56.4 million parameters (hidden 512, 8 layers, 8 heads, 4 key-value heads, feed-forward 1408,
-  vocabulary 32000, untied head), bfloat16 safetensors, with a byte-level BPE tokenizer trained on the sources of
-  Python's own standard library.
-- sft/lora.safetensors: the first factor of a rank-16 LoRA at every linear layer (the second one starts at zero).
-- sft/rows.jsonl: prompt, completion, their token ids, and how many ids belong to the prompt.
+A model of `workloads.py` has a folder of its own, which is written once; m2 takes a gigabyte.
 
-Everything follows from one fixed seed and the standard library of the interpreter that runs this; `sft/digest.txt`
-says whether two machines trained on the same bytes.
+- model: its weights, normal with deviation 0.02, bfloat16 safetensors, with a byte-level BPE tokenizer of 32000 ids
+  trained on the sources of Python's own standard library. A larger vocabulary has ids that no row uses.
+- lora.safetensors: the first factor of a rank-16 LoRA at every linear layer (the second one starts at zero).
+- rows.jsonl: prompt and answer as token ids, and how many ids belong to the prompt; lengths are log-normal.
+- fixed.jsonl (m2): rows of 512 ids with a loss on each but the first.
+
+Everything follows from one fixed seed and the standard library of the interpreter that runs this; `digest.txt` says
+whether two machines trained on the same bytes.
 """
 
 from __future__ import annotations
@@ -22,48 +24,67 @@ import random
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from workloads import MAX_TOKENS, MODELS, Shape
 
 VOCABULARY = 32000
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-MAX_TOKENS = 512
 ROWS = 2000
+FIXED_ROWS = 400
 SEED = 0
 RANK = 16
 SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
 PROMPT_MEDIAN, PROMPT_SIGMA = 80, 0.35
 ANSWER_MEDIAN, ANSWER_SIGMA = 55, 0.9
 FILES = ("model/config.json", "model/model.safetensors", "model/tokenizer.json", "lora.safetensors", "rows.jsonl")
+FIXED = "fixed.jsonl"
+WITH_FIXED = frozenset({"m2"})
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 
 
-def prepare(folder: Path) -> str:
-    """Write all files into `folder` and return their digest. A complete folder is left alone."""
+def prepare(home: Path, name: str) -> str:
+    """Write all files of a model into its folder of `home` and return their digest. A complete one is left alone."""
+    folder = home / name
     mark = folder / "digest.txt"
     if mark.exists():
         return mark.read_text("utf-8").strip()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    model = _model()
+    model = _model(MODELS[name])
     model.save_pretrained(folder / "model")
     save_file(_lora_start(model), folder / "lora.safetensors")
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in _rows(tokenizer):
-            file.write(json.dumps(row) + "\n")
-    digest = _digest(folder)
+    _write(folder / "rows.jsonl", _rows(tokenizer))
+    files = FILES
+    if name in WITH_FIXED:
+        _write(folder / FIXED, _fixed_rows(tokenizer))
+        files = (*FILES, FIXED)
+    digest = _digest(folder, files)
     mark.write_text(digest + "\n", "utf-8")
     return digest
+
+
+def _write(path: Path, rows: Iterator[dict[str, object]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
 
 
 def _library_texts() -> Iterator[str]:
@@ -91,38 +112,39 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _config() -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        intermediate_size=1408,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+def _config(shape: Shape) -> LlamaConfig | Qwen2Config:
+    sizes = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "intermediate_size": shape.inner,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.positions,
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": shape.tied,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**sizes) if shape.family == "llama" else Qwen2Config(**sizes)
 
 
-def _model() -> LlamaForCausalLM:
+def _model(shape: Shape) -> PreTrainedModel:
     torch.manual_seed(SEED)
-    return LlamaForCausalLM(_config()).to(torch.bfloat16)
+    config = _config(shape)
+    model = LlamaForCausalLM(config) if shape.family == "llama" else Qwen2ForCausalLM(config)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        # The zoo starts biases at zero, where one that is forgotten would not be seen in the loss.
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=config.initializer_range, generator=generator)
+    return model.to(torch.bfloat16)
 
 
-def linear_sizes() -> tuple[list[tuple[int, int]], tuple[int, int], int, int]:
-    """Inputs and outputs of a block's linear layers and of the head, the width of all heads, and the layers."""
-    config = _config()
-    hidden, inner = config.hidden_size, config.intermediate_size
-    keys = hidden // config.num_attention_heads * config.num_key_value_heads
-    blocks = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
-    blocks += [(hidden, inner), (hidden, inner), (inner, hidden)]
-    return blocks, (hidden, config.vocab_size), hidden, config.num_hidden_layers
-
-
-def _lora_start(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+def _lora_start(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED + 1)
     start = {}
     for name, module in model.named_modules():
@@ -140,6 +162,15 @@ def _rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
         prompt = "Question:" + _passage(words, draw, tokenizer, _length(draw, PROMPT_MEDIAN, PROMPT_SIGMA, 192))
         completion = _passage(words, draw, tokenizer, _length(draw, ANSWER_MEDIAN, ANSWER_SIGMA, 300))
         yield row_of(prompt + "\nAnswer:", completion, tokenizer)
+
+
+def _fixed_rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
+    """Rows of exactly MAX_TOKENS ids; only the first, which nothing predicts, has no loss."""
+    words = [word for text in _library_texts() for word in re.findall(r"[A-Za-z]{1,14}[,.]?", text)]
+    draw = random.Random(SEED + 1)
+    for _ in range(FIXED_ROWS):
+        passage = _passage(words, draw, tokenizer, MAX_TOKENS)
+        yield {"input_ids": tokenizer(passage)["input_ids"][:MAX_TOKENS], "prompt_tokens": 1}
 
 
 def row_of(prompt: str, completion: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
@@ -167,9 +198,9 @@ def _passage(words: list[str], draw: random.Random, tokenizer: PreTrainedTokeniz
     return "".join(chosen[:taken])
 
 
-def _digest(folder: Path) -> str:
+def _digest(folder: Path, files: Sequence[str]) -> str:
     total = hashlib.sha256()
-    for name in FILES:
+    for name in files:
         total.update((folder / name).read_bytes())
     return total.hexdigest()
 
@@ -177,8 +208,12 @@ def _digest(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
+    parser.add_argument("--models", default="m1", help=f"of {', '.join(MODELS)}, with commas between")
     args = parser.parse_args()
-    print(prepare(args.home / "sft"))
+    for name in args.models.split(","):
+        if name not in MODELS:
+            parser.error(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+        print(name, prepare(args.home, name))
     return 0
 
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workloads import Tier
+
 LOSS_TOLERANCE = 5e-3
 NORM_TOLERANCE = 0.02
+RATES = ("gemm_gflops", "block_gflops")
 
 Line = Mapping[str, Any]
 
@@ -55,72 +58,64 @@ def checks(line: Line, reference: Line) -> dict[str, bool]:
     }
 
 
+def matrix_rate(probes: Mapping[str, Mapping[str, float]]) -> float:
+    """GFLOP/s: the highest that a process has seen, at either shape, before or after. It makes the limit highest."""
+    return max(side[name] for side in probes.values() for name in RATES)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def latest_run(lines: Sequence[dict[str, Any]], workload: str = "") -> list[dict[str, Any]]:
-    """The lines of the run that was written last, of a workload if one is named; runs are never mixed."""
-    own = [line for line in lines if workload in ("", line["workload"])]
+def section(line: Line) -> str:
+    """The name under which lines compare: the same work in the same precision on the same kind of device."""
+    parts = [line["workload"], line["precision"]]
+    return "-".join(parts if line["device"] == "cpu" else [*parts, line["device"]])
+
+
+def sections(lines: Sequence[Line]) -> list[str]:
+    """The sections there are lines of, in the order in which they first appear."""
+    return list(dict.fromkeys(section(line) for line in lines))
+
+
+def latest_run(lines: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The lines of the run of a section that was written last; runs are never mixed."""
+    own = [line for line in lines if section(line) == name]
     return [line for line in own if line["run"] == own[-1]["run"]]
 
 
-def workloads(lines: Sequence[Line]) -> list[str]:
-    """The workloads there are lines of, by name."""
-    return sorted({line["workload"] for line in lines})
+def begun(lines: Sequence[dict[str, Any]], same: Line, tier: Tier) -> list[dict[str, Any]]:
+    """The lines of the last run that may be continued: of the same work, code, data and settings.
+
+    What has uncommitted changes, or no history, cannot be known to be the same, so such a run is never continued.
+    """
+    if same["commit"] == "unknown" or str(same["commit"]).endswith("+"):
+        return []
+    equal = [
+        line
+        for line in lines
+        if all(line.get(key) == value for key, value in same.items())
+        and (line["steps"]["all"], line["steps"]["warm"]) == (tier.steps, tier.warm)
+    ]
+    return [line for line in equal if line["run"] == equal[-1]["run"]]
 
 
 def summarise(lines: Sequence[Line]) -> list[Summary]:
     """One summary a system, in the order in which the systems first appear."""
-    return [_summary(system, [line for line in lines if line["system"] == system]) for system in _systems(lines)]
-
-
-def markdown(lines: Sequence[Line], *, baseline: str) -> str:
-    """A table of medians and ranges with what is needed to repeat it."""
-    if not lines:
-        return "No measurement has been made yet."
-    rows = table(lines, baseline=baseline)
-    parts = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    parts += ["| " + " | ".join(row) + " |" for row in rows[1:]]
-    return "\n".join([*parts, "", *notes(lines)])
+    return [_summary(system, [line for line in lines if line["system"] == system]) for system in systems_of(lines)]
 
 
 def table(lines: Sequence[Line], *, baseline: str) -> list[list[str]]:
     """Header and rows, as text."""
     summaries = summarise(lines)
     base = next((item for item in summaries if item.system == baseline), None)
-    header = ["system", "real tokens/s (range)", "peak memory GB (range)", f"x {baseline}", "memory", "% of limit",
-              "padding", "runs"]
+    header = ["system", "real tokens/s", "peak GB", f"x {baseline}", "% of limit", "padding", "GFLOP/s probed", "runs"]
     return [header, *(_row(item, base) for item in summaries)]
 
 
-def notes(lines: Sequence[Line]) -> list[str]:
-    """What the table does not say: machine, shapes, settings, versions, speed of the machine meanwhile, exclusions."""
-    first = lines[0]
-    box, steps = first["machine"], first["steps"]
-    timed = steps["all"] - steps["warm"]
-    memory = f", {box['memory_bytes'] / 2**30:.0f} GiB" if box["memory_bytes"] else ""
-    text = [
-        f"- Run {first['run']}, commit {first['commit']}, data {first['data_digest'][:12]}, seed {first['seed']}.",
-        f"- {box['cpu']}, {box['cores']} cores{memory}, Python {box['python']}.",
-        f"- {first['workload']}: {timed} timed steps of {steps['rows']} rows after {steps['warm']}; the same "
-        f"{_same(lines, 'real')} real and {_same(lines, 'supervised')} supervised tokens for every system.",
-    ]
-    for system in _systems(lines):
-        line = next(line for line in lines if line["system"] == system)
-        settings = ", ".join(f"{key} {value}" for key, value in line["settings"].items())
-        versions = ", ".join(f"{key} {value}" for key, value in line["versions"].items() if key != "python")
-        text.append(f"- {system}: {settings}; {versions}.")
-    for item in summarise(lines):
-        speed = f"products at {_span(item.gemm, 1, 0)} GFLOP/s around the runs" if item.gemm else "nothing usable"
-        left_out = f"{item.invalid} invalid, {item.contended} contended"
-        used = "CONTENDED RUNS ONLY, not evidence" if item.contended_only else f"{item.used} runs used"
-        text.append(f"- {item.system}: {used}; {left_out}; {speed}.")
-    return text
-
-
-def _systems(lines: Sequence[Line]) -> list[str]:
+def systems_of(lines: Sequence[Line]) -> list[str]:
+    """The systems there are lines of, in the order in which they first appear."""
     return list(dict.fromkeys(line["system"] for line in lines))
 
 
@@ -138,7 +133,7 @@ def _summary(system: str, lines: Sequence[Line]) -> Summary:
         rate=_spread(used, lambda line: line["tokens_per_second"]),
         memory=_spread(used, lambda line: line["peak_memory_bytes"]),
         padding=used[0]["tokens"]["padding_share"] if used else None,
-        gemm=_spread(used, lambda line: min(side["gemm_gflops"] for side in line["probes"].values())),
+        gemm=_spread(used, lambda line: matrix_rate(line["probes"])),
         percent=_spread(used, lambda line: line["percent_of_limit"]),
     )
 
@@ -150,29 +145,26 @@ def _spread(lines: Sequence[Line], value: Callable[[Line], float | None]) -> Spr
 
 
 def _row(item: Summary, base: Summary | None) -> list[str]:
-    mark = " (contended)" if item.contended_only else ""
+    processes = item.used + item.invalid + (0 if item.contended_only else item.contended)
     return [
-        item.system + mark,
-        _span(item.rate, 1, 0),
-        _span(item.memory, 1e9, 2),
-        _ratio(item.rate, base.rate if base else None),
-        _ratio(item.memory, base.memory if base else None),
+        item.system + (" (contended)" if item.contended_only else ""),
+        span(item.rate, 1, 0),
+        span(item.memory, 1e9, 2),
+        ratio(item.rate, base.rate if base else None),
         "-" if item.percent is None else f"{item.percent.median:.0f}",
         "-" if item.padding is None else f"{item.padding:.0%}",
-        str(item.used),
+        span(item.gemm, 1, 0),
+        str(item.used) if item.used == processes else f"{item.used} of {processes}",
     ]
 
 
-def _span(spread: Spread | None, unit: float, digits: int) -> str:
+def span(spread: Spread | None, unit: float, digits: int) -> str:
+    """The median, with the range behind it when there is one."""
     if spread is None:
         return "-"
     low, middle, high = (f"{value / unit:,.{digits}f}" for value in (spread.low, spread.median, spread.high))
-    return f"{middle} ({low}-{high})"
+    return middle if low == high else f"{middle} ({low}-{high})"
 
 
-def _ratio(spread: Spread | None, base: Spread | None) -> str:
+def ratio(spread: Spread | None, base: Spread | None) -> str:
     return "-" if spread is None or base is None else f"{spread.median / base.median:.2f}"
-
-
-def _same(lines: Sequence[Line], name: str) -> str:
-    return " / ".join(sorted({f"{line['tokens'][name]:,}" for line in lines}))

@@ -2,7 +2,8 @@
 
     python benchmarks/setup_peers.py --home bench-home
 
-torch is installed first and from its own pip call, so that a peer cannot choose another one.
+torch is installed first and from its own pip call, and its version is looked at again at the end, so that a peer cannot
+choose another one. A peer that cannot be installed is told, and the others are still made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("trl",)
+PEERS = {"trl": "", "llamafactory": "llamafactory"}
+"""Each peer, and its package that is installed without its requirements: LLaMA-Factory asks for builds of torchvision
+and torchaudio that do not load beside every torch, and for a web interface; the pins name what training needs."""
+
+
+def calls(pins: list[str], bare: str) -> list[list[str]]:
+    """The arguments of the pip calls, in their order."""
+    torch = [pin for pin in pins if pin.startswith("torch==")]
+    alone = [pin for pin in pins if bare and pin.startswith(f"{bare}==")]
+    return [torch, [pin for pin in pins if pin not in alone], *([["--no-deps", *alone]] if alone else [])]
 
 
 def create(home: Path, peer: str) -> None:
@@ -24,21 +34,31 @@ def create(home: Path, peer: str) -> None:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    torch_pins = [pin for pin in pins if pin.startswith("torch==")]
-    for chosen in (torch_pins, pins):
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *chosen], check=True)
-    subprocess.run([str(python), "-c", "import torch; print('torch', torch.__version__)"], check=True)
+    for arguments in calls(pins, PEERS[peer]):
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *arguments], check=True)
+    shown = subprocess.run([str(python), "-c", "import torch; print(torch.__version__)"],
+                           check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
+    if f"torch=={shown.partition('+')[0]}" not in pins:
+        raise SystemExit(f"{peer} has torch {shown}, which is not the pinned one")
+    print(f"{peer}: torch {shown}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
+    parser.add_argument("--peers", default=",".join(PEERS), help="which of them, with commas between")
     args = parser.parse_args()
     args.home.mkdir(parents=True, exist_ok=True)
-    for peer in PEERS:
-        print(f"{peer}: {args.home / f'venv-{peer}'}", file=sys.stderr)
-        create(args.home.resolve(), peer)
-    return 0
+    failed = False
+    for peer in args.peers.split(","):
+        if peer not in PEERS:
+            parser.error(f"unknown peer {peer!r}; there are {', '.join(PEERS)}")
+        try:
+            create(args.home.resolve(), peer)
+        except subprocess.CalledProcessError as failure:
+            print(f"{peer}: {failure}", file=sys.stderr)
+            failed = True
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

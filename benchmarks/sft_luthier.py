@@ -7,14 +7,13 @@ import sys
 import numpy as np
 import torch
 import worker
+from devices import Device
 from probes import probe
-from procfs import forget_peak, peak_memory_bytes
 from safetensors.torch import load_file
 
 from luthier.core import catalog
 from luthier.data.forest import Tree, row_tree
 from luthier.model.attachment import Attachment
-from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
@@ -23,19 +22,20 @@ from luthier.train.stepper import Stepper
 MICRO_TOKENS = 4096
 
 
-def make(job: worker.Job, precision: Precision) -> tuple[LanguageModel, Attachment, Stepper]:
-    """Model, what is trained (LoRA with the prepared start, or all weights), stepper."""
-    model = load_model(str(job.folder / "model"), precision=precision, device="cpu")
+def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
+    """What is trained (LoRA with the prepared start, or all weights), and the stepper."""
+    model = load_model(str(job.folder / "model"), precision=precision, device=job.device)
     torch.manual_seed(job.seed)
-    knobs = {"rank": worker.RANK, "alpha": float(worker.ALPHA)} if job.method == "lora" else {}
-    attachment = model.attach(catalog.load("adapters", job.method)(**knobs).attach(model.sites))
+    lora = job.work.method == "lora"
+    knobs = {"rank": worker.RANK, "alpha": float(worker.ALPHA)} if lora else {}
+    attachment = model.attach(catalog.load("adapters", job.work.method)(**knobs).attach(model.sites))
     tensors = attachment.named_tensors()
     with torch.no_grad():
-        for site, start in load_file(job.folder / "lora.safetensors").items() if job.method == "lora" else ():
+        for site, start in load_file(job.folder / "lora.safetensors").items() if lora else ():
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
     optimizer = AdamW(learning_rate=worker.LEARNING_RATE)
     micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS))
-    return model, attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
+    return attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
 
 
 def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
@@ -51,13 +51,14 @@ def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
 
 def main() -> int:
     job = worker.job_from_arguments()
-    clock = worker.StepClock(job)
-    before = probe(job.precision)
-    peak_is_fresh = forget_peak()
-    rows = worker.read_rows(job.folder)
-    _, attachment, stepper = make(job, "bfloat16" if job.precision == "bfloat16" else "float32")
-    trained = attachment.named_parameters()
-    at_start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    device = Device(job.device)
+    clock = worker.StepClock(job, device.settle)
+    before = probe(job.precision, device, widest=job.widest)
+    peak_is_fresh = device.forget_peak()
+    rows = worker.read_rows(job)
+    attachment, stepper = make(job, "bfloat16" if job.precision == "bfloat16" else "float32")
+    # What is trained are the float32 masters; in bfloat16 a few small steps may all be rounded away.
+    at_start = {name: master.detach().clone() for name, master in stepper.masters.items()}
     losses, norms, counted = [], [], []
     for chosen in worker.plan([len(row.ids) for row in rows], job):
         report = stepper.forward_backward(trees_of(rows, chosen))
@@ -67,8 +68,8 @@ def main() -> int:
         norms.append(step.grad_norm)
         real, attended = sum(len(rows[row].ids) for row in chosen), worker.pairs([rows[row] for row in chosen])
         counted.append(worker.Counted(real, report.trained_tokens, report.tokens, attended))
-    peak = peak_memory_bytes()
-    changed = sum(not torch.equal(at_start[name], parameter) for name, parameter in trained.items())
+    peak = device.peak()
+    changed = sum(not torch.equal(at_start[name], master) for name, master in stepper.masters.items())
     worker.print_line(
         worker.result_line(
             job,
@@ -76,9 +77,10 @@ def main() -> int:
             counted=counted,
             losses=losses,
             grad_norms=norms,
-            parameters={"tensors": len(trained), "changed": changed, "count": attachment.parameter_count},
-            probes={"before": before, "after": probe(job.precision)},
-            peak={"peak_memory_bytes": peak, "peak_excludes_probes": peak_is_fresh},
+            parameters={"tensors": len(at_start), "changed": changed, "count": attachment.parameter_count},
+            probes={"before": before, "after": probe(job.precision, device, widest=job.widest)},
+            peak=peak | {"peak_excludes_probes": peak_is_fresh},
+            machine=device.machine(),
             packages=("torch", "transformers", "safetensors"),
             settings={"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()},
         )

@@ -1,7 +1,9 @@
 """TRL with PEFT as one process of `sft.py`. Runs in the peer's own virtual environment.
 
-What is set beside the system's own settings: what makes the work equal (rows, order, learning rate, LoRA) and what
-keeps the trainer from writing. All else stays at the documented defaults of SFTConfig, bfloat16 autocast included.
+What is set beside the system's own settings: what makes the work equal (token ids, labels, order, learning rate, LoRA)
+and what keeps the trainer from writing. All else stays at the documented defaults of SFTConfig, bfloat16 autocast
+included. All weights are trained in float32 under that autocast: kept in bfloat16 alone, most of the steps of the norms
+would be rounded away.
 """
 
 from __future__ import annotations
@@ -15,38 +17,27 @@ import torch
 import trl
 import worker
 from datasets import Dataset
+from devices import Device
+from hf_peer import Clock, batch_of, changed_since, copies, set_start
 from probes import probe
-from procfs import forget_peak, peak_memory_bytes
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class WatchedTrainer(trl.SFTTrainer):
     """Keeps the inputs of every step, to be counted and compared with the prepared ids afterwards."""
 
     def __init__(self, **settings: Any) -> None:
-        self.batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.batches: list[dict[str, torch.Tensor]] = []
         super().__init__(**settings)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.batches.append((inputs["input_ids"], inputs["attention_mask"], inputs["labels"]))
+        self.batches.append({name: inputs[name] for name in ("input_ids", "attention_mask", "labels")})
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-class Clock(TrainerCallback):
-    """Tells the step clock when a step has ended."""
-
-    def __init__(self, clock: worker.StepClock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.step_ended()
 
 
 def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepClock, scratch: str) -> WatchedTrainer:
     """The trainer over the planned rows, with the prepared LoRA start."""
-    order = [row for batch in worker.plan([len(row.ids) for row in rows], job) for row in batch]
-    dataset = Dataset.from_list([{"prompt": rows[row].prompt, "completion": rows[row].completion} for row in order])
+    order = [rows[row] for batch in worker.plan([len(row.ids) for row in rows], job) for row in batch]
     lora = peft.LoraConfig(
         r=worker.RANK, lora_alpha=worker.ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -54,82 +45,58 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
     native = {} if job.precision == "bfloat16" else {"bf16": False}
     config = trl.SFTConfig(
         output_dir=scratch,
-        per_device_train_batch_size=job.batch,
+        per_device_train_batch_size=job.work.batch,
         max_steps=job.steps,
         max_length=worker.MAX_TOKENS,
         train_sampling_strategy="sequential",
         learning_rate=worker.LEARNING_RATE,
         lr_scheduler_type="constant",
         seed=job.seed,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **(native | dict(job.settings)),
+        **(dict(job.settings) | native),
     )
+    weights = torch.float32 if job.work.method == "full" else getattr(torch, job.precision)
     trainer = WatchedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=getattr(torch, job.precision)),
+        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=weights),
         args=config,
-        train_dataset=dataset,
+        train_dataset=Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in order]),
         processing_class=AutoTokenizer.from_pretrained(job.folder / "model"),
         callbacks=[Clock(clock)],
-        peft_config=lora if job.method == "lora" else None,
+        peft_config=lora if job.work.method == "lora" else None,
     )
-    start = load_file(job.folder / "lora.safetensors") if job.method == "lora" else {}
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            site, found, _ = name.removeprefix("base_model.model.").partition(".lora_A.")
-            if found:
-                parameter.copy_(start.pop(site))
-    if start:
-        raise SystemExit(f"the peer has no LoRA at {sorted(start)[:3]}")
+    if job.work.method == "lora":
+        set_start(trainer.model, job.folder / "lora.safetensors")
     return trainer
-
-
-def count(job: worker.Job, rows: list[worker.Row], trainer: WatchedTrainer) -> list[worker.Counted]:
-    """The positions of each step, after checking that it saw exactly the planned rows and labels."""
-    planned = worker.plan([len(row.ids) for row in rows], job)
-    counted = []
-    for expected, (ids, mask, labels) in zip(planned, trainer.batches, strict=True):
-        seen = [tuple(line[keep.bool()].tolist()) for line, keep in zip(ids, mask, strict=True)]
-        supervised = int((labels != -100).sum())
-        if seen != [rows[row].ids for row in expected] or supervised != sum(rows[row].supervised for row in expected):
-            raise SystemExit("the peer trained on other tokens or labels than the prepared ones")
-        attended = worker.pairs([rows[row] for row in expected])
-        counted.append(worker.Counted(int(mask.sum()), supervised, ids.numel(), attended))
-    return counted
 
 
 def main() -> int:
     job = worker.job_from_arguments()
-    clock = worker.StepClock(job)
-    before = probe(job.precision)
-    peak_is_fresh = forget_peak()
-    rows = worker.read_rows(job.folder)
-    with tempfile.TemporaryDirectory(dir=job.folder) as scratch:
+    device = Device(job.device)
+    clock = worker.StepClock(job, device.settle)
+    before = probe(job.precision, device, widest=job.widest)
+    peak_is_fresh = device.forget_peak()
+    rows = worker.read_rows(job)
+    with tempfile.TemporaryDirectory(dir=job.home) as scratch:
         trainer = make_trainer(job, rows, clock, scratch)
-        trained = {name: item for name, item in trainer.model.named_parameters() if item.requires_grad}
-        at_start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        at_start = copies(trainer.model)
         trainer.train()
-    peak = peak_memory_bytes()
+    peak = device.peak()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    changed = sum(not torch.equal(at_start[name], parameter) for name, parameter in trained.items())
     worker.print_line(
         worker.result_line(
             job,
             clock=clock,
-            counted=count(job, rows, trainer),
+            counted=worker.count(job, rows, [batch_of(inputs) for inputs in trainer.batches]),
             losses=[entry["loss"] for entry in log],
             grad_norms=[float(entry["grad_norm"]) for entry in log],
-            parameters={
-                "tensors": len(trained),
-                "changed": changed,
-                "count": sum(item.numel() for item in trained.values()),
-                "dtype": str(next(iter(trained.values())).dtype),
-            },
-            probes={"before": before, "after": probe(job.precision)},
-            peak={"peak_memory_bytes": peak, "peak_excludes_probes": peak_is_fresh},
+            parameters=changed_since(at_start, trainer.model),
+            probes={"before": before, "after": probe(job.precision, device, widest=job.widest)},
+            peak=peak | {"peak_excludes_probes": peak_is_fresh},
+            machine=device.machine(),
             packages=("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
             settings={
                 "gradient_checkpointing": trainer.args.gradient_checkpointing,

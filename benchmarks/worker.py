@@ -10,48 +10,75 @@ import argparse
 import json
 import platform
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import procfs
+from workloads import MAX_TOKENS, MODELS, WORKLOADS, Workload
 
-MAX_TOKENS = 512
 RANK = 16
 ALPHA = 32
 LEARNING_RATE = 2e-4
+NO_LABEL = -100
+"""What the peers' trainers take for a position without a loss."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one system."""
+    """One run of one system. `precision` is that of frozen weights and of products."""
 
-    folder: Path
+    home: Path
     system: str
+    workload: str
     steps: int
     warm: int
-    batch: int
     seed: int
     grouped: bool
     settings: Mapping[str, Any]
-    method: str = "lora"
     precision: str = "bfloat16"
+    device: str = "cpu"
+
+    @property
+    def work(self) -> Workload:
+        return WORKLOADS[self.workload]
+
+    @property
+    def folder(self) -> Path:
+        """Where the model of the workload and its rows are."""
+        return self.home / self.work.model
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        return MODELS[self.work.model].widest
 
 
 @dataclass(frozen=True)
 class Row:
     """One prepared row."""
 
-    prompt: str
-    completion: str
     ids: tuple[int, ...]
     prompt_tokens: int
 
     @property
     def supervised(self) -> int:
         return len(self.ids) - self.prompt_tokens
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The row as the peers' trainers want to be told of it: the ids, and NO_LABEL in place of the prompt."""
+        return (NO_LABEL,) * self.prompt_tokens + self.ids[self.prompt_tokens :]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a trainer was seen to compute in one step: ids, mask and labels, a list for each padded row."""
+
+    ids: list[list[int]]
+    mask: list[list[int]]
+    labels: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -73,14 +100,16 @@ def pairs(rows: Sequence[Row]) -> int:
 class StepClock:
     """Reads the clocks at the end of the last warm-up step and at the end of the last step."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, settle: Callable[[], None]) -> None:
         self.job = job
+        self.settle = settle
         self.created = procfs.now()
         self.step_walls: list[float] = []
         self.first: procfs.Moment | None = None
         self.last: procfs.Moment | None = None
 
     def step_ended(self) -> None:
+        self.settle()
         moment = procfs.now()
         self.step_walls.append(moment.wall)
         if len(self.step_walls) == self.job.warm:
@@ -99,27 +128,27 @@ class StepClock:
 def job_from_arguments() -> Job:
     """The job, from the command line that `sft.py` writes."""
     parser = argparse.ArgumentParser(description="A training process of sft.py; run that instead.")
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--system", required=True)
+    parser.add_argument("--workload", choices=list(WORKLOADS), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warm", type=int, required=True)
-    parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--grouped", action="store_true")
-    parser.add_argument("--method", choices=["lora", "full"], required=True)
     parser.add_argument("--precision", choices=["bfloat16", "float32"], required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--settings", default="{}")
     args = vars(parser.parse_args())
     args["settings"] = json.loads(args["settings"])
     return Job(**args)
 
 
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(job: Job) -> list[Row]:
     rows = []
-    with (folder / "rows.jsonl").open(encoding="utf-8") as lines:
+    with (job.folder / job.work.rows).open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            rows.append(Row(row["prompt"], row["completion"], tuple(row["input_ids"]), row["prompt_tokens"]))
+            rows.append(Row(tuple(row["input_ids"]), row["prompt_tokens"]))
     return rows
 
 
@@ -130,17 +159,41 @@ def plan(lengths: Sequence[int], job: Job) -> list[list[int]]:
     compare. `grouped` sorts the rows of the timed steps by length, all of them, and shuffles the batches: no sampler
     can pad less with these rows.
     """
-    needed = job.steps * job.batch
+    needed = job.steps * job.work.batch
     if needed > len(lengths):
-        raise SystemExit(f"{job.steps} steps of {job.batch} rows need {needed} rows, {len(lengths)} are prepared")
-    warm_rows = job.warm * job.batch
+        raise SystemExit(f"{job.steps} steps of {job.work.batch} rows need {needed} rows, {len(lengths)} are prepared")
+    warm_rows = job.warm * job.work.batch
     timed = list(range(warm_rows, needed))
     if job.grouped:
         timed.sort(key=lambda row: (lengths[row], row))
-    batches = [timed[start : start + job.batch] for start in range(0, len(timed), job.batch)]
+    batches = [timed[start : start + job.work.batch] for start in range(0, len(timed), job.work.batch)]
     if job.grouped:
         random.Random(job.seed).shuffle(batches)
-    return [list(range(start, start + job.batch)) for start in range(0, warm_rows, job.batch)] + batches
+    return [list(range(start, start + job.work.batch)) for start in range(0, warm_rows, job.work.batch)] + batches
+
+
+def count(job: Job, rows: Sequence[Row], batches: Sequence[Batch]) -> list[Counted]:
+    """The positions of each step, after checking that it saw exactly the planned rows and labels, and no others."""
+    planned = plan([len(row.ids) for row in rows], job)
+    counted = []
+    for expected, batch in zip(planned, batches, strict=True):
+        chosen = [rows[index] for index in expected]
+        if _without_padding(batch) != [(row.ids, row.labels) for row in chosen]:
+            raise SystemExit("the peer trained on other tokens or labels than the prepared ones")
+        real, supervised = sum(len(row.ids) for row in chosen), sum(row.supervised for row in chosen)
+        counted.append(Counted(real, supervised, sum(map(len, batch.ids)), pairs(chosen)))
+    return counted
+
+
+def _without_padding(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Ids and labels of each row where the mask keeps them. A label on padding would be a loss on nothing."""
+    kept = []
+    for ids, mask, labels in zip(batch.ids, batch.mask, batch.labels, strict=True):
+        places = [place for place, keep in enumerate(mask) if keep]
+        if sum(label != NO_LABEL for label in labels) != sum(labels[place] != NO_LABEL for place in places):
+            raise SystemExit("the peer has labels on padding")
+        kept.append((tuple(ids[place] for place in places), tuple(labels[place] for place in places)))
+    return kept
 
 
 def result_line(
@@ -153,6 +206,7 @@ def result_line(
     parameters: Mapping[str, Any],
     probes: Mapping[str, Any],
     peak: Mapping[str, Any],
+    machine: Mapping[str, Any],
     packages: Sequence[str],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -161,13 +215,17 @@ def result_line(
     figures = clock.figures()
     tokens = {name: sum(getattr(step, name) for step in timed) for name in ("real", "supervised", "padded", "pairs")}
     return {
-        "workload": workload(job.method, job.precision, job.batch),
+        "workload": job.workload,
+        "precision": job.precision,
+        "device": job.device,
         "system": job.system,
-        "steps": {"all": job.steps, "warm": job.warm, "rows": job.batch, "max_tokens": MAX_TOKENS},
+        "method": job.work.method,
+        "shape": {"model": job.work.model} | asdict(MODELS[job.work.model]),
+        "steps": {"all": job.steps, "warm": job.warm, "rows": job.work.batch, "max_tokens": MAX_TOKENS},
         "seed": job.seed,
         "settings": dict(settings),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "machine": procfs.machine(),
+        "machine": dict(machine),
         "probes": dict(probes),
         **figures,
         "tokens": tokens | {"padding_share": round(1 - tokens["real"] / tokens["padded"], 4)},
@@ -177,11 +235,6 @@ def result_line(
         "grad_norm_first": grad_norms[0],
         "parameters": dict(parameters),
     }
-
-
-def workload(method: str, precision: str, batch: int) -> str:
-    """The name under which lines compare."""
-    return f"sft-{f'lora-r{RANK}' if method == 'lora' else method}-{precision}-{batch}x{MAX_TOKENS}"
 
 
 def print_line(line: Mapping[str, Any]) -> None:

@@ -13,9 +13,9 @@ import pytest
 
 from tests.architecture.source import SOURCE
 
-MOST_SECONDS = 0.3
+MOST_SECONDS = 0.2
 TRIALS = 5
-HEAVY = ("torch", "transformers", "peft", "pyarrow", "numpy.linalg")
+HEAVY = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy", "jinja2")
 REPORT = f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.stderr)"
 FACADE = f"import json, sys; import luthier; {REPORT}"
 HELP = f"""

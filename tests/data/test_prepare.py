@@ -372,3 +372,32 @@ def test_no_process_is_left_when_the_tokens_are_made(made: Make, monkeypatch: py
     template = made([ask("one", "two")]).renderer.template
     assert begun[-1] is not None and template._process.pid is None
     assert "hello" in template.render([{"role": "user", "content": "hello"}])
+
+
+def test_cached_tokens_need_no_process(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [ask("one", "two"), ask("three", "four")]
+    before = made(rows)
+    asked: list[str] = []
+    plain = RenderProcess.compile
+    monkeypatch.setattr(RenderProcess, "compile", lambda self, program: asked.append("") or plain(self, program))
+    again = made(rows)
+    assert again.store.folder == before.store.folder and not asked
+    made([*rows, ask("five", "six")])
+    assert len(asked) == 1
+    # Whoever asks for a prompt has it, from a process that is started for that.
+    assert again.renderer.template.knows_tools is before.renderer.template.knows_tools
+
+
+def test_a_template_that_does_not_compile_is_told_once(made: Make, tmp_path: Path) -> None:
+    """Breaks when it is compiled with the first rows, and told as if each of them were at fault."""
+    path = tmp_path / "broken.jinja"
+    path.write_text("{% if %}", encoding="utf-8")
+    with pytest.raises(TemplateError, match="does not compile") as failure:
+        made([ask("one", "two")], template=str(path))
+    assert "rows" not in failure.value.received
+
+
+def test_words_are_let_go_of_when_the_tokens_are_made(made: Make, tokenizer: Tokenizer) -> None:
+    """Breaks when a run carries, for all of its time, what only the making of its tokens needs."""
+    made([ask("one", "two")])
+    assert tokenizer.words is not None and not tokenizer.words._known

@@ -314,3 +314,26 @@ def test_trained_text_is_the_answers(make_tokenizer, process, asked, source, kin
     stop = "</s>" if source in (TRAILING_SPACE, LEADING_SPACE, PRETTY) else "<|im_end|>"
     before, after = (" ", " ") if source is LEADING_SPACE else ("", "")
     assert said(views, tokenizer) == [before + answer + after + stop for _, answer in asked]
+
+
+@pytest.mark.parametrize("source", [CHATML, STRIPS_REASONING, TRAILING_SPACE, BOS_EACH_TURN])
+def test_what_is_made_ahead_is_what_is_made_in_its_turn(any_tokenizer, talk, process, source):
+    rows = [
+        talk(("user", f"one {count}"), ("assistant", "two" * count), ("user", "é"), ("assistant", "b"), number=count)
+        for count in range(1, 4)
+    ] + [Row(4, "rows.jsonl:5:1", Text("one two\n" * 5))]
+    made = []
+    for ahead in (True, False):
+        renderer = Renderer(any_tokenizer, Template(source, any_tokenizer.special_tokens, name="t", process=process))
+        staged = [renderer.stage(row) for row in rows]
+        if ahead:
+            renderer.foresee(staged)
+            renderer.encode_ahead(staged)
+        views = [view for one in staged for view in renderer.finish(one)]
+        made.append(([_plain(view) for view in views], renderer.counts))
+    assert made[0] == made[1] and len(made[0][0]) >= len(rows)
+
+
+def _plain(view: Rendered) -> tuple[object, ...]:
+    arrays = (view.tokens, view.weights, view.roles, view.spans)
+    return view.row, view.text, *(array.tolist() for array in arrays)

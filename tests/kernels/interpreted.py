@@ -17,6 +17,9 @@ from luthier.kernels import triton_backend
 from luthier.kernels.backend import Backend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import Tile, TritonBackend
+from luthier.model.language_model import LanguageModel
+from tests import forests
+from tests.kernels.flash_stand_in import stand_in
 
 # The tests themselves are taken over: they get the fixture `backend` of this file.
 from tests.kernels.test_backends import (  # noqa: F401
@@ -158,3 +161,19 @@ def test_tiles(width: int) -> None:
     assert tile.rows * tile.width >= 2048 and 4 <= tile.warps <= 32
     part = Tile.of_rows(width, longest=1024)
     assert part.width <= 1024 and part.rows * part.width == 2048 and part.warps == 4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_model_runs_by_these_kernels(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when the operations do not fit together: the loss of a forest and every gradient, beside plain torch."""
+    stand_in(monkeypatch)
+    trees = [forests.branching(), *forests.rows(2)]
+    found = []
+    for kernels in ("triton", "torch"):
+        model = LanguageModel(forests.zoo(architecture), source="tiny", digest="", kernels=kernels)
+        parameters = forests.trainable(model)
+        loss = forests.engine_loss(model, trees)
+        found.append((loss.item(), forests.gradients(loss, parameters), model.executor))
+    assert found[0][2].blocks is not None and found[0][2].backend.name == "triton"
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-6)
+    forests.assert_same_gradients(found[0][1], found[1][1], tolerance=1e-4)

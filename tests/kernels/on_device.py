@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Run
+from luthier.kernels.backend import Backend, Run, Seen
 
 
 @final
@@ -56,13 +56,13 @@ class OnDevice(Backend):
         log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), weights, slopes=slopes)
         return log_probs.cpu(), None if found is None else found.cpu()
 
-    def attends(self, query: Tensor) -> bool:
-        return self._inner.attends(self._there(query))
+    def attends(self, query: Tensor, seen: Seen | None) -> bool:
+        return self._inner.attends(self._there(query), seen)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Run], scale: float, seen: Seen | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, kept = self._inner.attend(self._there(query), self._there(key), self._there(value), runs, scale)
+        out, kept = self._inner.attend(self._there(query), self._there(key), self._there(value), runs, scale, seen)
         return out.cpu(), tuple(each.cpu() for each in kept)
 
     def attend_backward(
@@ -75,10 +75,11 @@ class OnDevice(Backend):
         kept: Sequence[Tensor],
         runs: Sequence[Run],
         scale: float,
+        seen: Seen | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = [self._there(each) for each in (grad, query, key, value, out)]
         held = [self._there(each) for each in kept]
-        found = self._inner.attend_backward(given[0], given[1], given[2], given[3], given[4], held, runs, scale)
+        found = self._inner.attend_backward(given[0], given[1], given[2], given[3], given[4], held, runs, scale, seen)
         return found[0].cpu(), found[1].cpu(), found[2].cpu()
 
     def _there(self, tensor: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels.backend import Backend
+from luthier.kernels.backend import Backend, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
@@ -46,7 +47,7 @@ def exact(*tensors: Tensor) -> list[Tensor]:
 
 def require_attention(backend: Backend, query: Tensor) -> None:
     """End the test here when `query` is of a kind that this backend may leave to the general path."""
-    if backend.name == "triton" and not backend.attends(query):
+    if backend.name == "triton" and not backend.attends(query, None):
         pytest.skip("such heads go the general way")
 
 
@@ -116,12 +117,54 @@ def test_attention(backend: Backend, dtype: torch.dtype, heads: int, groups: int
     total = sum(count * length for count, length in runs)
     query, grad = (draw(total, heads, size, dtype=dtype, seed=s) for s in range(2))
     key, value = (draw(total, groups, size, dtype=dtype, seed=s) for s in range(2, 4))
-    out, kept = backend.attend(query, key, value, runs, 0.3)
+    out, kept = backend.attend(query, key, value, runs, 0.3, None)
     wide = exact(query, key, value)
-    expected, expected_kept = TWIN.attend(*wide, runs, 0.3)
+    expected, expected_kept = TWIN.attend(*wide, runs, 0.3, None)
     close(out, expected.to(dtype), dtype)
-    found = backend.attend_backward(grad, query, key, value, out, kept, runs, 0.3)
-    right = TWIN.attend_backward(grad.double(), *wide, expected, expected_kept, runs, 0.3)
+    found = backend.attend_backward(grad, query, key, value, out, kept, runs, 0.3, None)
+    right = TWIN.attend_backward(grad.double(), *wide, expected, expected_kept, runs, 0.3, None)
+    for one, other in zip(found, right, strict=True):
+        close(one, other.to(dtype), dtype, slack=2.0)
+
+
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]], scale: float, seen: Seen
+) -> Tensor:
+    """Attention with a mask over all pairs of rows: what a text sees, and of its own tokens those up to each one."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    mask = torch.zeros(len(query), len(key), dtype=torch.bool)
+    start = 0
+    for length, ranges in zip(lengths, seen.ranges, strict=True):
+        for first, count in ranges:
+            mask[start : start + length, first : first + count] = True
+        own = slice(seen.outside + start, seen.outside + start + length)
+        mask[start : start + length, own] = torch.ones(length, length).tril().bool()
+        start += length
+    sides = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    found = F.scaled_dot_product_attention(*sides, attn_mask=mask, scale=scale, enable_gqa=True)
+    return found[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("outside", "size"), [(0, 10), (3, 16)])
+def test_attention_after_what_is_seen(backend: Backend, dtype: torch.dtype, outside: int, size: int) -> None:
+    """Breaks when a key that several texts see gets the gradient of one of them, or ranges change their order."""
+    common = ((0, outside),) if outside else ()
+    # Two trees: a root with two branches, one of which branches again; and a text alone.
+    places = [(0, 7), (7, 50), (57, 1), (58, 20), (78, 60)]
+    above: list[list[int]] = [[], [0], [0], [0, 2], []]
+    ranges = tuple((*common, *((outside + places[a][0], places[a][1]) for a in own)) for own in above)
+    seen, runs = Seen(ranges, outside), [(1, length) for _, length in places]
+    query, grad = (draw(138, 4, size, dtype=dtype, seed=s) for s in range(2))
+    key, value = (draw(138 + outside, 2, size, dtype=dtype, seed=s) for s in range(2, 4))
+    if not backend.attends(query, seen):
+        pytest.skip(f"{backend.name} leaves this to the zoo")
+    wide = [tensor.requires_grad_() for tensor in exact(query, key, value)]
+    expected = dense(*wide, runs, 0.3, seen)
+    out, kept = backend.attend(query, key, value, runs, 0.3, seen)
+    close(out, expected.detach().to(dtype), dtype)
+    right = torch.autograd.grad(expected, wide, grad.double())
+    found = backend.attend_backward(grad, query, key, value, out, kept, runs, 0.3, seen)
     for one, other in zip(found, right, strict=True):
         close(one, other.to(dtype), dtype, slack=2.0)
 
@@ -153,7 +196,7 @@ def test_what_is_not_finite_stays_in_its_text(backend: Backend, dtype: torch.dty
     heads = draw(6, 2, 24, dtype=dtype)
     heads[2, 1, 5] = bad
     require_attention(backend, heads)
-    out, _ = backend.attend(heads, heads, heads, [(1, 2), (1, 4)], 1.0)
+    out, _ = backend.attend(heads, heads, heads, [(1, 2), (1, 4)], 1.0, None)
     assert torch.isfinite(out[:2]).all() and not torch.isfinite(out[2:]).all()
 
 
@@ -167,8 +210,8 @@ def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
             torch.set_num_threads(threads)
             q, g = (draw(200, 4, 16, dtype=torch.bfloat16, seed=s) for s in range(2))
             k, v = (draw(200, 2, 16, dtype=torch.bfloat16, seed=s) for s in range(2, 4))
-            out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5)
-            grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5)
+            out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5, None)
+            grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5, None)
             logits = draw(200, 300, dtype=torch.float32)
             log_probs, slopes = backend.label_slopes(logits, torch.arange(200), None, slopes=True)
             results.append([out, *grads, log_probs, slopes])

@@ -14,14 +14,18 @@ import torch
 
 from luthier.core.errors import MissingError
 from luthier.kernels import triton_backend, varlen
+from luthier.kernels.backend import Seen
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import VOCABULARY_PART, Tile, TritonBackend
+from tests.kernels import test_backends
+from tests.kernels.flash_stand_in import stand_in
 
 KERNELS = Path(triton_backend.__file__).parent / "triton_rows.py"
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 NO_TRITON = "triton is not installed: no wheel for this platform"
+NAN = float("nan")
 SHARED_BYTES = 227 * 1024
 """Of one thread block on sm_90; sm_80 has 163 KB, and these kernels need a few dozen bytes."""
 BROAD = Tile.of_rows(4096)
@@ -246,9 +250,42 @@ def test_what_flash_attention_takes(dtype: torch.dtype, size: int, fits: bool) -
 def test_the_operations_of_torch_are_called_as_they_are_declared() -> None:
     """Breaks when torch's operation has other arguments: shapes are all that can be known of it without a GPU."""
     query, key, value = (torch.empty(9, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    runs = [(2, 3), (1, 3)]
-    out, kept = varlen.attend(query, key, value, runs, 0.25)
-    assert out.shape == query.shape and kept[0].shape == (4, 9) and kept[1].shape == (4,)
-    grads = varlen.attend_backward(out, query, key, value, out, kept, runs, 0.25)
+    places = varlen.find_places([(2, 3), (1, 3)], None, torch.device("meta"))
+    out, log_sums = varlen.attend(query, key, value, places, 0.25)
+    assert out.shape == query.shape and log_sums.shape == (4, 9)
+    grads = varlen.attend_backward(out, query, key, value, out, log_sums, places, 0.25)
     assert [grad.shape for grad in grads] == [query.shape, key.shape, value.shape]
-    assert varlen._starts(runs, torch.device("cpu")).tolist() == [0, 3, 6, 9]
+
+
+def test_places_of_texts_and_of_what_they_see() -> None:
+    """Breaks when a text's keys are not in the order of its path, or the longest text is not the longest."""
+    cpu = torch.device("cpu")
+    alone = varlen.find_places([(2, 3), (1, 4)], None, cpu)
+    assert alone.queries.tolist() == alone.keys.tolist() == [0, 3, 6, 10] and alone.rows is None
+    assert alone.longest_queries == alone.longest_keys == 4
+    seen = Seen((((0, 2),), ((0, 2), (2, 3)), ()), outside=2)
+    places = varlen.find_places([(1, 3), (1, 1), (1, 2)], seen, cpu)
+    assert places.queries.tolist() == [0, 3, 4, 6] and places.keys.tolist() == [0, 5, 11, 13]
+    assert places.rows is not None and places.rows.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert (places.longest_queries, places.longest_keys) == (3, 6)
+    finder = varlen.Finder()
+    first = finder.places([(2, 3)], None, cpu)
+    assert finder.places([(2, 3)], None, cpu) is first and finder.places([(3, 3)], None, cpu) is not first
+
+
+@pytest.fixture
+def stood_in(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    """The backend with plain torch where a GPU would have to be: for what lies around torch's operation."""
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from luthier.kernels import triton_rows
+
+    stand_in(monkeypatch)
+    return TritonBackend(triton_rows)
+
+
+def test_what_lies_around_the_operation(stood_in: TritonBackend) -> None:
+    """Breaks when a shared key does not get the gradients of all that saw it."""
+    test_backends.test_attention(stood_in, torch.float32, 4, 2, 16)
+    for outside, size in ((0, 10), (3, 16)):
+        test_backends.test_attention_after_what_is_seen(stood_in, torch.float32, outside, size)
+    test_backends.test_what_is_not_finite_stays_in_its_text(stood_in, torch.float32, NAN)

@@ -9,6 +9,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet
 from luthier.cli.show import console_of, print_json
+from luthier.core.imports import uncollected
 from luthier.core.units import duration_text
 from luthier.recipes.progress import progress
 
@@ -31,8 +32,9 @@ def demo(
       luthier demo
       luthier demo --json --run runs/demo
     """
-    from luthier.recipes.demo import demo as run_demo
-    from luthier.recipes.demo import recipe_of
+    with uncollected():
+        from luthier.recipes.demo import demo as run_demo
+        from luthier.recipes.demo import recipe_of
 
     if dry_run:
         print_json(recipe_of(run, Path("rows.jsonl")).model_dump(mode="json", exclude_none=True))

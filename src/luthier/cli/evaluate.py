@@ -11,6 +11,7 @@ import typer
 from luthier.cli.options import Json, Run, run_named
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError
+from luthier.core.imports import uncollected
 from luthier.core.units import bytes_text
 
 
@@ -42,7 +43,8 @@ def evaluate(
         else:
             _print_proof(proved)
         return
-    from luthier.recipes.evaluate import evaluate_run
+    with uncollected():
+        from luthier.recipes.evaluate import evaluate_run
 
     found = evaluate_run(run_named(run), data=data)
     if json:

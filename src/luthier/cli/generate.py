@@ -11,6 +11,7 @@ import typer
 from luthier.cli.options import Json, require_no_lost_run
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError
+from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
     from luthier.model.speaker import Spoken
@@ -49,8 +50,9 @@ def generate(
       luthier generate runs/2026-11-20-my-first --prompt "Write as JSON: ..."
       luthier generate seedling --prompt "What is 7 + 5?" --temperature 0.8 --seed 1
     """
-    from luthier.model.speaker import Sampling
-    from luthier.recipes.opened import open_named
+    with uncollected():
+        from luthier.model.speaker import Sampling
+        from luthier.recipes.opened import open_named
 
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or []]
     if not prompts:

@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Run, run_named
 from luthier.cli.show import print_json, print_summary
+from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
 
 
@@ -32,7 +33,8 @@ def resume(
     folder = run_named(run)
     if not dry_run:
         refuse_busy(folder.folder)
-    from luthier.recipes.finetune import resume as go_on
+    with uncollected():
+        from luthier.recipes.finetune import resume as go_on
 
     if dry_run:
         status = folder.status()

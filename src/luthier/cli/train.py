@@ -11,6 +11,7 @@ import typer
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json, print_plan, print_summary
 from luthier.core.errors import RecipeError
+from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
 
 
@@ -32,9 +33,10 @@ def train(
     """
     if not dry_run:
         _refuse_busy(recipe, set_ or [], run)
-    from luthier.recipes.bench import lay_out
-    from luthier.recipes.files import load_recipe
-    from luthier.recipes.finetune import start
+    with uncollected():
+        from luthier.recipes.bench import lay_out
+        from luthier.recipes.files import load_recipe
+        from luthier.recipes.finetune import start
 
     loaded = load_recipe(recipe, overrides=set_ or [], run=run)
     if dry_run:

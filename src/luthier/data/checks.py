@@ -75,9 +75,10 @@ def _stops(view: Rendered, renderer: Renderer) -> _Finding:
         turns = [(start, stop) for start, stop in _runs(view.roles == _ASSISTANT) if view.weights[start:stop].any()]
     else:
         turns = _runs(view.weights > 0)
+    known = renderer.stop_ids
     for start, stop in turns:
-        stops = [index for index in range(start, stop) if int(view.tokens[index]) in renderer.stop_ids]
-        stops = [index for index in stops if view.weights[index] > 0]
+        tokens = view.tokens[start:stop].tolist()
+        stops = [index for index, token in enumerate(tokens, start) if token in known and view.weights[index] > 0]
         if not stops or (renderer.train_on != "all" and stops != [stop - 1]):
             end = renderer.tokenizer.decode(view.tokens[max(start, stop - 4) : stop])
             return "stop", f"a trained turn ends in {end!r}, not in one stop token", "choose another data.template"
@@ -202,5 +203,7 @@ def _empty(span: Ints) -> bool:
 
 def _runs(mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:
     """The [start, stop) of each unbroken run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    closed = np.zeros(len(mask) + 2, np.bool_)
+    closed[1:-1] = mask
+    edges = np.flatnonzero(closed[1:] != closed[:-1]).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

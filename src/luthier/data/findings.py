@@ -111,7 +111,12 @@ class Watch:
             if len(view.roles) and view.roles[-1] == _TEXT:
                 continue
             content: list[int] = []
-            for token in view.tokens[view.weights > 0].tolist():
+            trained = view.tokens[view.weights > 0].tolist()
+            if trained and trained[-1] in stops and stops.isdisjoint(trained[:-1]):
+                # Most rows: one answer.
+                self._count(where, trained[:-1])
+                continue
+            for token in trained:
                 if token in stops:
                     self._count(where, content)
                     content = []
@@ -123,22 +128,23 @@ class Watch:
     def _count(self, where: str, content: Sequence[int]) -> None:
         found = self.answers
         found.trained += 1
-        if not self._is_empty(tuple(content)):
+        if not self._is_empty(content):
             return
         found.empty += 1
         if len(found.first_empty) < SHOWN and where not in found.first_empty:
             found.first_empty.append(where)
 
-    def _is_empty(self, content: tuple[int, ...]) -> bool:
+    def _is_empty(self, content: Sequence[int]) -> bool:
         tokenizer = self._renderer.tokenizer
         if len(content) > SHORT and not tokenizer.special_ids.issuperset(content):
             return False
-        if content not in self._known:
+        key = tuple(content)
+        if key not in self._known:
             if len(self._known) >= _KNOWN:
                 self._known.clear()
             text = tokenizer.decode([token for token in content if token not in tokenizer.special_ids])
-            self._known[content] = all(char.isspace() or char in _INVISIBLE for char in text)
-        return self._known[content]
+            self._known[key] = all(char.isspace() or char in _INVISIBLE for char in text)
+        return self._known[key]
 
 
 def groups(records: NDArray[np.void]) -> NDArray[np.int64] | None:

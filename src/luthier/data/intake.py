@@ -125,6 +125,7 @@ class Intake:
     def _finished(self, batch: _Batch, renderer: Renderer) -> Iterator[Kept | Refused]:
         if batch.ahead is not None:
             batch.ahead.result()
+        renderer.encode_ahead([one for one in batch.staged if isinstance(one, Staged)])
         for file, one in zip(batch.files, batch.staged, strict=True):
             if isinstance(one, DataError):
                 yield self._counted(file, one)

@@ -100,17 +100,19 @@ class Prepared:
 
 
 def make_renderer(
-    tokenizer: Tokenizer, reading: Reading, *, context_tokens: int | None = None
+    tokenizer: Tokenizer, reading: Reading, *, context_tokens: int | None = None, at_once: bool = True
 ) -> tuple[Renderer, tuple[str, ...]]:
     """The renderer of a reading, and what a user should know about the choice of its template.
 
-    Without a limit of its own, rows may be as long as the model's context.
+    Without a limit of its own, rows may be as long as the model's context. Without `at_once` the template is compiled
+    when it is needed.
     """
     limit = reading.max_tokens or context_tokens
     if context_tokens is not None and limit is not None and limit > context_tokens:
         raise RecipeError(f"data.max_tokens is {limit}", allowed=f"at most the model's {context_tokens} positions")
     notices: list[str] = []
-    template = choose(reading.template, tokenizer, notice=notices.append, now=_midnight(reading.now))
+    now = _midnight(reading.now)
+    template = choose(reading.template, tokenizer, notice=notices.append, now=now, at_once=at_once)
     renderer = Renderer(
         tokenizer,
         template,
@@ -153,12 +155,15 @@ def prepare(
     With `evaluation` files their rows are held out; else a `fraction` of the rows, drawn by `seed`. All views of a row
     fall on the same side, and so do the copies of a row.
     """
-    renderer, chosen = make_renderer(tokenizer, reading, context_tokens=context_tokens)
+    # Where the tokens are cached, no template has to be compiled for them.
+    renderer, chosen = make_renderer(tokenizer, reading, context_tokens=context_tokens, at_once=False)
     train_sources = sources_of(train, reading)
     sources = [*train_sources, *(sources_of(evaluation, reading) if evaluation is not None else [])]
     # Closed here and not by a finalizer later: an exception in one (a request to stop) would be printed and lost.
     with closing(renderer.template):
         store, report = _stored(sources, renderer, reading, cache)
+    if tokenizer.words is not None:
+        tokenizer.words.forget()
     report.answers.demand()
     if len(store) == 0:
         raise DataError(
@@ -204,6 +209,7 @@ def _stored(
     )
 
     def make(folder: Path) -> Generator[Rendered]:
+        renderer.template.compile()
         if reading.on_bad_row == "raise":
             # Found in seconds; rendering takes minutes where there are many rows.
             demand_readable(sources)

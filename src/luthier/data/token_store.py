@@ -40,6 +40,10 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "offsets": (np.int64, ()),
 }
 _HEADER_BYTES: Final = 128
+_AT_ONCE: Final = 64
+"""Views that are written together."""
+_LONG: Final = 2**16
+"""Tokens of a view that is not held until others join it."""
 
 
 def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[str, Any] | None = None) -> str:
@@ -160,17 +164,16 @@ class TokenStore:
 
 def _write(views: Iterable[Rendered], renderer: Renderer, made: Path, key: str) -> None:
     """Write the views into `made`, as they come."""
-    total = 0
     with _Arrays(made) as arrays:
         arrays.append("offsets", np.zeros(1, np.int64))
+        waiting: list[Rendered] = []
         for view in views:
-            total += len(view.tokens)
-            arrays.append("tokens", view.tokens)
-            arrays.append("weights", view.weights)
-            arrays.append("roles", view.roles)
-            arrays.append("spans", view.spans)
-            arrays.append("rows", np.array([view.row], np.int32))
-            arrays.append("offsets", np.array([total], np.int64))
+            waiting.append(view)
+            # Many at once: a call for each array of each view costs more than the writing.
+            if len(waiting) == _AT_ONCE or len(view.tokens) > _LONG:
+                arrays.take(waiting)
+                waiting.clear()
+        arrays.take(waiting)
     about = {
         "format": _FORMAT,
         "key": key,
@@ -243,6 +246,18 @@ class _Arrays:
                     file.write(_header(name, self.lengths[name]))
                     file.flush()
                     os.fsync(file.fileno())
+
+    def take(self, views: Sequence[Rendered]) -> None:
+        """Append the views, in order."""
+        if not views:
+            return
+        ends = self.lengths["tokens"] + np.cumsum([len(view.tokens) for view in views])
+        self.append("tokens", np.concatenate([view.tokens for view in views]))
+        self.append("weights", np.concatenate([view.weights for view in views]))
+        self.append("roles", np.concatenate([view.roles for view in views]))
+        self.append("spans", np.concatenate([view.spans for view in views]))
+        self.append("rows", np.array([view.row for view in views], np.int32))
+        self.append("offsets", ends)
 
     def append(self, name: str, values: NDArray[Any]) -> None:
         self._files[name].write(np.ascontiguousarray(values, dtype=_ARRAYS[name][0]).tobytes())

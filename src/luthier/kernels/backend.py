@@ -11,12 +11,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Run = tuple[int, int]
 """How many texts follow each other, and the length of each of them."""
+
+
+@final
+@dataclass(frozen=True)
+class Seen:
+    """What texts see before their own tokens: keys of texts they descend from, or from outside.
+
+    `ranges` has, for each text, first rows and counts of rows among all keys, `outside` of which lie before those of
+    the first text.
+    """
+
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    outside: int = 0
 
 
 class Backend(ABC):
@@ -26,6 +41,11 @@ class Backend(ABC):
     @abstractmethod
     def name(self) -> str:
         """What LUTHIER_KERNELS calls it."""
+
+    @property
+    def identity(self) -> str:
+        """Its name and what it was made of: with the same identity the same numbers come out, on the same machine."""
+        return self.name
 
     @abstractmethod
     def norm(
@@ -81,30 +101,35 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
-        """Whether `attend` is there for queries like this one."""
+    def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
+        """Whether `attend` is there for queries like this one, and for what they see."""
 
     @abstractmethod
     def attend(
         self,
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         runs: Sequence[Run],
         scale: float,
+        seen: Seen | None,
     ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
-        """Causal attention within each of the texts that `runs` lays end to end; and what its backward pass needs."""
+        """Causal attention within each of the texts that `runs` lays end to end, after all that it sees.
+
+        Returns with it what the backward pass needs. Without `seen` keys and queries have the same rows.
+        """
 
     @abstractmethod
     def attend_backward(
         self,
         grad: Float[Tensor, "n heads size"],
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         out: Float[Tensor, "n heads size"],
         kept: Sequence[Tensor],
         runs: Sequence[Run],
         scale: float,
-    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        seen: Seen | None,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "m groups size"], Float[Tensor, "m groups size"]]:
         """The gradients of query, key and value."""

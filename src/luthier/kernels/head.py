@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.backend import Backend
+from luthier.kernels.sums import add_to
 from luthier.kernels.torch_backend import TorchBackend, wide
 
 CHUNK_ROWS = 256
@@ -200,7 +201,7 @@ def _add_product(
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, alpha=scale, out=total)
     else:
-        total.add_(left @ right, alpha=scale)
+        add_to(total, left @ right, scale=scale)
 
 
 def _chunks(count: int, size: int) -> list[slice]:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Run
+from luthier.kernels.backend import Backend, Run, Seen
 from luthier.kernels.native_build import library
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -27,8 +27,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
     "label_slopes": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE),
-    "attend": (*[_POINTER] * 6, *[_WHOLE] * 4, _REAL),
-    "attend_backward": (*[_POINTER] * 10, *[_WHOLE] * 4, _REAL),
+    "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
+    "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -38,13 +38,14 @@ _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 class NativeBackend(Backend):
     """C++ on the threads that torch uses."""
 
-    def __init__(self, functions: dict[tuple[str, torch.dtype], Any]) -> None:
+    def __init__(self, functions: dict[tuple[str, torch.dtype], Any], built_as: str) -> None:
         self._functions = functions
+        self._built_as = built_as
 
     @classmethod
     def build(cls) -> NativeBackend:
         """Compile and load. Raises MissingError when that is not possible here."""
-        loaded = library()
+        loaded, built_as = library()
         functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _SIGNATURES.items():
             for dtype, ending in _PRECISIONS.items():
@@ -52,11 +53,15 @@ class NativeBackend(Backend):
                 function.argtypes = arguments
                 function.restype = ctypes.c_int if name.startswith("attend") else None
                 functions[name, dtype] = function
-        return cls(functions)
+        return cls(functions, built_as)
 
     @property
     def name(self) -> str:
         return "native"
+
+    @property
+    def identity(self) -> str:
+        return f"native {self._built_as}"
 
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
@@ -120,41 +125,41 @@ class NativeBackend(Backend):
         self._call("label_slopes", logits.dtype, logits, labels.contiguous(), weights, log_probs, *logits.shape, slopes)
         return log_probs, logits if slopes else None
 
-    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
+    def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
 
     def attend(
         self,
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         runs: Sequence[Run],
         scale: float,
+        seen: Seen | None,
     ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
         given = tuple(tensor.contiguous() for tensor in (query, key, value))
         out = torch.empty_like(given[0])
         log_sums = torch.empty(query.shape[:2], dtype=torch.float32)
-        starts, sizes = _starts(runs), _sizes(query, key)
-        self._call("attend", query.dtype, *given, out, log_sums, starts, len(starts) - 1, *sizes, scale)
+        places = _places(runs, seen)
+        self._call("attend", query.dtype, *given, out, log_sums, *places, *_sizes(query, key), scale)
         return out, (log_sums,)
 
     def attend_backward(
         self,
         grad: Float[Tensor, "n heads size"],
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         out: Float[Tensor, "n heads size"],
         kept: Sequence[Tensor],
         runs: Sequence[Run],
         scale: float,
-    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        seen: Seen | None,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "m groups size"], Float[Tensor, "m groups size"]]:
         given = tuple(tensor.contiguous() for tensor in (grad, query, key, value, out))
         found = tuple(torch.empty_like(tensor) for tensor in given[1:4])
-        starts, sizes = _starts(runs), _sizes(query, key)
-        self._call(
-            "attend_backward", query.dtype, *given, kept[0], *found, starts, len(starts) - 1, *sizes, scale
-        )
+        places = _places(runs, seen)
+        self._call("attend_backward", query.dtype, *given, kept[0], *found, *places, *_sizes(query, key), scale)
         return found[0], found[1], found[2]
 
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
@@ -170,12 +175,17 @@ class NativeBackend(Backend):
             raise torch.OutOfMemoryError(f"no memory for the workspace of {name} in C++")
 
 
-def _starts(runs: Sequence[Run]) -> Int[Tensor, " ends"]:
-    """Where each text begins, and where the last one ends."""
+def _places(runs: Sequence[Run], seen: Seen | None) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+    """Where each text begins, and where the last one ends; ranges of what they see, by text; texts; rows outside."""
     lengths = [length for count, length in runs for _ in range(count)]
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    if seen is None:
+        return starts, None, None, len(lengths), 0
+    firsts = torch.tensor([0, *map(len, seen.ranges)], dtype=torch.int64).cumsum(0)
+    ranges = torch.tensor([row for own in seen.ranges for row in own], dtype=torch.int64).reshape(-1, 2)
+    return starts, firsts, ranges, len(lengths), seen.outside
 
 
-def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "n groups size"]) -> tuple[int, int, int]:
+def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:
     """Query heads, key heads, and the size of a head."""
     return query.shape[1], key.shape[1], query.shape[2]

@@ -30,8 +30,8 @@ FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-t
 SECONDS: Final = 120.0
 
 
-def library() -> ctypes.CDLL:
-    """The compiled library; compiled first when the cache has none for these sources, this compiler and this CPU.
+def library() -> tuple[ctypes.CDLL, str]:
+    """The compiled library and what tells it from others; compiled first where the cache has none like it.
 
     Raises MissingError when there is no compiler, it fails, or this is no Linux.
     """
@@ -39,13 +39,17 @@ def library() -> ctypes.CDLL:
         raise MissingError(f"C++ kernels are not built on {sys.platform}")
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
-        raise MissingError("C++ kernels need a compiler", do="install g++ (apt-get install g++)")
+        raise MissingError(
+            "C++ kernels need a compiler, and none is in PATH",
+            allowed=", ".join(COMPILERS),
+            do="install one (apt-get install g++)",
+        )
     sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
     place = cache_folder() / "native" / f"{_digest(sources, compiler)}.so"
     if not place.is_file():
         _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place)
     try:
-        return ctypes.CDLL(str(place))
+        return ctypes.CDLL(str(place)), place.stem[:12]
     except OSError as failure:
         raise MissingError(f"{place} cannot be loaded: {failure}", do=f"remove {place}") from failure
 

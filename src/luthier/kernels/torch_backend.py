@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Run
+from luthier.kernels.backend import Backend, Run, Seen
 
 
 @final
@@ -90,16 +90,17 @@ class TorchBackend(Backend):
         slope[torch.arange(len(labels), device=labels.device), labels] += 1
         return log_probs, (slope if factors is None else slope.mul_(factors[:, None])).to(logits.dtype)
 
-    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
-        return query.device.type == "cpu"
+    def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
+        return query.device.type == "cpu" and seen is None
 
     def attend(
         self,
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         runs: Sequence[Run],
         scale: float,
+        seen: Seen | None,
     ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         sums = []
@@ -116,13 +117,14 @@ class TorchBackend(Backend):
         self,
         grad: Float[Tensor, "n heads size"],
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         out: Float[Tensor, "n heads size"],
         kept: Sequence[Tensor],
         runs: Sequence[Run],
         scale: float,
-    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
+        seen: Seen | None,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "m groups size"], Float[Tensor, "m groups size"]]:
         given = (query, key, value)
         grads = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in given]
         for (at, run), log_sum in zip(_places(runs), kept, strict=True):

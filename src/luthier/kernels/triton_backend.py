@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
-from luthier.kernels.backend import Backend, Run
+from luthier.kernels.backend import Backend, Run, Seen
 
 NUMBERS = 2048
 """Numbers of each tensor in a tile of short rows: 16 for each thread of four warps, so that registers last."""
@@ -57,6 +57,7 @@ class TritonBackend(Backend):
 
     def __init__(self, kernels: ModuleType) -> None:
         self._kernels = kernels
+        self._finder = varlen.Finder()
 
     @classmethod
     def build(cls, device: torch.device, dtype: torch.dtype) -> TritonBackend:
@@ -76,6 +77,10 @@ class TritonBackend(Backend):
     @property
     def name(self) -> str:
         return "triton"
+
+    @property
+    def identity(self) -> str:
+        return f"triton {self._kernels.triton.__version__}"
 
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
@@ -161,31 +166,35 @@ class TritonBackend(Backend):
         )  # fmt: skip
         return log_probs, logits if slopes else None
 
-    def attends(self, query: Float[Tensor, "n heads size"]) -> bool:
+    def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return varlen.allowed(query)
 
     def attend(
         self,
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         runs: Sequence[Run],
         scale: float,
+        seen: Seen | None,
     ) -> tuple[Float[Tensor, "n heads size"], tuple[Tensor, ...]]:
-        return varlen.attend(query, key, value, runs, scale)
+        out, log_sums = varlen.attend(query, key, value, self._finder.places(runs, seen, query.device), scale)
+        return out, (log_sums,)
 
     def attend_backward(
         self,
         grad: Float[Tensor, "n heads size"],
         query: Float[Tensor, "n heads size"],
-        key: Float[Tensor, "n groups size"],
-        value: Float[Tensor, "n groups size"],
+        key: Float[Tensor, "m groups size"],
+        value: Float[Tensor, "m groups size"],
         out: Float[Tensor, "n heads size"],
         kept: Sequence[Tensor],
         runs: Sequence[Run],
         scale: float,
-    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "n groups size"], Float[Tensor, "n groups size"]]:
-        return varlen.attend_backward(grad, query, key, value, out, kept, runs, scale)
+        seen: Seen | None,
+    ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "m groups size"], Float[Tensor, "m groups size"]]:
+        places = self._finder.places(runs, seen, query.device)
+        return varlen.attend_backward(grad, query, key, value, out, kept[0], places, scale)
 
     def _try_one(self, device: torch.device, dtype: torch.dtype) -> None:
         """Run the smallest kernel once: Triton needs a compiler for its launcher, and a GPU that it knows."""

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Span
+from luthier.kernels.backend import Seen
 from luthier.model.edits import LearnedRoot
 
 NAME = "luthier_forest"
@@ -78,15 +79,32 @@ class ForestPlan:
         """The spans as they are attended: runs of roots of equal length go together, everything else alone."""
         return _units(self.spans, alone=self.root is not None or self.outer is not None)
 
-    @property
-    def separate(self) -> bool:
-        """Whether every span is a text of its own: none has ancestors, learned or other, and nobody wants its keys."""
-        return (
-            self.root is None
-            and self.outer is None
-            and self.captured is None
-            and not any(span.ancestors for span in self.spans)
+    @cached_property
+    def outside(self) -> int:
+        """Keys that every span sees before all others: those of a learned root and those from another pass."""
+        outer = 0 if self.outer is None else next(iter(self.outer.values()))[0].shape[2]
+        return outer + (0 if self.root is None else self.root.token_count)
+
+    @cached_property
+    def seen(self) -> Seen | None:
+        """What each span sees before its own tokens; None when no span sees anything."""
+        common = ((0, self.outside),) if self.outside else ()
+        ranges = tuple(
+            (*common, *((self.outside + self.spans[a].start, self.spans[a].length) for a in span.ancestors))
+            for span in self.spans
         )
+        return Seen(ranges, self.outside) if any(ranges) else None
+
+    @cached_property
+    def longest(self) -> int:
+        """The most keys that a token sees, itself included."""
+        own = (span.length + sum(self.spans[a].length for a in span.ancestors) for span in self.spans)
+        return self.outside + max(own, default=0)
+
+    def outer_keys(self, layer: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (1, h, A, D) of one layer that every span sees before all others, in their order."""
+        pairs = [] if self.root is None else [self.root.keys_values(layer, dtype)]
+        return pairs if self.outer is None else [*pairs, self.outer[layer]]
 
     def mask(self, before: int, own: int, window: int | None, device: torch.device) -> Bool[Tensor, "own all"]:
         """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
@@ -151,7 +169,7 @@ def forest_attention(
     forest_plan.noted[layer] = AttentionCall(scaling, sliding_window, softcap)
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
-    outer = _outer(forest_plan, layer, key.dtype)
+    outer = forest_plan.outer_keys(layer, key.dtype)
     # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
     sizes = [unit.count * unit.length for unit in forest_plan.units]
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
@@ -172,15 +190,6 @@ def forest_attention(
 def _side_by_side(flat: Float[Tensor, "1 H n D"], unit: Unit) -> Float[Tensor, "count H length D"]:
     """Equal spans that lie end to end, as the rows of a batch; a view."""
     return flat if unit.count == 1 else flat[0].unflatten(1, (unit.count, unit.length)).transpose(0, 1)
-
-
-def _outer(plan: ForestPlan, layer: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    pairs = []
-    if plan.root is not None:
-        pairs.append(plan.root.keys_values(layer, dtype))
-    if plan.outer is not None:
-        pairs.append(plan.outer[layer])
-    return pairs
 
 
 def _attend(

@@ -137,14 +137,21 @@ class Blocks:
             query, key = attention.get_submodule("q_norm")(query), attention.get_submodule("k_norm")(key)
         cosines, sines = (angle[0, :, : self.head_size // 2] for angle in angles)
         query, key = (rotated(each, cosines, sines, self.backend) for each in (query, key))
-        call = self.calls[int(attention.layer_idx)]  # type: ignore[arg-type]
-        near = call.window is None or max(unit.length for unit in plan.units) <= call.window
-        if near and plan.separate and self.backend.attends(query):
+        layer = int(attention.layer_idx)  # type: ignore[arg-type]
+        call, value = self.calls[layer], heads[2]
+        near = call.window is None or plan.longest <= call.window
+        if near and self.backend.attends(query, plan.seen):
             plan.calls += 1
+            if plan.captured is not None:
+                plan.captured[layer] = (key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+            if plan.outside:
+                sides = zip(*plan.outer_keys(layer, key.dtype), strict=True)
+                first, second = ([tensor[0].transpose(0, 1) for tensor in side] for side in sides)
+                key, value = torch.cat([*first, key]), torch.cat([*second, value])
             runs = [(unit.count, unit.length) for unit in plan.units]
             scale = self.head_size**-0.5 if call.scale is None else call.scale
-            return causal_attention(query, key, heads[2], runs, scale, self.backend).flatten(1)
-        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, heads[2]))
+            return causal_attention(query, key, value, runs, scale, self.backend, seen=plan.seen).flatten(1)
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         found, _ = forest_attention(
             attention, query, key, value, None, scaling=call.scale, sliding_window=call.window, forest_plan=plan
         )

@@ -76,6 +76,12 @@ class LanguageModel:
         return self.module.dtype
 
     @property
+    def kernels(self) -> str:
+        """What computes it: the zoo's own blocks or ours, and by which backend."""
+        ours = "our blocks" if self.executor.blocks is not None else "the zoo's blocks"
+        return f"{ours}, {self.executor.backend.identity}"
+
+    @property
     def vocabulary_size(self) -> int:
         return int(self.module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 import torch
@@ -38,6 +40,7 @@ FRESH = "fresh:"
 """A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
 
 SEEDLING = "seedling"
+_PIECE = 2**22
 WORTH_ROUNDING = 1.2
 """How much faster bfloat16 products must be on a CPU before `auto` takes them."""
 
@@ -74,16 +77,18 @@ def load_model(source: str, *, precision: Precision = "auto", device: str = "aut
     checked = _config(files)
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
     unused: tuple[str, ...] = ()
-    if fresh:
-        module = fresh_module(checked.config, dtype, seed, source)
-    else:
-        with without_bars(local=files.folder is not None):
-            tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
-            module, unused = module_with(checked.config, tensors, dtype, source)
-        take_generation_settings(module, files)
-    module.config.name_or_path = name
-    module.to(_device(device))
-    digest = state_digest(module) if fresh or files.folder is None else folder_digest(files.folder)
+    # Read beside the work, which reads the same bytes: neither waits for the other.
+    with _beside(None if fresh else files.folder) as folders_digest:
+        if fresh:
+            module = fresh_module(checked.config, dtype, seed, source)
+        else:
+            with without_bars(local=files.folder is not None):
+                tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
+                module, unused = module_with(checked.config, tensors, dtype, source)
+            take_generation_settings(module, files)
+        module.config.name_or_path = name
+        module.to(_device(device))
+        digest = folders_digest() or state_digest(module)
     notices = (f"precision: {reason}", *checked.notices, *unused)
     return LanguageModel(module, source=source, digest=digest, notices=notices, kernels=wanted_kernels())
 
@@ -121,14 +126,34 @@ def _shape(config: PreTrainedConfig) -> tuple[int, int]:
     return hidden, int(inner) if isinstance(inner, int) and inner > 0 else 4 * hidden
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 over all weight files of a model folder, by name: identifies a base model on disk."""
+def folder_digest(folder: Path, *, wanted: Callable[[], bool] = lambda: True) -> str:
+    """sha256 over all weight files of a model folder, by name: identifies a base model on disk.
+
+    Empty when it is not `wanted` any more before all is read.
+    """
     total = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         total.update(path.name.encode())
+        one = hashlib.sha256()
         with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+            while piece := file.read(_PIECE):
+                if not wanted():
+                    return ""
+                one.update(piece)
+        total.update(one.digest())
     return total.hexdigest()
+
+
+@contextmanager
+def _beside(folder: Path | None) -> Iterator[Callable[[], str]]:
+    """The digest of a folder, from a thread that ends with the `with`; empty without a folder."""
+    over = Event()
+    with ThreadPoolExecutor(1, "digest") as thread:
+        known = None if folder is None else thread.submit(folder_digest, folder, wanted=lambda: not over.is_set())
+        try:
+            yield lambda: "" if known is None else known.result()
+        finally:
+            over.set()
 
 
 def state_digest(module: PreTrainedModel) -> str:

@@ -83,6 +83,7 @@ def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenize
         "device": model.device.type,
         # What `auto` has chosen: another machine, or a better measurement, may choose otherwise.
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kernels": model.kernels,
         # Another processor may add up in another order, even of the same kind.
         "processor": processor(),
         **{name: metadata.version(name) for name in LIBRARIES},

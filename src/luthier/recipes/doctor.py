@@ -12,6 +12,7 @@ import torch
 
 from luthier.core.paths import cache_folder
 from luthier.core.units import bytes_text, rate_text
+from luthier.kernels.chosen import backend_for, wanted_kernels
 from luthier.model.load import choose_precision, resolve_source
 from luthier.model.machine import rates
 
@@ -57,7 +58,16 @@ def _devices() -> list[dict[str, str]]:
         _finding("memory", "fine", f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"),
         _finding("speed", "fine", speed),
         _finding("precision", "fine", why),
+        _kernels(device, dtype),
     ]
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What runs the blocks of a model here; the C++ is compiled now if it is not in the cache."""
+    wanted = wanted_kernels()
+    backend, missing = backend_for(wanted, device, dtype)
+    shown = "torch, the zoo's own modules one by one" if wanted == "torch" else backend.identity
+    return _finding("kernels", "note" if missing else "fine", f"{shown} ({missing})" if missing else shown)
 
 
 def _places() -> list[dict[str, str]]:

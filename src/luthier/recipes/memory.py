@@ -13,6 +13,7 @@ from luthier.arithmetic.memory import Decoder, Work
 from luthier.core.errors import DiskFullError
 from luthier.core.units import bytes_text
 from luthier.data.prepare import Prepared
+from luthier.kernels.backend import Seen
 from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit, TrainedParameters, base_parameters
 from luthier.model.language_model import LanguageModel
@@ -148,7 +149,7 @@ def peak_of(
         edited=_edited(model, attachment),
         trains_base=attachment.trains_base,
         squares=_squares(model, decoder),
-        masked=model.active_root is not None,
+        masked=_masks_a_root(model),
         fused=_runs_fused(model),
         ranks=_ranks(model, attachment),
     )
@@ -181,6 +182,16 @@ def _runs_fused(model: LanguageModel) -> bool:
         return blocks.take_everything
     finally:
         model.train(was_training)
+
+
+def _masks_a_root(model: LanguageModel) -> bool:
+    """Whether a learned root makes attention build a mask for each row: not where the backend takes it as it is."""
+    if model.active_root is None:
+        return False
+    if not _runs_fused(model):
+        return True
+    query = torch.empty(1, model.sites.heads, model.sites.head_size, dtype=model.dtype, device=model.device)
+    return not model.executor.backend.attends(query, Seen((((0, 1),),), outside=1))
 
 
 def _ranks(model: LanguageModel, attachment: Attachment) -> int:

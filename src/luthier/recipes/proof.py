@@ -276,7 +276,7 @@ def _check_loss(
         losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size)[0])
         if math.isclose(losses[-1], recorded, rel_tol=LOSS_TOLERANCE, abs_tol=NEAR_ZERO):
             return losses[-1]
-    other = _environment(facts)
+    other = _environment(facts, model)
     raise GateError(
         f"the saved result has a held-out loss of {losses[0]!r}, the run reported {recorded!r}"
         f"{'; since then ' + ', '.join(other) if other else ''}",
@@ -313,8 +313,8 @@ def _precision(facts: Mapping[str, Any]) -> Precision:
     return found
 
 
-def _environment(facts: Mapping[str, Any]) -> list[str]:
+def _environment(facts: Mapping[str, Any], model: LanguageModel) -> list[str]:
     """What computes otherwise here than it did in the run."""
-    now = {"processor": processor(), **{name: metadata.version(name) for name in LIBRARIES}}
+    now = {"processor": processor(), "kernels": model.kernels, **{name: metadata.version(name) for name in LIBRARIES}}
     made = facts["made_with"]
     return [f"{name} {made.get(name)} -> {value}" for name, value in now.items() if made.get(name) != value]

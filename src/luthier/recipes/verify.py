@@ -22,6 +22,7 @@ from typing import Any
 from luthier.core.child import bound_to_parent, start_child
 from luthier.core.errors import GateError, LuthierError, StoppedError
 from luthier.core.events import plain
+from luthier.core.imports import uncollected
 from luthier.store.runs import RunDirectory
 
 LAST_WORDS = 2000
@@ -34,7 +35,8 @@ def verify_run(run: RunDirectory) -> dict[str, Any]:
     Raises CorruptError for files that are not what they were, DriftError for a base, a recipe or data that have
     changed since, NumericError and GateError for a result that no run may have.
     """
-    from luthier.recipes.proof import prove
+    with uncollected():
+        from luthier.recipes.proof import prove
 
     return prove(run)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree, pack
+from luthier.kernels.sums import add_to
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
@@ -287,8 +288,7 @@ class Stepper:
         def collect(low: Tensor) -> None:
             # Added up in float32, micro-batch by micro-batch: in bfloat16 the later ones would be rounded away.
             if low.grad is not None:
-                high = low.grad.float()
-                master.grad = high if master.grad is None else master.grad.add_(high)
+                master.grad = low.grad.float() if master.grad is None else add_to(master.grad, low.grad)
                 low.grad = None
 
         parameter.register_post_accumulate_grad_hook(collect)

@@ -12,14 +12,19 @@ import numpy as np
 
 from luthier.data.forest import Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.spans import closed, whole_character
+from luthier.data.rendering.spans import whole_character
 from luthier.data.rendering.turns import Notice
 from luthier.data.tokenizer import Tokenizer
 
 
-def document(row: int, text: str, tokenizer: Tokenizer, *, longest: int | None, notice: Notice) -> list[Rendered]:
-    """The views of the row `row`, which is `text`: one, or several of at most `longest` tokens."""
-    tokens, spans = _ended(text, tokenizer, notice)
+def document(
+    row: int, text: str, encoded: tuple[Ints, Ints], tokenizer: Tokenizer, longest: int | None, *, notice: Notice
+) -> list[Rendered]:
+    """The views of the row `row`, which is `text`: one, or several of at most `longest` tokens.
+
+    `encoded` are the tokens (n,) of the text and their spans (n, 2), which cover it.
+    """
+    tokens, spans = _ended(text, encoded, tokenizer, notice)
     bos = np.array([tokenizer.bos_id], np.int32) if tokenizer.adds_bos else np.zeros(0, np.int32)
     made: list[Rendered] = []
     start = 0
@@ -40,10 +45,11 @@ def document(row: int, text: str, tokenizer: Tokenizer, *, longest: int | None, 
     return made
 
 
-def _ended(text: str, tokenizer: Tokenizer, notice: Notice) -> tuple[Ints, Ints]:
+def _ended(
+    text: str, encoded: tuple[Ints, Ints], tokenizer: Tokenizer, notice: Notice
+) -> tuple[Ints, Ints]:
     """The tokens of a text and their spans: without BOS before them, with the end-of-text token behind them."""
-    tokens, spans = tokenizer.encode(text)
-    spans = closed(spans, text)
+    tokens, spans = encoded
     if tokenizer.adds_bos and len(tokens) and tokens[0] == tokenizer.bos_id:
         tokens, spans = tokens[1:], spans[1:]
     eos = tokenizer.eos_id

@@ -94,6 +94,7 @@ class Renderer:
         self._before = (self.counts, self._found_stops)
         self._now: Staged | None = None
         self._encoded: dict[str, tuple[Ints, Ints]] = {}
+        self._ahead: dict[str, tuple[Ints, Ints]] = {}
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -109,12 +110,14 @@ class Renderer:
         """The views of `row`: one; several where history is rewritten or a text is long; none when it is dropped."""
         staged = self.stage(row)
         self.foresee([staged])
+        self.encode_ahead([staged])
         made = self.finish(staged)
         if isinstance(made, DataError):
             raise made
         return made
 
-    # Many rows: stage each, foresee all of them at once (in another thread, if that helps), finish each in its turn.
+    # Many rows: stage each, foresee all of them at once (in another thread, if that helps), encode all of them ahead,
+    # finish each in its turn.
 
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
@@ -137,6 +140,17 @@ class Renderer:
             outcomes = []  # a row that cannot be sent at all says so when its turn comes, and hides no other
         for (stage, slot, _), outcome in zip(slots, outcomes, strict=False):
             stage.take(slot, outcome)
+
+    def encode_ahead(self, staged: Sequence[Staged]) -> None:
+        """Make the tokens of all texts that these rows are known to need, at once; kept until the next call."""
+        texts: dict[str, None] = {}
+        for one in staged:
+            if isinstance(one.ready, Text):
+                texts[one.ready.text] = None
+            elif isinstance(one.ready, Stage):
+                texts.update(dict.fromkeys(one.ready.known_texts()))
+        self._ahead = {}
+        self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
 
     def finish(self, staged: Staged) -> list[Rendered] | DataError:
         """The views of a staged row, or why there are none."""
@@ -263,13 +277,13 @@ class Renderer:
 
     def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> _Trained:
         """The token range of an answer up to its stop token; refused when there is no such token."""
-        ids = self.tokenizer
-        end = start
-        while end < len(tokens) and spans[end, 0] < answer.stop:
-            end += 1
-        tail = [index for index in range(start, end) if spans[index, 0] >= answer.ending]
-        known = [index for index in tail if int(tokens[index]) in ids.stop_ids]
-        special = [index for index in tail if int(tokens[index]) in ids.stop_ids | ids.specials.ends]
+        ids, stops = self.tokenizer, self.tokenizer.stop_ids
+        begins = spans[start:, 0]
+        behind = begins >= answer.stop
+        end = start + (int(behind.argmax()) if behind.any() else len(behind))
+        tail = (start + np.flatnonzero(begins[: end - start] >= answer.ending)).tolist()
+        known = [index for index in tail if int(tokens[index]) in stops]
+        special = [index for index in tail if int(tokens[index]) in stops or int(tokens[index]) in ids.specials.ends]
         if not special:
             # An answer that ends in nothing teaches a model that never stops.
             text = ids.decode(tokens[tail])
@@ -283,14 +297,15 @@ class Renderer:
         # Tool calls may close with control tokens of their own before the turn ends.
         at = (known[0] if known else special[-1]) if answer.calls else special[0]
         stop = int(tokens[at])
-        for index in range(start, at):
-            if int(tokens[index]) in ids.stop_ids or int(tokens[index]) == stop:
-                raise DataError(
-                    f"the answer of message {answer.message + 1} contains {ids.token_text(int(tokens[index]))!r}, "
-                    "at which generation stops",
-                    do="take that text out of the answer, or choose a template with another end of turn",
-                )
-        if stop not in ids.stop_ids:
+        within = tokens[start:at].tolist()
+        if stop in within or not stops.isdisjoint(within):
+            early = next(token for token in within if token == stop or token in stops)
+            raise DataError(
+                f"the answer of message {answer.message + 1} contains {ids.token_text(early)!r}, "
+                "at which generation stops",
+                do="take that text out of the answer, or choose a template with another end of turn",
+            )
+        if stop not in stops:
             self._found_stops.add(stop)
             self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
         return _Trained(start, at + 1, answer.weight)
@@ -341,17 +356,24 @@ class Renderer:
     # Tokens
 
     def _document(self, row: Row, content: Text) -> list[Rendered]:
-        return document(row.number, content.text, self.tokenizer, longest=self.max_tokens, notice=self._notice)
+        # Nobody asks for a text again, and it may be long.
+        encoded = self._ahead.pop(content.text, None) or self._covered([content.text])[0]
+        return document(row.number, content.text, encoded, self.tokenizer, self.max_tokens, notice=self._notice)
+
+    def _covered(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
+        """The tokens of each text, with spans that cover it."""
+        encoded = self.tokenizer.encode_many(texts)
+        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, encoded, strict=True)]
 
     def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
         """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""
-        if text not in self._encoded:
+        known = self._ahead.get(text) or self._encoded.get(text)
+        if known is None:
             # The prompt of a row is asked for again when the row is checked.
             if len(self._encoded) >= _ENCODED:
                 self._encoded.clear()
-            ids, places = self.tokenizer.encode(text)
-            self._encoded[text] = ids, closed(places, text)
-        tokens, spans = self._encoded[text]
+            known = self._encoded[text] = self._covered([text])[0]
+        tokens, spans = known
         bos = self.tokenizer.bos_id
         if bos is None or not self.tokenizer.adds_bos:
             return tokens, spans

@@ -21,7 +21,7 @@ from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError, StorageError, TemplateError
 from luthier.core.nearest import did_you_mean
-from luthier.data.rendering.process import Program, RenderProcess
+from luthier.data.rendering.process import Program, RenderProcess, Seen
 from luthier.data.tokenizer import Tokenizer
 
 MAX_SOURCE: Final = 1024 * 1024
@@ -43,7 +43,8 @@ class Wanted:
 class Template:
     """A compiled chat template; `source` is the text to save with a model.
 
-    Templates given the same `process` share it, otherwise each has its own, which ends with it.
+    Templates given the same `process` share it, otherwise each has its own, which ends with it. One that is not
+    compiled `at_once` is with `compile`, or when something is first asked of it: rows that are cached need no process.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Template:
         name: str,
         now: datetime | None = None,
         process: RenderProcess | None = None,
+        at_once: bool = True,
     ) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateError(
@@ -77,10 +79,28 @@ class Template:
         )
         self._process = process or RenderProcess()
         self._ahead: dict[str, str | TemplateError] = {}
-        seen = self._process.compile(self._program)
-        self.knows_calls = seen.calls
-        self.knows_results = seen.results
-        self.knows_tools = seen.tools
+        self._seen = self._process.compile(self._program) if at_once else None
+
+    def compile(self) -> Seen:
+        """What the template looks at. Raises TemplateError with jinja2's words when it does not compile."""
+        if self._seen is None:
+            self._seen = self._process.compile(self._program)
+        return self._seen
+
+    @property
+    def knows_calls(self) -> bool:
+        """Whether it has a place for tool calls."""
+        return self.compile().calls
+
+    @property
+    def knows_results(self) -> bool:
+        """Whether it has a place for the results of tools."""
+        return self.compile().results
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it has a place for tools on offer."""
+        return self.compile().tools
 
     def render(
         self,
@@ -90,7 +110,7 @@ class Template:
         add_generation_prompt: bool = False,
     ) -> str:
         """The text of `messages`; raises TemplateError with the template's own words, or the limit it reached."""
-        job = _job(Wanted(messages, tools, add_generation_prompt))
+        job = _job(Wanted(messages, tools, add_generation_prompt), {})
         made = self._ahead.get(job)
         if made is None:
             made = self._process.render(self._program, [job])[0]
@@ -103,7 +123,8 @@ class Template:
 
         The outcomes are remembered until the next call: who knows what a row will need asks once, ahead.
         """
-        jobs = [_job(one) for one in wanted]
+        written: dict[int, str] = {}
+        jobs = [_job(one, written) for one in wanted]
         made = self._process.render(self._program, jobs)
         self._ahead = dict(zip(jobs, made, strict=True))
         return made
@@ -113,28 +134,41 @@ class Template:
         self._process.close()
 
 
-def _job(wanted: Wanted) -> str:
-    """What the template sees of one rendering, besides the special tokens, as JSON."""
+def _job(wanted: Wanted, written: dict[int, str]) -> str:
+    """What the template sees of one rendering, besides the special tokens, as JSON.
+
+    `written` are messages of the same call by identity: most of them stand in several renderings.
+    """
     try:
-        context = {
-            "messages": _plain(wanted.messages),
-            "tools": _plain(wanted.tools) or None,
-            "documents": None,
-            "add_generation_prompt": wanted.add_generation_prompt,
-        }
-        return json.dumps(context, ensure_ascii=False)
+        messages = ", ".join([written.get(id(each)) or _written(each, written) for each in wanted.messages])
+        tools = json.dumps(_plain(wanted.tools) or None, ensure_ascii=False)
     except (RecursionError, ValueError) as error:  # ValueError: a number of very many digits
         raise TemplateError(f"a message cannot be written as JSON: {error}") from None
+    ask = "true" if wanted.add_generation_prompt else "false"
+    return f'{{"messages": [{messages}], "tools": {tools}, "documents": null, "add_generation_prompt": {ask}}}'
+
+
+def _written(message: Mapping[str, Any], written: dict[int, str]) -> str:
+    text = written[id(message)] = json.dumps(_plain(message), ensure_ascii=False)
+    return text
 
 
 def choose(
-    choice: str, tokenizer: Tokenizer, *, notice: Callable[[str], None], now: datetime | None = None
+    choice: str,
+    tokenizer: Tokenizer,
+    *,
+    notice: Callable[[str], None],
+    now: datetime | None = None,
+    at_once: bool = True,
 ) -> Template:
-    """The template that `choice` names, for this tokenizer; `notice` hears when "auto" has to fall back."""
+    """The template that `choice` names, for this tokenizer; `notice` hears when "auto" has to fall back.
+
+    Without `at_once` it is compiled later (see `Template`).
+    """
     own = tokenizer.chat_template
     tokens = tokenizer.special_tokens
     if choice == "auto" and own is not None:
-        return Template(own, tokens, name="the model's own chat template", now=now)
+        return Template(own, tokens, name="the model's own chat template", now=now, at_once=at_once)
     name = choice
     if choice == "auto":
         name = FALLBACK
@@ -144,7 +178,7 @@ def choose(
         # Servers add no BOS to a chat, so a template that is to be saved with the model has to write it.
         if tokenizer.adds_bos:
             source = "{{- bos_token -}}" + source
-        return Template(source, tokens, name=name, now=now)
+        return Template(source, tokens, name=name, now=now, at_once=at_once)
     path = Path(choice).expanduser()
     if path.suffix != ".jinja":
         raise RecipeError(
@@ -154,7 +188,7 @@ def choose(
             where="data.template",
         )
     try:
-        return Template(path.read_text(encoding="utf-8"), tokens, name=str(path), now=now)
+        return Template(path.read_text(encoding="utf-8"), tokens, name=str(path), now=now, at_once=at_once)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"the chat template cannot be read: {error}", where=str(path)) from error
 

@@ -174,6 +174,12 @@ class Stage:
         """What became of a foreseen rendering."""
         self._known[slot] = outcome
 
+    def known_texts(self) -> list[str]:
+        """The whole conversation and the prompts of its trained turns, as far as their renderings were handed in."""
+        slots = [("text", len(self._fields)), *(("prompt", index) for index in self.weights)]
+        known = [self._known.get(slot) for slot in slots]
+        return [text for text in known if isinstance(text, str)]
+
     def prompt_like(self, wanted: Wanted) -> str | None:
         """The prompt that `wanted` asks for, when it is one of this conversation's and is known."""
         count = len(wanted.messages)

@@ -1,0 +1,286 @@
+"""Words: the tokens of a text, put together from the tokens of its words.
+
+Idea: a byte-level tokenizer cuts a text into words with one pattern and makes tokens of each word alone, so a word that
+comes again has the tokens it had before. The tokenizer itself is asked once for each different word, and a text is
+then a look-up: several times as fast as the tokenizer on the whole text, and the same ids and spans.
+
+What could differ is only where the words are cut. So the patterns are those that are listed here, word for word, and
+only ASCII is cut by Python's own regular expressions, where letters, digits and white space are the same for everybody.
+Whatever else stands in a text goes to the tokenizer with its surroundings, from a letter before a space to the next
+one: no listed pattern makes one word across such a place, or looks back over it. Anything else about a tokenizer that
+would let a neighbour change a word's tokens (another kind, a space added in front, tokens that swallow white space)
+means that there are no words for it, and the tokenizer does all the work.
+
+Source: the pre-tokenizers of the tokenizers library (ByteLevel, Split) and the patterns of GPT-2, Llama 3 and Qwen 2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from threading import Lock
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.forest import Ints
+
+_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_SEEDLING: Final = (
+    r"'(?:[sdmt]|ll|ve|re)|\p{Lu}\p{L}*| ?(?!\p{Lu})\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+PATTERNS: Final = (_GPT2, _LLAMA3, _QWEN2, _SEEDLING)
+"""What is known to cut at each letter that a space or a line break follows, without looking back over it."""
+_IN_CLASS: Final = {r"\p{Lu}": "A-Z", r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
+_OTHER: Final = re.compile(r"[^\x00-\x7f]+")
+_CUT: Final = re.compile(r"[A-Za-z](?=[ \n])")
+_SLICE: Final = 2**20
+"""Characters that are looked up at once: a word costs about ten times its characters in memory."""
+_MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
+"""What is remembered, at most, about 30 MB; then it begins anew."""
+
+
+@final
+class Words:
+    """The words of one tokenizer seen so far, with their tokens. Make one with `of`; several threads may use it."""
+
+    def __init__(self, backend: Any, pattern: str, added: Sequence[str]) -> None:
+        self._backend = backend
+        self._find = re.compile(_ascii(pattern), re.ASCII).findall
+        longest_first = sorted(added, key=len, reverse=True)
+        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
+        self._lock = Lock()
+        self._begin()
+
+    @classmethod
+    def of(cls, backend: Any) -> Words | None:
+        """The words of a `tokenizers.Tokenizer`; None where its tokens are not known to be those of its words."""
+        pattern = _pattern(_state(backend.pre_tokenizer))
+        added = list(backend.get_added_tokens_decoder().values())
+        plain_tokens = not any(
+            token.lstrip or token.rstrip or token.single_word or token.normalized or not token.content
+            for token in added
+        )
+        if pattern is None or not plain_tokens or not _is_plain(backend):
+            return None
+        return cls(backend, pattern, [token.content for token in added])
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
+        """The ids (n,) of each text and their character spans (n, 2); None when its words do not add up to it."""
+        with self._lock:
+            if len(self._known) > _MOST_WORDS or self._ids.size > _MOST_TOKENS:
+                self._begin()
+            made: list[tuple[Ints, Ints]] = []
+            for group in _groups(texts):
+                parts = self._looked_up(group)
+                if any(length != len(text) for text, (_, _, length) in zip(group, parts, strict=True)):
+                    return None
+                made += [(ids, spans) for ids, spans, _ in parts]
+            return _whole(texts, made)
+
+    def forget(self) -> None:
+        """Let go of the words: they are of use only while many texts are encoded."""
+        with self._lock:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._known: dict[str, int] = {}
+        self._ids, self._spans = _Growing(()), _Growing((2,))
+        # For each word: where its tokens begin, how many they are, and how many characters it has.
+        self._words = _Growing((3,))
+
+    def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints, int]]:
+        """The ids and spans of each text, and the characters of all its words."""
+        words: list[str] = []
+        word_ends: list[int] = []
+        for text in texts:
+            self._cut(text, words)
+            word_ends.append(len(words))
+        places = np.fromiter(map(self._known.get, words, repeat(-1)), np.int64, len(words))
+        unknown = np.flatnonzero(places < 0).tolist()
+        if unknown:
+            self._learn(dict.fromkeys(words[index] for index in unknown))
+            places[unknown] = [self._known[words[index]] for index in unknown]
+        first, counts, lengths = self._words.taken(places).T
+        # Behind word w of all texts are so many tokens and characters.
+        tokens, characters = (np.concatenate([[0], np.cumsum(each)]) for each in (counts, lengths))
+        # Token t is the one at this place among those of all known words.
+        at = np.arange(tokens[-1]) + np.repeat(first - tokens[:-1], counts)
+        begins = np.concatenate([[0], word_ends])
+        base = characters[:-1] - np.repeat(characters[begins[:-1]], np.diff(begins))
+        base = np.repeat(base.astype(np.int32), counts)
+        ids, spans = self._ids.taken(at), self._spans.taken(at)
+        for side in (0, 1):
+            spans[:, side] += base
+        edges = tokens[begins].tolist()
+        sizes = np.diff(characters[begins]).tolist()
+        return [
+            (ids[start:end], spans[start:end], size)
+            for start, end, size in zip(edges, edges[1:], sizes, strict=False)
+        ]
+
+    def _learn(self, words: Mapping[str, None]) -> None:
+        """Ask the tokenizer for the tokens of words."""
+        for word, made in zip(words, self._backend.encode_batch(list(words), add_special_tokens=False), strict=True):
+            ids = made.ids
+            self._known[word] = self._words.size
+            self._words.append([(self._ids.size, len(ids), len(word))])
+            self._ids.append(ids)
+            self._spans.append(made.offsets)
+
+    def _cut(self, text: str, words: list[str]) -> None:
+        """Append the words of a text, in order."""
+        if self._added is None:
+            words += self._words_of(text)
+            return
+        for index, part in enumerate(self._added.split(text)):
+            words += [part] if index % 2 else self._words_of(part)
+
+    def _words_of(self, text: str) -> list[str]:
+        """The words of a text without control tokens; what is not ASCII stays in one piece with its surroundings."""
+        if text.isascii():
+            return list(self._find(text))
+        words: list[str] = []
+        done = 0
+        while (other := _OTHER.search(text, done)) is not None:
+            start = _cut_before(text, done, other.start())
+            cut = _CUT.search(text, other.end())
+            end = cut.end() if cut else len(text)
+            words += self._find(text[done:start])
+            words.append(text[start:end])
+            done = end
+        return words + self._find(text[done:])
+
+
+@final
+class _Growing:
+    """An array of int32 that grows at its end."""
+
+    def __init__(self, tail: tuple[int, ...]) -> None:
+        self._values: NDArray[np.int32] = np.empty((1024, *tail), np.int32)
+        self.size = 0
+
+    def append(self, values: Sequence[Any]) -> None:
+        end = self.size + len(values)
+        if end > len(self._values):
+            grown = np.empty((max(2 * len(self._values), end), *self._values.shape[1:]), np.int32)
+            grown[: self.size] = self._values[: self.size]
+            self._values = grown
+        if len(values):
+            self._values[self.size : end] = values
+        self.size = end
+
+    def taken(self, places: NDArray[np.int64]) -> Ints:
+        """The values at `places`, as a new array."""
+        return self._values.take(places, axis=0)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in order, long ones in slices, as many at once as are looked up together."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        for part in _slices(text):
+            group.append(part)
+            size += len(part)
+            if size >= _SLICE:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _slices(text: str) -> list[str]:
+    """A text in parts of about `_SLICE` characters, cut where words are always cut."""
+    parts: list[str] = []
+    done = 0
+    while len(text) - done > _SLICE and (cut := _CUT.search(text, done + _SLICE)) is not None:
+        parts.append(text[done : cut.end()])
+        done = cut.end()
+    return [*parts, text[done:]]
+
+
+def _whole(texts: Sequence[str], made: Sequence[tuple[Ints, Ints]]) -> list[tuple[Ints, Ints]]:
+    """The tokens of each text, from those of its slices."""
+    whole: list[tuple[Ints, Ints]] = []
+    rest = iter(made)
+    for text in texts:
+        slices = _slices(text)
+        parts = [next(rest) for _ in slices]
+        start = 0
+        for part, (_, spans) in zip(slices, parts, strict=True):
+            spans += start
+            start += len(part)
+        joined = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
+        whole.append(parts[0] if len(parts) == 1 else (next(joined), next(joined)))
+    return whole
+
+
+def _cut_before(text: str, start: int, end: int) -> int:
+    """The last place in `text` from `start` to `end` where words are always cut; `start` when there is no other."""
+    while True:
+        end = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        if end < 0:
+            return start
+        before = text[end - 1]
+        if before.isascii() and before.isalpha():
+            return end
+
+
+def _ascii(pattern: str) -> str:
+    """A pattern as it reads where there is nothing but ASCII: classes of Unicode become ranges."""
+    inside = False
+    made = ""
+    for piece in re.split(r"(\\p\{\w+\}|\\.|[\[\]])", pattern):
+        inside = piece == "[" or (inside and piece != "]")
+        ranges = _IN_CLASS.get(piece)
+        made += piece if ranges is None else ranges if inside else f"[{ranges}]"
+    return made
+
+
+def _state(part: Any) -> dict[str, Any]:
+    """What a part of a tokenizer says of itself, as tokenizer.json has it; empty when there is none."""
+    return {} if part is None else dict(json.loads(part.__getstate__()))
+
+
+def _parts(state: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The parts of a sequence, or the one part, or none."""
+    return list(state[key]) if state.get("type") == "Sequence" else [state] if state else []
+
+
+def _pattern(state: Mapping[str, Any]) -> str | None:
+    """The listed pattern by which a pre-tokenizer cuts; None when it does anything else."""
+    *before, last = _parts(state, "pretokenizers") or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
+        return None
+    if not before:
+        return _GPT2 if last.get("use_regex", True) is True else None
+    if len(before) > 1 or before[0].get("type") != "Split" or last.get("use_regex", True) is not False:
+        return None
+    # Isolated words, or what is between removed: all characters belong to a word, so that is the same.
+    way = before[0].get("behavior"), before[0].get("invert")
+    pattern = before[0].get("pattern", {}).get("Regex")
+    return pattern if pattern in PATTERNS and way in (("Isolated", False), ("Removed", True)) else None
+
+
+def _is_plain(backend: Any) -> bool:
+    """Whether the rest of a tokenizer looks at one word at a time, and leaves ASCII and the spans as they are."""
+    model = backend.model
+    if type(model).__name__ != "BPE" or model.dropout or model.unk_token is not None or backend.encode_special_tokens:
+        return False
+    if model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback:
+        return False
+    if _state(backend.normalizer).get("type", "NFC") != "NFC":
+        return False
+    return all(
+        part.get("type") == "TemplateProcessing" or (part.get("type") == "ByteLevel" and not part["trim_offsets"])
+        for part in _parts(_state(backend.post_processor), "processors")
+    )

@@ -1,0 +1,195 @@
+"""Words give the very tokens and spans that the tokenizer gives for the whole text, whatever the text is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+import luthier.assets
+from luthier.data import words as words_module
+from luthier.data.tokenizer import Tokenizer
+from luthier.data.words import PATTERNS, Words
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog. It's THE dog's, we'll see; they've 1234 dogs!!\n\n  And so on...\n",
+    "def f(x):\n\treturn [x ** 2 for x in range(10)]  # naïve, café, 中文 😀\r\n",
+]
+MARKS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im")
+PLAIN = [chr(code) for code in range(128)]
+USUAL = [*"   \n\n\r\t.,'\"!?-_()01239sStTreVElmdDaAbBzZ", "'s", "'LL", "\n\n", "  ", *MARKS]
+OTHER = [*"éßÀſİΩ中文½٣ª", "\u00a0", "\u2028", "\u3000", "\u0301", "😀", "\u200b", "\x85"]
+
+
+def backend(pattern: str = PATTERNS[0], *, built_in: bool = True) -> Backend:
+    """A byte-level tokenizer that cuts by a pattern: built into the library, or as a Split of its own."""
+    made = Backend(models.BPE())
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=built_in)
+    split = [] if built_in else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*split, by_bytes]) if split else by_bytes
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        SENTENCES * 3, trainers.BpeTrainer(vocab_size=500, initial_alphabet=sorted(alphabet), show_progress=False)
+    )
+    made.add_special_tokens(list(MARKS))
+    return made
+
+
+def seedling() -> Backend:
+    return Backend.from_file(str(Path(luthier.assets.__file__).parent / "seedling" / "tokenizer.json"))
+
+
+BACKENDS = {
+    "gpt2": backend,
+    **{
+        f"split {index}": lambda pattern=pattern: backend(pattern, built_in=False)
+        for index, pattern in enumerate(PATTERNS)
+    },
+    "seedling": seedling,
+}
+
+
+def texts(seed: int) -> list[str]:
+    draw = random.Random(seed)
+    alphabets = (USUAL, PLAIN + USUAL, USUAL * 3 + OTHER, [*OTHER, " ", "a"], SENTENCES)
+    return [
+        "".join(draw.choices(draw.choice(alphabets), k=draw.choice((0, 1, 2, 5, 20, 100)))) for _ in range(300)
+    ]
+
+
+def demand_same(made, tokenizer: Backend, given: list[str]) -> None:
+    assert made is not None
+    wanted = tokenizer.encode_batch(given, add_special_tokens=False)
+    for text, (ids, spans), whole in zip(given, made, wanted, strict=True):
+        assert ids.dtype == spans.dtype == np.int32 and spans.shape == (len(ids), 2)
+        assert ids.tolist() == whole.ids, repr(text)
+        assert [tuple(span) for span in spans.tolist()] == whole.offsets, repr(text)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_tokens_and_spans_are_those_of_the_whole_text(name: str) -> None:
+    tokenizer = BACKENDS[name]()
+    words = Words.of(tokenizer)
+    assert words is not None
+    for seed in range(4):
+        given = texts(seed)
+        # The second time from memory.
+        for _ in range(2):
+            demand_same(words.encode(given), tokenizer, given)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_long_texts_are_sliced_without_a_trace(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(words_module, "_SLICE", 40)
+    tokenizer = BACKENDS[name]()
+    words = Words.of(tokenizer)
+    given = ["", *(SENTENCES * 5), "x" * 500, " " * 500, "a b" * 200, "中文 " * 100, "".join(texts(1))]
+    demand_same(words.encode(given), tokenizer, given)
+    assert len(words_module._slices(given[1])) > 1
+
+
+def test_what_is_remembered_is_bounded(monkeypatch) -> None:
+    monkeypatch.setattr(words_module, "_MOST_WORDS", 100)
+    tokenizer = backend()
+    words = Words.of(tokenizer)
+    for seed in range(5):
+        given = texts(seed)[:40]
+        demand_same(words.encode(given), tokenizer, given)
+        first = len(words._known)
+        words.encode(["a few words"])
+        assert len(words._known) <= max(100, first) and (first <= 100 or len(words._known) == 3)
+
+
+def test_forgotten_words_are_learned_again() -> None:
+    tokenizer = backend()
+    words = Words.of(tokenizer)
+    for _ in range(2):
+        demand_same(words.encode(SENTENCES), tokenizer, SENTENCES)
+        words.forget()
+        assert not words._known and not words._ids.size
+
+
+def test_ascii_patterns_cut_nothing_out() -> None:
+    every = "".join(a + b for a in PLAIN for b in PLAIN)
+    for pattern in PATTERNS:
+        words = Words(backend(), pattern, ())
+        assert "".join(words._words_of(every)) == every
+
+
+def without(**parts: object) -> Backend:
+    tokenizer = backend()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+def with_token(**flags: bool) -> Backend:
+    tokenizer = backend()
+    tokenizer.add_tokens([AddedToken("<odd>", **flags)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        without(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        without(pre_tokenizer=pre_tokenizers.Whitespace()),
+        without(pre_tokenizer=pre_tokenizers.Metaspace()),
+        backend(r"\p{L}+ ?|.", built_in=False),
+        without(pre_tokenizer=pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(PATTERNS[1]), "removed"), pre_tokenizers.ByteLevel(False, use_regex=False)])),
+        without(pre_tokenizer=pre_tokenizers.Sequence([
+            pre_tokenizers.Split(PATTERNS[1], "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])),
+        without(normalizer=normalizers.Lowercase()),
+        without(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])),
+        without(post_processor=processors.ByteLevel(trim_offsets=True)),
+        without(model=models.WordPiece({"a": 0, "[UNK]": 1})),
+        without(model=models.BPE({"a": 0}, [], dropout=0.5)),
+        without(model=models.BPE({"a": 0}, [], end_of_word_suffix="</w>")),
+        without(encode_special_tokens=True),
+        with_token(lstrip=True, normalized=False),
+        with_token(rstrip=True, normalized=False),
+        with_token(single_word=True, normalized=False),
+        with_token(normalized=True),
+    ],
+)  # fmt: skip
+def test_whatever_could_differ_has_no_words(tokenizer: Backend) -> None:
+    assert Words.of(tokenizer) is None
+
+
+def test_what_leaves_words_alone_is_taken() -> None:
+    composed = without(
+        normalizer=normalizers.NFC(),
+        post_processor=processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend().token_to_id("<s>"))]),
+        ]),
+    )  # fmt: skip
+    words = Words.of(composed)
+    given = ["e\u0301 cafe\u0301 e", *texts(3)]
+    demand_same(words.encode(given), composed, given)
+
+
+def test_a_text_that_its_words_do_not_make_up_goes_to_the_tokenizer(make_tokenizer, monkeypatch) -> None:
+    tokenizer: Tokenizer = make_tokenizer("bytes")
+    assert tokenizer.words is not None
+    wanted = tokenizer.encode("one, two")
+    monkeypatch.setattr(tokenizer.words, "_find", lambda text: text.split())
+    assert tokenizer.words.encode(["one, two"]) is None
+    ids, spans = tokenizer.encode("one, two")
+    assert ids.tolist() == wanted[0].tolist() and spans.tolist() == wanted[1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_many_at_once_are_as_one_by_one(kind: str, make_tokenizer) -> None:
+    tokenizer: Tokenizer = make_tokenizer(kind)
+    given = ["", "one", "What is the capital?\n", "</s>", "one"]
+    for text, (ids, spans) in zip(given, tokenizer.encode_many(given), strict=True):
+        alone = tokenizer.encode(text)
+        assert ids.tolist() == alone[0].tolist() and spans.tolist() == alone[1].tolist()
+    assert tokenizer.encode_many([]) == []
