@@ -2,8 +2,9 @@
 
 Idea: transformers lets a model call a registered attention function. Ours receives the queries, keys and values of the
 whole flat batch and a `ForestPlan`, and makes one call for each segment over its ancestors' keys and its own; nothing
-is padded and no dense mask over the batch exists. Without a plan (padded generation, plain forwards) it is the zoo's
-own SDPA. The mask function is registered with it: without one, transformers hands padded batches no mask at all.
+is padded and no dense mask over the batch exists. On a GPU all of them may be one call (block_mask.py). Without a plan
+(padded generation, plain forwards) it is the zoo's own SDPA. The mask function is registered with it: without one,
+transformers hands padded batches no mask at all.
 Source: transformers' AttentionInterface; flash attention on the CPU needs `is_causal` or no mask to skip blocks, which
 is why a segment without ancestors takes the causal call.
 """
@@ -25,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
+from luthier.model.block_mask import BlockMask, MaskedAttention, block_mask
 from luthier.model.edits import LearnedRoot
 
 NAME = "luthier_forest"
@@ -64,6 +66,7 @@ class ForestPlan:
 
     `outer` holds, for each layer, keys and values (1, h, A, D) that every span sees before its own ancestors (a parent
     that went through the model in another pass). `captured` collects each layer's keys and values when it is a dict.
+    `by_mask` makes one call of the attention of many segments, where it is given.
     """
 
     spans: Sequence[Span]
@@ -73,6 +76,8 @@ class ForestPlan:
     noted: dict[int, AttentionCall] = field(default_factory=dict)
     calls: int = 0
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    by_mask: MaskedAttention | None = None
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -115,6 +120,14 @@ class ForestPlan:
             visible = keys <= queries
             self.masks[key] = visible if window is None else visible & (keys > queries - window)
         return self.masks[key]
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """Which of all keys, those from outside first, each of all queries sees."""
+        if window is not None and self.longest <= window:
+            window = None
+        if window not in self.block_masks:
+            self.block_masks[window] = block_mask(self.spans, self.outside, window, device)
+        return self.block_masks[window]
 
 
 def _units(spans: Sequence[Span], *, alone: bool) -> tuple[Unit, ...]:
@@ -170,6 +183,11 @@ def forest_attention(
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
     outer = forest_plan.outer_keys(layer, key.dtype)
+    by_mask = forest_plan.by_mask
+    if by_mask is not None and len(forest_plan.units) > 1 and by_mask.takes(query, dropout):
+        key, value = (torch.cat([*(pair[side] for pair in outer), own], 2) for side, own in enumerate((key, value)))
+        mask = forest_plan.block_mask(sliding_window, query.device)
+        return by_mask.attend(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
     # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
     sizes = [unit.count * unit.length for unit in forest_plan.units]
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))

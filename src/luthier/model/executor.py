@@ -1,8 +1,9 @@
 """Executors: a forest through a model, by segment or by unrolled paths, with the same losses and gradients.
 
 By segment: one flat pass over all tokens; attention sees a `ForestPlan` (see attention.py), everything else works token
-by token anyway. Unrolled: every way from a root to a leaf is a plain row of a right-padded batch; shared tokens are
-computed once for each path but carry weight only in the first. Unrolled works for any causal model.
+by token anyway. By mask: the same pass, on a GPU, with attention as one call (see block_mask.py). Unrolled: every way
+from a root to a leaf is a plain row of a right-padded batch; shared tokens are computed once for each path but carry
+weight only in the first. Unrolled works for any causal model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, AttentionCall, ForestPlan, UndrivableAttentionError
+from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.head import EditedHead, head_of
@@ -38,7 +40,8 @@ PROBE_TOLERANCE = 2e-2
 class Executor:
     """Which executor runs a model, whether the head is computed by luthier, and why not when it is not.
 
-    `backend` computes that head, and what lies between the products of `blocks`.
+    `backend` computes that head, and what lies between the products of `blocks`. `by_mask` makes one call of the
+    attention of many segments; without it each is a call of its own, which is what a CPU does best.
     """
 
     kind: Literal["segments", "unrolled"]
@@ -46,6 +49,7 @@ class Executor:
     backend: Backend
     reason: str = ""
     blocks: Blocks | None = None
+    by_mask: MaskedAttention | None = None
 
 
 def run_segments(
@@ -55,10 +59,11 @@ def run_segments(
     head: AnyHead,
     root: LearnedRoot | None = None,
     blocks: Blocks | None = None,
+    by_mask: MaskedAttention | None = None,
 ) -> TokenOutputs:
-    """One flat pass over the forest, attention by segment, with `blocks` by our own operations."""
+    """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations."""
     layout = forest.layout
-    plan = ForestPlan(spans=layout.spans, root=root)
+    plan = ForestPlan(spans=layout.spans, root=root, by_mask=by_mask)
     tokens = _long(layout.tokens, module)
     positions = _long(layout.positions, module) + (0 if root is None else root.token_count)
     predictors = _long(layout.predictors, module)
@@ -208,8 +213,34 @@ def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor
     blocks = Blocks.of(module, _attention_calls(module), backend) if fused else None
     if blocks is not None and not _close(run_segments(module, forest, head=head, blocks=blocks).log_probs, truth):
         blocks = None
-    reason = "" if own_head else "the output head is computed by the zoo"
-    return Executor("segments", own_head, backend, reason, blocks)
+    reasons = [] if own_head else ["the output head is computed by the zoo"]
+    by_mask, failure = _by_mask(module, forest, head, truth, blocks) if fused else (None, "")
+    reasons += [f"attention by segment, not by mask: {failure}"] if failure else []
+    return Executor("segments", own_head, backend, "; ".join(reasons), blocks, by_mask)
+
+
+def _by_mask(
+    module: PreTrainedModel, forest: Forest, head: AnyHead, truth: Tensor, blocks: Blocks | None
+) -> tuple[MaskedAttention | None, str]:
+    """Attention by mask, where it is of use and does what it should; or None, with the reason when it does not."""
+    if not _may_mask(module, blocks):
+        return None, ""
+    by_mask = MaskedAttention.compiled()
+    try:
+        log_probs = run_segments(module, forest, head=head, blocks=blocks, by_mask=by_mask).log_probs
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, NotImplementedError, OSError) as failure:
+        return None, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+    return (by_mask, "") if _close(log_probs, truth) else (None, "it does not reproduce the model's own logits")
+
+
+def _may_mask(module: PreTrainedModel, blocks: Blocks | None) -> bool:
+    """Whether this is a GPU, and the backend has no attention of its own for every layer: then compiling is in vain."""
+    if module.device.type != "cuda" or blocks is None:
+        return module.device.type == "cuda"
+    query = torch.empty(1, 1, blocks.head_size, dtype=module.dtype, device=module.device)
+    return not blocks.backend.attends(query, None) or any(call.window is not None for call in blocks.calls.values())
 
 
 def _attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:

@@ -105,7 +105,10 @@ class LanguageModel:
         """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
         root = self.active_root
         if self.executor.kind == "segments":
-            return run_segments(self.module, forest, head=self.head, root=root, blocks=self.executor.blocks)
+            ways = self.executor
+            return run_segments(
+                self.module, forest, head=self.head, root=root, blocks=ways.blocks, by_mask=ways.by_mask
+            )
         return run_unrolled(self.module, forest, head=self.head, root=root)
 
     def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
@@ -118,6 +121,7 @@ class LanguageModel:
             max_tokens=max_tokens,
             root=self.active_root,
             blocks=self.executor.blocks,
+            by_mask=self.executor.by_mask,
         )
 
     @property

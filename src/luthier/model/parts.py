@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.forest import ROOT, Forest, Segment, Span, Tree
 from luthier.model.attention import ForestPlan
+from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.executor import AnyHead, flat_hidden, score
@@ -56,6 +57,7 @@ def backward_in_parts(
     max_tokens: int,
     root: LearnedRoot | None = None,
     blocks: Blocks | None = None,
+    by_mask: MaskedAttention | None = None,
 ) -> Iterator[Part]:
     """Run `tree` forward and backward in parts of at most `max_tokens` new tokens, and yield what each part found.
 
@@ -64,7 +66,7 @@ def backward_in_parts(
     """
     trunk = _run_trunk(module, tree, root, blocks)
     for part in _parts(tree, max_tokens):
-        outputs = _run_branches(module, part, trunk, head, root, blocks)
+        outputs = _run_branches(module, part, trunk, head, root, blocks, by_mask)
         report = loss(outputs, part)
         if report.sum.requires_grad:
             report.sum.backward()
@@ -92,6 +94,7 @@ def _run_branches(
     head: AnyHead,
     root: LearnedRoot | None,
     blocks: Blocks | None,
+    by_mask: MaskedAttention | None,
 ) -> TokenOutputs:
     """The branches of a part, seeing the trunk through its leaves."""
     layout = part.layout
@@ -101,7 +104,7 @@ def _run_branches(
         Span(span.start - length, span.stop - length, tuple(ancestor - 1 for ancestor in span.ancestors if ancestor))
         for span in layout.spans[1:]
     )
-    plan = ForestPlan(spans=spans, root=root, outer=trunk.leaves)
+    plan = ForestPlan(spans=spans, root=root, outer=trunk.leaves, by_mask=by_mask)
     hidden = _hidden(module, layout.tokens[length:], length, plan, root, blocks, positions=layout.positions[length:])
     return _score(module, part, torch.cat([trunk.last_leaf, hidden]), head, first=length - 1)
 
