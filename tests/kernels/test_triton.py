@@ -93,6 +93,25 @@ def test_compiled_for_a_chip(chip: int, rows: str, monkeypatch: pytest.MonkeyPat
             assert on_stack(made) == 0, f"{name}{values} spills registers"
 
 
+@pytest.mark.parametrize("small", ["n", "d", "f", "heads", "half", "size"])
+def test_compiled_for_a_size_of_one(small: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Breaks when a kernel cannot be compiled for one row, or one column: a launcher makes constants of these."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    triton = pytest.importorskip("triton.compiler", reason=NO_TRITON)
+    from triton.backends.compiler import GPUTarget
+
+    from luthier.kernels import triton_rows
+
+    for name, (kinds, constants, warps) in COMPILED.items():
+        kernel = vars(triton_rows)[name]
+        given = dict(zip(kernel.arg_names, [KINDS.get(kind, "*bf16") for kind in kinds.split()], strict=False))
+        if small in given:
+            constant = {small: 1, **dict(zip(kernel.arg_names[len(given) :], constants[-1], strict=True))}
+            source = triton.ASTSource(kernel, {**given, **dict.fromkeys(constant, "constexpr")}, constant)
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+            assert made.asm["cubin"]
+
+
 def on_stack(cubin: Path) -> int:
     """Bytes of local memory of a compiled kernel: what did not fit into registers."""
     from triton import knobs

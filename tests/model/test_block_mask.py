@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from luthier.data.forest import Forest, Segment, Span, Tree
 from luthier.model import block_mask as by
 from luthier.model import executor
 from luthier.model.attention import ForestPlan
-from luthier.model.block_mask import BLOCK, MaskedAttention
+from luthier.model.block_mask import BLOCK, MaskedAttention, MaskedCall, plain_attention
 from luthier.model.language_model import LanguageModel
 from luthier.objectives.sft import SFT
 from tests import forests
@@ -86,9 +87,9 @@ def test_a_model_has_the_same_log_probabilities(architecture: str, monkeypatch: 
     forest = Forest((forests.branching(), *forests.rows(3)))
     asked: list[tuple[object, ...]] = []
 
-    def attention(*arguments: Tensor, **named: object) -> Tensor:
+    def attention(*arguments: Tensor, **named: Any) -> Tensor:
         asked.append(arguments[0].shape)
-        found: Tensor = flex_attention(*arguments, **named)  # type: ignore[assignment, arg-type]
+        found: Tensor = flex_attention(*arguments, **named)
         return found
 
     by_mask = replace(model.executor, by_mask=MaskedAttention(attention))
@@ -100,15 +101,7 @@ def test_a_model_has_the_same_log_probabilities(architecture: str, monkeypatch: 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def stood_in(query: Tensor, key: Tensor, value: Tensor, **named: object) -> Tensor:
-    """FlexAttention with a backward pass on a CPU, from the same mask; without soft caps."""
-    mask_mod = named["block_mask"].mask_mod  # type: ignore[attr-defined]
-    places = torch.meshgrid(torch.arange(query.shape[2]), torch.arange(key.shape[2]), indexing="ij")
-    mask = mask_mod(None, None, *places)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=named["scale"], enable_gqa=True)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "mistral"])
 def test_a_tree_has_the_same_gradients_at_once_and_in_parts(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +115,7 @@ def test_a_tree_has_the_same_gradients_at_once_and_in_parts(
         for parts in (False, True):
             model = forests.language_model(architecture, fused=False)
             if masked:
-                model.executor = replace(model.executor, by_mask=MaskedAttention(stood_in))
+                model.executor = replace(model.executor, by_mask=MaskedAttention(plain_attention))
             parameters = forests.trainable(model)
             if parts:
                 for _ in model.backward_in_parts(tree, SFT().loss, max_tokens=8):
@@ -141,7 +134,7 @@ def test_one_text_alone_needs_no_mask() -> None:
     model.token_outputs(Forest((forests.rows(1)[0],)))
 
 
-def refused(*arguments: Tensor, **named: object) -> Tensor:
+def refused(*arguments: Tensor, **named: Any) -> Tensor:
     raise RuntimeError("no kernel for this device\nand more words")
 
 
@@ -150,7 +143,9 @@ def test_it_is_chosen_on_a_gpu_only_and_says_why_not(monkeypatch: pytest.MonkeyP
     assert forests.language_model("gpt2").executor.by_mask is None
     monkeypatch.setattr(by, "SMALLEST_HEAD", 8)
     monkeypatch.setattr(executor, "_may_mask", lambda module, blocks: True)
-    for attention, reason in ((stood_in, ""), (refused, "RuntimeError: no kernel for this device"), (wrong, "logits")):
+    ways = ((plain_attention, ""), (refused, "RuntimeError: no kernel for this device"), (wrong, "logits"),
+            (rigid, "gradients"))  # fmt: skip
+    for attention, reason in ways:
         monkeypatch.setattr(MaskedAttention, "compiled", classmethod(lambda cls, way=attention: cls(way)))
         module = forests.zoo("gpt2")
         model = LanguageModel(module, source="tiny", digest="")
@@ -159,9 +154,14 @@ def test_it_is_chosen_on_a_gpu_only_and_says_why_not(monkeypatch: pytest.MonkeyP
         assert LanguageModel(module, source="tiny", digest="", kernels="torch").executor.by_mask is None
 
 
-def wrong(query: Tensor, key: Tensor, value: Tensor, **named: object) -> Tensor:
+def wrong(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
     """Attention to everything."""
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def rigid(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+    """The right values, and a gradient in which keys do not matter."""
+    return plain_attention(query, key.detach() + 0 * key, value, **named)
 
 
 @pytest.mark.slow
@@ -181,8 +181,9 @@ def test_compiled_for_this_cpu_it_has_the_same_numbers() -> None:
         expected = F.scaled_dot_product_attention(
             query, key, value, attn_mask=dense(laid, outside, window), enable_gqa=True, scale=0.3
         )
+        call = MaskedCall(query, key, value, by.block_mask(laid, outside, window, CPU), 0.3, None)
         with torch.no_grad():
-            found = attention.attend(query, key, value, by.block_mask(laid, outside, window, CPU), 0.3, None)
+            found = attention.attend(call)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -200,6 +201,7 @@ def test_one_compilation_is_enough_for_all_lengths_and_windows() -> None:
             for window in (None, 7, 8):
                 laid = spans(seed)
                 query, key = torch.randn(1, 2, laid[-1].stop, 16), torch.randn(1, 2, outside + laid[-1].stop, 16)
-                attention.attend(query, key, key, by.block_mask(laid, outside, window, CPU), None, None)
+                mask = by.block_mask(laid, outside, window, CPU)
+                attention.attend(MaskedCall(query, key, key, mask, None, None))
     # With and without keys from outside: where there are none, queries and keys are taken to be equally many for good.
     assert len(compiled) <= 2

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from luthier.kernels import varlen
 from luthier.model import block_mask as by
-from luthier.model.block_mask import MaskedAttention
+from luthier.model.block_mask import MaskedAttention, MaskedCall
 from luthier.model.language_model import LanguageModel
 from tests import forests
 from tests.model.test_block_mask import dense, spans
@@ -46,7 +46,8 @@ def test_attention_by_mask(outside: int, window: int | None) -> None:
     given = [torch.randn(1, heads, n, 64, generator=generator).to(CUDA).requires_grad_() for heads, n in sizes]
     mask = dense(laid, outside, window).to(CUDA)
     expected = F.scaled_dot_product_attention(*given, attn_mask=mask, enable_gqa=True)
-    found = MaskedAttention.compiled().attend(*given, by.block_mask(laid, outside, window, CUDA), None, None)
+    call = MaskedCall(*given, by.block_mask(laid, outside, window, CUDA), None, None)
+    found = MaskedAttention.compiled().attend(call)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
     upper = torch.randn(expected.shape, generator=generator).to(CUDA)
     slopes = [torch.autograd.grad(out, given, upper) for out in (found, expected)]

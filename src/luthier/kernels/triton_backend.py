@@ -199,11 +199,12 @@ class TritonBackend(Backend):
     def _try_one(self, device: torch.device, dtype: torch.dtype) -> None:
         """Run the smallest kernel once: Triton needs a compiler for its launcher, and a GPU that it knows."""
         x = torch.ones(1, 2, dtype=dtype, device=device)
+        fails = (RuntimeError, ImportError, OSError, subprocess.SubprocessError, self._kernels.triton.TritonError)
         try:
             self.gated(x, x)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, OSError, subprocess.SubprocessError, self._kernels.triton.TritonError) as failure:
+        except fails as failure:
             words = str(failure).strip().splitlines()[:1] or [type(failure).__name__]
             raise MissingError(f"Triton kernels do not run on this {device.type} device: {words[0]}") from failure
 

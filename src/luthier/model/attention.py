@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
-from luthier.model.block_mask import BlockMask, MaskedAttention, block_mask
+from luthier.model.block_mask import BlockMask, MaskedAttention, MaskedCall, block_mask
 from luthier.model.edits import LearnedRoot
 
 NAME = "luthier_forest"
@@ -187,7 +187,8 @@ def forest_attention(
     if by_mask is not None and len(forest_plan.units) > 1 and by_mask.takes(query, dropout):
         key, value = (torch.cat([*(pair[side] for pair in outer), own], 2) for side, own in enumerate((key, value)))
         mask = forest_plan.block_mask(sliding_window, query.device)
-        return by_mask.attend(query, key, value, mask, scaling, softcap).transpose(1, 2).contiguous(), None
+        attended = by_mask.attend(MaskedCall(query, key, value, mask, scaling, softcap))
+        return attended.transpose(1, 2).contiguous(), None
     # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
     sizes = [unit.count * unit.length for unit in forest_plan.units]
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))

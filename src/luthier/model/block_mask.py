@@ -16,7 +16,7 @@ The mask and its blocks are tested on a CPU, the forward pass too; nothing of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final, no_type_check
 
 import numpy as np
@@ -31,14 +31,29 @@ BLOCK = 128
 """Queries and keys of a block; FlexAttention's own size."""
 SMALLEST_HEAD = 16
 """Of a head of fewer numbers FlexAttention makes no kernel."""
+SLOPE_TOLERANCE = 5e-2
+"""Of the largest gradient; what rounding in bfloat16 explains."""
+
+
+@dataclass(frozen=True)
+class MaskedCall:
+    """One call of attention by mask."""
+
+    query: Float[Tensor, "1 H T D"]
+    key: Float[Tensor, "1 h m D"]
+    value: Float[Tensor, "1 h m D"]
+    mask: BlockMask
+    scale: float | None
+    softcap: float | None
 
 
 @final
 class MaskedAttention:
-    """FlexAttention as `attention` calls it: compiled, unless a test has its reasons."""
+    """FlexAttention as `attention` calls it: compiled, unless a test has its reasons. `calls` gets every call."""
 
-    def __init__(self, attention: Callable[..., Any]) -> None:
+    def __init__(self, attention: Callable[..., Any], calls: list[MaskedCall] | None = None) -> None:
         self._attention = attention
+        self._calls = calls
 
     @classmethod
     def compiled(cls) -> MaskedAttention:
@@ -48,26 +63,56 @@ class MaskedAttention:
         """
         return cls(torch.compile(flex_attention, dynamic=True, fullgraph=True))
 
+    def noting(self, calls: list[MaskedCall]) -> MaskedAttention:
+        """The same, putting down its calls."""
+        return MaskedAttention(self._attention, calls)
+
     def takes(self, query: Float[Tensor, "1 H T D"], dropout: float) -> bool:
         """Whether queries like these can go this way."""
         return query.shape[0] == 1 and query.shape[-1] >= SMALLEST_HEAD and dropout == 0.0
 
-    def attend(
-        self,
-        query: Float[Tensor, "1 H T D"],
-        key: Float[Tensor, "1 h m D"],
-        value: Float[Tensor, "1 h m D"],
-        mask: BlockMask,
-        scale: float | None,
-        softcap: float | None,
-    ) -> Float[Tensor, "1 H T D"]:
+    def attend(self, call: MaskedCall) -> Float[Tensor, "1 H T D"]:
         """The attended values of all queries; keys from outside come before those of the forest."""
-        bend = None if softcap is None else _soft_cap(softcap)
-        grouped = query.shape[1] != key.shape[1]
+        if self._calls is not None:
+            self._calls.append(call)
         out: Tensor = self._attention(
-            query, key, value, score_mod=bend, block_mask=mask, scale=scale, enable_gqa=grouped
-        )
+            call.query, call.key, call.value, score_mod=None if call.softcap is None else _soft_cap(call.softcap),
+            block_mask=call.mask, scale=call.scale, enable_gqa=call.query.shape[1] != call.key.shape[1],
+        )  # fmt: skip
         return out
+
+    def has_the_slopes_of(self, other: MaskedAttention, call: MaskedCall) -> bool:
+        """Whether a call has the gradients that `other` finds, up to rounding in bfloat16."""
+        slopes = []
+        for attention in (self, other):
+            given = [tensor.detach().requires_grad_() for tensor in (call.query, call.key, call.value)]
+            with torch.enable_grad():
+                out = attention.attend(replace(call, query=given[0], key=given[1], value=given[2]))
+                # No even sum: the gradient of one in the keys is nought, whatever is attended to.
+                slopes.append(torch.autograd.grad(out.float().square().sum(), given))
+        pairs = zip(*slopes, strict=True)
+        return all(bool((one - two).abs().max() <= SLOPE_TOLERANCE * two.abs().max()) for one, two in pairs)
+
+
+def plain_attention(
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 h m D"],
+    value: Float[Tensor, "1 h m D"],
+    *,
+    score_mod: Callable[..., Tensor] | None,
+    block_mask: BlockMask,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Float[Tensor, "1 H T D"]:
+    """The twin of FlexAttention, called as that is: all scores at once, in float32, with gradients on any device."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (side.float().repeat_interleave(repeats, 1) for side in (key, value))
+    scores = query.float() @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    queries = torch.arange(query.shape[2], device=query.device)[:, None]
+    keys = torch.arange(key.shape[2], device=query.device)[None, :]
+    scores = scores if score_mod is None else score_mod(scores, 0, 0, queries, keys)
+    hidden = ~block_mask.mask_mod(torch.zeros_like(keys), torch.zeros_like(keys), queries, keys)
+    return (torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ value).to(query.dtype)
 
 
 def block_mask(spans: Sequence[Span], outside: int, window: int | None, device: torch.device) -> BlockMask:

@@ -23,7 +23,7 @@ from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, AttentionCall, ForestPlan, UndrivableAttentionError
-from luthier.model.block_mask import MaskedAttention
+from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.head import EditedHead, head_of
@@ -226,13 +226,20 @@ def _by_mask(
     if not _may_mask(module, blocks):
         return None, ""
     by_mask = MaskedAttention.compiled()
+    calls: list[MaskedCall] = []
     try:
-        log_probs = run_segments(module, forest, head=head, blocks=blocks, by_mask=by_mask).log_probs
+        log_probs = run_segments(module, forest, head=head, blocks=blocks, by_mask=by_mask.noting(calls)).log_probs
+        # Now, and not at the first step: the backward pass is compiled too.
+        slopes = all(by_mask.has_the_slopes_of(MaskedAttention(plain_attention), call) for call in calls)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, NotImplementedError, OSError) as failure:
         return None, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-    return (by_mask, "") if _close(log_probs, truth) else (None, "it does not reproduce the model's own logits")
+    if not _close(log_probs, truth):
+        return None, "it does not reproduce the model's own logits"
+    if not slopes:
+        return None, "its gradients are not those of plain attention"
+    return (by_mask, "") if calls else (None, "")
 
 
 def _may_mask(module: PreTrainedModel, blocks: Blocks | None) -> bool:
