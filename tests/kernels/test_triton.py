@@ -107,8 +107,9 @@ def test_compiled_for_a_size_of_one(small: str, monkeypatch: pytest.MonkeyPatch,
         given = dict(zip(kernel.arg_names, [KINDS.get(kind, "*bf16") for kind in kinds.split()], strict=False))
         if small in given:
             constant = {small: 1, **dict(zip(kernel.arg_names[len(given) :], constants[-1], strict=True))}
+            options = {"num_warps": warps, "enable_fp_fusion": False}
             source = triton.ASTSource(kernel, {**given, **dict.fromkeys(constant, "constexpr")}, constant)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             assert made.asm["cubin"]
 
 

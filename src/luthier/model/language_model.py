@@ -79,7 +79,8 @@ class LanguageModel:
     def kernels(self) -> str:
         """What computes it: the zoo's own blocks or ours, and by which backend."""
         ours = "our blocks" if self.executor.blocks is not None else "the zoo's blocks"
-        return f"{ours}, {self.executor.backend.identity}"
+        masked = "" if self.executor.by_mask is None else ", attention by mask"
+        return f"{ours}, {self.executor.backend.identity}{masked}"
 
     @property
     def vocabulary_size(self) -> int:
