@@ -77,7 +77,8 @@ def test_dropout_of_the_base_falls_as_before() -> None:
 def test_what_looks_on_is_not_passed_over() -> None:
     """Breaks when a hook does not see the outputs of a recomputed block, or none is made without gradients."""
     model = forests.language_model("llama")
-    forests.shake(model.attach(with_dropout("adapters", Adapter, "ia3").attach(model.sites)).named_parameters().values())
+    attachment = model.attach(with_dropout("adapters", Adapter, "ia3").attach(model.sites))
+    forests.shake(attachment.named_parameters().values())
     model.recompute(model.recomputable)
     seen: list[str] = []
     layers = list(model.module.base_model.get_submodule("layers").children())

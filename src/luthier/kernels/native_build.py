@@ -30,8 +30,8 @@ FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-t
 SECONDS: Final = 120.0
 
 
-def library() -> ctypes.CDLL:
-    """The compiled library; compiled first when the cache has none for these sources, this compiler and this CPU.
+def library(folder: Path = SOURCES, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """A folder's sources as a library; compiled first when the cache has none for them, this compiler and this CPU.
 
     Raises MissingError when there is no compiler, it fails, or this is no Linux.
     """
@@ -40,18 +40,18 @@ def library() -> ctypes.CDLL:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise MissingError("C++ kernels need a compiler", do="install g++ (apt-get install g++)")
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    place = cache_folder() / "native" / f"{_digest(sources, compiler)}.so"
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    place = cache_folder() / "native" / f"{_digest(sources, compiler, flags)}.so"
     if not place.is_file():
-        _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place)
+        _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place, flags)
     try:
         return ctypes.CDLL(str(place))
     except OSError as failure:
         raise MissingError(f"{place} cannot be loaded: {failure}", do=f"remove {place}") from failure
 
 
-def _digest(sources: list[Path], compiler: str) -> str:
-    total = hashlib.sha256(" ".join(FLAGS).encode())
+def _digest(sources: list[Path], compiler: str, flags: tuple[str, ...]) -> str:
+    total = hashlib.sha256(" ".join(flags).encode())
     for path in sources:
         total.update(path.read_bytes())
     stat = Path(compiler).resolve().stat()
@@ -67,14 +67,14 @@ def _processor() -> str:
     return "\n".join(told.get(key, "") for key in ("model name", "CPU part", "flags", "Features"))
 
 
-def _compile(compiler: str, sources: list[Path], place: Path) -> None:
+def _compile(compiler: str, sources: list[Path], place: Path, flags: tuple[str, ...]) -> None:
     """Compile into a file of another name beside `place` and rename it, so that no process sees half of one."""
     wide = ["-mprefer-vector-width=512"] if "avx512f" in _processor().split() else []
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place.parent) as folder:
             made = Path(folder) / place.name
-            command = [compiler, *FLAGS, *wide, "-o", str(made), *map(str, sources)]
+            command = [compiler, *flags, *wide, "-o", str(made), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode != 0:
                 words = done.stderr.strip().splitlines()[:1] or [f"exit {done.returncode}"]

@@ -6,8 +6,8 @@ the same function is probed when the model is loaded, not assumed from its name.
 trains weights, is part of these operations. Any other edit, a hook, or dropout in the base sends its half of a block
 through the zoo's own module, so that nothing anybody put on a module is passed over.
 The last block's feed-forward, and the last norm, see only the rows that are asked for.
-The first blocks may be recomputed: of such a block only its input is kept, and its inside is made again, bit for bit and
-with the same random numbers, when the backward pass comes to it. The first, because by then all later ones are gone.
+The first blocks may be recomputed: of such a block only its input is kept, and its inside is made again, bit for bit
+and with the same random numbers, when the backward pass comes to it. The first, as by then all later ones are gone.
 Source: the sub-module names and the forward pass of transformers' llama, which qwen2, qwen3, mistral and others share.
 """
 
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.kernels.backend import Backend
-from luthier.kernels.blocks import added_product, gated_feed_forward, normed_products, rotated
+from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
 from luthier.model.attention import AttentionCall, ForestPlan, forest_attention
@@ -94,8 +94,11 @@ class Blocks:
             block = partial(self._block, layer, angles=angles, plan=plan, rows=wanted, watched=watched)
             # The tensor is an argument of its own: it says of which device random numbers are put back.
             x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
-        normed: Tensor = body.get_submodule("norm")(x)
-        return normed
+        last = body.get_submodule("norm")
+        if watched or isinstance(last, EditedModule):
+            states: Tensor = last(x)
+            return states
+        return normed(x, *_norm(last), self.backend)
 
     def _block(
         self,
