@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from luthier.adapters.full import Full
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
-from luthier.arithmetic.compute import Attention, Linear, bytes_per_token, flops_per_token, limit, mean_context
+from luthier.arithmetic.compute import (
+    Attention,
+    Linear,
+    bytes_per_token,
+    flops_per_token,
+    forward_flops,
+    limit,
+    mean_context,
+)
 from luthier.data.forest import Forest, row_tree
 from luthier.model.edits import Edit
 from luthier.model.sites import Sites
@@ -57,6 +66,14 @@ def test_a_frozen_base_costs_four_and_a_trained_one_six() -> None:
     assert Linear(inputs=10, outputs=20, rank=2).flops() - 4 * 200 == 6 * 2 * 30
     assert Attention(width=8, context=5).flops() == 3.5 * 4 * 40
     assert Attention(width=8, context=5, below=False).flops() == 4 * 40
+
+
+def test_recomputing_costs_a_forward_pass_of_what_is_recomputed() -> None:
+    """Breaks when the price of a recomputed block leaves out its adapters or its attention."""
+    linears = [Linear(inputs=10, outputs=20, rank=2), Linear(inputs=10, outputs=20, share=0.5)]
+    assert forward_flops(linears, [Attention(width=8, context=5)]) == 2 * (200 + 2 * 30) + 200 + 4 * 40
+    below = [replace(layer, below=False) for layer in linears]
+    assert forward_flops(below, []) == flops_per_token([replace(layer, rank=0) for layer in below], []) + 2 * 2 * 30
 
 
 def test_the_limit_is_the_slower_of_products_and_memory() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,25 +12,28 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from luthier.adapters import Adapter
 from luthier.adapters.full import Full
+from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.arithmetic.memory import (
     Decoder,
+    Output,
+    Peak,
     Work,
-    activations,
     checkpoint,
     gradients,
-    head,
+    kept,
     kept_checkpoints,
     masters,
     on_heap,
+    peak,
     staging,
     token_cache,
 )
 from luthier.data.forest import Forest, row_tree
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
-from luthier.recipes.memory import peak_of
+from luthier.recipes.memory import decoder_of, work_of
 from luthier.train.source import MicroBatch
 
 SIZES = {
@@ -63,26 +69,21 @@ def kept_by_autograd(model: LanguageModel, forest: Forest) -> int:
 
 
 def laid_out(
-    architecture: str, adapter: Adapter, dtype: torch.dtype, *, fused: bool = True
-) -> tuple[LanguageModel, int, int]:
-    """A model with an adapter, what autograd keeps for a micro-batch, and what the formula says."""
+    architecture: str, adapter: Adapter, dtype: torch.dtype, *, fused: bool = True, recomputed: int = 0
+) -> tuple[int, int]:
+    """What autograd keeps for a micro-batch, and what the formula says."""
     attention.register()
     config = CONFIGS[architecture]()
     module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
     model = LanguageModel(module, source="fresh", digest="", kernels="auto" if fused else "torch")
     attachment = model.attach(adapter.attach(model.sites))
+    model.recompute(recomputed)
     rng = np.random.default_rng(0)
-    forest = Forest(tuple(
-        row_tree(rng.integers(3, 128, LENGTH).astype(np.int32), np.ones(LENGTH, dtype=np.float32)) for _ in range(ROWS)
-    ))  # fmt: skip
-    batch = MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH)
-    resident, _, _ = peak_of(model, attachment, batch, 1.0)
-    edited = 0.0 if attachment.root is not None else 1.0
-    work = Work(
-        tokens=TOKENS, predicted=TOKENS, longest=LENGTH, edited=edited, trains_base=attachment.trains_base,
-        fused=model.executor.blocks is not None,
-    )  # fmt: skip
-    return model, kept_by_autograd(model, forest), int(resident / on_heap(1000, work) * 1000)
+    weights = np.ones(LENGTH, dtype=np.float32)
+    weights[: LENGTH // 2] = 0
+    forest = Forest(tuple(row_tree(rng.integers(3, 128, LENGTH).astype(np.int32), weights) for _ in range(ROWS)))
+    work = work_of(model, attachment, MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH), 0.5)
+    return kept_by_autograd(model, forest), kept(decoder_of(model), replace(work, recomputed=recomputed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -91,44 +92,80 @@ def laid_out(
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "zoo"])
 def test_activations_are_what_autograd_keeps(fused: bool, architecture: str, adapter: str, dtype: torch.dtype) -> None:
     """Breaks when a block, ours or the zoo's, keeps another tensor, or an adapter's inputs are forgotten."""
-    _, kept, formula = laid_out(architecture, ADAPTERS[adapter](), dtype, fused=fused)
-    # The widest tensor at work comes on top of what is kept.
-    working = TOKENS * SIZES["intermediate_size"] * dtype.itemsize
-    assert formula - working == pytest.approx(kept, rel=0.05)
+    found, formula = laid_out(architecture, ADAPTERS[adapter](), dtype, fused=fused)
+    # A learned root's masks are shared by some of the calls that are counted apart.
+    assert formula == pytest.approx(found, rel=0.07 if adapter == "prefix" else 0.05)
+
+
+@pytest.mark.parametrize("recomputed", [1, 2, 3])
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "ia3"])
+def test_a_recomputed_block_keeps_what_goes_into_it(adapter: str, recomputed: int) -> None:
+    """Breaks when the inside of a block survives its forward pass, or more is hoped for than is saved."""
+    found, formula = laid_out("llama", {**ADAPTERS, "ia3": IA3}[adapter](), torch.float32, recomputed=recomputed)
+    # Angles of positions and the generator's state of each block come on top: little, where there is little else.
+    assert formula == pytest.approx(found, rel=0.07, abs=TOKENS * 16 * 4 * 2 + 3 * 6000)
 
 
 def test_soft_capped_attention_keeps_squares() -> None:
     """Breaks when attention without a flash kernel is planned as if it had one."""
-    _, kept, formula = laid_out("gemma2", LoRA(rank=1), torch.float32)
-    assert formula == pytest.approx(kept, rel=0.25)
+    found, formula = laid_out("gemma2", LoRA(rank=1), torch.float32)
+    assert formula == pytest.approx(found, rel=0.25)
 
 
 def test_activations_grow_as_the_equation_says() -> None:
     """Breaks when a term has lost its factor: tokens and layers scale, edits and trained norms add."""
     one = Work(tokens=10, predicted=10, longest=5)
     block = 10 * (2 * 10 * 4 + (2 * 10 + 2 * 5) * 2 + 2 * 4 + 3 * 30 * 2 + (2 * 10 + 10 + 30) * 2)
-    assert activations(DECODER, one) == 2 * block + 10 * 10 * 2 + 10 * 30 * 2
-    frozen = Work(tokens=10, predicted=10, longest=5, edited=0.0)
-    assert activations(DECODER, one) - activations(DECODER, frozen) == 2 * 10 * (2 * 10 + 10 + 30) * 2
-    trained = Work(tokens=10, predicted=10, longest=5, trains_base=True)
-    assert activations(DECODER, trained) - activations(DECODER, one) == 2 * 10 * 2 * 10 * 2
-    squared = Work(tokens=10, predicted=10, longest=5, squares=3)
-    assert activations(DECODER, squared) - activations(DECODER, one) == 2 * 10 * 3 * 2 * 5 * 2
-    masked = Work(tokens=10, predicted=10, longest=5, masked=True)
-    assert activations(DECODER, masked) - activations(DECODER, one) == 2 * 10 * 5 * 2
-    assert on_heap(100, trained) < on_heap(100, frozen) < on_heap(100, one)
+    assert kept(DECODER, one) == 2 * block + 10 * 10 * (4 + 2) + 10 * 10 * 2
+    more = {
+        "frozen": (replace(one, edited=0.0), -2 * 10 * (2 * 10 + 10 + 30) * 2),
+        "trained": (replace(one, trains_base=True), 2 * 10 * 2 * 10 * 2 + 10 * 10 * 2),
+        "squared": (replace(one, squares=3), 2 * 10 * 3 * 2 * 5 * 2),
+        "masked": (replace(one, masked=True), 2 * 10 * 5 * 2),
+    }
+    for name, (work, added) in more.items():
+        assert kept(DECODER, work) - kept(DECODER, one) == added, name
+
+
+def test_a_fused_block_is_kept_as_the_equation_says() -> None:
+    """Breaks when a recomputed block keeps more than the stream, or rows that predict nothing reach the last half."""
+    work = Work(tokens=10, predicted=4, longest=5, fused=True, ranks=3)
+    around = (2 * 10 + 2 * 5) * 2 + 2 * 4 + 2 * (10 * 2 + 4) + 3 * 2
+    block, inner = 10 * (around + 2 * 30 * 2), 2 * 30 * 2
+    last = 10 * around - 6 * (10 * 2 + 4) + 4 * (inner + 10 * 2)
+    states = 4 * (10 * 2 + 10 * 2 + 4)
+    assert kept(DECODER, work) == block + last + states
+    assert kept(DECODER, replace(work, recomputed=1)) == 10 * 10 * 2 + last + states
+    assert kept(DECODER, replace(work, recomputed=2)) == 2 * 10 * 10 * 2 + states
+
+
+def test_the_widest_moment_is_the_head_or_a_block_and_shrinks_with_what_is_recomputed() -> None:
+    """Breaks when a moment is left out, or a block that is made again is taken to cost nothing then."""
+    work = Work(tokens=1000, predicted=1000, longest=5, fused=True, output=Output(in_place=True))
+    deep = replace(DECODER, layers=12)
+    totals = [peak(deep, replace(work, recomputed=count)).total for count in range(13)]
+    assert all(more > less for more, less in pairwise(totals[:12]))
+    assert totals[-1] > 12 * 1000 * 10 * 2 + 1000 * (2 * 10 + 2 * 5 + 2 * 30) * 2
+    # With a large vocabulary the head is the widest, however few blocks are kept.
+    broad = replace(deep, vocabulary=1_000_000)
+    assert peak(broad, work).working >= 256 * 1_000_000 * 2
+    assert Peak(kept=1, working=2).total == 3
 
 
 def test_the_head_needs_a_chunk_of_logits_however_many_tokens_there_are() -> None:
     """Breaks when the full logits are planned, or a trained head's gradient is not."""
-    few, many = (Work(tokens=count, predicted=count, longest=5) for count in (1000, 100_000))
-    states = 2 * 10 * 2
-    assert head(DECODER, many) - head(DECODER, few) == 99_000 * states
-    assert head(DECODER, few) == 1000 * states + 256 * 100 * (3 * 4 + 2)
-    alone = Work(tokens=10, predicted=10, longest=5)
-    assert head(DECODER, alone) == 10 * states + 10 * 100 * (2 * 4 + 2)
-    trained = Work(tokens=10, predicted=10, longest=5, trains_base=True)
-    assert head(DECODER, trained) - head(DECODER, alone) == 100 * 10 * (4 + 2 * 2)
+    broad = replace(DECODER, vocabulary=10_000_000)
+
+    def working(**more: object) -> int:
+        return peak(broad, Work(tokens=1000, longest=5, **{"predicted": 1000, **more})).working  # type: ignore[arg-type]
+
+    chunk, states = 256 * 10_000_000, 1000 * 10 * 2
+    assert working() == states + chunk * (3 * 4 + 2)
+    assert working(output=Output(in_place=True)) == states + chunk * 2 * 2
+    assert working(output=Output(in_place=True, rows=1)) == states + chunk * (2 * 4 + 2)
+    assert working(output=Output(in_place=True), predicted=10) == 10 * 10 * 2 + 10 * 10_000_000 * 2
+    gradient = 10 * 10_000_000 * (4 + 2 * 2)
+    assert working(output=Output(in_place=True), trains_base=True) == 2 * states + chunk * 2 * 2 + gradient
 
 
 def test_copies_and_files_are_counted() -> None:
@@ -136,5 +173,6 @@ def test_copies_and_files_are_counted() -> None:
     assert masters(10, 4) == 0 and masters(10, 2) == 40 and gradients(10) == 40 and staging(10, 80) == 120
     small, large = (checkpoint(count, 8 * count, tensors=2, rows=5) for count in (0, 1000))
     assert large - small == 12_000
+    assert on_heap(1000) == 1300
     assert kept_checkpoints(2, 100) == 5 and kept_checkpoints(2, 3) == 3
     assert token_cache(100, 10) == 1700 + 120 + 768

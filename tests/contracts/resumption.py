@@ -48,7 +48,7 @@ _TIMES = ("seconds", "time")
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is trained. Methods may be names, mappings of knobs, or objects."""
+    """What is trained, and how many blocks are recomputed. Methods may be names, mappings of knobs, or objects."""
 
     adapter: Any = "lora"
     objective: Any = "sft"
@@ -56,6 +56,7 @@ class Setup:
     schedule: Any = "cosine"
     architecture: str = "llama"
     dtype: torch.dtype = torch.float32
+    recomputed: int = 0
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Life:
         model = forests.language_model(setup.architecture, dtype=setup.dtype)
         # The weights an adapter begins with are the run's, not the life's: a resumed life draws others.
         attachment = model.attach(with_dropout("adapters", Adapter, setup.adapter).attach(model.sites))
+        model.recompute(setup.recomputed)
         objective = with_dropout("objectives", Objective, setup.objective)
         optimizer = choose("optimizers", Optimizer, _with(setup.optimizer, "learning_rate", RATE))
         self.stepper = Stepper(model, attachment, objective, optimizer, micro_tokens=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_step_that_comes_twice_is_seen(saved: tuple[Trace, dict[int, Path]]) -
     found = resumed(SETUP, places[2])
     assert differences(found, whole.since(2)) == []
     assert differences(found, whole.since(1)) != [] and differences(found, whole.since(3)) != []
+
+
+@pytest.mark.parametrize("began", [0, 2])
+def test_a_run_goes_on_whatever_is_recomputed(began: int, tmp_path: Path) -> None:
+    """Breaks when memory that is short at the second start makes another run of the same one."""
+    setup = replace(SETUP, recomputed=began)
+    whole, places = snapshots_of(setup, tmp_path)
+    assert differences(whole, snapshots_of(SETUP, tmp_path / "kept")[0]) == []
+    for count in range(3):
+        assert differences(resumed(replace(setup, recomputed=count), places[2]), whole.since(2)) == []
 
 
 class Toy(TorchOptimizer):

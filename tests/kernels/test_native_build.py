@@ -66,7 +66,7 @@ def with_a_library_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     NativeBackend.build()
     # A library that is loaded stays what it is; one of another name is read from the disk.
     monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-DOTHER"))
-    monkeypatch.setattr(native_build, "_compile", lambda compiler, sources, place: place.write_text("no library"))
+    monkeypatch.setattr(native_build, "_compile", lambda _, sources, place, flags: place.write_text("no library"))
     return "cannot be loaded"
 
 

@@ -36,6 +36,10 @@ class Linear:
         thin = 2 * self.rank * (2 * self.inputs + 3 * self.outputs + self.below * self.inputs)
         return self.share * (matrix + thin)
 
+    def forward(self) -> float:
+        """FLOPs of a token in a forward pass."""
+        return 2 * self.share * (self.inputs * self.outputs + self.rank * (self.inputs + self.outputs))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
@@ -49,10 +53,19 @@ class Attention:
         """FLOPs of a token, forward and backward."""
         return 4 * self.context * self.width * (1 + 2.5 * self.below)
 
+    def forward(self) -> float:
+        """FLOPs of a token in a forward pass."""
+        return 4 * self.context * self.width
+
 
 def flops_per_token(linears: Sequence[Linear], attentions: Sequence[Attention]) -> float:
     """FLOPs of one training token on average."""
     return sum(layer.flops() for layer in linears) + sum(layer.flops() for layer in attentions)
+
+
+def forward_flops(linears: Sequence[Linear], attentions: Sequence[Attention]) -> float:
+    """FLOPs of one token on average in a forward pass: what it costs to recompute these."""
+    return sum(layer.forward() for layer in linears) + sum(layer.forward() for layer in attentions)
 
 
 def bytes_per_token(

@@ -5,15 +5,19 @@ it is made. Counted is what autograd keeps until a layer's backward pass, tensor
 feed-forward, run by our operations (kernels/blocks.py) or as the zoo writes it, with flash attention over segments.
 Equation: a fused block keeps for each token 2 d (the residual stream before each half) + 2 q + 2 kv (queries, keys,
     values and the attention's output) + 2 f (gate and up), one number a norm and head, and the ranks of its adapters;
-    of the last block's feed-forward only the tokens that predict something. The zoo's block keeps 2 d in float32 (what
-    the norms see) + 2 q + 2 kv + n f (the inner states; n = 3 with a gate, 2 without), and where linear layers are
-    trained or edited their inputs, 2 d + q + f; trained norms keep 2 d more. q and kv are widths of queries and keys.
-Source: counted with torch's saved-tensor hooks (torch 2.13, transformers 5.23); compared with the peak of processes of
-    three model sizes, see tests/recipes/test_memory.py.
+    the last block's feed-forward does for the tokens that predict something; a recomputed block keeps d. The zoo's
+    block keeps 2 d in float32 (what the norms see) + 2 q + 2 kv + n f (the inner states; n = 3 with a gate, 2 without),
+    and where linear layers are trained or edited their inputs, 2 d + q + f; trained norms keep 2 d more. q and kv are
+    widths of queries and keys. A peak is the widest of: all that is kept, with a chunk of the head at work; what is
+    kept below a block and by it, with the gradients of gate and up, 2 f, of the norm and the stream, 2 d, and the norm
+    made again, d, of its feed-forward at work; or with those of its attention, 2 q + 2 kv + d.
+Source: counted with torch's saved-tensor hooks and its profiler of memory (torch 2.13, transformers 5.23): within 4 %
+    of the peak of tensors for every adapter; and of processes, see tests/recipes/test_memory.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,6 +47,16 @@ class Decoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Output:
+    """How the head works: whether its slopes replace its logits, how many rows of it are trained where it is frozen,
+    and whether it shares its weight with the embedding."""
+
+    in_place: bool = False
+    rows: int = 0
+    tied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What is trained and what goes through the model at once.
 
@@ -50,6 +64,8 @@ class Work:
     numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none. `masked` is
     whether rows see something before their own tokens (a learned prefix), so that attention needs a mask of such pairs.
     `fused` is whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters.
+    `recomputed` is how many blocks keep only their input; `own_end` is whether the last norm is ours though
+    blocks are not, so that it sees the rows that are predicted only.
     """
 
     tokens: int
@@ -61,64 +77,167 @@ class Work:
     masked: bool = False
     fused: bool = False
     ranks: int = 0
+    recomputed: int = 0
+    own_end: bool = False
+    output: Output = Output()
+
+    @property
+    def last_tokens(self) -> int:
+        """Tokens that go through the last feed-forward."""
+        return self.predicted if self.fused else self.tokens
 
 
-def activations(decoder: Decoder, work: Work) -> int:
-    """What the largest micro-batch keeps for its backward pass, and the widest tensor at work beside it."""
-    number = decoder.bytes
-    if work.fused:
-        return _fused(decoder, work)
-    norms = 2 * decoder.hidden * _WIDE + 2 * decoder.hidden * number * work.trains_base
-    attention = (2 * decoder.query + 2 * decoder.key_value) * number + decoder.heads * _WIDE
-    inner = (3 if decoder.gated else 2) * decoder.inner * number
-    inputs = int(work.edited * (2 * decoder.hidden + decoder.query + decoder.inner) * number)
-    squares = (work.squares * decoder.heads + work.masked) * work.longest * number
-    block = work.tokens * (norms + attention + inner + inputs + squares)
-    last = work.tokens * decoder.hidden * number
-    return decoder.layers * block + last + work.tokens * decoder.inner * number
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The widest moment of a pass: what is kept for the backward pass, and what is at work beside it."""
+
+    kept: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of both."""
+        return self.kept + self.working
 
 
-def _fused(decoder: Decoder, work: Work) -> int:
-    number = decoder.bytes
-    attention = (2 * decoder.query + 2 * decoder.key_value) * number + decoder.heads * _WIDE
-    # A learned root is joined to the keys and values of each row, and what its attention gives is put together anew.
-    attention += work.masked * (decoder.query * number + work.longest * number)
-    stream = 2 * (decoder.hidden * number + _WIDE) + work.ranks * number
-    inner = 2 * decoder.inner * number
-    first = work.tokens * (attention + stream + inner)
-    last = work.tokens * (attention + stream) + work.predicted * inner
-    # Of the last block's heads the chosen rows are a copy; the last norm and the head keep a state each.
-    states = decoder.query * number + decoder.hidden * (_WIDE + number + work.trains_base * number)
-    passing = work.tokens * decoder.inner * number
-    return (decoder.layers - 1) * first + last + work.predicted * states + passing
+def peak(decoder: Decoder, work: Work) -> Peak:
+    """The moment of a micro-batch's forward and backward pass at which most is alive."""
+    return max(_moments(decoder, work), key=lambda moment: moment.total)
 
 
-def on_heap(live: int, work: Work) -> int:
-    """Resident memory of `live` bytes of activations in the C library's heap.
+def kept(decoder: Decoder, work: Work) -> int:
+    """What autograd holds when the forward pass has ended, by the head or by a block."""
+    blocks = [_input(decoder, work)] * work.recomputed
+    blocks += [_block(decoder, work)] * (decoder.layers - 1 - work.recomputed)
+    if work.recomputed < decoder.layers:
+        blocks.append(_last_block(decoder, work))
+    return sum(blocks) + _states(decoder, work)
 
-    glibc 2.36 cannot use a freed place again for an aligned tensor of the same size, so what a forward pass frees
-    between what it keeps stays resident. Measured with torch 2.13 at hidden sizes 192 to 512 and 1,024 and 4,096
-    tokens: 1.6 to 2.0 times what lives where the base is frozen and edited, 1.4 to 1.6 where it is only frozen, and 1.0
-    to 1.3 where it is trained, since nearly everything is kept then. Fused blocks: 1.2 to 1.4 times.
+
+def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
+    """The head, with all that is kept; the backward passes of the last block, of the one below, of a recomputed one.
+
+    A block that is recomputed is made again, and then goes backward as any other. Lower blocks need no more than the
+    one that comes first, since those above them are gone by then.
     """
+    everything, layers, again = kept(decoder, work), decoder.layers, work.recomputed
+    block, last, entrance = _block(decoder, work), _last_block(decoder, work), _input(decoder, work)
+    yield Peak(kept=everything, working=_head(decoder, work))
+    made = last if again == layers else 0
+    below = everything + made - _states(decoder, work)
+    yield Peak(kept=below, working=_feed_forward_backward(decoder, work, work.last_tokens))
+    below -= work.last_tokens * _inner(decoder, work)
+    yield Peak(kept=below, working=_attention_backward(decoder, work))
+    for at in {layers - 2, again - 1} - {-1}:
+        # The blocks up to this one, and the inside of it if it has to be made again.
+        before = min(again, at + 1) * entrance + max(0, at + 1 - again) * block + (block if at < again else 0)
+        widest = max(_feed_forward_backward(decoder, work, work.tokens), _attention_backward(decoder, work))
+        yield Peak(kept=before, working=widest)
+
+
+def _input(decoder: Decoder, work: Work) -> int:
+    """What is kept of a recomputed block: the residual stream that goes into it."""
+    return work.tokens * decoder.hidden * decoder.bytes
+
+
+def _block(decoder: Decoder, work: Work) -> int:
+    """What any block but the last one keeps."""
+    return work.tokens * (_around(decoder, work) + _inner(decoder, work))
+
+
+def _last_block(decoder: Decoder, work: Work) -> int:
+    """The last block keeps its feed-forward for the rows that are asked for only, where we run it."""
+    block = work.tokens * _around(decoder, work) + work.last_tokens * _inner(decoder, work)
+    unasked = (work.tokens - work.predicted) * (decoder.hidden * decoder.bytes + _WIDE)
+    # Of its heads the chosen rows are a copy.
+    return block - unasked + work.predicted * decoder.query * decoder.bytes if work.fused else block
+
+
+def _around(decoder: Decoder, work: Work) -> int:
+    """Bytes that attention, the norms and the adapters' thin products keep of a token."""
+    number = decoder.bytes
+    attention = (2 * decoder.query + 2 * decoder.key_value) * number + decoder.heads * _WIDE
     if work.fused:
-        return int(live * 1.3)
-    return int(live * (1.2 if work.trains_base else 1.45 + 0.2 * work.edited))
+        # A learned root is joined to the keys and values of each row, and what its attention gives is put together.
+        attention += work.masked * (decoder.query * number + work.longest * number)
+        return attention + 2 * (decoder.hidden * number + _WIDE) + work.ranks * number
+    norms = 2 * decoder.hidden * _WIDE + 2 * decoder.hidden * number * work.trains_base
+    inputs = int(work.edited * (2 * decoder.hidden + decoder.query) * number)
+    squares = (work.squares * decoder.heads + work.masked) * work.longest * number
+    return norms + attention + inputs + squares
 
 
-def head(decoder: Decoder, work: Work) -> int:
-    """The chunk of logits at work, and the states of the tokens that are predicted.
+def _inner(decoder: Decoder, work: Work) -> int:
+    """Bytes that the inside of a feed-forward keeps of a token."""
+    if work.fused:
+        return 2 * decoder.inner * decoder.bytes
+    states = (3 if decoder.gated else 2) * decoder.inner * decoder.bytes
+    return states + int(work.edited * decoder.inner * decoder.bytes)
 
-    A chunk lives beside the last one and its own exponentials. A head that is trained adds its gradient, and a chunk's
-    part of it before and after scaling.
+
+def _states(decoder: Decoder, work: Work) -> int:
+    """What lies between the last block and the loss: rows of the stream, what the last norm keeps, the head's state."""
+    number = decoder.bytes
+    # Trained rows of a head need the states once more, and the slope of each of them.
+    head = work.predicted * (decoder.hidden * number * (2 if work.output.rows else 1) + work.output.rows * _WIDE)
+    if work.fused or work.own_end:
+        return head + work.predicted * (decoder.hidden * number + _WIDE)
+    # The zoo's last norm sees all tokens, and works in float32.
+    return head + work.tokens * decoder.hidden * (_WIDE + number + work.trains_base * number)
+
+
+def _feed_forward_backward(decoder: Decoder, work: Work, tokens: int) -> int:
+    """Beside what a block keeps: the gradients of gate and up, of the stream and of the norm, the norm made again.
+
+    Weights that are trained have their own gradients there before they are added to those of earlier passes; that of a
+    tied head waits for the embedding's.
+    """
+    number = decoder.bytes
+    wide = 2 * decoder.inner + 3 * decoder.hidden if work.fused else 3 * decoder.inner + 2 * decoder.hidden
+    own = (3 * decoder.inner + work.output.tied * decoder.vocabulary) * decoder.hidden * number * work.trains_base
+    return tokens * wide * number + own
+
+
+def _attention_backward(decoder: Decoder, work: Work) -> int:
+    """The gradients of the stream, heads, queries, keys and values; beside a learned root row by row, then whole."""
+    number, heads = decoder.bytes, decoder.query + 2 * decoder.key_value
+    joined = heads * work.masked
+    return work.tokens * (max(decoder.query + heads, 3 * decoder.hidden) + decoder.hidden + joined) * number
+
+
+def _head(decoder: Decoder, work: Work) -> int:
+    """A chunk of logits at work beside the one before it, and the states that it is made from.
+
+    Slopes take the place of logits where `in_place`; that of float32 logits, beside the rounded ones, where rows are
+    trained; else they are float32 with exponentials beside them. A head that is trained adds its gradient, and a
+    chunk's part of it before and after scaling.
     """
     rows, number = min(HEAD_ROWS, work.predicted), decoder.bytes
-    logits = rows * decoder.vocabulary * _WIDE
-    rounded = rows * decoder.vocabulary * number if number < _WIDE else 0
-    passing = (3 if work.predicted > rows else 2) * logits + rounded
-    gradient = decoder.vocabulary * decoder.hidden * (_WIDE + 2 * number)
-    states = 2 * work.predicted * decoder.hidden * number
-    return states + (max(passing, 2 * logits + rounded + gradient) if work.trains_base else passing)
+    chunks = 2 if work.predicted > rows else 1
+    rounded = number if number < _WIDE else 0
+    each = chunks * number if not work.output.rows else chunks * _WIDE + rounded
+    passing = rows * decoder.vocabulary * (each if work.output.in_place else (chunks + 1) * _WIDE + rounded)
+    gradient = decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded) if work.trains_base else 0
+    return work.predicted * decoder.hidden * number * (1 + work.trains_base) + passing + gradient
+
+
+def libraries(number: int, *, thin: bool) -> int:
+    """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
+
+    For bfloat16, oneDNN writes machine code for each shape of a product and keeps it; `thin` products of adapters are
+    shapes of their own. Measured over sizes of 256 to 768: float32 5 to 11 MB, bfloat16 49 to 71 MB and 87 to 92 MB
+    with thin products, half of which is gone with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0, at the price of writing it anew.
+    """
+    return 7_000_000 if number >= _WIDE else 58_000_000 + 34_000_000 * thin
+
+
+def on_heap(live: int) -> int:
+    """Resident memory of `live` bytes of activations where they lie in the C library's heap and not in the pool.
+
+    glibc 2.36 cannot use a freed place again for an aligned tensor of the same size while something small lies beside
+    it. Measured with torch 2.13 after four passes, hidden sizes 256 to 768: 1.1 to 1.5 times what lives, by luck.
+    """
+    return int(live * 1.3)
 
 
 def masters(parameters: int, number: int) -> int:

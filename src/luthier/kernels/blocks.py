@@ -26,6 +26,14 @@ from luthier.kernels.products import STRIDE, Product, Products
 from luthier.kernels.torch_backend import wide
 
 
+def normed(
+    x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, backend: Backend
+) -> Float[Tensor, "n d"]:
+    """The norm of `x` alone, as the last one of a model; its input and scale are kept."""
+    h: Tensor = _Normed.apply(x, norm, eps, backend)
+    return h
+
+
 def normed_products(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, products: tuple[Product, ...], backend: Backend
 ) -> tuple[Float[Tensor, "n _"], ...]:
@@ -63,6 +71,21 @@ def rotated(
     return turned
 
 
+class _Normed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, backend: Backend) -> Tensor:
+        h, inverse = backend.norm(x, norm, eps)
+        ctx.backend = backend
+        ctx.save_for_backward(x, norm, inverse)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, norm, inverse = ctx.saved_tensors
+        return (*_through_the_norm(ctx, grad, x, norm, inverse, None), None, None)
+
+
 class _NormedProducts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,6 +111,7 @@ class _NormedProducts(torch.autograd.Function):
         needs = ctx.needs_input_grad
         h = ctx.backend.normed(x, norm, inverse)
         grad_h, found = products.backward(h, low, grads, needs[5:], input_needs=any(needs[:2]))
+        del h
         grad_x, grad_norm = _through_the_norm(ctx, grad_h, x, norm, inverse, None)
         return (grad_x, grad_norm, None, None, None, *found)
 
@@ -148,6 +172,8 @@ class _GatedFeedForward(torch.autograd.Function):
         del grad_inner
         h = backend.normed(x, norm, inverse)
         grad_h, found = broad.backward(h, low, grads, needs[: 2 * STRIDE], input_needs=through)
+        # What is widest goes before anything new is made.
+        del h, grads
         grad_x, grad_norm = _through_the_norm(ctx, grad_h, x, norm, inverse, grad)
         return (grad_x, grad_norm, None, None, None, *found, *found_down)
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from luthier.kernels import native_build
 from luthier.kernels.backend import Backend, Run, Seen
-from luthier.kernels.native_build import library
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -45,7 +45,7 @@ class NativeBackend(Backend):
     @classmethod
     def build(cls) -> NativeBackend:
         """Compile and load. Raises MissingError when that is not possible here."""
-        loaded, built_as = library()
+        loaded, built_as = native_build.library(native_build.SOURCES, native_build.FLAGS)
         functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _SIGNATURES.items():
             for dtype, ending in _PRECISIONS.items():

@@ -30,8 +30,8 @@ FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-t
 SECONDS: Final = 120.0
 
 
-def library() -> tuple[ctypes.CDLL, str]:
-    """The compiled library and what tells it from others; compiled first where the cache has none like it.
+def library(folder: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
+    """A folder's sources as a library, and what tells it from others; compiled where the cache has none like it.
 
     Raises MissingError when there is no compiler, it fails, or this is no Linux.
     """
@@ -44,18 +44,18 @@ def library() -> tuple[ctypes.CDLL, str]:
             allowed=", ".join(COMPILERS),
             do="install one (apt-get install g++)",
         )
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
-    place = cache_folder() / "native" / f"{_digest(sources, compiler)}.so"
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    place = cache_folder() / "native" / f"{_digest(sources, compiler, flags)}.so"
     if not place.is_file():
-        _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place)
+        _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place, flags)
     try:
         return ctypes.CDLL(str(place)), place.stem[:12]
     except OSError as failure:
         raise MissingError(f"{place} cannot be loaded: {failure}", do=f"remove {place}") from failure
 
 
-def _digest(sources: list[Path], compiler: str) -> str:
-    total = hashlib.sha256(" ".join(FLAGS).encode())
+def _digest(sources: list[Path], compiler: str, flags: tuple[str, ...]) -> str:
+    total = hashlib.sha256(" ".join(flags).encode())
     for path in sources:
         total.update(path.read_bytes())
     stat = Path(compiler).resolve().stat()
@@ -71,14 +71,14 @@ def _processor() -> str:
     return "\n".join(told.get(key, "") for key in ("model name", "CPU part", "flags", "Features"))
 
 
-def _compile(compiler: str, sources: list[Path], place: Path) -> None:
+def _compile(compiler: str, sources: list[Path], place: Path, flags: tuple[str, ...]) -> None:
     """Compile into a file of another name beside `place` and rename it, so that no process sees half of one."""
     wide = ["-mprefer-vector-width=512"] if "avx512f" in _processor().split() else []
     try:
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place.parent) as folder:
             made = Path(folder) / place.name
-            command = [compiler, *FLAGS, *wide, "-o", str(made), *map(str, sources)]
+            command = [compiler, *flags, *wide, "-o", str(made), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode != 0:
                 words = done.stderr.strip().splitlines()[:1] or [f"exit {done.returncode}"]

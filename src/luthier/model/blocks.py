@@ -6,6 +6,8 @@ the same function is probed when the model is loaded, not assumed from its name.
 trains weights, is part of these operations. Any other edit, a hook, or dropout in the base sends its half of a block
 through the zoo's own module, so that nothing anybody put on a module is passed over.
 The last block's feed-forward, and the last norm, see only the rows that are asked for.
+The first blocks may be recomputed: of such a block only its input is kept, and its inside is made again, bit for bit
+and with the same random numbers, when the backward pass comes to it. The first, as by then all later ones are gone.
 Source: the sub-module names and the forward pass of transformers' llama, which qwen2, qwen3, mistral and others share.
 """
 
@@ -13,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.kernels.backend import Backend
-from luthier.kernels.blocks import added_product, gated_feed_forward, normed_products, rotated
+from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
 from luthier.model.attention import AttentionCall, ForestPlan, forest_attention
@@ -41,13 +45,14 @@ class Blocks:
     """The body of a model whose blocks have the common shape.
 
     `head_size` is the width of one attention head; `calls` says how each layer's attention is called; `backend` does
-    what lies between the products.
+    what lies between the products. The first `recomputed` blocks keep nothing but their input for the backward pass.
     """
 
     body: nn.Module
     head_size: int
     calls: Mapping[int, AttentionCall]
     backend: Backend
+    recomputed: int = 0
 
     @classmethod
     def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
@@ -82,11 +87,18 @@ class Blocks:
         angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
         layers = list(body.get_submodule("layers").children())
         watched = _is_watched(body)
+        # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
+        recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
         for index, layer in enumerate(layers):
             wanted = rows if index == len(layers) - 1 else None
-            x = self._block(layer, x, angles, plan, wanted, watched=watched)
-        normed: Tensor = body.get_submodule("norm")(x)
-        return normed
+            block = partial(self._block, layer, angles=angles, plan=plan, rows=wanted, watched=watched)
+            # The tensor is an argument of its own: it says of which device random numbers are put back.
+            x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
+        last = body.get_submodule("norm")
+        if watched or isinstance(last, EditedModule):
+            states: Tensor = last(x)
+            return states
+        return normed(x, *_norm(last), self.backend)
 
     def _block(
         self,

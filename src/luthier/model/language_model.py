@@ -134,6 +134,19 @@ class LanguageModel:
         return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head
 
     @property
+    def recomputable(self) -> int:
+        """How many blocks could be recomputed in the backward pass: all where our operations run them, else none."""
+        return 0 if self.executor.blocks is None else self.sites.layers
+
+    def recompute(self, count: int) -> None:
+        """From now on keep only the inputs of the first `count` blocks; no result is changed by a single bit."""
+        blocks = self.executor.blocks
+        if not 0 <= count <= self.recomputable:
+            raise RecipeError(f"{count} blocks cannot be recomputed", allowed=f"0 to {self.recomputable} here")
+        if blocks is not None:
+            self.executor = replace(self.executor, blocks=replace(blocks, recomputed=count))
+
+    @property
     def active_root(self) -> LearnedRoot | None:
         """The learned root that is switched on, if any."""
         roots = [a.root for a in self.attachments.values() if a.enabled and a.root is not None]

@@ -38,11 +38,20 @@ def total_steps(budget: BudgetKnobs, source: DataSource) -> int:
 
 
 def plan(
-    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, source: DataSource
+    recipe: FinetuneRecipe,
+    data: Prepared,
+    model: LanguageModel,
+    attachment: Attachment,
+    source: DataSource,
+    *,
+    pooled: bool = False,
 ) -> dict[str, Any]:
-    """What is going to happen, in numbers that are known before the first step."""
+    """What is going to happen, in numbers that are known before the first step.
+
+    `pooled` is whether CPU tensors come from the pool (kernels/pool.py).
+    """
     steps = total_steps(recipe.budget, source)
-    needed = memory.plan_memory(recipe, data, model, attachment, source, steps)
+    needed = memory.plan_memory(recipe, data, model, attachment, source, steps, pooled=pooled)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
     tokens = data.store.token_count
     speed = limits.plan_speed(
@@ -52,6 +61,7 @@ def plan(
         share=data.store.trained_count / max(1, tokens),
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
+        recomputed=needed["recomputed"],
     )
     base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
     return {
@@ -67,7 +77,7 @@ def plan(
         "data": data.counts(),
         "tokens": {"total": tokens, "trained": data.store.trained_count},
         "notices": [
-            *model.notices, *data.notices, *memory.notices(needed, written),
+            *model.notices, *data.notices, *memory.notices(needed, written, speed),
         ],
     }  # fmt: skip
 
@@ -75,7 +85,8 @@ def plan(
 def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint depends on. A resumed run whose facts differ would not continue the same run."""
     return {
-        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"run"}),
+        # Where a run lies, and what is made again instead of kept, change no bit of it.
+        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"run": True, "batch": {"recompute"}}),
         "base": model.digest,
         "tokenizer": tokenizer.digest,
         "data": data.store.folder.name,

@@ -18,7 +18,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
 from luthier.recipes import accounts
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
-from luthier.recipes.memory import PARTS
+from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
@@ -83,7 +83,11 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         rows=rows,
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
-    plan = accounts.plan(recipe, data, model, attachment, source)
+    unpooled = use_pool(model)
+    plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+    if unpooled:
+        plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
+    model.recompute(plan["memory"]["recomputed"])
     stepper.planned_bytes = {name: plan["memory"][name] for name in PARTS}
     plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     plan["notices"] = [*notices, *plan["notices"]]

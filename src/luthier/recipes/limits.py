@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from luthier.arithmetic.compute import Attention, Linear, bytes_per_token, flops_per_token, limit, mean_context
+from luthier.arithmetic.compute import (
+    Attention,
+    Linear,
+    bytes_per_token,
+    flops_per_token,
+    forward_flops,
+    limit,
+    mean_context,
+)
 from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit, TrainedParameters
 from luthier.model.language_model import LanguageModel
@@ -26,13 +34,15 @@ def plan_speed(
     share: float,
     at_once: int,
     step_tokens: int,
+    recomputed: int = 0,
 ) -> dict[str, Any]:
     """FLOPs and bytes a token, this machine's rates, and the tokens a second that they allow.
 
     `lengths` are those of the training rows, `share` is the part of their tokens that is predicted, `at_once` the
-    tokens of a micro-batch.
+    tokens of a micro-batch. What the first `recomputed` blocks compute again need not be done: it is told apart.
     """
-    linears, attentions = work(model, attachment, context=mean_context(lengths), share=share)
+    context = mean_context(lengths)
+    linears, attentions = work(model, attachment, context=context, share=share)
     flops = flops_per_token(linears, attentions)
     traffic = bytes_per_token(
         linears,
@@ -44,6 +54,7 @@ def plan_speed(
     found = _rates_of(model)
     return {
         "flops_per_token": flops,
+        "recomputed_flops_per_token": forward_flops(*_blocks(model, attachment, recomputed, context=context)[:2]),
         "bytes_per_token": traffic,
         "flops_per_second": found.flops,
         "bytes_per_second": found.bytes,
@@ -56,12 +67,21 @@ def work(
     model: LanguageModel, attachment: Attachment, *, context: float, share: float
 ) -> tuple[list[Linear], list[Attention]]:
     """The products that a token passes, from the embedding up, and what of each needs a gradient."""
+    linears, attentions, flowing = _blocks(model, attachment, model.sites.layers, context=context)
+    head = [_linear(site, _touched(attachment), below=flowing, share=share) for site in model.sites.role("head")]
+    return [*linears, *head], attentions
+
+
+def _blocks(
+    model: LanguageModel, attachment: Attachment, layers: int, *, context: float
+) -> tuple[list[Linear], list[Attention], bool]:
+    """The products of the first `layers` blocks, and whether what comes after them needs a gradient of its input."""
     touched = _touched(attachment)
     sites, width = model.sites, model.sites.heads * model.sites.head_size
     flowing = any(_is_touched(site, touched) for site in sites.role("embed"))
     linears: list[Linear] = []
     attentions: list[Attention] = []
-    for layer in range(sites.layers):
+    for layer in range(layers):
         own = [site for site in sites if site.layer == layer]
         flowing = flowing or any(_is_touched(site, touched) for site in own if "norm" in site.roles)
         for group in _groups(own):
@@ -70,8 +90,7 @@ def work(
             if width and any("v" in site.roles for site in group):
                 flowing = flowing or attachment.root is not None
                 attentions.append(Attention(width=width, context=context, below=flowing))
-    linears += [_linear(site, touched, below=flowing, share=share) for site in sites.role("head")]
-    return linears, attentions
+    return linears, attentions, flowing
 
 
 def _groups(sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from luthier.arithmetic import memory as bytes_of
-from luthier.arithmetic.memory import Decoder, Work
-from luthier.core.errors import DiskFullError
-from luthier.core.units import bytes_text
+from luthier.arithmetic.memory import Decoder, Output, Work
+from luthier.core.errors import DiskFullError, RecipeError
+from luthier.core.units import bytes_text, count_text, percent_text
 from luthier.data.prepare import Prepared
+from luthier.kernels import pool
 from luthier.kernels.backend import Seen
+from luthier.kernels.head import Head
+from luthier.kernels.native_backend import NativeBackend
+from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit, TrainedParameters, base_parameters
 from luthier.model.language_model import LanguageModel
+from luthier.optimizers import Optimizer
 from luthier.recipes.files import place_of
 from luthier.recipes.room import free_disk, free_memory
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.train.source import DataSource, MicroBatch
 
-PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "head", "saving")
-"""What memory is needed for, as a plan names it."""
+PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working", "libraries", "saving")
+"""What memory is needed for, as a plan names it: activations are kept for a backward pass, others are at work."""
 
 
 def plan_memory(
@@ -33,37 +40,67 @@ def plan_memory(
     attachment: Attachment,
     source: DataSource,
     steps: int,
+    *,
+    pooled: bool,
 ) -> dict[str, int]:
     """Bytes at the peak of the run, by part, with `total` and what is `available` to this process (weights included).
 
-    `tokens` and `longest` are those of the largest micro-batch, from the lengths of the rows.
+    `tokens` and `longest` are those of the largest micro-batch, from the lengths of the rows. `recomputed` is how many
+    blocks are recomputed, by the recipe or because it takes so many to fit; `without` is the total if none were.
     """
-    trained = attachment.named_parameters().values()
-    optimizer = int(recipe.optimizer.bytes_per_parameter() * attachment.parameter_count)
-    weights = _weights(model)
-    copies = sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained)
     share = data.store.trained_count / max(1, data.store.token_count)
-    batches = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
-    activations, head, largest = max(peak_of(model, attachment, batch, share) for batch in batches)
-    on_host = model.device.type == "cpu"
-    parts = {
-        # Of base weights that are trained the originals are kept aside, so they count in both.
-        "weights": weights,
-        "trained": copies,
-        "gradients": bytes_of.gradients(attachment.parameter_count),
-        "optimizer": optimizer,
-        "activations": activations,
-        "head": head,
+    works = [
+        work_of(model, attachment, batch, share)
+        for batch in source.largest_micro_batches(recipe.batch.micro_tokens, steps)
+    ]
+    parts = lasting(model, attachment, recipe.optimizer)
+    if model.device.type == "cpu":
         # The copy that a checkpoint is written from lies on the host, wherever the model is.
-        "saving": bytes_of.staging(attachment.parameter_count, optimizer) if on_host else 0,
-    }
+        parts["saving"] = bytes_of.staging(attachment.parameter_count, parts["optimizer"])
+    available = free_memory(model.device) + parts["weights"] + parts["trained"]
+    room = available - sum(parts.values())
+    tried = _recomputed(recipe, model)
+    passes = {count: largest_pass(model, works, count, pooled=pooled) for count in (*tried, 0)}
+    # As few as fit; if none do, as few as save most.
+    least = min(tried, key=lambda count: passes[count].bytes)
+    count = next((count for count in tried if passes[count].bytes <= room), least)
+    needed = {**parts, "activations": passes[count].kept, "working": passes[count].working}
     return {
-        **parts,
-        "total": sum(parts.values()),
-        "available": free_memory(model.device) + weights + copies,
-        "tokens": largest[0],
-        "longest": largest[1],
+        **{name: needed[name] for name in PARTS},
+        "total": sum(needed.values()),
+        "available": available,
+        "tokens": passes[count].tokens,
+        "longest": passes[count].longest,
+        "recomputed": count,
+        "blocks": model.sites.layers,
+        "without": sum(parts.values()) + passes[0].bytes,
     }
+
+
+def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes that stay from step to step, by part; no checkpoint is being written."""
+    trained = attachment.named_parameters().values()
+    return {
+        # Of base weights that are trained the originals are kept aside, so they count in both.
+        "weights": _weights(model),
+        "trained": sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
+        "gradients": bytes_of.gradients(attachment.parameter_count),
+        "optimizer": int(optimizer.bytes_per_parameter() * attachment.parameter_count),
+        "libraries": _libraries(model, attachment),
+        "saving": 0,
+    }
+
+
+def _recomputed(recipe: FinetuneRecipe, model: LanguageModel) -> Sequence[int]:
+    """How many blocks may be recomputed, as the recipe has it, fewest first. Raises RecipeError for what cannot be."""
+    asked, most = recipe.batch.recompute, model.recomputable
+    if asked == "auto":
+        return range(most + 1)
+    count = 0 if asked == "none" else max(most, 1) if asked == "all" else asked
+    if count > most:
+        why = f"this model has {most} blocks" if most else "the model zoo runs this model's blocks, and keeps them"
+        raise RecipeError(f"batch.recompute: {asked!r}, and {why}", allowed=f"auto, none, or 0 to {most}")
+    return (count,)
 
 
 def plan_disk(
@@ -90,9 +127,17 @@ def plan_disk(
     }
 
 
-def notices(memory: Mapping[str, int], disk: Mapping[str, int]) -> list[str]:
-    """What a user should know before the first step: where memory or disk may not suffice."""
+def notices(memory: Mapping[str, int], disk: Mapping[str, int], speed: Mapping[str, Any]) -> list[str]:
+    """What a user should know before the first step: what it costs to fit, and where memory or disk may not suffice."""
     said = []
+    if memory["recomputed"]:
+        extra = speed["recomputed_flops_per_token"]
+        said.append(
+            f"memory: the first {memory['recomputed']} of {memory['blocks']} blocks are computed again in the backward "
+            f"pass, for {bytes_text(memory['total'])} instead of {bytes_text(memory['without'])} (available: "
+            f"{bytes_text(memory['available'])}); that costs {count_text(extra)}FLOP a token more "
+            f"(+{percent_text(extra / speed['flops_per_token'])}) and changes no result"
+        )
     if memory["total"] > memory["available"]:
         said.append(
             f"memory: about {bytes_text(memory['total'])} are needed ({_biggest(memory)}) and "
@@ -135,27 +180,63 @@ def decoder_of(model: LanguageModel) -> Decoder:
     )
 
 
-def peak_of(
-    model: LanguageModel, attachment: Attachment, batch: MicroBatch, share: float
-) -> tuple[int, int, tuple[int, int]]:
-    """Activations and head of one micro-batch, of whose tokens a `share` is predicted; its tokens and longest row."""
-    # Unrolled rows are padded to the longest.
-    tokens = batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest
-    decoder = decoder_of(model)
-    work = Work(
-        tokens=tokens,
+@dataclass(frozen=True)
+class Pass:
+    """The largest micro-batch: its tokens and longest row, and what is kept and at work at its widest moment."""
+
+    kept: int
+    working: int
+    tokens: int
+    longest: int
+
+    @property
+    def bytes(self) -> int:
+        """What the pass needs in all."""
+        return self.kept + self.working
+
+
+def use_pool(model: LanguageModel) -> str:
+    """Take large tensors of a model on the CPU from the pool, where its kernels are C++ anyway; else why not."""
+    if model.device.type != "cpu":
+        return ""
+    if not isinstance(model.executor.backend, NativeBackend):
+        return "nothing is done in C++ here"
+    return pool.install()
+
+
+def largest_pass(model: LanguageModel, works: Sequence[Work], recomputed: int, *, pooled: bool) -> Pass:
+    """The pass that needs most of these, with so many blocks recomputed, as this device's memory holds it."""
+    decoder, found = decoder_of(model), []
+    for work in works:
+        widest = bytes_of.peak(decoder, replace(work, recomputed=recomputed))
+        kept, working = widest.kept, widest.working
+        if model.device.type == "cpu" and not pooled:
+            kept, working = bytes_of.on_heap(kept), bytes_of.on_heap(working)
+        found.append(Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest))
+    return max(found, key=lambda one: one.bytes)
+
+
+def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, share: float) -> Work:
+    """What one micro-batch, of whose tokens a `share` is predicted, is for the formulas."""
+    head = model.head
+    return Work(
+        # Unrolled rows are padded to the longest.
+        tokens=batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest,
         predicted=max(1, math.ceil(share * batch.tokens)),
         longest=batch.longest,
         edited=_edited(model, attachment),
         trains_base=attachment.trains_base,
-        squares=_squares(model, decoder),
+        squares=_squares(model, decoder_of(model)),
         masked=_masks_a_root(model),
         fused=_runs_fused(model),
         ranks=_ranks(model, attachment),
+        own_end=model.executor.blocks is not None,
+        output=Output(
+            in_place=isinstance(head, Head) and not isinstance(head.backend, TorchBackend),
+            rows=sum(len(change.ids) for change in head.changes) if isinstance(head, Head) else 0,
+            tied=model.sites.tied,
+        ),
     )
-    live = bytes_of.activations(decoder, work)
-    kept = bytes_of.on_heap(live, work) if model.device.type == "cpu" else live
-    return kept, bytes_of.head(decoder, work), (batch.tokens, batch.longest)
 
 
 def _weights(model: LanguageModel) -> int:
@@ -200,6 +281,13 @@ def _ranks(model: LanguageModel, attachment: Attachment) -> int:
     return sum(len(term.down) for term in terms if term is not None) // max(1, model.sites.layers)
 
 
+def _libraries(model: LanguageModel, attachment: Attachment) -> int:
+    """What the libraries take beside the tensors; on a GPU that is not counted."""
+    if model.device.type != "cpu":
+        return 0
+    return bytes_of.libraries(model.dtype.itemsize, thin=_ranks(model, attachment) > 0)
+
+
 def _squares(model: LanguageModel, decoder: Decoder) -> int:
     """How many n x n tensors attention keeps for each head: none where it is flash attention."""
     config = model.module.config.get_text_config()
@@ -219,4 +307,3 @@ def _saves(recipe: FinetuneRecipe, steps: int) -> int:
 def _biggest(memory: Mapping[str, int]) -> str:
     parts = sorted(((memory[name], name) for name in PARTS), reverse=True)[:3]
     return ", ".join(f"{name} {bytes_text(size)}" for size, name in parts)
-

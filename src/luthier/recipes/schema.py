@@ -66,6 +66,11 @@ class BatchKnobs(Knobs):
     tokens: int | None = Field(None, ge=1, description="tokens of one optimizer step; 8192 when rows is empty too")
     rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of tokens")
     micro_tokens: int = Field(4096, ge=16, description="tokens that go through the model at once; changes no result")
+    recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="blocks whose inside is made again in the backward pass instead of kept, the first so many; "
+        "auto takes as few as memory allows; changes no result",
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> BatchKnobs:
