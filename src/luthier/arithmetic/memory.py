@@ -12,7 +12,7 @@ Equation: a fused block keeps for each token 2 d (the residual stream before eac
     kept below a block and by it, with the gradients of gate and up, 2 f, of the norm and the stream, 2 d, and the norm
     made again, d, of its feed-forward at work; or with those of its attention, 2 q + 2 kv + d.
 Source: counted with torch's saved-tensor hooks and its profiler of memory (torch 2.13, transformers 5.23): within 4 %
-    of the peak of tensors for every adapter; and of processes, see tests/recipes/test_memory.py and docs/performance.md.
+    of the peak of tensors for every adapter; of processes, see tests/recipes/test_memory.py and docs/performance.md.
 """
 
 from __future__ import annotations

@@ -195,9 +195,9 @@ class Pass:
 
 
 def use_pool(model: LanguageModel) -> str:
-    """Take large tensors of a model on the CPU from the pool, where its kernels are C++ anyway; else why not."""
+    """Take large CPU tensors from the pool from now on, where kernels are C++ anyway; else why not."""
     if model.device.type != "cpu":
-        return ""
+        return "the model is on a GPU"
     if not isinstance(model.executor.backend, NativeBackend):
         return "nothing is done in C++ here"
     return pool.install()
