@@ -221,14 +221,13 @@ def _head(decoder: Decoder, work: Work) -> int:
     return work.predicted * decoder.hidden * number * (1 + work.trains_base) + passing + gradient
 
 
-def libraries(number: int, *, thin: bool) -> int:
+def libraries(number: int) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
-    For bfloat16, oneDNN writes machine code for each shape of a product and keeps it; `thin` products of adapters are
-    shapes of their own. Measured over sizes of 256 to 768: float32 5 to 11 MB, bfloat16 49 to 71 MB and 87 to 92 MB
-    with thin products, half of which is gone with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0, at the price of writing it anew.
+    Measured over hidden sizes of 256 to 768 and all adapters: float32 3 to 11 MB; bfloat16, for which oneDNN writes
+    machine code for each shape of a product, 7 to 26 MB with its caches bounded (kernels/pool.py).
     """
-    return 7_000_000 if number >= _WIDE else 58_000_000 + 34_000_000 * thin
+    return 7_000_000 if number >= _WIDE else 15_000_000
 
 
 def on_heap(live: int) -> int:
