@@ -137,7 +137,8 @@ many(100)
 before = resident()
 many(200)
 many(300)
-assert resident() - before < 8_000_000, (before, resident())
+# Without bounds it is 93 MB.
+assert resident() - before < 30_000_000, (before, resident())
 """)
 
 
