@@ -125,6 +125,30 @@ assert million().sum() == kept.sum()
 """)
 
 
+def test_products_of_many_shapes_do_not_pile_up() -> None:
+    """Breaks when what oneDNN prepares for a number of tokens is kept after the micro-batch that had it."""
+    run("""
+pool.bound_caches()
+weight = torch.rand(640, 640).bfloat16()
+def many(start):
+    for rows in range(start, start + 60):
+        torch.ones(rows, 640, dtype=torch.bfloat16) @ weight
+many(100)
+before = resident()
+many(200)
+many(300)
+# Without bounds it is 93 MB.
+assert resident() - before < 30_000_000, (before, resident())
+""")
+
+
+def test_what_the_user_has_set_stays() -> None:
+    """Breaks when a bound that somebody chose is overruled."""
+    environ = {"LRU_CACHE_CAPACITY": "9"}
+    pool.bound_caches(environ)
+    assert environ == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+
+
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when the heap is used without a word."""
     monkeypatch.setattr("luthier.kernels.native_build.shutil.which", lambda name: None)

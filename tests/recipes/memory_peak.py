@@ -38,6 +38,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     attention.register()
+    pool.bound_caches()
     pooled = given.get("pooled", True) and not pool.install()
     hidden, tokens, longest = given["hidden"], given["tokens"], given.get("longest", 256)
     dtype = getattr(torch, given.get("precision", "float32"))

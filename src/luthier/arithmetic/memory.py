@@ -221,21 +221,20 @@ def _head(decoder: Decoder, work: Work) -> int:
     return work.predicted * decoder.hidden * number * (1 + work.trains_base) + passing + gradient
 
 
-def libraries(number: int, *, thin: bool) -> int:
+def libraries(number: int) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
-    For bfloat16, oneDNN writes machine code for each shape of a product and keeps it; `thin` products of adapters are
-    shapes of their own. Measured over sizes of 256 to 768: float32 5 to 11 MB, bfloat16 49 to 71 MB and 87 to 92 MB
-    with thin products, half of which is gone with ONEDNN_PRIMITIVE_CACHE_CAPACITY=0, at the price of writing it anew.
+    Measured over hidden sizes of 256 to 768 and all adapters: float32 3 to 11 MB; bfloat16, for which oneDNN writes
+    machine code for each shape of a product, 7 to 26 MB with its caches bounded (kernels/pool.py).
     """
-    return 7_000_000 if number >= _WIDE else 58_000_000 + 34_000_000 * thin
+    return 7_000_000 if number >= _WIDE else 15_000_000
 
 
 def on_heap(live: int) -> int:
     """Resident memory of `live` bytes of activations where they lie in the C library's heap and not in the pool.
 
     glibc 2.36 cannot use a freed place again for an aligned tensor of the same size while something small lies beside
-    it. Measured with torch 2.13 after four passes, hidden sizes 256 to 768: 1.1 to 1.5 times what lives, by luck.
+    it. Measured with torch 2.13 after four passes in float32, hidden sizes 256 and 384: 1.1 to 1.5 times what lives.
     """
     return int(live * 1.3)
 

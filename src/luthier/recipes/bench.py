@@ -13,6 +13,7 @@ import torch
 
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
+from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
@@ -28,7 +29,7 @@ from luthier.train.stepper import Stepper
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything on the table before the first step."""
+    """Everything on the table before the first step; `pooled` is whether CPU tensors come from the pool."""
 
     recipe: FinetuneRecipe
     tokenizer: Tokenizer
@@ -38,6 +39,7 @@ class Bench:
     stepper: Stepper
     source: DataSource
     plan: dict[str, Any]
+    pooled: bool
 
 
 def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
@@ -45,6 +47,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
 
     `folder` is where the relative paths of the recipe start, when that is not here.
     """
+    bound_caches()
     found = located(recipe, folder)
     tokenizer = Tokenizer.load(resolve_source(found.model))
     data = prepare(
@@ -85,13 +88,13 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
     )
     unpooled = use_pool(model)
     plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
-    if unpooled:
+    if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
     model.recompute(plan["memory"]["recomputed"])
     stepper.planned_bytes = {name: plan["memory"][name] for name in PARTS}
     plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     plan["notices"] = [*notices, *plan["notices"]]
-    return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan)
+    return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled)
 
 
 def reading_of(recipe: FinetuneRecipe) -> Reading:

@@ -17,6 +17,7 @@ from luthier.core.events import Event, Recorder, Several
 from luthier.core.knobs import validate
 from luthier.data.reading.rows import write_rejects
 from luthier.infer.generator import Generator
+from luthier.kernels import pool
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, finish
@@ -146,6 +147,9 @@ def _train(
     )
     with stop.patient():
         status = loop.run(state)
+    if bench.pooled:
+        # The process that proves the result needs memory too.
+        pool.release()
     if status == "stopped":
         raise StoppedError(
             f"stopped by {stop.reason} after step {state.step} of {state.total_steps}; everything is saved",

@@ -86,7 +86,7 @@ def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) 
         "trained": sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
         "gradients": bytes_of.gradients(attachment.parameter_count),
         "optimizer": int(optimizer.bytes_per_parameter() * attachment.parameter_count),
-        "libraries": _libraries(model, attachment),
+        "libraries": bytes_of.libraries(model.dtype.itemsize) if model.device.type == "cpu" else 0,
         "saving": 0,
     }
 
@@ -196,9 +196,9 @@ class Pass:
 
 
 def use_pool(model: LanguageModel) -> str:
-    """Take large tensors of a model on the CPU from the pool, where its kernels are C++ anyway; else why not."""
+    """Take large CPU tensors from the pool from now on, where kernels are C++ anyway; else why not."""
     if model.device.type != "cpu":
-        return ""
+        return "the model is on a GPU"
     if not isinstance(model.executor.backend, NativeBackend):
         return "nothing is done in C++ here"
     return pool.install()
@@ -279,13 +279,6 @@ def _ranks(model: LanguageModel, attachment: Attachment) -> int:
     """The sum of the ranks of one block's adapters, the mean over blocks."""
     terms = [edit.low_rank() for edit in attachment.edits if isinstance(edit, SiteEdit)]
     return sum(len(term.down) for term in terms if term is not None) // max(1, model.sites.layers)
-
-
-def _libraries(model: LanguageModel, attachment: Attachment) -> int:
-    """What the libraries take beside the tensors; on a GPU that is not counted."""
-    if model.device.type != "cpu":
-        return 0
-    return bytes_of.libraries(model.dtype.itemsize, thin=_ranks(model, attachment) > 0)
 
 
 def _squares(model: LanguageModel, decoder: Decoder) -> int:

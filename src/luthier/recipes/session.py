@@ -22,6 +22,7 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
+from luthier.kernels.pool import bound_caches
 from luthier.model.adapter_files import CONFIG, check_base, fill, read_config, read_extras
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
@@ -129,6 +130,7 @@ def load(
     seed: int = 0,
 ) -> Session:
     """A session on a base model with a fresh adapter, or on a folder that `Session.save` wrote, with the saved one."""
+    bound_caches()
     saved = Path(model) if (Path(model) / CONFIG).is_file() else None
     config = read_config(saved) if saved is not None else {}
     source = str(config.get("base_model_name_or_path", model))
