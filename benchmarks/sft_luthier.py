@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 
 from luthier.core import catalog
 from luthier.data.forest import Tree, row_tree
+from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.load import Precision, load_model
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
+from luthier.recipes.memory import use_pool
 from luthier.train.stepper import Stepper
 
 MICRO_TOKENS = 4096
 
 
 def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
-    """What is trained (LoRA with the prepared start, or all weights), and the stepper."""
+    """What is trained (LoRA with the prepared start, or all weights), and the stepper, laid out as a run is."""
     model = load_model(str(job.folder / "model"), precision=precision, device=job.device)
+    use_pool(model)
     torch.manual_seed(job.seed)
     lora = job.work.method == "lora"
     knobs = {"rank": worker.RANK, "alpha": float(worker.ALPHA)} if lora else {}
@@ -51,6 +54,7 @@ def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
 
 def main() -> int:
     job = worker.job_from_arguments()
+    bound_caches()
     device = Device(job.device)
     clock = worker.StepClock(job, device.settle)
     before = probe(job.precision, device, widest=job.widest)

@@ -111,7 +111,7 @@ WORKLOADS = {
     "m1-full": Workload(
         title="all weights, the same model and rows",
         model="m1", method="full", rows="rows.jsonl", batch=16,
-        quick=Tier(4, 1, 1, _QUICK), full=Tier(7, 1, 5, _ALL),
+        quick=Tier(4, 1, 1, _QUICK), full=Tier(9, 1, 5, _ALL),
     ),
     "m2-lora": Workload(
         title="LoRA, the shape of Qwen2.5-0.5B, rows of many lengths",

@@ -167,6 +167,12 @@ def test_the_head_needs_a_chunk_of_logits_however_many_tokens_there_are() -> Non
     assert working(output=Output(in_place=True), predicted=10) == 10 * 10 * 2 + 10 * 10_000_000 * 2
     gradient = 10 * 10_000_000 * (4 + 2 * 2)
     assert working(output=Output(in_place=True), trains_base=True) == 2 * states + chunk * 2 * 2 + gradient
+    # Slopes are kept for as many rows as take the memory of the gradient: here 20, which are all or no whole chunk.
+    few = working(output=Output(in_place=True), trains_base=True, predicted=20)
+    assert few == 2 * 20 * 10 * 2 + 20 * 10_000_000 * 2 + gradient
+    deep = replace(broad, hidden=600)
+    kept_too = peak(deep, Work(tokens=2000, predicted=2000, longest=5, output=Output(in_place=True), trains_base=True))
+    assert kept_too.working == 2 * 2000 * 600 * 2 + (4 + 2) * chunk * 2 + 600 * 10_000_000 * (4 + 2 * 2)
 
 
 def test_copies_and_files_are_counted() -> None:

@@ -32,9 +32,7 @@ class OnDevice(Backend):
     def normed(self, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
         return self._inner.normed(self._there(x), self._there(weight), self._there(inverse)).cpu()
 
-    def norm_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: Tensor | None
-    ) -> Tensor:
+    def norm_backward(self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, added: Tensor | None) -> Tensor:
         given = [self._there(each) for each in (grad, x, weight, inverse)]
         more = None if added is None else self._there(added)
         return self._inner.norm_backward(given[0], given[1], given[2], given[3], more).cpu()
@@ -49,11 +47,8 @@ class OnDevice(Backend):
     def rotated(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         return self._inner.rotated(self._there(x), self._there(cosines), self._there(sines)).cpu()
 
-    def label_slopes(
-        self, logits: Tensor, labels: Tensor, factors: Tensor | None, *, slopes: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        weights = None if factors is None else self._there(factors)
-        log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), weights, slopes=slopes)
+    def label_slopes(self, logits: Tensor, labels: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor | None]:
+        log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), slopes=slopes)
         return log_probs.cpu(), None if found is None else found.cpu()
 
     def attends(self, query: Tensor, seen: Seen | None) -> bool:

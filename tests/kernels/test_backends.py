@@ -93,19 +93,16 @@ def test_rotations(backend: Backend, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:
-    """Breaks when the label's own slope is that of the others, or a factor is forgotten."""
-    logits, factors = draw(7, size, dtype=dtype, spread=6.0), draw(7, dtype=torch.float32, seed=1)
-    labels = torch.arange(7) * 3 % size
-    for weights in (None, factors):
-        wide = None if weights is None else weights.double()
-        expected = TWIN.label_slopes(logits.double(), labels, wide, slopes=True)
-        log_probs, none = backend.label_slopes(logits.clone(), labels, weights, slopes=False)
-        assert none is None
-        torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
-        log_probs, slopes = backend.label_slopes(logits.clone(), labels, weights, slopes=True)
-        torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
-        assert slopes is not None and expected[1] is not None
-        close(slopes, expected[1].to(dtype), dtype)
+    """Breaks when the label's own slope is that of the others."""
+    logits, labels = draw(7, size, dtype=dtype, spread=6.0), torch.arange(7) * 3 % size
+    expected = TWIN.label_slopes(logits.double(), labels, slopes=True)
+    log_probs, none = backend.label_slopes(logits.clone(), labels, slopes=False)
+    assert none is None
+    torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
+    log_probs, slopes = backend.label_slopes(logits.clone(), labels, slopes=True)
+    torch.testing.assert_close(log_probs, expected[0].float(), rtol=1e-5, atol=1e-5)
+    assert slopes is not None and expected[1] is not None
+    close(slopes, expected[1].to(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -127,9 +124,7 @@ def test_attention(backend: Backend, dtype: torch.dtype, heads: int, groups: int
         close(one, other.to(dtype), dtype, slack=2.0)
 
 
-def dense(
-    query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]], scale: float, seen: Seen
-) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]], scale: float, seen: Seen) -> Tensor:
     """Attention with a mask over all pairs of rows: what a text sees, and of its own tokens those up to each one."""
     lengths = [length for count, length in runs for _ in range(count)]
     mask = torch.zeros(len(query), len(key), dtype=torch.bool)
@@ -179,8 +174,8 @@ def test_what_is_not_finite_stays_so(backend: Backend, dtype: torch.dtype, bad: 
     h, inverse = backend.norm(x, good[0], 1e-5)
     found = [
         h, backend.norm_backward(good, x, good[0], inverse, None), backend.gated(good, x),
-        backend.gated_backward(x.clone(), good, good)[1], backend.label_slopes(x.clone(), torch.zeros(6).long(), None,
-                                                                              slopes=True)[1],
+        backend.gated_backward(x.clone(), good, good)[1],
+        backend.label_slopes(x.clone(), torch.zeros(6).long(), slopes=True)[1],
     ]  # fmt: skip
     if bad != bad:
         found += [backend.gated(x, good), backend.gated_backward(good.clone(), x, good)[0]]
@@ -213,7 +208,7 @@ def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
             out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5, None)
             grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5, None)
             logits = draw(200, 300, dtype=torch.float32)
-            log_probs, slopes = backend.label_slopes(logits, torch.arange(200), None, slopes=True)
+            log_probs, slopes = backend.label_slopes(logits, torch.arange(200), slopes=True)
             results.append([out, *grads, log_probs, slopes])
     finally:
         torch.set_num_threads(before)

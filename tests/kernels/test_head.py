@@ -143,6 +143,23 @@ def test_bfloat16_heads_give_float32_log_probabilities(head_trains: bool) -> Non
         assert error < 0.02
 
 
+def test_a_trained_head_gives_the_same_bits_whether_slopes_were_kept_or_made_again() -> None:
+    """Breaks when the two ways round differently, the second backward pass finds nothing, or all slopes are kept."""
+    hidden, weight, _, labels, upstream = case(rows=40, vocabulary=50, size=8, bias=False, dtype=torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    # Eight rows are kept: two of ten chunks here, and none of chunks of 10.
+    kept = head_log_probs(hidden, Head(weight), labels, chunk_rows=4)
+    slopes = [each for each in kept.grad_fn.saved_tensors if each is not None and each.shape[-1] == 50]  # type: ignore[union-attr]
+    assert [len(each) for each in slopes] == [4, 4]
+    first = torch.autograd.grad(kept, hidden, upstream, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(kept, hidden, upstream)[0])
+    again = torch.autograd.grad(head_log_probs(hidden, Head(weight), labels, chunk_rows=10), hidden, upstream)[0]
+    torch.testing.assert_close(first, again, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        assert head_log_probs(hidden, Head(weight), labels).grad_fn is None
+
+
 def test_a_second_derivative_is_refused() -> None:
     """Breaks when the Jacobian computed in the forward pass is silently taken for a constant."""
     hidden, weight, _, labels, _ = case(bias=False)

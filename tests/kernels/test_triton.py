@@ -41,7 +41,7 @@ COMPILED: dict[str, tuple[str, list[tuple[Any, ...]], int]] = {
     "gated_backward": ("* * * * i i i i", [(PART.rows, PART.width)], PART.warps),
     "rotated": ("* * * * i i i i i i i", [(HEADS.rows, HEADS.width)], HEADS.warps),
     "label_slopes": (
-        "* *l *f *f i i", [(False, False, VOCABULARY_PART), (True, True, VOCABULARY_PART)], VOCABULARY_PART // 512,
+        "* *l *f i i", [(slopes, VOCABULARY_PART) for slopes in (False, True)], VOCABULARY_PART // 512,
     ),
 }  # fmt: skip
 KINDS = {"*f": "*fp32", "*l": "*i64", "i": "i32", "f": "fp32"}

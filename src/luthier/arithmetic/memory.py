@@ -209,16 +209,25 @@ def _head(decoder: Decoder, work: Work) -> int:
     """A chunk of logits at work beside the one before it, and the states that it is made from.
 
     Slopes take the place of logits where `in_place`; that of float32 logits, beside the rounded ones, where rows are
-    trained; else they are float32 with exponentials beside them. A head that is trained adds its gradient, and a
-    chunk's part of it before and after scaling.
+    trained; else they are float32 with exponentials beside them. A head that is trained keeps the slopes of whole
+    chunks in as much memory as its gradient takes, and adds that gradient and a chunk's part of it before and after
+    scaling.
     """
     rows, number = min(HEAD_ROWS, work.predicted), decoder.bytes
     chunks = 2 if work.predicted > rows else 1
     rounded = number if number < _WIDE else 0
     each = chunks * number if not work.output.rows else chunks * _WIDE + rounded
     passing = rows * decoder.vocabulary * (each if work.output.in_place else (chunks + 1) * _WIDE + rounded)
-    gradient = decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded) if work.trains_base else 0
-    return work.predicted * decoder.hidden * number * (1 + work.trains_base) + passing + gradient
+    states = work.predicted * decoder.hidden * number
+    if not work.trains_base:
+        return states + passing
+    most = decoder.hidden * _WIDE // number
+    kept_rows = work.predicted if work.predicted <= most else most // HEAD_ROWS * HEAD_ROWS
+    if kept_rows == work.predicted:
+        # The last of them are those at work.
+        kept_rows = max(0, kept_rows - chunks * rows)
+    slopes = kept_rows * decoder.vocabulary * number
+    return 2 * states + slopes + passing + decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded)
 
 
 def libraries(number: int) -> int:

@@ -91,11 +91,10 @@ class Backend(ABC):
         self,
         logits: Float[Tensor, "n V"],
         labels: Int[Tensor, " n"],
-        factors: Float[Tensor, " n"] | None,
         *,
         slopes: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
-        """log p(label) of each row in float32 or wider, and its slope in the logits times `factors`, if asked for.
+        """log p(label) of each row in float32 or wider, and its slope in the logits, if asked for.
 
         The slopes are in the precision of the logits, whose memory may be used for them.
         """

@@ -3,20 +3,21 @@
 Idea: the log-probability of a row depends on that row's hidden state alone, so its whole Jacobian is one vector of the
 hidden size. With a frozen head that vector is computed chunk by chunk in the forward pass, while the logits are at
 hand; the backward pass is a multiplication, whatever the objective does with the log-probabilities. A trainable head
-recomputes each chunk in the backward pass instead, because its own gradient needs the upstream weights. Where only a
-few rows of the head are trained, their slopes are kept from the forward pass, and nothing is computed twice.
+needs the upstream weights for its own gradient: it keeps the slopes of as many rows as take no more memory than that
+gradient, and recomputes those of further rows in the backward pass. Where only a few rows of the head are trained,
+their slopes are kept from the forward pass, and nothing is computed twice.
 Equation: z = s W h + b, c = cap tanh(z / cap); log p_y = c_y - logsumexp(c);
     d log p_y / d z = (1_y - p) (1 - (c / cap)^2).
 Source: chunked cross-entropy as in Liger Kernel and Cut Cross-Entropy (arXiv 2411.09009); chunking is over rows, so no
 sum over the vocabulary is ever split and the result does not depend on the chunk size.
-Cost: 4 N V d FLOPs for N rows (6 N V d + 2 N V d recompute with a trainable head); memory chunk x V x 6 bytes + N d,
-    and N (d + k) more while k rows are trained.
+Cost: 4 N V d FLOPs for N rows (6 N V d with a trainable head, and 2 V d for each row that is recomputed); memory
+    chunk x V x 6 bytes + N d, and N (d + k) more while k rows are trained; at most 4 V d bytes more for a whole head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +66,7 @@ def head_log_probs(
     ids = torch.cat([labels.new_empty(0), *(change.ids for change in head.changes)])
     added = torch.cat([head.weight.new_empty(0, head.weight.shape[1]).to(wide(head.weight)),
                        *(change.trained - change.start for change in head.changes)])  # fmt: skip
-    settings = _Settings(head.scale, head.cap, chunk_rows, head.backend)
+    settings = _Settings(head.scale, head.cap, chunk_rows, head.backend, torch.is_grad_enabled())
     return _HeadLogProbs.apply(hidden, head.weight, head.bias, added, labels, ids, settings)
 
 
@@ -77,6 +78,7 @@ class _Settings:
     cap: float | None
     chunk_rows: int
     backend: Backend
+    learns: bool
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -99,15 +101,20 @@ class _HeadLogProbs(torch.autograd.Function):
         log_probs = torch.empty(len(hidden), dtype=wide(hidden), device=hidden.device)
         jacobian = torch.empty_like(hidden) if frozen_gradient else None
         kept = hidden.new_empty(len(hidden), len(ids), dtype=wide(hidden)) if rows_gradient else None
+        chunks: list[Tensor] = []
+        to_keep = _kept_rows(weight) if ctx.head_trains and settings.learns else 0
         for rows in _chunks(len(hidden), settings.chunk_rows):
-            asked = jacobian is not None or kept is not None
-            log_probs[rows], slopes = rule.look(hidden[rows], labels[rows], None, slopes=asked)
+            keeps = rows.stop <= to_keep
+            asked = jacobian is not None or kept is not None or keeps
+            log_probs[rows], slopes = rule.look(hidden[rows], labels[rows], slopes=asked)
+            if keeps and slopes is not None:
+                chunks.append(slopes.to(weight.dtype))
             if jacobian is not None and slopes is not None:
                 rule.through(slopes.to(weight.dtype), out=jacobian[rows])
             if kept is not None and slopes is not None:
                 kept[rows] = slopes[:, ids].to(kept.dtype)
         if ctx.head_trains:
-            ctx.save_for_backward(hidden, weight, bias, added, labels, ids)
+            ctx.save_for_backward(hidden, weight, bias, added, labels, ids, *chunks)
         else:
             ctx.save_for_backward(jacobian, kept, hidden if rows_gradient else None)
         return log_probs
@@ -126,21 +133,21 @@ class _HeadLogProbs(torch.autograd.Function):
                     slope = kept[rows] * upstream[rows, None]
                     grad_added += (slope.t() @ hidden[rows].to(slope.dtype)) * scale
             return (grad_hidden, None, None, grad_added, None, None, None)
-        hidden, weight, bias, added, labels, ids = ctx.saved_tensors
+        hidden, weight, bias, added, labels, ids, *kept_chunks = ctx.saved_tensors
         rule = _Rule(weight, bias, added.to(weight.dtype), ids, ctx.settings)
         grad_hidden = torch.empty_like(hidden)
         # Wide: hundreds of chunks are added up, and bfloat16 would round the late ones away.
         grad_weight = torch.zeros(weight.shape, dtype=wide(weight), device=weight.device)
         grad_bias = torch.zeros(len(weight), dtype=wide(weight), device=weight.device)
-        for rows in _chunks(len(hidden), chunk_rows):
-            _, slopes = rule.look(hidden[rows], labels[rows], upstream[rows], slopes=True)
-            if slopes is None:
-                continue
+        for index, rows in enumerate(_chunks(len(hidden), chunk_rows)):
+            known = index < len(kept_chunks)
+            slopes = kept_chunks[index] if known else rule.slopes(hidden[rows], labels[rows])
+            factors = upstream[rows]
             if bias is not None:
-                grad_bias += slopes.to(grad_bias.dtype).sum(0)
-            low = slopes.to(weight.dtype)
-            rule.through(low, out=grad_hidden[rows])
-            _add_product(grad_weight, low.t(), hidden[rows], scale)
+                grad_bias += factors.to(grad_bias.dtype) @ slopes.to(grad_bias.dtype)
+            rule.through(slopes, out=grad_hidden[rows])
+            grad_hidden[rows] *= factors[:, None].to(hidden.dtype)
+            _add_product(grad_weight, slopes.t(), (hidden[rows] * factors[:, None]).to(hidden.dtype), scale)
         return (
             grad_hidden if ctx.needs_input_grad[0] else None,
             grad_weight.to(weight.dtype) if weight.requires_grad else None,
@@ -164,10 +171,9 @@ class _Rule:
     settings: _Settings
 
     def look(
-        self, hidden: Float[Tensor, "n d"], labels: Int[Tensor, " n"], factors: Float[Tensor, " n"] | None,
-        *, slopes: bool,
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:  # fmt: skip
-        """log p(label) of each row, and its slope in the logits, before scale, times `factors`."""
+        self, hidden: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, slopes: bool
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
+        """log p(label) of each row, and its slope in the logits, before scale, if asked for."""
         logits = hidden @ self.weight.t()
         scale, cap = self.settings.scale, self.settings.cap
         if len(self.ids) or self.bias is not None or cap is not None or scale != 1.0:
@@ -178,12 +184,18 @@ class _Rule:
             logits *= scale
             if self.bias is not None:
                 logits += self.bias
-        if cap is None:
-            return self.settings.backend.label_slopes(logits, labels, factors, slopes=slopes)
-        capped = torch.tanh_(logits.div_(cap)).mul_(cap)
-        bend = 1 - (capped / cap).square()
-        log_probs, slope = self.settings.backend.label_slopes(capped, labels, factors, slopes=slopes)
-        return log_probs, None if slope is None else slope.mul_(bend)
+        if cap is not None:
+            logits = torch.tanh_(logits.div_(cap)).mul_(cap)
+        bend = 1 - (logits / cap).square() if cap is not None and slopes else None
+        log_probs, slope = self.settings.backend.label_slopes(logits, labels, slopes=slopes)
+        if slope is not None and bend is not None:
+            slope.mul_(bend)
+        return log_probs, slope
+
+    def slopes(self, hidden: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Float[Tensor, "n V"]:
+        """The slopes alone, in the precision of the weight."""
+        _, found = self.look(hidden, labels, slopes=True)
+        return cast(Tensor, found).to(self.weight.dtype)
 
     def through(self, slopes: Float[Tensor, "n V"], *, out: Float[Tensor, "n d"]) -> None:
         """Slopes in the logits as slopes in the hidden states, into `out`."""
@@ -202,6 +214,11 @@ def _add_product(
         torch.addmm(total, left, right, alpha=scale, out=total)
     else:
         add_to(total, left @ right, scale=scale)
+
+
+def _kept_rows(weight: Float[Tensor, "V d"]) -> int:
+    """For how many rows a trained head keeps its slopes: as many as take the memory of its gradient, which is wide."""
+    return weight.shape[1] * wide(weight).itemsize // weight.element_size()
 
 
 def _chunks(count: int, size: int) -> list[slice]:

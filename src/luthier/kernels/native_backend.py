@@ -26,7 +26,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated": (*[_POINTER] * 3, _WHOLE),
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
-    "label_slopes": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE),
+    "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
 }
@@ -115,14 +115,12 @@ class NativeBackend(Backend):
         self,
         logits: Float[Tensor, "n V"],
         labels: Int[Tensor, " n"],
-        factors: Float[Tensor, " n"] | None,
         *,
         slopes: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
         logits = logits.contiguous()
         log_probs = torch.empty(len(logits), dtype=torch.float32)
-        weights = None if factors is None else factors.float().contiguous()
-        self._call("label_slopes", logits.dtype, logits, labels.contiguous(), weights, log_probs, *logits.shape, slopes)
+        self._call("label_slopes", logits.dtype, logits, labels.contiguous(), log_probs, *logits.shape, slopes)
         return log_probs, logits if slopes else None
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:

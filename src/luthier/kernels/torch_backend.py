@@ -76,7 +76,6 @@ class TorchBackend(Backend):
         self,
         logits: Float[Tensor, "n V"],
         labels: Int[Tensor, " n"],
-        factors: Float[Tensor, " n"] | None,
         *,
         slopes: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
@@ -88,7 +87,7 @@ class TorchBackend(Backend):
             return log_probs, None
         slope = logits_wide.sub_(normaliser[:, None]).exp_().neg_()
         slope[torch.arange(len(labels), device=labels.device), labels] += 1
-        return log_probs, (slope if factors is None else slope.mul_(factors[:, None])).to(logits.dtype)
+        return log_probs, slope.to(logits.dtype)
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.device.type == "cpu" and seen is None

@@ -151,18 +151,16 @@ class TritonBackend(Backend):
         self,
         logits: Float[Tensor, "n V"],
         labels: Int[Tensor, " n"],
-        factors: Float[Tensor, " n"] | None,
         *,
         slopes: bool,
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
         logits = _rows(logits)
         n, size = logits.shape
         log_probs = _new(logits, n, dtype=torch.float32)
-        weights = log_probs if factors is None else factors.contiguous()
         width = min(VOCABULARY_PART, _power_of_two(size))
         self._run(
             "label_slopes", logits, (n,), _warps(width),
-            logits, labels.contiguous(), weights, log_probs, size, logits.stride(0), slopes, factors is not None, width,
+            logits, labels.contiguous(), log_probs, size, logits.stride(0), slopes, width,
         )  # fmt: skip
         return log_probs, logits if slopes else None
 

@@ -115,10 +115,9 @@ def rotated(
 @triton.jit
 @no_type_check
 def label_slopes(
-    logits, labels, factors, log_probs, size, row_stride,
-    SLOPES: tl.constexpr, FACTORS: tl.constexpr, WIDTH: tl.constexpr,
+    logits, labels, log_probs, size, row_stride, SLOPES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """log p(label) of a row; its slope, times the row's factor, takes the place of the logits when SLOPES are asked."""
+    """log p(label) of a row; its slope takes the place of the logits when SLOPES are asked."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     label = tl.load(labels + row).to(tl.int64)
@@ -137,12 +136,9 @@ def label_slopes(
     log_sum = most + tl.log(total)
     tl.store(log_probs + row, chosen - log_sum)
     if SLOPES:
-        factor = tl.full((), 1.0, tl.float32)
-        if FACTORS:
-            factor = tl.load(factors + row).to(tl.float32)
         for first in range(0, size, WIDTH):
             columns = first + tl.arange(0, WIDTH)
             inside = columns < size
             numbers = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
-            slope = (tl.where(columns == label, 1.0, 0.0) - tl.exp(numbers - log_sum)) * factor
+            slope = tl.where(columns == label, 1.0, 0.0) - tl.exp(numbers - log_sum)
             tl.store(start + columns, slope.to(logits.dtype.element_ty), mask=inside)

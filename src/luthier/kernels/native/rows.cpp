@@ -87,9 +87,8 @@ template <typename T> void rotate(const T* x, const T* cosines, const T* sines, 
     }
 }
 
-// log p(label), and in place of the logits factor (1_label - p) if slopes are asked for.
-template <typename T> void labels_of(T* logits, const int64_t* labels, const float* factors, float* log_probs, int64_t n,
-                                     int64_t size, bool slopes) {
+// log p(label), and in place of the logits 1_label - p if slopes are asked for.
+template <typename T> void labels_of(T* logits, const int64_t* labels, float* log_probs, int64_t n, int64_t size, bool slopes) {
 #pragma omp parallel for
     for (int64_t row = 0; row < n; row++) {
         T* own = logits + row * size;
@@ -101,10 +100,9 @@ template <typename T> void labels_of(T* logits, const int64_t* labels, const flo
         float normaliser = most + std::log(sum), label = widen(own[labels[row]]) - normaliser;
         log_probs[row] = label;
         if (!slopes) continue;
-        float factor = factors == nullptr ? 1.0f : factors[row];
 #pragma omp simd
-        for (int64_t i = 0; i < size; i++) own[i] = narrow<T>(-factor * exponential(widen(own[i]) - normaliser));
-        own[labels[row]] = narrow<T>(factor * (1.0f - std::exp(label)));
+        for (int64_t i = 0; i < size; i++) own[i] = narrow<T>(-exponential(widen(own[i]) - normaliser));
+        own[labels[row]] = narrow<T>(1.0f - std::exp(label));
     }
 }
 
@@ -129,9 +127,9 @@ template <typename T> void labels_of(T* logits, const int64_t* labels, const flo
                                    int64_t half, float sign) {                                                         \
         rotate(x, cosines, sines, out, n, heads, half, sign);                                                          \
     }                                                                                                                  \
-    extern "C" void label_slopes_##NAME(T* logits, const int64_t* labels, const float* factors, float* log_probs,      \
-                                        int64_t n, int64_t size, int64_t slopes) {                                     \
-        labels_of(logits, labels, factors, log_probs, n, size, slopes != 0);                                           \
+    extern "C" void label_slopes_##NAME(T* logits, const int64_t* labels, float* log_probs, int64_t n, int64_t size,   \
+                                        int64_t slopes) {                                                              \
+        labels_of(logits, labels, log_probs, n, size, slopes != 0);                                                    \
     }
 
 FOR_BOTH(float, float32)

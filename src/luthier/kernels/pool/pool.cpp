@@ -2,8 +2,9 @@
 //
 // glibc 2.36 cannot give a freed place to an aligned tensor of the same size once a small allocation has taken the
 // splinter beside it, so a heap grows to 1.1 to 1.5 times what is alive, by luck; mapping every tensor anew instead
-// costs a page fault for each 4 kB of each of them. Here a block comes from the freed ones if one fits to an eighth.
-// If none does, freed blocks are unmapped until the new one has room below the most that was ever alive.
+// costs a page fault for each 4 kB of each of them. Here freed neighbours become one place again, and a block is cut
+// from the smallest place that is enough: micro-batches differ in size, and so would blocks that fit only as a whole.
+// If none is enough, freed places are unmapped until the new block has room below the most that was ever alive.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -14,7 +15,9 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 #include <unordered_map>
+#include <utility>
 
 namespace {
 
@@ -41,7 +44,7 @@ class Pool final : public c10::Allocator {
   void release() {
     std::lock_guard<std::mutex> guard(lock_);
     most_ = alive_;
-    shrink();
+    shrink(0);
   }
 
   std::mutex& lock() { return lock_; }
@@ -49,59 +52,90 @@ class Pool final : public c10::Allocator {
  private:
   void* take(size_t size) {
     std::lock_guard<std::mutex> guard(lock_);
-    auto found = freed_.lower_bound(size);
-    if (found != freed_.end() && found->first <= size + size / 8) {
-      auto [whole, place] = *found;
-      freed_.erase(found);
-      kept_ -= whole;
-      hold(place, whole);
-      return place;
-    }
-    most_ = std::max(most_, alive_ + size);
-    alive_ += size;
-    shrink();
-    alive_ -= size;
-    void* place = map(size);
-    if (place == nullptr) {
-      while (!freed_.empty()) unmap(std::prev(freed_.end()));
-      place = map(size);
-    }
-    if (place != nullptr) hold(place, size);
-    return place;
-  }
-
-  void hold(void* place, size_t size) {
+    char* place = cut(size);
+    if (place == nullptr) place = grow(size);
+    if (place == nullptr) return nullptr;
     sizes_.emplace(place, size);
     alive_ += size;
     most_ = std::max(most_, alive_);
+    return place;
   }
 
-  // The smallest freed block that is enough, else the largest, until no more is mapped than was once alive.
-  void shrink() {
-    while (alive_ + kept_ > most_ && !freed_.empty()) {
-      auto enough = freed_.lower_bound(alive_ + kept_ - most_);
-      unmap(enough == freed_.end() ? std::prev(enough) : enough);
+  // The front of the smallest freed place that is enough, or null.
+  char* cut(size_t size) {
+    auto found = by_size_.lower_bound({size, nullptr});
+    if (found == by_size_.end()) return nullptr;
+    auto [whole, place] = *found;
+    forget(place, whole);
+    if (whole > size) keep(place + size, whole - size);
+    return place;
+  }
+
+  // New memory, once as much as needed is given back for it.
+  char* grow(size_t size) {
+    most_ = std::max(most_, alive_ + size);
+    shrink(most_ - size);
+    char* place = map(size);
+    if (place != nullptr) return place;
+    shrink(0);
+    return map(size);
+  }
+
+  // Unmaps freed places, largest first, until no more than `most` is mapped, or nothing is left to unmap.
+  void shrink(size_t most) {
+    while (alive_ + kept_ > most && !by_size_.empty()) {
+      auto [whole, place] = *std::prev(by_size_.end());
+      const size_t excess = std::min(whole, alive_ + kept_ - most);
+      forget(place, whole);
+      munmap(place + whole - excess, excess);
+      if (whole > excess) keep(place, whole - excess);
     }
   }
 
-  void unmap(std::multimap<size_t, void*>::iterator block) {
-    munmap(block->second, block->first);
-    kept_ -= block->first;
-    freed_.erase(block);
+  // Notes a freed place.
+  void keep(char* place, size_t size) {
+    by_place_.emplace(place, size);
+    by_size_.emplace(size, place);
+    kept_ += size;
   }
 
-  static void* map(size_t size) {
+  void forget(char* place, size_t size) {
+    by_place_.erase(place);
+    by_size_.erase({size, place});
+    kept_ -= size;
+  }
+
+  // Notes a freed place as one with the freed places beside it.
+  void join(char* place, size_t size) {
+    auto after = by_place_.lower_bound(place);
+    if (after != by_place_.end() && place + size == after->first) {
+      const size_t more = after->second;
+      forget(after->first, more);
+      size += more;
+    }
+    auto before = by_place_.lower_bound(place);
+    if (before != by_place_.begin() && (--before)->first + before->second == place) {
+      const size_t more = before->second;
+      place = before->first;
+      forget(place, more);
+      size += more;
+    }
+    keep(place, size);
+  }
+
+  static char* map(size_t size) {
     void* place = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (place == MAP_FAILED) return nullptr;
     madvise(place, size, MADV_HUGEPAGE);  // fewer faults where the system allows it, and no harm where not
-    return place;
+    return static_cast<char*>(place);
   }
 
   static void free(void* place);
 
   c10::Allocator* small_;
   std::mutex lock_;
-  std::multimap<size_t, void*> freed_;
+  std::map<char*, size_t> by_place_;            // freed places, none beside another
+  std::set<std::pair<size_t, char*>> by_size_;  // the same ones
   std::unordered_map<void*, size_t> sizes_;
   size_t alive_ = 0, kept_ = 0, most_ = 0;
 };
@@ -116,8 +150,7 @@ void Pool::free(void* place) {
       const size_t size = found->second;
       the_pool->sizes_.erase(found);
       the_pool->alive_ -= size;
-      the_pool->kept_ += size;
-      the_pool->freed_.emplace(size, place);
+      the_pool->join(static_cast<char*>(place), size);
       c10::profiledCPUMemoryReporter().Delete(place);
       return;
     }
