@@ -104,7 +104,7 @@ def test_room_for_gradients_and_optimizer_is_taken_meanwhile(monkeypatch: pytest
     made.model.token_outputs = outputs  # type: ignore[method-assign]
     rehearse(made, source, STEPS)
     assert seen[0]
-    monkeypatch.setattr(AdamW, "bytes_per_parameter", lambda self: 1e15)
+    monkeypatch.setattr(AdamW, "resident_bytes", lambda self, shapes: 10**18)
     with pytest.raises(MemoryExhaustedError, match="optimizer's state"):
         rehearse(made, source, STEPS)
     # Its state is there already after a step, and is not taken twice.

@@ -1,14 +1,17 @@
 """Optimizers: from a gradient to a change of the parameters.
 
 The contract: an optimizer builds a torch optimizer over float32 tensors (the loop keeps float32 masters of parameters
-in a lower precision), and states how many bytes of state it keeps for a parameter, which is tested.
+in a lower precision), and states how many bytes of state it keeps for tensors of given names and shapes, which is
+tested. `PerTensor` is for those that torch does not have.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
@@ -28,5 +31,36 @@ class Optimizer(Method):
         """A torch optimizer over these float32 tensors, by name; the names decide about weight decay."""
 
     @abstractmethod
-    def bytes_per_parameter(self) -> float:
-        """Bytes of optimizer state kept for each trained parameter, master copies not counted."""
+    def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of state that are kept for tensors of these names and shapes, master copies and counters left out."""
+
+    def resident_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Of these, what takes memory of the device that trains, at the widest moment of a step."""
+        return self.state_bytes(shapes)
+
+
+class PerTensor(TorchOptimizer, ABC):
+    """A torch optimizer whose step looks at one tensor at a time."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step every tensor that has a gradient. A closure is torch's way to compute the loss again; nobody does."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self.update(tensor, tensor.grad, self.state[tensor], group)
+
+    @abstractmethod
+    def update(
+        self, tensor: Tensor, gradient: Tensor, state: MutableMapping[str, Any], group: Mapping[str, Any]
+    ) -> None:
+        """Step one tensor in place. `state` is saved in checkpoints: tensors of its own, numbers and texts."""
+
+
+def decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups in which matrices decay and vectors (norms, biases) never do."""
+    groups = [
+        {"params": [tensor for tensor in parameters.values() if tensor.ndim > 1], "weight_decay": weight_decay},
+        {"params": [tensor for tensor in parameters.values() if tensor.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

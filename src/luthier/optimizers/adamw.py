@@ -11,6 +11,7 @@ Not when: the states of a fully tuned large model do not fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import final
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer as TorchOptimizer
 
-from luthier.optimizers import Optimizer
+from luthier.optimizers import Optimizer, decay_groups
 
 
 @final
@@ -37,19 +38,13 @@ class AdamW(Optimizer):
         return self.learning_rate
 
     def build(self, parameters: Mapping[str, Tensor]) -> TorchOptimizer:
-        matrices = [tensor for tensor in parameters.values() if tensor.ndim > 1]
-        vectors = [tensor for tensor in parameters.values() if tensor.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
         return TorchAdamW(
-            [group for group in groups if group["params"]],
+            decay_groups(parameters, self.weight_decay),
             lr=self.learning_rate,
             betas=(self.beta1, self.beta2),
             eps=self.epsilon,
             fused=True,
         )
 
-    def bytes_per_parameter(self) -> float:
-        return 8.0
+    def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return 8 * sum(map(math.prod, shapes.values()))

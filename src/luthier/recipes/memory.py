@@ -85,10 +85,14 @@ def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) 
         "weights": _weights(model),
         "trained": sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
         "gradients": bytes_of.gradients(attachment.parameter_count),
-        "optimizer": int(optimizer.bytes_per_parameter() * attachment.parameter_count),
+        "optimizer": optimizer.resident_bytes(_shapes(attachment)),
         "libraries": bytes_of.libraries(model.dtype.itemsize) if model.device.type == "cpu" else 0,
         "saving": 0,
     }
+
+
+def _shapes(attachment: Attachment) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in attachment.named_parameters().items()}
 
 
 def _recomputed(recipe: FinetuneRecipe, model: LanguageModel) -> Sequence[int]:
@@ -111,7 +115,7 @@ def plan_disk(
     The token cache has been written by now: it is in `cache`, and not in `total`.
     """
     tensors = attachment.named_parameters()
-    optimizer = int(recipe.optimizer.bytes_per_parameter() * attachment.parameter_count)
+    optimizer = recipe.optimizer.state_bytes(_shapes(attachment))
     one = bytes_of.checkpoint(attachment.parameter_count, optimizer, tensors=len(tensors), rows=len(data.train))
     kept = bytes_of.kept_checkpoints(recipe.checkpoint.keep, _saves(recipe, steps))
     # Trained base weights are saved as a whole model, whichever of them were trained.

@@ -66,7 +66,7 @@ def _make_room(stepper: Stepper) -> Tensor | None:
     Both are filled, since memory that nobody has written to is not taken yet.
     """
     masters = list(stepper.masters.values())
-    size = int(stepper.method.bytes_per_parameter() * sum(master.numel() for master in masters))
+    size = stepper.method.resident_bytes({name: tuple(master.shape) for name, master in stepper.masters.items()})
     try:
         for master in masters:
             master.grad = torch.zeros_like(master)

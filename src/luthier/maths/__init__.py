@@ -1,0 +1,1 @@
+"""Pure tensor functions with their equation and source; nothing here knows a model."""
