@@ -250,7 +250,7 @@ def lengths(made: Sequence[Rendered]) -> np.ndarray:
 
 def logits(model: LanguageModel, ids: Ints, *, seen: DynamicCache | None = None) -> Tensor:
     """The model's logits for one row, (T, V), attachments included; a learned root enters as a cache."""
-    root = model.active_root
+    root = model.seen_root()
     cache = DynamicCache() if seen is None else seen
     before = cache.get_seq_length()
     if root is not None:

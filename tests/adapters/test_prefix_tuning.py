@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from luthier.adapters.prefix_tuning import Prefix, PrefixTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree, row_tree
+from luthier.model.edits import LearnedKeysValues
 from luthier.model.language_model import LanguageModel
 from tests import forests
 from tests.forests import ARCHITECTURES
@@ -66,9 +67,9 @@ def test_the_gradient_of_the_prefix_is_that_of_the_cache(architecture: str) -> N
     (parameter,) = attachment.named_parameters().values()
     found = parameter.grad
     cache = DynamicCache()
-    assert attachment.root is not None and found is not None
-    for layer in range(model.sites.layers):
-        cache.update(*attachment.root.keys_values(layer, torch.float32), layer)
+    assert isinstance(attachment.root, LearnedKeysValues) and found is not None
+    for layer, both in enumerate(attachment.root.keys_values(torch.float32)):
+        cache.update(both[0][None], both[1][None], layer)
     row = torch.from_numpy(ids.astype(np.int64))[None]
     logits = model.module(input_ids=row, position_ids=torch.arange(3, 7)[None], past_key_values=cache).logits[0]
     loss = torch.nn.functional.cross_entropy(logits[:-1], row[0, 1:], reduction="sum")

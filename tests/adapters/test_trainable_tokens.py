@@ -24,6 +24,11 @@ from tests.tiny import HIDDEN
 NAMES = {"<|end|>": 1, "<|start|>": 2}
 
 
+def no_text(text: str) -> list[int]:
+    """What encodes texts of more than one token: these methods have none."""
+    raise AssertionError(text)
+
+
 def saved(method: Adapter, architecture: str, folder: Path) -> Path:
     """A folder with the adapter, moved away from its start."""
     model = forests.language_model(architecture)
@@ -45,11 +50,11 @@ def test_without_a_name_the_models_own_stop_token_is_trained() -> None:
 
 def test_texts_become_ids_and_answers_stop_where_the_data_says() -> None:
     """Breaks when a text reaches the file, or the config's stop token is trained in place of the template's."""
-    method = TrainableTokens(tokens=("<|start|>", 7)).with_token_ids(NAMES.__getitem__, (1,))
+    method = TrainableTokens(tokens=("<|start|>", 7)).with_token_ids(NAMES.__getitem__, (1,), no_text)
     assert method.tokens == (2, 7)
-    assert TrainableTokens().with_token_ids(NAMES.__getitem__, (1, 2)).tokens == (1, 2)
-    assert LoRA().with_token_ids(NAMES.__getitem__, (1,)) == LoRA()
-    assert LoRA(trainable_tokens=("<|end|>",)).with_token_ids(NAMES.__getitem__, ()).trainable_tokens == (1,)
+    assert TrainableTokens().with_token_ids(NAMES.__getitem__, (1, 2), no_text).tokens == (1, 2)
+    assert LoRA().with_token_ids(NAMES.__getitem__, (1,), no_text) == LoRA()
+    assert LoRA(trainable_tokens=("<|end|>",)).with_token_ids(NAMES.__getitem__, (), no_text).trainable_tokens == (1,)
 
 
 def test_a_recipe_names_tokens_by_text_or_id() -> None:

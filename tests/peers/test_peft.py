@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from luthier.adapters import Adapter, adapter_of, saved_adapter
+from luthier.adapters.dora import DoRA
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
+from luthier.adapters.p_tuning import PTuning
 from luthier.adapters.prefix_tuning import PrefixTuning
+from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.model.adapter_files import check_base, fill, read_config
 from luthier.train.result import save_result
@@ -26,12 +29,16 @@ OURS: dict[str, Adapter] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "rslora": LoRA(rank=4, alpha=8.0, rslora=True, dropout=0.1, targets=("q", "down")),
     "ia3": IA3(),
+    "dora": DoRA(rank=4, alpha=8.0),
     "prefix": PrefixTuning(prefix_tokens=4),
+    "projected prefix": PrefixTuning(prefix_tokens=4, projection=True, projection_size=8),
+    "prompt": PromptTuning(prompt_tokens=4),
+    "p_tuning": PTuning(prompt_tokens=4, encoder_size=8),
 }
 TOKENS = (90, 5, 44)
 EACH = [
     *((architecture, name) for architecture in ("llama", "qwen2", "gpt2", "mistral") for name in OURS),
-    ("gemma", "lora"), ("gemma", "ia3"), ("gemma", "prefix"),
+    ("gemma", "lora"), ("gemma", "ia3"), ("gemma", "prefix"), ("gemma", "prompt"),
 ]  # fmt: skip
 
 
@@ -40,7 +47,8 @@ def their_logits(module: torch.nn.Module) -> Tensor:
     module.eval()
     with torch.no_grad():
         found: Tensor = module(input_ids=torch.from_numpy(IDS.astype(np.int64))[None]).logits[0]
-    return found
+    # Behind a prompt PEFT gives its logits too.
+    return found[-len(IDS) :]
 
 
 @pytest.mark.parametrize(("architecture", "name"), EACH)
@@ -83,7 +91,17 @@ def config_of(architecture: str, name: str) -> object:
         return peft.IA3Config(
             task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=forward, fan_in_fan_out=conv
         )
-    return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    if name == "dora":
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, use_dora=True, target_modules=linear, fan_in_fan_out=conv
+        )
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    if name == "prompt":
+        return peft.PromptTuningConfig(**virtual)
+    if name == "p_tuning":
+        return peft.PromptEncoderConfig(**virtual, encoder_hidden_size=8)
+    projected = {"prefix_projection": True, "encoder_hidden_size": 8} if name == "projected prefix" else {}
+    return peft.PrefixTuningConfig(**virtual, **projected)
 
 
 @pytest.mark.parametrize(("architecture", "name"), EACH)

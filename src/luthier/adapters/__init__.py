@@ -9,7 +9,7 @@ are in `model/`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -44,16 +44,24 @@ class Adapter(Method):
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         """The method's own keys of `adapter_config.json`."""
 
-    def with_token_ids(self, token_id: Callable[[str], int], stop_ids: tuple[int, ...]) -> Self:
-        """The adapter with ids for the texts of tokens it names; it is asked with the tokenizer of the model.
+    def with_token_ids(
+        self, token_id: Callable[[str], int], stop_ids: tuple[int, ...], encode: Callable[[str], Sequence[int]]
+    ) -> Self:
+        """The adapter with ids for the texts it names; it is asked with the tokenizer of the model.
 
-        `stop_ids` are the tokens at which the run's answers stop.
+        `token_id` is for a text that is one token, `encode` for any; `stop_ids` are the tokens at which the run's
+        answers stop.
         """
         if not self.tokens_knob:
             return self
         named = getattr(self, self.tokens_knob)
         ids = tuple(token_id(token) if isinstance(token, str) else token for token in named)
         return self.model_copy(update={self.tokens_knob: ids})
+
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an `adapter_config.json` is of this method."""
+        return cls.peft_type is not None and cls.peft_type == config.get("peft_type")
 
     @classmethod
     @abstractmethod
@@ -66,7 +74,7 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
     kinds = {name: catalog.load("adapters", name) for name in catalog.names("adapters")}
     known = [kind for kind in kinds.values() if issubclass(kind, Adapter) and kind.peft_type is not None]
     for kind in known:
-        if kind.peft_type == config.get("peft_type"):
+        if kind.describes(config):
             try:
                 return kind.from_peft(config)
             except LuthierError:
@@ -80,7 +88,7 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
                 ) from None
     raise RecipeError(
         f"adapter_config.json has peft_type {config.get('peft_type')!r:.80}",
-        allowed=", ".join(str(kind.peft_type) for kind in known),
+        allowed=", ".join(sorted({str(kind.peft_type) for kind in known})),
     )
 
 

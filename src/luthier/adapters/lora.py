@@ -89,7 +89,7 @@ class LoRA(Adapter):
             "bias": "none",
             "fan_in_fan_out": any(site.transposed for site in chosen),
             "init_lora_weights": True,
-            "target_modules": _shortest_names(chosen, sites),
+            "target_modules": sites.shortest_names(chosen),
             "exclude_modules": None,
             "modules_to_save": None,
             "layers_to_transform": None,
@@ -98,6 +98,10 @@ class LoRA(Adapter):
             "alpha_pattern": {},
             "trainable_token_indices": self._token_indices(sites),
         }
+
+    @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        return super().describes(config) and not config.get("use_dora")
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
@@ -160,17 +164,9 @@ class LowRank(SiteEdit):
         return {"lora_A.weight": self.down, "lora_B.weight": self.up}
 
 
-def _shortest_names(chosen: list[Site], sites: Sites) -> list[str]:
-    """Name endings if they select exactly the chosen sites, else full names; sorted, so that files are reproducible."""
-    endings = sorted({site.name.rpartition(".")[2] for site in chosen})
-    if {site.name for site in sites.select(tuple(endings))} == {site.name for site in chosen}:
-        return endings
-    return sorted(site.name for site in chosen)
-
-
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     """Settings that would make the file compute something else than we do."""
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
                 "target_parameters", "megatron_config", "exclude_modules"):
         if config.get(key):
             raise RecipeError(f"the LoRA file uses {key} = {config[key]!r}", allowed="plain LoRA and rslora")

@@ -2,16 +2,19 @@
 
 Idea: a prefix of learned keys and values is put before the text in every layer; the model itself stays frozen. In the
 forest it is a root whose content is learned.
-Equation: h_i = Attention(q_i, [P_K; K_{<=i}], [P_V; V_{<=i}]) with P_K, P_V in R^{P x kv} a layer.
-Source: Li and Liang, arXiv 2101.00190, section 4; keys are taken after rotary embedding and the text's positions start
-    at P, as in PEFT. This is the direct form; the paper's reparametrising MLP is not used.
-Cost: 2 L P kv trained parameters (kv = key-value heads x head size); attention over P more positions.
+Equation: h_i = Attention(q_i, [P_K; K_{<=i}], [P_V; V_{<=i}]) with P_K, P_V in R^{P x kv} a layer; with a projection
+    [P_K, P_V of all layers] = W_2 tanh(W_1 P' + b_1) + b_2.
+Source: Li and Liang, arXiv 2101.00190, section 4, the projection 4.3; keys are taken after rotary embedding and the
+    text's positions start at P, as in PEFT. The direct form is that of P-tuning v2, arXiv 2110.07602, section 3.2.
+Cost: 2 L P kv trained parameters (kv = key-value heads x head size); attention over P more positions. With a projection
+    of width m, P kv + m (kv + 1) + 2 L kv (m + 1) in training, and the direct form's in the file.
 Use when: many tasks share one served base, or low data and a frozen model are required.
-Not when: short training with a small learning rate; the direct form needs rates of 1e-2 and warm-up.
+Not when: short training with a small learning rate: the direct form needs rates of 1e-2 and warm-up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, final
 
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, LearnedRoot
+from luthier.model.edits import Edit, LearnedKeysValues
 from luthier.model.sites import Sites
 
 
@@ -35,14 +38,19 @@ class PrefixTuning(Adapter):
 
     prefix_tokens: int = Field(20, ge=1, description="positions of the learned prefix")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial keys and values")
+    projection: bool = Field(False, description="write the prefix by a network, which is folded away when it is saved")
+    projection_size: int = Field(512, ge=1, description="width of that network")
 
     def attach(self, sites: Sites) -> list[Edit]:
         if sites.key_value_heads == 0:
             raise RecipeError("the model has no attention, so no keys and values to learn", do="use lora")
-        return [Prefix(self, sites)]
+        return [ProjectedPrefix(self, sites) if self.projection else Prefix(self, sites)]
 
     def parameter_count(self, sites: Sites) -> int:
-        return 2 * sites.layers * self.prefix_tokens * sites.key_value_heads * sites.head_size
+        width, m = sites.key_value_heads * sites.head_size, self.projection_size
+        if self.projection:
+            return self.prefix_tokens * width + m * (width + 1) + 2 * sites.layers * width * (m + 1)
+        return 2 * sites.layers * self.prefix_tokens * width
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         return {
@@ -64,25 +72,51 @@ class PrefixTuning(Adapter):
 
 
 @final
-class Prefix(LearnedRoot):
+class Prefix(LearnedKeysValues):
     """Keys and values of all layers, laid out as in PEFT's file: (P, L x 2 x heads x size), keys first."""
 
     def __init__(self, method: PrefixTuning, sites: Sites) -> None:
         super().__init__()
-        self.shape = (method.prefix_tokens, sites.layers, 2, sites.key_value_heads, sites.head_size)
-        width = sites.layers * 2 * sites.key_value_heads * sites.head_size
-        start = torch.randn(method.prefix_tokens, width) * method.init_std
+        self.shape = _shape(method, sites)
+        start = torch.randn(method.prefix_tokens, math.prod(self.shape[1:])) * method.init_std
         self.prefix = nn.Parameter(start.to(sites.all[0].device))
 
     @property
     def token_count(self) -> int:
         return self.shape[0]
 
-    def keys_values(
-        self, layer: int, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "1 heads root size"], Float[Tensor, "1 heads root size"]]:
-        pair = self.prefix.view(self.shape)[:, layer].to(dtype)
-        return pair[:, 0].transpose(0, 1)[None], pair[:, 1].transpose(0, 1)[None]
+    def keys_values(self, dtype: torch.dtype) -> Float[Tensor, "layers 2 heads root size"]:
+        return self.prefix.view(self.shape).permute(1, 2, 3, 0, 4).to(dtype)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {"prompt_embeddings": self.prefix}
+
+
+@final
+class ProjectedPrefix(LearnedKeysValues):
+    """A prefix that a network makes of one trained row for each position; a file holds what it has made."""
+
+    def __init__(self, method: PrefixTuning, sites: Sites) -> None:
+        super().__init__()
+        self.shape = _shape(method, sites)
+        width, device = sites.key_value_heads * sites.head_size, sites.all[0].device
+        self.rows = nn.Parameter(torch.randn(method.prefix_tokens, width).to(device))
+        size = method.projection_size
+        self.network = nn.Sequential(nn.Linear(width, size), nn.Tanh(), nn.Linear(size, math.prod(self.shape[1:])))
+        self.network.to(device)
+
+    @property
+    def token_count(self) -> int:
+        return self.shape[0]
+
+    def keys_values(self, dtype: torch.dtype) -> Float[Tensor, "layers 2 heads root size"]:
+        made: Tensor = self.network(self.rows)
+        return made.view(self.shape).permute(1, 2, 3, 0, 4).to(dtype)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            return {"prompt_embeddings": self.network(self.rows)}
+
+
+def _shape(method: PrefixTuning, sites: Sites) -> tuple[int, int, int, int, int]:
+    return method.prefix_tokens, sites.layers, 2, sites.key_value_heads, sites.head_size

@@ -13,7 +13,7 @@ Not when: the task is new as well: lora has the same rows under `trainable_token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self, final
 
 from pydantic import Field
@@ -67,8 +67,10 @@ class TrainableTokens(Adapter):
             targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         )
 
-    def with_token_ids(self, token_id: Callable[[str], int], stop_ids: tuple[int, ...]) -> Self:
-        named = super().with_token_ids(token_id, stop_ids)
+    def with_token_ids(
+        self, token_id: Callable[[str], int], stop_ids: tuple[int, ...], encode: Callable[[str], Sequence[int]]
+    ) -> Self:
+        named = super().with_token_ids(token_id, stop_ids, encode)
         return named if named.tokens else named.model_copy(update={"tokens": stop_ids})
 
     def _tokens(self, sites: Sites) -> tuple[int | str, ...]:

@@ -113,7 +113,7 @@ class Generator:
     def _cache(self, rows: int) -> tuple[DynamicCache | None, int]:
         if self.model.executor.kind != "segments":
             return None, 0
-        cache, root = DynamicCache(), self.model.active_root
+        cache, root = DynamicCache(), self.model.seen_root()
         if root is None:
             return cache, 0
         for layer in range(self.model.sites.layers):

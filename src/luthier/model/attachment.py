@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, EditedModule, LearnedRoot, SiteEdit, TrainedParameters
+from luthier.model.edits import Edit, EditedModule, LearnedRoot, SiteEdit, TrainedParameters, inner_module, module_at
 
 PEFT_PREFIX = "base_model.model."
 
@@ -92,7 +92,7 @@ def take_off(model: nn.Module, attachment: Attachment) -> None:
     """Undo all edits of `attachment`; the base objects come back as they were."""
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
-            edited = model.get_submodule(edit.site_name)
+            edited = module_at(model, edit.site_name)
             if not isinstance(edited, EditedModule):
                 raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}")
             del edited.edits[attachment.name]
@@ -107,7 +107,7 @@ def switch(model: nn.Module, attachment: Attachment, *, on: bool) -> None:
     attachment.enabled = on
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
-            edited = model.get_submodule(edit.site_name)
+            edited = module_at(model, edit.site_name)
             if isinstance(edited, EditedModule):
                 names = edited.disabled - {attachment.name}
                 edited.disabled = names if on else names | {attachment.name}
@@ -138,7 +138,7 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
     for edit in attachment.edits:
         if isinstance(edit, TrainedParameters):
             continue
-        module = model.get_submodule(edit.site_name) if isinstance(edit, SiteEdit) else None
+        module = module_at(model, edit.site_name) if isinstance(edit, SiteEdit) else None
         result = None
         if isinstance(edit, SiteEdit) and isinstance(module, EditedModule):
             first = next(iter(module.edits))
@@ -147,10 +147,7 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
                     f"{attachment.name!r} computes on top of {first!r} at {edit.site_name}",
                     do=f"merge or detach {first!r} first",
                 )
-            transposed = _is_transposed(module.base)
-            weight = module.weight.detach().float()
-            bias = None if module.bias is None else module.bias.detach().float()
-            result = edit.merged(weight.t() if transposed else weight, bias)
+            result = _merged(edit, module)
         if result is None or not isinstance(module, EditedModule):
             raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do="keep the adapter beside them")
         folded.append((module, result[0].t() if _is_transposed(module.base) else result[0], result[1]))
@@ -169,6 +166,15 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
         take_off(model, attachment)
     for parameter in attachment.named_parameters().values():
         parameter.requires_grad_(False)
+
+
+def _merged(edit: SiteEdit, module: EditedModule) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (out, in) and bias with the edit folded in, in float32; None where that cannot be."""
+    if "weight" not in module.base._parameters:
+        return None
+    weight = module.weight.detach().float()
+    bias = None if module.bias is None else module.bias.detach().float()
+    return edit.merged(weight.t() if _is_transposed(module.base) else weight, bias)
 
 
 def _require_one_edit_a_site(edits: list[Edit]) -> None:
@@ -193,7 +199,7 @@ def _share_tied(edits: list[Edit]) -> None:
 
 
 def _edited(model: nn.Module, name: str) -> EditedModule:
-    module = model.get_submodule(name)
+    module = module_at(model, name)
     if isinstance(module, EditedModule):
         return module
     edited = EditedModule(module)
@@ -203,7 +209,7 @@ def _edited(model: nn.Module, name: str) -> EditedModule:
 
 
 def _swap_parameters(model: nn.Module, edit: TrainedParameters, *, trained: bool) -> None:
-    module = model.get_submodule(edit.site_name)
+    module = module_at(model, edit.site_name)
     target = module.base if isinstance(module, EditedModule) else module
     for name, original in edit.originals.items():
         *owners, leaf = name.split(".")
@@ -216,7 +222,7 @@ def _swap_parameters(model: nn.Module, edit: TrainedParameters, *, trained: bool
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent).register_module(leaf, module)
+    inner_module(model, parent).register_module(leaf, module)
 
 
 def _is_transposed(module: nn.Module) -> bool:

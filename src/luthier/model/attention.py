@@ -11,7 +11,7 @@ is why a segment without ancestors takes the causal call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,7 +27,6 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
 from luthier.model.block_mask import BlockMask, MaskedAttention, MaskedCall, block_mask
-from luthier.model.edits import LearnedRoot
 
 NAME = "luthier_forest"
 """The attention implementation the model's config names."""
@@ -60,6 +59,14 @@ class AttentionCall:
     softcap: float | None
 
 
+@dataclass(frozen=True)
+class Root:
+    """A learned root as attention sees it: how many keys it has, and those of a layer, (1, h, A, D) in a precision."""
+
+    token_count: int
+    keys_values: Callable[[int, torch.dtype], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
@@ -70,7 +77,7 @@ class ForestPlan:
     """
 
     spans: Sequence[Span]
-    root: LearnedRoot | None = None
+    root: Root | None = None
     outer: dict[int, tuple[Tensor, Tensor]] | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
     noted: dict[int, AttentionCall] = field(default_factory=dict)

@@ -74,16 +74,22 @@ class Blocks:
         return not _is_watched(self.body) and all(
             not isinstance(layer, EditedModule)
             and _attention_products(layer.get_submodule("self_attn")) is not None
-            and _products(layer.get_submodule("mlp"), _FEEDS) is not None
+            and _feed_products(layer) is not None
             for layer in layers
         )
 
     def hidden(
-        self, tokens: Int[Tensor, " T"], positions: Int[Tensor, " T"], plan: ForestPlan, rows: Int[Tensor, " N"] | None
+        self,
+        tokens: Int[Tensor, " T"] | Float[Tensor, "T d"],
+        positions: Int[Tensor, " T"],
+        plan: ForestPlan,
+        rows: Int[Tensor, " N"] | None,
     ) -> Float[Tensor, "N d"]:
-        """The final hidden states of `rows`, all when it is None."""
+        """The final hidden states of `rows`, all when it is None; `tokens` are ids, or their embeddings."""
         body = self.body
-        x: Tensor = body.get_submodule("embed_tokens")(tokens[None])[0]
+        x: Tensor = tokens
+        if not tokens.is_floating_point():
+            x = body.get_submodule("embed_tokens")(tokens[None])[0]
         angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
         layers = list(body.get_submodule("layers").children())
         watched = _is_watched(body)
@@ -117,7 +123,7 @@ class Blocks:
             return states if rows is None else states.index_select(0, rows)
         attention, norm = layer.get_submodule("self_attn"), layer.get_submodule("input_layernorm")
         products = _attention_products(attention)
-        inner = _products(layer.get_submodule("mlp"), _FEEDS)
+        inner = _feed_products(layer)
         if products is None:
             attended = attention(
                 hidden_states=norm(x[None]), position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan
@@ -185,6 +191,16 @@ class Blocks:
 def _attention_products(attention: nn.Module) -> tuple[Product, ...] | None:
     """Queries, keys, values and output, or None when the zoo's own attention has to run."""
     return None if attention.training and _dropout(attention) else _products(attention, _PROJECTIONS)
+
+
+def _feed_products(layer: nn.Module) -> tuple[Product, ...] | None:
+    """Gate, up and down, or None when something is around them, or on them, that is no low-rank term."""
+    feed = layer.get_submodule("mlp")
+    if isinstance(feed, EditedModule):
+        if set(feed.edits) - feed.disabled:
+            return None
+        feed = feed.base
+    return _products(feed, _FEEDS)
 
 
 def _products(holder: nn.Module, names: Iterable[str]) -> tuple[Product, ...] | None:

@@ -6,7 +6,8 @@ saving) is written once, in `attachment.py`. Kinds:
 
 - `SiteEdit`: works on what goes into or comes out of a module (low-rank updates, rescaling, inserted layers).
 - `TrainedParameters`: trains a module's own parameters.
-- `LearnedRoot`: a learned ancestor of every tree, given as keys and values of each layer.
+- `LearnedRoot`: a learned ancestor of every tree, given as keys and values of each layer (`LearnedKeysValues`) or as
+  embeddings that go through the model like those of tokens (`LearnedPrompt`).
 """
 
 from __future__ import annotations
@@ -86,18 +87,28 @@ def _key(name: str) -> str:
 
 
 class LearnedRoot(Edit):
-    """A learned ancestor of every tree: `keys_values(layer)` gives its keys and values, after any rotation."""
+    """A learned ancestor of every tree; one of the two kinds below."""
 
     @property
     @abstractmethod
     def token_count(self) -> int:
         """How many positions the root takes; the trees' own positions start after it."""
 
+
+class LearnedPrompt(LearnedRoot):
+    """A root that stands where the embeddings of tokens would: each layer makes its keys and values of it."""
+
     @abstractmethod
-    def keys_values(
-        self, layer: int, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "1 heads root size"], Float[Tensor, "1 heads root size"]]:
-        """Keys and values of one layer, with as many heads as the model has key-value heads."""
+    def embeddings(self, dtype: torch.dtype) -> Float[Tensor, "root d"]:
+        """What stands in the place of token embeddings, before whatever the model does with those."""
+
+
+class LearnedKeysValues(LearnedRoot):
+    """A root whose keys and values are learned for each layer; they are taken after any rotation."""
+
+    @abstractmethod
+    def keys_values(self, dtype: torch.dtype) -> Float[Tensor, "layers 2 heads root size"]:
+        """Keys, then values, of every layer, with as many heads as the model has key-value heads."""
 
 
 class EditedModule(nn.Module):
@@ -128,6 +139,20 @@ class EditedModule(nn.Module):
         for edit in edits:
             y = edit.after(seen.pop(), y)  # type: ignore[operator]
         return y
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The module that `name` meant before anything was attached, with the edits around it if it has some."""
+    module = model
+    for part in name.split(".") if name else ():
+        module = (module.base if isinstance(module, EditedModule) else module).get_submodule(part)
+    return module
+
+
+def inner_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that `name` meant before anything was attached, without what is around it."""
+    found = module_at(model, name)
+    return found.base if isinstance(found, EditedModule) else found
 
 
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

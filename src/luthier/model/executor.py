@@ -22,10 +22,10 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head, head_log_probs
-from luthier.model.attention import NAME, AttentionCall, ForestPlan, UndrivableAttentionError
+from luthier.model.attention import NAME, AttentionCall, ForestPlan, Root, UndrivableAttentionError
 from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
-from luthier.model.edits import LearnedRoot
+from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot
 from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
 
@@ -63,7 +63,7 @@ def run_segments(
 ) -> TokenOutputs:
     """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations."""
     layout = forest.layout
-    plan = ForestPlan(spans=layout.spans, root=root, by_mask=by_mask)
+    plan = ForestPlan(spans=layout.spans, root=seen_root(module, root, blocks), by_mask=by_mask)
     tokens = _long(layout.tokens, module)
     positions = _long(layout.positions, module) + (0 if root is None else root.token_count)
     predictors = _long(layout.predictors, module)
@@ -71,23 +71,45 @@ def run_segments(
     return _outputs(layout, score(module, predicting, head, _long(layout.labels, module)), module)
 
 
+def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None) -> Root | None:
+    """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one."""
+    if root is None:
+        return None
+    if isinstance(root, LearnedKeysValues):
+        learned = root.keys_values(module.dtype)
+        return Root(root.token_count, lambda layer, dtype: _pair(learned[layer], dtype))
+    if not isinstance(root, LearnedPrompt):
+        raise RecipeError(f"{type(root).__name__} is no kind of learned root", allowed="keys and values, or a prompt")
+    captured: dict[int, tuple[Tensor, Tensor]] = {}
+    plan = ForestPlan(spans=(Span(0, root.token_count, ()),), captured=captured)
+    places = torch.arange(root.token_count, device=module.device)
+    # Nothing predicts from it: where our operations run the last block, it ends with these keys.
+    flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
+    return Root(root.token_count, lambda layer, dtype: (captured[layer][0].to(dtype), captured[layer][1].to(dtype)))
+
+
+def _pair(both: Float[Tensor, "2 heads root size"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return both[0].to(dtype)[None], both[1].to(dtype)[None]
+
+
 def flat_hidden(
     module: PreTrainedModel,
-    tokens: Int[Tensor, " T"],
+    tokens: Int[Tensor, " T"] | Float[Tensor, "T d"],
     positions: Int[Tensor, " T"],
     plan: ForestPlan,
     *,
     blocks: Blocks | None = None,
     rows: Int[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N d"]:
-    """Final hidden states of a flat batch under a plan: those of `rows`, or all."""
+    """Final hidden states of a flat batch of token ids, or of their embeddings: those of `rows`, or all."""
     if blocks is not None:
         return blocks.hidden(tokens, positions, plan, rows)
     # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     body = module.base_model
+    given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens[None]}
     result = body(
-        input_ids=tokens[None],
+        **given,
         position_ids=positions[None],
         attention_mask=untouched,
         use_cache=False,

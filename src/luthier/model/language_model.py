@@ -22,8 +22,9 @@ from luthier.kernels.chosen import backend_for
 from luthier.kernels.head import Head
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
+from luthier.model.attention import Root
 from luthier.model.edits import Edit, LearnedRoot
-from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled
+from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled, seen_root
 from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Loss, Part, backward_in_parts
@@ -153,6 +154,10 @@ class LanguageModel:
         if len(roots) > 1:
             raise RecipeError("two adapters with a learned root are switched on", allowed="one at a time")
         return roots[0] if roots else None
+
+    def seen_root(self) -> Root | None:
+        """The learned root that is switched on as attention sees it, if any."""
+        return seen_root(self.module, self.active_root, self.executor.blocks)
 
     def attach(self, edits: list[Edit], *, name: str = "default") -> Attachment:
         """Put the edits of an adapter on, under `name`."""

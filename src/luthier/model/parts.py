@@ -26,7 +26,7 @@ from luthier.model.attention import ForestPlan
 from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
-from luthier.model.executor import AnyHead, flat_hidden, score
+from luthier.model.executor import AnyHead, flat_hidden, score, seen_root
 from luthier.model.outputs import LossReport, TokenOutputs
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
@@ -81,8 +81,8 @@ def backward_in_parts(
 def _run_trunk(module: PreTrainedModel, tree: Tree, root: LearnedRoot | None, blocks: Blocks | None) -> _Trunk:
     length = len(tree.segments[0].tokens)
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    plan = ForestPlan(spans=(Span(0, length, ()),), root=root, captured=captured)
-    hidden = _hidden(module, tree.segments[0].tokens, 0, plan, root, blocks)
+    plan = ForestPlan(spans=(Span(0, length, ()),), root=seen_root(module, root, blocks), captured=captured)
+    hidden = _hidden(module, tree.segments[0].tokens, 0, plan, blocks)
     leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in captured.items()}
     return _Trunk(hidden, captured, _leaf(hidden[-1:]), leaves)
 
@@ -104,8 +104,8 @@ def _run_branches(
         Span(span.start - length, span.stop - length, tuple(ancestor - 1 for ancestor in span.ancestors if ancestor))
         for span in layout.spans[1:]
     )
-    plan = ForestPlan(spans=spans, root=root, outer=trunk.leaves, by_mask=by_mask)
-    hidden = _hidden(module, layout.tokens[length:], length, plan, root, blocks, positions=layout.positions[length:])
+    plan = ForestPlan(spans=spans, root=seen_root(module, root, blocks), outer=trunk.leaves, by_mask=by_mask)
+    hidden = _hidden(module, layout.tokens[length:], length, plan, blocks, positions=layout.positions[length:])
     return _score(module, part, torch.cat([trunk.last_leaf, hidden]), head, first=length - 1)
 
 
@@ -114,13 +114,12 @@ def _hidden(
     tokens: np.ndarray,
     start: int,
     plan: ForestPlan,
-    root: LearnedRoot | None,
     blocks: Blocks | None,
     *,
     positions: np.ndarray | None = None,
 ) -> Float[Tensor, "T d"]:
     places = np.arange(start, start + len(tokens)) if positions is None else positions
-    offset = 0 if root is None else root.token_count
+    offset = 0 if plan.root is None else plan.root.token_count
     ids = torch.from_numpy(tokens.astype(np.int64)).to(module.device)
     at = torch.from_numpy(places.astype(np.int64)).to(module.device) + offset
     return flat_hidden(module, ids, at, plan, blocks=blocks)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean, nearest
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "block")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "feed", "block")
 
 _ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("q_proj", "query", "wq", "q"), ("q",)),
@@ -65,6 +65,12 @@ class Site:
         return self.module.get_parameter("weight")
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias, if the module has one, without a gradient."""
+        bias = self.module._parameters.get("bias")
+        return None if bias is None else bias.detach()
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -101,6 +107,13 @@ class Sites:
     def linear(self) -> list[Site]:
         """Every linear site but the output head: what `all-linear` means in PEFT."""
         return [site for site in self.all if site.is_linear and "head" not in site.roles]
+
+    def shortest_names(self, chosen: Sequence[Site]) -> list[str]:
+        """Name endings if they select exactly these sites, else full names; sorted, so that files are reproducible."""
+        endings = sorted({site.name.rpartition(".")[2] for site in chosen})
+        if {site.name for site in self.select(tuple(endings))} == {site.name for site in chosen}:
+            return endings
+        return sorted(site.name for site in chosen)
 
     def select(self, targets: str | Sequence[str]) -> list[Site]:
         """The linear sites meant by `targets`: "all-linear", roles, name endings, or a regular expression.
@@ -156,7 +169,7 @@ def find_sites(model: nn.Module) -> Sites:
     ]
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     return Sites(
-        all=tuple(sites),
+        all=tuple(_with_feeds(model, sites)),
         layers=int(config.num_hidden_layers),
         hidden=int(config.hidden_size),
         heads=heads,
@@ -164,6 +177,16 @@ def find_sites(model: nn.Module) -> Sites:
         head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
         stop_ids=_stop_ids(config),
     )
+
+
+def _with_feeds(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """The sites with the feed-forward modules among them: those that hold the way up and the way down of a block."""
+    holders = {role: {site.name.rpartition(".")[0] for site in sites if role in site.roles} for role in ("up", "down")}
+    known = {site.name: site for site in sites}
+    for name in holders["up"] & holders["down"]:
+        if name not in known and _layer(name) is not None:
+            known[name] = Site(name, ("feed",), _layer(name), model.get_submodule(name))
+    return [known[name] for name, _ in model.named_modules() if name in known]
 
 
 def _stop_ids(config: object) -> tuple[int, ...]:

@@ -37,7 +37,11 @@ _UNUSED = re.compile(r"^[<\[|]+.*(unused|reserved|extra_id|placeholder|dummy|con
 
 def with_token_ids(adapter: Adapter, tokenizer: Tokenizer, stop_ids: Collection[int]) -> Adapter:
     """The adapter with ids for the texts of tokens it names."""
-    return adapter.with_token_ids(lambda text: token_id(tokenizer, text), tuple(sorted(stop_ids)))
+    return adapter.with_token_ids(
+        lambda text: token_id(tokenizer, text),
+        tuple(sorted(stop_ids)),
+        lambda text: [int(token) for token in tokenizer.encode(text)[0]],
+    )
 
 
 def token_id(tokenizer: Tokenizer, text: str) -> int:

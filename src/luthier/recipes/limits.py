@@ -17,7 +17,7 @@ from luthier.arithmetic.compute import (
     mean_context,
 )
 from luthier.model.attachment import Attachment
-from luthier.model.edits import SiteEdit, TrainedParameters
+from luthier.model.edits import LearnedPrompt, SiteEdit, TrainedParameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import Rates, rates
 from luthier.model.sites import Site
@@ -78,7 +78,9 @@ def _blocks(
     """The products of the first `layers` blocks, and whether what comes after them needs a gradient of its input."""
     touched = _touched(attachment)
     sites, width = model.sites, model.sites.heads * model.sites.head_size
-    flowing = any(_is_touched(site, touched) for site in sites.role("embed"))
+    # A prompt is learned below all products, keys and values beside those of a layer.
+    flowing = isinstance(attachment.root, LearnedPrompt)
+    flowing = flowing or any(_is_touched(site, touched) for site in sites.role("embed"))
     linears: list[Linear] = []
     attentions: list[Attention] = []
     for layer in range(layers):
@@ -90,6 +92,7 @@ def _blocks(
             if width and any("v" in site.roles for site in group):
                 flowing = flowing or attachment.root is not None
                 attentions.append(Attention(width=width, context=context, below=flowing))
+        flowing = flowing or any(_is_touched(site, touched) for site in own if "feed" in site.roles)
     return linears, attentions, flowing
 
 
