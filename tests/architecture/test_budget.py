@@ -13,7 +13,7 @@ from tests.architecture.source import classes, fields, is_dataclass, knob_kinds,
 FILE_LINES, FUNCTION_LINES, FIELDS = 400, 60, 12
 ALLOWED: dict[str, int] = {
     # One recipe is one page of keys: the groups are rooms of their own already.
-    "src/luthier/recipes/schema.py FinetuneRecipe fields": 17,
+    "src/luthier/recipes/schema.py FinetuneRecipe fields": 18,
     # Everything a resumed run needs, declared once: a second place would be a way to forget something.
     "src/luthier/train/state.py LoopState fields": 19,
 }

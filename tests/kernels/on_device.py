@@ -51,6 +51,12 @@ class OnDevice(Backend):
         log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), slopes=slopes)
         return log_probs.cpu(), None if found is None else found.cpu()
 
+    def unpacked(
+        self, codes: Tensor, scales: Tensor, levels: Tensor, block: int, numbers: int, dtype: torch.dtype
+    ) -> Tensor:
+        given = [self._there(each) for each in (codes, scales, levels)]
+        return self._inner.unpacked(given[0], given[1], given[2], block, numbers, dtype).cpu()
+
     def attends(self, query: Tensor, seen: Seen | None) -> bool:
         return self._inner.attends(self._there(query), seen)
 

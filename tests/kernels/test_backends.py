@@ -90,6 +90,19 @@ def test_rotations(backend: Backend, dtype: torch.dtype) -> None:
     close(backend.rotated(turned, cosines, -sines), x, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("numbers", "block"), [(64, 64), (1000, 64), (77, 32), (1, 64), (4096, 128), (35, 7)])
+def test_unpacked(backend: Backend, dtype: torch.dtype, numbers: int, block: int) -> None:
+    """Breaks when halves of a byte are exchanged, or the end of a matrix that is no whole block is read past."""
+    generator = torch.Generator().manual_seed(numbers)
+    codes = torch.randint(0, 256, (-(-numbers // 2),), generator=generator, dtype=torch.uint8)
+    levels = draw(16, dtype=torch.float32).sort().values
+    scales = draw(-(-numbers // block), dtype=torch.float32, seed=1).abs()
+    places = torch.stack([codes >> 4, codes & 15], 1).view(-1)[:numbers]
+    expected = levels[places.int()] * scales[torch.arange(numbers) // block]
+    assert torch.equal(backend.unpacked(codes, scales, levels, block, numbers, dtype), expected.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:

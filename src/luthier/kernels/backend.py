@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 Run = tuple[int, int]
@@ -98,6 +99,19 @@ class Backend(ABC):
 
         The slopes are in the precision of the logits, whose memory may be used for them.
         """
+
+    @abstractmethod
+    def unpacked(
+        self,
+        codes: UInt8[Tensor, " pairs"],
+        scales: Float[Tensor, " blocks"],
+        levels: Float[Tensor, 16],
+        block: int,
+        numbers: int,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " numbers"]:
+        """Numbers from codes of four bits, the first of two in the high half of a byte: the level of each, times the
+        scale of its block, rounded once to `dtype`."""
 
     @abstractmethod
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any, Final, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.kernels import native_build
 from luthier.kernels.backend import Backend, Run, Seen
+from luthier.kernels.torch_backend import unpacked_pairs
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -26,6 +27,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated": (*[_POINTER] * 3, _WHOLE),
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
+    "unpacked": (*[_POINTER] * 4, _WHOLE, _WHOLE),
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
@@ -122,6 +124,22 @@ class NativeBackend(Backend):
         log_probs = torch.empty(len(logits), dtype=torch.float32)
         self._call("label_slopes", logits.dtype, logits, labels.contiguous(), log_probs, *logits.shape, slopes)
         return log_probs, logits if slopes else None
+
+    def unpacked(
+        self,
+        codes: UInt8[Tensor, " pairs"],
+        scales: Float[Tensor, " blocks"],
+        levels: Float[Tensor, 16],
+        block: int,
+        numbers: int,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " numbers"]:
+        if dtype not in _PRECISIONS or block % 2:
+            # Two blocks in one byte have no place in the C++.
+            return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
+        out = torch.empty(numbers, dtype=dtype)
+        self._call("unpacked", dtype, codes.contiguous(), scales.contiguous(), levels.contiguous(), out, numbers, block)
+        return out
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0

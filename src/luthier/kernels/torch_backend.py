@@ -13,10 +13,13 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.kernels.backend import Backend, Run, Seen
+
+PIECE = 2**20
+"""Codes that are unpacked at once."""
 
 
 @final
@@ -89,6 +92,17 @@ class TorchBackend(Backend):
         slope[torch.arange(len(labels), device=labels.device), labels] += 1
         return log_probs, slope.to(logits.dtype)
 
+    def unpacked(
+        self,
+        codes: UInt8[Tensor, " pairs"],
+        scales: Float[Tensor, " blocks"],
+        levels: Float[Tensor, 16],
+        block: int,
+        numbers: int,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " numbers"]:
+        return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
+
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.device.type == "cpu" and seen is None
 
@@ -134,6 +148,25 @@ class TorchBackend(Backend):
             for whole, part in zip(grads, found, strict=True):
                 _texts(whole[at], run).copy_(part)
         return grads[0], grads[1], grads[2]
+
+
+def unpacked_pairs(
+    codes: UInt8[Tensor, " pairs"],
+    scales: Float[Tensor, " blocks"],
+    levels: Float[Tensor, 16],
+    block: int,
+    numbers: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, " numbers"]:
+    """`Backend.unpacked` in plain torch, in slices of whole blocks, so that no more than a slice is float32 at once."""
+    found = torch.empty(numbers, dtype=dtype, device=codes.device)
+    size = max(1, PIECE // (2 * block)) * 2 * block
+    for start in range(0, numbers, size):
+        own = codes[start // 2 : (start + size) // 2]
+        places = torch.stack([own >> 4, own & 15], 1).view(-1)[: numbers - start]
+        near = scales[start // block : -(-(start + len(places)) // block)].repeat_interleave(block)[: len(places)]
+        found[start : start + len(places)] = levels[places.int()] * near
+    return found
 
 
 def wide(tensor: Tensor) -> torch.dtype:

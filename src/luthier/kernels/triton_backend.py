@@ -18,13 +18,14 @@ from types import ModuleType
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
 from luthier.kernels.backend import Backend, Run, Seen
+from luthier.kernels.torch_backend import unpacked_pairs
 
 NUMBERS = 2048
 """Numbers of each tensor in a tile of short rows: 16 for each thread of four warps, so that registers last."""
@@ -163,6 +164,17 @@ class TritonBackend(Backend):
             logits, labels.contiguous(), log_probs, size, logits.stride(0), slopes, width,
         )  # fmt: skip
         return log_probs, logits if slopes else None
+
+    def unpacked(
+        self,
+        codes: UInt8[Tensor, " pairs"],
+        scales: Float[Tensor, " blocks"],
+        levels: Float[Tensor, 16],
+        block: int,
+        numbers: int,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, " numbers"]:
+        return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return varlen.allowed(query)

@@ -1,4 +1,4 @@
-"""AdamW with moments in eight bits.
+"""AdamW in eight bits: a byte for each moment, and one scale for 256 of them.
 
 Idea: what Adam remembers of a number needs no 32 bits: a byte for each moment, and a scale for 256 of them, follow the
 float32 run closely. Steps themselves are computed in float32.

@@ -22,6 +22,7 @@ from luthier.recipes.control_tokens import control_tokens, require_rows, with_to
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
+from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
@@ -60,6 +61,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         context_tokens=context_tokens(found.model),
     )
     model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    quantize(model, recipe.quantizer)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model
     require_rows(model, tokenizer, data.store)

@@ -28,6 +28,7 @@ from luthier.store.runs import RunDirectory, State, is_begun
 WIDTH = 118
 DEFAULT_METHODS: dict[str, Any] = {
     "adapter": {"method": "lora"},
+    "quantizer": {"method": "none"},
     "objective": {"method": "sft"},
     "optimizer": {"method": "adamw"},
     "schedule": {"method": "cosine"},

@@ -23,6 +23,7 @@ from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit, TrainedParameters, base_parameters
 from luthier.model.language_model import LanguageModel
+from luthier.model.packed import stored_bytes
 from luthier.optimizers import Optimizer
 from luthier.recipes.files import place_of
 from luthier.recipes.room import free_disk, free_memory
@@ -244,7 +245,10 @@ def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, sha
 
 
 def _weights(model: LanguageModel) -> int:
-    return sum(each.nbytes for each in {id(each): each for each in base_parameters(model.module).values()}.values())
+    parameters = {id(each): each for each in base_parameters(model.module).values()}.values()
+    # Of packed weights one is unpacked at a time.
+    unpacked = max((each.nbytes for each in parameters if stored_bytes(each) != each.nbytes), default=0)
+    return sum(map(stored_bytes, parameters)) + unpacked
 
 
 def _edited(model: LanguageModel, attachment: Attachment) -> float:

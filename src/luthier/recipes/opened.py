@@ -24,6 +24,7 @@ from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
 from luthier.recipes.places import model_from, started_in, template_from
+from luthier.recipes.quantized import kept_quantizer, quantize
 from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
@@ -72,6 +73,7 @@ def open_named(
     model = load_model(name, precision=kept_precision(extras, precision), device=device)
     if adapter is None:
         return _opened(model, resolve_source(name), {})
+    quantize(model, kept_quantizer(extras))
     put_on(model, Path(adapter))
     return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
 
@@ -136,6 +138,7 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
     model = load_model(base, precision=kept, device=device, seed=int(extras.get("base_seed", 0)))
+    quantize(model, kept_quantizer(extras))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
 

@@ -35,6 +35,7 @@ from luthier.recipes.control_tokens import with_token_ids
 from luthier.recipes.evaluate import held_out_of, mean_loss
 from luthier.recipes.opened import result_of
 from luthier.recipes.places import located, started_in
+from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.store.runs import RunDirectory
@@ -206,6 +207,7 @@ def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> Lan
                 f"{folder} was trained on base weights {str(said)[:12]}..., {recipe.model} has {model.digest[:12]}...",
                 do="load the base model it was trained on",
             )
+    quantize(model, recipe.quantizer)
     return model
 
 

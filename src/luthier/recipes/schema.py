@@ -17,6 +17,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.knobs import Knobs
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
+from luthier.quantizers import Quantizer
 from luthier.schedules import Schedule
 
 Paths = str | Annotated[tuple[str, ...], Field(strict=False)]
@@ -106,6 +107,9 @@ class FinetuneRecipe(Knobs):
     adapter: Annotated[Adapter, Chosen("adapters")] = Field(
         default_factory=lambda: choose("adapters", Adapter, "lora"), description="what is trained"
     )
+    quantizer: Annotated[Quantizer, Chosen("quantizers")] = Field(
+        default_factory=lambda: choose("quantizers", Quantizer, "none"), description="how the frozen weights are kept"
+    )
     objective: Annotated[Objective, Chosen("objectives")] = Field(
         default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
     )
@@ -136,6 +140,16 @@ class FinetuneRecipe(Knobs):
     def _nothing_given(cls, value: object) -> object:
         # What is left of a section once all of its lines are commented out, as `luthier init` writes it.
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _trains_what_is_there(self) -> FinetuneRecipe:
+        if "trains-base" in self.adapter.provides and "packed-weights" in self.quantizer.provides:
+            packs, trains = self.quantizer.method_name(), self.adapter.method_name()
+            raise RecipeError(
+                f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
+                allowed="adapters beside the weights, such as lora; or quantizer none",
+            )
+        return self
 
     @field_validator("objective", mode="after")
     @classmethod

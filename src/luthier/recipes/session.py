@@ -29,8 +29,10 @@ from luthier.model.load import Precision, load_model, resolve_source
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
+from luthier.quantizers import Quantizer
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
+from luthier.recipes.quantized import KEY, kept_quantizer, quantize
 from luthier.train.result import save_result
 from luthier.train.stepper import PassReport, Stepper, StepReport
 
@@ -47,12 +49,15 @@ class Session:
         tokenizer: Tokenizer,
         renderer: Renderer,
         *,
+        quantizer: Quantizer,
         adapter: Adapter,
         objective: Objective,
         optimizer: Optimizer,
         micro_tokens: int = 4096,
     ) -> None:
+        quantize(model, quantizer)
         self.model = model
+        self.quantizer = quantizer
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.adapter = with_token_ids(adapter, tokenizer, renderer.stop_ids)
@@ -88,6 +93,7 @@ class Session:
         extras = {
             "stop_ids": sorted(self.renderer.stop_ids),
             "precision": str(self.model.dtype).removeprefix("torch."),
+            KEY: self.quantizer.as_recipe(),
         }
         place = Path(folder)
         if place.exists() and any(place.iterdir()):
@@ -121,6 +127,7 @@ def load(
     adapter: Adapter | str = "lora",
     objective: Objective | str = "sft",
     optimizer: Optimizer | str = "adamw",
+    quantizer: Quantizer | str = "none",
     template: str = "auto",
     max_tokens: int | None = None,
     over_length: OverLength = "raise",
@@ -136,6 +143,9 @@ def load(
     source = str(config.get("base_model_name_or_path", model))
     kept = kept_precision(read_extras(Path(model)), precision)
     base = load_model(source, precision=kept, device=device, seed=seed)
+    own = choose("quantizers", Quantizer, quantizer)
+    if saved is not None and own == choose("quantizers", Quantizer, "none"):
+        own = kept_quantizer(read_extras(saved))
     tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
     reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)
@@ -145,6 +155,7 @@ def load(
         base,
         tokenizer,
         renderer,
+        quantizer=own,
         adapter=saved_adapter(saved, base.sites) if saved is not None else choose("adapters", Adapter, adapter),
         objective=choose("objectives", Objective, objective),
         optimizer=choose("optimizers", Optimizer, optimizer),

@@ -1,0 +1,142 @@
+"""What every quantizer of the catalog promises, under every adapter that does not train the base."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adapters import Adapter
+from luthier.core import catalog
+from luthier.core.chosen import choose
+from luthier.kernels.torch_backend import TorchBackend
+from luthier.model.language_model import LanguageModel
+from luthier.model.packed import PackedWeight, Packing, pack_weights, stored_bytes
+from luthier.quantizers import Quantizer
+from tests import forests
+
+ALL = [choose("quantizers", Quantizer, name) for name in catalog.names("quantizers")]
+PACKING = [method for method in ALL if "packed-weights" in method.provides]
+ADAPTERS = [
+    name for name in catalog.names("adapters") if "trains-base" not in catalog.load("adapters", name).provides
+]
+BACKEND = TorchBackend()
+IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
+each = pytest.mark.parametrize("method", PACKING, ids=lambda method: method.method_name())
+
+
+def packed(method: Quantizer, weight: torch.Tensor) -> Packing:
+    found = method.pack(weight, BACKEND)
+    assert found is not None
+    return found
+
+
+def models(method: Quantizer, architecture: str) -> tuple[LanguageModel, LanguageModel]:
+    """A model whose weights are packed, and one whose weights are what those unpack to."""
+    quantized, plain = forests.language_model(architecture), forests.language_model(architecture)
+    pack_weights(quantized, lambda weight: packed(method, weight))
+    with torch.no_grad():
+        for site in plain.sites.linear():
+            if site.layer is not None:
+                dense = packed(method, site.weight()).dense(torch.float32)
+                site.weight_parameter.copy_(dense.t() if site.transposed else dense)
+    return quantized, plain
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda method: method.method_name())
+@pytest.mark.parametrize("shape", [(24, 40), (5, 6), (64, 130)])
+def test_declared_bytes_are_the_bytes_of_its_tensors(method: Quantizer, shape: tuple[int, int]) -> None:
+    """Breaks when a scale is not counted, or padding is kept."""
+    found = method.pack(torch.randn(*shape), BACKEND)
+    assert (found is None) == ("packed-weights" not in method.provides)
+    assert method.packed_bytes(shape) == (None if found is None else found.nbytes)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_back_is_near_and_has_its_shape(method: Quantizer, dtype: torch.dtype) -> None:
+    """Breaks when rows and columns are exchanged, or a scale belongs to another block."""
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, 48)[:, None]
+    found = packed(method, weight.to(dtype)).dense(dtype)
+    assert found.shape == weight.shape and found.dtype == dtype
+    bound = {"int8": 0.01, "nf4": 0.12, "int4_group": 0.13, "ternary": 0.65}[method.method_name()]
+    assert float((found.float() - weight).norm() / weight.norm()) < bound
+    again = packed(method, found).dense(dtype)
+    assert float((again.float() - found.float()).norm() / found.float().norm()) < bound
+
+
+@each
+def test_zeros_and_one_number_survive(method: Quantizer) -> None:
+    """Breaks when a block without a range divides by nothing."""
+    assert not packed(method, torch.zeros(8, 12)).dense(torch.float32).any()
+    constant = packed(method, torch.full((8, 12), 0.25)).dense(torch.float32)
+    torch.testing.assert_close(constant, torch.full((8, 12), 0.25), rtol=2e-2, atol=0)
+
+
+@each
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "mistral"])
+def test_a_packed_model_is_the_model_of_its_unpacked_weights(method: Quantizer, architecture: str) -> None:
+    """Breaks when a bias is lost, a transposed weight is turned twice, or the fused path reads something else."""
+    quantized, plain = models(method, architecture)
+    torch.testing.assert_close(forests.logits(quantized, IDS), forests.logits(plain, IDS), rtol=1e-5, atol=1e-5)
+    trees = [forests.branching(seed=1), *forests.rows(3)]
+    ours, theirs = forests.engine_loss(quantized, trees), forests.engine_loss(plain, trees)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize(("name", "architecture"), list(product(ADAPTERS, ["llama", "gpt2"])))
+def test_adapters_train_on_it_as_on_the_unpacked_weights(method: Quantizer, name: str, architecture: str) -> None:
+    """Breaks when a gradient stops at a packed weight, or an adapter sees codes for numbers."""
+    found = []
+    for model in models(method, architecture):
+        torch.manual_seed(7)
+        attachment = model.attach(choose("adapters", Adapter, name).attach(model.sites))
+        forests.shake(attachment.named_parameters().values())
+        loss = forests.engine_loss(model, [forests.branching(seed=1), *forests.rows(3)])
+        found.append(forests.gradients(loss, attachment.named_parameters()))
+    forests.assert_same_gradients(found[0], found[1], tolerance=1e-4)
+
+
+@each
+def test_merging_makes_weights_of_it(method: Quantizer) -> None:
+    """Breaks when a merge rounds what was learned into codes again, or leaves codes beside it."""
+    model, _ = models(method, "llama")
+    attachment = model.attach(choose("adapters", Adapter, "lora").attach(model.sites))
+    forests.shake(attachment.named_parameters().values())
+    adapted = forests.logits(model, IDS)
+    model.merge()
+    assert forests.relative_error(forests.logits(model, IDS), adapted) <= 1e-5
+    assert not any(isinstance(parameter, PackedWeight) for parameter in model.module.parameters())
+
+
+@each
+def test_nothing_unpacked_is_kept_for_the_backward_pass(method: Quantizer) -> None:
+    """Breaks when autograd keeps the weight that a product was made with."""
+    model, _ = models(method, "gpt2")
+    shapes = {tuple(parameter.shape) for parameter in model.module.parameters() if isinstance(parameter, PackedWeight)}
+    seen: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tensor)
+        return tensor
+
+    model.attach(choose("adapters", Adapter, "ia3").attach(model.sites))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forests.engine_loss(model, forests.rows(2))
+    dense = [each for each in seen if not isinstance(each, PackedWeight) and tuple(each.shape) in shapes]
+    assert not dense
+
+
+@each
+def test_the_packed_model_is_smaller_by_what_it_declares(method: Quantizer) -> None:
+    """Breaks when a plan counts a packed weight as the tensor it looks like."""
+    model = forests.language_model("llama")
+    matrices = [tuple(site.weight().shape) for site in model.sites.linear() if site.layer is not None]
+    before = sum(map(stored_bytes, model.module.parameters()))
+    pack_weights(model, lambda weight: packed(method, weight))
+    declared = sum(method.packed_bytes((rows, columns)) or 0 for rows, columns in matrices)
+    after = sum(map(stored_bytes, model.module.parameters()))
+    assert before - after == sum(4 * rows * columns for rows, columns in matrices) - declared
