@@ -15,7 +15,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _words(annotation: Any) -> list[str]:
         return [", ".join(f"`{value}`" for value in inside)]
     if origin is tuple:
         return ["a list of " + " or ".join(f"{word}s" for word in _words(inside[0]))]
-    if origin is dict:
+    if origin in (dict, Mapping):
         return ["mapping"]
     if inside:
         return [word for part in inside for word in _words(part)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.adapters.lora import LoRA, LowRank
+from luthier.adapters.ia3 import IA3
+from luthier.adapters.lora import LoRA, LowRank, combined
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from tests import forests
@@ -99,8 +100,8 @@ def test_a_config_comes_back_as_the_same_method() -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]}, {"exclude_modules": ["q_proj"]},
+        {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q.*": 2}},
+        {"alpha_pattern": {"q|k": 2}}, {"layers_to_transform": [0]}, {"exclude_modules": ["q_proj"]},
         {"lora_bias": True}, {"target_parameters": ["x"]},
     ],
 )  # fmt: skip
@@ -116,3 +117,49 @@ def test_knobs_out_of_range_are_refused(knobs: dict[str, Any]) -> None:
     """Breaks when a knob takes what the equation cannot."""
     with pytest.raises(RecipeError):
         validate(LoRA, knobs)
+
+
+def test_combined_adapters_are_the_weighted_sum_of_their_updates() -> None:
+    """Breaks when factors are added to factors, a scale is lost, or a site that only one of them has is left out."""
+    model = forests.language_model("llama")
+    ones = [(LoRA(rank=3, alpha=5.0), 0.7), (LoRA(rank=2, rslora=True, targets=("q", "down")), -1.3)]
+    parts = [(method.attach(model.sites), weight) for method, weight in ones]
+    for seed, (edits, _) in enumerate(parts):
+        forests.shake([parameter for edit in edits for parameter in edit.parameters()], seed=seed)
+    whole, edits = combined(parts, model.sites)
+    assert whole.rank == 5 and whole.scale == 1.0
+    expected: dict[str, torch.Tensor] = {}
+    for own, weight in parts:
+        for edit in own:
+            assert isinstance(edit, LowRank)
+            update = weight * edit.scale * (edit.up @ edit.down)
+            expected[edit.site_name] = expected.get(edit.site_name, torch.zeros(())) + update
+    assert len(edits) == len(expected)
+    for edit in edits:
+        assert isinstance(edit, LowRank)
+        torch.testing.assert_close(edit.scale * (edit.up @ edit.down), expected[edit.site_name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RecipeError, match="no low-rank term"):
+        combined([(IA3().attach(model.sites), 1.0)], model.sites)
+    with pytest.raises(RecipeError, match="no adapter was given"):
+        combined([], model.sites)
+
+
+def test_a_pattern_gives_sites_another_rank_and_alpha() -> None:
+    """Breaks when an ending matches in the middle of a name, the scale keeps the general rank, or nothing matches."""
+    model = forests.language_model("llama")
+    ranks, alphas = {"down_proj": 2, "layers.1.self_attn.q_proj": 6}, {"down_proj": 3.0}
+    method = LoRA(rank=4, alpha=8.0, rank_pattern=ranks, alpha_pattern=alphas)
+    edits = method.attach(model.sites)
+    for edit in edits:
+        assert isinstance(edit, LowRank)
+        second = {"q_proj": (6, 8 / 6)} if "layers.1" in edit.site_name else {}
+        rank, scale = {"down_proj": (2, 1.5), **second}.get(edit.site_name.rpartition(".")[2], (4, 2.0))
+        assert (len(edit.down), edit.scale) == (rank, pytest.approx(scale)), edit.site_name
+    count = sum(parameter.numel() for edit in edits for parameter in edit.parameters())
+    assert method.parameter_count(model.sites) == count
+    again = LoRA.from_peft({"peft_type": "LORA", **method.peft_config(model.sites)})
+    assert (again.rank_pattern, again.alpha_pattern) == (method.rank_pattern, method.alpha_pattern)
+    with pytest.raises(RecipeError, match="no trained site ends in"):
+        LoRA(rank_pattern={"proj": 3}).attach(model.sites)
+    with pytest.raises(RecipeError, match="rank_pattern"):
+        LoRA.from_peft({**method.peft_config(model.sites), "rank_pattern": {"(a+)+$": 3}})

@@ -51,7 +51,8 @@ def test_each_command_that_prints_prints_one_line_of_json(rows: Path, llama: Pat
     assert luthier("run", "list", rows.parent, "--json").json == {"runs": []}
     assert luthier("describe", "lora", "--json").json["method"] == "lora"
     assert luthier("describe", "full", "--json").json["family"] == "adapters"
-    assert {"family": "adapters", "method": "ia3"}.items() <= luthier("describe", "--json").json["methods"][1].items()
+    described = luthier("describe", "--json").json["methods"]
+    assert ("adapters", "ia3") in [(one["family"], one["method"]) for one in described]
     answers = luthier("generate", finished, "-p", "a", "-p", "b", "--max-new-tokens", 3, "--json").must(0).json
     assert [set(answer) for answer in answers["answers"]] == [{"prompt", "text", "tokens", "ended", "log_probs"}] * 2
 

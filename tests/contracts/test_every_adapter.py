@@ -86,7 +86,8 @@ def test_names_are_unique_and_hold_every_parameter(name: str, architecture: str)
     saved = {tensor.untyped_storage().data_ptr() for tensor in attachment.named_tensors().values()}
     trained = {tensor.untyped_storage().data_ptr() for tensor in attachment.named_parameters().values()}
     # What folds is saved as what its parameters make, and loaded as just that.
-    assert (trained == saved) == ("folds-when-saved" not in method(name).provides)
+    exactly = not {"folds-when-saved", "saves-places"} & method(name).provides
+    assert (trained == saved) == exactly and (exactly or "folds-when-saved" in method(name).provides or trained < saved)
     count = sum(len(edit.tensors()) for edit in attachment.edits)
     assert len(attachment.named_tensors()) == count
 

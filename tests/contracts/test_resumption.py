@@ -94,8 +94,8 @@ class Keeping(Optimizer):
     def build(self, parameters: Mapping[str, Tensor]) -> TorchOptimizer:
         return Toy(list(parameters.values()), KEEP[self.where], rate=self.learning_rate)
 
-    def bytes_per_parameter(self) -> float:
-        return 0.0
+    def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return 0
 
 
 def _state_number(optimizer: Toy, tensor: Tensor) -> float:

@@ -146,3 +146,19 @@ def test_an_unknown_attachment_is_an_error_that_names_the_known() -> None:
         model.detach("poem")
     with pytest.raises(RecipeError, match="changes nothing"):
         model.attach([], name="empty")
+
+
+def test_ten_thousand_swaps_leave_the_base_as_it_was() -> None:
+    """Breaks when switching an adapter copies or touches a weight of the base, or drifts from what was attached."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=3), "one", seed=1)
+    put(model, IA3(), "two", seed=2)
+    model.switch("two", on=False)
+    before, alone = forests.snapshot(model.module), forests.logits(model, IDS)
+    for _ in range(5000):
+        model.switch("one", on=False)
+        model.switch("two", on=True)
+        model.switch("two", on=False)
+        model.switch("one", on=True)
+    assert forests.snapshot(model.module) == before
+    assert torch.equal(forests.logits(model, IDS), alone)

@@ -28,6 +28,7 @@ IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
 OURS: dict[str, Adapter] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "rslora": LoRA(rank=4, alpha=8.0, rslora=True, dropout=0.1, targets=("q", "down")),
+    "patterns": LoRA(rank=4, alpha=8.0, rank_pattern={"v_proj": 2}, alpha_pattern={"up_proj": 3.0}),
     "ia3": IA3(),
     "dora": DoRA(rank=4, alpha=8.0),
     "prefix": PrefixTuning(prefix_tokens=4),
@@ -37,7 +38,8 @@ OURS: dict[str, Adapter] = {
 }
 TOKENS = (90, 5, 44)
 EACH = [
-    *((architecture, name) for architecture in ("llama", "qwen2", "gpt2", "mistral") for name in OURS),
+    *((architecture, name) for architecture in ("llama", "qwen2", "gpt2", "mistral") for name in OURS
+      if (architecture, name) != ("gpt2", "patterns")),
     ("gemma", "lora"), ("gemma", "ia3"), ("gemma", "prefix"), ("gemma", "prompt"),
 ]  # fmt: skip
 
@@ -80,6 +82,11 @@ def config_of(architecture: str, name: str) -> object:
     linear = ["c_attn", "c_proj", "c_fc"] if conv else "all-linear"
     if name == "lora":
         return peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, fan_in_fan_out=conv)
+    if name == "patterns":
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, rank_pattern={"v_proj": 2},
+            alpha_pattern={"up_proj": 3},
+        )  # fmt: skip
     if name == "rslora":
         targets = ["c_attn"] if conv else ["q_proj", "down_proj"]
         return peft.LoraConfig(

@@ -15,7 +15,8 @@ Not when: the task needs much new knowledge (continued pre-training on many toke
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self, final
 
 import torch
@@ -51,6 +52,12 @@ class LoRA(Adapter):
     targets: Targets = Field(
         "all-linear", description="all-linear, roles (q, k, v, o, gate, up, down), module name endings, or a pattern"
     )
+    rank_pattern: Annotated[Mapping[str, Annotated[int, Field(ge=1)]], Field(strict=False)] = Field(
+        {}, description="another rank for sites whose name ends so, such as {down_proj: 32, layers.0.mlp.up_proj: 8}"
+    )
+    alpha_pattern: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], Field(strict=False)] = Field(
+        {}, description="another alpha for sites whose name ends so"
+    )
     trainable_tokens: Tokens = Field(
         (), description="tokens, as texts or ids, whose rows are trained too: control tokens the base never learned"
     )
@@ -60,10 +67,28 @@ class LoRA(Adapter):
 
     @property
     def scale(self) -> float:
+        """What an update is multiplied by where no pattern says otherwise."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def rank_of(self, site: Site) -> int:
+        """The rank at a site: that of the first pattern that is its name, or the end of it."""
+        return next((rank for ending, rank in self.rank_pattern.items() if _ends(site, ending)), self.rank)
+
+    def scale_of(self, site: Site) -> float:
+        """What the update of a site is multiplied by."""
+        rank = self.rank_of(site)
+        alpha = next((alpha for ending, alpha in self.alpha_pattern.items() if _ends(site, ending)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
     def attach(self, sites: Sites) -> list[Edit]:
-        made: list[Edit] = [LowRank(site, self) for site in sites.select(self.targets)]
+        chosen = sites.select(self.targets)
+        for ending in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(_ends(site, ending) for site in chosen):
+                raise RecipeError(
+                    f"no trained site ends in {ending!r}, which a pattern of lora names",
+                    allowed=", ".join(sorted({site.name.rpartition(".")[2] for site in chosen})),
+                )
+        made: list[Edit] = [LowRank(site, self) for site in chosen]
         if not self.trainable_tokens:
             return made
         key = "token_adapter.trainable_tokens_delta"
@@ -73,7 +98,8 @@ class LoRA(Adapter):
         return [*made, *rows]
 
     def parameter_count(self, sites: Sites) -> int:
-        low_rank = sum(self.rank * (site.in_features + site.out_features) for site in sites.select(self.targets))
+        chosen = sites.select(self.targets)
+        low_rank = sum(self.rank_of(site) * (site.in_features + site.out_features) for site in chosen)
         if not self.trainable_tokens:
             return low_rank
         return low_rank + row_count(sites, self.trainable_tokens, self.trainable_token_targets)
@@ -94,8 +120,8 @@ class LoRA(Adapter):
             "modules_to_save": None,
             "layers_to_transform": None,
             "layers_pattern": None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
             "trainable_token_indices": self._token_indices(sites),
         }
 
@@ -114,6 +140,8 @@ class LoRA(Adapter):
             rslora=bool(config.get("use_rslora", False)),
             dropout=float(config.get("lora_dropout") or 0.0),
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            rank_pattern=_pattern(config, "rank_pattern", int),
+            alpha_pattern=_pattern(config, "alpha_pattern", float),
             trainable_tokens=tokens,
             trainable_token_targets=places,
         )
@@ -135,12 +163,13 @@ class LowRank(SiteEdit):
 
     def __init__(self, site: Site, lora: LoRA) -> None:
         super().__init__(site)
-        self.scale = lora.scale
+        self.scale = lora.scale_of(site)
         self.dropout = lora.dropout
         bound = 1 / math.sqrt(site.in_features)
-        down = torch.empty(lora.rank, site.in_features).uniform_(-bound, bound)
+        rank = lora.rank_of(site)
+        down = torch.empty(rank, site.in_features).uniform_(-bound, bound)
         self.down = nn.Parameter(down.to(site.device))
-        self.up = nn.Parameter(torch.zeros(site.out_features, lora.rank, device=site.device))
+        self.up = nn.Parameter(torch.zeros(site.out_features, rank, device=site.device))
 
     def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         return x
@@ -164,14 +193,58 @@ class LowRank(SiteEdit):
         return {"lora_A.weight": self.down, "lora_B.weight": self.up}
 
 
+def combined(parts: Sequence[tuple[Sequence[Edit], float]], sites: Sites) -> tuple[LoRA, list[Edit]]:
+    """One adapter that adds up several, each times a weight: sum_j w_j s_j B_j A_j, exactly.
+
+    Factors are laid side by side, so ranks add up; adding factor to factor would multiply A of one by B of another. The
+    parts are edits of LoRA adapters as `attach` made them; a site that a part does not have gets zeros from it. Raises
+    RecipeError for other edits, and when there is none.
+    """
+    terms: dict[str, list[tuple[LowRank, float]]] = {}
+    for edits, weight in parts:
+        for edit in edits:
+            if not isinstance(edit, LowRank):
+                raise RecipeError(f"{type(edit).__name__} is no low-rank term", allowed="plain LoRA adapters")
+            terms.setdefault(edit.site_name, []).append((edit, weight))
+    if not terms:
+        raise RecipeError("no adapter was given to combine", allowed="at least one LoRA adapter")
+    rank = max(sum(len(edit.down) for edit, _ in own) for own in terms.values())
+    # Its scale is one: those of the parts are in the factors.
+    whole = LoRA(rank=rank, alpha=float(rank), targets=tuple(sorted(terms)))
+    made: list[Edit] = []
+    for site in sites.select(whole.targets):
+        edit, start = LowRank(site, whole), 0
+        with torch.no_grad():
+            edit.down.zero_()
+            for part, weight in terms[site.name]:
+                own = slice(start, start + len(part.down))
+                edit.down[own] = part.down
+                edit.up[:, own] = weight * part.scale * part.up
+                start = own.stop
+        made.append(edit)
+    return whole, made
+
+
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     """Settings that would make the file compute something else than we do."""
-    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias",
+    for key in ("use_dora", "modules_to_save", "layers_to_transform", "lora_bias",
                 "target_parameters", "megatron_config", "exclude_modules"):
         if config.get(key):
             raise RecipeError(f"the LoRA file uses {key} = {config[key]!r}", allowed="plain LoRA and rslora")
     if config.get("bias", "none") != "none":
         raise RecipeError(f"the LoRA file trains biases (bias = {config['bias']!r})", allowed="none")
+
+
+def _ends(site: Site, ending: str) -> bool:
+    return site.name == ending or site.name.endswith(f".{ending}")
+
+
+def _pattern(config: Mapping[str, Any], key: str, kind: type[int] | type[float]) -> dict[str, Any]:
+    """Names and numbers of a PEFT pattern. A regular expression is refused: one from a file could run for ever."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in found):
+        raise RecipeError(f"the LoRA file has {key} = {found!r}"[:200], allowed="names of modules, or ends of names")
+    return {name: kind(value) for name, value in found.items()}
 
 
 def _tokens_of(indices: object) -> tuple[tuple[int, ...], tuple[str, ...]]:

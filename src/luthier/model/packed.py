@@ -92,7 +92,7 @@ class PackedWeight(Tensor):
         unpacked = tree_map_only(cls, _dense, (tuple(args), dict(kwargs or {})))
         return func(*unpacked[0], **unpacked[1])
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({type(self.packing).__name__}, {tuple(self.shape)}, {self.dtype})"
 
 

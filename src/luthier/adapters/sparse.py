@@ -1,0 +1,141 @@
+"""Sparse tuning: a small fixed part of the base weights, and no structure.
+
+Idea: most of a tuned model's difference from its base is in few of its weights. So a few are chosen before training, by
+their size, and only what is added to those is trained; the file holds their places and values.
+Equation: y = (W + D) x + b, D zero but at the chosen places.
+Source: fixed masks as in Sung et al., arXiv 2111.09839, section 3 (FISH, there chosen by the gradient's square); choice
+    by size as in Han et al., arXiv 1506.02626, section 3, turned from pruning to training.
+Cost: density x in x out trained parameters a site; the forward pass is a second product of the same size, the backward
+    pass two, as no sparse product of a CPU or GPU is faster at these sizes; 12 bytes a parameter in the file.
+Use when: many variants of one model are kept as small differences, or it is asked which weights a task needs.
+Not when: speed or memory of training counts: dense matrices are made on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from luthier.adapters import Adapter
+from luthier.model.edits import Edit, SiteEdit
+from luthier.model.sites import Site, Sites
+
+Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
+Choice = Literal["largest", "smallest", "random"]
+
+
+@final
+class Sparse(Adapter):
+    """A fixed few of the base weights."""
+
+    peft_type: ClassVar[str | None] = "SPARSE"
+    provides: ClassVar[frozenset[str]] = frozenset({"mergeable", "saves-places"})
+
+    density: float = Field(0.005, gt=0, le=1, description="share of each matrix that is trained")
+    choice: Choice = Field("largest", description="which weights: the largest or smallest by size, or any")
+    targets: Targets = Field(
+        "all-linear", description="all-linear, roles (q, k, v, o, gate, up, down), module name endings, or a pattern"
+    )
+
+    def attach(self, sites: Sites) -> list[Edit]:
+        return [Places(site, self) for site in sites.select(self.targets)]
+
+    def parameter_count(self, sites: Sites) -> int:
+        return sum(self.count(site) for site in sites.select(self.targets))
+
+    def count(self, site: Site) -> int:
+        """How many weights of a site are trained: at least one."""
+        return max(1, round(self.density * site.in_features * site.out_features))
+
+    def peft_config(self, sites: Sites) -> dict[str, Any]:
+        chosen = sites.shortest_names(sites.select(self.targets))
+        return {"density": self.density, "choice": self.choice, "target_modules": chosen}
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        targets = config["target_modules"]
+        return cls(
+            density=float(config["density"]),
+            choice=config["choice"],
+            targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        )
+
+
+@final
+class Places(SiteEdit):
+    """The chosen places of one site and what is added there, in float32."""
+
+    rows: Int[Tensor, " k"]
+    columns: Int[Tensor, " k"]
+
+    def __init__(self, site: Site, method: Sparse) -> None:
+        super().__init__(site)
+        self.shape = (site.out_features, site.in_features)
+        flat = _chosen(site.weight(), method.count(site), method.choice)
+        # Rows and columns apart: adapter files hold float32, in which a place in a whole matrix may not be exact.
+        self.register_buffer("rows", flat // self.shape[1])
+        self.register_buffer("columns", flat % self.shape[1])
+        self.values = nn.Parameter(torch.zeros(len(flat), device=site.device))
+
+    def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        return x
+
+    def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
+        added: Tensor = _SparseProduct.apply(x, self.values, self.rows, self.columns, self.shape)
+        return y + added.to(y.dtype)
+
+    def merged(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        return weight + _dense(self.values.detach(), self.rows, self.columns, self.shape, weight.dtype), bias
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"sparse_values": self.values, "sparse_rows": self.rows, "sparse_columns": self.columns}
+
+
+class _SparseProduct(torch.autograd.Function):
+    """x D^T that keeps neither D nor anything of its size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
+        ctx.shape = shape
+        ctx.save_for_backward(x, values, rows, columns)
+        return F.linear(x, _dense(values, rows, columns, shape, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, values, rows, columns = ctx.saved_tensors
+        grad_x = grad @ _dense(values, rows, columns, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
+        whole = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return grad_x, whole[rows, columns].to(values.dtype), None, None, None
+
+
+def _chosen(weight: Float[Tensor, "out in"], count: int, choice: Choice) -> Int[Tensor, " k"]:
+    """Flat places, ascending; among equals the first."""
+    flat = weight.reshape(-1).float()
+    if choice == "random":
+        return torch.randperm(len(flat))[:count].sort().values.to(flat.device)
+    order = flat.abs().sort(descending=choice == "largest", stable=True).indices
+    return order[:count].sort().values
+
+
+def _dense(
+    values: Float[Tensor, " k"],
+    rows: Int[Tensor, " k"],
+    columns: Int[Tensor, " k"],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Float[Tensor, "out in"]:
+    found = torch.zeros(shape, dtype=dtype, device=values.device)
+    found[rows, columns] = values.to(dtype)
+    return found

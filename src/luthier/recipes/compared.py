@@ -1,0 +1,177 @@
+"""One method of a comparison, in a process of its own: train it or not, measure it, say what came out.
+
+Quality is exp(-loss): the geometric mean of the probabilities that the trained tokens of the held-out rows get. It is
+between 0 and 1, needs no sampling, and every method has it, in-context learning too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.core.child import bound_to_parent
+from luthier.core.errors import LuthierError, RecipeError
+from luthier.core.events import plain
+from luthier.data.conversation import Row, Text
+from luthier.data.forest import Segment, Tree
+from luthier.data.prepare import Prepared
+from luthier.model.load import SEEDLING, load_model
+from luthier.objectives.language_model import LanguageModelling
+from luthier.recipes.accounts import peak_memory_bytes
+from luthier.recipes.compare import Job
+from luthier.recipes.demo import forgotten
+from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.files import load_recipe
+from luthier.recipes.finetune import start
+from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.presets import IN_CONTEXT
+from luthier.recipes.progress import progress
+from luthier.recipes.schema import FinetuneRecipe
+
+BATCH = 16
+"""Held-out rows that share one pass over the examples."""
+KEPT_PIECE = 2000
+"""Characters of a kept text that are one row."""
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """What a method is: quality, what it trained, what it takes."""
+    recipe = load_recipe(Path(job.recipe), overrides=job.sets).recipe
+    if job.method == IN_CONTEXT:
+        return in_context(recipe, job.examples)
+    with progress() as recorder:
+        result = start(recipe, recorder=recorder)
+    summary = result.summary
+    plan = json.loads((result.path / "plan.json").read_text("utf-8"))
+    folder = Path(summary["result"])
+    loss = summary["loss"]["eval"]
+    if loss is None:
+        raise RecipeError(
+            f"nothing of {recipe.data.train} is held out", do="set evaluation.fraction above 0, or data.evaluation"
+        )
+    prepared, trees = held_out_of(recipe)
+    return {
+        "quality": math.exp(-loss),
+        "loss": loss,
+        "loss_before": summary["loss"]["eval_first"],
+        "trained_parameters": summary["trainable_parameters"],
+        "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "seconds": summary["train_seconds"],
+        "forgetting": forgetting(recipe, result.path, job.keep),
+        "training_flops": plan["speed"]["flops_per_token"] * summary["tokens"]["total"],
+        "query_flops": 2.0 * summary["parameters"] * _mean_tokens(trees),
+        "held_out_rows": len(prepared.held_out),
+        "run": str(result.path),
+    }
+
+
+def in_context(recipe: FinetuneRecipe, examples: int) -> dict[str, Any]:
+    """The base model with training rows before each held-out one; they are computed once for all of them."""
+    prepared, trees = held_out_of(recipe)
+    model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    root = shots(prepared, trees, examples, room=model.context_tokens)
+    together = behind(root, trees)
+    loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=recipe.batch.micro_tokens)
+    alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    return {
+        "quality": math.exp(-loss),
+        "loss": loss,
+        "loss_before": alone,
+        "trained_parameters": 0,
+        "file_bytes": 0,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": 0.0,
+        "forgetting": 0.0,
+        "training_flops": 0.0,
+        "query_flops": 2.0 * parameters * (_mean_tokens(trees) + len(root)),
+        "held_out_rows": len(prepared.held_out),
+        "examples": examples,
+        "example_tokens": len(root),
+    }
+
+
+def shots(prepared: Prepared, trees: Sequence[Tree], examples: int, *, room: int | None) -> np.ndarray:
+    """The tokens of the first training rows, end to end. Raises RecipeError when they and a row exceed the context."""
+    rows = [prepared.train[index].tokens for index in range(min(examples, len(prepared.train)))]
+    joined = np.concatenate(rows) if rows else np.zeros(0, np.int32)
+    longest = max((tree.token_count for tree in trees), default=0)
+    if room is not None and len(joined) + longest > room:
+        raise RecipeError(
+            f"{len(rows)} examples have {len(joined)} tokens and the longest row {longest}",
+            allowed=f"the model's {room} positions for both",
+            do="lower --examples",
+        )
+    return joined
+
+
+def behind(root: np.ndarray, trees: Sequence[Tree]) -> list[Tree]:
+    """Rows as branches of one tree whose root they all see; each keeps its own weights but that of its first token."""
+    if not len(root):
+        return list(trees)
+    made = []
+    for batch in [trees[first : first + BATCH] for first in range(0, len(trees), BATCH)]:
+        segments = [Segment(root, np.zeros(len(root), np.float32))]
+        for tree in batch:
+            shift = len(segments)
+            for segment in tree.segments:
+                first = segment.parent < 0
+                weights = np.append(0 * segment.weights[:1], segment.weights[1:]) if first else segment.weights
+                segments.append(Segment(segment.tokens, weights, 0 if first else segment.parent + shift))
+        made.append(Tree(tuple(segments), row=batch[0].row))
+    return made
+
+
+def forgetting(recipe: FinetuneRecipe, run: Path, keep: str) -> float | None:
+    """How much the loss on other text has risen: that of a kept file, or the seedling's own kind; None without any."""
+    if not keep and recipe.model != SEEDLING:
+        return None
+    opened = open_named(str(run))
+    after = _kept_loss(opened, keep)
+    if recipe.adapter.provides >= {"trains-base"}:
+        return after - _kept_loss(open_named(recipe.model), keep)
+    with opened.model.without_attachments():
+        return after - _kept_loss(opened, keep)
+
+
+def _kept_loss(opened: Opened, keep: str) -> float:
+    if not keep:
+        return forgotten(opened)
+    objective, text = LanguageModelling(), Path(keep).read_text("utf-8")
+    pieces = [text[at : at + KEPT_PIECE] for at in range(0, len(text), KEPT_PIECE)]
+    rows = [Row(number, f"{keep} piece {number}", Text(piece)) for number, piece in enumerate(pieces) if piece.strip()]
+    trees = [tree for row in rows for view in opened.renderer.render(row) for tree in objective.trees(view)]
+    return mean_loss(opened.model, objective, trees)[0]
+
+
+def _mean_tokens(trees: Sequence[Tree]) -> float:
+    return sum(tree.token_count for tree in trees) / len(trees) if trees else 0.0
+
+
+def main() -> None:
+    """The child: one line of JSON on standard output, whatever libraries print there meanwhile."""
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    bound_to_parent(watch=io.FileIO(sys.stdin.fileno(), closefd=False))
+    values = json.loads(sys.argv[1])
+    job = Job(**{**values, "sets": tuple(values["sets"])})
+    try:
+        line, code = measured(job), 0
+    except LuthierError as error:
+        line, code = {"error": str(error)}, error.exit_code
+    with answer:
+        answer.write(json.dumps(plain(line)) + "\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The page of a comparison: a table, a picture, and the same as Markdown.
+
+Idea: like the report of a run it is a view of plain values, loads nothing from anywhere, and fills nothing in: a method
+that failed is a row that says why. The picture has a point for each method: how good it is over how much it trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+from luthier.core.units import bytes_text, count_text, duration_text
+from luthier.store.files import write_text
+
+PAGE: Final = "comparison.html"
+MARKDOWN: Final = "comparison.md"
+HEADS: Final = ("method", "quality", "held-out loss", "trained parameters", "file", "peak memory", "training",
+                "forgetting", "pays after")  # fmt: skip
+_BEST: Final = ' class="best"'
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 720, 360, 64, 48, 24, 130
+
+_STYLE: Final = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#1d2430;background:#fff}
+h1{font-size:1.5rem}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .5rem;text-align:right;border-bottom:1px solid #e3e7ee;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}td.wide{text-align:left;white-space:normal;color:#a12}
+.best{font-weight:600}svg{width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:#4a5568}
+.dot{fill:#2563a8}.axis{stroke:#aab3c2}.grid{stroke:#eef1f5}p{color:#4a5568}code{font-size:.9em}
+@media(prefers-color-scheme:dark){body{background:#14181f;color:#dfe5ee}th,td{border-color:#2b3340}
+svg text,p{fill:#a9b4c4;color:#a9b4c4}.dot{fill:#7db4ee}.grid{stroke:#222a35}td.wide{color:#f0a0a0}}
+"""
+
+
+def write_comparison(folder: Path, found: Mapping[str, Any]) -> Path:
+    """Write the page and the Markdown into `folder`; the path of the page."""
+    write_text(folder / MARKDOWN, markdown(found))
+    target = folder / PAGE
+    write_text(target, page(found))
+    return target
+
+
+def table(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row of texts for each method, best first; those that failed come last, with their error."""
+    worked = sorted((one for one in found["methods"] if "error" not in one), key=lambda one: -one["quality"])
+    failed = [one for one in found["methods"] if "error" in one]
+    return [_row(one, worked) for one in worked] + [[one["method"], str(one["error"])] for one in failed]
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table as Markdown, under a line that says what was compared."""
+    lines = [f"# {found['model']} on {found['data']}", "", _said(found), "", "| " + " | ".join(HEADS) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(HEADS) - 1))
+    for row in table(found):
+        cells = row if len(row) == len(HEADS) else [row[0], *([""] * (len(HEADS) - 2)), f"failed: {row[1]}"]
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page as text."""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
+    body = []
+    for index, row in enumerate(table(found)):
+        if len(row) < len(HEADS):
+            cells = f'<td>{escape(row[0])}</td><td class="wide" colspan="{len(HEADS) - 1}">{escape(row[1])}</td>'
+        else:
+            cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        body.append(f"<tr{_BEST if index == 0 else ''}>{cells}</tr>")
+    title = f"{escape(str(found['model']))} on {escape(Path(str(found['data'])).name)}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style><h1>{title}</h1>'
+        f"<p>{escape(_said(found))}</p><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        f"{scatter(found['methods'])}</html>\n"
+    )
+
+
+def scatter(methods: Sequence[Mapping[str, Any]]) -> str:
+    """Quality over trained parameters, which are on a logarithmic axis; what trains none stands at its left end."""
+    points = [(one["method"], one["trained_parameters"], one["quality"]) for one in methods if "error" not in one]
+    if not points:
+        return ""
+    counts = [max(1, count) for _, count, _ in points if count] or [1]
+    low = max(-1, math.floor(math.log10(min(counts))) - 1)
+    high = math.ceil(math.log10(max(counts)) + 0.2)
+    floor, roof = _range([quality for _, _, quality in points])
+
+    def across(count: int) -> float:
+        share = (math.log10(count) - low) / (high - low) if count else 0.0
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(quality: float) -> float:
+        return _HEIGHT - _BOTTOM - (quality - floor) / (roof - floor) * (_HEIGHT - _BOTTOM - _TOP)
+
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>quality over trained parameters</title>']
+    for step in range(5):
+        level = floor + (roof - floor) * step / 4
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(level):.1f}" y2="{up(level):.1f}"/>'
+            f'<text x="{_LEFT - 8}" y="{up(level) + 4:.1f}" text-anchor="end">{level:.3g}</text>'
+        )
+    for power in range(low, high + 1):
+        shown = "0" if power == low else count_text(10**power)
+        tick = _LEFT if power == low else across(10**power)
+        parts.append(f'<text x="{tick:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{shown}</text>')
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(floor):.1f}" y2="{up(floor):.1f}"/>')
+    parts.append(f'<text x="{_LEFT}" y="14">quality</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">trained parameters</text>')
+    taken: list[tuple[float, float]] = []
+    for name, count, quality in sorted(points, key=lambda point: -point[2]):
+        x, y = across(count), up(quality)
+        label = y
+        # A label moves down until it lies on no other one.
+        while any(abs(label - other) < 13 and abs(x - place) < 110 for place, other in taken):
+            label += 13
+        taken.append((x, label))
+        parts.append(
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<text x="{x + 9:.1f}" y="{label + 4:.1f}">{escape(name)}</text>'
+        )
+    return "".join(parts) + "</svg>"
+
+
+def _row(one: Mapping[str, Any], worked: Sequence[Mapping[str, Any]]) -> list[str]:
+    forgetting = one.get("forgetting")
+    return [
+        one["method"],
+        f"{one['quality']:.4f}",
+        f"{one['loss']:.4f}",
+        count_text(one["trained_parameters"]),
+        bytes_text(one["file_bytes"]),
+        bytes_text(one["peak_memory_bytes"]),
+        duration_text(one["seconds"]),
+        "not measured" if forgetting is None else f"{forgetting:+.4f}",
+        _pays(one, worked),
+    ]
+
+
+def _pays(one: Mapping[str, Any], worked: Sequence[Mapping[str, Any]]) -> str:
+    """Queries after which training has cost less than examples before each question."""
+    shown = next((other for other in worked if other["training_flops"] == 0.0), None)
+    if shown is None or one is shown:
+        return "-"
+    saved = shown["query_flops"] - one["query_flops"]
+    return f"{count_text(math.ceil(one['training_flops'] / saved))} queries" if saved > 0 else "never"
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    room = max(0.02, 0.12 * (high - low))
+    return max(0.0, low - room), high + room
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    rows = next((one["held_out_rows"] for one in found["methods"] if "error" not in one), 0)
+    sets = f", with {', '.join(found['set'])}" if found["set"] else ""
+    return (
+        f"Quality is the geometric mean of the probabilities of the trained tokens in {rows:,} held-out rows{sets}. "
+        "Forgetting is how much the loss on other text has risen. A method pays after so many queries as make its "
+        "training cheaper than examples before each question."
+    )

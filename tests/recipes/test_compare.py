@@ -1,0 +1,102 @@
+"""Comparing methods: processes of their own, examples in the context, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.assets.demo_task import demo_rows
+from luthier.core import catalog
+from luthier.core.errors import RecipeError
+from luthier.core.events import Event
+from luthier.data.forest import Forest
+from luthier.recipes.compare import FOUND, compare, require_methods
+from luthier.recipes.compared import behind
+from luthier.recipes.presets import PRESETS, preset
+from luthier.recipes.progress import Silent
+from tests import forests
+
+SETS = ("budget.steps=2", "batch.rows=4", "evaluation.fraction=0.2", "evaluation.prompts=0")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in demo_rows(30, seed=0, held_out=False)), "utf-8")
+    return path
+
+
+def test_each_method_is_trained_and_measured_and_one_that_fails_ends_no_other(rows: Path, tmp_path: Path) -> None:
+    """Breaks when a process is not started, a figure is missing, or an error is swallowed."""
+    folder = tmp_path / "compared"
+    told: list[str] = []
+
+    class Notes:
+        def record(self, event: Event) -> None:
+            told.append(str(event.values.get("what")))
+
+    found = compare(
+        "seedling", str(rows), ["bitfit", "in_context", "ia3"], folder=folder, sets=SETS, examples=2, recorder=Notes()
+    )
+    failed, shown, trained = found["methods"]
+    assert "has no biases" in failed["error"] and (folder / "bitfit.log").is_file()
+    assert shown["trained_parameters"] == shown["file_bytes"] == 0 and shown["forgetting"] == 0.0
+    assert shown["example_tokens"] > 0 and shown["loss"] != shown["loss_before"]
+    keys = ("quality", "trained_parameters", "file_bytes", "peak_memory_bytes", "seconds", "forgetting")
+    assert all(trained[key] > 0 for key in keys if key != "forgetting") and math.isfinite(trained["forgetting"])
+    assert trained["quality"] == pytest.approx(math.exp(-trained["loss"]))
+    assert trained["query_flops"] < shown["query_flops"]
+    # The base model is the same for both, on the same rows.
+    assert trained["loss_before"] == pytest.approx(shown["loss_before"], rel=2e-2)
+    assert json.loads((folder / FOUND).read_text("utf-8"))["methods"][2]["method"] == "ia3"
+    assert (folder / "comparison.html").is_file() and (folder / "ia3" / "report.html").is_file()
+    assert [line.split(" ")[0] for line in told] == ["bitfit", "in_context", "ia3"]
+    with pytest.raises(RecipeError, match="is not empty"):
+        compare("seedling", str(rows), ["ia3"], folder=folder, recorder=Silent())
+
+
+def test_what_does_not_hold_together_is_refused_at_once(rows: Path, tmp_path: Path) -> None:
+    """Breaks when a wrong name, key or file is found out only after the first method has been trained."""
+
+    def refused(methods: list[str], **more: object) -> str:
+        with pytest.raises(RecipeError) as caught:
+            compare("seedling", str(rows), methods, folder=tmp_path / "none", recorder=Silent(), **more)  # type: ignore[arg-type]
+        return str(caught.value)
+
+    assert "no method 'lorra'" in refused(["ia3", "lorra"]) and not (tmp_path / "none").exists()
+    assert "named twice" in refused(["ia3", "ia3"])
+    assert "no file" in refused(["ia3"], keep=tmp_path / "missing.txt")
+    assert "budget" in refused(["ia3"], sets=("budget.epoch=1",))
+    with pytest.raises(RecipeError, match="--methods is"):
+        require_methods(" , ")
+    assert require_methods("lora, ia3") == ["lora", "ia3"]
+
+
+def test_every_adapter_can_be_compared_and_every_preset_is_a_recipe() -> None:
+    """Breaks when a preset names a knob that is no more, or a new adapter has no way in."""
+    assert all(preset(name)["adapter"]["method"] == name for name in catalog.names("adapters"))
+    assert PRESETS["qlora"]["quantizer"] == {"method": "nf4"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_rows_behind_examples_are_rows_after_them(architecture: str) -> None:
+    """Breaks when examples carry weight, rows see each other, or the first token of a row is predicted from them."""
+    root = np.array([9, 77, 31, 4], np.int32)
+    trees = forests.rows(20, seed=3, ones=True)
+    (first, *others) = behind(root, trees)
+    assert len(others) == 1 and first.segments[0].parent == -1
+    model = forests.language_model(architecture)
+    found = model.token_outputs(Forest((first, *others))).log_probs
+    expected = []
+    for tree in trees:
+        ids = torch.from_numpy(np.concatenate([root, tree.segments[0].tokens]).astype(np.int64))
+        log_probs = torch.log_softmax(forests.zoo(architecture, ours=False)(ids[None]).logits[0], -1)
+        expected.append(log_probs[len(root) : -1].gather(1, ids[len(root) + 1 :, None])[:, 0])
+    ordered = [each.detach().sort().values for each in (found, torch.cat(expected))]
+    torch.testing.assert_close(ordered[0], ordered[1], rtol=1e-4, atol=1e-4)
+    assert behind(np.zeros(0, np.int32), trees) == trees
