@@ -31,6 +31,8 @@ from luthier.arithmetic.memory import (
     staging,
     token_cache,
 )
+from luthier.core import catalog
+from luthier.core.chosen import choose
 from luthier.data.forest import Forest, row_tree
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
@@ -98,6 +100,24 @@ def test_activations_are_what_autograd_keeps(fused: bool, architecture: str, ada
     assert formula == pytest.approx(found, rel=0.07 if adapter == "prefix" else 0.05)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "zoo"])
+@pytest.mark.parametrize("adapter", [name for name in catalog.names("adapters") if name not in ("full", "lora")])
+def test_every_adapter_of_the_catalog_says_what_it_keeps(adapter: str, fused: bool) -> None:
+    """Breaks when a new edit does not say what autograd keeps for it, or blocks below it are taken to keep anything."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found, formula = laid_out("llama", choose("adapters", Adapter, adapter), dtype, fused=fused)
+        assert formula == pytest.approx(found, rel=0.05), dtype
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("target", ["self_attn.q_proj", "mlp.down_proj"])
+def test_blocks_below_the_lowest_edit_keep_nothing(layer: int, target: str) -> None:
+    """Breaks when a model is planned as if gradients went through all of it, whatever is trained."""
+    method = LoRA(rank=1, targets=(f"layers.{layer}.{target}",))
+    found, formula = laid_out("llama", method, torch.float32, fused=False)
+    assert formula == pytest.approx(found, rel=0.1)
+
+
 @pytest.mark.parametrize("recomputed", [1, 2, 3])
 @pytest.mark.parametrize("adapter", [*ADAPTERS, "ia3"])
 def test_a_recomputed_block_keeps_what_goes_into_it(adapter: str, recomputed: int) -> None:
@@ -115,11 +135,11 @@ def test_soft_capped_attention_keeps_squares() -> None:
 
 def test_activations_grow_as_the_equation_says() -> None:
     """Breaks when a term has lost its factor: tokens and layers scale, edits and trained norms add."""
-    one = Work(tokens=10, predicted=10, longest=5)
+    one = Work(tokens=10, predicted=10, longest=5, edits=2 * 10 + 10 + 30)
     block = 10 * (2 * 10 * 4 + (2 * 10 + 2 * 5) * 2 + 2 * 4 + 3 * 30 * 2 + (2 * 10 + 10 + 30) * 2)
     assert kept(DECODER, one) == 2 * block + 10 * 10 * (4 + 2) + 10 * 10 * 2
     more = {
-        "frozen": (replace(one, edited=0.0), -2 * 10 * (2 * 10 + 10 + 30) * 2),
+        "frozen": (replace(one, edits=0.0), -2 * 10 * (2 * 10 + 10 + 30) * 2),
         "trained": (replace(one, trains_base=True), 2 * 10 * 2 * 10 * 2 + 10 * 10 * 2),
         "squared": (replace(one, squares=3), 2 * 10 * 3 * 2 * 5 * 2),
         "masked": (replace(one, masked=True), 2 * 10 * 5 * 2),

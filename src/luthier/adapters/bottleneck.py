@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
 Preset = Literal["houlsby", "pfeiffer", "parallel"]
@@ -123,6 +123,9 @@ class Narrow(SiteEdit):
         seen = x if self.beside else y
         narrow = self.bend(F.linear(seen, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype)))
         return y + F.linear(narrow, self.up.weight.to(y.dtype), self.up.bias.to(y.dtype)) * self.scale
+
+    def keeps(self) -> Kept:
+        return Kept(input=self.beside, output=not self.beside, own=2 * len(self.down.bias))
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

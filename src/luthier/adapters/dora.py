@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
@@ -118,6 +118,9 @@ class Directed(SiteEdit):
         # Written so that a ratio of one and an update of zero leave y as it is, to the bit.
         rest = y if bias is None else y - bias
         return y + (ratio - 1) * rest + ratio * turned
+
+    def keeps(self) -> Kept:
+        return Kept(input=True, own=len(self.down) + 2 * len(self.length))
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
 Names = str | Annotated[tuple[str, ...], Field(strict=False)]
@@ -90,6 +90,9 @@ class Rescale(SiteEdit):
 
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         return y if self.on_input else y * self.vector.to(y.dtype)
+
+    def keeps(self) -> Kept:
+        return Kept(input=self.on_input, output=not self.on_input)
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.kernels.products import LowRankTerm
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
 
@@ -183,6 +183,9 @@ class LowRank(SiteEdit):
     def low_rank(self) -> LowRankTerm | None:
         # What is dropped differs from site to site: no wider product of several sites is possible then.
         return None if self.dropout and self.training else LowRankTerm(self.down, self.up, self.scale)
+
+    def keeps(self) -> Kept:
+        return Kept(input=True, own=len(self.down))
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.adapters import Adapter
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
@@ -90,6 +90,9 @@ class Places(SiteEdit):
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         added: Tensor = _SparseProduct.apply(x, self.values, self.rows, self.columns, self.shape)
         return y + added.to(y.dtype)
+
+    def keeps(self) -> Kept:
+        return Kept(input=True)
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

@@ -7,10 +7,11 @@ Equation: a fused block keeps for each token 2 d (the residual stream before eac
     values and the attention's output) + 2 f (gate and up), one number a norm and head, and the ranks of its adapters;
     the last block's feed-forward does for the tokens that predict something; a recomputed block keeps d. The zoo's
     block keeps 2 d in float32 (what the norms see) + 2 q + 2 kv + n f (the inner states; n = 3 with a gate, 2 without),
-    and where linear layers are trained or edited their inputs, 2 d + q + f; trained norms keep 2 d more. q and kv are
-    widths of queries and keys. A peak is the widest of: all that is kept, with a chunk of the head at work; what is
-    kept below a block and by it, with the gradients of gate and up, 2 f, of the norm and the stream, 2 d, and the norm
-    made again, d, of its feed-forward at work; or with those of its attention, 2 q + 2 kv + d.
+    and what edits or trained layers keep, at most 2 d + q + f where that is their inputs; trained norms keep 2 d more.
+    Blocks below the lowest edit keep nothing. q and kv are widths of queries and keys. A peak is the widest of: all
+    that is kept, with a chunk of the head at work; what is kept below a block and by it, with the gradients of gate
+    and up, 2 f, of the norm and the stream, 2 d, and the norm made again, d, of its feed-forward at work; or with those
+    of its attention, 2 q + 2 kv + d.
 Source: counted with torch's saved-tensor hooks and its profiler of memory (torch 2.13, transformers 5.23): within 4 %
     of the peak of tensors for every adapter; and of processes, see tests/recipes/test_memory.py.
 """
@@ -60,20 +61,22 @@ class Output:
 class Work:
     """What is trained and what goes through the model at once.
 
-    `edited` is the share of linear layers that an adapter edits or that are trained themselves. `squares` is how many
-    numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none. `masked` is
-    whether rows see something before their own tokens (a learned prefix), so that attention needs a mask of such pairs.
-    `fused` is whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters.
-    `recomputed` is how many blocks keep only their input; `own_end` is whether the last norm is ours though
-    blocks are not, so that it sees the rows that are predicted only.
+    `edits` is how many numbers a token and block edits and trained layers keep, beside those of the base. `squares` is
+    how many numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none.
+    `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
+    something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
+    whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` is
+    how many blocks keep only their input; `own_end` is whether the last norm is ours though blocks are not, so that it
+    sees the rows that are predicted only.
     """
 
     tokens: int
     predicted: int
     longest: int
-    edited: float = 1.0
+    edits: float = 0.0
     trains_base: bool = False
     squares: int = 0
+    untouched: int = 0
     masked: bool = False
     fused: bool = False
     ranks: int = 0
@@ -107,11 +110,10 @@ def peak(decoder: Decoder, work: Work) -> Peak:
 
 def kept(decoder: Decoder, work: Work) -> int:
     """What autograd holds when the forward pass has ended, by the head or by a block."""
-    blocks = [_input(decoder, work)] * work.recomputed
-    blocks += [_block(decoder, work)] * (decoder.layers - 1 - work.recomputed)
-    if work.recomputed < decoder.layers:
-        blocks.append(_last_block(decoder, work))
-    return sum(blocks) + _states(decoder, work)
+    if work.recomputed == decoder.layers:
+        return _below(decoder, work, decoder.layers) + _states(decoder, work)
+    last = _last_block(decoder, work) if work.untouched < decoder.layers else 0
+    return _below(decoder, work, decoder.layers - 1) + last + _states(decoder, work)
 
 
 def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
@@ -121,7 +123,7 @@ def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
     one that comes first, since those above them are gone by then.
     """
     everything, layers, again = kept(decoder, work), decoder.layers, work.recomputed
-    block, last, entrance = _block(decoder, work), _last_block(decoder, work), _input(decoder, work)
+    block, last = _block(decoder, work), _last_block(decoder, work)
     yield Peak(kept=everything, working=_head(decoder, work))
     made = last if again == layers else 0
     below = everything + made - _states(decoder, work)
@@ -130,9 +132,16 @@ def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
     yield Peak(kept=below, working=_attention_backward(decoder, work))
     for at in {layers - 2, again - 1} - {-1}:
         # The blocks up to this one, and the inside of it if it has to be made again.
-        before = min(again, at + 1) * entrance + max(0, at + 1 - again) * block + (block if at < again else 0)
+        before = _below(decoder, work, at + 1) + (block if at < again else 0)
         widest = max(_feed_forward_backward(decoder, work, work.tokens), _attention_backward(decoder, work))
         yield Peak(kept=before, working=widest)
+
+
+def _below(decoder: Decoder, work: Work, count: int) -> int:
+    """What the first `count` blocks keep: nothing, then only their inputs, then all, none of them being the last."""
+    silent = min(work.untouched, count)
+    again = max(0, min(work.recomputed, count) - silent)
+    return again * _input(decoder, work) + (count - silent - again) * _block(decoder, work)
 
 
 def _input(decoder: Decoder, work: Work) -> int:
@@ -162,17 +171,16 @@ def _around(decoder: Decoder, work: Work) -> int:
         attention += work.masked * (decoder.query * number + work.longest * number)
         return attention + 2 * (decoder.hidden * number + _WIDE) + work.ranks * number
     norms = 2 * decoder.hidden * _WIDE + 2 * decoder.hidden * number * work.trains_base
-    inputs = int(work.edited * (2 * decoder.hidden + decoder.query) * number)
+    edits = int(work.edits * number)
     squares = (work.squares * decoder.heads + work.masked) * work.longest * number
-    return norms + attention + inputs + squares
+    return norms + attention + edits + squares
 
 
 def _inner(decoder: Decoder, work: Work) -> int:
     """Bytes that the inside of a feed-forward keeps of a token."""
     if work.fused:
         return 2 * decoder.inner * decoder.bytes
-    states = (3 if decoder.gated else 2) * decoder.inner * decoder.bytes
-    return states + int(work.edited * decoder.inner * decoder.bytes)
+    return (3 if decoder.gated else 2) * decoder.inner * decoder.bytes
 
 
 def _states(decoder: Decoder, work: Work) -> int:

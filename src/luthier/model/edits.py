@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,16 @@ class Edit(nn.Module, ABC):
         """The parameters under the names the adapter's file format uses, relative to the site."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What autograd keeps of a token for an edit, beside what the base model keeps: the input of its site, the output
+    before the edit, and numbers of its own."""
+
+    input: bool = False
+    output: bool = False
+    own: int = 0
+
+
 class SiteEdit(Edit):
     """A change at one site: `before` sees the input, `after` the input and the output."""
 
@@ -45,6 +56,10 @@ class SiteEdit(Edit):
     @abstractmethod
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         """The output as the rest of the model shall see it; `x` is what came in, before this edit."""
+
+    @abstractmethod
+    def keeps(self) -> Kept:
+        """What autograd keeps for it where it is computed as `before` and `after` say; a memory plan counts with it."""
 
     def low_rank(self) -> LowRankTerm | None:
         """This edit as a low-rank term of a linear layer, as it stands now; None when it is something else."""

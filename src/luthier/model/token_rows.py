@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import RowChange
-from luthier.model.edits import Edit, SiteEdit
+from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
 EMBED, HEAD = "embed", "head"
@@ -50,6 +50,9 @@ class TokenRows(SiteEdit):
 
     def before(self, x: Tensor) -> Tensor:
         return x
+
+    def keeps(self) -> Kept:
+        return Kept()
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None

@@ -24,6 +24,7 @@ from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit, TrainedParameters, base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import stored_bytes
+from luthier.model.sites import Site
 from luthier.optimizers import Optimizer
 from luthier.recipes.files import place_of
 from luthier.recipes.room import free_disk, free_memory
@@ -229,7 +230,8 @@ def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, sha
         tokens=batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest,
         predicted=max(1, math.ceil(share * batch.tokens)),
         longest=batch.longest,
-        edited=_edited(model, attachment),
+        edits=_edits(model, attachment),
+        untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,
         squares=_squares(model, decoder_of(model)),
         masked=_masks_a_root(model),
@@ -251,13 +253,44 @@ def _weights(model: LanguageModel) -> int:
     return sum(map(stored_bytes, parameters)) + unpacked
 
 
-def _edited(model: LanguageModel, attachment: Attachment) -> float:
-    """The share of linear layers that are edited or trained."""
-    linear = {site.name for site in model.sites.linear()}
-    touched = {edit.site_name for edit in attachment.edits if isinstance(edit, (SiteEdit, TrainedParameters))}
-    # A block that is trained trains all linear layers in it.
-    edited = [name for name in linear if any(name == one or name.startswith(f"{one}.") for one in touched)]
-    return len(edited) / len(linear) if linear else 0.0
+def _edits(model: LanguageModel, attachment: Attachment) -> float:
+    """Numbers that edits and trained layers keep of a token, the mean over blocks; an input of several counts once."""
+    sites = {site.name: site for site in model.sites if site.layer is not None}
+    inputs: dict[tuple[int | None, str], int] = {}
+    own = 0
+    for edit in attachment.edits:
+        if isinstance(edit, TrainedParameters):
+            # A block that is trained trains all linear layers in it.
+            below = [site for site in sites.values() if f"{site.name}.".startswith(f"{edit.site_name}.")]
+            inputs.update({_reads(site): site.in_features for site in below if site.is_linear})
+        elif isinstance(edit, SiteEdit) and edit.site_name in sites:
+            site, kept = sites[edit.site_name], edit.keeps()
+            if kept.input:
+                inputs[_reads(site)] = site.in_features or model.sites.hidden
+            own += kept.own + kept.output * (site.out_features or model.sites.hidden)
+    return (own + sum(inputs.values())) / max(1, model.sites.layers)
+
+
+def _untouched(model: LanguageModel, attachment: Attachment) -> int:
+    """How many of the first blocks lie below everything that is trained; their insides need no backward pass."""
+    sites = {site.name: site for site in model.sites}
+    lowest = model.sites.layers
+    for edit in attachment.edits:
+        site = sites.get(edit.site_name) if isinstance(edit, (SiteEdit, TrainedParameters)) else None
+        if site is None or (site.layer is None and "embed" in site.roles):
+            return 0
+        if site.layer is not None:
+            # What changes the end of a block leaves its inside below it.
+            lowest = min(lowest, site.layer + bool({"down", "feed"} & set(site.roles)))
+    return lowest
+
+
+def _reads(site: Site) -> tuple[int | None, str]:
+    """What a site reads, as a name that is the same for sites that read the same tensor."""
+    for name, roles in (("attention", {"q", "k", "v"}), ("feed-forward", {"gate", "up", "feed"})):
+        if roles & set(site.roles):
+            return site.layer, name
+    return site.layer, site.name
 
 
 def _runs_fused(model: LanguageModel) -> bool:
