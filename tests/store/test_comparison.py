@@ -63,7 +63,7 @@ def test_the_page_escapes_and_its_picture_is_well_formed(tmp_path: Path) -> None
     for dot in dots:
         assert 0 < float(dot.attrib["cx"]) < 720 and 0 < float(dot.attrib["cy"]) < 360
     heights = [float(dot.attrib["cy"]) for dot in dots]
-    assert heights == sorted(heights)
+    assert heights == sorted(heights, reverse=True)
     assert scatter([{"method": "full", "error": "x"}]) == ""
     assert write_comparison(tmp_path, FOUND) == tmp_path / PAGE and (tmp_path / MARKDOWN).is_file()
 

@@ -93,7 +93,8 @@ def scatter(methods: Sequence[Mapping[str, Any]]) -> str:
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
     def up(quality: float) -> float:
-        return _HEIGHT - _BOTTOM - (quality - floor) / (roof - floor) * (_HEIGHT - _BOTTOM - _TOP)
+        # A little above the axis, so that the names of the last ones have room.
+        return _HEIGHT - _BOTTOM - 14 - (quality - floor) / (roof - floor) * (_HEIGHT - _BOTTOM - 14 - _TOP)
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>quality over trained parameters</title>']
     for step in range(5):
@@ -106,17 +107,18 @@ def scatter(methods: Sequence[Mapping[str, Any]]) -> str:
         shown = "0" if power == low else count_text(10**power)
         tick = _LEFT if power == low else across(10**power)
         parts.append(f'<text x="{tick:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{shown}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(floor):.1f}" y2="{up(floor):.1f}"/>')
+    edge = _HEIGHT - _BOTTOM
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{edge}" y2="{edge}"/>')
     parts.append(f'<text x="{_LEFT}" y="14">quality</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">trained parameters</text>')
     taken: list[tuple[float, float]] = []
-    for name, count, quality in sorted(points, key=lambda point: -point[2]):
+    for name, count, quality in sorted(points, key=lambda point: point[2]):
         x, y = across(count), up(quality)
         label = y
-        # A label moves down until it lies on no other one.
+        # A label moves up until it lies on no other one.
         while any(abs(label - other) < 13 and abs(x - place) < 110 for place, other in taken):
-            label += 13
+            label -= 13
         taken.append((x, label))
         parts.append(
             f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
