@@ -12,6 +12,7 @@ from luthier.core.knobs import validate
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
+from luthier.quantizers import Quantizer
 from luthier.recipes.finetune import start
 from luthier.recipes.opened import open_named
 from luthier.recipes.progress import progress
@@ -45,6 +46,7 @@ def finetune(
     model: str,
     data: str | Path | Sequence[str | Path] | Knobs,
     adapter: Adapter | str | Knobs = "lora",
+    quantizer: Quantizer | str | Knobs = "none",
     objective: Objective | str | Knobs = "sft",
     optimizer: Optimizer | str | Knobs = "adamw",
     schedule: Schedule | str | Knobs = "cosine",
@@ -67,6 +69,7 @@ def finetune(
         "model": model,
         "data": str(paths) if isinstance(paths, Path) else paths,
         "adapter": adapter,
+        "quantizer": quantizer,
         "objective": objective,
         "optimizer": optimizer,
         "schedule": schedule,
