@@ -58,4 +58,4 @@ def preset(name: str) -> Mapping[str, Any]:
     if name in adapters:
         return {"adapter": {"method": name}}
     known = sorted({*PRESETS, *adapters})
-    raise RecipeError(f"there is no method {name!r} to compare", allowed=", ".join(known), do=did_you_mean(name, known))
+    raise RecipeError(f"there is no method {name!r} to compare", do=did_you_mean(name, known))
