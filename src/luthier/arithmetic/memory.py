@@ -50,11 +50,13 @@ class Decoder:
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """How the head works: whether its slopes replace its logits, how many rows of it are trained where it is frozen,
-    and whether it shares its weight with the embedding."""
+    whether it shares its weight with the embedding, and whether the norm before it is ours though blocks are not, so
+    that it sees only the rows that are predicted."""
 
     in_place: bool = False
     rows: int = 0
     tied: bool = False
+    own_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,7 @@ class Work:
     `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
     something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
     whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` is
-    how many blocks keep only their input; `own_end` is whether the last norm is ours though blocks are not, so that it
-    sees the rows that are predicted only.
+    how many blocks keep only their input.
     """
 
     tokens: int
@@ -81,7 +82,6 @@ class Work:
     fused: bool = False
     ranks: int = 0
     recomputed: int = 0
-    own_end: bool = False
     output: Output = Output()
 
     @property
@@ -188,7 +188,7 @@ def _states(decoder: Decoder, work: Work) -> int:
     number = decoder.bytes
     # Trained rows of a head need the states once more, and the slope of each of them.
     head = work.predicted * (decoder.hidden * number * (2 if work.output.rows else 1) + work.output.rows * _WIDE)
-    if work.fused or work.own_end:
+    if work.fused or work.output.own_norm:
         return head + work.predicted * (decoder.hidden * number + _WIDE)
     # The zoo's last norm sees all tokens, and works in float32.
     return head + work.tokens * decoder.hidden * (_WIDE + number + work.trains_base * number)

@@ -39,6 +39,23 @@ def start_child(
     )
 
 
+def answer_of(child: subprocess.Popen[bytes]) -> tuple[bytes, int]:
+    """All that a child writes to its standard output, and its exit code.
+
+    Whatever interrupts us meanwhile (Ctrl-C, a request to stop) ends the child too.
+    """
+    try:
+        answer = b"" if child.stdout is None else child.stdout.read()
+        return answer, child.wait()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
 def bound_to_parent(*, watch: IO[bytes] | None = None, thread: bool = True) -> None:
     """In the child: end when the parent ends, and leave Ctrl-C to the parent.
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from luthier.core.child import start_child
+from luthier.core.child import answer_of, start_child
 from luthier.core.errors import RecipeError
 from luthier.core.events import Event, Recorder, plain
 from luthier.recipes.files import load_recipe
@@ -103,16 +103,7 @@ def _run(job: Job, folder: Path) -> dict[str, Any]:
     """What a job's process found, or the error it ended with; what it printed meanwhile is in METHOD.log."""
     with (folder / f"{job.method}.log").open("wb") as log:
         child = start_child("luthier.recipes.compared", [json.dumps(asdict(job))], stderr=log.fileno())
-        try:
-            answer = b"" if child.stdout is None else child.stdout.read()
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    pipe.close()
+        answer, code = answer_of(child)
     try:
         found: Mapping[str, Any] = json.loads(answer)
     except ValueError:

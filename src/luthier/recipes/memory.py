@@ -237,11 +237,11 @@ def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, sha
         masked=_masks_a_root(model),
         fused=_runs_fused(model),
         ranks=_ranks(model, attachment),
-        own_end=model.executor.blocks is not None,
         output=Output(
             in_place=isinstance(head, Head) and not isinstance(head.backend, TorchBackend),
             rows=sum(len(change.ids) for change in head.changes) if isinstance(head, Head) else 0,
             tied=model.sites.tied,
+            own_norm=model.executor.blocks is not None,
         ),
     )
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from luthier.core.child import bound_to_parent, start_child
+from luthier.core.child import answer_of, bound_to_parent, start_child
 from luthier.core.errors import GateError, LuthierError, StoppedError
 from luthier.core.events import plain
 from luthier.core.imports import uncollected
@@ -46,17 +46,7 @@ def verify_apart(run: RunDirectory) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryFile() as words:
         child = start_child("luthier.recipes.verify", [str(run.folder)], stderr=words.fileno())
-        try:
-            answer = b"" if child.stdout is None else child.stdout.read()
-            code = child.wait()
-        finally:
-            # Whatever interrupts us here (Ctrl-C, a request to stop) ends the child too.
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    pipe.close()
+        answer, code = answer_of(child)
         words.seek(max(0, words.seek(0, os.SEEK_END) - LAST_WORDS))
         last = words.read().decode("utf-8", "replace")
     try:
