@@ -6,7 +6,7 @@ Equation: y = (W + D) x + b, D zero but at the chosen places.
 Source: fixed masks as in Sung et al., arXiv 2111.09839, section 3 (FISH, there chosen by the gradient's square); choice
     by size as in Han et al., arXiv 1506.02626, section 3, turned from pruning to training.
 Cost: density x in x out trained parameters a site; the forward pass is a second product of the same size, the backward
-    pass two, as no sparse product of a CPU or GPU is faster at these sizes; 12 bytes a parameter in the file.
+    pass two more: they are dense; 12 bytes a parameter in the file.
 Use when: many variants of one model are kept as small differences, or it is asked which weights a task needs.
 Not when: speed or memory of training counts: dense matrices are made on the way.
 """

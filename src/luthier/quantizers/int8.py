@@ -5,7 +5,7 @@ Equation: s_i = max_j |W_ij| / 127, q_ij = round(W_ij / s_i); y = x (s q)^T.
 Source: weight-only quantization as surveyed by Weng, "Large Transformer Model Inference Optimization" (2023);
     symmetric, one scale an output as in torchao's int8_weight_only.
 Cost: 8 bits a weight and 32 a row; unpacking for each product. The error of a weight is at most s / 2.
-Use when: half of bfloat16's memory is enough: it loses next to nothing.
+Use when: half of bfloat16's memory is enough.
 Not when: it is not: nf4 takes half of this again.
 """
 

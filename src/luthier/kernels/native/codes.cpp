@@ -1,7 +1,7 @@
 // Codes of four bits back to numbers: sixteen levels times the scale of a block, looked up.
 //
-// A block's sixteen products fit into one register, so a lookup is one permutation of it: unpacking runs at the speed of
-// memory. Two codes share a byte, the first of them in its high half.
+// A block's sixteen products fit into one register, so a lookup is one permutation of it. Two codes share a byte, the
+// first of them in its high half.
 
 #include <cstdint>
 #ifdef __AVX512BW__
