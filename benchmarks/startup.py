@@ -33,6 +33,8 @@ from typing import Any
 import procfs
 
 HERE = Path(__file__).resolve().parent
+MODEL = "m1"
+"""The prepared model whose first step is timed, a folder of HOME."""
 LUTHIER = "from luthier.cli.main import main; main()"
 
 
@@ -48,7 +50,7 @@ class Measure:
 
 def measures(home: Path, scratch: Path, precision: str) -> dict[str, Measure]:
     """All measures by name; those of a peer only where it is installed."""
-    python, bench = sys.executable, home / "sft"
+    python, bench = sys.executable, home / MODEL
     recipe = scratch / "recipe.yaml"
     first = [python, "-c", LUTHIER, "train", str(recipe), "--quiet", "--run", str(scratch / "run"), "--overwrite"]
     tokens = [python, str(HERE / "startup_tokens.py"), "--folder", str(bench), "--kind"]
@@ -148,12 +150,12 @@ def main() -> int:
     from prepare import prepare
     from probes import native
 
-    digest, precision = prepare(home / "sft"), native()
+    digest, precision = prepare(home, MODEL), native("cpu")
     run = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=home) as folder:
         scratch = Path(folder)
-        (scratch / "recipe.yaml").write_text(recipe_text(home / "sft", precision), "utf-8")
+        (scratch / "recipe.yaml").write_text(recipe_text(home / MODEL, precision), "utf-8")
         chosen = {
             name: each for name, each in measures(home, scratch, precision).items() if args.only in name
         }

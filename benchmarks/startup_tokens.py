@@ -81,7 +81,7 @@ def cpu_seconds() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="the prepared folder, HOME/sft")
+    parser.add_argument("--folder", type=Path, required=True, help="the prepared folder, HOME/m1")
     parser.add_argument("--kind", choices=["text", "chat"], required=True)
     parser.add_argument("--file", type=Path, help="a .txt or .jsonl file instead")
     args = parser.parse_args()

@@ -83,3 +83,8 @@ def test_rows_are_numbered_so_that_none_is_a_copy(
     tokens.write_chat(written, prepared)
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == len(rows) > 5 and set(rows[0]) == {"prompt", "completion"}
+
+
+def test_the_model_whose_start_is_timed_can_be_prepared(startup: ModuleType) -> None:
+    """Breaks when the workloads are renamed and the script finds out only when it runs."""
+    assert startup.MODEL in importlib.import_module("workloads").MODELS
