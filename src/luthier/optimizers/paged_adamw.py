@@ -94,9 +94,10 @@ class _Paged(PerTensor):
             for name in MOMENTS:
                 if tensor.device.type != "cpu":
                     state[name].view(-1)[own].copy_(near[name])
+            # Piece by piece: the moments of one large tensor would be most of what is saved.
+            pages.give_back()
         if not tensor.is_contiguous():
             tensor.copy_(flat.view_as(tensor))
-        pages.give_back()
 
 
 @final
