@@ -57,7 +57,7 @@ print(max(peak, psutil.Process().memory_info().rss) - before)
 
 
 def test_moments_take_no_memory_in_a_step_or_between_steps() -> None:
-    """Breaks when the moments of 16 million numbers, 128 MB, are in the process's memory at once, be it for a moment."""
+    """Breaks when the moments of 16 million numbers, 128 MB, are in memory at once, be it for a moment."""
     grown = {}
     for name in ("adamw", "paged_adamw"):
         done = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, check=True)

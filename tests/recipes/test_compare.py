@@ -12,7 +12,7 @@ import torch
 
 from luthier.assets.demo_task import demo_rows
 from luthier.core import catalog
-from luthier.core.errors import RecipeError
+from luthier.core.errors import LuthierError, RecipeError
 from luthier.core.events import Event
 from luthier.data.forest import Forest
 from luthier.recipes.compare import FOUND, compare, require_methods
@@ -68,10 +68,16 @@ def test_what_does_not_hold_together_is_refused_at_once(rows: Path, tmp_path: Pa
             compare("seedling", str(rows), methods, folder=tmp_path / "none", recorder=Silent(), **more)  # type: ignore[arg-type]
         return str(caught.value)
 
-    assert "no method 'lorra'" in refused(["ia3", "lorra"]) and not (tmp_path / "none").exists()
+    assert "no method 'lorra'" in refused(["ia3", "lorra"])
     assert "named twice" in refused(["ia3", "ia3"])
     assert "no file" in refused(["ia3"], keep=tmp_path / "missing.txt")
     assert "budget" in refused(["ia3"], sets=("budget.epoch=1",))
+    missing = (("./nowhere", rows, "no model folder"), ("seedling", tmp_path / "x.jsonl", "is not there"))
+    for model, data, part in missing:
+        with pytest.raises(LuthierError, match=part):
+            compare(model, str(data), ["ia3"], folder=tmp_path / "none", recorder=Silent())
+    # Whoever corrects the command types the same folder again.
+    assert not (tmp_path / "none").exists()
     with pytest.raises(RecipeError, match="--methods is"):
         require_methods(" , ")
     assert require_methods("lora, ia3") == ["lora", "ia3"]

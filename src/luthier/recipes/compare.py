@@ -9,6 +9,7 @@ nothing to train and more at each query; where the two costs meet is told as in 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from luthier.core.child import answer_of, start_child
 from luthier.core.errors import RecipeError
 from luthier.core.events import Event, Recorder, plain
+from luthier.model.load import resolve_source
 from luthier.recipes.files import load_recipe
 from luthier.recipes.presets import preset
 from luthier.store.comparison import write_comparison
@@ -79,22 +81,31 @@ def _jobs(
     keep: Path | None,
     examples: int,
 ) -> list[Job]:
-    """A job for each method, whose recipe is written and has been read once."""
+    """A job for each method, whose recipe is written; nothing is written unless all of them hold together."""
     if twice := {name for name in methods if list(methods).count(name) > 1}:
         raise RecipeError(f"{sorted(twice)[0]!r} is named twice", do="name each method once")
     if keep is not None and not keep.is_file():
         raise RecipeError(f"{keep} is no file", do="name a text file whose loss tells what was forgotten")
+    if not Path(data).exists():
+        raise RecipeError(f"{data} is not there", do="name a data file: --data FILE")
+    resolve_source(model)
     keys = {name: dict(preset(name)) for name in methods}
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty", do="name a new folder: --run DIR")
+    source = {"model": model, "data": {"train": str(Path(data).resolve())}}
+    texts = {
+        name: yaml.safe_dump({**source, **own, "run": str(folder / name)}, sort_keys=False)
+        for name, own in keys.items()
+    }
+    with tempfile.TemporaryDirectory() as place:
+        for name, text in texts.items():
+            write_text(Path(place) / f"{name}.yaml", text)
+            load_recipe(Path(place) / f"{name}.yaml", overrides=sets)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     jobs = []
-    for name, own in keys.items():
-        path, run = folder / "recipes" / f"{name}.yaml", folder / name
-        values = {"model": model, "data": {"train": str(Path(data).resolve())}, **own, "run": str(run)}
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
-        load_recipe(path, overrides=sets)
-        kept = "" if keep is None else str(keep)
+    for name, text in texts.items():
+        path, run, kept = folder / "recipes" / f"{name}.yaml", folder / name, "" if keep is None else str(keep)
+        write_text(path, text)
         jobs.append(Job(method=name, recipe=str(path), sets=sets, run=str(run), keep=kept, examples=examples))
     return jobs
 
