@@ -6,7 +6,7 @@ pages of such a file out when somebody else needs the memory, which it cannot do
 Equation: AdamW's (see adamw), to the same numbers within float32's rounding.
 Source: Dettmers et al., arXiv 2305.14314, section 3, "paged optimizers", there by CUDA's unified memory.
 Cost: 8 bytes of disk or host memory a parameter, which a step reads and writes once; on the device the moments of a
-    million numbers.
+    quarter of a million numbers.
 Use when: the moments of a fully tuned model do not fit beside it.
 Not when: they do; or the folder of pages lies in memory itself (tmpfs), which is refused.
 """
@@ -30,7 +30,7 @@ from luthier.core.errors import RecipeError
 from luthier.maths import moments
 from luthier.optimizers import Optimizer, PerTensor, decay_groups
 
-PIECE: Final = 2**20
+PIECE: Final = 2**18
 """Numbers that are worked on at once."""
 MOMENTS: Final = ("first", "second")
 
