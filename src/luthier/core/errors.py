@@ -107,6 +107,13 @@ class RecipeError(LuthierError, ValueError):
     advice = "luthier init --dry-run shows every key with its meaning and its range"
 
 
+class UndrivableAttentionError(RecipeError):
+    """Attention of a model that luthier cannot drive by segment; it is then run by unrolled paths."""
+
+    code = "attention"
+    advice = "choose an adapter that works at sites, such as lora"
+
+
 class DataError(LuthierError, ValueError):
     """A data file or row that cannot be used; `where` is `file:line:column` whenever a row is to blame."""
 

@@ -8,6 +8,10 @@ Each token carries a loss weight: 0 means context only. The token after a parent
 child, so one position can predict several tokens; `Layout.predictors` therefore holds (position, label) *pairs* and no
 label is lost.
 
+A segment may see `both_ways`: each of its tokens sees all of them, as in an encoder. It may have `labels`: what each
+position says is then not the next token but what stands there, a class or a token that was masked. An
+encoder-decoder reads roots that see both ways with its encoder, and their children with its decoder.
+
 This file knows numpy only: what is in a forest is decided before any tensor exists.
 """
 
@@ -31,17 +35,33 @@ ROOT = -1
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of `tokens` (n,) with the loss weight of each, (n,), and the index of its parent within the tree."""
+    """A run of `tokens` (n,) with the loss weight of each, (n,), and the index of its parent within the tree.
+
+    `labels` (n,) is what each position predicts, where that is not the next token; `weights` are then theirs. `types`
+    (n,) are the token types of an encoder that tells two texts apart. `both_ways` lets each token see all others.
+    """
 
     tokens: Ints
     weights: Floats
     parent: int = ROOT
+    labels: Ints | None = None
+    types: NDArray[np.uint8] | None = None
+    both_ways: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.weights):
-            raise DataError(f"a segment has {len(self.tokens)} tokens but {len(self.weights)} weights")
+        for name, each in (("weights", self.weights), ("labels", self.labels), ("types", self.types)):
+            if each is not None and len(each) != len(self.tokens):
+                raise DataError(f"a segment has {len(self.tokens)} tokens but {len(each)} {name}")
         if len(self.tokens) == 0:
             raise DataError("a segment has no token", do="leave empty segments out")
+
+    @property
+    def weighted(self) -> NDArray[np.bool_]:
+        """Which of its labels, (n,), carry weight and are predicted: without `labels` nothing predicts a first one."""
+        weighted: NDArray[np.bool_] = self.weights != 0
+        if self.labels is None and self.parent == ROOT:
+            weighted[0] = False
+        return weighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +85,7 @@ class Tree:
     @property
     def weight(self) -> float:
         """The sum of the loss weights of the tokens that something predicts."""
-        total = 0.0
-        for segment in self.segments:
-            first = 1 if segment.parent == ROOT else 0
-            total += float(segment.weights[first:].sum(dtype=np.float64))
-        return total
+        return sum(float(segment.weights[segment.weighted].sum(dtype=np.float64)) for segment in self.segments)
 
     def paths(self) -> list[list[int]]:
         """Every way from a root to a leaf, as segment indices."""
@@ -97,6 +113,7 @@ class Span:
     start: int
     stop: int
     ancestors: tuple[int, ...]
+    both_ways: bool = False
 
     @property
     def length(self) -> int:
@@ -107,13 +124,14 @@ class Span:
 class Layout:
     """A forest laid end to end.
 
-    `tokens` and `positions` are (T,); `predictors`, `labels`, `weights`, `rows` and `trees` are (N,), one entry for
-    each token with weight: the flat position whose hidden state predicts it, the token, its weight, the data row and
-    the index of its tree.
+    `tokens`, `positions` and `types` are (T,); `predictors`, `labels`, `weights`, `rows` and `trees` are (N,), one
+    entry for each token with weight: the flat position whose hidden state predicts it, the token (or the class), its
+    weight, the data row and the index of its tree.
     """
 
     tokens: Ints
     positions: Ints
+    types: NDArray[np.uint8]
     spans: tuple[Span, ...]
     predictors: Ints
     labels: Ints
@@ -162,14 +180,11 @@ def _lay_out(trees: Sequence[Tree]) -> Layout:
         for segment in tree.segments:
             ancestors, depth, before = _lineage(spans, segment.parent, offset)
             count = len(segment.tokens)
-            spans.append(Span(start, start + count, ancestors))
+            spans.append(Span(start, start + count, ancestors, segment.both_ways))
             positions.append(np.arange(depth, depth + count, dtype=np.int32))
-            # The token at index i is predicted by the one before it; the first by the last token of the parent.
-            predictor = np.arange(start - 1, start + count - 1, dtype=np.int32)
-            predictor[0] = before
-            kept = (segment.weights != 0) & (predictor >= 0)
-            predictors.append(predictor[kept])
-            labels.append(segment.tokens[kept])
+            kept = segment.weighted
+            predictors.append(_predictors(segment, start, before)[kept])
+            labels.append((segment.tokens if segment.labels is None else segment.labels)[kept])
             weights.append(segment.weights[kept])
             rows.append(np.full(int(kept.sum()), tree.row, dtype=np.int32))
             tree_ids.append(np.full(int(kept.sum()), tree_id, dtype=np.int32))
@@ -177,6 +192,7 @@ def _lay_out(trees: Sequence[Tree]) -> Layout:
     return Layout(
         tokens=_join([segment.tokens for tree in trees for segment in tree.segments], np.int32),
         positions=_join(positions, np.int32),
+        types=_join([_types(segment) for tree in trees for segment in tree.segments], np.uint8),
         spans=tuple(spans),
         predictors=_join(predictors, np.int32),
         labels=_join(labels, np.int32),
@@ -184,6 +200,21 @@ def _lay_out(trees: Sequence[Tree]) -> Layout:
         rows=_join(rows, np.int32),
         trees=_join(tree_ids, np.int32),
     )
+
+
+def _predictors(segment: Segment, start: int, before: int) -> Ints:
+    """The flat position that predicts each label of a segment at `start`, whose parent ends at `before`."""
+    own = np.arange(start, start + len(segment.tokens), dtype=np.int32)
+    if segment.labels is not None:
+        return own
+    # The token at index i is predicted by the one before it; the first by the last token of the parent.
+    own -= 1
+    own[0] = before
+    return own
+
+
+def _types(segment: Segment) -> NDArray[np.uint8]:
+    return np.zeros(len(segment.tokens), np.uint8) if segment.types is None else segment.types
 
 
 def _lineage(spans: Sequence[Span], parent: int, offset: int) -> tuple[tuple[int, ...], int, int]:

@@ -42,7 +42,12 @@ class Attachment:
     @property
     def trains_base(self) -> bool:
         """Whether the model's own parameters are trained, so that the result is a model and not an adapter file."""
-        return any(isinstance(edit, TrainedParameters) for edit in self.edits)
+        return any(isinstance(edit, TrainedParameters) and not edit.new for edit in self.edits)
+
+    @property
+    def new_parts(self) -> list[str]:
+        """The modules of a new head that are trained with the adapter."""
+        return [edit.site_name for edit in self.edits if isinstance(edit, TrainedParameters) and edit.new]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the attachment under its name in the adapter file, in a stable order."""
@@ -92,14 +97,18 @@ def take_off(model: nn.Module, attachment: Attachment) -> None:
     """Undo all edits of `attachment`; the base objects come back as they were."""
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
-            edited = module_at(model, edit.site_name)
-            if not isinstance(edited, EditedModule):
-                raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}")
-            del edited.edits[attachment.name]
-            if not edited.edits:
-                _set_module(model, edit.site_name, edited.base)
+            _take_off_site(model, attachment, edit)
         elif isinstance(edit, TrainedParameters):
             _swap_parameters(model, edit, trained=False)
+
+
+def _take_off_site(model: nn.Module, attachment: Attachment, edit: SiteEdit) -> None:
+    edited = module_at(model, edit.site_name)
+    if not isinstance(edited, EditedModule):
+        raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}", do="attach it first")
+    del edited.edits[attachment.name]
+    if not edited.edits:
+        _set_module(model, edit.site_name, edited.base)
 
 
 def switch(model: nn.Module, attachment: Attachment, *, on: bool) -> None:
@@ -162,8 +171,10 @@ def merge(model: nn.Module, attachment: Attachment) -> None:
             base.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
     if not attachment.enabled:
         switch(model, attachment, on=True)
-    if not attachment.trains_base:
-        take_off(model, attachment)
+    for edit in attachment.edits:
+        # Trained parameters stay where they are.
+        if isinstance(edit, SiteEdit):
+            _take_off_site(model, attachment, edit)
     for parameter in attachment.named_parameters().values():
         parameter.requires_grad_(False)
 

@@ -4,7 +4,8 @@ Idea: transformers lets a model call a registered attention function. Ours recei
 whole flat batch and a `ForestPlan`, and makes one call for each segment over its ancestors' keys and its own; nothing
 is padded and no dense mask over the batch exists. On a GPU all of them may be one call (block_mask.py). Without a plan
 (padded generation, plain forwards) it is the zoo's own SDPA. The mask function is registered with it: without one,
-transformers hands padded batches no mask at all.
+transformers hands padded batches no mask at all. A segment that sees both ways is attended without a mask; a decoder
+that reads an encoder's states finds in the plan's `memory` which of them each of its segments reads.
 Source: transformers' AttentionInterface; flash attention on the CPU needs `is_causal` or no mask to skip blocks, which
 is why a segment without ancestors takes the causal call.
 """
@@ -23,22 +24,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import UndrivableAttentionError
 from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
 from luthier.model.block_mask import BlockMask, MaskedAttention, MaskedCall, block_mask
+from luthier.model.relative_bias import RelativeBias
 
 NAME = "luthier_forest"
 """The attention implementation the model's config names."""
 
-_UNSUPPORTED = ("s_aux", "position_bias", "alibi", "score_mod", "block_mask")
-
-
-class UndrivableAttentionError(RecipeError):
-    """An attention call with parts this function does not know; the caller falls back to unrolled paths."""
-
-    code = "attention"
-    advice = "choose an adapter that works at sites, such as lora"
+_UNSUPPORTED = ("s_aux", "alibi", "score_mod", "block_mask")
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,22 @@ class Root:
     keys_values: Callable[[int, torch.dtype], tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder reads of an encoder: for each of its spans the encoder's, and the modules that do the reading."""
+
+    spans: Sequence[Span]
+    readers: frozenset[nn.Module]
+
+
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
 
     `outer` holds, for each layer, keys and values (1, h, A, D) that every span sees before its own ancestors (a parent
     that went through the model in another pass). `captured` collects each layer's keys and values when it is a dict.
-    `by_mask` makes one call of the attention of many segments, where it is given.
+    `by_mask` makes one call of the attention of many segments, where it is given. `memory` is for decoders that read
+    the states of an encoder.
     """
 
     spans: Sequence[Span]
@@ -82,8 +86,10 @@ class ForestPlan:
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
     noted: dict[int, AttentionCall] = field(default_factory=dict)
     calls: int = 0
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None, bool], Tensor] = field(default_factory=dict)
     by_mask: MaskedAttention | None = None
+    memory: Memory | None = None
+    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @cached_property
@@ -118,15 +124,30 @@ class ForestPlan:
         pairs = [] if self.root is None else [self.root.keys_values(layer, dtype)]
         return pairs if self.outer is None else [*pairs, self.outer[layer]]
 
-    def mask(self, before: int, own: int, window: int | None, device: torch.device) -> Bool[Tensor, "own all"]:
+    @cached_property
+    def both_ways(self) -> bool:
+        """Whether any segment sees both ways."""
+        return any(span.both_ways for span in self.spans)
+
+    def mask(
+        self, before: int, own: int, window: int | None, device: torch.device, *, both_ways: bool = False
+    ) -> Bool[Tensor, "own all"]:
         """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
-        key = (before, own, window)
+        key = (before, own, window, both_ways)
         if key not in self.masks:
             queries = torch.arange(before, before + own, device=device)[:, None]
             keys = torch.arange(before + own, device=device)[None, :]
-            visible = keys <= queries
+            last = queries if not both_ways else before + own - 1 if window is None else queries + window - 1
+            visible = keys <= last
             self.masks[key] = visible if window is None else visible & (keys > queries - window)
         return self.masks[key]
+
+    def bias(self, of: RelativeBias, before: int, own: int) -> Float[Tensor, "1 H own all"]:
+        """What `of` adds to the scores of the `own` last queries and all keys; the layers of a stack share it."""
+        key = (before, own)
+        if key not in self.biases:
+            self.biases[key] = of.between(before, own)
+        return self.biases[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """Which of all keys, those from outside first, each of all queries sees."""
@@ -143,7 +164,7 @@ def _units(spans: Sequence[Span], *, alone: bool) -> tuple[Unit, ...]:
     joins = False
     for index, span in enumerate(spans):
         plain = not alone and not span.ancestors and index not in parents
-        if plain and joins and units[-1].length == span.length:
+        if plain and joins and units[-1].length == span.length and spans[units[-1].first].both_ways == span.both_ways:
             units[-1] = Unit(units[-1].first, units[-1].count + 1, span.length)
         else:
             units.append(Unit(index, 1, span.length))
@@ -169,48 +190,107 @@ def forest_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     forest_plan: ForestPlan | None = None,
+    position_bias: Tensor | RelativeBias | None = None,
     **zoo: object,
 ) -> tuple[Float[Tensor, "B T H D"], None]:
     """The attention function of the interface; the open keywords are transformers' own calling convention.
 
     Raises UndrivableAttentionError when the model passes parts (sinks, position biases) that it does not know.
     """
+    reads = forest_plan is not None and forest_plan.memory is not None and module in forest_plan.memory.readers
     unknown = [name for name in _UNSUPPORTED if zoo.get(name) is not None]
+    if forest_plan is not None and isinstance(position_bias, Tensor) and not reads:
+        unknown.append("position_bias")
     if unknown:
         raise UndrivableAttentionError(f"{type(module).__name__} passes {', '.join(unknown)} to its attention")
     if forest_plan is None:
         if softcap is not None:
             return _plain_soft_capped(query, key, value, attention_mask, scaling, softcap, dropout), None
+        if position_bias is not None:
+            zoo["position_bias"] = position_bias
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **zoo
         )
+    if reads:
+        return _read(forest_plan, query, key, value, scaling, dropout), None
+    # Some modules of the zoo do not know which layer they are; they are called in the order of layers.
+    layer = int(getattr(module, "layer_idx", forest_plan.calls))
     forest_plan.calls += 1
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
     forest_plan.noted[layer] = AttentionCall(scaling, sliding_window, softcap)
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
     outer = forest_plan.outer_keys(layer, key.dtype)
+    bias = position_bias if isinstance(position_bias, RelativeBias) else None
     by_mask = forest_plan.by_mask
-    if by_mask is not None and len(forest_plan.units) > 1 and by_mask.takes(query, dropout):
+    odd = bias is not None or (forest_plan.both_ways and sliding_window is not None)
+    if by_mask is not None and len(forest_plan.units) > 1 and not odd and by_mask.takes(query, dropout):
         key, value = (torch.cat([*(pair[side] for pair in outer), own], 2) for side, own in enumerate((key, value)))
         mask = forest_plan.block_mask(sliding_window, query.device)
         attended = by_mask.attend(MaskedCall(query, key, value, mask, scaling, softcap))
         return attended.transpose(1, 2).contiguous(), None
+    call = _Call(forest_plan, scaling, sliding_window, softcap, dropout, bias)
+    return _by_segment(query, key, value, outer, call), None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of attention by segment: what is the same for all segments."""
+
+    plan: ForestPlan
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    dropout: float
+    bias: RelativeBias | None
+
+
+def _by_segment(
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 h T D"],
+    value: Float[Tensor, "1 h T D"],
+    outer: list[tuple[Tensor, Tensor]],
+    call: _Call,
+) -> Float[Tensor, "1 T H D"]:
+    """One call for each unit, over what it sees from outside, its ancestors' keys and its own."""
+    plan = call.plan
     # split, not slicing: its backward is one concatenation, where each slice would allocate a full-size zero gradient.
-    sizes = [unit.count * unit.length for unit in forest_plan.units]
+    sizes = [unit.count * unit.length for unit in plan.units]
     queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-    place = {unit.first: index for index, unit in enumerate(forest_plan.units)}
+    place = {unit.first: index for index, unit in enumerate(plan.units)}
     outputs = []
-    for index, unit in enumerate(forest_plan.units):
-        ancestors = [place[ancestor] for ancestor in forest_plan.spans[unit.first].ancestors]
+    for index, unit in enumerate(plan.units):
+        span = plan.spans[unit.first]
+        ancestors = [place[ancestor] for ancestor in span.ancestors]
         before_k = [*(pair[0] for pair in outer), *(keys[a] for a in ancestors)]
         before_v = [*(pair[1] for pair in outer), *(values[a] for a in ancestors)]
         q, k, v = (_side_by_side(parts[index], unit) for parts in (queries, keys, values))
         seen_k = torch.cat([*before_k, k], dim=2) if before_k else k
         seen_v = torch.cat([*before_v, v], dim=2) if before_v else v
-        attended = _attend(q, seen_k, seen_v, forest_plan, scaling, dropout, sliding_window, softcap)
+        attended = _attend(q, seen_k, seen_v, call, both_ways=span.both_ways)
         outputs.append(attended.transpose(1, 2).reshape(1, unit.count * unit.length, *attended.shape[1::2]))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
+
+
+def _read(
+    plan: ForestPlan,
+    query: Float[Tensor, "1 H T D"],
+    key: Float[Tensor, "1 h S D"],
+    value: Float[Tensor, "1 h S D"],
+    scaling: float | None,
+    dropout: float,
+) -> Float[Tensor, "1 T H D"]:
+    """Attention of each of a decoder's spans over all states of the span that it reads."""
+    if plan.memory is None:
+        raise UndrivableAttentionError("a decoder reads an encoder, and the plan names no memory")
+    queries = query.split([span.length for span in plan.spans], dim=2)
+    grouped = query.shape[1] != key.shape[1]
+    outputs = []
+    for own, read in zip(queries, plan.memory.spans, strict=True):
+        k, v = (side[:, :, read.start : read.stop] for side in (key, value))
+        outputs.append(
+            F.scaled_dot_product_attention(own, k, v, scale=scaling, dropout_p=dropout, enable_gqa=grouped)
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _side_by_side(flat: Float[Tensor, "1 H n D"], unit: Unit) -> Float[Tensor, "count H length D"]:
@@ -222,28 +302,29 @@ def _attend(
     query: Float[Tensor, "B H n D"],
     key: Float[Tensor, "B h m D"],
     value: Float[Tensor, "B h m D"],
-    plan: ForestPlan,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
+    call: _Call,
+    *,
+    both_ways: bool,
 ) -> Float[Tensor, "B H n D"]:
     """Attention of the last n positions of a path over all m positions of it."""
     own, total = query.shape[2], key.shape[2]
-    if window is not None and total <= window:
-        window = None
-    grouped = query.shape[1] != key.shape[1]
-    if softcap is not None:
-        mask = plan.mask(total - own, own, window, query.device)
-        return _soft_capped(query, key, value, mask, scaling, softcap, dropout)
-    if own == total and window is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=own > 1, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-        )
-    mask = plan.mask(total - own, own, window, query.device)
+    window = None if call.window is not None and total <= call.window else call.window
+    mask: Tensor | None = None
+    causal = own > 1 and own == total and not both_ways
+    if window is not None or not both_ways:
+        mask = call.plan.mask(total - own, own, window, query.device, both_ways=both_ways)
+    if call.softcap is not None:
+        seen = torch.ones(own, total, dtype=torch.bool, device=query.device) if mask is None else mask
+        return _soft_capped(query, key, value, seen, call.scaling, call.softcap, call.dropout)
+    if call.bias is not None:
+        added = call.plan.bias(call.bias, total - own, own).to(query.dtype)
+        mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
+    elif window is None and own == total:
+        mask = None
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=grouped
-    )
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=call.scaling,
+        dropout_p=call.dropout, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
 
 
 def _soft_capped(

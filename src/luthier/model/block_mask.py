@@ -4,8 +4,9 @@ Idea: by segment, every text or segment is a call of its own, and a GPU waits fo
 all queries and all keys, and a mask says who sees whom. Blocks of 128 x 128 in which nobody sees anybody are left out,
 blocks in which everybody sees everybody need no mask; both are found from the segments, without looking at pairs.
 Equation: numbered as a walk through the trees comes to them, the segments below s are entered(s) to left(s) - 1. So
-    q sees k  <=>  entered(k) <= entered(q) < left(k)  and  place(q) - window < place(k) <= place(q),
-    where a token has the numbers of its segment, and its place is how many keys come before it on its own path.
+    q sees k  <=>  entered(k) <= entered(q) < left(k)  and  place(q) - window < place(k) <= reach(q),
+    where a token has the numbers of its segment, and its place is how many keys come before it on its own path. It
+    reaches its own place, or in a segment that sees both ways the last one there.
 Source: FlexAttention, arXiv 2412.05496; pre-order intervals for ancestors, Dietz, STOC 1982.
 Cost: attention's FLOPs over the blocks that are not left out; compiling, once for each model and precision.
 Use when: on CUDA, for what flash attention does not take (kernels/varlen.py): windows, soft caps, float32, models whose
@@ -133,25 +134,28 @@ def mask_mod(
     """Whether a query sees a key, from the places of both; as FlexAttention wants it, for all batches and heads."""
     walk = _Walk.of(spans, outside)
     entered, left, place = (torch.from_numpy(each).to(device) for each in (walk.entered, walk.left, walk.place))
-    # Tensors only, and always the same four: a number that changes from batch to batch would be compiled anew.
+    # Tensors only, and always the same: a number that changes from batch to batch would be compiled anew.
     own, own_place = entered[outside:].clone(), place[outside:].clone()
+    reach = torch.from_numpy(walk.reach).to(device)
     nearest = torch.zeros_like(own_place) if window is None else own_place - window + 1
 
     @no_type_check
     def sees(batch, head, query, key):
         below = (entered[key] <= own[query]) & (own[query] < left[key])
-        return below & (place[key] <= own_place[query]) & (place[key] >= nearest[query])
+        return below & (place[key] <= reach[query]) & (place[key] >= nearest[query])
 
     return sees
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Of every key, when a walk through the trees enters its segment and leaves the last one below, and its place."""
+    """Of every key, when a walk through the trees enters its segment and leaves the last one below, and its place; of
+    every query, the place of the last key that it sees."""
 
     entered: np.ndarray
     left: np.ndarray
     place: np.ndarray
+    reach: np.ndarray
 
     @classmethod
     def of(cls, spans: Sequence[Span], outside: int) -> _Walk:
@@ -162,6 +166,7 @@ class _Walk:
         # Keys from outside are above all trees: 0 <= every number < len(spans).
         entered, left = [np.zeros(outside, np.int32)], [np.full(outside, len(spans), np.int32)]
         place = [np.arange(outside, dtype=np.int32)]
+        reach = [np.zeros(0, np.int32)]
         first = [0] * len(spans)
         free, roots = [0] * len(spans), 0
         for index, span in enumerate(spans):
@@ -175,7 +180,8 @@ class _Walk:
             left.append(np.full(span.length, first[index] + below[index], np.int32))
             depth = outside + sum(spans[ancestor].length for ancestor in span.ancestors)
             place.append(np.arange(depth, depth + span.length, dtype=np.int32))
-        return cls(np.concatenate(entered), np.concatenate(left), np.concatenate(place))
+            reach.append(np.full(span.length, place[-1][-1]) if span.both_ways else place[-1])
+        return cls(*(np.concatenate(each) for each in (entered, left, place, reach)))
 
 
 def blocks(spans: Sequence[Span], outside: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -183,18 +189,18 @@ def blocks(spans: Sequence[Span], outside: int, window: int | None) -> tuple[np.
     queries, keys = spans[-1].stop, outside + spans[-1].stop
     shape = (-(-queries // BLOCK), -(-keys // BLOCK))
     some, seen = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
-    for row, count, place, ranges in _pieces(spans, outside):
+    for row, count, place, both_ways, ranges in _pieces(spans, outside):
         for start, length, depth in ranges:
             # Of these keys, the first of which has the place `depth`, those that some query of the piece sees.
             nearest = 0 if window is None else max(0, place - window + 1 - depth)
-            last = min(length, place + count - depth)
+            last = length if both_ways else min(length, place + count - depth)
             if nearest >= last:
                 continue
             columns = np.arange((start + nearest) // BLOCK, (start + last - 1) // BLOCK + 1)
             some[row, columns] = True
             # Seen by all: up to the place of the first query, and near enough for the last.
             near = 0 if window is None else max(0, place + count - window - depth)
-            common = min(length, place + 1 - depth)
+            common = length if both_ways else min(length, place + 1 - depth)
             low, high = columns * BLOCK, (columns + 1) * BLOCK
             here = np.minimum(high, start + common) - np.maximum(low, start + near)
             seen[row, columns] += count * np.maximum(here, 0)
@@ -203,8 +209,9 @@ def blocks(spans: Sequence[Span], outside: int, window: int | None) -> tuple[np.
 
 def _pieces(
     spans: Sequence[Span], outside: int
-) -> Iterator[tuple[int, int, int, list[tuple[int, int, int]]]]:
-    """Each span cut where blocks of queries end: block, queries, place of the first, and the ranges of keys.
+) -> Iterator[tuple[int, int, int, bool, list[tuple[int, int, int]]]]:
+    """Each span cut where blocks of queries end: block, queries, place of the first, whether they see both ways, and
+    the ranges of keys.
 
     A range is its first key, its length and the place of its first key.
     """
@@ -218,7 +225,7 @@ def _pieces(
         first = span.start
         while first < span.stop:
             stop = min(span.stop, (first // BLOCK + 1) * BLOCK)
-            yield first // BLOCK, stop - first, depth + first - span.start, ranges
+            yield first // BLOCK, stop - first, depth + first - span.start, span.both_ways, ranges
             first = stop
 
 

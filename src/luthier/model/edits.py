@@ -73,12 +73,16 @@ class SiteEdit(Edit):
 
 
 class TrainedParameters(Edit):
-    """Trains parameters of the module at a site itself; the originals are kept aside and come back on undo."""
+    """Trains parameters of the module at a site itself; the originals are kept aside and come back on undo.
 
-    def __init__(self, site: Site, names: tuple[str, ...]) -> None:
+    Parameters of a `new` head had nothing to learn from before: they belong to the adapter, and are saved in its file.
+    """
+
+    def __init__(self, site: Site, names: tuple[str, ...], *, new: bool = False) -> None:
         super().__init__()
         self.site_name = site.name
         self.names = names
+        self.new = new
         present = base_parameters(site.module)
         self.originals = {name: present[name] for name in names}
         for name, original in self.originals.items():

@@ -8,9 +8,10 @@ weight only in the first. Unrolled works for any causal model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -18,22 +19,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head, head_log_probs
-from luthier.model.attention import NAME, AttentionCall, ForestPlan, Root, UndrivableAttentionError
+from luthier.model.attention import NAME, AttentionCall, ForestPlan, Root
 from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot
 from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
+from luthier.model.zoo_head import FeatureHead
 
-AnyHead = Head | EditedHead | None
-"""A head as tensors, one with edits around it, or None when only the zoo's own layer computes the logits."""
+AnyHead = Head | EditedHead | FeatureHead | None
+"""A head as tensors, one with edits around it, one with layers of the zoo's before it, or None when only the zoo's own
+layer computes the logits."""
 
 PROBE_TOLERANCE = 2e-2
 """Largest difference of a log-probability between executors that rounding in bfloat16 explains."""
+FLOAT32_TOLERANCE = 1e-3
+"""The same in float32. Where texts were mixed up in a tiny model, less than the other showed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the zoo's embeddings are told of a flat batch: the number of the first position, and whether token types."""
+
+    first_position: int = 0
+    types: bool = False
+
+
+PLAIN: Final = Entry()
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Executor:
     reason: str = ""
     blocks: Blocks | None = None
     by_mask: MaskedAttention | None = None
+    entry: Entry = PLAIN
 
 
 def run_segments(
@@ -63,12 +80,53 @@ def run_segments(
 ) -> TokenOutputs:
     """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations."""
     layout = forest.layout
+    predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
+    return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
+
+
+def predicting_states(
+    module: PreTrainedModel,
+    layout: Layout,
+    *,
+    root: LearnedRoot | None = None,
+    blocks: Blocks | None = None,
+    by_mask: MaskedAttention | None = None,
+    entry: Entry = PLAIN,
+) -> Float[Tensor, "N d"]:
+    """The final states from which the weighted tokens of a laid-out forest are predicted, by one flat pass."""
+    ahead = 0 if root is None else root.token_count
+    positions = long(layout.positions, module) + ahead + entry.first_position
+    types = long(layout.types, module) if entry.types else None
+    predictors = long(layout.predictors, module)
+    if isinstance(root, LearnedPrompt) and any(span.both_ways for span in layout.spans):
+        return _with_prompts(module, layout, root, types=types, entry=entry)
     plan = ForestPlan(spans=layout.spans, root=seen_root(module, root, blocks), by_mask=by_mask)
-    tokens = _long(layout.tokens, module)
-    positions = _long(layout.positions, module) + (0 if root is None else root.token_count)
-    predictors = _long(layout.predictors, module)
-    predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
-    return _outputs(layout, score(module, predicting, head, _long(layout.labels, module)), module)
+    tokens = long(layout.tokens, module)
+    return flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors, types=types)
+
+
+def _with_prompts(
+    module: PreTrainedModel, layout: Layout, prompt: LearnedPrompt, *, types: Tensor | None, entry: Entry
+) -> Float[Tensor, "N d"]:
+    """The same where segments see both ways: a prompt then sees the text behind it, so each text has its own.
+
+    Trees of one segment each, as encoders read them.
+    """
+    count = prompt.token_count
+    embedded = module.get_input_embeddings()(long(layout.tokens, module))  # type: ignore[misc]
+    learned = prompt.embeddings(embedded.dtype)
+    parts, kinds, spans = [], [], []
+    for index, span in enumerate(layout.spans):
+        parts += [learned, embedded[span.start : span.stop]]
+        if types is not None:
+            kinds += [types.new_zeros(count), types[span.start : span.stop]]
+        start = span.start + index * count
+        spans.append(Span(start, start + count + span.length, (), span.both_ways))
+    positions = torch.cat([torch.arange(span.length, device=module.device) for span in spans]) + entry.first_position
+    rows = long(layout.predictors + count * (layout.trees + 1), module)
+    plan = ForestPlan(spans=tuple(spans))
+    flat_types = torch.cat(kinds) if kinds else None
+    return flat_hidden(module, torch.cat(parts), positions, plan, rows=rows, types=flat_types)
 
 
 def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None) -> Root | None:
@@ -76,8 +134,7 @@ def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks 
     if root is None:
         return None
     if isinstance(root, LearnedKeysValues):
-        learned = root.keys_values(module.dtype)
-        return Root(root.token_count, lambda layer, dtype: _pair(learned[layer], dtype))
+        return seen_keys_values(module, root)
     if not isinstance(root, LearnedPrompt):
         raise RecipeError(f"{type(root).__name__} is no kind of learned root", allowed="keys and values, or a prompt")
     captured: dict[int, tuple[Tensor, Tensor]] = {}
@@ -86,6 +143,14 @@ def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks 
     # Nothing predicts from it: where our operations run the last block, it ends with these keys.
     flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
     return Root(root.token_count, lambda layer, dtype: (captured[layer][0].to(dtype), captured[layer][1].to(dtype)))
+
+
+def seen_keys_values(module: PreTrainedModel, root: LearnedRoot | None) -> Root | None:
+    """A root of learned keys and values as attention sees it."""
+    if not isinstance(root, LearnedKeysValues):
+        return None
+    learned = root.keys_values(module.dtype)
+    return Root(root.token_count, lambda layer, dtype: _pair(learned[layer], dtype))
 
 
 def _pair(both: Float[Tensor, "2 heads root size"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,6 +165,7 @@ def flat_hidden(
     *,
     blocks: Blocks | None = None,
     rows: Int[Tensor, " N"] | None = None,
+    types: Int[Tensor, " T"] | None = None,
 ) -> Float[Tensor, "N d"]:
     """Final hidden states of a flat batch of token ids, or of their embeddings: those of `rows`, or all."""
     if blocks is not None:
@@ -108,6 +174,8 @@ def flat_hidden(
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     body = module.base_model
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens[None]}
+    if types is not None:
+        given["token_type_ids"] = types[None]
     result = body(
         **given,
         position_ids=positions[None],
@@ -115,6 +183,8 @@ def flat_hidden(
         use_cache=False,
         forest_plan=plan,
     )
+    if plan.calls == 0:
+        raise UndrivableAttentionError(f"{type(body).__name__} does not call its attention by the interface")
     hidden: Tensor = result.last_hidden_state[0]
     return hidden if rows is None else hidden.index_select(0, rows)
 
@@ -142,11 +212,11 @@ def run_unrolled(
     states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     starts = np.array([span.start for span in layout.spans], dtype=np.int64)
     columns = layout.predictors - starts[layout.trees]
-    predicting = states[_long(layout.trees, module), _long(columns, module)]
-    log_probs = score(module, predicting, head, _long(layout.labels, module))
+    predicting = states[long(layout.trees, module), long(columns, module)]
+    log_probs = score(module, predicting, head, long(layout.labels, module))
     original = forest.layout
     # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
-    return _outputs(original, log_probs.index_select(0, _long(np.argsort(order, kind="stable"), module)), module)
+    return outputs_of(original, log_probs.index_select(0, long(np.argsort(order, kind="stable"), module)), module)
 
 
 def _paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
@@ -180,6 +250,8 @@ def score(
     module: PreTrainedModel, hidden: Float[Tensor, "N d"], head: AnyHead, labels: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """log p(label) of each row, by our chunked head or, when there is none, by the zoo's output layer."""
+    if isinstance(head, FeatureHead):
+        hidden, head = head.features(hidden), head.plain
     if isinstance(head, Head):
         return head_log_probs(hidden, head, labels)
     if len(labels) == 0:
@@ -192,17 +264,19 @@ def score(
     return torch.cat(parts)
 
 
-def _outputs(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:
+def outputs_of(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:
+    """What objectives see of the weighted tokens of a forest."""
     return TokenOutputs(
         log_probs=log_probs,
-        labels=_long(layout.labels, module),
+        labels=long(layout.labels, module),
         weights=torch.from_numpy(layout.weights).to(module.device),
-        rows=_long(layout.rows, module),
-        trees=_long(layout.trees, module),
+        rows=long(layout.rows, module),
+        trees=long(layout.trees, module),
     )
 
 
-def _long(array: np.ndarray, module: PreTrainedModel) -> Tensor:
+def long(array: np.ndarray, module: PreTrainedModel) -> Int[Tensor, " n"]:
+    """An array of whole numbers on the device of a model."""
     return torch.from_numpy(array.astype(np.int64, copy=False)).to(module.device)
 
 
@@ -220,11 +294,11 @@ def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor
     truth = _plain_log_probs(module, forest)
     own_head = True
     try:
-        own_head = _close(run_unrolled(module, forest, head=head_of(module)).log_probs, truth)
+        own_head = close(run_unrolled(module, forest, head=head_of(module)).log_probs, truth, module.dtype)
     except RecipeError:
         own_head = False
     head: AnyHead = replace(head_of(module), backend=backend) if own_head else None
-    if not own_head and not _close(run_unrolled(module, forest, head=None).log_probs, truth):
+    if not own_head and not close(run_unrolled(module, forest, head=None).log_probs, truth, module.dtype):
         raise RecipeError(
             f"{type(module).__name__}: hidden states and output layer do not reproduce the model's own logits",
             do="report the model type; it cannot be trained with this version",
@@ -232,9 +306,10 @@ def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor
     reason = _segments_fail(module, forest, head, truth)
     if reason:
         return Executor("unrolled", own_head, backend, reason)
-    blocks = Blocks.of(module, _attention_calls(module), backend) if fused else None
-    if blocks is not None and not _close(run_segments(module, forest, head=head, blocks=blocks).log_probs, truth):
-        blocks = None
+    blocks = Blocks.of(module, attention_calls(module), backend) if fused else None
+    if blocks is not None:
+        ours = run_segments(module, forest, head=head, blocks=blocks).log_probs
+        blocks = blocks if close(ours, truth, module.dtype) else None
     reasons = [] if own_head else ["the output head is computed by the zoo"]
     by_mask, failure = _by_mask(module, forest, head, truth, blocks) if fused else (None, "")
     reasons += [f"attention by segment, not by mask: {failure}"] if failure else []
@@ -257,7 +332,7 @@ def _by_mask(
         raise
     except (RuntimeError, ValueError, NotImplementedError, OSError) as failure:
         return None, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-    if not _close(log_probs, truth):
+    if not close(log_probs, truth, module.dtype):
         return None, "it does not reproduce the model's own logits"
     if not slopes:
         return None, "its gradients are not those of plain attention"
@@ -272,7 +347,7 @@ def _may_mask(module: PreTrainedModel, blocks: Blocks | None) -> bool:
     return not blocks.backend.attends(query, None) or any(call.window is not None for call in blocks.calls.values())
 
 
-def _attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:
+def attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:
     """How each layer of the zoo calls its attention, from a text of one token."""
     plan = ForestPlan(spans=(Span(0, 1, ()),))
     zero = torch.zeros(1, dtype=torch.int64, device=module.device)
@@ -288,7 +363,7 @@ def _segments_fail(module: PreTrainedModel, forest: Forest, head: AnyHead, truth
         log_probs = run_segments(module, forest, head=head).log_probs
     except (UndrivableAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as failure:
         return f"{type(failure).__name__}: {failure}"[:200]
-    return "" if _close(log_probs, truth) else "segments do not reproduce the model's own logits"
+    return "" if close(log_probs, truth, module.dtype) else "segments do not reproduce the model's own logits"
 
 
 def _plain_log_probs(module: PreTrainedModel, forest: Forest) -> Tensor:
@@ -303,7 +378,18 @@ def _plain_log_probs(module: PreTrainedModel, forest: Forest) -> Tensor:
     return torch.cat(found)[torch.from_numpy(np.argsort(order, kind="stable")).to(module.device)]
 
 
-def _close(left: Tensor, right: Tensor) -> bool:
-    return bool(torch.isfinite(left).all()) and float((left - right).abs().max()) <= PROBE_TOLERANCE * max(
-        1.0, float(right.abs().max())
-    )
+def close(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to the same log-probabilities agree, up to rounding in the precision of the model."""
+    return apart(left, right) <= tolerance(dtype)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference that rounding in a precision explains."""
+    return FLOAT32_TOLERANCE if dtype == torch.float32 else PROBE_TOLERANCE
+
+
+def apart(left: Tensor, right: Tensor) -> float:
+    """How far two ways to the same log-probabilities are apart, as a share of the largest, where that is above 1."""
+    if not bool(torch.isfinite(left).all()):
+        return math.inf
+    return float((left - right).abs().max()) / max(1.0, float(right.abs().max()))

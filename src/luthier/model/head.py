@@ -57,6 +57,8 @@ def head_of(module: PreTrainedModel) -> Head:
     config = module.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(scaling or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):
+        scale *= float(config.d_model) ** -0.5
     cap = getattr(config, "final_logit_softcapping", None)
     bias: Tensor | None = linear.bias
     return Head(linear.weight, bias, scale, float(cap) if cap else None)

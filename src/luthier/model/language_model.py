@@ -23,21 +23,25 @@ from luthier.kernels.head import Head
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
-from luthier.model.edits import Edit, LearnedRoot
+from luthier.model.edits import Edit, LearnedRoot, TrainedParameters, base_parameters
 from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled, seen_root
 from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.sites import Sites, find_sites
+from luthier.model.task_executor import probe_task, run_task, task_head_of
+from luthier.model.tasks import CAUSAL, Task
 from luthier.model.token_rows import ADD_ROWS
+from luthier.model.zoo_head import head_modules
 
 
 @final
 class LanguageModel:
-    """A causal language model of the zoo, frozen until something is attached.
+    """A model of the zoo, frozen until something is attached.
 
     `source` says where it came from, `digest` identifies its weights, `notices` lists what a user should know
-    (precision chosen, executor fallback). `kernels` is one of the choices of `kernels/chosen.py`.
+    (precision chosen, executor fallback). `kernels` is one of the choices of `kernels/chosen.py`. `task` is what the
+    model was loaded for, `fresh` names the parameters that no file held: those of a new head.
     """
 
     def __init__(
@@ -48,17 +52,24 @@ class LanguageModel:
         digest: str,
         notices: tuple[str, ...] = (),
         kernels: str = "auto",
+        task: Task = CAUSAL,
+        fresh: tuple[str, ...] = (),
     ) -> None:
         self.module = module
+        self.task = task
+        self.fresh = fresh
         self.source = source
         self.digest = digest
         self.notices = list(notices)
         self.attachments: dict[str, Attachment] = {}
         module.requires_grad_(False)
         module.eval()
-        self.sites: Sites = find_sites(module)
+        self.sites: Sites = find_sites(module, apart=head_modules(module, task, fresh))
         backend, missing = backend_for(kernels, module.device, module.dtype)
-        self.executor: Executor = probe(module, backend, fused=kernels != "torch")
+        if task == CAUSAL:
+            self.executor: Executor = probe(module, backend, fused=kernels != "torch")
+        else:
+            self.executor = probe_task(module, task, backend, fused=kernels != "torch")
         if missing and self.executor.blocks is not None:
             self.notices.append(f"kernels: plain torch ({missing})")
         if self.executor.reason:
@@ -106,6 +117,10 @@ class LanguageModel:
     def token_outputs(self, forest: Forest) -> TokenOutputs:
         """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
         root = self.active_root
+        if self.task != CAUSAL:
+            return run_task(
+                self.module, forest, task=self.task, executor=self.executor, head=self.head, root=root
+            )
         if self.executor.kind == "segments":
             ways = self.executor
             return run_segments(
@@ -131,6 +146,8 @@ class LanguageModel:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
         if not self.executor.own_head:
             return None
+        if self.task.name not in ("causal_lm", "seq2seq_lm"):
+            return task_head_of(self.module, self.task, self.executor.backend)
         head = edited_head(self.module) or head_of(self.module)
         return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head
 
@@ -163,14 +180,30 @@ class LanguageModel:
         """Put the edits of an adapter on, under `name`."""
         if name in self.attachments or "." in name or not name:
             raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
+        edits = [*edits, *self._new_parts(edits)]
         attachment = Attachment(name, edits)
-        if attachment.trains_base and any(other.trains_base for other in self.attachments.values()):
-            raise RecipeError("two adapters would train the model's own parameters", allowed="one at a time")
+        for others in self.attachments.values():
+            if (attachment.trains_base and others.trains_base) or set(attachment.new_parts) & set(others.new_parts):
+                raise RecipeError(
+                    f"{name!r} and {others.name!r} would train the same parameters of the model",
+                    allowed="one at a time",
+                )
         surgery.put_on(self.module, attachment)
         self.attachments[name] = attachment
         for edit in edits:
             edit.train(self.module.training)
         return attachment
+
+    def _new_parts(self, edits: list[Edit]) -> list[Edit]:
+        """Edits that train the new head of a task beside what an adapter does, as far as it does not do so itself."""
+        covered = {edit.site_name for edit in edits if isinstance(edit, TrainedParameters)}
+        found: list[Edit] = []
+        for site in self.sites.role("apart"):
+            own = base_parameters(site.module)
+            names = tuple(name for name in own if self.task.classifies or f"{site.name}.{name}" in self.fresh)
+            if site.name not in covered:
+                found.append(TrainedParameters(site, names, new=True))
+        return found
 
     def detach(self, name: str = "default") -> Attachment:
         """Take an attachment off; the base model is then what it was before, bit for bit."""

@@ -32,6 +32,7 @@ from luthier.model import attention
 from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
+from luthier.model.tasks import CAUSAL, Kind, Task, kind_of
 from luthier.model.weights import fresh_module, module_with, read_weights, take_generation_settings, weight_files
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -64,11 +65,13 @@ def resolve_source(source: str) -> str:
     return name
 
 
-def load_model(source: str, *, precision: Precision = "auto", device: str = "auto", seed: int = 0) -> LanguageModel:
-    """The base model `source`, frozen, in evaluation mode, on its device.
+def load_model(
+    source: str, *, precision: Precision = "auto", device: str = "auto", seed: int = 0, task: Task = CAUSAL
+) -> LanguageModel:
+    """The base model `source` for `task`, frozen, in evaluation mode, on its device.
 
     Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model,
-    CorruptError for damaged files, and RecipeError when it is no causal language model.
+    CorruptError for damaged files, and RecipeError when it is no model for the task.
     """
     attention.register()
     name = resolve_source(source)
@@ -76,21 +79,34 @@ def load_model(source: str, *, precision: Precision = "auto", device: str = "aut
     files = ModelFiles.of(name)
     checked = _config(files)
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
-    unused: tuple[str, ...] = ()
     # Read beside the work, which reads the same bytes: neither waits for the other.
     with _beside(None if fresh else files.folder) as folders_digest:
         if fresh:
-            module = fresh_module(checked.config, dtype, seed, source)
+            loaded = fresh_module(checked.config, dtype, seed, source, task=task)
         else:
             with without_bars(local=files.folder is not None):
                 tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
-                module, unused = module_with(checked.config, tensors, dtype, source)
-            take_generation_settings(module, files)
+                loaded = module_with(checked.config, tensors, dtype, source, task=task, seed=seed)
+            take_generation_settings(loaded.module, files)
+        module = loaded.module
         module.config.name_or_path = name
         module.to(_device(device))
         digest = folders_digest() or state_digest(module)
-    notices = (f"precision: {reason}", *checked.notices, *unused)
-    return LanguageModel(module, source=source, digest=digest, notices=notices, kernels=wanted_kernels())
+    notices = (f"precision: {reason}", *checked.notices, *loaded.notices)
+    return LanguageModel(
+        module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh
+    )
+
+
+def kind_of_source(source: str) -> Kind:
+    """How a model reads, by its config alone."""
+    return kind_of(_config(ModelFiles.of(resolve_source(source))).config)
+
+
+def start_token(source: str) -> int | None:
+    """The token that a decoder's answers start with, by the config of an encoder-decoder."""
+    found = getattr(_config(ModelFiles.of(resolve_source(source))).config, "decoder_start_token_id", None)
+    return int(found) if isinstance(found, int) else None
 
 
 def context_tokens(source: str) -> int | None:

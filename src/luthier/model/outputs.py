@@ -13,7 +13,8 @@ from torch import Tensor
 class TokenOutputs:
     """One entry for each token with weight, in the order of `Layout`.
 
-    `log_probs` are differentiable and in float32; `rows` and `trees` say where a token comes from.
+    `log_probs` are differentiable and in float32; `rows` and `trees` say where a token comes from. A task that has C
+    classes gives the log-probabilities of all of them in `classes`, differentiable too.
     """
 
     log_probs: Float[Tensor, " N"]
@@ -21,6 +22,7 @@ class TokenOutputs:
     weights: Float[Tensor, " N"]
     rows: Int[Tensor, " N"]
     trees: Int[Tensor, " N"]
+    classes: Float[Tensor, "N C"] | None = None
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean, nearest
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "feed", "block")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "feed", "block", "apart")
 
 _ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("q_proj", "query", "wq", "q"), ("q",)),
-    **dict.fromkeys(("k_proj", "key", "wk", "k"), ("k",)),
-    **dict.fromkeys(("v_proj", "value", "wv", "v"), ("v",)),
-    **dict.fromkeys(("o_proj", "out_proj", "wo", "o"), ("o",)),
+    **dict.fromkeys(("q_proj", "query", "wq", "q", "q_lin"), ("q",)),
+    **dict.fromkeys(("k_proj", "key", "wk", "k", "k_lin"), ("k",)),
+    **dict.fromkeys(("v_proj", "value", "wv", "v", "v_lin"), ("v",)),
+    **dict.fromkeys(("o_proj", "out_proj", "o", "out_lin"), ("o",)),
     **dict.fromkeys(("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"), ("q", "k", "v")),
     **dict.fromkeys(("gate_proj", "w1", "wi_0"), ("gate",)),
-    **dict.fromkeys(("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w3", "wi_1", "wi"), ("up",)),
-    **dict.fromkeys(("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2"), ("down",)),
+    **dict.fromkeys(("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w3", "wi_1", "wi", "lin1", "ffn"), ("up",)),
+    **dict.fromkeys(("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "lin2", "ffn_output"), ("down",)),
     **dict.fromkeys(("gate_up_proj",), ("gate", "up")),
 }
 
@@ -79,7 +79,8 @@ class Site:
 class Sites:
     """All sites of a model, in module order, with what an adapter may need to know of the whole.
 
-    `heads`, `key_value_heads` and `head_size` are 0 in a model without attention. `stop_ids` are the tokens at which
+    `layers` are those of all stacks together. `heads`, `key_value_heads` and `head_size` are 0 in a model without
+    attention. `stop_ids` are the tokens at which
     the model's own config says that a text ends.
     """
 
@@ -106,7 +107,7 @@ class Sites:
 
     def linear(self) -> list[Site]:
         """Every linear site but the output head: what `all-linear` means in PEFT."""
-        return [site for site in self.all if site.is_linear and "head" not in site.roles]
+        return [site for site in self.all if site.is_linear and not {"head", "apart"} & set(site.roles)]
 
     def shortest_names(self, chosen: Sequence[Site]) -> list[str]:
         """Name endings if they select exactly these sites, else full names; sorted, so that files are reproducible."""
@@ -157,20 +158,23 @@ def _advice(target: str, sites: Iterable[Site]) -> str:
     return f"{hint} (roles here: {', '.join(roles)}; or all-linear)"
 
 
-def find_sites(model: nn.Module) -> Sites:
-    """The sites of a transformers model."""
+def find_sites(model: nn.Module, *, apart: tuple[str, ...] = ()) -> Sites:
+    """The sites of a transformers model. The modules `apart` are sites as a whole: they are trained in any case."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     block_lists = _block_lists(model)
+    within = tuple(f"{name}." for name in apart)
     sites = [
         site
         for name, module in model.named_modules()
-        if (site := _site(name, module, ends=(embed, head), is_block=name in block_lists)) is not None
+        if (site := _site(name, module, ends=(embed, head), is_block=name in block_lists, apart=name in apart))
+        is not None
+        and not name.startswith(within)
     ]
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     return Sites(
         all=tuple(_with_feeds(model, sites)),
-        layers=int(config.num_hidden_layers),
+        layers=len([site for site in sites if "block" in site.roles]) or int(config.num_hidden_layers),
         hidden=int(config.hidden_size),
         heads=heads,
         key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -204,9 +208,13 @@ def _block_lists(model: nn.Module) -> set[str]:
     return names
 
 
-def _site(name: str, module: nn.Module, *, ends: tuple[object, object], is_block: bool) -> Site | None:
+def _site(
+    name: str, module: nn.Module, *, ends: tuple[object, object], is_block: bool, apart: bool
+) -> Site | None:
     """The site of a module, if it is one; `ends` are the token embedding and the output head."""
     layer = _layer(name)
+    if apart:
+        return Site(name, ("apart",), None, module)
     if is_block:
         return Site(name, ("block",), layer, module)
     if isinstance(module, nn.Embedding):
@@ -229,8 +237,21 @@ def _layer(name: str) -> int | None:
 
 
 def _linear_roles(name: str) -> tuple[str, ...]:
+    """The roles of a linear layer by its name; where that says too little, by the modules it lies in."""
     ending = name.rpartition(".")[2]
-    if ending in ("c_proj", "dense"):
-        # GPT-2 calls both output projections c_proj (GPT-NeoX: dense); the parent tells which one it is.
-        return ("o",) if "att" in name.rpartition(".")[0].rpartition(".")[2] else ("down",)
+    parents = name.lower().split(".")[:-1]
+    attends = any("att" in part for part in parents[-2:])
+    if ending == "c_proj":
+        # GPT-2 calls both output projections so.
+        return ("o",) if attends else ("down",)
+    if ending in ("wo", "Wo"):
+        return ("o",) if attends else ("down",)
+    if ending == "Wi":
+        # ModernBERT makes the gate and the way up in one product.
+        return ("gate", "up")
+    if ending == "dense":
+        # BERT's output layers lie in modules called output, GPT-NeoX's in the attention itself; poolers are neither.
+        if attends:
+            return ("o",)
+        return {"intermediate": ("up",), "output": ("down",)}.get(parents[-1] if parents else "", ("linear",))
     return _ROLE_OF_NAME.get(ending, ("linear",))

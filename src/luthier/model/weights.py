@@ -12,24 +12,20 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
 from luthier.data.hub import ModelFiles
 from luthier.data.reading.strict_json import excerpt
 from luthier.model import attention
+from luthier.model.tasks import AUTO, Task, class_for, with_classes
 from luthier.model.tensor_files import CONVERT, PICKLES, load_tensors
 
 SINGLE: Final = "model.safetensors"
@@ -106,30 +102,51 @@ def read_weights(paths: list[Path], *, widen: bool) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A module of the zoo, the names of parameters that the files did not hold, and what a user should know."""
+
+    module: PreTrainedModel
+    fresh: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
 def module_with(
-    config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The zoo's model for `config` with these tensors, and what a user should know about those it does not use."""
-    kind, config = _class_of(config, source)
+    config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str, *, task: Task, seed: int
+) -> Loaded:
+    """The zoo's model for `config` and `task` with these tensors.
+
+    Only a head for a task may be missing in the files (or have been made for other classes): it is drawn anew, the same
+    for the same seed.
+    """
+    kind, config = class_for(with_classes(config, task), task, source)
     other = _other_shapes(kind, config, tensors, source)
+    body = f"{kind.base_model_prefix}."
+    replaced = sorted(name for name in other if task.classifies and not name.startswith(body))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in replaced}
     # transformers reports missing and unexpected tensors in a table on its logger; we raise instead.
     # It also warns of layers that no tensor-parallel plan covers, where there is one device.
     for noisy in ("transformers.modeling_utils", "transformers.distributed.tensor_parallel"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    settings = {"config": config, "state_dict": tensors, "dtype": dtype, "output_loading_info": True}
+    settings = {"config": config, "state_dict": kept, "dtype": dtype, "output_loading_info": True}
     try:
-        module, info = _with_our_attention(kind, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module, info = _with_our_attention(kind, settings)
     except (OSError, ValueError, KeyError) as failure:
         raise RecipeError(f"{source} cannot be loaded: {_words(failure)}") from None
     except RuntimeError as failure:
         if "mismatch" not in str(failure):
             raise
-        shown = "; ".join(other[:3]) + (f"; and {len(other) - 3} more" if len(other) > 3 else "")
+        wrong = list(other.values())
+        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise CorruptError(
             f"{source}: tensors have another shape than the config says: {shown or _words(failure)}",
             do="the weight files do not belong to this config.json",
         ) from None
     missing = sorted(set(info.get("missing_keys", ())))
+    fresh = tuple(name for name in missing if _may_be_new(name, body, task))
+    missing = [name for name in missing if name not in fresh]
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing or mismatched:
         raise CorruptError(
@@ -138,25 +155,37 @@ def module_with(
             do="the weight files do not belong to this config.json",
         )
     unused = sorted(str(key) for key in info.get("unexpected_keys", ()))
-    if not unused:
-        return module, ()
-    more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-    return module, (f"weights: the model has no place for {', '.join(unused[:3])}{more}",)
+    notices = [f"weights: new, and trained whatever the adapter: {_some(fresh)}"] if fresh else []
+    notices += [f"weights: made for other classes, and drawn anew: {_some(replaced)}"] if replaced else []
+    notices += [f"weights: the model has no place for {_some(unused)}"] if unused else []
+    return Loaded(module, fresh, tuple(notices))
 
 
-def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str) -> PreTrainedModel:
-    """The zoo's model for `config` with weights drawn anew; the same for the same seed."""
-    _class_of(config, source)
+def _may_be_new(name: str, body: str, task: Task) -> bool:
+    """Whether a parameter belongs to the head of a task and not to the model below it."""
+    if task.name in ("causal_lm", "seq2seq_lm"):
+        return False
+    return not name.startswith(body) or name.startswith(f"{body}pooler.")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str, *, task: Task) -> Loaded:
+    """The zoo's model for `config` and `task` with weights drawn anew; the same for the same seed."""
+    auto = AUTO[task.name]
+    class_for(with_classes(config, task), task, source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             # A copy: a class that refuses our attention leaves its name in the config.
             own = copy.deepcopy(config)
-            return AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation=attention.NAME)
+            return Loaded(auto.from_config(own, dtype=dtype, attn_implementation=attention.NAME))
         except _BROKEN as failure:
             if not _has_its_own_attention(failure):
                 raise _no_model(source, failure) from None
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return Loaded(auto.from_config(config, dtype=dtype))
 
 
 def take_generation_settings(module: PreTrainedModel, files: ModelFiles) -> None:
@@ -178,26 +207,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (bool, int, float)) or (isinstance(value, list) and all(map(_is_number, value)))
 
 
-def _class_of(config: PretrainedConfig, source: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """The class that the zoo has for a config, and the part of the config that it takes."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RecipeError(
-            f"{source} is a {config.model_type} model, which is no causal language model",
-            do="choose a model that generates text",
-        )
-    kinds = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if isinstance(kinds, (list, tuple)):
-        named = [kind for kind in kinds if kind.__name__ in (config.architectures or ())]
-        kinds = (named or kinds)[0]
-    if kinds.config_class is config.sub_configs.get("text_config"):
-        config = config.get_text_config()
-    return kinds, config
-
-
 def _other_shapes(
     kind: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Tensor], source: str
-) -> list[str]:
-    """The tensors whose shape is not the one that the config asks for, as far as names tell.
+) -> dict[str, str]:
+    """The tensors whose shape is not the one that the config asks for, as far as names tell, and how they differ.
 
     Raises CorruptError for a config that describes no model, or a much larger one than the files hold: memory would be
     taken for it.
@@ -220,11 +233,11 @@ def _other_shapes(
             f"{source}: the config describes {count} numbers, the weight files hold {held}",
             do="the weight files do not belong to this config.json",
         )
-    return [
-        f"{name} is {list(tensor.shape)} and should be {list(wanted[name].shape)}"
+    return {
+        name: f"{name} is {list(tensor.shape)} and should be {list(wanted[name].shape)}"
         for name, tensor in tensors.items()
         if name in wanted and wanted[name].shape != tensor.shape
-    ]
+    }
 
 
 def _with_our_attention(

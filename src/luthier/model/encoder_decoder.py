@@ -1,0 +1,166 @@
+"""Encoder-decoders over a forest: roots through the encoder, their children through the decoder.
+
+Idea: a tree's root is a segment that sees both ways; each child is what the decoder is given, its start token first,
+and it predicts its own next tokens. So several answers to one text share the encoder's work. Two flat passes, attention
+by segment in both; where the zoo's attention cannot be driven, texts are padded and the encoder still reads each once.
+Source: Raffel et al., arXiv 1910.10683, section 2.1 (T5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.core.errors import DataError
+from luthier.data.forest import Forest, Ints, Layout, Span
+from luthier.model.attention import ForestPlan, Memory
+from luthier.model.edits import LearnedPrompt, LearnedRoot
+from luthier.model.executor import AnyHead, long, outputs_of, score, seen_keys_values
+from luthier.model.outputs import TokenOutputs
+from luthier.model.relative_bias import by_segment
+
+READERS = ("EncDecAttention", "encoder_attn", "crossattention")
+"""What the zoo calls the attention of a decoder over an encoder's states."""
+
+
+@dataclass(frozen=True)
+class _Halves:
+    """A laid-out forest apart: what the encoder and the decoder are given, end to end, and who reads what.
+
+    `reads[i]` is the encoder's span that the decoder's span i reads; `rows` are the decoder's positions that predict.
+    """
+
+    read: Ints
+    read_spans: tuple[Span, ...]
+    said: Ints
+    said_spans: tuple[Span, ...]
+    reads: tuple[int, ...]
+    rows: Ints
+
+    @classmethod
+    def of(cls, layout: Layout) -> _Halves:
+        """Raises DataError for a forest that an encoder-decoder cannot read."""
+        read: list[Span] = []
+        said: list[Span] = []
+        reads: list[int] = []
+        place: dict[int, int] = {}
+        rows = np.full(len(layout.tokens), -1, dtype=np.int32)
+        for index, span in enumerate(layout.spans):
+            if span.both_ways:
+                place[index] = len(read)
+                start = read[-1].stop if read else 0
+                read.append(Span(start, start + span.length, (), both_ways=True))
+                continue
+            if len(span.ancestors) != 1:
+                raise DataError(
+                    f"a segment of an encoder-decoder has {len(span.ancestors)} ancestors",
+                    allowed="one, that sees both ways: what the encoder reads",
+                )
+            start = said[-1].stop if said else 0
+            said.append(Span(start, start + span.length, ()))
+            reads.append(place[span.ancestors[0]])
+            rows[span.start : span.stop] = np.arange(start, start + span.length)
+        kept = [layout.tokens[span.start : span.stop] for span in layout.spans if span.both_ways]
+        others = [layout.tokens[span.start : span.stop] for span in layout.spans if not span.both_ways]
+        if not kept or not others:
+            raise DataError("an encoder-decoder needs texts and answers", do="use objective seq2seq or t_few")
+        if (rows[layout.predictors] < 0).any():
+            raise DataError(
+                "the first token of an answer has weight, but it is what the decoder starts with",
+                allowed="weight from its second token on",
+            )
+        return cls(np.concatenate(kept), tuple(read), np.concatenate(others), tuple(said), tuple(reads),
+                   rows[layout.predictors])  # fmt: skip
+
+
+def run_flat(
+    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
+) -> TokenOutputs:
+    """Two flat passes, attention by segment."""
+    layout = forest.layout
+    halves = _Halves.of(layout)
+    states, spans = _read(module, halves, root)
+    decoder = module.get_decoder()  # type: ignore[no-untyped-call]
+    memory = Memory(tuple(spans[index] for index in halves.reads), _readers(decoder))
+    plan = ForestPlan(spans=halves.said_spans, memory=memory)
+    with by_segment(decoder):
+        said = decoder(
+            input_ids=long(halves.said, module)[None],
+            encoder_hidden_states=states[None],
+            attention_mask=_untouched(module),
+            encoder_attention_mask=_untouched(module),
+            use_cache=False,
+            forest_plan=plan,
+        ).last_hidden_state[0]
+    predicting = said.index_select(0, long(halves.rows, module))
+    return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
+
+
+def _read(
+    module: PreTrainedModel, halves: _Halves, root: LearnedRoot | None
+) -> tuple[Float[Tensor, "S d"], Sequence[Span]]:
+    """The encoder's states of all texts, end to end, and where each lies; a prompt's states belong to its text."""
+    encoder = module.get_encoder()  # type: ignore[no-untyped-call]
+    tokens, spans = long(halves.read, module), halves.read_spans
+    given = {"input_ids": tokens[None]}
+    if isinstance(root, LearnedPrompt):
+        count = root.token_count
+        embedded = module.get_input_embeddings()(tokens)  # type: ignore[misc]
+        learned = root.embeddings(embedded.dtype)
+        parts = [part for span in spans for part in (learned, embedded[span.start : span.stop])]
+        given = {"inputs_embeds": torch.cat(parts)[None]}
+        spans = tuple(
+            Span(span.start + index * count, span.stop + (index + 1) * count, (), both_ways=True)
+            for index, span in enumerate(spans)
+        )
+    keys_values = None if isinstance(root, LearnedPrompt) else seen_keys_values(module, root)
+    plan = ForestPlan(spans=spans, root=keys_values)
+    with by_segment(encoder):
+        states = encoder(**given, attention_mask=_untouched(module), forest_plan=plan).last_hidden_state[0]
+    return states, spans
+
+
+def _untouched(module: PreTrainedModel) -> Tensor:
+    # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=module.device)
+
+
+def _readers(decoder: nn.Module) -> frozenset[nn.Module]:
+    return frozenset(each for name, each in decoder.named_modules() if name.rpartition(".")[2] in READERS)
+
+
+def run_padded(module: PreTrainedModel, forest: Forest, *, head: AnyHead) -> TokenOutputs:
+    """Each text once through the encoder, each answer a row of the decoder, both right-padded."""
+    layout = forest.layout
+    halves = _Halves.of(layout)
+    texts, text_mask = _padded(halves.read, halves.read_spans, module)
+    answers, _ = _padded(halves.said, halves.said_spans, module)
+    states = module.get_encoder()(input_ids=texts, attention_mask=text_mask).last_hidden_state  # type: ignore[no-untyped-call]
+    reads = long(np.array(halves.reads), module)
+    # The right side of an answer is padding that nothing before it sees, so it needs no mask.
+    said = module.get_decoder()(  # type: ignore[no-untyped-call]
+        input_ids=answers,
+        encoder_hidden_states=states.index_select(0, reads),
+        encoder_attention_mask=text_mask.index_select(0, reads),
+        use_cache=False,
+    ).last_hidden_state
+    starts = np.array([span.start for span in halves.said_spans])
+    index = np.searchsorted(starts, halves.rows, side="right") - 1
+    predicting = said[long(index, module), long(halves.rows - starts[index], module)]
+    return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
+
+
+def _padded(tokens: Ints, spans: Sequence[Span], module: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Spans as right-padded rows, and where they hold tokens."""
+    rows = np.zeros((len(spans), max(span.length for span in spans)), dtype=np.int64)
+    mask = np.zeros_like(rows)
+    for index, span in enumerate(spans):
+        rows[index, : span.length] = tokens[span.start : span.stop]
+        mask[index, : span.length] = 1
+    return torch.from_numpy(rows).to(module.device), torch.from_numpy(mask).to(module.device)

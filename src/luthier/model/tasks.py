@@ -1,0 +1,137 @@
+"""Tasks: what a model of the zoo is loaded for, and which of its classes does it.
+
+Idea: one base can be put to several uses, and the zoo has a class for each: a decoder that goes on with a text, an
+encoder that fills in masked tokens, an encoder that tells the class of a text or of each word, an encoder-decoder that
+answers a text with another. An objective names the task it is for; the classes of a task come from the data.
+Source: transformers' Auto classes; the names in capitals are PEFT's (peft.TaskType), which its files carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from luthier.core.errors import RecipeError
+
+TaskName = Literal["causal_lm", "masked_lm", "sequence_classes", "token_classes", "seq2seq_lm"]
+Kind = Literal["causal", "encoder", "seq2seq"]
+"""How a model reads: from left to right, both ways, or both ways and then an answer from left to right."""
+
+_ZOO: Final[Mapping[TaskName, Any]] = MappingProxyType({
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING,
+    "sequence_classes": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token_classes": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "seq2seq_lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+})  # fmt: skip
+AUTO: Final[Mapping[TaskName, Any]] = MappingProxyType({
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+    "sequence_classes": AutoModelForSequenceClassification,
+    "token_classes": AutoModelForTokenClassification,
+    "seq2seq_lm": AutoModelForSeq2SeqLM,
+})  # fmt: skip
+PEFT_TYPES: Final[Mapping[TaskName, str]] = MappingProxyType({
+    "causal_lm": "CAUSAL_LM",
+    "masked_lm": "FEATURE_EXTRACTION",
+    "sequence_classes": "SEQ_CLS",
+    "token_classes": "TOKEN_CLS",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+})  # fmt: skip
+"""PEFT's names. It has none for masked language modelling; what it calls feature extraction adds nothing to a model."""
+
+_DOES: Final[Mapping[TaskName, str]] = MappingProxyType({
+    "causal_lm": "causal language model",
+    "masked_lm": "masked language model",
+    "sequence_classes": "model that classifies texts",
+    "token_classes": "model that classifies words",
+    "seq2seq_lm": "encoder-decoder",
+})  # fmt: skip
+_FITS: Final[Mapping[Kind, str]] = MappingProxyType({
+    "causal": "sft, language_model or classification",
+    "encoder": "classification or masked_lm",
+    "seq2seq": "seq2seq or t_few",
+})  # fmt: skip
+_KINDS: Final[Mapping[TaskName, tuple[Kind, ...]]] = MappingProxyType({
+    "causal_lm": ("causal",),
+    "masked_lm": ("encoder",),
+    "sequence_classes": ("causal", "encoder"),
+    "token_classes": ("causal", "encoder"),
+    "seq2seq_lm": ("seq2seq",),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and the names of its classes where it has some."""
+
+    name: TaskName = "causal_lm"
+    classes: tuple[str, ...] = ()
+
+    @property
+    def classifies(self) -> bool:
+        return self.name in ("sequence_classes", "token_classes")
+
+
+CAUSAL: Final = Task()
+"""Going on with a text: what a model is loaded for unless something else is asked for."""
+
+
+def kind_of(config: PretrainedConfig) -> Kind:
+    """How the model of a config reads.
+
+    BERT-like configs are in the zoo's table of causal models too, as decoders; they are encoders unless the config
+    itself says otherwise.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return "encoder" if reads_both_ways else "causal"
+
+
+def class_for(config: PretrainedConfig, task: Task, source: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class that the zoo has for a config and a task, and the part of the config that it takes.
+
+    Raises RecipeError when the model is not of a kind that does the task, with the objectives that fit it.
+    """
+    mapping, kind = _ZOO[task.name], kind_of(config)
+    if kind not in _KINDS[task.name] or type(config) not in mapping:
+        known = type(config) in _ZOO["causal_lm"] or kind != "causal"
+        raise RecipeError(
+            f"{source} is a {config.model_type} model, which is no {_DOES[task.name]}",
+            allowed=f"objective {_FITS[kind]}" if known else "",
+            do=f"set objective.method to {_FITS[kind]}, or choose another model" if known
+            else "choose a model that generates text",
+        )  # fmt: skip
+    kinds = mapping[type(config)]
+    if isinstance(kinds, (list, tuple)):
+        named = [kind for kind in kinds if kind.__name__ in (config.architectures or ())]
+        kinds = (named or kinds)[0]
+    if kinds.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()
+    return kinds, config
+
+
+def with_classes(config: PretrainedConfig, task: Task) -> PretrainedConfig:
+    """The config with the names of the task's classes, by which the zoo sizes its output layer."""
+    if task.classifies:
+        config.id2label = dict(enumerate(task.classes))
+        config.label2id = {name: number for number, name in enumerate(task.classes)}
+    return config

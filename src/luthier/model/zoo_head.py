@@ -1,0 +1,137 @@
+"""The zoo's own heads, computed on the few positions that need them.
+
+Idea: heads differ from one architecture to the next: BERT pools the first token before it classifies, RoBERTa puts two
+layers over it, a masked language model transforms each state before its output layer. Instead of a copy of each, a
+shallow copy of the zoo's model is called whose body gives back chosen states as if each were a text of its own, and
+whose last linear layer hands on what it is given. What comes out are the features that this layer turns into logits;
+our chunked head does that.
+Cost: a few dictionaries a call; the layers of the head over N rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from luthier.core.errors import RecipeError
+from luthier.kernels.head import Head
+from luthier.model.edits import EditedModule
+from luthier.model.head import head_of
+from luthier.model.tasks import Task
+
+
+@dataclass(frozen=True)
+class FeatureHead:
+    """A head whose last linear layer is `plain`; what comes before it in the zoo's model is computed by the zoo."""
+
+    module: PreTrainedModel
+    last: str
+    plain: Head
+
+    def features(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N e"]:
+        """What the last linear layer is given for each of these final states of the body."""
+        if len(hidden) == 0:
+            return hidden.new_zeros(0, self.plain.weight.shape[1]) + hidden.sum()
+        return zoo_logits(_with(self.module, self.last, nn.Identity()), hidden)
+
+
+def task_head(module: PreTrainedModel, task: Task) -> FeatureHead | Head:
+    """The head of a model for a task, as it is now. Raises RecipeError where there is no linear layer at its end."""
+    if task.name in ("causal_lm", "seq2seq_lm"):
+        return head_of(module)
+    last = last_linear(module, task)
+    linear = module.get_submodule(last)
+    linear = linear.base if isinstance(linear, EditedModule) else linear
+    if not isinstance(linear, nn.Linear):
+        raise RecipeError(f"the output layer {last} is a {type(linear).__name__}", allowed="a linear layer")
+    return FeatureHead(module, last, Head(linear.weight, linear.bias))
+
+
+def last_linear(module: PreTrainedModel, task: Task) -> str:
+    """The name of the layer whose outputs are the logits: the vocabulary's, or the last with a row for each class."""
+    embeddings = module.get_output_embeddings()
+    names = {id(each): name for name, each in module.named_modules()}
+    if not task.classifies:
+        if embeddings is None or id(embeddings) not in names:
+            raise RecipeError(f"{type(module).__name__} has no output layer", do="choose a masked language model")
+        return names[id(embeddings)]
+    body = body_name(module)
+    rows = [
+        name
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear) and each.out_features == len(task.classes) and not f"{name}.".startswith(body)
+    ]
+    if not rows:
+        raise RecipeError(
+            f"{type(module).__name__} has no linear layer with {len(task.classes)} rows", do="choose another model"
+        )
+    return rows[-1]
+
+
+def head_modules(module: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that are trained as a whole, whatever the adapter: those of a new head, and every classifier.
+
+    As PEFT's `modules_to_save` names them: by the module below the model, or a new part of its body.
+    """
+    body = body_name(module)
+    owners = dict.fromkeys(name.partition(".")[0] for name in fresh if not name.startswith(body))
+    if task.classifies:
+        owners.update(
+            dict.fromkeys(name for name, each in module.named_children() if f"{name}." != body and _holds(each))
+        )
+    pooled = f"{body}pooler"
+    if any(name.startswith(f"{pooled}.") for name in fresh):
+        owners[pooled] = None
+    return tuple(owners)
+
+
+def _holds(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def body_name(module: PreTrainedModel) -> str:
+    """The name of the part of a model that makes the states, with a dot behind it."""
+    return f"{module.base_model_prefix}."
+
+
+def zoo_logits(module: PreTrainedModel, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N out"]:
+    """What the zoo's model makes of final states of its body, each taken as a text of one token."""
+    body = module.get_submodule(module.base_model_prefix)
+    headed = _with(module, module.base_model_prefix, _States(hidden[:, None], body._modules.get("pooler")))
+    # Some models look for the last token that is no padding: here each text has one, and it is none.
+    headed.config = copy.copy(headed.config)
+    headed.config.pad_token_id = 0
+    no_padding = torch.ones(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+    found: Tensor = headed(input_ids=no_padding).logits
+    return found.reshape(len(hidden), -1)
+
+
+class _States(nn.Module):
+    """A body that gives back states it was told, pooled by its own pooler where it has one."""
+
+    def __init__(self, states: Float[Tensor, "N 1 d"], pooler: nn.Module | None) -> None:
+        super().__init__()
+        self.states = states
+        self.pooler = pooler
+
+    def forward(self, *ids: object, **settings: object) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        # Called as the zoo calls the body it stands for; nothing of that matters here.
+        pooled = None if self.pooler is None else self.pooler(self.states)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=self.states, pooler_output=pooled)
+
+
+def _with(module: PreTrainedModel, name: str, part: nn.Module) -> PreTrainedModel:
+    """A shallow copy of a model with another module at `name`; parameters and all other modules are the same."""
+    owner, _, rest = name.partition(".")
+    inner = part if not rest else _with(cast(PreTrainedModel, module._modules[owner]), rest, part)
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = {**module._modules, owner: inner}
+    return twin
+
