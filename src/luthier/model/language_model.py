@@ -142,6 +142,11 @@ class LanguageModel:
         )
 
     @property
+    def splits_trees(self) -> bool:
+        """Whether a tree can be run in parts, its root once: by segment, where a root is read from left to right."""
+        return self.executor.kind == "segments" and self.task == CAUSAL
+
+    @property
     def head(self) -> AnyHead:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
         if not self.executor.own_head:

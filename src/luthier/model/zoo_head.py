@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -127,10 +127,13 @@ class _States(nn.Module):
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=self.states, pooler_output=pooled)
 
 
-def _with(module: PreTrainedModel, name: str, part: nn.Module) -> PreTrainedModel:
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def _with(module: Part, name: str, part: nn.Module) -> Part:
     """A shallow copy of a model with another module at `name`; parameters and all other modules are the same."""
     owner, _, rest = name.partition(".")
-    inner = part if not rest else _with(cast(PreTrainedModel, module._modules[owner]), rest, part)
+    inner = _with(module.get_submodule(owner), rest, part) if rest else part
     twin = copy.copy(module)
     twin.__dict__["_modules"] = {**module._modules, owner: inner}
     return twin

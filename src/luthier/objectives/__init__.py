@@ -1,18 +1,29 @@
 """Objectives: what is optimised, from rendered rows to a loss.
 
-The contract: `trees` turns a rendered row into trees whose tokens carry weights, `loss` turns per-token outputs into a
-`LossReport`, a sum and its weight. An objective that needs more than log-probabilities says so in `requires`.
+The contract: `task` says what the model is loaded for, `trees` turns a rendered row into trees whose tokens carry
+weights, `loss` turns per-token outputs into a `LossReport`, a sum and its weight. An objective that needs more than
+log-probabilities says so in `requires`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from luthier.core.knobs import Method
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.tasks import CAUSAL, Task
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What an objective may ask of a tokenizer: how many tokens it has, and which of them hides another."""
+
+    size: int
+    mask_id: int | None = None
 
 
 class Objective(Method):
@@ -21,9 +32,20 @@ class Objective(Method):
     separable: ClassVar[bool] = True
     """Whether the loss of a tree is the sum of the losses of its branches, so that a large tree may run in parts."""
 
+    def task(self, classes: tuple[str, ...]) -> Task:
+        """What the model is loaded for; `classes` are those of the data. Raises DataError where they do not do."""
+        return CAUSAL
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> Self:
+        """The objective with what it needs of a tokenizer. Raises RecipeError where the tokenizer lacks it."""
+        return self
+
     @abstractmethod
-    def trees(self, view: Rendered) -> list[Tree]:
-        """The trees of one rendered row. Raises DataError when the row cannot be trained on."""
+    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
+        """The trees of one rendered row, in the pass number `epoch` over the data.
+
+        Raises DataError when the row cannot be trained on.
+        """
 
     @abstractmethod
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:

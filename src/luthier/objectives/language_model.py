@@ -27,7 +27,7 @@ TEXT = TOKEN_ROLES.index("text")
 class LanguageModelling(Objective):
     """Cross-entropy on all tokens."""
 
-    def trees(self, view: Rendered) -> list[Tree]:
+    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         # A long text comes in pieces that overlap by their first token, and its weights already say so.
         weights = view.weights if TEXT in view.roles else np.ones(len(view.tokens), dtype=np.float32)
         return [row_tree(view.tokens, weights, row=view.row)]

@@ -23,7 +23,7 @@ from luthier.objectives import Objective
 class SFT(Objective):
     """Cross-entropy on the trained tokens."""
 
-    def trees(self, view: Rendered) -> list[Tree]:
+    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         if view.trained_count == 0:
             raise DataError(f"row {view.row} has no trained token", do="look at it with: luthier data show")
         return [row_tree(view.tokens, view.weights, row=view.row)]

@@ -104,7 +104,9 @@ class DataSource(Source):
         start = self._cursor.used
         stop = self._step_end(self._order, start)
         self._cursor = Cursor(self._cursor.epoch, stop)
-        return [tree for index in self._order[start:stop] for tree in self.objective.trees(self.views[int(index)])]
+        epoch = self._cursor.epoch
+        views = [self.views[int(index)] for index in self._order[start:stop]]
+        return [tree for view in views for tree in self.objective.trees(view, epoch=epoch)]
 
     @property
     def cursor(self) -> Cursor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -53,6 +53,9 @@ class LoopState:
     micro_tokens: int = 0
     events_bytes: int = 0
     samples_bytes: int = 0
+    first_eval_metrics: dict[str, float] = field(default_factory=dict)
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    best_eval_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def cursor(self) -> Cursor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import numpy as np
@@ -25,7 +25,7 @@ from luthier.data.forest import Forest, Tree, pack
 from luthier.kernels.sums import add_to
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
+from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.parts import Part, can_split
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
@@ -44,7 +44,8 @@ NAMED_TENSORS = 8
 class PassReport:
     """What a forward (and backward) pass over some trees found: sums, not means.
 
-    `splits` says how often micro-batches were made smaller on the way.
+    `splits` says how often micro-batches were made smaller on the way; `metrics` are an objective's own, each a sum and
+    its weight.
     """
 
     loss_sum: float
@@ -53,6 +54,7 @@ class PassReport:
     trained_tokens: int
     row_losses: dict[int, tuple[float, float]]
     splits: tuple[Split, ...] = ()
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -217,8 +219,7 @@ class Stepper:
     def _add_gradients(self, trees: Sequence[Tree]) -> PassReport:
         reports = []
         for forest in self._one_by_one(trees):
-            found = [_report(float(loss.sum.detach()), loss.weight, 0, outputs)
-                     for _, outputs, loss in self.passes(forest)]  # fmt: skip
+            found = [_report(loss, 0, outputs) for _, outputs, loss in self.passes(forest)]
             reports += [*found, PassReport(0.0, 0.0, forest.token_count, 0, {})]
         return add_up(reports)
 
@@ -227,7 +228,7 @@ class Stepper:
         for forest in self._one_by_one(trees):
             outputs = self.model.token_outputs(forest)
             report = self.objective.loss(outputs, forest)
-            reports.append(_report(float(report.sum), report.weight, forest.token_count, outputs))
+            reports.append(_report(report, forest.token_count, outputs))
         return add_up(reports)
 
     def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
@@ -261,7 +262,7 @@ class Stepper:
 
     def _can_run_in_parts(self, forest: Forest) -> bool:
         """Whether this micro-batch is one tree that may be cut at its root."""
-        possible = self.model.executor.kind == "segments" and self.objective.separable
+        possible = self.model.splits_trees and self.objective.separable
         return possible and len(forest.trees) == 1 and can_split(forest.trees[0])
 
     def _step(self) -> None:
@@ -322,18 +323,26 @@ def add_up(reports: Sequence[PassReport]) -> PassReport:
         trained_tokens=sum(report.trained_tokens for report in reports),
         row_losses=rows,
         splits=tuple(split for report in reports for split in report.splits),
+        metrics=_summed([report.metrics for report in reports]),
     )
+
+
+def _summed(found: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    names = dict.fromkeys(name for each in found for name in each)
+    pairs = {name: [each[name] for each in found if name in each] for name in names}
+    return {name: (_sum([one for one, _ in each]), _sum([one for _, one in each])) for name, each in pairs.items()}
 
 
 def _with_splits(report: PassReport, splits: Sequence[Split]) -> PassReport:
     return replace(report, splits=tuple(splits))
 
 
-def _report(loss_sum: float, weight: float, tokens: int, outputs: TokenOutputs) -> PassReport:
+def _report(loss: LossReport, tokens: int, outputs: TokenOutputs) -> PassReport:
     rows = outputs.rows.cpu().numpy()
     weights = outputs.weights.cpu().numpy().astype(np.float64)
     losses = -outputs.log_probs.detach().cpu().numpy().astype(np.float64) * weights
-    return PassReport(loss_sum, weight, tokens, len(rows), _by_row(rows, losses, weights))
+    by_row = _by_row(rows, losses, weights)
+    return PassReport(float(loss.sum.detach()), loss.weight, tokens, len(rows), by_row, metrics=loss.metrics)
 
 
 def _sum(losses: Sequence[float]) -> float:
