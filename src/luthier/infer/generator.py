@@ -4,7 +4,7 @@ Idea: prompts are sorted by length and run in left-padded batches; one prefill, 
 every row has met its stop. A learned root enters as the first entries of the cache. Each row draws from its own
 generator, so its text does not depend on which rows share its batch beyond rounding.
 Models whose mixing is not attention keep their own cache and run a row at a time, because padding would enter their
-state.
+state. An encoder-decoder reads each prompt once, and its decoder begins with the token it starts with.
 Source: nucleus sampling: Holtzman et al., arXiv 1904.09751; top-k: Fan et al., arXiv 1805.04833.
 """
 
@@ -19,9 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Ints
+from luthier.model.encoder_decoder import read_texts
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
 
@@ -35,11 +37,17 @@ class Generator:
     def __init__(self, model: LanguageModel, *, decode: Decode | None = None, batch_rows: int = 32) -> None:
         self.model = model
         self.decode = decode
-        self.batch_rows = batch_rows if model.executor.kind == "segments" else 1
+        self._answers = model.task.name == "seq2seq_lm"
+        self.batch_rows = batch_rows if model.executor.kind == "segments" or self._answers else 1
 
     @torch.no_grad()
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
         """One continuation for each prompt, in the order of the prompts."""
+        if self.model.task.name not in ("causal_lm", "seq2seq_lm"):
+            raise RecipeError(
+                f"{self.model.source} was loaded to classify or to fill in, and says no text",
+                do="ask it for classes: luthier classify RUN TEXT",
+            )
         self._check(prompts, sampling)
         was_training = self.model.module.training
         self.model.train(False)
@@ -49,7 +57,10 @@ class Generator:
                 _Row(prompts[index], sampling, seed_offset=index, decode=self.decode, room=self._room(prompts[index]))
                 for index in batch
             ]
-            self._run(rows)
+            if self._answers:
+                self._answer(rows)
+            else:
+                self._run(rows)
             answers.update({index: row.spoken() for index, row in zip(batch, rows, strict=True)})
         self.model.train(was_training)
         return [answers[index] for index in range(len(prompts))]
@@ -104,6 +115,28 @@ class Generator:
             if self.model.context_tokens is not None:
                 # Rows that have ended go on for as long as the batch does, but never past the last position there is.
                 positions = positions.clamp(max=self.model.context_tokens - 1)
+
+    def _answer(self, rows: list[_Row]) -> None:
+        """Let an encoder-decoder answer: its prompts are read once, and its answers grow a token a step."""
+        model = self.model
+        flat = model.executor.kind == "segments"
+        states, mask = read_texts(model.module, [row.prompt for row in rows], flat=flat, root=model.active_root)
+        start = int(model.module.config.decoder_start_token_id)
+        tokens = torch.full((len(rows), 1), start, dtype=torch.long, device=model.device)
+        cache: Cache | None = None
+        while True:
+            result = model.module(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=mask,
+                decoder_input_ids=tokens,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            scores, cache = result.logits[:, -1].float(), result.past_key_values
+            chosen = torch.tensor([row.choose(each) for row, each in zip(rows, scores, strict=True)])
+            if all(row.ended for row in rows):
+                break
+            tokens = chosen.to(model.device)[:, None]
 
     def _room(self, prompt: Ints) -> int | None:
         """How many tokens may follow a prompt, when the context is limited: its own room, whatever shares its batch."""

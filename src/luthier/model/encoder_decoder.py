@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from luthier.core.errors import DataError
@@ -85,7 +86,7 @@ def run_flat(
     """Two flat passes, attention by segment."""
     layout = forest.layout
     halves = _Halves.of(layout)
-    states, spans = _read(module, halves, root)
+    states, spans = _read(module, halves.read, halves.read_spans, root)
     decoder = module.get_decoder()  # type: ignore[no-untyped-call]
     memory = Memory(tuple(spans[index] for index in halves.reads), _readers(decoder))
     plan = ForestPlan(spans=halves.said_spans, memory=memory)
@@ -102,12 +103,28 @@ def run_flat(
     return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
 
 
+def read_texts(
+    module: PreTrainedModel, texts: Sequence[Ints], *, flat: bool, root: LearnedRoot | None = None
+) -> tuple[Float[Tensor, "B S d"], Int[Tensor, "B S"]]:
+    """The encoder's states of some texts, right-padded, and where there are any: what answers are generated from."""
+    stops = np.cumsum([len(text) for text in texts]).tolist()
+    spans = tuple(Span(stop - len(text), stop, (), both_ways=True) for text, stop in zip(texts, stops, strict=True))
+    tokens = np.concatenate(list(texts))
+    if not flat:
+        ids, mask = _padded(tokens, spans, module)
+        return module.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask  # type: ignore[no-untyped-call]
+    states, places = _read(module, tokens, spans, root)
+    rows = [states[span.start : span.stop] for span in places]
+    ones = [torch.ones(len(row), dtype=torch.int64, device=states.device) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(ones, batch_first=True)
+
+
 def _read(
-    module: PreTrainedModel, halves: _Halves, root: LearnedRoot | None
+    module: PreTrainedModel, read: Ints, spans: Sequence[Span], root: LearnedRoot | None
 ) -> tuple[Float[Tensor, "S d"], Sequence[Span]]:
     """The encoder's states of all texts, end to end, and where each lies; a prompt's states belong to its text."""
     encoder = module.get_encoder()  # type: ignore[no-untyped-call]
-    tokens, spans = long(halves.read, module), halves.read_spans
+    tokens = long(read, module)
     given = {"input_ids": tokens[None]}
     if isinstance(root, LearnedPrompt):
         count = root.token_count
