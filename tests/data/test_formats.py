@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.conversation import Content, Conversation, Message, Text, ToolCall
+from luthier.data.conversation import (
+    WORDS,
+    Choices,
+    Content,
+    Conversation,
+    Labelled,
+    Meaning,
+    Message,
+    Tagged,
+    Text,
+    ToolCall,
+)
 from luthier.data.formats import detect, formats, mapped, named
 from luthier.data.formats._fields import FieldError
 from luthier.data.reading.rows import SourceFile
@@ -21,9 +32,9 @@ CALL = {"name": "add", "arguments": {"a": 1}}
 EXCHANGE = (Message("user", "Hi"), Message("assistant", "Hello!"))
 
 
-def meaning(row: dict[str, Any]) -> Content:
+def meaning(row: dict[str, Any], *wanted: Meaning) -> Content:
     """What a row means, by the format that is detected for it."""
-    return detect([row]).format.read(row, "rows.jsonl:1:1")
+    return detect([row], wanted=wanted or WORDS).format.read(row, "rows.jsonl:1:1")
 
 
 def messages(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -34,14 +45,17 @@ def messages(row: dict[str, Any]) -> tuple[Message, ...]:
 
 def test_the_folder_is_the_registry_in_order_of_specificity() -> None:
     names = [format.name for format in formats()]
-    assert names == ["messages", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+    assert names == [
+        "messages", "sharegpt", "alpaca", "choices", "prompt_completion", "question_answer", "tagged", "labelled",
+        "text",
+    ]  # fmt: skip
     assert len({format.specificity for format in formats()}) == len(names)
 
 
 @pytest.mark.parametrize("format", formats(), ids=lambda format: format.name)
 def test_every_format_reads_its_own_example_and_no_other_takes_it(format: Any) -> None:
     row = json.loads(format.example)
-    found = detect([row] * 3)
+    found = detect([row] * 3, wanted=WORDS if format.meaning in WORDS else [format.meaning])
     assert found.format is format
     assert set(format.columns(row)) == set(row)
     format.read(row, "x:1:1")
@@ -173,7 +187,8 @@ def test_a_mapping_overrides_detection() -> None:
         mapped({"text": "asks"}).read(row, "x")
 
 
-@pytest.mark.parametrize("columns", [{}, {"prompt": "a"}, {"text": "a", "prompt": "b"}, {"promt": "a"}, {"text": 3}])
+@pytest.mark.parametrize("columns", [{}, {"prompt": "a"}, {"text": "a", "prompt": "b"}, {"promt": "a"}, {"text": 3},
+        {"label": "a"}, {"text": "a", "pair": "b"}, {"words": "a"}, {"prompt": "a", "choices": "b"}])
 def test_a_mapping_that_makes_no_sense_is_a_recipe_error(columns: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\.columns"):
         mapped(columns)
@@ -280,6 +295,114 @@ def test_a_bad_row_names_path_and_column(tmp_path: Path, row: dict[str, Any], at
     assert error.where == f"{path}:2:{line.rindex(at) + 1}"
     with pytest.raises(FieldError):
         meaning(row)
+
+
+ROWS: list[tuple[dict[str, Any], Meaning, Content]] = [
+    ({"text": "T", "label": "good"}, "labelled", Labelled("T", "good")),
+    ({"Text": "T", "Label": 3, "id": 7}, "labelled", Labelled("T", "3")),
+    ({"sentence": "T", "category": True}, "labelled", Labelled("T", "true")),
+    ({"content": "T", "class": " a b "}, "labelled", Labelled("T", "a b")),
+    ({"sentence1": "S", "sentence2": "T", "label": -1}, "labelled", Labelled("S", "-1", "T")),
+    ({"premise": "S", "hypothesis": "T", "label": 0}, "labelled", Labelled("S", "0", "T")),
+    ({"question": "S", "sentence": "T", "label": 0}, "labelled", Labelled("S", "0", "T")),
+    ({"question1": "S", "question2": "T", "label": False}, "labelled", Labelled("S", "false", "T")),
+    ({"text": "S", "pair": "T", "label": "x"}, "labelled", Labelled("S", "x", "T")),
+    ({"tokens": ["a", "b"], "ner_tags": [0, 3]}, "tagged", Tagged(("a", "b"), ("0", "3"))),
+    ({"words": '["a", "b"]', "labels": '["X", "O"]'}, "tagged", Tagged(("a", "b"), ("X", "O"))),
+    ({"tokens": ["a"], "pos_tags": [1], "ner_tags": [2]}, "tagged", Tagged(("a",), ("2",))),
+    ({"question": "Q", "choices": ["x", "y"], "answer": 1}, "choices", Choices("Q", ("x", "y"), 1)),
+    ({"prompt": "Q", "options": ["x", "y"], "answer": "a"}, "choices", Choices("Q", ("x", "y"), 0)),
+    ({"ctx": "Q", "endings": ["x", "y"], "label": "1"}, "choices", Choices("Q", ("x", "y"), 1)),
+    ({"question": "Q", "choices": ["B", "A"], "answer": "A"}, "choices", Choices("Q", ("B", "A"), 1)),
+    ({"question": "Q", "choices": ["2", "1"], "answer": "1"}, "choices", Choices("Q", ("2", "1"), 1)),
+    ({"question": "Q", "choices": ["2", "1"], "answer": 1}, "choices", Choices("Q", ("2", "1"), 1)),
+    (
+        {"question": "Q", "choices": {"text": ["x", "y"], "label": ["C", "A"]}, "answerKey": "A"},
+        "choices",
+        Choices("Q", ("x", "y"), 1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted", "content"), ROWS, ids=[json.dumps(row)[:60] for row, _, _ in ROWS])
+def test_rows_with_classes_and_choices(row: dict[str, Any], wanted: Meaning, content: Content) -> None:
+    assert meaning(row, wanted) == content
+
+
+def test_the_same_rows_are_what_is_wanted_of_them() -> None:
+    row = {"text": "T", "label": "good"}
+    assert meaning(row) == Text("T")
+    assert meaning(row, "labelled", "tagged", "text") == Labelled("T", "good")
+    assert meaning({"text": "T"}, "labelled", "text") == Text("T")
+    exam = {"question": "Q", "choices": ["x", "y"], "answer": "y"}
+    assert meaning(exam) == Conversation((Message("user", "Q"), Message("assistant", "y")))
+    assert meaning(exam, "conversation", "labelled", "choices") == Choices("Q", ("x", "y"), 1)
+
+
+def test_rows_that_mean_something_else_are_named() -> None:
+    with pytest.raises(DataError, match=r"read as messages \(chat messages\)(?s:.*)labelled: \{.*\n  text: \{"):
+        meaning({"messages": [HI, HELLO]}, "labelled", "text")
+    with pytest.raises(DataError, match="read as tagged"):
+        meaning({"tokens": ["a"], "tags": ["b"]})
+    with pytest.raises(DataError, match="no known format"):
+        meaning({"a": 1}, "labelled")
+
+
+def test_a_format_that_is_named_must_be_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "b"}\n')
+    with pytest.raises(DataError, match="read as labelled"):
+        take(SourceFile(path, format="labelled"))
+    with pytest.raises(DataError, match="read as columns"):
+        take(SourceFile(path, columns={"text": "text", "label": "label"}))
+    (row,) = take(SourceFile(path, columns={"text": "text", "label": "label"}, wanted=("labelled",))).rows
+    assert row.content == Labelled("a", "b")
+
+
+def test_classes_and_choices_by_mapping() -> None:
+    row = {"a": "A", "b": "B", "c": 3, "d": ["x", "y"], "e": ["B", "C"]}
+    assert mapped({"text": "a", "label": "c"}).read(row, "x") == Labelled("A", "3")
+    assert mapped({"label": "c", "pair": "b", "text": "a"}).read(row, "x") == Labelled("A", "3", "B")
+    assert mapped({"words": "d", "tags": "e"}).read(row, "x") == Tagged(("x", "y"), ("B", "C"))
+    assert mapped({"prompt": "a", "choices": "e", "answer": "b"}).read(row, "x") == Choices("A", ("B", "C"), 0)
+
+
+BAD_CLASSES: list[tuple[dict[str, Any], Meaning, str, str]] = [
+    ({"text": "a", "label": None}, "labelled", '"label"', "label is null; expected the name of a class"),
+    ({"text": "a", "label": 0.5}, "labelled", '"label"', "label is 0.5; expected the name of a class"),
+    ({"text": "a", "label": " "}, "labelled", '"label"', "label is empty"),
+    ({"text": " ", "label": 1}, "labelled", '"text"', "the text is empty (text)"),
+    ({"sentence1": "a", "sentence2": "", "label": 1}, "labelled", '"sentence2"', "the text is empty (sentence2)"),
+    ({"tokens": "a b", "tags": ["x"]}, "tagged", '"tokens"', "tokens is a string; expected a list of words"),
+    ({"tokens": [], "tags": []}, "tagged", '"tokens"', "tokens is an empty list"),
+    ({"tokens": ["a", "b"], "tags": ["x"]}, "tagged", '"tags"', "tokens holds 2 words, but tags 1"),
+    ({"tokens": ["a", ""], "tags": ["x", "y"]}, "tagged", '""', "a word is empty (tokens[1])"),
+    ({"tokens": ["a", "b"], "tags": ["x", None]}, "tagged", "null", "tags[1] is null"),
+    ({"question": "q", "choices": ["x"], "answer": 0}, "choices", '"choices"', "choices holds 1 answers"),
+    ({"question": "q", "choices": ["x", "y"], "answer": 2}, "choices", '"answer"', "answer is 2; expected a place"),
+    ({"question": "q", "choices": ["x", "y"], "answer": -1}, "choices", '"answer"', "answer is -1"),
+    ({"question": "q", "choices": ["x", "y"], "answer": "C"}, "choices", '"answer"', 'answer is "C"; expected one'),
+    ({"question": "q", "choices": ["x", "y"], "answer": None}, "choices", '"answer"', "answer is null"),
+    ({"question": "q", "choices": ["x", "x"], "answer": 0}, "choices", '"choices"', "stands in choices more than once"),
+    (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["A"]}, "answer": "A"},
+        "choices",
+        '"choices"',
+        "choices has 2 texts, but 1 labels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted", "at", "words"), BAD_CLASSES, ids=[each[3][:50] for each in BAD_CLASSES])
+def test_a_bad_class_or_choice_names_path_and_column(
+    tmp_path: Path, row: dict[str, Any], wanted: Meaning, at: str, words: str
+) -> None:
+    line = json.dumps(row)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n")
+    (error,) = take(SourceFile(path, wanted=(wanted,))).rejects
+    assert words in str(error)
+    assert error.where == f"{path}:1:{line.rindex(at) + 1}"
 
 
 def test_a_row_of_another_shape_is_told_apart(tmp_path: Path) -> None:

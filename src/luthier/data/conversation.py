@@ -1,4 +1,4 @@
-"""What a row of a data file means: a conversation, or a text.
+"""What a row of a data file means: a conversation, a text, a text with its class, words with tags, or a choice.
 
 Formats turn rows into these; the renderer turns these into tokens. Nothing here knows files, templates or tokenizers.
 """
@@ -48,7 +48,37 @@ class Text:
     text: str
 
 
-Content = Conversation | Text
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and the name of the one class it belongs to."""
+
+    text: str
+    label: str
+    pair: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """The words of a text, and the name of the class of each."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """A question and several answers, of which the one at the place `right` is right."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    right: int
+
+
+Content = Conversation | Text | Labelled | Tagged | Choices
+Meaning = Literal["conversation", "text", "labelled", "tagged", "choices"]
+"""The kinds of content by name: what a recipe may want its rows to be."""
+WORDS: tuple[Meaning, ...] = ("conversation", "text")
+"""What a language model learns to say."""
 
 
 @dataclass(frozen=True, slots=True)

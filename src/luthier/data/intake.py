@@ -16,7 +16,7 @@ from typing import final
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.checks import check_rendered
-from luthier.data.conversation import Conversation, Row
+from luthier.data.conversation import Choices, Conversation, Labelled, Row, Tagged
 from luthier.data.reading.rows import SourceFile, open_source
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer, Staged
@@ -158,6 +158,12 @@ def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[
 
 
 def _size(row: Row) -> int:
-    if isinstance(row.content, Conversation):
-        return sum(len(message.content) for message in row.content.messages)
-    return len(row.content.text)
+    """About how many characters a row has."""
+    content = row.content
+    if isinstance(content, Conversation):
+        return sum(len(message.content) for message in content.messages)
+    if isinstance(content, Tagged):
+        return sum(map(len, content.words))
+    if isinstance(content, Choices):
+        return len(content.prompt) + sum(map(len, content.answers))
+    return len(content.text) + (len(content.pair) if isinstance(content, Labelled) else 0)

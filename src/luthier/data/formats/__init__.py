@@ -1,7 +1,9 @@
 """Formats: what the columns of a row mean. One file a format; the folder is the registry.
 
-A format recognises the columns of a row and turns the row into a `Conversation` or a `Text`. To add one, add a file
-with one class; its `specificity` decides where it stands when several formats fit the same rows.
+A format recognises the columns of a row and turns the row into its meaning: a `Conversation`, a `Text`, or another
+content of `conversation.py`. To add one, add a file with one class; its `specificity` decides where it stands when
+several formats fit the same rows. Rows may be read in more than one way (a text with a label is a text, too), so only
+formats are asked that give what is wanted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import ClassVar
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.nearest import did_you_mean, nearest
-from luthier.data.conversation import Content
+from luthier.data.conversation import WORDS, Content, Meaning
 
 Values = Mapping[str, object]
 SAMPLE = 20
@@ -26,6 +28,8 @@ SAMPLE = 20
 class Format(ABC):
     """A shape of rows. Leaves are final and hold no state."""
 
+    meaning: ClassVar[Meaning]
+    """The kind of content that `read` gives."""
     title: ClassVar[str]
     specificity: ClassVar[int]
     """The highest fitting format wins."""
@@ -86,31 +90,53 @@ def named(name: str) -> Format:
 
 
 def mapped(columns: Mapping[str, str]) -> Format:
-    """The format that an explicit mapping `{prompt: COLUMN, answer: COLUMN, system: ..., text: ...}` describes."""
+    """The format that an explicit mapping describes, such as `{prompt: COLUMN, answer: COLUMN}`."""
     from luthier.data.formats._mapped import Mapped
 
     return Mapped.checked(columns)
 
 
-def detect(samples: Sequence[Values], *, where: str = "") -> Detection:
-    """The most specific format that at least half of the first rows look like.
+def detect(samples: Sequence[Values], *, wanted: Sequence[Meaning] = WORDS, where: str = "") -> Detection:
+    """The most specific format that at least half of the first rows look like, among those that give what is `wanted`.
 
-    Raises DataError that lists the columns found and the three closest shapes, each with an example.
+    Raises DataError that says what the rows are instead, or lists the columns found and the closest shapes, each with
+    an example.
     """
     head = samples[:SAMPLE]
     for format in formats():
-        hits = [values for values in head if format.looks_like(values)]
-        if hits and 2 * len(hits) >= len(head):
+        hits = _hits(format, head) if format.meaning in wanted else []
+        if hits:
             used = list(dict.fromkeys(column for values in hits for column in format.columns(values)))
             unused = sorted({column for values in hits for column in values} - set(used))
             why = f"{len(hits)} of the first {len(head)} rows have {', '.join(used)}"
             return Detection(format, why + (f"; not used: {', '.join(unused)}" if unused else ""))
-    raise _unknown_shape(head, where)
+    other = next((format for format in formats() if _hits(format, head)), None)
+    raise _unknown_shape(head, wanted, where) if other is None else unwanted(other, wanted, where=where)
 
 
-def _unknown_shape(head: Sequence[Values], where: str) -> DataError:
+def unwanted(format: Format, wanted: Sequence[Meaning], *, where: str) -> DataError:
+    """The error for rows that mean something else than what is wanted."""
+    fitting = [other for other in formats() if other.meaning in wanted]
+    shapes = "".join(f"\n  {other.name}: {other.example}" for other in fitting)
+    return DataError(
+        f"the rows are read as {format.name} ({format.title}), which this work cannot use",
+        allowed=f"rows of one of these shapes{shapes}\n",
+        do="choose an objective that learns from such rows, or name the columns to read: data.columns in a recipe, "
+        "--column on the command line",
+        where=where,
+    )
+
+
+def _hits(format: Format, head: Sequence[Values]) -> list[Values]:
+    """The rows that look like the format, where they are at least half of them."""
+    hits = [values for values in head if format.looks_like(values)]
+    return hits if 2 * len(hits) >= len(head) else []
+
+
+def _unknown_shape(head: Sequence[Values], wanted: Sequence[Meaning], where: str) -> DataError:
     found = sorted({str(column)[:40] for values in head for column in values})
-    closest = sorted(formats(), key=lambda format: -_closeness(format, found))[:3]
+    fitting = [format for format in formats() if format.meaning in wanted]
+    closest = sorted(fitting, key=lambda format: -_closeness(format, found))[:3]
     if {"chosen", "rejected"} <= set(found):
         do = (
             "these are preference pairs; to train on the chosen answers, set data.columns "

@@ -71,6 +71,34 @@ def filled(value: object, path: Path, where: str, *, what: str) -> str:
     return text
 
 
+def class_name(value: object, path: Path, where: str) -> str:
+    """The name of a class: text, a whole number, or true or false."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    came = str(value) if isinstance(value, float) else "empty" if isinstance(value, str) else kind_of(value)
+    raise FieldError(
+        f"{dotted(path)} is {came}",
+        path=path,
+        allowed="expected the name of a class: text, a whole number, or true or false",
+        where=where,
+    )
+
+
+def listed(value: object, path: Path, where: str, *, of: str) -> Sequence[object]:
+    """A list with something in it, or a string that holds one as JSON; `of` names what it is a list of."""
+    values = json_at(value, path, where) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not is_list(values):
+        came = f"{dotted(path)} is {kind_of(values)}"
+        raise FieldError(came, path=path, allowed=f"expected a list of {of}", where=where)
+    if not values:
+        raise FieldError(f"{dotted(path)} is an empty list", path=path, allowed=f"expected {of}", where=where)
+    return values
+
+
 def column(values: Mapping[str, object], name: str, where: str) -> object:
     """The value of a column that must be there."""
     if name not in values:

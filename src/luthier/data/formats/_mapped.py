@@ -8,23 +8,33 @@ from typing import ClassVar, final
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
-from luthier.data.conversation import Content, Text
+from luthier.data.conversation import Content, Meaning, Text
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import exchange
 from luthier.data.formats._fields import column, filled
+from luthier.data.formats.choices import choices
+from luthier.data.formats.labelled import labelled
+from luthier.data.formats.tagged import tagged
 
-KEYS = ("prompt", "answer", "system", "text")
+SHAPES: Mapping[frozenset[str], Meaning] = {
+    frozenset({"text"}): "text",
+    frozenset({"prompt", "answer"}): "conversation",
+    frozenset({"prompt", "answer", "system"}): "conversation",
+    frozenset({"text", "label"}): "labelled",
+    frozenset({"text", "pair", "label"}): "labelled",
+    frozenset({"words", "tags"}): "tagged",
+    frozenset({"prompt", "choices", "answer"}): "choices",
+}
+"""The roles that columns may have together, and what rows then mean."""
+KEYS = ("prompt", "answer", "system", "text", "label", "pair", "words", "tags", "choices")
 
 
 @final
 @dataclass(frozen=True)
 class Mapped(Format):
-    """Columns by name: `text` alone, or `prompt` and `answer`, perhaps with `system`."""
+    """Columns by name, together as one of `SHAPES`."""
 
-    prompt: str = ""
-    answer: str = ""
-    system: str = ""
-    text: str = ""
+    names: Mapping[str, str]
 
     title: ClassVar[str] = "columns named in the recipe"
     specificity: ClassVar[int] = 100
@@ -39,25 +49,40 @@ class Mapped(Format):
                 raise RecipeError(f"data.columns has the unknown key {key!r}", do=did_you_mean(str(key), KEYS))
             if not isinstance(name, str) or not name:
                 raise RecipeError(f"data.columns.{key} is {name!r}", allowed="the name of a column")
-        if set(columns) not in ({"text"}, {"prompt", "answer"}, {"prompt", "answer", "system"}):
+        if frozenset(columns) not in SHAPES:
             raise RecipeError(
-                f"data.columns names {', '.join(columns) or 'nothing'}", allowed="prompt and answer, or text alone"
+                f"data.columns names {', '.join(columns) or 'nothing'}",
+                allowed="prompt and answer (and system), or text alone; text (and pair) and label; words and tags; "
+                "prompt, choices and answer",
             )
-        return cls(**{key: columns[key] for key in columns})
+        return cls({key: columns[key] for key in KEYS if key in columns})
 
     @property
     def name(self) -> str:
         return "columns"
 
+    @property
+    def meaning(self) -> Meaning:  # type: ignore[override]
+        return SHAPES[frozenset(self.names)]
+
     def looks_like(self, record_values: Values) -> bool:
         return all(name in record_values for name in self.columns(record_values))
 
     def columns(self, values: Values) -> tuple[str, ...]:
-        return tuple(name for name in (self.prompt, self.answer, self.system, self.text) if name)
+        return tuple(self.names.values())
 
     def read(self, values: Values, where: str) -> Content:
-        if self.text:
-            return Text(filled(column(values, self.text, where), (self.text,), where, what="the text"))
-        asked, answered = column(values, self.prompt, where), column(values, self.answer, where)
-        system = column(values, self.system, where) if self.system else None
-        return exchange(asked, answered, ((self.prompt,), (self.answer,)), where, system=system)
+        names = self.names
+        meaning = self.meaning
+        if meaning == "text":
+            return Text(filled(column(values, names["text"], where), (names["text"],), where, what="the text"))
+        if meaning == "labelled":
+            texts = tuple(names[key] for key in ("text", "pair") if key in names)
+            return labelled(values, texts, names["label"], where)
+        if meaning == "tagged":
+            return tagged(values, names["words"], names["tags"], where)
+        if meaning == "choices":
+            return choices(values, (names["prompt"], names["choices"], names["answer"]), where)
+        asked, answered = column(values, names["prompt"], where), column(values, names["answer"], where)
+        system = column(values, names["system"], where) if "system" in names else None
+        return exchange(asked, answered, ((names["prompt"],), (names["answer"],)), where, system=system)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Conversation, Message
+from luthier.data.conversation import Conversation, Meaning, Message
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import conversation, system_message
 from luthier.data.formats._fields import (
@@ -33,6 +33,7 @@ OUTPUTS = ("output", "response")
 class Alpaca(Format):
     """`{"instruction", "input", "output", "history", "system"}`."""
 
+    meaning: ClassVar[Meaning] = "conversation"
     title: ClassVar[str] = "Alpaca instructions"
     specificity: ClassVar[int] = 40
     example: ClassVar[str] = '{"instruction": "Translate to French.", "input": "Hello", "output": "Bonjour"}'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Conversation
+from luthier.data.conversation import Conversation, Meaning
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import MESSAGE_ROLES, conversation, read_turns
 from luthier.data.formats._fields import column, is_preference
@@ -19,6 +19,7 @@ from luthier.data.formats._fields import column, is_preference
 class Messages(Format):
     """`{"messages": [{"role", "content"}], "tools"}`."""
 
+    meaning: ClassVar[Meaning] = "conversation"
     title: ClassVar[str] = "chat messages"
     specificity: ClassVar[int] = 60
     example: ClassVar[str] = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Conversation
+from luthier.data.conversation import Conversation, Meaning
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import exchange
 from luthier.data.formats._fields import column, pick_pair
@@ -21,6 +21,7 @@ PAIRS = (("prompt", "completion"), ("prompt", "response"))
 class PromptCompletion(Format):
     """`{"prompt", "completion"}` or `{"prompt", "response"}`, with `system`."""
 
+    meaning: ClassVar[Meaning] = "conversation"
     title: ClassVar[str] = "prompt and completion"
     specificity: ClassVar[int] = 30
     example: ClassVar[str] = '{"prompt": "The capital of France is", "completion": " Paris."}'

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Conversation
+from luthier.data.conversation import Conversation, Meaning
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import exchange
 from luthier.data.formats._fields import column, filled, pick_pair
@@ -27,6 +27,7 @@ PAIRS = (
 class QuestionAnswer(Format):
     """`{"question", "answer"}` and its synonyms, with `system`."""
 
+    meaning: ClassVar[Meaning] = "conversation"
     title: ClassVar[str] = "question and answer"
     specificity: ClassVar[int] = 20
     example: ClassVar[str] = '{"question": "What is 2 + 2?", "answer": "4"}'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Conversation
+from luthier.data.conversation import Conversation, Meaning
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import SHAREGPT_ROLES, conversation, read_turns, system_message
 from luthier.data.formats._fields import column, is_preference
@@ -21,6 +21,7 @@ CONVERSATIONS = ("conversations",)
 class ShareGPT(Format):
     """`{"conversations": [{"from", "value"}], "system", "tools"}`."""
 
+    meaning: ClassVar[Meaning] = "conversation"
     title: ClassVar[str] = "ShareGPT conversations"
     specificity: ClassVar[int] = 50
     example: ClassVar[str] = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}'

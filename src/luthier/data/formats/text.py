@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-from luthier.data.conversation import Text
+from luthier.data.conversation import Meaning, Text
 from luthier.data.formats import Format, Values
 from luthier.data.formats._fields import column, filled, is_preference, pick
 
@@ -19,6 +19,7 @@ NAMES = ("text", "content")
 class PlainText(Format):
     """`{"text"}` or `{"content"}`."""
 
+    meaning: ClassVar[Meaning] = "text"
     title: ClassVar[str] = "plain text"
     specificity: ClassVar[int] = 10
     example: ClassVar[str] = '{"text": "Once upon a time, ..."}'

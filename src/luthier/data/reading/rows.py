@@ -1,4 +1,4 @@
-"""Rows: data files, through their format, as conversations and texts, one after another; each good or an error.
+"""Rows: data files, through their format, as what they mean, one after another; each good or an error.
 
 Idea: a file is opened twice, once to see from its first rows what its columns mean, once to read it; nothing is kept.
 What makes a whole file unusable (missing, of unknown shape, changed while it was read) is an error in any case.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.core.errors import DataError, RecipeError, StorageError
-from luthier.data.conversation import Row
-from luthier.data.formats import SAMPLE, Detection, Format, detect, mapped, named
+from luthier.data.conversation import WORDS, Meaning, Row
+from luthier.data.formats import SAMPLE, Detection, Format, detect, mapped, named, unwanted
 from luthier.data.formats._fields import FieldError
 from luthier.data.reading.readers import READERS, Item, Record, missing_file, read_records, suffix_of
 from luthier.data.reading.text_files import MAX_LINE_BYTES, is_regular, unreadable
@@ -28,12 +28,16 @@ DETECTION_ITEMS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A data file of a recipe. Format and columns are detected unless given; `limit` keeps the first rows only."""
+    """A data file of a recipe. Format and columns are detected unless given; `limit` keeps the first rows only.
+
+    `wanted` is what its rows may mean.
+    """
 
     path: Path | str
     format: str | None = None
     columns: Mapping[str, str] | None = None
     limit: int | None = None
+    wanted: tuple[Meaning, ...] = WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,8 @@ def open_source(source: SourceFile) -> OpenSource:
     path = Path(source.path)
     given = mapped(source.columns) if source.columns is not None else None
     given = named(source.format) if source.format is not None else given
+    if given is not None and given.meaning not in source.wanted:
+        raise unwanted(given, source.wanted, where=str(path))
     if not is_regular(path):
         raise missing_file(path)
     stamp = Stamp.of(path)
@@ -153,7 +159,7 @@ def open_source(source: SourceFile) -> OpenSource:
             do="look at the first ones with: luthier data check FILE#20",
             where=str(source.path),
         )
-    found: Detection = detect(samples, where=str(source.path))
+    found: Detection = detect(samples, wanted=source.wanted, where=str(source.path))
     return OpenSource(source, found.format.name, found.why, _meanings(found.format, items))
 
 
