@@ -17,9 +17,9 @@ from luthier.data.prepare import Reading, make_renderer, prepare
 from luthier.data.reading import json_list
 from luthier.data.reading.rows import SourceFile
 from luthier.data.rendering import process as render_process
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.counts import RenderCounts
 from luthier.data.rendering.process import RenderProcess
-from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.row_log import demand_readable
 from luthier.data.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ def test_a_text_that_is_only_the_mark_of_its_beginning_and_end() -> None:
     tokenizer = build("bytes", bos="<s>", eos="<s>")
     template = Template("{{ messages }}", {}, name="none")
     for text in ("<s>", ""):
-        (view,) = Renderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text(text)))
+        (view,) = CausalRenderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text(text)))
         assert view.tokens.tolist() == [tokenizer.bos_id] * 2 and view.weights.tolist() == [0, 1]
-    (view,) = Renderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text("<s>the dog")))
+    (view,) = CausalRenderer(tokenizer, template).render(Row(0, "rows.txt:1:1", Text("<s>the dog")))
     assert [index for index, token in enumerate(view.tokens) if token == tokenizer.bos_id] == [0, len(view.tokens) - 1]

@@ -10,7 +10,7 @@ import pytest
 from luthier.core.errors import DataError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Row, Text
-from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.template import Template
 
 CHATML = (
@@ -23,7 +23,7 @@ TURNS = [("user", "What is it?"), ("assistant", "It is Paris."), ("user", "more"
 @pytest.fixture
 def case(make_tokenizer, talk):
     tokenizer = make_tokenizer("bytes")
-    made = Renderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
+    made = CausalRenderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
     row = talk(*TURNS, number=4)
     (view,) = made.render(row)
     return view, made, row
@@ -72,7 +72,7 @@ def test_more_than_the_stop_token_is_trained(case):
 
 def test_generation_does_not_know_the_stop_token(case, make_tokenizer):
     view, made, row = case
-    fresh = Renderer(made.tokenizer, made.template)
+    fresh = CausalRenderer(made.tokenizer, made.template)
     assert "stop" in problems(view, fresh, row)
 
 
@@ -92,7 +92,7 @@ def test_bos(case):
 
 def test_bos_inside_a_text(make_tokenizer, talk):
     tokenizer = make_tokenizer("bytes")
-    made = Renderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
+    made = CausalRenderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
     row = Row(0, "book.txt:1:1", Text("one <s> two"))
     assert problems(made.render(row)[0], made, row) == {"bos"}
     asked = talk(("user", "what does <s> mean?"), ("assistant", "struck out"))
@@ -118,14 +118,14 @@ def test_left_cut_only_where_truncation_is_allowed(case):
     view, made, row = case
     cut = without(view, np.concatenate([[0], np.arange(6, len(view.tokens))]))
     assert "prompt" in problems(cut, made, row)
-    cutting = Renderer(made.tokenizer, made.template, over_length="truncate", max_tokens=40)
+    cutting = CausalRenderer(made.tokenizer, made.template, over_length="truncate", max_tokens=40)
     cutting.render(row)
     assert problems(cut, cutting, row) == set()
 
 
 def test_training_on_everything(make_tokenizer, talk):
     tokenizer = make_tokenizer("bytes")
-    made = Renderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"), train_on="all")
+    made = CausalRenderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"), train_on="all")
     row = talk(*TURNS)
     (view,) = made.render(row)
     assert problems(view, made, row) == set()

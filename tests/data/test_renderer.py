@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Conversation, Message, Row, Text, ToolCall
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.process import RenderProcess
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.template import Template
 from luthier.data.tokenizer import Tokenizer
 
@@ -73,9 +73,9 @@ LONGER = [*HI, ("user", "and now?"), ("assistant", "The end é 你好.")]
 
 def renderer(
     tokenizer: Tokenizer, source: str, *, process: RenderProcess | None = None, **knobs: object
-) -> Renderer:
+) -> CausalRenderer:
     template = Template(source, tokenizer.special_tokens, name="test", process=process)
-    return Renderer(tokenizer, template, **knobs)  # type: ignore[arg-type]
+    return CausalRenderer(tokenizer, template, **knobs)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def said(views: list[Rendered], tokenizer: Tokenizer) -> list[str]:
     return runs
 
 
-def sound(made: Renderer, row: Row) -> list[Rendered]:
+def sound(made: CausalRenderer, row: Row) -> list[Rendered]:
     views = made.render(row)
     assert [str(problem) for view in views for problem in check_rendered(view, made, row)] == []
     return views
@@ -324,7 +324,8 @@ def test_what_is_made_ahead_is_what_is_made_in_its_turn(any_tokenizer, talk, pro
     ] + [Row(4, "rows.jsonl:5:1", Text("one two\n" * 5))]
     made = []
     for ahead in (True, False):
-        renderer = Renderer(any_tokenizer, Template(source, any_tokenizer.special_tokens, name="t", process=process))
+        template = Template(source, any_tokenizer.special_tokens, name="t", process=process)
+        renderer = CausalRenderer(any_tokenizer, template)
         staged = [renderer.stage(row) for row in rows]
         if ahead:
             renderer.foresee(staged)

@@ -12,8 +12,8 @@ import pytest
 from luthier.core.errors import MissingError, RecipeError, StorageError, TemplateError, UnsafeArtifactError
 from luthier.data.checks import check_rendered
 from luthier.data.conversation import Message
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.process import RenderProcess
-from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.template import SHIPPED, Template, Wanted, choose
 from luthier.data.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def test_the_collection_trains_exactly_the_answers(any_tokenizer, talk, path, sq
     template = Template(source, any_tokenizer.special_tokens, name=path.stem, process=process)
     for turns in TALKS.values():
         row = talk(*turns)
-        made = Renderer(any_tokenizer, template)
+        made = CausalRenderer(any_tokenizer, template)
         views = made.render(row)
         assert [str(problem) for view in views for problem in check_rendered(view, made, row)] == []
         answers = [content for role, content in turns if role == "assistant"]
@@ -70,7 +70,7 @@ def test_shipped_templates(make_tokenizer, talk, name, adds_bos):
     # Not even the marks of ChatML are needed: answers end in the end-of-text token.
     tokenizer = make_tokenizer("bytes", marks=(), adds_bos=adds_bos)
     template = choose(name, tokenizer, notice=lambda text: None)
-    made = Renderer(tokenizer, template)
+    made = CausalRenderer(tokenizer, template)
     row = talk(*TALKS["system"])
     views = made.render(row)
     assert len(views) == 1 and [check_rendered(view, made, row) for view in views] == [[]]
@@ -240,7 +240,7 @@ def test_ids_are_those_of_transformers(any_tokenizer):
 
 def test_prompts_are_what_inference_feeds(any_tokenizer, talk):
     source = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
-    made = Renderer(any_tokenizer, Template(source, any_tokenizer.special_tokens, name="test"))
+    made = CausalRenderer(any_tokenizer, Template(source, any_tokenizer.special_tokens, name="test"))
     theirs = any_tokenizer.raw.apply_chat_template([{"role": "user", "content": "hi"}], chat_template=source)
     assert made.prompt_ids([Message("user", "hi")]).tolist() == theirs["input_ids"]
 

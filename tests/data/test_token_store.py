@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import DataError, StorageError
-from luthier.data.rendering.renderer import Renderer
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.template import Template
 from luthier.data.statistics import LengthHistogram
 from luthier.data.token_store import TokenStore, cache_folder, store_key
@@ -23,7 +23,7 @@ CHATML = (
 @pytest.fixture
 def made(make_tokenizer):
     tokenizer = make_tokenizer("bytes")
-    return Renderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
+    return CausalRenderer(tokenizer, Template(CHATML, tokenizer.special_tokens, name="test"))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ class Counting:
 def test_views_come_back(made, rows, tmp_path):
     store = TokenStore.open_or_build(Counting(rows, made), made, key="k", folder=tmp_path)
     assert len(store) == 5
-    fresh = Renderer(made.tokenizer, made.template)
+    fresh = CausalRenderer(made.tokenizer, made.template)
     for index, row in enumerate(rows):
         (wanted,) = fresh.render(row)
         found = store[index]
@@ -66,7 +66,7 @@ def test_views_come_back(made, rows, tmp_path):
 def test_made_once_and_recalled(made, rows, tmp_path):
     source = Counting(rows, made)
     TokenStore.open_or_build(source, made, key="k", folder=tmp_path)
-    later = Renderer(made.tokenizer, made.template)
+    later = CausalRenderer(made.tokenizer, made.template)
     again = TokenStore.open_or_build(source, later, key="k", folder=tmp_path)
     assert source.asked == 1
     assert later.stop_ids == made.stop_ids == again.stop_ids and later.counts == made.counts == again.counts
@@ -136,10 +136,10 @@ def test_the_key_knows_everything(made, make_tokenizer, tmp_path):
     keys.add(store_key([data], made, reading={"format": "alpaca"}))
     keys.add(store_key([data, data], made))
     for knobs in ({"train_on": "last"}, {"over_length": "drop"}, {"max_tokens": 99}):
-        keys.add(store_key([data], Renderer(made.tokenizer, made.template, **knobs)))
+        keys.add(store_key([data], CausalRenderer(made.tokenizer, made.template, **knobs)))
     other = Template(CHATML + " ", made.tokenizer.special_tokens, name="test")
-    keys.add(store_key([data], Renderer(made.tokenizer, other)))
-    keys.add(store_key([data], Renderer(make_tokenizer("metaspace"), made.template)))
+    keys.add(store_key([data], CausalRenderer(made.tokenizer, other)))
+    keys.add(store_key([data], CausalRenderer(make_tokenizer("metaspace"), made.template)))
     data.write_text("two")
     keys.add(store_key([data], made))
     assert len(keys) == 9

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.data.conversation import Conversation, Message, Row, Text
+from luthier.data.conversation import Content, Conversation, Labelled, Message, Row, Tagged, Text
 from luthier.data.forest import Ints
+from luthier.data.kind_checks import (
+    Finding,
+    Invariant,
+    class_findings,
+    encoder_findings,
+    runs,
+    seq2seq_findings,
+    text_finding,
+)
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
-
-Invariant = Literal["trained", "stop", "bos", "text", "prompt"]
+from luthier.data.rendering.seq2seq import Seq2SeqRenderer
 
 _EXCERPT = 8
 """Tokens shown where a row and what inference feeds part."""
@@ -44,19 +51,24 @@ class Problem:
 
 def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem]:
     """The problems of one view of `row`; an empty list is what every view must give."""
-    found = [_trained(view), _bos(view, renderer, row), _text(view, renderer)]
-    if isinstance(row.content, Conversation):
-        found.append(_stops(view, renderer))
-        found.append(_prompt(view, renderer, row.content))
+    content = row.content
+    if isinstance(renderer, Seq2SeqRenderer):
+        found = [*seq2seq_findings(view, renderer, row), text_finding(view, renderer)]
+    elif isinstance(content, Labelled | Tagged):
+        found = [*class_findings(view, renderer, row), text_finding(view, renderer)]
+        found += [_bos(view, renderer, row)] if renderer.kind == "causal" else []
+    elif renderer.kind == "encoder":
+        found = [*encoder_findings(view, renderer), text_finding(view, renderer)]
     else:
-        found.append(_last(view, renderer))
+        found = [_trained(view), _bos(view, renderer, row), _text(view, renderer)]
+        if isinstance(content, Conversation):
+            found += [_stops(view, renderer), _prompt(view, renderer, content)]
+        else:
+            found.append(_last(view, renderer))
     return [Problem(row.where, *problem) for problem in found if problem is not None]
 
 
-_Finding = tuple[Invariant, str, str] | None
-
-
-def _trained(view: Rendered) -> _Finding:
+def _trained(view: Rendered) -> Finding:
     if not (len(view.tokens) == len(view.weights) == len(view.roles) == len(view.spans)):
         return "trained", "tokens, weights, roles and spans have different lengths", "report this as a defect"
     if not np.isfinite(view.weights).all() or (view.weights < 0).any():
@@ -69,12 +81,12 @@ def _trained(view: Rendered) -> _Finding:
     return None
 
 
-def _stops(view: Rendered, renderer: Renderer) -> _Finding:
+def _stops(view: Rendered, renderer: Renderer) -> Finding:
     """Each trained assistant turn ends in a trained token at which generation stops."""
     if renderer.train_on == "all":
-        turns = [(start, stop) for start, stop in _runs(view.roles == _ASSISTANT) if view.weights[start:stop].any()]
+        turns = [(start, stop) for start, stop in runs(view.roles == _ASSISTANT) if view.weights[start:stop].any()]
     else:
-        turns = _runs(view.weights > 0)
+        turns = list(runs(view.weights > 0))
     known = renderer.stop_ids
     for start, stop in turns:
         tokens = view.tokens[start:stop].tolist()
@@ -85,7 +97,7 @@ def _stops(view: Rendered, renderer: Renderer) -> _Finding:
     return None
 
 
-def _last(view: Rendered, renderer: Renderer) -> _Finding:
+def _last(view: Rendered, renderer: Renderer) -> Finding:
     eos = renderer.tokenizer.eos_id
     at_end = int(view.spans[-1, 1]) >= len(view.text)
     if eos is not None and at_end and len(view.tokens) and int(view.tokens[-1]) != eos:
@@ -96,7 +108,7 @@ def _last(view: Rendered, renderer: Renderer) -> _Finding:
     return None
 
 
-def _bos(view: Rendered, renderer: Renderer, row: Row) -> _Finding:
+def _bos(view: Rendered, renderer: Renderer, row: Row) -> Finding:
     """One BOS begins the row where the tokenizer adds one; later ones come from the template, never from a message."""
     bos = renderer.tokenizer.bos_id
     if bos is None or not renderer.tokenizer.adds_bos:
@@ -112,14 +124,23 @@ def _bos(view: Rendered, renderer: Renderer, row: Row) -> _Finding:
     if bos in renderer.tokenizer.eos_ids:
         return None
     mark = renderer.bos_text
-    content = row.content
-    words = [message.content for message in content.messages] if isinstance(content, Conversation) else [content.text]
-    if any(mark in text.removeprefix(mark if isinstance(content, Text) else "") for text in words):
+    if any(mark in text.removeprefix(mark if isinstance(row.content, Text) else "") for text in _words(row.content)):
         return "bos", f"the row's text contains {mark!r}, which is read as BOS", "take it out of the text"
     return None
 
 
-def _text(view: Rendered, renderer: Renderer) -> _Finding:
+def _words(content: Content) -> Sequence[str]:
+    """What a row says, in its own words."""
+    if isinstance(content, Conversation):
+        return [message.content for message in content.messages]
+    if isinstance(content, Text):
+        return [content.text]
+    if isinstance(content, Labelled):
+        return [content.text, content.pair]
+    return content.words if isinstance(content, Tagged) else [content.prompt, *content.answers]
+
+
+def _text(view: Rendered, renderer: Renderer) -> Finding:
     """The tokens, read back, say the text that their spans name."""
     if not len(view.tokens):
         return None
@@ -147,7 +168,7 @@ def _text(view: Rendered, renderer: Renderer) -> _Finding:
     )
 
 
-def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> _Finding:
+def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> Finding:
     """What inference feeds before a trained turn is what stands before it in the row, token for token."""
     messages = conversation.messages
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -155,7 +176,7 @@ def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> _
         prompts = [_ids(renderer, conversation, messages, index) for index in answers[-1:]]
         wrong = [prompt for prompt in prompts if not _cut(view, renderer) and not _begins(prompt, view.tokens)]
         return _differs(wrong[0], view.tokens, renderer) if wrong else None
-    for start, _ in _runs(view.weights > 0):
+    for start, _ in runs(view.weights > 0):
         before = prompt = view.tokens[:start]
         while answers:
             prompt = _ids(renderer, conversation, messages, answers.pop(0))
@@ -166,7 +187,7 @@ def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> _
     return None
 
 
-def _differs(prompt: Ints, row: Ints, renderer: Renderer) -> _Finding:
+def _differs(prompt: Ints, row: Ints, renderer: Renderer) -> Finding:
     size = min(len(prompt), len(row))
     apart = np.flatnonzero(prompt[:size] != row[:size])
     at = int(apart[0]) if len(apart) else size
@@ -199,11 +220,3 @@ def _begins(prompt: Ints, tokens: Ints) -> bool:
 
 def _empty(span: Ints) -> bool:
     return int(span[0]) == int(span[1])
-
-
-def _runs(mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[tuple[int, int]]:
-    """The [start, stop) of each unbroken run of True."""
-    closed = np.zeros(len(mask) + 2, np.bool_)
-    closed[1:-1] = mask
-    edges = np.flatnonzero(closed[1:] != closed[:-1]).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -44,7 +44,8 @@ def digests(views: Sequence[Rendered]) -> tuple[int, int, int]:
         text = view.text[int(view.spans[0, 0]) : int(view.spans[-1, 1])]
         made[0].update(view.tokens.tobytes() + b"\xff\xff\xff\xff")  # where a view ends; no token has this id
         made[1].update(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\xff")
-        made[2].update(view.tokens[view.weights > 0].tobytes() + b"\xff\xff\xff\xff")
+        learned = view.tokens if view.labels is None else view.labels
+        made[2].update(learned[view.weights > 0].tobytes() + b"\xff\xff\xff\xff")
     tokens, words, answer = (int.from_bytes(digest.digest(), "little") for digest in made)
     return tokens, words, answer
 
@@ -104,11 +105,11 @@ class Watch:
 
     def see(self, where: str, views: Sequence[Rendered]) -> None:
         """Count the answers of one row. A text has none, and where everything is trained no loss hangs on them."""
-        if self._renderer.train_on == "all":
+        if self._renderer.train_on == "all" or self._renderer.kind == "encoder":
             return
         stops = self._renderer.stop_ids
         for view in views:
-            if len(view.roles) and view.roles[-1] == _TEXT:
+            if view.labels is not None or (len(view.roles) and view.roles[-1] == _TEXT):
                 continue
             content: list[int] = []
             trained = view.tokens[view.weights > 0].tolist()

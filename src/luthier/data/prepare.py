@@ -7,7 +7,7 @@ the same content and settings all of it is cached, the log of the rows included.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime
@@ -20,16 +20,28 @@ from numpy.typing import NDArray
 from luthier.core.errors import CorruptError, DataError, RecipeError
 from luthier.core.paths import cache_folder
 from luthier.data import findings
+from luthier.data.class_counts import demand_classes
+from luthier.data.conversation import WORDS, Meaning
 from luthier.data.intake import Intake
 from luthier.data.reading.rows import OnBadRow, SourceFile, Stamp, find_sources
+from luthier.data.rendering.causal import CausalRenderer
+from luthier.data.rendering.encoder import EncoderRenderer
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.renderer import OverLength, Renderer, TrainOn
-from luthier.data.rendering.template import choose
+from luthier.data.rendering.renderer import MODELS, Kind, OverLength, Renderer, TrainOn
+from luthier.data.rendering.seq2seq import Seq2SeqRenderer
+from luthier.data.rendering.template import Template, choose
 from luthier.data.row_log import RowLog, RowReport, demand_readable
 from luthier.data.split import Split, split
 from luthier.data.statistics import LengthHistogram
 from luthier.data.token_store import TokenStore, store_key
 from luthier.data.tokenizer import Tokenizer
+
+MEANINGS: Mapping[Kind, tuple[Meaning, ...]] = {
+    "causal": WORDS,
+    "encoder": EncoderRenderer.takes,
+    "seq2seq": Seq2SeqRenderer.takes,
+}
+"""What rows may mean for a kind of model where nothing else is wanted: a causal decoder learns words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,10 @@ class Reading:
 
     `now` is the date that templates see, as YYYY-MM-DD; today when it is empty. A run that is to go on on another day
     keeps the date of its first one.
+
+    `kind` is the kind of model that the tokens are for, `start_id` the token that the decoder of an encoder-decoder
+    starts with. `wanted` is what rows may mean, the kind's own choice when it is None; a format has to give that.
+    `classes` are the names of a trained model's classes in order; those of the data are used when it is None.
     """
 
     format: str | None = None
@@ -48,6 +64,15 @@ class Reading:
     over_length: OverLength = "raise"
     on_bad_row: OnBadRow = "raise"
     now: str | None = None
+    kind: Kind = "causal"
+    start_id: int | None = None
+    wanted: tuple[Meaning, ...] | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...]:
+        """What rows may mean."""
+        return MEANINGS[self.kind] if self.wanted is None else self.wanted
 
 
 @final
@@ -80,6 +105,11 @@ class Prepared:
     held_out: Views
     notices: tuple[str, ...] = ()
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers; none where rows have no classes."""
+        return self.store.classes
+
     def counts(self) -> dict[str, Any]:
         """What became of the rows, as plain values."""
         return {
@@ -99,6 +129,13 @@ class Prepared:
         return LengthHistogram.of(self.store.lengths, trained_count=self.store.trained_count)
 
 
+_RENDERERS: Mapping[Kind, type[Renderer]] = {
+    "causal": CausalRenderer,
+    "encoder": EncoderRenderer,
+    "seq2seq": Seq2SeqRenderer,
+}
+
+
 def make_renderer(
     tokenizer: Tokenizer, reading: Reading, *, context_tokens: int | None = None, at_once: bool = True
 ) -> tuple[Renderer, tuple[str, ...]]:
@@ -110,15 +147,31 @@ def make_renderer(
     limit = reading.max_tokens or context_tokens
     if context_tokens is not None and limit is not None and limit > context_tokens:
         raise RecipeError(f"data.max_tokens is {limit}", allowed=f"at most the model's {context_tokens} positions")
+    takes = _RENDERERS[reading.kind].takes
+    if wrong := [meaning for meaning in reading.meanings if meaning not in takes]:
+        raise RecipeError(f"{MODELS[reading.kind]} is to be given {wrong[0]} rows", allowed=" | ".join(takes))
+    over = reading.over_length
+    if reading.kind == "encoder":
+        plain = Template("", tokenizer.special_tokens, name="no chat template", at_once=False)
+        return EncoderRenderer(tokenizer, plain, over_length=over, max_tokens=limit, classes=reading.classes), ()
+    if reading.kind == "seq2seq":
+        if reading.start_id is None:
+            raise RecipeError("an encoder-decoder without start_id", allowed="the token that its decoder starts with")
+        plain = Template("", tokenizer.special_tokens, name="no chat template", at_once=False)
+        start, train_on = reading.start_id, reading.train_on
+        return Seq2SeqRenderer(
+            tokenizer, plain, start_id=start, train_on=train_on, over_length=over, max_tokens=limit
+        ), ()
     notices: list[str] = []
     now = _midnight(reading.now)
     template = choose(reading.template, tokenizer, notice=notices.append, now=now, at_once=at_once)
-    renderer = Renderer(
+    renderer = CausalRenderer(
         tokenizer,
         template,
         train_on=reading.train_on,
-        over_length=reading.over_length,
+        over_length=over,
         max_tokens=limit,
+        classes=reading.classes,
     )
     return renderer, tuple(notices)
 
@@ -136,7 +189,8 @@ def sources_of(paths: str | Path | Sequence[str | Path], reading: Reading) -> li
     """The files that paths, globs and folders stand for, each with the reading's format or columns."""
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found = [source for path in listed for source in find_sources(path)]
-    return [replace(source, format=reading.format, columns=reading.columns) for source in found]
+    meanings = reading.meanings
+    return [replace(one, format=reading.format, columns=reading.columns, wanted=meanings) for one in found]
 
 
 def prepare(
@@ -171,6 +225,8 @@ def prepare(
         )
     chat = bool(report.answers.trained)
     parts = _split(report, store, len(train_sources), fraction=fraction, seed=seed)
+    if reading.classes is None and store.labels is not None:
+        demand_classes(store, parts.held_views, report.where)
     notices = [
         *chosen,
         *rendering_notices(report, renderer),
@@ -205,11 +261,14 @@ def _stored(
             "columns": reading.columns,
             "on_bad_row": reading.on_bad_row,
             "limits": [source.limit for source in sources],
+            # Only what is not the rule: keys stay what they were before rows could mean other things.
+            **({} if reading.meanings == WORDS else {"wanted": list(reading.meanings)}),
         },
     )
 
     def make(folder: Path) -> Generator[Rendered]:
-        renderer.template.compile()
+        if reading.kind == "causal":
+            renderer.template.compile()
         if reading.on_bad_row == "raise":
             # Found in seconds; rendering takes minutes where there are many rows.
             demand_readable(sources)
@@ -239,7 +298,7 @@ def _split(report: RowReport, store: TokenStore, train_files: int, *, fraction: 
     if len(report.files) > train_files:
         first = report.files[train_files].start
         return Split.of(rows, store.rows, rows[rows >= first])
-    if len(rows) == 1 and int(store.roles[-1]) == TOKEN_ROLES.index("text"):
+    if len(rows) == 1 and store.labels is None and (store.roles == TOKEN_ROLES.index("text")).any():
         return Split.of_pieces(len(store), fraction)
     return split(
         rows, store.rows, findings.groups(report.records) if fraction > 0 else None, fraction=fraction, seed=seed

@@ -17,16 +17,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, final
+from typing import Any, BinaryIO, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.errors import StorageError
 from luthier.core.paths import cache_folder
+from luthier.data.forest import Ints
+from luthier.data.rendering.classes import in_order, ranks
 from luthier.data.rendering.counts import RenderCounts
 from luthier.data.rendering.rendered import Rendered
-from luthier.data.rendering.renderer import RENDERER_VERSION, Renderer
+from luthier.data.rendering.renderer import Renderer
 from luthier.store.disk import explained
 from luthier.store.manifest import verify, write_manifest
 
@@ -39,9 +41,13 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "rows": (np.int32, ()),
     "offsets": (np.int64, ()),
 }
+_OPTIONAL: Final[Mapping[str, tuple[type[np.generic], int]]] = {"labels": (np.int32, -1), "types": (np.uint8, 0)}
+"""Arrays that only some rows need, one value a token, and what stands for the tokens of rows without."""
 _HEADER_BYTES: Final = 128
 _AT_ONCE: Final = 64
 """Views that are written together."""
+_CHUNK: Final = 2**20
+"""Tokens whose classes are renumbered at once."""
 _LONG: Final = 2**16
 """Tokens of a view that is not held until others join it."""
 
@@ -57,14 +63,9 @@ def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[s
             raise StorageError(f"cannot be read: {error.strerror}", where=str(source)) from error
     state = {
         "format": _FORMAT,
-        "renderer": RENDERER_VERSION,
         "sources": digests,
         "reading": dict(reading or {}),
-        "tokenizer": renderer.tokenizer.digest,
-        "template": renderer.template.digest,
-        "train_on": renderer.train_on,
-        "over_length": renderer.over_length,
-        "max_tokens": renderer.max_tokens,
+        **renderer.state,
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -72,7 +73,10 @@ def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[s
 @final
 @dataclass(frozen=True, slots=True)
 class TokenStore:
-    """All views of a data set. `counts` and `stop_ids` are the renderer's, from when the store was made."""
+    """All views of a data set. `counts` and `stop_ids` are the renderer's, from when the store was made.
+
+    `classes` are the names of the numbers in `labels`, in order; there are none where rows have no classes.
+    """
 
     folder: Path
     tokens: NDArray[np.int32]
@@ -83,6 +87,9 @@ class TokenStore:
     offsets: NDArray[np.int64]
     counts: RenderCounts
     stop_ids: frozenset[int]
+    labels: NDArray[np.int32] | None = None
+    types: NDArray[np.uint8] | None = None
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def open_or_build(
@@ -122,14 +129,16 @@ class TokenStore:
         try:
             verify(place)
             about = json.loads((place / "store.json").read_text(encoding="utf-8"))
-            arrays = {name: _open_array(place, name, about) for name in _ARRAYS}
+            names = [*_ARRAYS, *(name for name in _OPTIONAL if name in about["lengths"])]
+            arrays = {name: _open_array(place, name, about) for name in names}
             if about["key"] != key or about["format"] != _FORMAT or not _agree(arrays):
                 return None
             counts = RenderCounts(**about["counts"])
             stop_ids = frozenset(int(token) for token in about["stop_ids"])
+            classes = tuple(str(name) for name in about.get("classes", ()))
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        return cls(folder=place, counts=counts, stop_ids=stop_ids, **arrays)
+        return cls(folder=place, counts=counts, stop_ids=stop_ids, classes=classes, **arrays)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,6 +155,8 @@ class TokenStore:
             weights=self.weights[part],
             roles=self.roles[part],
             spans=self.spans[part],
+            labels=None if self.labels is None else self.labels[part],
+            types=None if self.types is None else self.types[part],
         )
 
     @property
@@ -181,10 +192,24 @@ def _write(views: Iterable[Rendered], renderer: Renderer, made: Path, key: str) 
         "counts": renderer.counts.as_dict(),
         "stop_ids": sorted(renderer.stop_ids),
     }
+    if len(renderer.classes):
+        given, names = renderer.classes.given, renderer.classes.names
+        about["classes"] = names if given else in_order(names)
+        if not given and "labels" in arrays.lengths:
+            _renumber(made / "labels.npy", ranks(names))
     with (made / "store.json").open("w", encoding="utf-8") as file:
         json.dump(about, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _renumber(path: Path, numbers: Ints) -> None:
+    """Give classes the numbers that do not depend on the order of rows, in place of the order in which they came."""
+    labels = np.load(path, mmap_mode="r+", allow_pickle=False)
+    for start in range(0, len(labels), _CHUNK):
+        part = labels[start : start + _CHUNK]
+        part[part >= 0] = numbers[part[part >= 0]]
+    labels.flush()
 
 
 def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:
@@ -209,7 +234,7 @@ def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:
 
 def _open_array(place: Path, name: str, about: Mapping[str, Any]) -> NDArray[Any]:
     array = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    kind, tail = _ARRAYS[name]
+    kind, tail = _shape(name)
     if array.dtype != kind or array.shape != (about["lengths"][name], *tail):
         raise ValueError(f"{name} is not what the store says")
     return np.asarray(array)
@@ -218,7 +243,7 @@ def _open_array(place: Path, name: str, about: Mapping[str, Any]) -> NDArray[Any
 def _agree(arrays: Mapping[str, NDArray[Any]]) -> bool:
     """Whether the arrays fit each other."""
     offsets, total = arrays["offsets"], len(arrays["tokens"])
-    per_token = all(len(arrays[name]) == total for name in ("weights", "roles", "spans"))
+    per_token = all(len(arrays[name]) == total for name in ("weights", "roles", "spans", *_OPTIONAL) if name in arrays)
     if not per_token or len(offsets) != len(arrays["rows"]) + 1:
         return False
     return bool(offsets[0] == 0 and offsets[-1] == total and (np.diff(offsets) >= 0).all())
@@ -228,10 +253,11 @@ class _Arrays:
     """The .npy files of a store, written piece by piece so that memory does not grow with the data."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = {name: (folder / f"{name}.npy").open("wb") for name in _ARRAYS}
-        self.lengths = dict.fromkeys(_ARRAYS, 0)
-        for file in self._files.values():
-            file.write(b" " * _HEADER_BYTES)
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        self.lengths: dict[str, int] = {}
+        for name in _ARRAYS:
+            self._begin(name)
 
     def __enter__(self) -> _Arrays:
         return self
@@ -251,6 +277,8 @@ class _Arrays:
         """Append the views, in order."""
         if not views:
             return
+        for name in _OPTIONAL:
+            self._take_optional(name, views)
         ends = self.lengths["tokens"] + np.cumsum([len(view.tokens) for view in views])
         self.append("tokens", np.concatenate([view.tokens for view in views]))
         self.append("weights", np.concatenate([view.weights for view in views]))
@@ -259,14 +287,36 @@ class _Arrays:
         self.append("rows", np.array([view.row for view in views], np.int32))
         self.append("offsets", ends)
 
+    def _take_optional(self, name: str, views: Sequence[Rendered]) -> None:
+        """Append what the views have of an array that exists from the first view on that has any of it."""
+        found: list[NDArray[Any] | None] = [getattr(view, name) for view in views]
+        if name not in self._files and all(values is None for values in found):
+            return
+        kind, fill = _OPTIONAL[name]
+        if name not in self._files:
+            self._begin(name)
+            while self.lengths[name] < self.lengths["tokens"]:
+                self.append(name, np.full(min(self.lengths["tokens"] - self.lengths[name], _CHUNK), fill, kind))
+        for view, values in zip(views, found, strict=True):
+            self.append(name, np.full(len(view.tokens), fill, kind) if values is None else values)
+
+    def _begin(self, name: str) -> None:
+        self._files[name] = (self._folder / f"{name}.npy").open("wb")
+        self._files[name].write(b" " * _HEADER_BYTES)
+        self.lengths[name] = 0
+
     def append(self, name: str, values: NDArray[Any]) -> None:
-        self._files[name].write(np.ascontiguousarray(values, dtype=_ARRAYS[name][0]).tobytes())
+        self._files[name].write(np.ascontiguousarray(values, dtype=_shape(name)[0]).tobytes())
         self.lengths[name] += len(values)
+
+
+def _shape(name: str) -> tuple[type[np.generic], tuple[int, ...]]:
+    return _ARRAYS[name] if name in _ARRAYS else (_OPTIONAL[name][0], ())
 
 
 def _header(name: str, length: int) -> bytes:
     """The first 128 bytes of a version 1.0 .npy file: magic, length of the description, description."""
-    kind, tail = _ARRAYS[name]
+    kind, tail = _shape(name)
     about = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": (length, *tail)}
     text = repr(about).encode("latin1").ljust(_HEADER_BYTES - 11, b" ") + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text

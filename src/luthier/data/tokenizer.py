@@ -31,6 +31,7 @@ class Specials:
     ids: frozenset[int]
     ends: frozenset[int]
     pattern: re.Pattern[str] | None
+    texts: frozenset[str]
     swallow_left: frozenset[str]
     swallow_right: frozenset[str]
 
@@ -164,6 +165,43 @@ class Tokenizer:
         """
         return self._says(self.decode(ids), text, begins=True)
 
+    def reads_alike(self, ids: Sequence[int] | Ints, text: str) -> bool:
+        """Whether `ids` say `text` as far as this tokenizer tells texts apart.
+
+        That is but for what its normalizer folds (capitals, accents), for white space, and for what it does not know.
+        """
+        if self.reads_as(ids, text):
+            return True
+        wanted = _squeezed("".join(map(self._normal, self.specials.split(text))))
+        unknown = self.raw.unk_token_id
+        known: list[list[int]] = [[]]
+        for token in map(int, ids):
+            known.append([]) if token == unknown else known[-1].append(token)
+        said = [_squeezed(self._spelled(part)) for part in known]
+        if len(said) == 1:
+            return said[0] == wanted
+        if not wanted.startswith(said[0]):
+            return False
+        at = len(said[0])
+        for part in said[1:-1]:
+            at = wanted.find(part, at)
+            if at < 0:
+                return False
+            at += len(part)
+        return len(wanted) - at >= len(said[-1]) and wanted.endswith(said[-1])
+
+    def _normal(self, text: str) -> str:
+        normalizer = self.raw.backend_tokenizer.normalizer
+        return text if normalizer is None or text in self.specials.texts else str(normalizer.normalize_str(text))
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        """The letters of `ids`. A decoder of word pieces changes words (do not, don't), so those are put together."""
+        model = self.raw.backend_tokenizer.model
+        prefix = getattr(model, "continuing_subword_prefix", None) if type(model).__name__ == "WordPiece" else None
+        if prefix is None:
+            return self.decode(ids)
+        return "".join(str(self.raw.convert_ids_to_tokens(token)).removeprefix(prefix) for token in ids)
+
     def _says(self, decoded: str, text: str, *, begins: bool) -> bool:
         if decoded == text:
             return True
@@ -198,6 +236,11 @@ class Tokenizer:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
+def _squeezed(text: str) -> str:
+    """A text without white space, also where a tokenizer writes it as a sign of its own."""
+    return "".join(text.replace("\u2581", " ").split())
+
+
 def _template_of(raw: Any) -> str | None:
     """The chat template; of several named ones the default."""
     template = raw.chat_template
@@ -218,6 +261,7 @@ def _specials(raw: Any) -> Specials:
         ids=frozenset(ids),
         ends=frozenset(ids - never_end),
         pattern=re.compile(pattern) if longest_first else None,
+        texts=frozenset(longest_first),
         swallow_left=frozenset(entry.content for entry in added.values() if entry.lstrip),
         swallow_right=frozenset(entry.content for entry in added.values() if entry.rstrip),
     )

@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 
 from luthier.data.forest import Floats, Ints
 
-TOKEN_ROLES: tuple[str, ...] = ("template", "system", "user", "assistant", "tool", "text")
-"""Whose words a token belongs to; "template" is what no message owns, such as a BOS token."""
+TOKEN_ROLES: tuple[str, ...] = ("template", "system", "user", "assistant", "tool", "text", "pair", "wrong")
+"""Whose words a token belongs to; "template" is what no message owns, such as a BOS token.
+
+"pair" is the second text of a pair, "wrong" a wrong answer of a choice.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,9 @@ class Rendered:
 
     `tokens` and `weights` are (n,), `roles` (n,) indexes TOKEN_ROLES, `spans` (n, 2) are character offsets into `text`
     (empty spans for tokens that no character stands for). A row whose template rewrites history has several views.
+
+    `labels` (n,) is the class at each token, -1 where there is none, and None where rows have no classes. `types` (n,)
+    are the token types of an encoder, 0 for the first text and 1 for the second, and None where all are 0.
     """
 
     row: int
@@ -27,6 +33,8 @@ class Rendered:
     weights: Floats
     roles: NDArray[np.uint8]
     spans: Ints
+    labels: Ints | None = None
+    types: NDArray[np.uint8] | None = None
 
     @property
     def trained_count(self) -> int:

@@ -1,40 +1,42 @@
-"""The one way from a row to tokens: ids, roles, spans and loss weights in one pass.
+"""What the renderers of all kinds of models share: rows come staged, leave as views, and everything is counted.
 
-Idea: what is trained follows from renderings (`turns.py`) and from token ids that are compared, never from marker
-strings. A trained turn is everything that the model has to say after what inference shows it, up to and including the
-one token that ends the turn; what the template writes after that token is context. The ids of each prompt are a prefix
-of the ids of its row, because that is what inference will feed. What cannot be made so is refused with its address.
+Idea: which tokens a row becomes depends on what the model is: a causal decoder (`causal.py`), an encoder
+(`encoder.py`), an encoder-decoder (`seq2seq.py`). What is asked of them is the same: views of a row, or its error with
+an address; what was counted, and how to take a row's share back; the classes that were seen; what a prompt looks like.
 
-Use it through `render`; `prompt_ids` is what generation feeds; `stop_ids` is where generation has to stop.
+Use it through `render`; for many rows: stage each, foresee all of them at once (in another thread, if that helps),
+encode all of them ahead, finish each in its turn.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
-
-import numpy as np
+from typing import Any, ClassVar, Literal, get_args
 
 from luthier.core.errors import DataError, RecipeError, TemplateError
-from luthier.data.conversation import Conversation, Message, Row, Text
+from luthier.data.conversation import Content, Meaning, Message, Row
 from luthier.data.forest import Ints
+from luthier.data.rendering.classes import Classes
 from luthier.data.rendering.counts import RenderCounts
-from luthier.data.rendering.document import document
 from luthier.data.rendering.rendered import Rendered
-from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
-from luthier.data.rendering.template import Template, Wanted
-from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
+from luthier.data.rendering.template import Template
+from luthier.data.rendering.turns import Stage, placed
 from luthier.data.tokenizer import Tokenizer
 
 RENDERER_VERSION = 1
 """Goes up whenever the same row may become other tokens, so that cached tokens are made again."""
 
+Kind = Literal["causal", "encoder", "seq2seq"]
+MODELS: Mapping[Kind, str] = {
+    "causal": "a causal decoder",
+    "encoder": "an encoder",
+    "seq2seq": "an encoder-decoder",
+}
 TrainOn = Literal["answers", "last", "all"]
 OverLength = Literal["raise", "drop", "truncate"]
 
-_ENCODED = 64
-"""Texts of one row whose tokens are remembered."""
 MIN_TOKENS = 16
 """The least that `max_tokens` may be: BOS, and two whole characters of four bytes each, with some room."""
 
@@ -44,20 +46,11 @@ class TooLongError(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Trained:
-    """The tokens [start, stop) of a trained turn, its stop token last."""
-
-    start: int
-    stop: int
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
 class Staged:
     """A row on its way: ready to be finished, or the error that stands for it, and the notices given so far."""
 
     row: Row
-    ready: Stage | Text | DataError
+    ready: Stage | Content | DataError
     told: Sequence[tuple[str, str]]
 
     @property
@@ -66,9 +59,12 @@ class Staged:
         return isinstance(self.ready, Stage)
 
 
-@final
-class Renderer:
-    """Rows to tokens for one tokenizer and one template."""
+class Renderer(ABC):
+    """Rows to tokens for one tokenizer. `template` stays empty and unasked where no chat is rendered."""
+
+    kind: ClassVar[Kind]
+    takes: ClassVar[tuple[Meaning, ...]]
+    """What a row may mean for this kind of model."""
 
     def __init__(
         self,
@@ -78,6 +74,7 @@ class Renderer:
         train_on: TrainOn = "answers",
         over_length: OverLength = "raise",
         max_tokens: int | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         _one_of(train_on, get_args(TrainOn), "data.train_on")
         _one_of(over_length, get_args(OverLength), "data.over_length")
@@ -89,17 +86,32 @@ class Renderer:
         self.over_length = over_length
         self.max_tokens = max_tokens
         self.counts = RenderCounts()
-        self._found_stops: set[int] = set()
+        self.classes = Classes(classes)
         self.bos_text = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
-        self._before = (self.counts, self._found_stops)
+        self._found_stops: set[int] = set()
+        self._before = (self.counts, self._found_stops, len(self.classes))
         self._now: Staged | None = None
-        self._encoded: dict[str, tuple[Ints, Ints]] = {}
-        self._ahead: dict[str, tuple[Ints, Ints]] = {}
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Where generation has to stop: the tokenizer's own, and those that ended a trained turn so far."""
         return self.tokenizer.stop_ids | self._found_stops
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that the tokens of a row depend on, besides the row."""
+        return {
+            "renderer": RENDERER_VERSION,
+            "tokenizer": self.tokenizer.digest,
+            "template": self.template.digest,
+            "train_on": self.train_on,
+            "over_length": self.over_length,
+            "max_tokens": self.max_tokens,
+            # Only what is not the rule: the tokens of a causal decoder keep the key that they had before there were
+            # others.
+            **({} if self.kind == "causal" else {"kind": self.kind}),
+            **({"classes": list(self.classes.names)} if self.classes.given else {}),
+        }
 
     def recall(self, counts: RenderCounts, stop_ids: frozenset[int]) -> None:
         """Take over what an earlier rendering of the same rows counted and found, in place of rendering them again."""
@@ -116,19 +128,9 @@ class Renderer:
             raise made
         return made
 
-    # Many rows: stage each, foresee all of them at once (in another thread, if that helps), encode all of them ahead,
-    # finish each in its turn.
-
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
-        told: list[tuple[str, str]] = []
-        content = row.content
-        try:
-            if isinstance(content, Conversation):
-                return Staged(row, self._stage(content, lambda text, example="": told.append((text, example))), told)
-            return Staged(row, content, told)
-        except DataError as error:
-            return Staged(row, placed(error, row.where), told)
+        return Staged(row, row.content, ())
 
     def foresee(self, staged: Sequence[Staged]) -> None:
         """Have the template asked once, ahead, for what these rows will need."""
@@ -141,30 +143,22 @@ class Renderer:
         for (stage, slot, _), outcome in zip(slots, outcomes, strict=False):
             stage.take(slot, outcome)
 
+    @abstractmethod
     def encode_ahead(self, staged: Sequence[Staged]) -> None:
         """Make the tokens of all texts that these rows are known to need, at once; kept until the next call."""
-        texts: dict[str, None] = {}
-        for one in staged:
-            if isinstance(one.ready, Text):
-                texts[one.ready.text] = None
-            elif isinstance(one.ready, Stage):
-                texts.update(dict.fromkeys(one.ready.known_texts()))
-        self._ahead = {}
-        self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
 
     def finish(self, staged: Staged) -> list[Rendered] | DataError:
         """The views of a staged row, or why there are none."""
         row, ready = staged.row, staged.ready
         # Whoever refuses the row later takes its counts back.
-        self._before = (self.counts.copy(), set(self._found_stops))
+        self._before = (self.counts.copy(), set(self._found_stops), len(self.classes))
         self._now = staged
-        self._encoded.clear()
         for text, example in staged.told:
             self._notice(text, example)
         if isinstance(ready, DataError):
             return ready
         try:
-            made = self._document(row, ready) if isinstance(ready, Text) else self._talk(row, ready)
+            made = self._views(row, ready)
         except DataError as error:
             return error if error.where == row.where else placed(error, row.where)
         self.counts.rows += 1
@@ -175,221 +169,51 @@ class Renderer:
         return made
 
     def take_back(self) -> None:
-        """Forget what the row rendered last has added to the counts and the stop tokens: it is refused."""
-        self.counts, self._found_stops = self._before
+        """Forget what the row rendered last has added to the counts, the stop tokens and the classes: it is refused."""
+        self.counts, self._found_stops, classes = self._before
+        self.classes.forget_after(classes)
 
+    @abstractmethod
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
         """What inference feeds to get the answer that follows `messages`."""
-        shown = show(Conversation(tuple(messages), tuple(tools)), self.template, _quiet)
-        wanted = Wanted([message.fields for message in shown], tools, add_generation_prompt=True)
-        return self._encode(self._write(wanted), _quiet)[0].copy()
 
-    # Conversations
-
-    def _stage(self, conversation: Conversation, notice: Notice) -> Stage:
-        if not conversation.messages:
-            raise DataError("the conversation has no message")
-        for message in conversation.messages:
-            if len(self.tokenizer.specials.split(message.content)) > 1:
-                notice("a message contains the text of a control token, which is read as that token")
-        shown = show(conversation, self.template, notice)
-        return Stage(shown, self._write, conversation.tools, self._turn_weights(shown))
-
-    def _write(self, wanted: Wanted) -> str:
-        """The one place where the template is asked, but for what was asked of it ahead."""
-        if self._now is not None and isinstance(self._now.ready, Stage):
-            known = self._now.ready.prompt_like(wanted)
-            if known is not None:
-                return known
-        ask = wanted.add_generation_prompt
-        return self.template.render(wanted.messages, tools=wanted.tools, add_generation_prompt=ask)
+    @abstractmethod
+    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+        """The views of a row that was staged. Raises DataError where there can be none."""
 
     def _notice(self, text: str, example: str = "") -> None:
         self.counts.notice(text, (self._now.row.where if self._now is not None else "", example))
 
-    def _talk(self, row: Row, stage: Stage) -> list[Rendered]:
-        views = lay_out(stage, self._notice)
-        if self.train_on == "all":
-            # Only the last view holds the whole conversation; earlier ones would train its words twice.
-            views = views[-1:]
-        made: list[Rendered] = []
-        for view in views:
-            for rendered, trained in self._tokens(row, view, stage.shown):
-                made.extend(self._fit(row, rendered, trained))
-        return made
+    def _notice_controls(self, text: str) -> None:
+        if len(self.tokenizer.specials.split(text)) > 1:
+            self._notice("a text contains the text of a control token, which is read as that token")
 
-    def _turn_weights(self, shown: Sequence[Shown]) -> dict[int, float]:
-        """The trained turns and their weights; a weight in the row goes before `train_on`."""
-        answers = [index for index, message in enumerate(shown) if message.role == "assistant"]
-        weights: dict[int, float] = {}
-        for index in answers:
-            own = shown[index].weight
-            weight = (0.0 if self.train_on == "last" and index != answers[-1] else 1.0) if own is None else own
-            if weight > 0:
-                weights[index] = weight
-        return weights
-
-    def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[_Trained]]]:
-        notice = self._notice
-        tokens, spans = self._encode(view.text, notice)
-        starts: list[int] = []
-        for answer in view.answers:
-            prompt = self._encode(view.text[: answer.start], _quiet)[0]
-            if not np.array_equal(tokens[: len(prompt)], prompt):
-                break
-            starts.append(len(prompt))
-        if len(starts) < len(view.answers):
-            if len(view.answers) > 1:
-                # Each answer then follows exactly the ids that inference feeds, history included.
-                notice("a token would straddle the start of an answer: one view for each answer")
-                alone = [view.alone(answer) for answer in view.answers]
-                alone = alone[-1:] if self.train_on == "all" else alone
-                return [made for one in alone for made in self._tokens(row, one, shown)]
-            tokens, spans, starts = self._in_two(view)
-        trained = [
-            self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
-        ]
-        roles = role_of_each(spans, view, shown)
-        weights = np.zeros(len(tokens), np.float32)
-        if self.train_on == "all":
-            weights = message_weights(spans, view, shown)
-        for turn in trained:
-            weights[turn.start : turn.stop] = turn.weight
-        if len(weights):
-            weights[0] = 0.0
-        if self.tokenizer.bos_id is not None and self.tokenizer.adds_bos:
-            weights[: lead(tokens, self.tokenizer.bos_id)] = 0.0
-        return [(Rendered(row.number, view.text, tokens, weights, roles, spans), trained)]
-
-    def _in_two(self, view: View) -> tuple[Ints, Ints, list[int]]:
-        """Prompt and answer encoded apart, where a token of the whole text would straddle the boundary."""
-        answer = view.answers[0]
-        prompt, prompt_spans = self._encode(view.text[: answer.start], _quiet)
-        rest = self.tokenizer.encode_after(prompt, view.text[answer.start :])
-        if rest is None:
-            raise TemplateError(
-                f"the answer of message {answer.message + 1} has no encoding that continues its prompt",
-                do="choose another template with data.template",
-            )
-        self._notice("prompt and answer were encoded apart: a token would straddle the start of the answer")
-        tokens = np.concatenate([prompt, rest[0]])
-        return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [len(prompt)]
-
-    def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> _Trained:
-        """The token range of an answer up to its stop token; refused when there is no such token."""
-        ids, stops = self.tokenizer, self.tokenizer.stop_ids
-        begins = spans[start:, 0]
-        behind = begins >= answer.stop
-        end = start + (int(behind.argmax()) if behind.any() else len(behind))
-        tail = (start + np.flatnonzero(begins[: end - start] >= answer.ending)).tolist()
-        known = [index for index in tail if int(tokens[index]) in stops]
-        special = [index for index in tail if int(tokens[index]) in stops or int(tokens[index]) in ids.specials.ends]
-        if not special:
-            # An answer that ends in nothing teaches a model that never stops.
-            text = ids.decode(tokens[tail])
-            raise TemplateError(
-                f"the answer of message {answer.message + 1} ends in "
-                + (f"{text!r}, which is no single control token of this tokenizer" if text else "nothing"),
-                allowed="an answer that ends in the end-of-text token or another control token",
-                do="choose another template with data.template (such as instruction), or add the token as a special "
-                "token to the tokenizer",
-            )
-        # Tool calls may close with control tokens of their own before the turn ends.
-        at = (known[0] if known else special[-1]) if answer.calls else special[0]
-        stop = int(tokens[at])
-        within = tokens[start:at].tolist()
-        if stop in within or not stops.isdisjoint(within):
-            early = next(token for token in within if token == stop or token in stops)
-            raise DataError(
-                f"the answer of message {answer.message + 1} contains {ids.token_text(early)!r}, "
-                "at which generation stops",
-                do="take that text out of the answer, or choose a template with another end of turn",
-            )
-        if stop not in stops:
-            self._found_stops.add(stop)
-            self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
-        return _Trained(start, at + 1, answer.weight)
-
-    # Length
-
-    def _fit(self, row: Row, view: Rendered, trained: Sequence[_Trained]) -> list[Rendered]:
-        """`view` if it is not too long, and otherwise what `over_length` makes of it."""
+    def _fate(self, row: Row, count: int, what: str) -> Literal["fits", "dropped", "cut"]:
+        """What `over_length` says of `count` tokens; a row that it drops is counted. Raises TooLongError."""
         limit = self.max_tokens
-        if limit is None or len(view.tokens) <= limit:
-            return [view]
+        if limit is None or count <= limit:
+            return "fits"
         if self.over_length == "raise":
             raise TooLongError(
-                f"the conversation has {len(view.tokens)} tokens",
+                f"{what} has {count} tokens",
                 allowed=f"at most {limit}",
                 do="set data.over_length to drop or to truncate; data.max_tokens may be as much as the model's context",
                 where=row.where,
             )
-        if self.over_length == "drop" or not trained:
+        if self.over_length == "drop":
             self.counts.dropped += 1
-            return []
-        return self._cut(view, trained, limit)
-
-    def _cut(self, view: Rendered, trained: Sequence[_Trained], limit: int) -> list[Rendered]:
-        """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
-        bos = self.tokenizer.bos_id
-        head = lead(view.tokens, bos) if bos is not None and self.tokenizer.adds_bos else 0
-        stop = trained[-1].stop
-        start = max(stop - (limit - head), head)
-        while head < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
-            start += 1  # not in the middle of a character
-        # Without BOS one token of context must stay: the first token of an answer needs something that predicts it.
-        first = start if head else start + 1
-        if trained[-1].start < first:
-            self.counts.answers_too_long += 1
-            return []
-        weights = view.weights.copy()
-        for turn in trained[:-1]:
-            if turn.start < first:
-                weights[turn.start : turn.stop] = 0.0
-                self._notice("an earlier answer was cut away by truncation")
-        keep = np.concatenate([np.arange(head), np.arange(start, stop)])
-        weights = weights[keep]
-        weights[: max(head, 1)] = 0.0
-        self.counts.truncated += 1
-        return [Rendered(view.row, view.text, view.tokens[keep], weights, view.roles[keep], view.spans[keep])]
-
-    # Tokens
-
-    def _document(self, row: Row, content: Text) -> list[Rendered]:
-        # Nobody asks for a text again, and it may be long.
-        encoded = self._ahead.pop(content.text, None) or self._covered([content.text])[0]
-        return document(row.number, content.text, encoded, self.tokenizer, self.max_tokens, notice=self._notice)
-
-    def _covered(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
-        """The tokens of each text, with spans that cover it."""
-        encoded = self.tokenizer.encode_many(texts)
-        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, encoded, strict=True)]
-
-    def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
-        """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""
-        known = self._ahead.get(text) or self._encoded.get(text)
-        if known is None:
-            # The prompt of a row is asked for again when the row is checked.
-            if len(self._encoded) >= _ENCODED:
-                self._encoded.clear()
-            known = self._encoded[text] = self._covered([text])[0]
-        tokens, spans = known
-        bos = self.tokenizer.bos_id
-        if bos is None or not self.tokenizer.adds_bos:
-            return tokens, spans
-        written = lead(tokens, bos)
-        if written > 1:
-            notice("the template writes BOS more than once at the start; one is kept")
-            return tokens[written - 1 :], spans[written - 1 :]
-        if written == 0 and not text.lstrip().startswith(self.bos_text):
-            notice("the template writes no BOS; it is added")
-            tokens = np.concatenate([np.array([bos], np.int32), tokens])
-            spans = np.concatenate([np.zeros((1, 2), np.int32), spans])
-        return tokens, spans
+            return "dropped"
+        return "cut"
 
 
-def _quiet(text: str, example: str = "") -> None:
-    """Prompts are encoded again to compare ids; what is noticed in them was counted with the whole text."""
+def refused(row: Row, renderer: Renderer) -> DataError:
+    """The error for a row that means something this kind of model cannot be given."""
+    meaning = type(row.content).__name__.lower()
+    return DataError(
+        f"the row is read as {meaning}, which {MODELS[renderer.kind]} cannot be given",
+        allowed=" | ".join(renderer.takes),
+        do="choose another format (data.format) or name the columns (data.columns); for such rows train another model",
+    )
 
 
 def _one_of(value: str, allowed: Sequence[str], where: str) -> None:

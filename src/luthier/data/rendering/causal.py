@@ -1,0 +1,305 @@
+"""The one way from a row to the tokens of a causal decoder: ids, roles, spans and loss weights in one pass.
+
+Idea: what is trained follows from renderings (`turns.py`) and from token ids that are compared, never from marker
+strings. A trained turn is everything that the model has to say after what inference shows it, up to and including the
+one token that ends the turn; what the template writes after that token is context. The ids of each prompt are a prefix
+of the ids of its row, because that is what inference will feed. What cannot be made so is refused with its address.
+
+The class of a text stands at its last token, and that of a word at the word's last: these have seen all of it.
+
+Use it through `render`; `prompt_ids` is what generation feeds; `stop_ids` is where generation has to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+
+from luthier.core.errors import DataError, TemplateError
+from luthier.data.conversation import WORDS, Content, Conversation, Labelled, Message, Row, Tagged, Text
+from luthier.data.forest import Ints
+from luthier.data.rendering.classified import ClassRenderer
+from luthier.data.rendering.document import document
+from luthier.data.rendering.marked import plain, plain_words
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rendering.renderer import OverLength, Staged, TrainOn, refused
+from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
+from luthier.data.rendering.template import Template, Wanted
+from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
+from luthier.data.tokenizer import Tokenizer
+
+_ENCODED = 64
+"""Texts of one row whose tokens are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """The tokens [start, stop) of a trained turn, its stop token last."""
+
+    start: int
+    stop: int
+    weight: float
+
+
+@final
+class CausalRenderer(ClassRenderer):
+    """Rows to tokens for a causal decoder: one tokenizer, one template."""
+
+    kind = "causal"
+    takes = (*WORDS, "labelled", "tagged")
+    at_last = True
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        train_on: TrainOn = "answers",
+        over_length: OverLength = "raise",
+        max_tokens: int | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer, template, train_on=train_on, over_length=over_length, max_tokens=max_tokens, classes=classes
+        )
+        self._encoded: dict[str, tuple[Ints, Ints]] = {}
+        self._ahead: dict[str, tuple[Ints, Ints]] = {}
+
+    def stage(self, row: Row) -> Staged:
+        """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        told: list[tuple[str, str]] = []
+        content = row.content
+        try:
+            if isinstance(content, Conversation):
+                return Staged(row, self._stage(content, lambda text, example="": told.append((text, example))), told)
+            return Staged(row, content, told)
+        except DataError as error:
+            return Staged(row, placed(error, row.where), told)
+
+    def encode_ahead(self, staged: Sequence[Staged]) -> None:
+        """Make the tokens of all texts that these rows are known to need, at once; kept until the next call."""
+        texts: dict[str, None] = {}
+        for one in staged:
+            if isinstance(one.ready, Text):
+                texts[one.ready.text] = None
+            elif isinstance(one.ready, Stage):
+                texts.update(dict.fromkeys(one.ready.known_texts()))
+        self._ahead = {}
+        self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
+        """What inference feeds to get the answer that follows `messages`."""
+        shown = show(Conversation(tuple(messages), tuple(tools)), self.template, _quiet)
+        wanted = Wanted([message.fields for message in shown], tools, add_generation_prompt=True)
+        return self._encode(self._write(wanted), _quiet)[0].copy()
+
+    # Conversations
+
+    def _stage(self, conversation: Conversation, notice: Notice) -> Stage:
+        if not conversation.messages:
+            raise DataError("the conversation has no message")
+        for message in conversation.messages:
+            if len(self.tokenizer.specials.split(message.content)) > 1:
+                notice("a message contains the text of a control token, which is read as that token")
+        shown = show(conversation, self.template, notice)
+        return Stage(shown, self._write, conversation.tools, self._turn_weights(shown))
+
+    def _write(self, wanted: Wanted) -> str:
+        """The one place where the template is asked, but for what was asked of it ahead."""
+        if self._now is not None and isinstance(self._now.ready, Stage):
+            known = self._now.ready.prompt_like(wanted)
+            if known is not None:
+                return known
+        ask = wanted.add_generation_prompt
+        return self.template.render(wanted.messages, tools=wanted.tools, add_generation_prompt=ask)
+
+    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+        self._encoded.clear()
+        if isinstance(ready, Stage):
+            return self._talk(row, ready)
+        if isinstance(ready, Text):
+            return self._document(row, ready)
+        if isinstance(ready, Labelled):
+            return self._labelled(row, ready, plain(self.tokenizer, ready.text, ready.pair))
+        if isinstance(ready, Tagged):
+            return self._tagged(row, ready, plain_words(self.tokenizer, ready.words))
+        raise refused(row, self)
+
+    def _talk(self, row: Row, stage: Stage) -> list[Rendered]:
+        views = lay_out(stage, self._notice)
+        if self.train_on == "all":
+            # Only the last view holds the whole conversation; earlier ones would train its words twice.
+            views = views[-1:]
+        made: list[Rendered] = []
+        for view in views:
+            for rendered, trained in self._tokens(row, view, stage.shown):
+                made.extend(self._fit(row, rendered, trained))
+        return made
+
+    def _turn_weights(self, shown: Sequence[Shown]) -> dict[int, float]:
+        """The trained turns and their weights; a weight in the row goes before `train_on`."""
+        answers = [index for index, message in enumerate(shown) if message.role == "assistant"]
+        weights: dict[int, float] = {}
+        for index in answers:
+            own = shown[index].weight
+            weight = (0.0 if self.train_on == "last" and index != answers[-1] else 1.0) if own is None else own
+            if weight > 0:
+                weights[index] = weight
+        return weights
+
+    def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[_Trained]]]:
+        notice = self._notice
+        tokens, spans = self._encode(view.text, notice)
+        starts: list[int] = []
+        for answer in view.answers:
+            prompt = self._encode(view.text[: answer.start], _quiet)[0]
+            if not np.array_equal(tokens[: len(prompt)], prompt):
+                break
+            starts.append(len(prompt))
+        if len(starts) < len(view.answers):
+            if len(view.answers) > 1:
+                # Each answer then follows exactly the ids that inference feeds, history included.
+                notice("a token would straddle the start of an answer: one view for each answer")
+                alone = [view.alone(answer) for answer in view.answers]
+                alone = alone[-1:] if self.train_on == "all" else alone
+                return [made for one in alone for made in self._tokens(row, one, shown)]
+            tokens, spans, starts = self._in_two(view)
+        trained = [
+            self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
+        ]
+        roles = role_of_each(spans, view, shown)
+        weights = np.zeros(len(tokens), np.float32)
+        if self.train_on == "all":
+            weights = message_weights(spans, view, shown)
+        for turn in trained:
+            weights[turn.start : turn.stop] = turn.weight
+        if len(weights):
+            weights[0] = 0.0
+        if self.tokenizer.bos_id is not None and self.tokenizer.adds_bos:
+            weights[: lead(tokens, self.tokenizer.bos_id)] = 0.0
+        return [(Rendered(row.number, view.text, tokens, weights, roles, spans), trained)]
+
+    def _in_two(self, view: View) -> tuple[Ints, Ints, list[int]]:
+        """Prompt and answer encoded apart, where a token of the whole text would straddle the boundary."""
+        answer = view.answers[0]
+        prompt, prompt_spans = self._encode(view.text[: answer.start], _quiet)
+        rest = self.tokenizer.encode_after(prompt, view.text[answer.start :])
+        if rest is None:
+            raise TemplateError(
+                f"the answer of message {answer.message + 1} has no encoding that continues its prompt",
+                do="choose another template with data.template",
+            )
+        self._notice("prompt and answer were encoded apart: a token would straddle the start of the answer")
+        tokens = np.concatenate([prompt, rest[0]])
+        return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [len(prompt)]
+
+    def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> _Trained:
+        """The token range of an answer up to its stop token; refused when there is no such token."""
+        ids, stops = self.tokenizer, self.tokenizer.stop_ids
+        begins = spans[start:, 0]
+        behind = begins >= answer.stop
+        end = start + (int(behind.argmax()) if behind.any() else len(behind))
+        tail = (start + np.flatnonzero(begins[: end - start] >= answer.ending)).tolist()
+        known = [index for index in tail if int(tokens[index]) in stops]
+        special = [index for index in tail if int(tokens[index]) in stops or int(tokens[index]) in ids.specials.ends]
+        if not special:
+            # An answer that ends in nothing teaches a model that never stops.
+            text = ids.decode(tokens[tail])
+            raise TemplateError(
+                f"the answer of message {answer.message + 1} ends in "
+                + (f"{text!r}, which is no single control token of this tokenizer" if text else "nothing"),
+                allowed="an answer that ends in the end-of-text token or another control token",
+                do="choose another template with data.template (such as instruction), or add the token as a special "
+                "token to the tokenizer",
+            )
+        # Tool calls may close with control tokens of their own before the turn ends.
+        at = (known[0] if known else special[-1]) if answer.calls else special[0]
+        stop = int(tokens[at])
+        within = tokens[start:at].tolist()
+        if stop in within or not stops.isdisjoint(within):
+            early = next(token for token in within if token == stop or token in stops)
+            raise DataError(
+                f"the answer of message {answer.message + 1} contains {ids.token_text(early)!r}, "
+                "at which generation stops",
+                do="take that text out of the answer, or choose a template with another end of turn",
+            )
+        if stop not in stops:
+            self._found_stops.add(stop)
+            self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
+        return _Trained(start, at + 1, answer.weight)
+
+    # Length
+
+    def _fit(self, row: Row, view: Rendered, trained: Sequence[_Trained]) -> list[Rendered]:
+        """`view` if it is not too long, and otherwise what `over_length` makes of it."""
+        fate = self._fate(row, len(view.tokens), "the conversation")
+        if fate == "cut" and trained and self.max_tokens is not None:
+            return self._cut(view, trained, self.max_tokens)
+        if fate == "cut":
+            self.counts.dropped += 1
+        return [view] if fate == "fits" else []
+
+    def _cut(self, view: Rendered, trained: Sequence[_Trained], limit: int) -> list[Rendered]:
+        """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
+        bos = self.tokenizer.bos_id
+        head = lead(view.tokens, bos) if bos is not None and self.tokenizer.adds_bos else 0
+        stop = trained[-1].stop
+        start = max(stop - (limit - head), head)
+        while head < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
+            start += 1  # not in the middle of a character
+        # Without BOS one token of context must stay: the first token of an answer needs something that predicts it.
+        first = start if head else start + 1
+        if trained[-1].start < first:
+            self.counts.answers_too_long += 1
+            return []
+        weights = view.weights.copy()
+        for turn in trained[:-1]:
+            if turn.start < first:
+                weights[turn.start : turn.stop] = 0.0
+                self._notice("an earlier answer was cut away by truncation")
+        keep = np.concatenate([np.arange(head), np.arange(start, stop)])
+        weights = weights[keep]
+        weights[: max(head, 1)] = 0.0
+        self.counts.truncated += 1
+        return [Rendered(view.row, view.text, view.tokens[keep], weights, view.roles[keep], view.spans[keep])]
+
+    # Tokens
+
+    def _document(self, row: Row, content: Text) -> list[Rendered]:
+        # Nobody asks for a text again, and it may be long.
+        encoded = self._ahead.pop(content.text, None) or self._covered([content.text])[0]
+        return document(row.number, content.text, encoded, self.tokenizer, self.max_tokens, notice=self._notice)
+
+    def _covered(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
+        """The tokens of each text, with spans that cover it."""
+        encoded = self.tokenizer.encode_many(texts)
+        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, encoded, strict=True)]
+
+    def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
+        """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""
+        known = self._ahead.get(text) or self._encoded.get(text)
+        if known is None:
+            # The prompt of a row is asked for again when the row is checked.
+            if len(self._encoded) >= _ENCODED:
+                self._encoded.clear()
+            known = self._encoded[text] = self._covered([text])[0]
+        tokens, spans = known
+        bos = self.tokenizer.bos_id
+        if bos is None or not self.tokenizer.adds_bos:
+            return tokens, spans
+        written = lead(tokens, bos)
+        if written > 1:
+            notice("the template writes BOS more than once at the start; one is kept")
+            return tokens[written - 1 :], spans[written - 1 :]
+        if written == 0 and not text.lstrip().startswith(self.bos_text):
+            notice("the template writes no BOS; it is added")
+            tokens = np.concatenate([np.array([bos], np.int32), tokens])
+            spans = np.concatenate([np.zeros((1, 2), np.int32), spans])
+        return tokens, spans
+
+
+def _quiet(text: str, example: str = "") -> None:
+    """Prompts are encoded again to compare ids; what is noticed in them was counted with the whole text."""
