@@ -98,7 +98,16 @@ def saved_adapter(folder: Path, sites: Sites) -> Adapter:
     Raises CorruptError when the config describes far more parameters than the tensor file holds: making them would take
     memory. A tensor or two that are missing are for `fill` to name.
     """
-    adapter = adapter_of(read_config(folder))
+    config = read_config(folder)
+    named = [str(name) for name in config.get("modules_to_save") or ()]
+    known = [site.name.rpartition(".")[2] for site in sites.role("apart")]
+    if unknown := sorted(set(named) - set(known)):
+        raise RecipeError(
+            f"{folder} trains {', '.join(unknown)} as a whole beside the adapter",
+            allowed=f"the head of a task: {', '.join(known)}" if known else "adapters without modules_to_save",
+        )
+    # Whoever attaches it trains the head with it; the method itself has nothing to do with that.
+    adapter = adapter_of({**config, "modules_to_save": None})
     described, held = adapter.parameter_count(sites), sum(tensor_sizes(folder).values())
     if described > 2 * held + SPARE_PARAMETERS:
         raise CorruptError(

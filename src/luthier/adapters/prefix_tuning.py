@@ -49,24 +49,22 @@ class PrefixTuning(Adapter):
     def parameter_count(self, sites: Sites) -> int:
         width, m = sites.key_value_heads * sites.head_size, self.projection_size
         if self.projection:
-            return self.prefix_tokens * width + m * (width + 1) + 2 * sites.layers * width * (m + 1)
-        return 2 * sites.layers * self.prefix_tokens * width
+            return self.prefix_tokens * width + m * (width + 1) + 2 * sites.root_layers * width * (m + 1)
+        return 2 * sites.root_layers * self.prefix_tokens * width
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         return {
             "num_virtual_tokens": self.prefix_tokens,
-            "num_layers": sites.layers,
+            "num_layers": sites.root_layers,
             "num_attention_heads": sites.key_value_heads,
             "token_dim": sites.key_value_heads * sites.head_size,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": 2 if sites.two_stacks else 1,
             "encoder_hidden_size": sites.key_value_heads * sites.head_size,
             "prefix_projection": False,
         }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
-        if int(config.get("num_transformer_submodules") or 1) != 1:
-            raise RecipeError("the prefix is for an encoder and a decoder", allowed="decoder-only models")
         # PEFT folds the projection away when it saves, so the file holds the final prefix either way.
         return cls(prefix_tokens=int(config["num_virtual_tokens"]))
 
@@ -119,4 +117,4 @@ class ProjectedPrefix(LearnedKeysValues):
 
 
 def _shape(method: PrefixTuning, sites: Sites) -> tuple[int, int, int, int, int]:
-    return method.prefix_tokens, sites.layers, 2, sites.key_value_heads, sites.head_size
+    return method.prefix_tokens, sites.root_layers, 2, sites.key_value_heads, sites.head_size

@@ -51,8 +51,9 @@ def evaluate(
         print_json(found)
         return
     typer.echo(f"rows {found['rows']}, trained tokens {found['trained_tokens']}")
-    typer.echo(f"base  loss {found['base']['loss']:.4f}  perplexity {found['base']['perplexity']:.3f}")
-    typer.echo(f"tuned loss {found['tuned']['loss']:.4f}  perplexity {found['tuned']['perplexity']:.3f}")
+    for who in ("base", "tuned"):
+        rest = "  ".join(f"{name} {value:.3f}" for name, value in found[who].items() if name != "loss")
+        typer.echo(f"{who:5} loss {found[who]['loss']:.4f}  {rest}")
 
 
 def _print_proof(proved: Mapping[str, Any]) -> None:

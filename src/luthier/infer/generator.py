@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Ints
+from luthier.model.edits import LearnedKeysValues
 from luthier.model.encoder_decoder import read_texts
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
@@ -124,6 +125,9 @@ class Generator:
         start = int(model.module.config.decoder_start_token_id)
         tokens = torch.full((len(rows), 1), start, dtype=torch.long, device=model.device)
         cache: Cache | None = None
+        learned, _ = self._cache(len(rows)) if isinstance(model.active_root, LearnedKeysValues) else (None, 0)
+        if learned is not None:
+            cache = EncoderDecoderCache(learned, DynamicCache())
         while True:
             result = model.module(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -149,7 +153,7 @@ class Generator:
         cache, root = DynamicCache(), self.model.seen_root()
         if root is None:
             return cache, 0
-        for layer in range(self.model.sites.layers):
+        for layer in range(self.model.sites.root_layers):
             keys, values = root.keys_values(layer, self.model.dtype)
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         return cache, root.token_count

@@ -20,6 +20,7 @@ from luthier.core.errors import CorruptError, DriftError, RecipeError, UnsafeArt
 from luthier.model.attachment import PEFT_PREFIX, Attachment
 from luthier.model.json_files import read_object, write_object
 from luthier.model.language_model import LanguageModel
+from luthier.model.tasks import CAUSAL, PEFT_TYPES, Task
 from luthier.model.tensor_files import load_tensors, tensor_shapes
 
 CONFIG = "adapter_config.json"
@@ -34,6 +35,7 @@ def save_adapter(
     peft_type: str,
     config: Mapping[str, Any],
     base: str,
+    task: Task = CAUSAL,
     extras: Mapping[str, Any],
 ) -> None:
     """Write the adapter into `folder`: float32 tensors, keys sorted, so that equal adapters are equal files."""
@@ -44,14 +46,21 @@ def save_adapter(
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     whole = {
         "peft_type": peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": PEFT_TYPES[task.name],
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
         **config,
     }
+    whole |= beside(attachment)
     write_object(folder / CONFIG, whole)
     save_extras(folder, extras)
+
+
+def beside(attachment: Attachment) -> dict[str, Any]:
+    """What `adapter_config.json` says of a new head that is trained beside the adapter; nothing where there is none."""
+    parts = [part.rpartition(".")[2] for part in attachment.new_parts]
+    return {"modules_to_save": parts} if parts else {}
 
 
 def save_extras(folder: Path, extras: Mapping[str, Any]) -> None:

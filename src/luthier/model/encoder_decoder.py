@@ -3,6 +3,8 @@
 Idea: a tree's root is a segment that sees both ways; each child is what the decoder is given, its start token first,
 and it predicts its own next tokens. So several answers to one text share the encoder's work. Two flat passes, attention
 by segment in both; where the zoo's attention cannot be driven, texts are padded and the encoder still reads each once.
+A learned prompt stands before each text, in the encoder; learned keys and values are seen by each answer, in the
+decoder. That is how PEFT has them too.
 Source: Raffel et al., arXiv 1910.10683, section 2.1 (T5).
 """
 
@@ -89,7 +91,7 @@ def run_flat(
     states, spans = _read(module, halves.read, halves.read_spans, root)
     decoder = module.get_decoder()  # type: ignore[no-untyped-call]
     memory = Memory(tuple(spans[index] for index in halves.reads), _readers(decoder))
-    plan = ForestPlan(spans=halves.said_spans, memory=memory)
+    plan = ForestPlan(spans=halves.said_spans, memory=memory, root=seen_keys_values(module, root))
     with by_segment(decoder):
         said = decoder(
             input_ids=long(halves.said, module)[None],
@@ -136,8 +138,7 @@ def _read(
             Span(span.start + index * count, span.stop + (index + 1) * count, (), both_ways=True)
             for index, span in enumerate(spans)
         )
-    keys_values = None if isinstance(root, LearnedPrompt) else seen_keys_values(module, root)
-    plan = ForestPlan(spans=spans, root=keys_values)
+    plan = ForestPlan(spans=spans)
     with by_segment(encoder):
         states = encoder(**given, attention_mask=_untouched(module), forest_plan=plan).last_hidden_state[0]
     return states, spans

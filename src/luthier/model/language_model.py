@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import final
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
@@ -76,7 +76,7 @@ class LanguageModel:
             self.notices.append(f"forest executor: {self.executor.kind} ({self.executor.reason})")
 
     @property
-    def config(self) -> object:
+    def config(self) -> PreTrainedConfig:
         return self.module.config
 
     @property

@@ -27,12 +27,13 @@ from luthier.core.errors import MissingError, RecipeError
 from luthier.core.nearest import nearest
 from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
+from luthier.data.rendering.renderer import Kind
 from luthier.kernels.chosen import wanted_kernels
 from luthier.model import attention
 from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
-from luthier.model.tasks import CAUSAL, Kind, Task, kind_of
+from luthier.model.tasks import CAUSAL, Task, kind_of
 from luthier.model.weights import fresh_module, module_with, read_weights, take_generation_settings, weight_files
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -98,21 +99,25 @@ def load_model(
     )
 
 
+def config_of(source: str) -> PreTrainedConfig:
+    """The config of a model, through the gate, without loading its weights."""
+    return _config(ModelFiles.of(resolve_source(source))).config
+
+
 def kind_of_source(source: str) -> Kind:
     """How a model reads, by its config alone."""
-    return kind_of(_config(ModelFiles.of(resolve_source(source))).config)
+    return kind_of(config_of(source))
 
 
 def start_token(source: str) -> int | None:
     """The token that a decoder's answers start with, by the config of an encoder-decoder."""
-    found = getattr(_config(ModelFiles.of(resolve_source(source))).config, "decoder_start_token_id", None)
+    found = getattr(config_of(source), "decoder_start_token_id", None)
     return int(found) if isinstance(found, int) else None
 
 
 def context_tokens(source: str) -> int | None:
     """The longest sequence that the config of a model allows for, without loading its weights."""
-    config = _config(ModelFiles.of(resolve_source(source))).config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 

@@ -80,7 +80,8 @@ class Sites:
     """All sites of a model, in module order, with what an adapter may need to know of the whole.
 
     `layers` are those of all stacks together. `heads`, `key_value_heads` and `head_size` are 0 in a model without
-    attention. `stop_ids` are the tokens at which
+    attention. `root_layers` are those whose attention sees learned keys and values: all, or a decoder's where there are
+    `two_stacks`, an encoder and a decoder. `stop_ids` are the tokens at which
     the model's own config says that a text ends.
     """
 
@@ -90,6 +91,8 @@ class Sites:
     heads: int
     key_value_heads: int
     head_size: int
+    root_layers: int = 0
+    two_stacks: bool = False
     stop_ids: tuple[int, ...] = ()
 
     @property
@@ -172,13 +175,19 @@ def find_sites(model: nn.Module, *, apart: tuple[str, ...] = ()) -> Sites:
         and not name.startswith(within)
     ]
     heads = int(getattr(config, "num_attention_heads", None) or 0)
+    own_size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    two_stacks = bool(getattr(config, "is_encoder_decoder", False))
+    layers = len([site for site in sites if "block" in site.roles]) or int(config.num_hidden_layers)
+    decoders = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
     return Sites(
         all=tuple(_with_feeds(model, sites)),
-        layers=len([site for site in sites if "block" in site.roles]) or int(config.num_hidden_layers),
+        layers=layers,
         hidden=int(config.hidden_size),
         heads=heads,
         key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0,
+        head_size=int(own_size or config.hidden_size // heads) if heads else 0,
+        root_layers=int(decoders or config.num_hidden_layers) if two_stacks else layers,
+        two_stacks=two_stacks,
         stop_ids=_stop_ids(config),
     )
 

@@ -71,7 +71,7 @@ def run_task(
     hidden = predicting_states(
         module, layout, root=root, blocks=executor.blocks, by_mask=executor.by_mask, entry=executor.entry
     )
-    if isinstance(head, FeatureHead) and task.classifies:
+    if isinstance(head, FeatureHead) and isinstance(head.plain, Head) and task.classifies:
         features = head.features(hidden)
         logits = torch.nn.functional.linear(features, head.plain.weight, head.plain.bias)
         return _of_logits(forest, logits, labels, module, classifies=True)
@@ -158,9 +158,10 @@ def task_head_of(module: PreTrainedModel, task: Task, backend: Backend) -> AnyHe
         head = task_head(module, task)
     except RecipeError:
         return None
-    return replace(head, backend=backend) if isinstance(head, Head) else replace(
-        head, plain=replace(head.plain, backend=backend)
-    )
+    if isinstance(head, FeatureHead):
+        plain = head.plain
+        return replace(head, plain=replace(plain, backend=backend)) if isinstance(plain, Head) else head
+    return replace(head, backend=backend)
 
 
 def _entries(module: PreTrainedModel) -> list[Entry]:

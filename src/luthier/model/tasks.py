@@ -29,11 +29,9 @@ from transformers import (
 )
 
 from luthier.core.errors import RecipeError
+from luthier.data.rendering.renderer import Kind
 
 TaskName = Literal["causal_lm", "masked_lm", "sequence_classes", "token_classes", "seq2seq_lm"]
-Kind = Literal["causal", "encoder", "seq2seq"]
-"""How a model reads: from left to right, both ways, or both ways and then an answer from left to right."""
-
 _ZOO: Final[Mapping[TaskName, Any]] = MappingProxyType({
     "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
     "masked_lm": MODEL_FOR_MASKED_LM_MAPPING,

@@ -132,6 +132,9 @@ def row_sites(sites: Sites, targets: Sequence[str]) -> list[Site]:
     chosen: set[str] = set()
     for target in targets:
         found = [site.name for site in places if _means(target, site)]
+        if target == HEAD and EMBED in targets and not sites.role(HEAD):
+            # What classifies has no rows of tokens at its end.
+            continue
         if not found:
             raise RecipeError(
                 f"no rows of tokens at {target!r}",

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
 from luthier.model.edits import EditedModule
-from luthier.model.head import head_of
+from luthier.model.head import EditedHead, edited_head, head_of
 from luthier.model.tasks import Task
 
 
@@ -33,12 +33,12 @@ class FeatureHead:
 
     module: PreTrainedModel
     last: str
-    plain: Head
+    plain: Head | EditedHead
 
     def features(self, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N e"]:
         """What the last linear layer is given for each of these final states of the body."""
         if len(hidden) == 0:
-            return hidden.new_zeros(0, self.plain.weight.shape[1]) + hidden.sum()
+            return hidden
         return zoo_logits(_with(self.module, self.last, nn.Identity()), hidden)
 
 
@@ -47,6 +47,8 @@ def task_head(module: PreTrainedModel, task: Task) -> FeatureHead | Head:
     if task.name in ("causal_lm", "seq2seq_lm"):
         return head_of(module)
     last = last_linear(module, task)
+    if not task.classifies:
+        return FeatureHead(module, last, edited_head(module) or head_of(module))
     linear = module.get_submodule(last)
     linear = linear.base if isinstance(linear, EditedModule) else linear
     if not isinstance(linear, nn.Linear):

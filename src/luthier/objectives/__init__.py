@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from luthier.core.knobs import Method
+from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -31,6 +32,11 @@ class Objective(Method):
 
     separable: ClassVar[bool] = True
     """Whether the loss of a tree is the sum of the losses of its branches, so that a large tree may run in parts."""
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...] | None:
+        """What rows have to be for it, such as texts with a label; None where whatever the model reads will do."""
+        return None
 
     def task(self, classes: tuple[str, ...]) -> Task:
         """What the model is loaded for; `classes` are those of the data. Raises DataError where they do not do."""

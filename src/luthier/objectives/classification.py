@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.core.errors import DataError
+from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -30,6 +31,10 @@ class Classification(Objective):
 
     level: Literal["text", "word"] = Field("text", description="what has a class: a text (or a pair), or each word")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target that is spread over all classes")
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...] | None:
+        return ("labelled",) if self.level == "text" else ("tagged",)
 
     def task(self, classes: tuple[str, ...]) -> Task:
         if len(classes) < 2:

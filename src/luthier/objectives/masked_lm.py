@@ -1,7 +1,7 @@
 """Masked language modelling: an encoder fills in tokens that were hidden from it.
 
 Idea: of each text some tokens are chosen; most of these are replaced by the mask token, some by a random one, the rest
-stay, so that the model can never tell which of the tokens it sees are true. It predicts all chosen ones from both sides.
+stay, so that the model cannot tell which of the tokens it sees are true. It predicts all chosen ones from both sides.
 Which are chosen is drawn anew in every epoch, and is the same for the same row and epoch.
 Equation: L = -sum_{t chosen} log p(x_t | x~) / number chosen, x~ the text with the chosen tokens replaced.
 Source: Devlin et al., arXiv 1810.04805, section 3.1 and A.1; drawn anew: Liu et al., arXiv 1907.11692, section 4.1.
@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from luthier.core.errors import RecipeError
+from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -41,6 +42,10 @@ class MaskedLM(Objective):
         if self.masked + self.random > 1:
             raise RecipeError(f"masked and random are {self.masked} and {self.random}", allowed="1 together at most")
         return self
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...] | None:
+        return ("text",)
 
     def task(self, classes: tuple[str, ...]) -> Task:
         return Task("masked_lm")

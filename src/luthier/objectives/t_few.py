@@ -23,6 +23,7 @@ from torch import Tensor
 
 from luthier.core.errors import DataError
 from luthier.data.answers import Answer, text_and_answers
+from luthier.data.conversation import Meaning
 from luthier.data.forest import Floats, Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -41,6 +42,10 @@ class TFew(Objective):
 
     unlikelihood: float = Field(1.0, ge=0, description="factor of the loss that makes wrong answers unlikely")
     length_normalised: float = Field(1.0, ge=0, description="factor of the loss by which answers compete")
+
+    @property
+    def meanings(self) -> tuple[Meaning, ...] | None:
+        return ("choices",)
 
     def task(self, classes: tuple[str, ...]) -> Task:
         return Task("seq2seq_lm")
@@ -89,7 +94,9 @@ def _weights(answer: Answer, share: float, wrong: int) -> Floats:
 
 def _owners(forest: Forest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each predicted token its answer, and for each answer its row's place and whether it is the right one."""
-    answers, rows, right = [], [], []
+    answers: list[int] = []
+    rows: list[int] = []
+    right: list[bool] = []
     for place, tree in enumerate(forest.trees):
         for index, segment in enumerate(tree.segments[1:]):
             answers += [len(rows)] * int(np.count_nonzero(segment.weighted))

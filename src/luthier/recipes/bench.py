@@ -22,6 +22,7 @@ from luthier.recipes.control_tokens import control_tokens, require_rows, with_to
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
+from luthier.recipes.purpose import bound, read_for
 from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.source import DataSource
@@ -51,6 +52,9 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
     bound_caches()
     found = located(recipe, folder)
     tokenizer = Tokenizer.load(resolve_source(found.model))
+    # From here on the recipe names tokens by id: whoever reads an objective's or an adapter's knobs has no tokenizer.
+    objective = bound(found.objective, found.model, tokenizer)
+    recipe = recipe.model_copy(update={"objective": objective})
     data = prepare(
         found.data.train,
         tokenizer,
@@ -60,12 +64,12 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         seed=recipe.seed,
         context_tokens=context_tokens(found.model),
     )
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    task = objective.task(data.classes)
+    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
     quantize(model, recipe.quantizer)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model
     require_rows(model, tokenizer, data.store)
-    # From here on the recipe names tokens by id: whoever reads an adapter's knobs has no tokenizer.
     recipe = recipe.model_copy(update={"adapter": with_token_ids(recipe.adapter, tokenizer, data.store.stop_ids)})
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
@@ -102,7 +106,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
 def reading_of(recipe: FinetuneRecipe) -> Reading:
     """How the recipe wants its rows to become tokens."""
     data = recipe.data
-    return Reading(
+    reading = Reading(
         format=data.format,
         columns=data.columns,
         template=data.template,
@@ -112,3 +116,4 @@ def reading_of(recipe: FinetuneRecipe) -> Reading:
         on_bad_row=data.on_bad_row,
         now=data.date,
     )
+    return read_for(reading, recipe.objective, recipe.model)

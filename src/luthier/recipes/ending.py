@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.events import Event, Recorder, plain
-from luthier.recipes import accounts, verify
+from luthier.recipes import accounts, purpose, quantized, verify
 from luthier.recipes.bench import Bench
 from luthier.recipes.claims import claims_of
 from luthier.recipes.control_tokens import save_stops
-from luthier.recipes.quantized import KEY
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
 from luthier.store.runs import RunDirectory
@@ -69,7 +68,8 @@ def _save(
         "template": recipe.data.template,
         "precision": str(model.dtype).removeprefix("torch."),
         "base_seed": recipe.seed,
-        KEY: recipe.quantizer.as_recipe(),
+        quantized.KEY: recipe.quantizer.as_recipe(),
+        purpose.KEY: purpose.as_kept(model.task),
     }
     claims = claims_of(bench, run, state, eval_loss=loss, start_digest=start_digest, made_with=keeper.facts)
 

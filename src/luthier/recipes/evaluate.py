@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named, require_room
 from luthier.recipes.places import located, started_in
+from luthier.recipes.purpose import bound
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
@@ -30,55 +32,91 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file."""
     recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
     opened = open_named(str(run.folder))
-    prepared, trees = held_out_of(recipe, data=data)
+    prepared, trees = held_out_of(recipe, data=data, classes=opened.model.task.classes or None)
     if not trees:
         raise RecipeError(f"{run.folder} has no held-out rows", do="name a file: --data FILE")
     require_room(prepared.store.lengths, opened.model)
-    tuned = mean_loss(opened.model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+    objective, size = recipe.objective, recipe.batch.micro_tokens
+    tuned = measured(opened.model, objective, trees, micro_tokens=size)
     if (run.folder / MODEL).is_dir():
-        base_model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
-        base = mean_loss(base_model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+        base_model = load_model(
+            recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=opened.model.task
+        )
+        base = measured(base_model, objective, trees, micro_tokens=size)
     else:
         with opened.model.without_attachments():
-            base = mean_loss(opened.model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+            base = measured(opened.model, objective, trees, micro_tokens=size)
     return {
         "run": str(run.folder),
         "data": str(data) if data is not None else "held out",
         "rows": len({tree.row for tree in trees}),
-        "trained_tokens": tuned[1],
-        "base": {"loss": base[0], "perplexity": math.exp(min(base[0], 700.0))},
-        "tuned": {"loss": tuned[0], "perplexity": math.exp(min(tuned[0], 700.0))},
+        "trained_tokens": tuned.tokens,
+        "base": base.as_dict(),
+        "tuned": tuned.as_dict(),
     }
 
 
-def held_out_of(recipe: FinetuneRecipe, *, data: Path | None = None) -> tuple[Prepared, list[Tree]]:
-    """The data of a recipe whose paths lead from here, and its held-out trees; or another file and all its trees."""
+@dataclass(frozen=True)
+class Measured:
+    """The loss over some trees, the number of tokens that carried it, and an objective's own metrics."""
+
+    loss: float
+    tokens: int
+    metrics: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, float]:
+        """As plain values; instead of a perplexity, which says nothing of classes, their metrics."""
+        return {"loss": self.loss, **(self.metrics or {"perplexity": math.exp(min(self.loss, 700.0))})}
+
+
+def held_out_of(
+    recipe: FinetuneRecipe, *, data: Path | None = None, classes: tuple[str, ...] | None = None
+) -> tuple[Prepared, list[Tree]]:
+    """The data of a recipe whose paths lead from here, and its held-out trees; or another file and all its trees.
+
+    `classes` are those of a trained model; without them they are those of the data.
+    """
+    tokenizer = Tokenizer.load(resolve_source(recipe.model))
+    objective = bound(recipe.objective, recipe.model, tokenizer)
     prepared = prepare(
         recipe.data.train if data is None else data,
-        Tokenizer.load(resolve_source(recipe.model)),
-        reading_of(recipe),
+        tokenizer,
+        replace(reading_of(recipe), classes=classes),
         evaluation=recipe.data.evaluation if data is None else None,
         fraction=recipe.evaluation.fraction if data is None else 0.0,
         seed=recipe.seed,
         context_tokens=context_tokens(recipe.model),
     )
     if data is None:
-        return prepared, held_out_trees(recipe, prepared)
+        return prepared, held_out_trees(recipe.model_copy(update={"objective": objective}), prepared)
     views = [prepared.train[index] for index in range(len(prepared.train))]
-    return prepared, [tree for view in views for tree in recipe.objective.trees(view)]
+    return prepared, [tree for view in views for tree in objective.trees(view)]
 
 
-@torch.no_grad()
 def mean_loss(
     model: LanguageModel, objective: Objective, trees: Sequence[Tree], *, micro_tokens: int = 4096
 ) -> tuple[float, int]:
     """The loss over all trees, divided once by their weight, and the number of tokens that carried it."""
+    found = measured(model, objective, trees, micro_tokens=micro_tokens)
+    return found.loss, found.tokens
+
+
+@torch.no_grad()
+def measured(
+    model: LanguageModel, objective: Objective, trees: Sequence[Tree], *, micro_tokens: int = 4096
+) -> Measured:
+    """The loss and the metrics over all trees, each divided once by its weight."""
     model.train(False)
     total = weight = 0.0
     tokens = 0
+    sums: dict[str, tuple[float, float]] = {}
     for forest in pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=micro_tokens):
         report = objective.loss(model.token_outputs(forest), forest)
         total += float(report.sum)
         weight += report.weight
         tokens += forest.trained_count
-    return (total / weight if weight else math.nan), tokens
+        for name, (one, of) in report.metrics.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + one, before[1] + of)
+    metrics = {name: one / of for name, (one, of) in sums.items() if of}
+    return Measured(total / weight if weight else math.nan, tokens, metrics)

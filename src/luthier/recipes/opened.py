@@ -5,16 +5,19 @@ Every later verb takes just the run. What the run trained on decides how prompts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, RecipeError
-from luthier.data.conversation import Message
-from luthier.data.forest import Ints
+from luthier.data.conversation import Content, Message, Row
+from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
@@ -23,11 +26,29 @@ from luthier.model.adapter_files import check_base, fill, read_config, read_extr
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
+from luthier.objectives.classification import Classification
 from luthier.recipes.places import model_from, started_in, template_from
+from luthier.recipes.purpose import kept_task, read_as
 from luthier.recipes.quantized import kept_quantizer, quantize
 from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
+
+AT_ONCE = 4096
+"""Tokens that are classified at once."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The probability of each class, `names` in order, for a text or for each of its words."""
+
+    names: tuple[str, ...]
+    scores: tuple[Float[np.ndarray, " C"], ...]
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """The likeliest class of the text, or of each word."""
+        return tuple(self.names[int(each.argmax())] for each in self.scores)
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,31 @@ class Opened:
         messages = [Message("system", system)] * bool(system) + [Message("user", text)]
         return self.renderer.prompt_ids(messages)
 
+    def classify(self, texts: Sequence[Content]) -> list[Classes]:
+        """The classes of texts, of pairs, or of the words of texts. What class a content says it has does not matter.
+
+        Raises RecipeError for a model that was not trained to classify.
+        """
+        task = self.model.task
+        if not task.classifies:
+            raise RecipeError(
+                f"{self.model.source} was not loaded to classify",
+                allowed="a run with objective classification",
+                do="ask it with: luthier generate",
+            )
+        objective = Classification(level="text" if task.name == "sequence_classes" else "word")
+        views = [self.renderer.render(Row(index, f"text {index + 1}", text)) for index, text in enumerate(texts)]
+        trees = [tree for parts in views for view in parts for tree in objective.trees(view)]
+        require_room(np.array([tree.token_count for tree in trees]), self.model)
+        found: list[list[Float[np.ndarray, " C"]]] = [[] for _ in texts]
+        for forest in pack(trees, max_tokens=AT_ONCE):
+            with torch.no_grad():
+                outputs = self.model.token_outputs(forest)
+            if outputs.classes is not None:
+                for row, scores in zip(outputs.rows.tolist(), outputs.classes.exp().cpu().numpy(), strict=True):
+                    found[row].append(scores)
+        return [Classes(task.classes, tuple(each)) for each in found]
+
     def text(self, tokens: Ints) -> str:
         """What was said, without control tokens."""
         silent = self.tokenizer.special_ids | set(self.stop_ids)
@@ -70,7 +116,10 @@ def open_named(
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
         return _open_run(RunDirectory.open(Path(name)), precision, device)
     extras = read_extras(Path(adapter or name))
-    model = load_model(name, precision=kept_precision(extras, precision), device=device)
+    config = {} if adapter is None else read_config(Path(adapter))
+    task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
+    seed = int(extras.get("base_seed", 0))
+    model = load_model(name, precision=kept_precision(extras, precision), device=device, seed=seed, task=task)
     if adapter is None:
         return _opened(model, resolve_source(name), {})
     quantize(model, kept_quantizer(extras))
@@ -133,11 +182,13 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     extras = read_extras(folder)
     place = started_in(run)
     if folder.name == MODEL:
-        whole = load_model(str(folder), precision=kept_precision(extras, precision), device=device)
+        kept = kept_precision(extras, precision)
+        whole = load_model(str(folder), precision=kept, device=device, task=kept_task(extras))
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
-    model = load_model(base, precision=kept, device=device, seed=int(extras.get("base_seed", 0)))
+    seed, task = int(extras.get("base_seed", 0)), kept_task(extras)
+    model = load_model(base, precision=kept, device=device, seed=seed, task=task)
     quantize(model, kept_quantizer(extras))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
@@ -153,6 +204,7 @@ def _opened(
 ) -> Opened:
     tokenizer = Tokenizer.load(source)
     reading = Reading(template=template_from(str(extras.get("template", "auto")), folder))
+    reading = read_as(reading, model)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=model.context_tokens)
     recorded = extras.get("stop_ids")
     learned = [int(token) for token in recorded] if isinstance(recorded, list) else []

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from luthier.adapters import Adapter, saved_adapter
+from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, DriftError, GateError, NumericError
 from luthier.core.knobs import validate
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.adapter_files import CONFIG, EXTRAS, fill, read_config, read_extras
+from luthier.model.adapter_files import CONFIG, EXTRAS, beside, fill, read_config, read_extras
 from luthier.model.generation_files import GENERATION, read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model, resolve_source
@@ -35,6 +35,7 @@ from luthier.recipes.control_tokens import with_token_ids
 from luthier.recipes.evaluate import held_out_of, mean_loss
 from luthier.recipes.opened import result_of
 from luthier.recipes.places import located, started_in
+from luthier.recipes.purpose import bound, kept_task
 from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
@@ -59,7 +60,8 @@ def prove(run: RunDirectory) -> dict[str, Any]:
     tokenizer = Tokenizer.load(resolve_source(recipe.model))
     _check_tokenizer(folder, tokenizer, facts)
     named = with_token_ids(recipe.adapter, tokenizer, facts["stop_ids"])
-    recipe = recipe.model_copy(update={"adapter": named})
+    objective = bound(recipe.objective, recipe.model, tokenizer)
+    recipe = recipe.model_copy(update={"adapter": named, "objective": objective})
     notices: list[str] = []
     with _as_recorded(facts):
         opened = _whole_model if folder.name == MODEL else _adapted_base
@@ -152,7 +154,7 @@ def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]
     model.detach()
     if (saved := _saved_tensors(folder)) != expected:
         raise _other_tensors(folder, expected, saved)
-    _check_config(folder, recipe.adapter, model, str(facts["base"]))
+    _check_config(folder, {**recipe.adapter.peft_config(model.sites), **beside(start)}, recipe, str(facts["base"]))
     attachment = model.attach(saved_adapter(folder, model.sites).attach(model.sites))
     if (found := _shapes(attachment.named_tensors())) != expected:
         raise _other_tensors(folder, expected, found)
@@ -162,12 +164,11 @@ def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]
     return model, len(found)
 
 
-def _check_config(folder: Path, adapter: Adapter, model: LanguageModel, base: str) -> None:
-    """The adapter's configuration says what the recipe says."""
+def _check_config(folder: Path, own: Mapping[str, Any], recipe: FinetuneRecipe, base: str) -> None:
+    """The adapter's configuration says what the recipe says: `own` is the method's part of it."""
     said = read_config(folder)
-    named = {"peft_type": adapter.peft_type, "base_model_name_or_path": base}
-    wanted = {**named, **adapter.peft_config(model.sites)}
-    for key, value in json.loads(json.dumps(wanted)).items():
+    named = {"peft_type": recipe.adapter.peft_type, "base_model_name_or_path": base}
+    for key, value in json.loads(json.dumps({**named, **own})).items():
         if key not in said or said[key] != value:
             raise CorruptError(f"{folder / CONFIG} says {key} = {said.get(key)!r}", allowed=f"{value!r}, by the recipe")
 
@@ -190,7 +191,8 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
     if lost or any(wanted.get(name) != shape for name, shape in saved.items()):
         known = {name: shape for name, shape in wanted.items() if name in saved or name in lost}
         raise _other_tensors(folder, known, saved)
-    model = load_model(str(folder), precision=_precision(facts), device=_device(recipe, facts))
+    task = kept_task(read_extras(folder))
+    model = load_model(str(folder), precision=_precision(facts), device=_device(recipe, facts), task=task)
     if (found := _shapes(model.module.state_dict())) != expected:
         raise _other_tensors(folder, expected, found)
     if _digests(model) == before:
@@ -200,7 +202,8 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
 
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:
     """The base of the run, with the very weights it was trained on."""
-    model = load_model(recipe.model, precision=_precision(facts), device=_device(recipe, facts), seed=recipe.seed)
+    precision, task = _precision(facts), kept_task(read_extras(folder))
+    model = load_model(recipe.model, precision=precision, device=_device(recipe, facts), seed=recipe.seed, task=task)
     for said in (facts["base_digest"], read_extras(folder).get("base_digest", model.digest)):
         if said != model.digest:
             raise DriftError(

@@ -7,6 +7,7 @@ from typing import final
 
 import numpy as np
 
+from luthier.data.answers import text_and_answers
 from luthier.data.forest import Ints
 from luthier.data.prepare import Prepared
 from luthier.data.rendering.rendered import Rendered
@@ -39,7 +40,8 @@ class Samples:
         self.speaker = speaker
         self.tokenizer = tokenizer
         views = [data.held_out[index] for index in range(len(data.held_out))] or [data.train[0]]
-        self.questions = [question(view, max_new_tokens) for view in views[:count]]
+        answers = model.task.name == "seq2seq_lm"
+        self.questions = [asked(view) if answers else question(view, max_new_tokens) for view in views[:count]]
         self.sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=tuple(sorted(data.store.stop_ids)))
 
     def ask(self, step: int) -> None:
@@ -55,6 +57,13 @@ class Samples:
     def _text(self, tokens: Ints) -> str:
         special = self.tokenizer.special_ids | self.tokenizer.stop_ids
         return self.tokenizer.decode([int(token) for token in tokens if int(token) not in special])
+
+
+def asked(view: Rendered) -> tuple[Ints, Ints]:
+    """What an encoder-decoder reads of a view, and the right answer to it."""
+    read, answers = text_and_answers(view)
+    right = next((answer for answer in answers if answer.right), answers[0])
+    return read.tokens, right.tokens[1:]
 
 
 def question(view: Rendered, max_new_tokens: int) -> tuple[Ints, Ints]:

@@ -97,6 +97,7 @@ def save_result(
                 peft_type=str(adapter.peft_type),
                 config=adapter.peft_config(model.sites),
                 base=model.source,
+                task=model.task,
                 extras={"base_digest": model.digest, **extras},
             )
         if beside is not None:

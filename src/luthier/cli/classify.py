@@ -1,0 +1,90 @@
+"""`luthier classify`: the class of texts, or of each word, as a tuned model sees it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli.options import Json, require_no_lost_run
+from luthier.cli.show import print_json
+from luthier.core.errors import RecipeError
+from luthier.core.imports import uncollected
+
+if TYPE_CHECKING:
+    from luthier.data.conversation import Content
+    from luthier.recipes.opened import Classes
+
+
+def classify(
+    name: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a model folder with classes.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts to classify; - reads one from each line of stdin.")
+    ] = None,
+    pair: Annotated[
+        str, typer.Option(metavar="TEXT", help="Second text of a pair, where the model compares two.")
+    ] = "",
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell the class of texts, and how probable it is; for a model of words, that of each word.
+
+    \b
+    Examples:
+      luthier classify runs/2026-11-28-topics "The ship left the harbour at dawn."
+      luthier classify runs/2026-11-28-topics - < lines.txt
+    """
+    with uncollected():
+        from luthier.recipes.opened import open_named
+
+    asked = [line for text in texts or [] for line in (_lines() if text == "-" else [text])]
+    if not asked:
+        raise RecipeError("no text was given", do='add "your text", or - to read lines from stdin')
+    require_no_lost_run(name)
+    opened = open_named(name, adapter=adapter)
+    words = opened.model.task.name == "token_classes"
+    found = opened.classify(_contents(asked, pair, words=words, classes=opened.model.task.classes))
+    if json:
+        print_json({"texts": [_plain(text, each, words=words) for text, each in zip(asked, found, strict=True)]})
+        return
+    for text, each in zip(asked, found, strict=True):
+        _print(text, each, words=words)
+
+
+def _lines() -> list[str]:
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+def _contents(texts: Sequence[str], pair: str, *, words: bool, classes: Sequence[str]) -> list[Content]:
+    from luthier.data.conversation import Labelled, Tagged
+
+    if not classes:
+        # Said by the model that is asked, which knows what it was made for.
+        return []
+    if words:
+        return [Tagged(tuple(text.split()), (classes[0],) * len(text.split())) for text in texts]
+    return [Labelled(text, classes[0], pair) for text in texts]
+
+
+def _plain(text: str, found: Classes, *, words: bool) -> dict[str, object]:
+    scores = [dict(zip(found.names, map(float, each), strict=True)) for each in found.scores]
+    if not words:
+        return {"text": text, "class": found.best[0], "probabilities": scores[0]}
+    return {
+        "text": text,
+        "words": [
+            {"word": word, "class": name, "probabilities": each}
+            for word, name, each in zip(text.split(), found.best, scores, strict=True)
+        ],
+    }
+
+
+def _print(text: str, found: Classes, *, words: bool) -> None:
+    if not words:
+        typer.echo(f"{found.best[0]}  {found.scores[0].max():.3f}  {text}")
+        return
+    typer.echo("  ".join(f"{word}/{name}" for word, name in zip(text.split(), found.best, strict=True)))
