@@ -6,6 +6,7 @@ The references know nothing of the engine: they call the zoo's whole model on on
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Segment, Tree
+from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.tasks import AUTO, Task, with_classes
+from luthier.model.tasks import AUTO, CAUSAL, Task, with_classes
+from luthier.objectives import Objective, Vocabulary
 from tests import forests
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY
 
@@ -96,9 +100,11 @@ def zoo(architecture: str, task: Task, *, seed: int = 0, dtype: torch.dtype = to
     return module.to(dtype).eval()
 
 
-def language_model(architecture: str, task: Task, *, seed: int = 0, fused: bool = True) -> LanguageModel:
+def language_model(
+    architecture: str, task: Task, *, seed: int = 0, fused: bool = True, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """The tiny model as luthier has it: frozen, probed."""
-    module = zoo(architecture, task, seed=seed)
+    module = zoo(architecture, task, seed=seed, dtype=dtype)
     return LanguageModel(
         module, source=f"tiny/{architecture}", digest=state_digest(module), kernels="auto" if fused else "torch",
         task=task,
@@ -163,3 +169,47 @@ def brute_log_probs(module: PreTrainedModel, made: list[Tree]) -> Tensor:
 def weights_of(made: list[Tree]) -> Tensor:
     """The weights of all labels, in the order of the forest."""
     return torch.from_numpy(Forest(tuple(made)).layout.weights)
+
+
+# ------------------------------------------------------------------------------------------------- rendered rows
+
+
+def fitting(name: str) -> Objective:
+    """An objective of the catalog with its defaults, and the vocabulary of the tiny models."""
+    return choose("objectives", Objective, name).with_vocabulary(Vocabulary(VOCABULARY, mask_id=2))
+
+
+def model_for(
+    objective: Objective, *, architecture: str = "llama", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A tiny model of the task that an objective is for: `architecture`, where that is to go on with texts."""
+    task = objective.task(CLASSES)
+    if task == CAUSAL:
+        return forests.language_model(architecture, dtype=dtype)
+    return language_model("t5" if task == ANSWERS else "bert", task, dtype=dtype)
+
+
+def views_for(objective: Objective, count: int = 5, *, seed: int = 4) -> list[Rendered]:
+    """Random rendered rows as an objective wants them."""
+    task = objective.task(CLASSES)
+    plain = forests.views(count, seed=seed)
+    if task == CAUSAL:
+        return plain
+    rng = np.random.default_rng(seed)
+    return [_view(each, task, rng) for each in plain]
+
+
+def _view(plain: Rendered, task: Task, rng: np.random.Generator) -> Rendered:
+    size = len(plain.tokens)
+    if task == ANSWERS:
+        parts = [("template", [0]), ("assistant", plain.tokens), ("template", [0]), ("wrong", plain.tokens[::-1])]
+        tokens = np.concatenate([plain.tokens, *(np.array(part, np.int32) for _, part in parts)]).astype(np.int32)
+        roles = ["user"] * size + [role for role, part in parts for _ in part]
+        weights = np.array([role in ("assistant", "wrong") for role in roles], np.float32)
+        return forests.view(plain.row, tokens, weights=weights, roles=[TOKEN_ROLES.index(role) for role in roles])
+    labels, weights = np.full(size, -1, np.int32), np.ones(size, np.float32)
+    if task.classifies:
+        labels[0], weights = rng.integers(len(CLASSES)), np.zeros(size, np.float32)
+        weights[0] = 1
+    made = forests.view(plain.row, plain.tokens, weights=weights, role="text")
+    return replace(made, labels=labels if task.classifies else None, types=np.zeros(size, np.uint8))

@@ -24,7 +24,8 @@ from luthier.adapters import Adapter
 from luthier.core.chosen import choose
 from luthier.core.events import Event
 from luthier.data.forest import Tree
-from luthier.objectives import Objective
+from luthier.model.tasks import CAUSAL
+from luthier.objectives import Objective, Vocabulary
 from luthier.optimizers import Optimizer
 from luthier.schedules import Schedule
 from luthier.train.loop import Cadence, Loop
@@ -32,7 +33,8 @@ from luthier.train.signals import StopRequest
 from luthier.train.source import Cursor, DataSource, Source
 from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
-from tests import forests
+from tests import forests, task_models
+from tests.tiny import VOCABULARY
 
 STEPS = 7
 ROWS_A_STEP = 2
@@ -100,20 +102,22 @@ class Life:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        model = forests.language_model(setup.architecture, dtype=setup.dtype)
+        objective = with_dropout("objectives", Objective, setup.objective)
+        objective = objective.with_vocabulary(Vocabulary(VOCABULARY, mask_id=2))
+        model = task_models.model_for(objective, architecture=setup.architecture, dtype=setup.dtype)
         # The weights an adapter begins with are the run's, not the life's: a resumed life draws others.
         attachment = model.attach(with_dropout("adapters", Adapter, setup.adapter).attach(model.sites))
         model.recompute(setup.recomputed)
-        objective = with_dropout("objectives", Objective, setup.objective)
         optimizer = choose("optimizers", Optimizer, _with(setup.optimizer, "learning_rate", RATE))
         self.stepper = Stepper(model, attachment, objective, optimizer, micro_tokens=20)
         self.schedule = choose("schedules", Schedule, setup.schedule)
         self.trace = Trace()
-        lengths = forests.lengths(VIEWS)
+        views = VIEWS if model.task == CAUSAL else task_models.views_for(objective, len(VIEWS), seed=2)
+        lengths = forests.lengths(views)
         self.source = NotedSource(
-            DataSource(VIEWS, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP), self.trace.rows
+            DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP), self.trace.rows
         )
-        self.held_out = [tree for view in VIEWS[:2] for tree in objective.trees(view)]
+        self.held_out = [tree for view in views[:2] for tree in objective.trees(view)]
         self.row_excess: dict[int, float] = {}
         self.snapshots = dict(snapshots or {})
         self.state = LoopState(total_steps=STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +10,33 @@ import pytest
 import torch
 
 from luthier.core import catalog
-from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Tree
+from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective
-from tests import forests
+from tests import task_models
 from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("objectives"))
 
 
 def trees_of(method: Objective, count: int = 5) -> list[Tree]:
-    """The trees of a few rendered rows with weights of 0, 0.5 and 1."""
+    """The trees of a few rendered rows, with weights of 0, 0.5 and 1 where an objective does not set them itself."""
     rng = np.random.default_rng(3)
     made = []
-    for view in forests.views(count, seed=4):
-        weights = rng.choice([0.0, 0.5, 1.0], len(view.tokens)).astype(np.float32)
-        weights[-1] = 1.0
-        made.extend(method.trees(forests.view(view.row, view.tokens, weights=weights)))
+    for view in task_models.views_for(method, count):
+        if method.task(task_models.CLASSES) == CAUSAL:
+            weights = rng.choice([0.0, 0.5, 1.0], len(view.tokens)).astype(np.float32)
+            weights[-1] = 1.0
+            view = replace(view, weights=weights)
+        made.extend(method.trees(view))
     return made
 
 
 @each
 def test_the_loss_is_a_sum_so_that_micro_batches_add_up(name: str) -> None:
     """Breaks when an objective takes a mean over what happens to share a forest."""
-    method, model = choose("objectives", Objective, name), forests.language_model("llama")
+    method = task_models.fitting(name)
+    model = task_models.model_for(method)
     trees = trees_of(method)
     whole = method.loss(model.token_outputs(Forest(tuple(trees))), Forest(tuple(trees)))
     parts = [method.loss(model.token_outputs(Forest((tree,))), Forest((tree,))) for tree in trees]
@@ -46,7 +50,8 @@ def test_the_loss_is_a_sum_so_that_micro_batches_add_up(name: str) -> None:
 @each
 def test_the_weight_is_known_before_the_first_pass(name: str) -> None:
     """Breaks when the divisor of a step is found out on the way, where devices would have to agree on it."""
-    method, model = choose("objectives", Objective, name), forests.language_model("llama")
+    method = task_models.fitting(name)
+    model = task_models.model_for(method)
     forest = Forest(tuple(trees_of(method)))
     assert method.loss(model.token_outputs(forest), forest).weight == forest.weight
 
@@ -54,7 +59,7 @@ def test_the_weight_is_known_before_the_first_pass(name: str) -> None:
 @each
 def test_trees_keep_the_row_they_came_from(name: str) -> None:
     """Breaks when the loss of a row is booked on another."""
-    method = choose("objectives", Objective, name)
+    method = task_models.fitting(name)
     assert {tree.row for tree in trees_of(method)} == set(range(5))
 
 
@@ -63,3 +68,15 @@ def test_trees_keep_the_row_they_came_from(name: str) -> None:
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Breaks when an objective remembers what it has seen, or has trained parts that are not saved."""
     assert_resumes(Setup(objective=name, dtype=dtype), tmp_path)
+
+
+@each
+def test_the_same_row_gives_the_same_trees_in_the_same_epoch(name: str) -> None:
+    """Breaks when trees are drawn from a generator that a resumed run, or a second process, has elsewhere."""
+    method = task_models.fitting(name)
+    for view in task_models.views_for(method):
+        for epoch in (0, 3):
+            one, two = (method.trees(view, epoch=epoch) for _ in range(2))
+            for left, right in zip(one, two, strict=True):
+                for first, second in zip(left.segments, right.segments, strict=True):
+                    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.weights, second.weights)

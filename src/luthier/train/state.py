@@ -194,12 +194,24 @@ def _loop(saved: Mapping[str, Any]) -> LoopState:
     expected = {field.name: str(field.type) for field in fields(LoopState)}
     if differing := expected.keys() ^ saved.keys():
         raise ValueError(f"other numbers of the loop: {', '.join(sorted(differing))[:200]}")
-    loop = {key: _number(value) for key, value in saved.items()}
-    for key, value in loop.items():
+    metrics = {key for key, kind in expected.items() if kind.startswith("dict")}
+    loop: dict[str, Any] = {
+        key: _metrics(key, value) if key in metrics else _number(value) for key, value in saved.items()
+    }
+    for key in loop.keys() - metrics:
+        value = loop[key]
         kinds = (int, float) if "float" in expected[key] else (int,)
         if not (type(value) in kinds or (value is None and "None" in expected[key])):
             raise ValueError(f"{key} is {str(value)[:50]!r}")
     return LoopState(**loop)
+
+
+def _metrics(key: str, value: Any) -> dict[str, float]:
+    """An objective's own numbers of an evaluation."""
+    found = {str(name): _number(each) for name, each in value.items()}
+    if not all(type(each) in (int, float) for each in found.values()):
+        raise ValueError(f"{key} is {str(value)[:50]!r}")
+    return found
 
 
 def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
