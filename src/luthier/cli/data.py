@@ -52,8 +52,7 @@ def show(
     \b
     Examples:
       luthier data show rows.jsonl --model seedling
-      luthier data show rows.jsonl --model Qwen/Qwen2.5-0.5B --rows 1 --json
-      luthier data show reviews.jsonl --model google-bert/bert-base-uncased --for encoder
+      luthier data show reviews.jsonl --model google-bert/bert-base-uncased --for encoder --rows 1 --json
     """
     from luthier.recipes.inspect_data import reading, show_rows
 
