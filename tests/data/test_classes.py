@@ -203,3 +203,15 @@ def test_an_encoder_splits_one_long_text_by_windows(tmp_path: Path) -> None:
     made = prepare(path, bert(), Reading(kind="encoder", max_tokens=16), fraction=0.25, cache=tmp_path / "cache")
     assert len(made.held_out) == 2 and len(made.train) == 7
     assert made.report.answers.trained == 0
+
+
+def test_rows_that_contradict_each_other_are_noticed(tmp_path: Path) -> None:
+    path = labelled(tmp_path / "a.jsonl", [*PAIRS, ("a film", "bad"), ("A FILM", "fair"), ("a dog", "good")])
+    made = prepare(path, bert(), ENCODER, cache=tmp_path / "cache")
+    told = [notice for notice in made.notices if "another class" in notice]
+    assert told == [
+        f"2 rows say what another one says and have another class (first: {path}:6:1 = {path}:1:1); "
+        "no model can learn both"
+    ]
+    sound = prepare(labelled(tmp_path / "b.jsonl", PAIRS), bert(), ENCODER, cache=tmp_path / "cache")
+    assert sound.notices == ()

@@ -9,6 +9,7 @@ import pytest
 from luthier.core.errors import DataError, RecipeError
 from luthier.recipes.inspect_data import check_file, measure, reading, show_rows
 from tests.cli.commands import chat, luthier, write_rows
+from tests.data.kinds import BERT_FOLDER
 
 PLAIN = reading(None, "auto", "answers", None, "raise", None)
 
@@ -73,3 +74,60 @@ def test_the_histogram_holds_every_row(rows: Path, llama: Path) -> None:
     found = measure(str(rows), str(llama), PLAIN)
     assert sum(found.histogram.counts) == found.counts["rows"] == 40
     assert found.histogram.token_count == found.counts["tokens"] and found.files[0]["format"] == "messages"
+
+
+REVIEWS = [{"text": "A film", "label": "good"}, {"text": "The End", "label": "bad"}, {"text": "a dog", "label": "good"}]
+ENCODER = reading(None, "auto", "answers", None, "raise", None, "encoder")
+
+
+def test_classes_are_shown_beside_their_tokens_and_counted(tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "rows.jsonl", REVIEWS)
+    shown = show_rows(str(own), str(BERT_FOLDER), ENCODER, rows=2)
+    assert [token.get("class") for token in shown["rows"][0]["tokens"]] == ["good", None, None, None]
+    assert shown["rows"][1]["tokens"][0]["class"] == "bad"
+    found = check_file(str(own), str(BERT_FOLDER), ENCODER)
+    assert (found.problem_count, found.classes) == (0, {"bad": 1, "good": 2})
+    command = ("data", "show", own, "--model", BERT_FOLDER, "--for", "encoder", "--rows", 1)
+    assert "class: [CLS] = good" in luthier(*command).must(0).out
+    told = luthier("data", "check", own, "--model", BERT_FOLDER, "--for", "encoder").must(0).out
+    assert "classes: bad 1, good 2" in told and "clean" in told
+
+
+def test_classes_that_cannot_be_learned_are_problems(tmp_path: Path) -> None:
+    own = write_rows(tmp_path / "rows.jsonl", [REVIEWS[0], REVIEWS[2]])
+    held = write_rows(tmp_path / "held.jsonl", [REVIEWS[1], {"text": "x", "label": "odd"}])
+    found = check_file(str(own), str(BERT_FOLDER), ENCODER, evaluation=str(held))
+    assert found.problem_count == 2
+    assert "every training row has the class 'good'" in found.problems[0]
+    assert f"{held}:1:1: 2 held-out rows have classes that no training row has, first 'bad'" in found.problems[1]
+
+
+def test_a_format_that_is_named_says_what_rows_mean(tmp_path: Path, llama: Path) -> None:
+    own = write_rows(tmp_path / "rows.jsonl", REVIEWS)
+    for how in (
+        reading("labelled", "auto", "answers", None, "raise", None),
+        reading(None, "auto", "answers", None, "raise", ["text=text", "label=label"]),
+    ):
+        found = check_file(str(own), str(llama), how)
+        assert (found.problem_count, found.classes) == (0, {"bad": 1, "good": 2})
+    assert check_file(str(own), str(llama), PLAIN).classes == {}
+    text = reading("text", "auto", "answers", None, "raise", None, "encoder")
+    assert check_file(str(own), str(BERT_FOLDER), text).classes == {}
+    with pytest.raises(RecipeError, match="a causal decoder is to be given choices rows"):
+        check_file(str(own), str(llama), reading("choices", "auto", "answers", None, "raise", None))
+    with pytest.raises(RecipeError, match="--for is 'decoder'"):
+        reading(None, "auto", "answers", None, "raise", None, "decoder")
+    with pytest.raises(RecipeError, match="without start_id"):
+        check_file(str(own), str(llama), reading(None, "auto", "answers", None, "raise", None, "seq2seq"))
+
+
+def test_the_start_of_a_decoder_is_read_from_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_bytes((BERT_FOLDER / name).read_bytes())
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 7}', encoding="utf-8")
+    own = write_rows(tmp_path / "rows.jsonl", REVIEWS)
+    how = reading(None, "auto", "answers", None, "raise", None, "seq2seq")
+    shown = show_rows(str(own), str(folder), how, rows=1)
+    assert [token["id"] for token in shown["rows"][0]["tokens"]][4] == 7

@@ -27,6 +27,7 @@ OverLength = Annotated[str, typer.Option("--over-length", metavar="WHAT", help="
 Columns = Annotated[
     list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="Such as prompt=mr and answer=ref.")
 ]
+For = Annotated[str, typer.Option("--for", metavar="KIND", help="Kind of model: causal, encoder or seq2seq.")]
 Evaluation = Annotated[
     str | None, typer.Option("--evaluation", metavar="FILE", help="Held-out data: checked too, and compared.")
 ]
@@ -43,6 +44,7 @@ def show(
     max_tokens: MaxTokens = None,
     over_length: OverLength = "raise",
     column: Columns = None,
+    kind: For = "causal",
     json: Json = False,
 ) -> None:
     """Print the exact tokens of the first rows, trained ones and context in different colours.
@@ -50,11 +52,11 @@ def show(
     \b
     Examples:
       luthier data show rows.jsonl --model seedling
-      luthier data show rows.jsonl --model Qwen/Qwen2.5-0.5B --rows 1 --json
+      luthier data show reviews.jsonl --model google-bert/bert-base-uncased --for encoder --rows 1 --json
     """
     from luthier.recipes.inspect_data import reading, show_rows
 
-    how = reading(format, template, train_on, max_tokens, over_length, column)
+    how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     shown = show_rows(file, model, how, rows=rows)
     print_json(shown) if json else print_rows(shown)
 
@@ -69,6 +71,7 @@ def check(
     max_tokens: MaxTokens = None,
     over_length: OverLength = "raise",
     column: Columns = None,
+    kind: For = "causal",
     evaluation: Evaluation = None,
     json: Json = False,
 ) -> None:
@@ -84,7 +87,7 @@ def check(
     """
     from luthier.recipes.inspect_data import check_file, reading
 
-    how = reading(format, template, train_on, max_tokens, over_length, column)
+    how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     found = check_file(file, model, how, evaluation=evaluation)
     print_json(found.as_dict()) if json else print_check(found.as_dict())
     found.demand()
@@ -100,6 +103,7 @@ def stats(
     max_tokens: MaxTokens = None,
     over_length: OverLength = "raise",
     column: Columns = None,
+    kind: For = "causal",
     json: Json = False,
 ) -> None:
     """Draw the length histogram of a file and count its tokens.
@@ -111,6 +115,6 @@ def stats(
     """
     from luthier.recipes.inspect_data import measure, reading
 
-    how = reading(format, template, train_on, max_tokens, over_length, column)
+    how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     found = measure(file, model, how)
     print_json(found.as_dict()) if json else print_histogram(found)

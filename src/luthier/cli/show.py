@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from luthier.recipes.inspect_data import Measured
 
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "blue", "tool": "yellow", "text": "white"}
+CLASS_STYLE = "bold yellow"
 TRAINED_STYLE = "black on green"
 WIDE = 10_000
 MARKS = {"fine": ("ok", "green"), "note": ("--", "yellow"), "missing": ("!!", "red")}
@@ -152,8 +153,12 @@ def print_rows(shown: Mapping[str, Any]) -> None:
         for token in row["tokens"]:
             style = TRAINED_STYLE if token["weight"] else f"dim {ROLE_STYLES.get(token['role'], 'white')}"
             text.append(token["text"], style=style)
+            if "class" in token:
+                text.append(f"[{token['class']}]", style=CLASS_STYLE)
         console.print(text, soft_wrap=True)
-        if plain_text:
+        if classes := [f"{token['text'].strip()} = {token['class']}" for token in row["tokens"] if "class" in token]:
+            console.print("class:" if len(classes) == 1 else "classes:", ", ".join(classes))
+        elif plain_text:
             # Without colours the trained text must still be told from the rest.
             console.print("trained:", "".join(token["text"] for token in row["tokens"] if token["weight"]))
 
@@ -177,6 +182,8 @@ def print_check(found: Mapping[str, Any]) -> None:
         f"{found['read']:,} read = {found['kept']:,} kept + {found['rejected']:,} rejected; {found['views']:,} views, "
         f"{counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained"
     )
+    if found["classes"]:
+        typer.echo("classes: " + ", ".join(f"{name} {count:,}" for name, count in found["classes"].items()))
     for warning in found["warnings"]:
         typer.echo(f"note: {warning}")
     for problem in found["problems"]:

@@ -164,11 +164,15 @@ def groups(records: NDArray[np.void]) -> NDArray[np.int64] | None:
             return label
 
 
-def warnings(records: NDArray[np.void], held: Mask, where: Where, *, chat: bool) -> list[str]:
-    """What to say of rows that are alike; `held` are the held-out ones, `chat` says that rows have answers."""
+def warnings(records: NDArray[np.void], held: Mask, where: Where, *, chat: bool, classes: bool = False) -> list[str]:
+    """What to say of rows that are alike.
+
+    `held` are the held-out ones, `chat` says that rows have answers, `classes` that they have classes.
+    """
     return [
         *_leaks(records, held, where),
         *_copies(records, ~held, where),
+        *(_contradictions(records, where) if classes else []),
         *(_common(records, ~held, where) if chat else []),
     ]
 
@@ -216,6 +220,19 @@ def _copies(records: NDArray[np.void], among: Mask, where: Where) -> list[str]:
         f"{count:,} of {len(places):,} training rows ({percent_text(count / len(places))}) repeat an earlier one, "
         f"{_how_alike(exact, count)} (first: {where(int(places[one]))} = {where(int(places[two]))}); "
         "each copy counts in the loss again"
+    ]
+
+
+def _contradictions(records: NDArray[np.void], where: Where) -> list[str]:
+    """Rows with the same tokens and another class."""
+    _, first, group = np.unique(records["tokens"], return_index=True, return_inverse=True)
+    odd = np.flatnonzero(records["answer"] != records["answer"][first[group]])
+    if not len(odd):
+        return []
+    one, two = where(int(odd[0])), where(int(first[group[odd[0]]]))
+    return [
+        f"{len(odd):,} {'row says' if len(odd) == 1 else 'rows say'} what another one says and "
+        f"{'has' if len(odd) == 1 else 'have'} another class (first: {one} = {two}); no model can learn both"
     ]
 
 

@@ -223,7 +223,7 @@ def prepare(
         raise DataError(
             f"none of the {report.read:,} rows is left to train on", do="look at the counts of: luthier data check"
         )
-    chat = bool(report.answers.trained)
+    chat, labelled = bool(report.answers.trained), store.labels is not None
     parts = _split(report, store, len(train_sources), fraction=fraction, seed=seed)
     if reading.classes is None and store.labels is not None:
         demand_classes(store, parts.held_views, report.where)
@@ -232,7 +232,7 @@ def prepare(
         *rendering_notices(report, renderer),
         *report.answers.warnings(),
         *parts.notices,
-        *findings.warnings(report.records, parts.held_rows, report.address, chat=chat),
+        *findings.warnings(report.records, parts.held_rows, report.address, chat=chat, classes=labelled),
     ]
     sides = Views(store, np.flatnonzero(~parts.held_views)), Views(store, np.flatnonzero(parts.held_views))
     return Prepared(report, renderer, store, *sides, tuple(notices))

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data import findings
+from luthier.data.class_counts import ClassCounts
+from luthier.data.formats import mapped, named
+from luthier.data.hub import ModelFiles
 from luthier.data.intake import FileReport, Intake, Refused
 from luthier.data.prepare import Reading, make_renderer, rendering_notices, sources_of
 from luthier.data.reading.rows import OpenSource, open_source
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.renderer import OverLength, Renderer, TrainOn
+from luthier.data.rendering.renderer import Kind, OverLength, Renderer, TrainOn
 from luthier.data.row_log import Problems, RowLog
 from luthier.data.statistics import LengthHistogram
 from luthier.data.tokenizer import Tokenizer
+from luthier.data.tokenizer_files import stop_ids
 from luthier.model.load import context_tokens, resolve_source
 
 MOST_PROBLEMS = 20
@@ -37,6 +41,8 @@ class Checked:
     problems: list[str]
     problem_count: int
     warnings: list[str]
+    classes: dict[str, int]
+    """How many rows, or words, there are of each class."""
 
     def as_dict(self) -> dict[str, Any]:
         """The findings as plain values."""
@@ -73,14 +79,19 @@ def reading(
     max_tokens: int | None,
     over_length: str,
     columns: Sequence[str] | None,
+    kind: str = "causal",
 ) -> Reading:
-    """The reading that command-line flags describe."""
+    """The reading that command-line flags describe. What a format or columns that are named mean is wanted."""
     pairs = [item.partition("=") for item in columns or ()]
     if wrong := [key for key, mark, value in pairs if not mark or not value]:
         raise RecipeError(f"--column {wrong[0]!r} is no pair", allowed="ROLE=COLUMN, such as prompt=question")
+    named_columns = {key: value for key, _, value in pairs} or None
+    given = named(format) if format is not None else mapped(named_columns) if named_columns else None
     return Reading(
         format=format,
-        columns={key: value for key, _, value in pairs} or None,
+        columns=named_columns,
+        kind=_one_of("--for", kind, get_args(Kind)),
+        wanted=None if given is None else (given.meaning,),
         template=template,
         train_on=_one_of("--train-on", train_on, get_args(TrainOn)),
         max_tokens=max_tokens,
@@ -116,17 +127,22 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
     intake = Intake([*sources, *held_files], renderer)
     log = RowLog(intake, renderer)
     problems = Problems(most=MOST_PROBLEMS)
+    classes = ClassCounts(renderer.classes)
     for item in log:
         if isinstance(item, Refused):
             problems.add(item)
+        else:
+            classes.see(item.views, item.row.where, held=item.file >= len(sources))
     report = log.report()
     held = report.records["file"] >= len(sources)
+    chat, labelled = bool(report.answers.trained), bool(classes.by_name())
     flat = [str(report.answers.flat())] if report.answers.all_empty else []
+    flat += map(str, classes.problems())
     warnings = [
         *notices,
         *rendering_notices(report, renderer),
         *report.answers.warnings(),
-        *findings.warnings(report.records, held, report.address, chat=bool(report.answers.trained)),
+        *findings.warnings(report.records, held, report.address, chat=chat, classes=labelled),
     ]
     return Checked(
         files=[_detected(opened) for opened in intake.files],
@@ -138,6 +154,7 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
         problems=[*problems.lines(), *flat],
         problem_count=problems.count + len(flat),
         warnings=warnings,
+        classes=classes.by_name(),
     )
 
 
@@ -159,12 +176,24 @@ def _detected(opened: OpenSource | FileReport) -> dict[str, str]:
 
 
 def _renderer(model: str, how: Reading) -> tuple[Renderer, tuple[str, ...]]:
-    tokenizer = Tokenizer.load(resolve_source(model))
-    return make_renderer(tokenizer, how, context_tokens=context_tokens(model))
+    source = resolve_source(model)
+    if how.kind == "seq2seq":
+        how = replace(how, start_id=_start_id(source))
+    return make_renderer(Tokenizer.load(source), how, context_tokens=context_tokens(model))
+
+
+def _start_id(source: str) -> int | None:
+    """The token that the decoder of an encoder-decoder starts with, as the model's files name it."""
+    files = ModelFiles.of(source)
+    for name in ("generation_config.json", "config.json"):
+        found = stop_ids(files.json(name), "decoder_start_token_id")
+        if found:
+            return found[0]
+    return None
 
 
 def _tokens(view: Rendered, renderer: Renderer) -> dict[str, Any]:
-    tokens = [
+    tokens: list[dict[str, Any]] = [
         {
             "id": int(token),
             "text": renderer.tokenizer.token_text(int(token)),
@@ -173,6 +202,9 @@ def _tokens(view: Rendered, renderer: Renderer) -> dict[str, Any]:
         }
         for token, role, weight in zip(view.tokens, view.roles, view.weights, strict=True)
     ]
+    if view.labels is not None:
+        for place in np.flatnonzero(view.labels >= 0).tolist():
+            tokens[place]["class"] = renderer.classes.names[int(view.labels[place])]
     return {"row": view.row, "tokens": tokens}
 
 
