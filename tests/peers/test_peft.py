@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from torch import Tensor
 from luthier.adapters import Adapter, adapter_of, saved_adapter
 from luthier.adapters.dora import DoRA
 from luthier.adapters.ia3 import IA3
-from luthier.adapters.lora import LoRA
+from luthier.adapters.lora import LoRA, Start
 from luthier.adapters.p_tuning import PTuning
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
+from luthier.core.errors import RecipeError
 from luthier.model.adapter_files import check_base, fill, read_config
 from luthier.train.result import save_result
 from tests import forests
@@ -29,6 +31,11 @@ OURS: dict[str, Adapter] = {
     "lora": LoRA(rank=4, alpha=8.0),
     "rslora": LoRA(rank=4, alpha=8.0, rslora=True, dropout=0.1, targets=("q", "down")),
     "patterns": LoRA(rank=4, alpha=8.0, rank_pattern={"v_proj": 2}, alpha_pattern={"up_proj": 3.0}),
+    "gaussian": LoRA(rank=4, alpha=8.0, init="gaussian"),
+    "orthogonal": LoRA(rank=4, alpha=8.0, init="orthogonal"),
+    "pissa": LoRA(rank=4, alpha=8.0, init="pissa"),
+    "pissa, rslora": LoRA(rank=4, alpha=8.0, rslora=True, init="pissa", targets=("q", "down")),
+    "olora": LoRA(rank=4, alpha=8.0, init="olora"),
     "ia3": IA3(),
     "dora": DoRA(rank=4, alpha=8.0),
     "prefix": PrefixTuning(prefix_tokens=4),
@@ -36,6 +43,8 @@ OURS: dict[str, Adapter] = {
     "prompt": PromptTuning(prompt_tokens=4),
     "p_tuning": PTuning(prompt_tokens=4, encoder_size=8),
 }
+CHANGED = ("pissa", "olora")
+"""How the names begin of what PEFT, unless it is asked to convert it, saves for a base that it has changed."""
 TOKENS = (90, 5, 44)
 EACH = [
     *((architecture, name) for architecture in ("llama", "qwen2", "gpt2", "mistral") for name in OURS
@@ -80,8 +89,11 @@ def config_of(architecture: str, name: str) -> object:
     """The same method as PEFT is asked for it."""
     conv = architecture == "gpt2"
     linear = ["c_attn", "c_proj", "c_fc"] if conv else "all-linear"
-    if name == "lora":
-        return peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, fan_in_fan_out=conv)
+    if name in ("lora", "gaussian", "orthogonal"):
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, fan_in_fan_out=conv,
+            init_lora_weights=True if name == "lora" else name,
+        )  # fmt: skip
     if name == "patterns":
         return peft.LoraConfig(
             task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=linear, rank_pattern={"v_proj": 2},
@@ -111,7 +123,7 @@ def config_of(architecture: str, name: str) -> object:
     return peft.PrefixTuningConfig(**virtual, **projected)
 
 
-@pytest.mark.parametrize(("architecture", "name"), EACH)
+@pytest.mark.parametrize(("architecture", "name"), [(a, name) for a, name in EACH if not name.startswith(CHANGED)])
 def test_theirs_load_here_with_equal_logits(architecture: str, name: str, tmp_path: Path) -> None:
     """Breaks when a file as PEFT writes it is refused, or computes something else here."""
     base = forests.zoo(architecture, ours=False)
@@ -123,6 +135,101 @@ def test_theirs_load_here_with_equal_logits(architecture: str, name: str, tmp_pa
     check_base(tmp_path, model)
     attachment = model.attach(adapter_of(read_config(tmp_path)).attach(model.sites))
     fill(attachment, tmp_path)
+    assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ starts of factors
+
+ALL_STARTS = ("gaussian", "orthogonal", "pissa", "olora")
+STARTS = pytest.mark.parametrize("init", ALL_STARTS)
+
+
+def started(architecture: str, init: str) -> Any:
+    """PEFT's model with that start."""
+    conv = architecture == "gpt2"
+    linear = ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"] if conv else "all-linear"
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=linear, fan_in_fan_out=conv, init_lora_weights=init
+    )
+    return peft.get_peft_model(forests.zoo(architecture, ours=False), config)
+
+
+# PEFT takes the QR of a Conv1D's weight as it lies, whose factors then do not fit the layer.
+@pytest.mark.parametrize(
+    ("architecture", "init"),
+    [*(("llama", init) for init in ALL_STARTS), *(("gpt2", init) for init in ALL_STARTS if init != "olora")],
+)
+def test_a_start_is_theirs(architecture: str, init: Start) -> None:
+    """Breaks when a factor is scaled, cut or transposed otherwise, or drawn from another distribution."""
+    sites = {site.name: site for site in forests.language_model(architecture).sites.linear()}
+    method = LoRA(rank=4, alpha=6.0, init=init)
+    modules = started(architecture, init).named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert {name.removeprefix("base_model.model.") for name in layers} == set(sites)
+    for name, layer in layers.items():
+        torch.manual_seed(5)
+        down, up = method.start(sites[name.removeprefix("base_model.model.")])
+        torch.manual_seed(5)
+        if init == "orthogonal":
+            layer.orthogonal_init("default")
+        elif init == "gaussian":
+            layer.reset_lora_parameters("default", init)
+        theirs = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        # The sign of a singular vector is anybody's.
+        torch.testing.assert_close(down.abs(), theirs[0].abs(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(up.abs(), theirs[1].abs(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(up @ down, theirs[1] @ theirs[0], rtol=1e-3, atol=1e-4)
+
+
+@STARTS
+def test_training_from_a_start_is_theirs(init: Start) -> None:
+    """Breaks when what is taken off is not what was there, which PEFT has taken off the weight."""
+    model = forests.language_model("llama")
+    theirs = started("llama", init)
+    method = LoRA(rank=4, alpha=6.0, init=init)
+    ours = model.attach(method.attach(model.sites))
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for key, parameter in ours.named_parameters().items():
+            name, _, factor = key.rpartition(".")
+            its = {"down": "lora_A", "up": "lora_B"}[factor]
+            value = trained[f"base_model.model.{name}.{its}.default.weight"]
+            # With the same signs of singular vectors, and the same draws.
+            parameter.copy_(value)
+            if (first := ours.named_constants().get(f"{name}.first_{factor}")) is not None:
+                first.copy_(value)
+    tree = forests.row_tree(IDS, np.ones(len(IDS), dtype=np.float32), row=0)
+    ids = torch.from_numpy(IDS.astype(np.int64))[None]
+    theirs.eval()
+    optimizers = [torch.optim.SGD(list(found.values()), lr=0.02) for found in (ours.named_parameters(), trained)]
+    before = forests.logits(model, IDS)
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        forests.engine_loss(model, [tree]).backward()
+        log_probs = torch.log_softmax(theirs(input_ids=ids).logits[0].float(), -1)
+        (-log_probs[:-1].gather(1, ids[0, 1:, None]).sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-4
+    assert forests.relative_error(forests.logits(model, IDS), before) > 1e-2
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_their_converted_files_load_here(init: Start, tmp_path: Path) -> None:
+    """Breaks when what PEFT makes of such an adapter, for the base as it is, is refused or means something else."""
+    theirs = started("llama", init)
+    theirs.save_pretrained(str(tmp_path / "start"))
+    forests.shake([p for n, p in theirs.named_parameters() if p.requires_grad], std=0.05)
+    expected = their_logits(theirs)
+    theirs.save_pretrained(str(tmp_path / "end"))
+    with pytest.raises(RecipeError, match="weights were changed"):
+        adapter_of(read_config(tmp_path / "end"))
+    converted = tmp_path / "converted"
+    theirs.save_pretrained(str(converted), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model = forests.language_model("llama")
+    attachment = model.attach(adapter_of(read_config(converted)).attach(model.sites))
+    fill(attachment, converted)
     assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
 
 

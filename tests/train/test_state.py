@@ -214,6 +214,24 @@ def test_parameters_alone_can_be_loaded(saved: Path) -> None:
     assert not run.stepper.optimizer.state and all(name.startswith("optimizer/") for name in left)
 
 
+@pytest.mark.parametrize("adapter", [{"method": "lora", "init": "pissa"}, {"method": "sparse", "choice": "random"}])
+def test_what_was_found_at_the_start_comes_back(adapter: Any, tmp_path: Path) -> None:
+    """Breaks when a resumed run takes what its own attaching has found, on another machine or with another seed."""
+    before = Run(adapter=adapter)
+    for tensor in before.stepper.constants.values():
+        tensor.add_(1) if tensor.is_floating_point() else tensor.copy_(tensor.flip(0))
+    take_snapshot(LoopState(step=0), before.stepper, {}).write(tmp_path)
+    after = Run(adapter=adapter, seed=5)
+    names = sorted(before.stepper.constants)
+    assert names and not any(torch.equal(before.stepper.constants[n], after.stepper.constants[n]) for n in names)
+    load_state(tmp_path, after.stepper)
+    assert all(torch.equal(before.stepper.constants[n], after.stepper.constants[n]) for n in names)
+    assert sorted(after.stepper.constants) == names
+    change_tensors(tmp_path, drop=f"constant/{names[0]}")
+    with pytest.raises(CorruptError, match="does not hold the tensors"):
+        load_state(tmp_path, after.stepper)
+
+
 def test_what_the_recipe_now_sets_otherwise_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:
     """Breaks when a changed knob of the optimizer, accepted as a drift, is silently without effect."""
     before = Run()

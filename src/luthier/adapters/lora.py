@@ -3,11 +3,15 @@
 Idea: the weight stays frozen; a product of two thin matrices is learned beside it and added to its output. After
 training it can be folded into the weight, so it costs nothing at inference.
 Equation: y = W x + b + s B A drop(x), A in R^{r x in}, B in R^{out x r}, s = alpha / r, or alpha / sqrt(r) with rslora.
+    With a start from the weight (pissa, olora): y = W x + b + s (B A - B_0 A_0) drop(x), computed and saved as the
+    low-rank term [B - B_0, B_0] [A; A - A_0] of rank 2 r, which is zero at the start to the bit.
 Source: Hu et al., arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732, theorem 3.2.
     Initialisation as in the reference implementation and PEFT (A uniform in +-1/sqrt(in), B zero), where the paper
-    says Gaussian A.
-Cost: r (in + out) trained parameters a site; 6 r (in + out) FLOPs a token and site in training. A trained token adds
-    its row, d, or 2 d with a head of its own (see trainable_tokens).
+    says Gaussian A; the others: see maths/low_rank.py. PiSSA's paper takes the start off the weight; here the weight
+    stays as it is, so the file fits the base that everybody has (PEFT: path_initial_model_for_weight_conversion).
+Cost: r (in + out) trained parameters a site; 6 r (in + out) FLOPs a token and site in training, twice that and twice
+    the file with a start from the weight. A trained token adds its row, d, or 2 d with a head of its own (see
+    trainable_tokens).
 Use when: in doubt. It matches full tuning on most single tasks at a hundredth of the memory.
 Not when: the task needs much new knowledge (continued pre-training on many tokens), or a fixed budget below 0.01 %.
 """
@@ -17,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self, final
+from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.kernels.products import LowRankTerm
+from luthier.maths import low_rank
 from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
@@ -35,6 +40,12 @@ from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sit
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Targets = str | Names
 Tokens = Annotated[tuple[int | str, ...], Field(strict=False)]
+Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+FROM_WEIGHT = ("pissa", "olora")
+"""Starts whose product is no zero: it is taken off again."""
+PEFT_STARTS: Mapping[object, Start] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
+PLAIN_STARTS = (None, True, False, "eva")
+"""What PEFT's `init_lora_weights` may be beside these in a file that is for the base as it is."""
 
 
 @final
@@ -58,6 +69,9 @@ class LoRA(Adapter):
     alpha_pattern: Annotated[Mapping[str, Annotated[float, Field(gt=0)]], Field(strict=False)] = Field(
         {}, description="another alpha for sites whose name ends so"
     )
+    init: Start = Field(
+        "kaiming", description="the factors' start: random, or the weight's principal (pissa) or first (olora) part"
+    )
     trainable_tokens: Tokens = Field(
         (), description="tokens, as texts or ids, whose rows are trained too: control tokens the base never learned"
     )
@@ -79,6 +93,27 @@ class LoRA(Adapter):
         rank = self.rank_of(site)
         alpha = next((alpha for ending, alpha in self.alpha_pattern.items() if _ends(site, ending)), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def start(self, site: Site) -> low_rank.Factors:
+        """The factors of a site before the first step, on its device."""
+        rank, inputs, outputs = self.rank_of(site), site.in_features, site.out_features
+        if self.init in FROM_WEIGHT and rank > min(inputs, outputs):
+            raise RecipeError(
+                f"adapter.init {self.init} takes {rank} directions of {site.name}, which has {min(inputs, outputs)}",
+                allowed=f"a rank of at most {min(inputs, outputs)} there",
+                do="lower adapter.rank, or give the site its own in adapter.rank_pattern",
+            )
+        if self.init == "orthogonal" and rank % 2:
+            raise RecipeError(
+                f"adapter.init orthogonal halves the rank, which is {rank} at {site.name}", allowed="even ranks"
+            )
+        if self.init == "pissa":
+            return low_rank.principal(site.weight(), rank, self.scale_of(site))
+        if self.init == "olora":
+            return low_rank.triangular(site.weight(), rank)
+        draws = {"kaiming": low_rank.kaiming, "gaussian": low_rank.gaussian, "orthogonal": low_rank.orthogonal}
+        down, up = draws[self.init](rank, inputs, outputs)
+        return down.to(site.device), up.to(site.device)
 
     def attach(self, sites: Sites) -> list[Edit]:
         chosen = sites.select(self.targets)
@@ -106,22 +141,25 @@ class LoRA(Adapter):
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         chosen = sites.select(self.targets)
+        # A start from the weight is saved with what is taken off: twice the rank, at the same scale.
+        times = 2 if self.init in FROM_WEIGHT else 1
+        alphas = math.sqrt(times) if self.rslora else times
         return {
-            "r": self.rank,
-            "lora_alpha": int(self.alpha) if self.alpha.is_integer() else self.alpha,
+            "r": times * self.rank,
+            "lora_alpha": _short(alphas * self.alpha),
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "use_dora": False,
             "bias": "none",
             "fan_in_fan_out": any(site.transposed for site in chosen),
-            "init_lora_weights": True,
+            "init_lora_weights": next((said for said, init in PEFT_STARTS.items() if init == self.init), True),
             "target_modules": sites.shortest_names(chosen),
             "exclude_modules": None,
             "modules_to_save": None,
             "layers_to_transform": None,
             "layers_pattern": None,
-            "rank_pattern": dict(self.rank_pattern),
-            "alpha_pattern": dict(self.alpha_pattern),
+            "rank_pattern": {ending: times * rank for ending, rank in self.rank_pattern.items()},
+            "alpha_pattern": {ending: alphas * alpha for ending, alpha in self.alpha_pattern.items()},
             "trainable_token_indices": self._token_indices(sites),
         }
 
@@ -142,6 +180,7 @@ class LoRA(Adapter):
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
             rank_pattern=_pattern(config, "rank_pattern", int),
             alpha_pattern=_pattern(config, "alpha_pattern", float),
+            init=PEFT_STARTS.get(config.get("init_lora_weights"), "kaiming"),
             trainable_tokens=tokens,
             trainable_token_targets=places,
         )
@@ -159,17 +198,26 @@ class LoRA(Adapter):
 
 @final
 class LowRank(SiteEdit):
-    """The two factors at one site, in float32."""
+    """The two factors at one site, in float32, and the start that is taken off again, if there is one."""
 
     def __init__(self, site: Site, lora: LoRA) -> None:
         super().__init__(site)
         self.scale = lora.scale_of(site)
         self.dropout = lora.dropout
-        bound = 1 / math.sqrt(site.in_features)
-        rank = lora.rank_of(site)
-        down = torch.empty(rank, site.in_features).uniform_(-bound, bound)
-        self.down = nn.Parameter(down.to(site.device))
-        self.up = nn.Parameter(torch.zeros(site.out_features, rank, device=site.device))
+        down, up = lora.start(site)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        # Kept in checkpoints: another machine's decomposition is another start.
+        self.register_buffer("first_down", down.clone() if lora.init in FROM_WEIGHT else None)
+        self.register_buffer("first_up", up.clone() if lora.init in FROM_WEIGHT else None)
+
+    @property
+    def factors(self) -> low_rank.Factors:
+        """A and B of the whole term, as it is computed and saved."""
+        first_down, first_up = self._buffers["first_down"], self._buffers["first_up"]
+        if first_down is None or first_up is None:
+            return self.down, self.up
+        # Differences, and not [B, -B_0] [A; A_0]: rounded to bfloat16 those would not cancel.
+        return torch.cat([self.down, self.down - first_down]), torch.cat([self.up - first_up, first_up], dim=1)
 
     def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         return x
@@ -177,23 +225,26 @@ class LowRank(SiteEdit):
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         # The float32 factors are cast, not kept in the base's dtype: the cast is thin, and small updates are not lost.
-        low = F.linear(dropped, self.down.to(x.dtype)) * self.scale
-        return y + F.linear(low, self.up.to(x.dtype)).to(y.dtype)
+        down, up = self.factors
+        low = F.linear(dropped, down.to(x.dtype)) * self.scale
+        return y + F.linear(low, up.to(x.dtype)).to(y.dtype)
 
     def low_rank(self) -> LowRankTerm | None:
         # What is dropped differs from site to site: no wider product of several sites is possible then.
-        return None if self.dropout and self.training else LowRankTerm(self.down, self.up, self.scale)
+        return None if self.dropout and self.training else LowRankTerm(*self.factors, self.scale)
 
     def keeps(self) -> Kept:
-        return Kept(input=True, own=len(self.down))
+        return Kept(input=True, own=len(self.factors[0]))
 
     def merged(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> tuple[Tensor, Tensor | None] | None:
-        return weight + self.scale * (self.up.detach() @ self.down.detach()), bias
+        down, up = self.factors
+        return weight + self.scale * (up.detach() @ down.detach()), bias
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return {"lora_A.weight": self.down, "lora_B.weight": self.up}
+        down, up = self.factors
+        return {"lora_A.weight": down, "lora_B.weight": up}
 
 
 def combined(parts: Sequence[tuple[Sequence[Edit], float]], sites: Sites) -> tuple[LoRA, list[Edit]]:
@@ -211,7 +262,7 @@ def combined(parts: Sequence[tuple[Sequence[Edit], float]], sites: Sites) -> tup
             terms.setdefault(edit.site_name, []).append((edit, weight))
     if not terms:
         raise RecipeError("no adapter was given to combine", allowed="at least one LoRA adapter")
-    rank = max(sum(len(edit.down) for edit, _ in own) for own in terms.values())
+    rank = max(sum(len(edit.factors[0]) for edit, _ in own) for own in terms.values())
     # Its scale is one: those of the parts are in the factors.
     whole = LoRA(rank=rank, alpha=float(rank), targets=tuple(sorted(terms)))
     made: list[Edit] = []
@@ -220,9 +271,10 @@ def combined(parts: Sequence[tuple[Sequence[Edit], float]], sites: Sites) -> tup
         with torch.no_grad():
             edit.down.zero_()
             for part, weight in terms[site.name]:
-                own = slice(start, start + len(part.down))
-                edit.down[own] = part.down
-                edit.up[:, own] = weight * part.scale * part.up
+                down, up = part.factors
+                own = slice(start, start + len(down))
+                edit.down[own] = down
+                edit.up[:, own] = weight * part.scale * up
                 start = own.stop
         made.append(edit)
     return whole, made
@@ -234,8 +286,19 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
                 "target_parameters", "megatron_config", "exclude_modules"):
         if config.get(key):
             raise RecipeError(f"the LoRA file uses {key} = {config[key]!r}", allowed="plain LoRA and rslora")
+    start = config.get("init_lora_weights")
+    if start not in (*PLAIN_STARTS, *PEFT_STARTS):
+        raise RecipeError(
+            f"the LoRA file has init_lora_weights = {start!r:.80}: it is for a base whose weights were changed",
+            allowed=", ".join(map(str, (*PLAIN_STARTS[1:], *PEFT_STARTS))),
+            do="save it with PEFT's path_initial_model_for_weight_conversion, which makes it fit the base as it is",
+        )
     if config.get("bias", "none") != "none":
         raise RecipeError(f"the LoRA file trains biases (bias = {config['bias']!r})", allowed="none")
+
+
+def _short(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else number
 
 
 def _ends(site: Site, ending: str) -> bool:

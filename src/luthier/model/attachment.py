@@ -58,13 +58,28 @@ class Attachment:
         """The trained parameters, each once, by a stable name."""
         named: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
-        for index, edit in enumerate(self.edits):
-            where = edit.site_name if isinstance(edit, (SiteEdit, TrainedParameters)) else f"root{index}"
+        for where, edit in self._named_edits():
             for key, parameter in edit.named_parameters():
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
                     named[f"{where}.{key}"] = parameter
         return named
+
+    def named_constants(self) -> dict[str, Tensor]:
+        """What edits have found at their start and training leaves as it is, by a stable name: persistent buffers.
+
+        A checkpoint holds it, since attaching again may find something else.
+        """
+        named: dict[str, Tensor] = {}
+        for where, edit in self._named_edits():
+            parameters = dict(edit.named_parameters(remove_duplicate=False))
+            kept = edit.state_dict().items()
+            named.update({f"{where}.{key}": tensor for key, tensor in kept if key not in parameters})
+        return named
+
+    def _named_edits(self) -> Iterator[tuple[str, Edit]]:
+        for index, edit in enumerate(self.edits):
+            yield edit.site_name if isinstance(edit, (SiteEdit, TrainedParameters)) else f"root{index}", edit
 
     @property
     def parameter_count(self) -> int:

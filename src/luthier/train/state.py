@@ -1,8 +1,8 @@
 """The state of a run: declared once, saved from that declaration, restored into it.
 
-`LoopState` holds every number the loop carries from step to step. With the trained parameters, the optimizer's tensors
-and numbers and the random generators it is all that a resumed run needs to go on bit for bit. Tensors are written as
-safetensors, numbers as JSON; nothing is pickled.
+`LoopState` holds every number the loop carries from step to step. With the trained parameters, what their edits have
+found at the start, the optimizer's tensors and numbers and the random generators it is all that a resumed run needs to
+go on bit for bit. Tensors are written as safetensors, numbers as JSON; nothing is pickled.
 
 A `Snapshot` is a copy of all that as it is now, so that it can be written while training goes on.
 """
@@ -93,6 +93,8 @@ def take_snapshot(
 ) -> Snapshot:
     """What a run is now. Without `copied` its tensors may be the live ones: training must wait until it is written."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
+    # They do not change while it is written, so the live ones do.
+    constants = {f"constant/{name}": _apart(tensor, False) for name, tensor in stepper.constants.items()}
     numbers: dict[str, dict[str, object]] = {}
     _require_owned(stepper)
     for name, master in stepper.masters.items():
@@ -103,14 +105,15 @@ def take_snapshot(
                 numbers.setdefault(name, {})[key] = _kept(key, value)
     content = {
         "loop": asdict(state),
-        "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
+        "tensors": {key: list(tensor.shape) for key, tensor in {**tensors, **constants}.items()},
         "optimizer": numbers,
         "groups": [_beside_tensors(group) for group in stepper.optimizer.param_groups],
         "first_groups": [_beside_tensors(group) for group in stepper.first_groups],
         "random": _random(),
         "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
-    return Snapshot(state.step, {key: _apart(tensor, copied) for key, tensor in tensors.items()}, content)
+    own = {key: _apart(tensor, copied) for key, tensor in tensors.items()}
+    return Snapshot(state.step, {**own, **constants}, content)
 
 
 def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
@@ -121,6 +124,9 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
     content = _read_numbers(folder)
     unused = load_parameters(folder, stepper)
     with safe_open(folder / TENSORS, framework="pt") as file:
+        for name, constant in stepper.constants.items():
+            constant.copy_(file.get_tensor(f"constant/{name}"))
+            unused.remove(f"constant/{name}")
         for name, master in stepper.masters.items():
             prefix = f"optimizer/{name}/"
             found = {key[len(prefix) :]: file.get_tensor(key) for key in sorted(unused) if key.startswith(prefix)}
@@ -210,13 +216,14 @@ def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
     if found != expected:
         differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         raise CorruptError(f"{folder / TENSORS} does not hold the tensors that were saved: {', '.join(differing[:3])}")
-    for name, master in stepper.masters.items():
-        if found.get(f"master/{name}") != tuple(master.shape):
-            raise CorruptError(
-                f"{folder / TENSORS} has {found.get(f'master/{name}', 'nothing')} for {name}",
-                allowed=str(tuple(master.shape)),
-                do="the recipe's adapter differs from the run's",
-            )
+    for kind, needed in (("master", stepper.masters), ("constant", stepper.constants)):
+        for name, tensor in needed.items():
+            if found.get(f"{kind}/{name}") != tuple(tensor.shape):
+                raise CorruptError(
+                    f"{folder / TENSORS} has {found.get(f'{kind}/{name}', 'nothing')} for {name}",
+                    allowed=str(tuple(tensor.shape)),
+                    do="the recipe's adapter differs from the run's",
+                )
     return set(found)
 
 

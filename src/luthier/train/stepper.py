@@ -103,6 +103,7 @@ class Stepper:
         self.parameters: dict[str, nn.Parameter] = attachment.named_parameters()
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
+        self.constants: dict[str, Tensor] = attachment.named_constants()
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
