@@ -36,10 +36,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "lora, pissa": {"method": "lora", "init": "pissa"},
     "lora, pissa, rslora": {"method": "lora", "init": "pissa", "rank": 6, "rslora": True},
     "lora, olora": {"method": "lora", "init": "olora"},
+    "lora, plus": {"method": "lora", "init": "pissa", "rank": 4, "plus_ratio": 4.0},
     "sparse, random": {"method": "sparse", "choice": "random"},
 }
 NAMES = [*METHODS, *VARIANTS]
-FOLDS = ("lora, pissa", "lora, olora")
+FOLDS = ("lora, pissa", "lora, olora", "lora, plus")
 """How the variants begin that a file holds in another form than training does."""
 ROUNDED = ("lora, orthogonal",)
 """Those whose start is the base up to rounding: two factors that see nothing of each other, in numbers of 24 bits."""

@@ -20,10 +20,14 @@ from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core.errors import RecipeError
 from luthier.model.adapter_files import check_base, fill, read_config
+from luthier.objectives.sft import SFT
+from luthier.optimizers.adamw import AdamW
 from luthier.train.result import save_result
+from luthier.train.stepper import Stepper
 from tests import forests
 
 peft = pytest.importorskip("peft")
+peft_optimizers = pytest.importorskip("peft.optimizers")
 # What PEFT warns of in its own and the zoo's code is not ours to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
@@ -211,6 +215,40 @@ def test_training_from_a_start_is_theirs(init: Start) -> None:
         (-log_probs[:-1].gather(1, ids[0, 1:, None]).sum()).backward()
         for optimizer in optimizers:
             optimizer.step()
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-4
+    assert forests.relative_error(forests.logits(model, IDS), before) > 1e-2
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa"])
+def test_lora_plus_is_theirs(init: Start) -> None:
+    """Breaks when the ratio is A's, is lost on the way to the optimizer, or a schedule puts it back."""
+    model, theirs = forests.language_model("llama"), started("llama", init)
+    method = LoRA(rank=4, alpha=6.0, init=init, plus_ratio=8.0)
+    ours = model.attach(method.attach(model.sites))
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for key, parameter in {**ours.named_parameters(), **ours.named_constants()}.items():
+            name, _, factor = key.rpartition(".")
+            its = "lora_A" if factor.endswith("down") else "lora_B"
+            parameter.copy_(trained[f"base_model.model.{name}.{its}.default.weight"])
+    knobs = AdamW(learning_rate=1e-3, weight_decay=0.1)
+    stepper = Stepper(model, ours, SFT(), knobs, max_grad_norm=None)
+    optimizer = peft_optimizers.create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    tree = forests.row_tree(IDS, np.ones(len(IDS), dtype=np.float32), row=0)
+    ids = torch.from_numpy(IDS.astype(np.int64))[None]
+    theirs.eval()
+    before = forests.logits(model, IDS)
+    for step in range(4):
+        stepper.forward_backward([tree])
+        stepper.optim_step(factor=1 / (step + 1))
+        optimizer.zero_grad()
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.train(False)
     assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-4
     assert forests.relative_error(forests.logits(model, IDS), before) > 1e-2
 

@@ -9,6 +9,7 @@ Source: Hu et al., arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalaj
     Initialisation as in the reference implementation and PEFT (A uniform in +-1/sqrt(in), B zero), where the paper
     says Gaussian A; the others: see maths/low_rank.py. PiSSA's paper takes the start off the weight; here the weight
     stays as it is, so the file fits the base that everybody has (PEFT: path_initial_model_for_weight_conversion).
+    LoRA+, the learning rate of B a multiple of A's: Hayou et al., arXiv 2402.12354, section 4 (16 there).
 Cost: r (in + out) trained parameters a site; 6 r (in + out) FLOPs a token and site in training, twice that and twice
     the file with a start from the weight. A trained token adds its row, d, or 2 d with a head of its own (see
     trainable_tokens).
@@ -72,6 +73,7 @@ class LoRA(Adapter):
     init: Start = Field(
         "kaiming", description="the factors' start: random, or the weight's principal (pissa) or first (olora) part"
     )
+    plus_ratio: float = Field(1.0, gt=0, description="LoRA+: the learning rate of B is so many times the optimizer's")
     trainable_tokens: Tokens = Field(
         (), description="tokens, as texts or ids, whose rows are trained too: control tokens the base never learned"
     )
@@ -204,6 +206,7 @@ class LowRank(SiteEdit):
         super().__init__(site)
         self.scale = lora.scale_of(site)
         self.dropout = lora.dropout
+        self.plus_ratio = lora.plus_ratio
         down, up = lora.start(site)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         # Kept in checkpoints: another machine's decomposition is another start.
@@ -232,6 +235,9 @@ class LowRank(SiteEdit):
     def low_rank(self) -> LowRankTerm | None:
         # What is dropped differs from site to site: no wider product of several sites is possible then.
         return None if self.dropout and self.training else LowRankTerm(*self.factors, self.scale)
+
+    def rate_factors(self) -> Mapping[str, float]:
+        return {"up": self.plus_ratio}
 
     def keeps(self) -> Kept:
         return Kept(input=True, own=len(self.factors[0]))

@@ -65,6 +65,12 @@ class Attachment:
                     named[f"{where}.{key}"] = parameter
         return named
 
+    def rate_factors(self) -> dict[str, float]:
+        """What the learning rate of each trained parameter is multiplied by, under the names of these."""
+        said = {f"{where}.{key}": value for where, edit in self._named_edits()
+                for key, value in edit.rate_factors().items()}  # fmt: skip
+        return {name: said.get(name, 1.0) for name in self.named_parameters()}
+
     def named_constants(self) -> dict[str, Tensor]:
         """What edits have found at their start and training leaves as it is, by a stable name: persistent buffers.
 

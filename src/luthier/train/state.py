@@ -231,7 +231,11 @@ def _restore_groups(stepper: Stepper, content: _Numbers, path: Path) -> None:
     """What the optimizer has kept for each group. What the recipe now sets otherwise (an accepted drift) stays so."""
     groups, first = stepper.optimizer.param_groups, stepper.first_groups
     if not len(groups) == len(content.groups) == len(content.first_groups):
-        raise CorruptError(f"{path} has {len(content.groups)} groups", allowed=f"{len(groups)}")
+        raise CorruptError(
+            f"{path} has {len(content.groups)} groups of parameters",
+            allowed=f"{len(groups)}",
+            do="the recipe's adapter or optimizer divides them otherwise than the run's: take its knobs back",
+        )
     for group, saved, now, then in zip(groups, content.groups, first, content.first_groups, strict=True):
         group.update({key: value for key, value in saved.items() if now.get(key) == then.get(key)})
 
