@@ -37,6 +37,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "lora, pissa, rslora": {"method": "lora", "init": "pissa", "rank": 6, "rslora": True},
     "lora, olora": {"method": "lora", "init": "olora"},
     "lora, plus": {"method": "lora", "init": "pissa", "rank": 4, "plus_ratio": 4.0},
+    "sparse, gradient": {"method": "sparse", "choice": "gradient", "rows": 3},
     "sparse, random": {"method": "sparse", "choice": "random"},
 }
 NAMES = [*METHODS, *VARIANTS]

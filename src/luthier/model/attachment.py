@@ -8,7 +8,7 @@ their edits apply in the order in which they came.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import final
 
@@ -93,11 +93,20 @@ class Attachment:
 
     def digest(self) -> str:
         """sha256 over names, shapes and bytes of all tensors: equal exactly when the attachment computes the same."""
-        total = hashlib.sha256()
-        for name, tensor in self.named_tensors().items():
-            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return _digest(self.named_tensors())
+
+    def trained_digest(self) -> str:
+        """The same of the tensors that training changes: all but those that an edit has found at its start."""
+        constants = {tensor.data_ptr() for tensor in self.named_constants().values()}
+        return _digest({name: each for name, each in self.named_tensors().items() if each.data_ptr() not in constants})
+
+
+def _digest(named: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in named.items():
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:
