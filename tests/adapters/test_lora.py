@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luthier.adapters.ia3 import IA3
-from luthier.adapters.lora import FROM_WEIGHT, LoRA, LowRank, Start, combined
+from luthier.adapters.lora import FROM_WEIGHT, LookedUp, LoRA, LowRank, Start, combined
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
@@ -247,3 +247,48 @@ def test_starts_that_a_site_cannot_have_are_refused() -> None:
         LoRA(rank=17, init="pissa").attach(model.sites)
     with pytest.raises(RecipeError, match="halves the rank, which is 3"):
         LoRA(rank=3, init="orthogonal").attach(model.sites)
+
+
+# ---------------------------------------------------------------------------------------------------- the embedding
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_equation_at_the_embedding(architecture: str) -> None:
+    """Breaks when a token sees another one's column, the scale is lost, or dropout draws there."""
+    model = forests.language_model(architecture)
+    [embed] = model.sites.role("embed")
+    [edit] = LoRA(rank=4, alpha=6.0, dropout=0.5, targets=("embed",), init="gaussian").attach(model.sites)
+    assert isinstance(edit, LookedUp) and not edit.down.any()
+    assert float(edit.up.detach().std()) == pytest.approx(1, rel=0.2)
+    forests.shake(edit.parameters())
+    edit.train()
+    ids = torch.tensor([[5, 17, 5], [90, 3, 127]])
+    base = embed.module(ids)
+    # Rows are scaled where the base's are: the table is what is changed.
+    table = embed.weight() + 1.5 * (edit.up @ edit.down).t()
+    ratio = (base / embed.weight()[ids]).median()
+    torch.testing.assert_close(edit.after(ids, base), ratio * table[ids], rtol=1e-4, atol=1e-4)
+    assert edit.rate_factors() == {}
+
+
+def test_an_embedding_is_a_target_by_its_role_or_name_and_of_lora_alone() -> None:
+    """Breaks when all-linear takes the embedding, a pattern misses it, or its rank pattern does."""
+    model = forests.language_model("llama")
+    for targets in (("embed",), ("embed_tokens",), "embed_tokens", r"model\.embed_\w+"):
+        method = LoRA(targets=targets, rank_pattern={"embed_tokens": 3})
+        [edit] = method.attach(model.sites)
+        assert isinstance(edit, LookedUp) and edit.down.shape == (3, 128)
+        assert method.parameter_count(model.sites) == 3 * (128 + 32)
+        assert method.peft_config(model.sites)["target_modules"] == ["embed_tokens"]
+    assert all(isinstance(edit, LowRank) for edit in LoRA().attach(model.sites))
+    with pytest.raises(RecipeError, match="no site matches the target 'embed'"):
+        model.sites.select(("embed",))
+
+
+def test_an_embedding_has_no_start_from_a_weight_and_one_change_at_once() -> None:
+    """Breaks when two edits of one table are taken, or a start is quietly another one."""
+    model = forests.language_model("llama")
+    with pytest.raises(RecipeError, match=r"adapter\.init pissa starts from a layer's weight"):
+        LoRA(rank=4, targets=("embed", "q"), init="pissa").attach(model.sites)
+    with pytest.raises(RecipeError, match="in two ways at once"):
+        model.attach(LoRA(targets=("embed",), trainable_tokens=(5,)).attach(model.sites))

@@ -36,6 +36,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "lora, pissa": {"method": "lora", "init": "pissa"},
     "lora, pissa, rslora": {"method": "lora", "init": "pissa", "rank": 6, "rslora": True},
     "lora, olora": {"method": "lora", "init": "olora"},
+    "lora, embedding": {"method": "lora", "rank": 4, "targets": ["embed", "q"], "plus_ratio": 2.0},
     "lora, plus": {"method": "lora", "init": "pissa", "rank": 4, "plus_ratio": 4.0},
     "sparse, gradient": {"method": "sparse", "choice": "gradient", "rows": 3},
     "sparse, random": {"method": "sparse", "choice": "random"},

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.adapters import Adapter, adapter_of, saved_adapter
@@ -18,7 +19,7 @@ from luthier.adapters.p_tuning import PTuning
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
-from luthier.core.errors import RecipeError
+from luthier.core.errors import CorruptError, RecipeError
 from luthier.model.adapter_files import check_base, fill, read_config
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
@@ -269,6 +270,101 @@ def test_their_converted_files_load_here(init: Start, tmp_path: Path) -> None:
     attachment = model.attach(adapter_of(read_config(converted)).attach(model.sites))
     fill(attachment, converted)
     assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ the embedding
+
+TABLES = {
+    "llama": ["embed_tokens", "q_proj"], "qwen2": ["embed_tokens", "q_proj"], "gpt2": ["wte", "c_attn"],
+    "gemma": ["embed_tokens"], "gemma2": ["embed_tokens", "down_proj"],
+}  # fmt: skip
+tables = pytest.mark.parametrize("architecture", TABLES)
+
+
+def with_table(architecture: str, **more: Any) -> Any:
+    """PEFT's model with factors at the token embedding, where they do nothing yet."""
+    knobs = {"target_modules": TABLES[architecture], "fan_in_fan_out": architecture == "gpt2", **more}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, **knobs)
+    return peft.get_peft_model(forests.zoo(architecture, ours=False), config)
+
+
+@tables
+def test_an_embedding_of_ours_loads_in_peft(architecture: str, tmp_path: Path) -> None:
+    """Breaks when factors go by another name or are turned, an embedding's own scale is lost, or a tied head moves."""
+    model = forests.language_model(architecture)
+    named = tuple("embed" if name in ("embed_tokens", "wte") else name for name in TABLES[architecture])
+    method = LoRA(rank=4, alpha=6.0, targets=named, plus_ratio=2.0)
+    attachment = model.attach(method.attach(model.sites))
+    forests.shake(attachment.named_parameters().values())
+    folder = save_result(tmp_path, model, attachment, method, {})
+    assert sorted(read_config(folder)["target_modules"]) == sorted(TABLES[architecture])
+    theirs = peft.PeftModel.from_pretrained(forests.zoo(architecture, ours=False), str(folder))
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-5
+    model.switch("default", on=False)
+    assert forests.relative_error(their_logits(theirs), forests.logits(model, IDS)) > 1e-2
+
+
+@tables
+def test_an_embedding_of_theirs_loads_here(architecture: str, tmp_path: Path) -> None:
+    """Breaks when the table that PEFT writes beside the factors is refused, or is not compared with the base's."""
+    theirs = with_table(architecture)
+    forests.shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    expected = their_logits(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    model = forests.language_model(architecture)
+    attachment = model.attach(saved_adapter(tmp_path, model.sites).attach(model.sites))
+    fill(attachment, tmp_path)
+    assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tables = [name for name in tensors if name.endswith("embed_tokens.base_layer.weight")]
+    assert bool(tables) == (architecture != "gpt2")
+    for name in tables:
+        tensors[name][3, 0] += 1
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(CorruptError, match="differs from the base model's"):
+            fill(attachment, tmp_path)
+
+
+def test_an_embedding_and_a_head_of_theirs_load_here(tmp_path: Path) -> None:
+    """Breaks when a head with factors of its own cannot be read, with the matrix that PEFT writes beside them."""
+    theirs = with_table("llama", target_modules=r".*(embed_tokens|lm_head|\.1\.mlp\.up_proj)")
+    forests.shake(p for n, p in theirs.named_parameters() if p.requires_grad)
+    expected = their_logits(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    model = forests.language_model("llama")
+    attachment = model.attach(saved_adapter(tmp_path, model.sites).attach(model.sites))
+    assert len(attachment.edits) == 3
+    fill(attachment, tmp_path)
+    assert forests.relative_error(forests.logits(model, IDS), expected) <= 1e-5
+
+
+@tables
+def test_training_an_embedding_is_theirs(architecture: str) -> None:
+    """Breaks when a token's column gets another one's gradient, or B none."""
+    model, theirs = forests.language_model(architecture), with_table(architecture)
+    ours = model.attach(LoRA(rank=4, alpha=6.0, targets=tuple(TABLES[architecture])).attach(model.sites))
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    values = ours.named_tensors()
+    with torch.no_grad():
+        for key, parameter in trained.items():
+            if "lora_embedding_B" in key:
+                assert parameter.std() == pytest.approx(float(values[key.replace(".default", "")].std()), rel=0.3)
+            parameter.copy_(values[key.replace(".default", "")])
+    tree = forests.row_tree(IDS, np.ones(len(IDS), dtype=np.float32), row=0)
+    ids = torch.from_numpy(IDS.astype(np.int64))[None]
+    theirs.eval()
+    before = forests.logits(model, IDS)
+    optimizers = [torch.optim.SGD(list(found.values()), lr=0.002) for found in (ours.named_parameters(), trained)]
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        forests.engine_loss(model, [tree]).backward()
+        log_probs = torch.log_softmax(theirs(input_ids=ids).logits[0].float(), -1)
+        (-log_probs[:-1].gather(1, ids[0, 1:, None]).sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert forests.relative_error(forests.logits(model, IDS), their_logits(theirs)) <= 1e-4
+    assert forests.relative_error(forests.logits(model, IDS), before) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ trained tokens

@@ -18,11 +18,12 @@ from tests.cli.commands import STEPS, chat, events, luthier, recipe_text, step_e
 ADAPTERS = {
     "lora": "{method: lora, rank: 4, alpha: 8.0}",
     "pissa": "{method: lora, rank: 4, alpha: 4.0, init: pissa}",
+    "embedding": "{method: lora, rank: 4, alpha: 8.0, targets: [embed, q, v], plus_ratio: 2.0}",
     "ia3": "ia3",
     "prefix_tuning": "prefix_tuning",
     "full": "full",
 }
-RATES = {"lora": 0.01, "pissa": 0.01, "ia3": 0.1, "prefix_tuning": 0.1, "full": 0.01}
+RATES = {"lora": 0.01, "pissa": 0.01, "embedding": 0.01, "ia3": 0.1, "prefix_tuning": 0.1, "full": 0.01}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ training it can be folded into the weight, so it costs nothing at inference.
 Equation: y = W x + b + s B A drop(x), A in R^{r x in}, B in R^{out x r}, s = alpha / r, or alpha / sqrt(r) with rslora.
     With a start from the weight (pissa, olora): y = W x + b + s (B A - B_0 A_0) drop(x), computed and saved as the
     low-rank term [B - B_0, B_0] [A; A - A_0] of rank 2 r, which is zero at the start to the bit.
+    At the token embedding: e_t = W_t + s B A_t, A in R^{r x V} starts as zero, B in R^{d x r} normal; no dropout. A
+    head that shares the weight stays as it is.
 Source: Hu et al., arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalajdzievski, arXiv 2312.03732, theorem 3.2.
     Initialisation as in the reference implementation and PEFT (A uniform in +-1/sqrt(in), B zero), where the paper
     says Gaussian A; the others: see maths/low_rank.py. PiSSA's paper takes the start off the weight; here the weight
@@ -26,7 +28,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ from luthier.kernels.products import LowRankTerm
 from luthier.maths import low_rank
 from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
-from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
+from luthier.model.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Targets = str | Names
@@ -62,7 +64,8 @@ class LoRA(Adapter):
     rslora: bool = Field(False, description="divide alpha by sqrt(rank) instead of rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter in training")
     targets: Targets = Field(
-        "all-linear", description="all-linear, roles (q, k, v, o, gate, up, down), module name endings, or a pattern"
+        "all-linear",
+        description="all-linear, roles (q, k, v, o, gate, up, down, embed, head), module name endings, or a pattern",
     )
     rank_pattern: Annotated[Mapping[str, Annotated[int, Field(ge=1)]], Field(strict=False)] = Field(
         {}, description="another rank for sites whose name ends so, such as {down_proj: 32, layers.0.mlp.up_proj: 8}"
@@ -118,14 +121,16 @@ class LoRA(Adapter):
         return down.to(site.device), up.to(site.device)
 
     def attach(self, sites: Sites) -> list[Edit]:
-        chosen = sites.select(self.targets)
+        chosen = self._chosen(sites)
         for ending in (*self.rank_pattern, *self.alpha_pattern):
             if not any(_ends(site, ending) for site in chosen):
                 raise RecipeError(
                     f"no trained site ends in {ending!r}, which a pattern of lora names",
                     allowed=", ".join(sorted({site.name.rpartition(".")[2] for site in chosen})),
                 )
-        made: list[Edit] = [LowRank(site, self) for site in chosen]
+        made: list[Edit] = [
+            LookedUp(site, self) if "embed" in site.roles else LowRank(site, self) for site in chosen
+        ]
         if not self.trainable_tokens:
             return made
         key = "token_adapter.trainable_tokens_delta"
@@ -135,14 +140,14 @@ class LoRA(Adapter):
         return [*made, *rows]
 
     def parameter_count(self, sites: Sites) -> int:
-        chosen = sites.select(self.targets)
+        chosen = self._chosen(sites)
         low_rank = sum(self.rank_of(site) * (site.in_features + site.out_features) for site in chosen)
         if not self.trainable_tokens:
             return low_rank
         return low_rank + row_count(sites, self.trainable_tokens, self.trainable_token_targets)
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
-        chosen = sites.select(self.targets)
+        chosen = self._chosen(sites)
         # A start from the weight is saved with what is taken off: twice the rank, at the same scale.
         times = 2 if self.init in FROM_WEIGHT else 1
         alphas = math.sqrt(times) if self.rslora else times
@@ -187,6 +192,9 @@ class LoRA(Adapter):
             trainable_token_targets=places,
         )
 
+    def _chosen(self, sites: Sites) -> list[Site]:
+        return sites.select(self.targets, embeddings=True)
+
     def _token_indices(self, sites: Sites) -> list[int] | dict[str, list[int]] | None:
         """PEFT's way to say it: a list means the embedding and a head tied to it, a mapping names the modules."""
         if not self.trainable_tokens:
@@ -207,6 +215,7 @@ class LowRank(SiteEdit):
         self.scale = lora.scale_of(site)
         self.dropout = lora.dropout
         self.plus_ratio = lora.plus_ratio
+        self.head_weight = site.weight if "head" in site.roles else None
         down, up = lora.start(site)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         # Kept in checkpoints: another machine's decomposition is another start.
@@ -251,6 +260,49 @@ class LowRank(SiteEdit):
     def tensors(self) -> Mapping[str, Tensor]:
         down, up = self.factors
         return {"lora_A.weight": down, "lora_B.weight": up}
+
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        return {} if self.head_weight is None else {"base_layer.weight": self.head_weight()}
+
+
+@final
+class LookedUp(SiteEdit):
+    """The two factors at the token embedding, in float32: a column of A for each token, and B for all."""
+
+    def __init__(self, site: Site, lora: LoRA) -> None:
+        super().__init__(site)
+        if lora.init in FROM_WEIGHT:
+            raise RecipeError(
+                f"adapter.init {lora.init} starts from a layer's weight, and {site.name} is an embedding",
+                allowed="kaiming, gaussian or orthogonal where the embedding is a target",
+                do="take the embedding out of adapter.targets, or train rows of it with adapter.trainable_tokens",
+            )
+        self.scale, self.lookup = lora.scale_of(site), lookup_scale(site)
+        self.weight = site.weight
+        rank = lora.rank_of(site)
+        self.down = nn.Parameter(torch.zeros(rank, site.in_features, device=site.device))
+        self.up = nn.Parameter(torch.randn(site.out_features, rank).to(site.device))
+
+    def before(self, x: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        return x
+
+    def after(self, x: Int[Tensor, "*batch"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        low = F.embedding(x, self.down.t()) * (self.scale * self.lookup)
+        return y + F.linear(low, self.up).to(y.dtype)
+
+    def keeps(self) -> Kept:
+        return Kept(own=len(self.down))
+
+    def merged(
+        self, weight: Float[Tensor, "V d"], bias: Float[Tensor, " d"] | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        return weight + self.scale * (self.up.detach() @ self.down.detach()).t(), bias
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"lora_embedding_A": self.down, "lora_embedding_B": self.up}
+
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        return {"base_layer.weight": self.weight()}
 
 
 def combined(parts: Sequence[tuple[Sequence[Edit], float]], sites: Sites) -> tuple[LoRA, list[Edit]]:

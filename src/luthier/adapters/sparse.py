@@ -63,6 +63,8 @@ class Sparse(Adapter):
         return self.rows if self.choice in BY_GRADIENT else 0
 
     def settle(self, edits: Sequence[Edit], look: Callable[[], Iterator[None]]) -> None:
+        if self.choice not in BY_GRADIENT:
+            return
         for group in _groups([edit for edit in edits if isinstance(edit, Places)], squares=self.choice == "fisher"):
             for edit in group:
                 edit.watch(squares=self.choice == "fisher")

@@ -95,6 +95,14 @@ def fill(attachment: Attachment, folder: Path) -> None:
     """Load the tensors of `folder` into an attachment of the same shape, strictly."""
     found = load_tensors(folder / TENSORS)
     expected = attachment.named_tensors()
+    for name, tensor in attachment.named_base_tensors().items():
+        # PEFT writes a whole embedding or head beside factors for it.
+        repeated = found.pop(name, None)
+        if repeated is not None and not torch.equal(repeated.to(tensor.device, tensor.dtype), tensor):
+            raise CorruptError(
+                f"{folder / TENSORS}: {name} differs from the base model's",
+                do="load the base it was trained on; a table of another size or with other rows is another base",
+            )
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         raise CorruptError(
@@ -133,5 +141,6 @@ def _require_equal_twins(folder: Path, expected: Mapping[str, torch.Tensor], fou
 
 
 def _module_of(name: str) -> str:
-    """The module that a low-rank factor belongs to."""
-    return name.removeprefix(PEFT_PREFIX).rpartition(".lora_A.")[0]
+    """The module that a low-rank factor belongs to; "" for another tensor."""
+    found = re.match(r"(.*)\.lora_(?:embedding_)?A\b", name.removeprefix(PEFT_PREFIX))
+    return "" if found is None else found[1]

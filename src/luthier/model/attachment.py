@@ -54,6 +54,11 @@ class Attachment:
                 named.update(edit.tensors())
         return named
 
+    def named_base_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the base that an adapter file may repeat, under their names there."""
+        return {f"{PEFT_PREFIX}{where}.{key}": tensor for where, edit in self._named_edits()
+                for key, tensor in edit.base_tensors().items()}  # fmt: skip
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, each once, by a stable name."""
         named: dict[str, nn.Parameter] = {}
@@ -215,7 +220,7 @@ def _require_one_edit_a_site(edits: list[Edit]) -> None:
         raise RecipeError(
             f"the adapter changes {', '.join(twice[:3])} in two ways at once",
             allowed="one change at a site",
-            do="take the head out of adapter.targets, or out of the sites of the trained tokens",
+            do="take the head or the embedding out of adapter.targets, or out of the sites of the trained tokens",
         )
 
 
