@@ -238,6 +238,9 @@ def test_a_file_for_a_base_that_was_changed_is_refused(init: Any) -> None:
     """Breaks when an adapter is put on a weight that its training never saw."""
     with pytest.raises(RecipeError, match="weights were changed"):
         LoRA.from_peft({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": init})
+    for plain in ("eva", "mica", False):
+        known = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": plain}
+        assert LoRA.from_peft(known).init == "kaiming"
 
 
 def test_starts_that_a_site_cannot_have_are_refused() -> None:

@@ -16,7 +16,7 @@ from luthier.recipes.session import load
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import COLOURS, STEPS, chat, events, luthier, recipe_text
 
-ADAPTER = "{method: sparse, choice: fisher, density: 0.02, rows: 5}"
+ADAPTER = "{method: sparse, choice: fisher, density: 0.2, rows: 5}"
 
 
 def test_a_run_looks_once_and_goes_on_without_looking_again(
@@ -29,6 +29,10 @@ def test_a_run_looks_once_and_goes_on_without_looking_again(
     luthier("train", recipe, "--run", whole).must(0)
     [looked] = [event for event in events(whole) if event["kind"] == "first_look"]
     assert looked["rows"] == 5 and looked["step"] == 0
+    # Places are as much of a checkpoint as the optimizer's state.
+    last = [path.stat().st_size for path in (whole / "checkpoints" / f"step-{STEPS:06d}").iterdir()]
+    planned = json.loads((whole / "plan.json").read_text("utf-8"))["disk"]["checkpoint"]
+    assert planned == pytest.approx(sum(last), rel=0.25)
     done = 0
 
     def terminated(self: Stepper, *, factor: float = 1.0) -> StepReport:

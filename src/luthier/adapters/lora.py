@@ -36,6 +36,7 @@ from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.kernels.products import LowRankTerm
 from luthier.maths import low_rank
+from luthier.model.adapter_files import require_plain_start
 from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 from luthier.model.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
@@ -47,8 +48,7 @@ Start = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 FROM_WEIGHT = ("pissa", "olora")
 """Starts whose product is no zero: it is taken off again."""
 PEFT_STARTS: Mapping[object, Start] = {"gaussian": "gaussian", "orthogonal": "orthogonal"}
-PLAIN_STARTS = (None, True, False, "eva")
-"""What PEFT's `init_lora_weights` may be beside these in a file that is for the base as it is."""
+"""Starts that PEFT's `init_lora_weights` has a name for and that leave the base as it is."""
 
 
 @final
@@ -344,13 +344,7 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
                 "target_parameters", "megatron_config", "exclude_modules"):
         if config.get(key):
             raise RecipeError(f"the LoRA file uses {key} = {config[key]!r}", allowed="plain LoRA and rslora")
-    start = config.get("init_lora_weights")
-    if start not in (*PLAIN_STARTS, *PEFT_STARTS):
-        raise RecipeError(
-            f"the LoRA file has init_lora_weights = {start!r:.80}: it is for a base whose weights were changed",
-            allowed=", ".join(map(str, (*PLAIN_STARTS[1:], *PEFT_STARTS))),
-            do="save it with PEFT's path_initial_model_for_weight_conversion, which makes it fit the base as it is",
-        )
+    require_plain_start(config)
     if config.get("bias", "none") != "none":
         raise RecipeError(f"the LoRA file trains biases (bias = {config['bias']!r})", allowed="none")
 

@@ -22,6 +22,8 @@ from luthier.model.json_files import read_object, write_object
 from luthier.model.language_model import LanguageModel
 from luthier.model.tensor_files import load_tensors, tensor_shapes
 
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""What PEFT's `init_lora_weights` is where it has left the base as it was."""
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 EXTRAS = "luthier.json"
@@ -116,6 +118,17 @@ def fill(attachment: Attachment, folder: Path) -> None:
     _require_equal_twins(folder, expected, found)
     for name, tensor in found.items():
         expected[name].copy_(tensor)
+
+
+def require_plain_start(config: Mapping[str, Any]) -> None:
+    """Raise RecipeError when low-rank factors are for a base that PEFT has changed: ours is as it was."""
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise RecipeError(
+            f"the adapter file has init_lora_weights = {start!r:.80}: it is for a base whose weights were changed",
+            allowed=", ".join(map(str, PLAIN_STARTS[1:])),
+            do="save it with PEFT's path_initial_model_for_weight_conversion, which makes it fit the base as it is",
+        )
 
 
 def check_base(folder: Path, model: LanguageModel) -> None:

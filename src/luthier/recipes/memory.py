@@ -120,7 +120,8 @@ def plan_disk(
     tensors, constants = attachment.named_parameters(), attachment.named_constants()
     # Beside what the optimizer keeps: both are written as they are.
     beside = recipe.optimizer.state_bytes(_shapes(attachment)) + sum(each.nbytes for each in constants.values())
-    count = len(tensors) + len(constants)
+    # A trained tensor is there with two of the optimizer's.
+    count = len(tensors) + math.ceil(len(constants) / 3)
     one = bytes_of.checkpoint(attachment.parameter_count, beside, tensors=count, rows=len(data.train))
     kept = bytes_of.kept_checkpoints(recipe.checkpoint.keep, _saves(recipe, steps))
     # Trained base weights are saved as a whole model, whichever of them were trained.
