@@ -53,3 +53,5 @@ def test_what_its_file_may_not_say() -> None:
     for key, value in (("lora_dropout", 0.1), ("modules_to_save", ["lm_head"]), ("bias", "all")):
         with pytest.raises(RecipeError, match="the DoRA file"):
             DoRA.from_peft({**config, key: value})
+    with pytest.raises(RecipeError, match="weights were changed"):
+        DoRA.from_peft({**config, "init_lora_weights": "pissa"})

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from luthier.adapters.ia3 import IA3
-from luthier.adapters.lora import LoRA, LowRank, combined
+from luthier.adapters.lora import FROM_WEIGHT, LookedUp, LoRA, LowRank, Start, combined
+from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
+from luthier.maths import low_rank
+from luthier.quantizers import Quantizer
+from luthier.recipes.quantized import quantize
 from tests import forests
 from tests.forests import ARCHITECTURES
 
@@ -163,3 +168,130 @@ def test_a_pattern_gives_sites_another_rank_and_alpha() -> None:
         LoRA(rank_pattern={"proj": 3}).attach(model.sites)
     with pytest.raises(RecipeError, match="rank_pattern"):
         LoRA.from_peft({**method.peft_config(model.sites), "rank_pattern": {"(a+)+$": 3}})
+
+
+# -------------------------------------------------------------------------------------------------------- the start
+
+
+@pytest.mark.parametrize("init", FROM_WEIGHT)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_start_from_the_weight_is_taken_off_again(init: Start, architecture: str) -> None:
+    """Breaks when the equation is not y = W x + s (B A - B_0 A_0) x, or its gradient is not that of B A alone."""
+    model = forests.language_model(architecture)
+    method = LoRA(rank=4, alpha=6.0, init=init)
+    for site, edit in zip(model.sites.select("all-linear"), method.attach(model.sites), strict=True):
+        assert isinstance(edit, LowRank) and edit.first_up is not None and edit.first_down is not None
+        down, up = edit.down.detach().clone(), edit.up.detach().clone()
+        assert float((up @ down).abs().max()) > 1e-3
+        x, y = torch.randn(3, site.in_features), torch.randn(3, site.out_features)
+        assert torch.equal(edit.after(x, y), y)
+        forests.shake(edit.parameters())
+        found = edit.after(x, y)
+        expected = y + 1.5 * x @ (edit.up @ edit.down - up @ down).t()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        ours = torch.autograd.grad(found.square().sum(), list(edit.parameters()))
+        theirs = torch.autograd.grad(expected.square().sum(), list(edit.parameters()))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_start_from_the_weight_is_the_base_in_bfloat16_too() -> None:
+    """Breaks when what cancels is rounded before it does."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    ids = np.array([5, 17, 90, 3], dtype=np.int32)
+    base = forests.logits(model, ids)
+    attachment = model.attach(LoRA(rank=4, init="pissa").attach(model.sites))
+    assert torch.equal(forests.logits(model, ids), base)
+    assert len(attachment.named_constants()) == 2 * len(attachment.edits)
+
+
+def test_a_start_from_the_weight_is_that_of_a_packed_weight() -> None:
+    """Breaks when a quantized base has no start, or gets that of the weight before it was rounded."""
+    model = forests.language_model("llama")
+    dense = {site.name: site.weight().clone() for site in model.sites.linear()}
+    quantize(model, choose("quantizers", Quantizer, "int8"))
+    for edit in LoRA(rank=4, alpha=4.0, init="pissa").attach(model.sites):
+        assert isinstance(edit, LowRank)
+        site = next(site for site in model.sites if site.name == edit.site_name)
+        down, up = low_rank.principal(site.weight() + 0, 4, 1.0)
+        torch.testing.assert_close(edit.up @ edit.down, up @ down, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(site.weight() + 0, dense[site.name])
+
+
+def test_a_start_from_the_weight_is_saved_as_a_plain_adapter_of_twice_the_rank() -> None:
+    """Breaks when a file says that its base was changed, or its scale is another one."""
+    sites = forests.language_model("llama").sites
+    ranks, alphas = {"down_proj": 2}, {"up_proj": 3.0}
+    for rslora in (False, True):
+        method = LoRA(rank=4, alpha=8.0, rslora=rslora, init="pissa", rank_pattern=ranks, alpha_pattern=alphas)
+        config = method.peft_config(sites)
+        assert (config["r"], config["init_lora_weights"], config["rank_pattern"]) == (8, True, {"down_proj": 4})
+        again = LoRA.from_peft(config)
+        assert again.init == "kaiming"
+        for site in sites.linear():
+            assert again.rank_of(site) == 2 * method.rank_of(site)
+            assert again.scale_of(site) == pytest.approx(method.scale_of(site), rel=1e-12)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4", "loftq", "corda", "lora_ga", ["pissa"]])
+def test_a_file_for_a_base_that_was_changed_is_refused(init: Any) -> None:
+    """Breaks when an adapter is put on a weight that its training never saw."""
+    with pytest.raises(RecipeError, match="weights were changed"):
+        LoRA.from_peft({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": init})
+    for plain in ("eva", "mica", False):
+        known = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": plain}
+        assert LoRA.from_peft(known).init == "kaiming"
+
+
+def test_starts_that_a_site_cannot_have_are_refused() -> None:
+    """Breaks when a rank of more directions than there are is cut in silence, or an odd one halved."""
+    model = forests.language_model("llama")
+    with pytest.raises(RecipeError, match=r"takes 17 directions of .*k_proj, which has 16"):
+        LoRA(rank=17, init="pissa").attach(model.sites)
+    with pytest.raises(RecipeError, match="halves the rank, which is 3"):
+        LoRA(rank=3, init="orthogonal").attach(model.sites)
+
+
+# ---------------------------------------------------------------------------------------------------- the embedding
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_equation_at_the_embedding(architecture: str) -> None:
+    """Breaks when a token sees another one's column, the scale is lost, or dropout draws there."""
+    model = forests.language_model(architecture)
+    [embed] = model.sites.role("embed")
+    [edit] = LoRA(rank=4, alpha=6.0, dropout=0.5, targets=("embed",), init="gaussian").attach(model.sites)
+    assert isinstance(edit, LookedUp) and not edit.down.any()
+    assert float(edit.up.detach().std()) == pytest.approx(1, rel=0.2)
+    forests.shake(edit.parameters())
+    edit.train()
+    ids = torch.tensor([[5, 17, 5], [90, 3, 127]])
+    base = embed.module(ids)
+    # Rows are scaled where the base's are: the table is what is changed.
+    table = embed.weight() + 1.5 * (edit.up @ edit.down).t()
+    ratio = (base / embed.weight()[ids]).median()
+    torch.testing.assert_close(edit.after(ids, base), ratio * table[ids], rtol=1e-4, atol=1e-4)
+    assert edit.rate_factors() == {}
+
+
+def test_an_embedding_is_a_target_by_its_role_or_name_and_of_lora_alone() -> None:
+    """Breaks when all-linear takes the embedding, a pattern misses it, or its rank pattern does."""
+    model = forests.language_model("llama")
+    for targets in (("embed",), ("embed_tokens",), "embed_tokens", r"model\.embed_\w+"):
+        method = LoRA(targets=targets, rank_pattern={"embed_tokens": 3})
+        [edit] = method.attach(model.sites)
+        assert isinstance(edit, LookedUp) and edit.down.shape == (3, 128)
+        assert method.parameter_count(model.sites) == 3 * (128 + 32)
+        assert method.peft_config(model.sites)["target_modules"] == ["embed_tokens"]
+    assert all(isinstance(edit, LowRank) for edit in LoRA().attach(model.sites))
+    with pytest.raises(RecipeError, match="no site matches the target 'embed'"):
+        model.sites.select(("embed",))
+
+
+def test_an_embedding_has_no_start_from_a_weight_and_one_change_at_once() -> None:
+    """Breaks when two edits of one table are taken, or a start is quietly another one."""
+    model = forests.language_model("llama")
+    with pytest.raises(RecipeError, match=r"adapter\.init pissa starts from a layer's weight"):
+        LoRA(rank=4, targets=("embed", "q"), init="pissa").attach(model.sites)
+    with pytest.raises(RecipeError, match="in two ways at once"):
+        model.attach(LoRA(targets=("embed",), trainable_tokens=(5,)).attach(model.sites))

@@ -28,6 +28,7 @@ from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective, Vocabulary
 from luthier.optimizers import Optimizer
 from luthier.schedules import Schedule
+from luthier.train.first_look import look
 from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import StopRequest
 from luthier.train.source import Cursor, DataSource, Source
@@ -98,7 +99,9 @@ class NotedSource(Source):
 class Life:
     """One life of a run: everything in it is made anew. It is its own recorder and keeper."""
 
-    def __init__(self, setup: Setup, *, seed: int, snapshots: Mapping[int, Path] | None = None) -> None:
+    def __init__(
+        self, setup: Setup, *, seed: int, snapshots: Mapping[int, Path] | None = None, goes_on: bool = False
+    ) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -106,7 +109,8 @@ class Life:
         objective = objective.with_vocabulary(Vocabulary(VOCABULARY, mask_id=2))
         model = task_models.model_for(objective, architecture=setup.architecture, dtype=setup.dtype)
         # The weights an adapter begins with are the run's, not the life's: a resumed life draws others.
-        attachment = model.attach(with_dropout("adapters", Adapter, setup.adapter).attach(model.sites))
+        adapter = with_dropout("adapters", Adapter, setup.adapter)
+        attachment = model.attach(adapter.attach(model.sites))
         model.recompute(setup.recomputed)
         optimizer = choose("optimizers", Optimizer, _with(setup.optimizer, "learning_rate", RATE))
         self.stepper = Stepper(model, attachment, objective, optimizer, micro_tokens=20)
@@ -117,6 +121,10 @@ class Life:
         self.source = NotedSource(
             DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP), self.trace.rows
         )
+        data = self.source.inner
+        if not goes_on and isinstance(data, DataSource):
+            # A life that goes on has what an earlier one found.
+            adapter.settle(attachment.edits, lambda: look(self.stepper, data.first_rows(adapter.first_look)))
         self.held_out = [tree for view in views[:2] for tree in objective.trees(view)]
         self.row_excess: dict[int, float] = {}
         self.snapshots = dict(snapshots or {})
@@ -224,7 +232,7 @@ def snapshots_of(setup: Setup, folder: Path, steps: Mapping[str, int] = BREAKS) 
 
 def resumed(setup: Setup, folder: Path, *, forget: str = "") -> Trace:
     """The rest of a run, by a life that knows nothing but the snapshot; `forget` leaves a part of it unread."""
-    life = Life(setup, seed=99)
+    life = Life(setup, seed=99, goes_on=True)
     life.load_snapshot(folder)
     if forget == "optimizer":
         life.stepper.optimizer.state.clear()

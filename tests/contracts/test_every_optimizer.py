@@ -10,7 +10,7 @@ import torch
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
-from luthier.optimizers import Optimizer
+from luthier.optimizers import Optimizer, set_factors, set_rate
 from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("optimizers"))
@@ -72,6 +72,32 @@ def test_a_rate_of_zero_changes_nothing(name: str) -> None:
         group["lr"] = 0.0
     optimizer.step()
     assert torch.equal(tensor, torch.ones(4, 4))
+
+
+@each
+def test_a_factor_of_the_learning_rate_is_another_learning_rate(name: str) -> None:
+    """Breaks when an optimizer has its rate from elsewhere than its groups, or dividing them loses what they hold."""
+    generator = torch.Generator().manual_seed(0)
+    starts = {"mlp.a": torch.randn(90, 50, generator=generator), "mlp.b": torch.randn(90, 50, generator=generator),
+              "c": torch.randn(16, generator=generator)}  # fmt: skip
+    knobs = {"method": name, "weight_decay": 0.1, **({"rank": 4} if name == "galore" else {})}
+
+    def stepped(factors: dict[str, float], rates: tuple[float, ...]) -> dict[str, torch.Tensor]:
+        tensors = {key: tensor.clone() for key, tensor in starts.items()}
+        optimizer = choose("optimizers", Optimizer, knobs).build(tensors)
+        set_factors(optimizer, tensors, factors)
+        for rate in rates:
+            for key, tensor in tensors.items():
+                tensor.grad = 2 * tensor + len(key)
+            set_rate(optimizer, rate)
+            optimizer.step()
+        return tensors
+
+    slow, fast = stepped({}, (1e-3, 2e-3, 5e-4)), stepped({}, (4e-3, 8e-3, 2e-3))
+    both = stepped({"mlp.b": 4.0, "c": 4.0}, (1e-3, 2e-3, 5e-4))
+    assert not torch.equal(slow["mlp.b"], fast["mlp.b"])
+    assert torch.equal(both["mlp.a"], slow["mlp.a"])
+    assert torch.equal(both["mlp.b"], fast["mlp.b"]) and torch.equal(both["c"], fast["c"])
 
 
 @each

@@ -17,11 +17,13 @@ from tests.cli.commands import STEPS, chat, events, luthier, recipe_text, step_e
 
 ADAPTERS = {
     "lora": "{method: lora, rank: 4, alpha: 8.0}",
+    "pissa": "{method: lora, rank: 4, alpha: 4.0, init: pissa}",
+    "embedding": "{method: lora, rank: 4, alpha: 8.0, targets: [embed, q, v], plus_ratio: 2.0}",
     "ia3": "ia3",
     "prefix_tuning": "prefix_tuning",
     "full": "full",
 }
-RATES = {"lora": 0.01, "ia3": 0.1, "prefix_tuning": 0.1, "full": 0.01}
+RATES = {"lora": 0.01, "pissa": 0.01, "embedding": 0.01, "ia3": 0.1, "prefix_tuning": 0.1, "full": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_the_loss_falls_the_files_are_there_and_eval_and_generate_read_them(
     assert answer.json["answers"][0]["tokens"]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "ia3", "prefix_tuning"])
+@pytest.mark.parametrize("adapter", ["lora", "pissa", "ia3", "prefix_tuning"])
 def test_generate_takes_the_adapter_on_its_base_too(adapter: str, tuned: Callable[[str], Path], llama: Path) -> None:
     folder = tuned(adapter)
     command = ("--prompt", "the colour of 3 is", "--max-new-tokens", 6, "--json")

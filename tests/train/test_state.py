@@ -17,7 +17,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import CorruptError
 from luthier.objectives.sft import SFT
-from luthier.optimizers import Optimizer
+from luthier.optimizers import Optimizer, set_rate
 from luthier.schedules.cosine import Cosine
 from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import StopRequest
@@ -212,6 +212,39 @@ def test_parameters_alone_can_be_loaded(saved: Path) -> None:
     load_state(saved, whole.stepper)
     assert all(torch.equal(value, whole.stepper.masters[name]) for name, value in run.stepper.masters.items())
     assert not run.stepper.optimizer.state and all(name.startswith("optimizer/") for name in left)
+
+
+def test_a_factor_of_the_learning_rate_is_the_recipe_s(tmp_path: Path) -> None:
+    """Breaks when a changed factor, accepted as a drift, comes back from the checkpoint, or groups are mixed up."""
+    before = Run(adapter={"method": "lora", "plus_ratio": 4.0})
+    take_snapshot(LoopState(step=0), before.stepper, {}).write(tmp_path)
+    after = Run(adapter={"method": "lora", "plus_ratio": 2.0})
+    load_state(tmp_path, after.stepper)
+    set_rate(after.stepper.optimizer, 3.0)
+    rates = {name: group["lr"] for name, master in after.stepper.masters.items()
+             for group in after.stepper.optimizer.param_groups if any(master is each for each in group["params"])}
+    assert {rate for name, rate in rates.items() if name.endswith("up")} == {6.0}
+    assert {rate for name, rate in rates.items() if name.endswith("down")} == {3.0} and len(rates) % 2 == 0
+    with pytest.raises(CorruptError, match="2 groups of parameters"):
+        load_state(tmp_path, Run().stepper)
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "init": "pissa"}, {"method": "sparse", "choice": "random"}])
+def test_what_was_found_at_the_start_comes_back(adapter: Any, tmp_path: Path) -> None:
+    """Breaks when a resumed run takes what its own attaching has found, on another machine or with another seed."""
+    before = Run(adapter=adapter)
+    for tensor in before.stepper.constants.values():
+        tensor.add_(1) if tensor.is_floating_point() else tensor.copy_(tensor.flip(0))
+    take_snapshot(LoopState(step=0), before.stepper, {}).write(tmp_path)
+    after = Run(adapter=adapter, seed=5)
+    names = sorted(before.stepper.constants)
+    assert names and not any(torch.equal(before.stepper.constants[n], after.stepper.constants[n]) for n in names)
+    load_state(tmp_path, after.stepper)
+    assert all(torch.equal(before.stepper.constants[n], after.stepper.constants[n]) for n in names)
+    assert sorted(after.stepper.constants) == names
+    change_tensors(tmp_path, drop=f"constant/{names[0]}")
+    with pytest.raises(CorruptError, match="does not hold the tensors"):
+        load_state(tmp_path, after.stepper)
 
 
 def test_what_the_recipe_now_sets_otherwise_is_not_taken_from_the_checkpoint(tmp_path: Path) -> None:

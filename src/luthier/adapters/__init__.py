@@ -2,14 +2,15 @@
 
 The contract: an adapter sees sites (role, layer, sizes, weight) and returns edits. It never sees a model class, a
 quantizer or an optimizer. It also says how its knobs are written in PEFT's `adapter_config.json`, and how many
-parameters it trains, which is tested against what it makes. Saving, loading, disabling, undoing, merging and counting
+parameters it trains, which is tested against what it makes. One that has to know the data's gradient asks for a first
+look at some rows. Saving, loading, disabling, undoing, merging and counting
 are in `model/`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -58,6 +59,19 @@ class Adapter(Method):
         ids = tuple(token_id(token) if isinstance(token, str) else token for token in named)
         return self.model_copy(update={self.tokens_knob: ids})
 
+    @property
+    def first_look(self) -> int:
+        """How many rows of the training data its edits have to see before the first step; 0 for most."""
+        return 0
+
+    def settle(self, edits: Sequence[Edit], look: Callable[[], Iterator[None]]) -> None:
+        """Let fresh edits, which are on the model, find what only the gradient of the data can tell.
+
+        `look()` runs the rows of the first look forward and backward and yields after each; it may be asked more than
+        once. A run settles once, before its first step: what is found belongs into persistent buffers, which
+        checkpoints and files hold.
+        """
+
     @classmethod
     def describes(cls, config: Mapping[str, Any]) -> bool:
         """Whether an `adapter_config.json` is of this method."""
@@ -99,12 +113,11 @@ def saved_adapter(folder: Path, sites: Sites) -> Adapter:
     memory. A tensor or two that are missing are for `fill` to name.
     """
     config = read_config(folder)
-    named = [str(name) for name in config.get("modules_to_save") or ()]
-    known = [site.name.rpartition(".")[2] for site in sites.role("apart")]
-    if unknown := sorted(set(named) - set(known)):
+    named = {str(name) for name in config.get("modules_to_save") or ()}
+    known = {site.name.rpartition(".")[2] for site in sites.role("apart")}
+    if unknown := sorted(named - known):
         raise RecipeError(
-            f"{folder} trains {', '.join(unknown)} as a whole beside the adapter",
-            allowed=f"the head of a task: {', '.join(known)}" if known else "adapters without modules_to_save",
+            f"{folder} trains {', '.join(unknown)} as a whole", allowed=", ".join(known) or "no modules_to_save"
         )
     # Whoever attaches it trains the head with it; the method itself has nothing to do with that.
     adapter = adapter_of({**config, "modules_to_save": None})

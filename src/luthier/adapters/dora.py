@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
+from luthier.model.adapter_files import require_plain_start
 from luthier.model.edits import Edit, Kept, SiteEdit
 from luthier.model.sites import Site, Sites
 
@@ -83,6 +84,7 @@ class DoRA(Adapter):
                     "exclude_modules", "lora_dropout", "trainable_token_indices"):  # fmt: skip
             if config.get(key):
                 raise RecipeError(f"the DoRA file uses {key} = {config[key]!r}"[:200], allowed="plain DoRA and rslora")
+        require_plain_start(config)
         if config.get("bias", "none") != "none":
             raise RecipeError(f"the DoRA file trains biases (bias = {config['bias']!r})", allowed="none")
         targets = config["target_modules"]

@@ -23,6 +23,8 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import CAUSAL, PEFT_TYPES, Task
 from luthier.model.tensor_files import load_tensors, tensor_shapes
 
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""What PEFT's `init_lora_weights` is where it has left the base as it was."""
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 EXTRAS = "luthier.json"
@@ -104,6 +106,14 @@ def fill(attachment: Attachment, folder: Path) -> None:
     """Load the tensors of `folder` into an attachment of the same shape, strictly."""
     found = load_tensors(folder / TENSORS)
     expected = attachment.named_tensors()
+    for name, tensor in attachment.named_base_tensors().items():
+        # PEFT writes a whole embedding or head beside factors for it.
+        repeated = found.pop(name, None)
+        if repeated is not None and not torch.equal(repeated.to(tensor.device, tensor.dtype), tensor):
+            raise CorruptError(
+                f"{folder / TENSORS}: {name} differs from the base model's",
+                do="load the base it was trained on; a table of another size or with other rows is another base",
+            )
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unknown:
         raise CorruptError(
@@ -117,6 +127,17 @@ def fill(attachment: Attachment, folder: Path) -> None:
     _require_equal_twins(folder, expected, found)
     for name, tensor in found.items():
         expected[name].copy_(tensor)
+
+
+def require_plain_start(config: Mapping[str, Any]) -> None:
+    """Raise RecipeError when low-rank factors are for a base that PEFT has changed: ours is as it was."""
+    start = config.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise RecipeError(
+            f"the adapter file has init_lora_weights = {start!r:.80}: it is for a base whose weights were changed",
+            allowed=", ".join(map(str, PLAIN_STARTS[1:])),
+            do="save it with PEFT's path_initial_model_for_weight_conversion, which makes it fit the base as it is",
+        )
 
 
 def check_base(folder: Path, model: LanguageModel) -> None:
@@ -142,5 +163,6 @@ def _require_equal_twins(folder: Path, expected: Mapping[str, torch.Tensor], fou
 
 
 def _module_of(name: str) -> str:
-    """The module that a low-rank factor belongs to."""
-    return name.removeprefix(PEFT_PREFIX).rpartition(".lora_A.")[0]
+    """The module that a low-rank factor belongs to; "" for another tensor."""
+    found = re.match(r"(.*)\.lora_(?:embedding_)?A\b", name.removeprefix(PEFT_PREFIX))
+    return "" if found is None else found[1]

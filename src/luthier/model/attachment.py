@@ -8,7 +8,7 @@ their edits apply in the order in which they came.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import final
 
@@ -59,17 +59,43 @@ class Attachment:
                 named.update(edit.tensors())
         return named
 
+    def named_base_tensors(self) -> dict[str, Tensor]:
+        """Tensors of the base that an adapter file may repeat, under their names there."""
+        return {f"{PEFT_PREFIX}{where}.{key}": tensor for where, edit in self._named_edits()
+                for key, tensor in edit.base_tensors().items()}  # fmt: skip
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, each once, by a stable name."""
         named: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
-        for index, edit in enumerate(self.edits):
-            where = edit.site_name if isinstance(edit, (SiteEdit, TrainedParameters)) else f"root{index}"
+        for where, edit in self._named_edits():
             for key, parameter in edit.named_parameters():
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
                     named[f"{where}.{key}"] = parameter
         return named
+
+    def rate_factors(self) -> dict[str, float]:
+        """What the learning rate of each trained parameter is multiplied by, under the names of these."""
+        said = {f"{where}.{key}": value for where, edit in self._named_edits()
+                for key, value in edit.rate_factors().items()}  # fmt: skip
+        return {name: said.get(name, 1.0) for name in self.named_parameters()}
+
+    def named_constants(self) -> dict[str, Tensor]:
+        """What edits have found at their start and training leaves as it is, by a stable name: persistent buffers.
+
+        A checkpoint holds it, since attaching again may find something else.
+        """
+        named: dict[str, Tensor] = {}
+        for where, edit in self._named_edits():
+            parameters = dict(edit.named_parameters(remove_duplicate=False))
+            kept = edit.state_dict().items()
+            named.update({f"{where}.{key}": tensor for key, tensor in kept if key not in parameters})
+        return named
+
+    def _named_edits(self) -> Iterator[tuple[str, Edit]]:
+        for index, edit in enumerate(self.edits):
+            yield edit.site_name if isinstance(edit, (SiteEdit, TrainedParameters)) else f"root{index}", edit
 
     @property
     def parameter_count(self) -> int:
@@ -77,11 +103,20 @@ class Attachment:
 
     def digest(self) -> str:
         """sha256 over names, shapes and bytes of all tensors: equal exactly when the attachment computes the same."""
-        total = hashlib.sha256()
-        for name, tensor in self.named_tensors().items():
-            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return total.hexdigest()
+        return _digest(self.named_tensors())
+
+    def trained_digest(self) -> str:
+        """The same of the tensors that training changes: all but those that an edit has found at its start."""
+        constants = {tensor.data_ptr() for tensor in self.named_constants().values()}
+        return _digest({name: each for name, each in self.named_tensors().items() if each.data_ptr() not in constants})
+
+
+def _digest(named: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in named.items():
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:
@@ -196,7 +231,7 @@ def _require_one_edit_a_site(edits: list[Edit]) -> None:
         raise RecipeError(
             f"the adapter changes {', '.join(twice[:3])} in two ways at once",
             allowed="one change at a site",
-            do="take the head out of adapter.targets, or out of the sites of the trained tokens",
+            do="take the head or the embedding out of adapter.targets, or out of the sites of the trained tokens",
         )
 
 

@@ -31,6 +31,14 @@ class Edit(nn.Module, ABC):
     def tensors(self) -> Mapping[str, Tensor]:
         """The parameters under the names the adapter's file format uses, relative to the site."""
 
+    def base_tensors(self) -> Mapping[str, Tensor]:
+        """Tensors of the base that a file of somebody else's may repeat, named in the same way: they must be equal."""
+        return {}
+
+    def rate_factors(self) -> Mapping[str, float]:
+        """What the learning rate of a parameter is multiplied by, by the parameter's own name, where it is not one."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Kept:

@@ -115,26 +115,28 @@ class Sites:
     def shortest_names(self, chosen: Sequence[Site]) -> list[str]:
         """Name endings if they select exactly these sites, else full names; sorted, so that files are reproducible."""
         endings = sorted({site.name.rpartition(".")[2] for site in chosen})
-        if {site.name for site in self.select(tuple(endings))} == {site.name for site in chosen}:
+        looked_up = any("embed" in site.roles for site in chosen)
+        if {site.name for site in self.select(tuple(endings), embeddings=looked_up)} == {site.name for site in chosen}:
             return endings
         return sorted(site.name for site in chosen)
 
-    def select(self, targets: str | Sequence[str]) -> list[Site]:
+    def select(self, targets: str | Sequence[str], *, embeddings: bool = False) -> list[Site]:
         """The linear sites meant by `targets`: "all-linear", roles, name endings, or a regular expression.
 
         A list holds roles (`q`) and name endings (`q_proj`, `layers.3.mlp.down_proj`); a single string that is none of
         these must match whole names as a regular expression. Raises RecipeError that names each target without a
-        match, and the nearest names.
+        match, and the nearest names. With `embeddings` the token embedding may be meant too (`embed`, or its name).
         """
         linear = self.linear()
         if targets == "all-linear":
             return linear
         wanted = [targets] if isinstance(targets, str) else list(targets)
         chosen: set[str] = set()
+        possible = [site for site in self.all if site.is_linear or (embeddings and "embed" in site.roles)]
         for target in wanted:
-            found = [site.name for site in self.all if site.is_linear and _matches(site, target)]
+            found = [site.name for site in possible if _matches(site, target)]
             if not found and isinstance(targets, str):
-                found = [site.name for site in self.all if site.is_linear and _full_match(target, site.name)]
+                found = [site.name for site in possible if _full_match(target, site.name)]
             if not found:
                 raise RecipeError(f"no site matches the target {target!r}", do=_advice(target, self.all))
             chosen.update(found)

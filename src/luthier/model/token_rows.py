@@ -72,7 +72,7 @@ class EmbeddingRows(TokenRows):
 
     def __init__(self, site: Site, ids: Sequence[int], rows: nn.Parameter, *, part: int, file_key: str | None) -> None:
         super().__init__(site, ids, rows, part=part, file_key=file_key)
-        self.scale = _scale(site)
+        self.scale = lookup_scale(site)
         places = torch.full((site.in_features,), len(self.ids), device=site.device)
         places[self.get_buffer("index")] = torch.arange(len(self.ids), device=site.device)
         self.register_buffer("places", places, persistent=False)
@@ -178,7 +178,7 @@ def _means(target: str, site: Site) -> bool:
 
 
 @torch.no_grad()
-def _scale(site: Site) -> float:
+def lookup_scale(site: Site) -> float:
     """What the embedding multiplies its rows with (Gemma: the square root of the hidden size)."""
     weight = site.weight_parameter
     # The zoo rounds the factor to the weight's precision before it multiplies.
@@ -188,8 +188,8 @@ def _scale(site: Site) -> float:
     found, expected = site.module(ids).float(), weight[ids].float() * scale
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
         raise RecipeError(
-            f"{type(site.module).__name__} does more than look rows up, so single rows of it cannot be trained",
+            f"{type(site.module).__name__} does more than look rows up, so nothing can be added to its rows",
             allowed="an embedding whose rows are looked up and scaled",
-            do="leave the trained tokens out, or train all weights with adapter.method=full",
+            do="leave the embedding and the trained tokens out, or train all weights with adapter.method=full",
         )
     return scale

@@ -2,20 +2,24 @@
 
 The contract: an optimizer builds a torch optimizer over float32 tensors (the loop keeps float32 masters of parameters
 in a lower precision), and states how many bytes of state it keeps for tensors of given names and shapes, which is
-tested. `PerTensor` is for those that torch does not have.
+tested. Some parameters may have a learning rate of their own, as a factor of the others': `set_factors` makes groups of
+them in whatever was built, and `set_rate` sets the rate of each. `PerTensor` is for those that torch does not have.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
 from luthier.core.knobs import Method
+
+FACTOR: Final = "rate_factor"
+"""What a group of a torch optimizer calls the factor of its learning rate; a group without it has one."""
 
 
 class Optimizer(Method):
@@ -64,3 +68,23 @@ def decay_groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[
         {"params": [tensor for tensor in parameters.values() if tensor.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def set_factors(optimizer: TorchOptimizer, parameters: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+    """Divide the optimizer's groups, so that each holds parameters of one factor of the learning rate, by name."""
+    by_tensor = {id(tensor): factors.get(name, 1.0) for name, tensor in parameters.items()}
+    divided = []
+    for group in optimizer.param_groups:
+        own: dict[float, list[Tensor]] = {}
+        for tensor in group["params"]:
+            own.setdefault(by_tensor[id(tensor)], []).append(tensor)
+        for factor, tensors in sorted(own.items()):
+            divided.append({**group, "params": tensors, **({} if factor == 1.0 else {FACTOR: factor})})
+    # The list itself stays: it is the optimizer's.
+    optimizer.param_groups[:] = divided
+
+
+def set_rate(optimizer: TorchOptimizer, rate: float) -> None:
+    """Let the next step have this learning rate, times the factor of each group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(FACTOR, 1.0)

@@ -141,7 +141,7 @@ def summary(
             "best": state.best_eval_loss,
             "best_step": state.best_step,
         },
-        "metrics": {"eval_first": state.first_eval_metrics, "best": state.best_eval_metrics},
+        "metrics": state.metrics,
         "tokens_per_second": speed,
         "share_of_limit": speed / planned["speed"]["tokens_per_second"],
         "train_seconds": state.train_seconds,

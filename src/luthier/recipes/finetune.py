@@ -22,6 +22,7 @@ from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, finish
 from luthier.recipes.files import begin_run, dated, place_of, unfinished
+from luthier.recipes.first_look import settle
 from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
 from luthier.recipes.samples import Samples
@@ -118,7 +119,7 @@ def _train(
     accept_drift: bool = False,
 ) -> RunResult:
     recipe, data, model = bench.recipe, bench.data, bench.model
-    start_digest = bench.attachment.digest()
+    start_digest = bench.attachment.trained_digest()
     keeper = CheckpointKeeper(
         run, bench.stepper, keep=recipe.checkpoint.keep, facts=accounts.facts(recipe, data, model, bench.tokenizer)
     )
@@ -132,6 +133,7 @@ def _train(
     started = {**bench.plan, "notices": notices, "run": str(run.folder), "resumed_at": state.step}
     everyone.record(Event("start", started, step=state.step))
     _rehearse(bench, state, everyone)
+    settle(bench, state, everyone)
     loop = Loop(
         source=bench.source,
         stepper=bench.stepper,

@@ -82,10 +82,11 @@ def plan_memory(
 def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) -> dict[str, int]:
     """Bytes that stay from step to step, by part; no checkpoint is being written."""
     trained = attachment.named_parameters().values()
+    found = sum(constant.nbytes for constant in attachment.named_constants().values())
     return {
         # Of base weights that are trained the originals are kept aside, so they count in both.
         "weights": _weights(model),
-        "trained": sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
+        "trained": found + sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
         "gradients": bytes_of.gradients(attachment.parameter_count),
         "optimizer": optimizer.resident_bytes(_shapes(attachment)),
         "libraries": bytes_of.libraries(model.dtype.itemsize) if model.device.type == "cpu" else 0,
@@ -116,9 +117,12 @@ def plan_disk(
 
     The token cache has been written by now: it is in `cache`, and not in `total`.
     """
-    tensors = attachment.named_parameters()
-    optimizer = recipe.optimizer.state_bytes(_shapes(attachment))
-    one = bytes_of.checkpoint(attachment.parameter_count, optimizer, tensors=len(tensors), rows=len(data.train))
+    tensors, constants = attachment.named_parameters(), attachment.named_constants()
+    # Beside what the optimizer keeps: both are written as they are.
+    beside = recipe.optimizer.state_bytes(_shapes(attachment)) + sum(each.nbytes for each in constants.values())
+    # A trained tensor is there with two of the optimizer's.
+    count = len(tensors) + math.ceil(len(constants) / 3)
+    one = bytes_of.checkpoint(attachment.parameter_count, beside, tensors=count, rows=len(data.train))
     kept = bytes_of.kept_checkpoints(recipe.checkpoint.keep, _saves(recipe, steps))
     # Trained base weights are saved as a whole model, whichever of them were trained.
     adapter = sum(tensor.nbytes for tensor in attachment.named_tensors().values())

@@ -150,7 +150,7 @@ def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]
     model = _base(folder, recipe, facts)
     torch.manual_seed(recipe.seed)
     start = model.attach(recipe.adapter.attach(model.sites))
-    fresh, expected = start.digest(), _shapes(start.named_tensors())
+    fresh, expected = start.trained_digest(), _shapes(start.named_tensors())
     model.detach()
     if (saved := _saved_tensors(folder)) != expected:
         raise _other_tensors(folder, expected, saved)
@@ -159,7 +159,7 @@ def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]
     if (found := _shapes(attachment.named_tensors())) != expected:
         raise _other_tensors(folder, expected, found)
     fill(attachment, folder)
-    if attachment.digest() == fresh:
+    if attachment.trained_digest() == fresh:
         raise GateError(f"the adapter in {folder} is exactly what it was at the start", do="train it again")
     return model, len(found)
 

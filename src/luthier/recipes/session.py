@@ -33,6 +33,7 @@ from luthier.quantizers import Quantizer
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
 from luthier.recipes.quantized import KEY, kept_quantizer, quantize
+from luthier.train.first_look import look
 from luthier.train.result import save_result
 from luthier.train.stepper import PassReport, Stepper, StepReport
 
@@ -64,9 +65,15 @@ class Session:
         self.objective = objective
         self.attachment = model.attach(self.adapter.attach(model.sites))
         self.stepper = Stepper(model, self.attachment, objective, optimizer, micro_tokens=micro_tokens)
+        self.settled = not self.adapter.first_look
 
     def forward_backward(self, rows: Sequence[RowLike]) -> PassReport:
         """Add the gradient of these rows (mappings in any of luthier's data formats); nothing is stepped."""
+        if not self.settled:
+            # An adapter that has to look at data looks at the first that there is.
+            first = [self.trees([row]) for row in rows[: self.adapter.first_look]]
+            self.adapter.settle(self.attachment.edits, lambda: look(self.stepper, first))
+            self.settled = True
         return self.stepper.forward_backward(self.trees(rows))
 
     def optim_step(self, *, factor: float = 1.0) -> StepReport:
@@ -164,4 +171,5 @@ def load(
     if saved is not None:
         check_base(saved, base)
         fill(session.attachment, saved)
+        session.settled = True
     return session

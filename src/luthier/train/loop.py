@@ -209,14 +209,13 @@ class Loop:
         state.eval_loss = report.loss
         if state.first_eval_loss is None:
             state.first_eval_loss = report.loss
-        state.eval_metrics = {name: total / weight for name, (total, weight) in report.metrics.items() if weight}
-        if state.step == 0:
-            state.first_eval_metrics = state.eval_metrics
+        metrics = {name: total / weight for name, (total, weight) in report.metrics.items() if weight}
+        state.metrics.setdefault("first", metrics)
         gain = state.best_eval_loss is None or report.loss < state.best_eval_loss
         better = state.step > 0 and math.isfinite(report.loss) and gain
         if better:
             state.best_eval_loss, state.best_step = report.loss, state.step
-            state.best_eval_metrics = state.eval_metrics
+            state.metrics["best"] = metrics
         state.evaluations_without_gain = 0 if better or state.step == 0 else state.evaluations_without_gain + 1
         worst = sorted(report.row_losses.items(), key=lambda item: -item[1][0] / item[1][1])[:20]
         self.recorder.record(
@@ -224,7 +223,7 @@ class Loop:
                 "evaluation",
                 {
                     "loss": report.loss,
-                    **state.eval_metrics,
+                    **metrics,
                     "rows": len(report.row_losses),
                     "trained_tokens": report.trained_tokens,
                     "worst_rows": [{"row": row, "loss": loss / weight} for row, (loss, weight) in worst],

@@ -56,7 +56,7 @@ class Claims:
                 f"{self.trained_tokens} tokens were trained in {self.steps} steps; nothing was saved as result",
                 do="look at the rows with: luthier data show",
             )
-        if attachment.digest() == self.start_digest:
+        if attachment.trained_digest() == self.start_digest:
             raise GateError(
                 f"after {self.steps} steps the trained parameters are exactly what they were at the start; nothing was "
                 "saved as result",

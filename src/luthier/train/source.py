@@ -142,6 +142,11 @@ class DataSource(Source):
                 break
         return (fullest,) if fullest.longest == longest.longest else (fullest, longest)
 
+    def first_rows(self, count: int) -> Iterator[list[Tree]]:
+        """The trees of each of the first `count` rows of a run, wherever the source stands."""
+        for index in self._epoch_order(0)[:count]:
+            yield self.objective.trees(self.views[int(index)])
+
     def trees_of(self, batch: MicroBatch) -> list[Tree]:
         """The trees of the rows of a micro-batch."""
         return [tree for index in batch.indices for tree in self.objective.trees(self.views[index])]

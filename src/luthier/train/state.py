@@ -1,8 +1,8 @@
 """The state of a run: declared once, saved from that declaration, restored into it.
 
-`LoopState` holds every number the loop carries from step to step. With the trained parameters, the optimizer's tensors
-and numbers and the random generators it is all that a resumed run needs to go on bit for bit. Tensors are written as
-safetensors, numbers as JSON; nothing is pickled.
+`LoopState` holds every number the loop carries from step to step. With the trained parameters, what their edits have
+found at the start, the optimizer's tensors and numbers and the random generators it is all that a resumed run needs to
+go on bit for bit. Tensors are written as safetensors, numbers as JSON; nothing is pickled.
 
 A `Snapshot` is a copy of all that as it is now, so that it can be written while training goes on.
 """
@@ -32,7 +32,10 @@ NUMBERS = "state.json"
 
 @dataclass
 class LoopState:
-    """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact."""
+    """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact.
+
+    `metrics` are an objective's own, of the first evaluation and of the best one.
+    """
 
     step: int = 0
     total_steps: int = 0
@@ -53,9 +56,7 @@ class LoopState:
     micro_tokens: int = 0
     events_bytes: int = 0
     samples_bytes: int = 0
-    first_eval_metrics: dict[str, float] = field(default_factory=dict)
-    eval_metrics: dict[str, float] = field(default_factory=dict)
-    best_eval_metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def cursor(self) -> Cursor:
@@ -96,6 +97,8 @@ def take_snapshot(
 ) -> Snapshot:
     """What a run is now. Without `copied` its tensors may be the live ones: training must wait until it is written."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
+    # They do not change while it is written, so the live ones do.
+    constants = {f"constant/{name}": _apart(tensor, False) for name, tensor in stepper.constants.items()}
     numbers: dict[str, dict[str, object]] = {}
     _require_owned(stepper)
     for name, master in stepper.masters.items():
@@ -106,14 +109,15 @@ def take_snapshot(
                 numbers.setdefault(name, {})[key] = _kept(key, value)
     content = {
         "loop": asdict(state),
-        "tensors": {key: list(tensor.shape) for key, tensor in tensors.items()},
+        "tensors": {key: list(tensor.shape) for key, tensor in {**tensors, **constants}.items()},
         "optimizer": numbers,
         "groups": [_beside_tensors(group) for group in stepper.optimizer.param_groups],
         "first_groups": [_beside_tensors(group) for group in stepper.first_groups],
         "random": _random(),
         "row_excess": {str(row): loss for row, loss in row_excess.items()},
     }
-    return Snapshot(state.step, {key: _apart(tensor, copied) for key, tensor in tensors.items()}, content)
+    own = {key: _apart(tensor, copied) for key, tensor in tensors.items()}
+    return Snapshot(state.step, {**own, **constants}, content)
 
 
 def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
@@ -124,6 +128,9 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
     content = _read_numbers(folder)
     unused = load_parameters(folder, stepper)
     with safe_open(folder / TENSORS, framework="pt") as file:
+        for name, constant in stepper.constants.items():
+            constant.copy_(file.get_tensor(f"constant/{name}"))
+            unused.remove(f"constant/{name}")
         for name, master in stepper.masters.items():
             prefix = f"optimizer/{name}/"
             found = {key[len(prefix) :]: file.get_tensor(key) for key in sorted(unused) if key.startswith(prefix)}
@@ -194,23 +201,19 @@ def _loop(saved: Mapping[str, Any]) -> LoopState:
     expected = {field.name: str(field.type) for field in fields(LoopState)}
     if differing := expected.keys() ^ saved.keys():
         raise ValueError(f"other numbers of the loop: {', '.join(sorted(differing))[:200]}")
-    metrics = {key for key, kind in expected.items() if kind.startswith("dict")}
-    loop: dict[str, Any] = {
-        key: _metrics(key, value) if key in metrics else _number(value) for key, value in saved.items()
-    }
-    for key in loop.keys() - metrics:
-        value = loop[key]
+    loop: dict[str, Any] = {key: _number(value) for key, value in saved.items() if key != "metrics"}
+    for key, value in loop.items():
         kinds = (int, float) if "float" in expected[key] else (int,)
         if not (type(value) in kinds or (value is None and "None" in expected[key])):
             raise ValueError(f"{key} is {str(value)[:50]!r}")
-    return LoopState(**loop)
+    return LoopState(**loop, metrics={str(when): _metrics(each) for when, each in saved["metrics"].items()})
 
 
-def _metrics(key: str, value: Any) -> dict[str, float]:
+def _metrics(saved: Mapping[str, Any]) -> dict[str, float]:
     """An objective's own numbers of an evaluation."""
-    found = {str(name): _number(each) for name, each in value.items()}
+    found = {str(name): _number(each) for name, each in saved.items()}
     if not all(type(each) in (int, float) for each in found.values()):
-        raise ValueError(f"{key} is {str(value)[:50]!r}")
+        raise ValueError(f"metrics are {str(saved)[:50]!r}")
     return found
 
 
@@ -225,13 +228,14 @@ def _check_tensors(folder: Path, stepper: Stepper) -> set[str]:
     if found != expected:
         differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
         raise CorruptError(f"{folder / TENSORS} does not hold the tensors that were saved: {', '.join(differing[:3])}")
-    for name, master in stepper.masters.items():
-        if found.get(f"master/{name}") != tuple(master.shape):
-            raise CorruptError(
-                f"{folder / TENSORS} has {found.get(f'master/{name}', 'nothing')} for {name}",
-                allowed=str(tuple(master.shape)),
-                do="the recipe's adapter differs from the run's",
-            )
+    for kind, needed in (("master", stepper.masters), ("constant", stepper.constants)):
+        for name, tensor in needed.items():
+            if found.get(f"{kind}/{name}") != tuple(tensor.shape):
+                raise CorruptError(
+                    f"{folder / TENSORS} has {found.get(f'{kind}/{name}', 'nothing')} for {name}",
+                    allowed=str(tuple(tensor.shape)),
+                    do="the recipe's adapter differs from the run's",
+                )
     return set(found)
 
 
@@ -239,7 +243,11 @@ def _restore_groups(stepper: Stepper, content: _Numbers, path: Path) -> None:
     """What the optimizer has kept for each group. What the recipe now sets otherwise (an accepted drift) stays so."""
     groups, first = stepper.optimizer.param_groups, stepper.first_groups
     if not len(groups) == len(content.groups) == len(content.first_groups):
-        raise CorruptError(f"{path} has {len(content.groups)} groups", allowed=f"{len(groups)}")
+        raise CorruptError(
+            f"{path} has {len(content.groups)} groups of parameters",
+            allowed=f"{len(groups)}",
+            do="the recipe's adapter or optimizer divides them otherwise than the run's: take its knobs back",
+        )
     for group, saved, now, then in zip(groups, content.groups, first, content.first_groups, strict=True):
         group.update({key: value for key, value in saved.items() if now.get(key) == then.get(key)})
 

@@ -28,7 +28,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.parts import Part, can_split
 from luthier.objectives import Objective
-from luthier.optimizers import Optimizer
+from luthier.optimizers import Optimizer, set_factors, set_rate
 from luthier.train.random_state import RandomState
 from luthier.train.rounding import RoundingWatch
 from luthier.train.shortage import Split, exhausted, release, shortage
@@ -105,11 +105,13 @@ class Stepper:
         self.parameters: dict[str, nn.Parameter] = attachment.named_parameters()
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
+        self.constants: dict[str, Tensor] = attachment.named_constants()
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
         self.lower = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
         self.optimizer = optimizer.build(self.masters)
+        set_factors(self.optimizer, self.masters, attachment.rate_factors())
         self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
         self.began = RandomState.now(model.device)
@@ -164,8 +166,7 @@ class Stepper:
             return StepReport(norm, False, bad)
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             torch._foreach_mul_(list(gradients.values()), self.max_grad_norm / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.method.peak_learning_rate * factor
+        set_rate(self.optimizer, self.method.peak_learning_rate * factor)
         before = self._watch.look()
         self._step()
         for name, parameter in self.lower.items():
