@@ -66,16 +66,9 @@ class Marked:
                 keep[mine[whole_character(self.spans[mine], size) :]] = False
         return self.taken(keep)
 
-    def view(
-        self,
-        row: int,
-        weights: Floats,
-        *,
-        labels: Ints | None = None,
-        names: tuple[str, str] = ("text", "pair"),
-    ) -> Rendered:
-        """The tokens as a view; `names` are the roles of the two sides."""
-        roles = np.array([TOKEN_ROLES.index(name) for name in (*names, "template")], np.uint8)[self.sides]
+    def view(self, row: int, weights: Floats, *, labels: Ints | None = None) -> Rendered:
+        """The tokens as a view of a row."""
+        roles = np.array([TOKEN_ROLES.index(name) for name in ("text", "pair", "template")], np.uint8)[self.sides]
         types = self.types if self.types.any() else None
         return Rendered(row, self.text, self.ids, weights, roles, self.spans, labels, types)
 
@@ -140,7 +133,8 @@ def plain_words(tokenizer: Tokenizer, words: Sequence[str]) -> Marked:
 
 def takes_words(tokenizer: Tokenizer) -> bool:
     """Whether single words become the tokens that they are in a text: not where only a space makes them so."""
-    state = json.loads(tokenizer.raw.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    part = tokenizer.raw.backend_tokenizer.pre_tokenizer
+    state = {} if part is None else json.loads(part.__getstate__())
     parts = state.get("pretokenizers", [state])
     return not any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)
 
