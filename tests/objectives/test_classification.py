@@ -60,10 +60,3 @@ def test_rows_without_a_class_or_with_several_are_refused() -> None:
     tagged = replace(view, labels=labels, weights=weights)
     with pytest.raises(DataError, match="3 classes"):
         Classification().trees(tagged)
-
-
-def test_an_encoders_row_sees_both_ways_and_a_decoders_does_not() -> None:
-    """Breaks when an encoder reads from left to right."""
-    (view, *_) = task_models.views_for(Classification())
-    assert Classification().trees(view)[0].segments[0].both_ways
-    assert not Classification().trees(replace(view, types=None))[0].segments[0].both_ways

@@ -38,7 +38,7 @@ def test_shares_are_those_of_the_paper_and_control_tokens_stay() -> None:
     view = long_view()
     (segment,) = bound().trees(view)[0].segments
     chosen = segment.weights > 0
-    assert segment.labels is not None and np.array_equal(segment.labels, view.tokens) and segment.both_ways
+    assert segment.labels is not None and np.array_equal(segment.labels, view.tokens)
     assert not chosen[0] and not chosen[-1]
     assert np.array_equal(segment.tokens[~chosen], view.tokens[~chosen])
     hidden = segment.tokens[chosen] == MASK

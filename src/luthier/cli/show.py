@@ -95,6 +95,16 @@ def _room_lines(memory: Mapping[str, int], disk: Mapping[str, int]) -> list[str]
     ]
 
 
+_NEXT = {
+    "causal_lm": 'generate {run} --prompt "..."',
+    "seq2seq_lm": 'generate {run} --prompt "..."',
+    "sequence_classes": 'classify {run} "..."',
+    "token_classes": 'classify {run} "..."',
+    "masked_lm": "eval {run}",
+}
+"""What there is to do with a result."""
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """What a run did, in a few lines."""
     loss, tokens = summary["loss"], summary["tokens"]
@@ -114,7 +124,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     else:
         typer.echo(f"saved and reloaded ({proof['tensors']} tensors); nothing was held out to compare on")
     typer.echo(f"result  {summary['result']}\nreport  {summary['run']}/report.html")
-    typer.echo(f'next    luthier generate {summary["run"]} --prompt "..."')
+    for name, (before, after) in summary["metrics"].items():
+        typer.echo(f"{name} {before:.3f} -> {after:.3f}")
+    if verb := _NEXT.get(summary["task"], ""):
+        typer.echo(f'next    luthier {verb.format(run=summary["run"])}')
 
 
 def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:

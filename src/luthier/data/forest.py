@@ -8,9 +8,9 @@ Each token carries a loss weight: 0 means context only. The token after a parent
 child, so one position can predict several tokens; `Layout.predictors` therefore holds (position, label) *pairs* and no
 label is lost.
 
-A segment may see `both_ways`: each of its tokens sees all of them, as in an encoder. It may have `labels`: what each
-position says is then not the next token but what stands there, a class or a token that was masked. An
-encoder-decoder reads roots that see both ways with its encoder, and their children with its decoder.
+A segment may have `labels`: what each position says is then not the next token but what stands there, a class or a
+token that was masked. It may see `both_ways`: each of its tokens sees all of them. In an encoder all segments do; an
+encoder-decoder reads roots that do with its encoder, and their children with its decoder.
 
 This file knows numpy only: what is in a forest is decided before any tensor exists.
 """

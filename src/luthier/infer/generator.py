@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Ints
 from luthier.model.edits import LearnedKeysValues
-from luthier.model.encoder_decoder import read_texts
+from luthier.model.encoder_decoder import read_texts, start_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
 
@@ -122,7 +122,7 @@ class Generator:
         model = self.model
         flat = model.executor.kind == "segments"
         states, mask = read_texts(model.module, [row.prompt for row in rows], flat=flat, root=model.active_root)
-        start = int(model.module.config.decoder_start_token_id)
+        start = start_of(model.module)
         tokens = torch.full((len(rows), 1), start, dtype=torch.long, device=model.device)
         cache: Cache | None = None
         learned, _ = self._cache(len(rows)) if isinstance(model.active_root, LearnedKeysValues) else (None, 0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Ints, Layout, Span
 from luthier.model.attention import ForestPlan, Memory
 from luthier.model.edits import LearnedPrompt, LearnedRoot
@@ -103,6 +103,18 @@ def run_flat(
         ).last_hidden_state[0]
     predicting = said.index_select(0, long(halves.rows, module))
     return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
+
+
+def start_of(module: PreTrainedModel) -> int:
+    """The token that a decoder's answers start with. Raises RecipeError for a model that does not say it."""
+    for said in (module.generation_config, module.config):
+        found = getattr(said, "decoder_start_token_id", None)
+        if isinstance(found, int):
+            return found
+    raise RecipeError(
+        f"{type(module).__name__} does not say which token its answers start with",
+        do="set decoder_start_token_id in config.json",
+    )
 
 
 def read_texts(

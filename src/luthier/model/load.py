@@ -110,8 +110,9 @@ def kind_of_source(source: str) -> Kind:
 
 
 def start_token(source: str) -> int | None:
-    """The token that a decoder's answers start with, by the config of an encoder-decoder."""
-    found = getattr(config_of(source), "decoder_start_token_id", None)
+    """The token that a decoder's answers start with, by the files of an encoder-decoder: one of them says it."""
+    said = ModelFiles.of(resolve_source(source)).json("generation_config.json") or {}
+    found = said.get("decoder_start_token_id", getattr(config_of(source), "decoder_start_token_id", None))
     return int(found) if isinstance(found, int) else None
 
 

@@ -64,6 +64,9 @@ def run_task(
             return encoder_decoder.run_flat(module, forest, head=head, root=root)
         return encoder_decoder.run_padded(module, forest, head=head)
     layout = forest.layout
+    if kind_of(module.config) == "encoder":
+        # How an encoder reads is not for a row to say.
+        layout = replace(layout, spans=tuple(replace(span, both_ways=True) for span in layout.spans))
     labels = long(layout.labels, module)
     if executor.kind == "unrolled":
         logits = _padded_logits(module, forest, task)

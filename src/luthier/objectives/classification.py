@@ -52,11 +52,7 @@ class Classification(Objective):
             raise DataError(
                 f"row {view.row} has {view.trained_count} classes", allowed="one a text", do="set objective.level word"
             )
-        # Only encoders are told token types, and they see both ways.
-        labels = np.maximum(view.labels, 0)
-        segment = Segment(
-            view.tokens, view.weights, labels=labels, types=view.types, both_ways=view.types is not None
-        )
+        segment = Segment(view.tokens, view.weights, labels=np.maximum(view.labels, 0), types=view.types)
         return [Tree((segment,), row=view.row)]
 
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:

@@ -76,7 +76,7 @@ class MaskedLM(Objective):
         tokens[swapped] = draw.integers(self.random_tokens, size=len(swapped))
         weights = np.zeros_like(view.weights)
         weights[chosen] = view.weights[chosen]
-        segment = Segment(tokens, weights, labels=view.tokens, types=view.types, both_ways=True)
+        segment = Segment(tokens, weights, labels=view.tokens, types=view.types)
         return [Tree((segment,), row=view.row)]
 
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:

@@ -68,6 +68,7 @@ def plan(
         "model": recipe.model,
         "adapter": recipe.adapter.as_recipe(),
         "objective": recipe.objective.as_recipe(),
+        "task": model.task.name,
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in base),
         "trainable_parameters": attachment.parameter_count,
@@ -141,13 +142,17 @@ def summary(
             "best": state.best_eval_loss,
             "best_step": state.best_step,
         },
-        "metrics": state.metrics,
+        "metrics": {
+            name: (before, state.metrics.get("best", {}).get(name, before))
+            for name, before in state.metrics.get("first", {}).items()
+        },
         "tokens_per_second": speed,
         "share_of_limit": speed / planned["speed"]["tokens_per_second"],
         "train_seconds": state.train_seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "model": planned["model"],
         "adapter": planned["adapter"],
+        "task": planned["task"],
         "parameters": planned["parameters"],
         "trainable_parameters": planned["trainable_parameters"],
         "data": planned["data"],

@@ -74,7 +74,7 @@ def _save(
     claims = claims_of(bench, run, state, eval_loss=loss, start_digest=start_digest, made_with=keeper.facts)
 
     def beside(folder: Path) -> None:
-        bench.tokenizer.save(folder, chat_template=data.renderer.template.source)
+        bench.tokenizer.save(folder, chat_template=data.renderer.template.source or None)
         if data.store.stop_ids:
             save_stops(folder, model, bench.tokenizer, data.store.stop_ids)
 

@@ -65,7 +65,15 @@ class Opened:
         return Generator(self.model, decode=self.tokenizer.decode)
 
     def prompt(self, text: str, *, system: str = "", raw: bool = False) -> Ints:
-        """A user's text as the model expects it: through the chat template, or `raw` as plain text to continue."""
+        """A user's text as the model expects it: through the chat template, or `raw` as plain text to continue.
+
+        Raises RecipeError for a model that says no text.
+        """
+        if self.model.task.name not in ("causal_lm", "seq2seq_lm"):
+            raise RecipeError(
+                f"{self.model.source} was loaded to classify or to fill in, and says no text",
+                do="ask a classifier with: luthier classify RUN TEXT",
+            )
         if raw:
             ids, _ = self.tokenizer.encode(text)
             begins = self.tokenizer.bos_id is not None and self.tokenizer.adds_bos

@@ -16,6 +16,7 @@ from luthier.data.conversation import Meaning
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.adapter_files import TENSORS
+from luthier.model.encoder_decoder import start_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import config_of, kind_of_source, start_token
 from luthier.model.tasks import CAUSAL, PEFT_TYPES, Task, TaskName, class_for, kind_of
@@ -49,7 +50,7 @@ def read_for(reading: Reading, objective: Objective, source: str) -> Reading:
 def read_as(reading: Reading, model: LanguageModel) -> Reading:
     """How texts are read for a model that is loaded."""
     task, kind = model.task, kind_of(model.config)
-    start = getattr(model.config, "decoder_start_token_id", None)
+    start = start_of(model.module) if kind == "seq2seq" else None
     wanted: tuple[Meaning, ...] | None = None
     if task.classifies:
         wanted = ("labelled",) if task.name == "sequence_classes" else ("tagged",)

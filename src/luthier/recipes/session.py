@@ -107,7 +107,7 @@ class Session:
             raise RecipeError(f"{place} is not empty", do="name a new folder")
 
         def beside(saved: Path) -> None:
-            self.tokenizer.save(saved, chat_template=self.renderer.template.source)
+            self.tokenizer.save(saved, chat_template=self.renderer.template.source or None)
             save_stops(saved, self.model, self.tokenizer, self.renderer.stop_ids)
 
         return save_result(place, self.model, self.attachment, self.adapter, extras, beside=beside)
