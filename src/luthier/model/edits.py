@@ -13,7 +13,8 @@ saving) is written once, in `attachment.py`. Kinds:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.products import LowRankTerm
+from luthier.model.routes import Routes
 from luthier.model.sites import Site
 
 
@@ -127,13 +129,17 @@ class LearnedKeysValues(LearnedRoot):
 
 
 class EditedModule(nn.Module):
-    """A module with edits around it. The module inside is the original object, untouched."""
+    """A module with edits around it. The module inside is the original object, untouched.
+
+    With `routes`, rows belong to adapters, and each row sees the edit of its own one only.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.edits = nn.ModuleDict()
         self.disabled: frozenset[str] = frozenset()
+        self.routes: Routes | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -145,7 +151,12 @@ class EditedModule(nn.Module):
         return self.base._parameters.get("bias")
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
-        edits = [edit for name, edit in self.edits.items() if name not in self.disabled]
+        if self.routes is not None:
+            return self._by_rows(x, self.routes, *args)
+        return self.through(x, [edit for name, edit in self.edits.items() if name not in self.disabled], *args)
+
+    def through(self, x: Tensor, edits: Sequence[nn.Module], *args: object) -> Tensor:
+        """The module with just these of its edits around it."""
         # Edits nest: each one wraps what was there before it came, so the first can be folded into the weight exactly.
         seen = [x]
         for edit in reversed(edits):
@@ -154,6 +165,37 @@ class EditedModule(nn.Module):
         for edit in edits:
             y = edit.after(seen.pop(), y)  # type: ignore[operator]
         return y
+
+    def _by_rows(self, x: Tensor, routes: Routes, *args: object) -> Tensor:
+        """The module once over all rows, each edit around its own."""
+        axis = routes.axis_of(x)
+        own = [None if run.adapter in self.disabled else self._edit(run.adapter) for run in routes.runs]
+        if not any(own):
+            return self.base(x, *args)  # type: ignore[no-any-return]
+        # split, not slicing: its backward is one concatenation.
+        parts = torch.split(x, routes.sizes, axis)
+        seen = [part if edit is None else edit.before(part) for part, edit in zip(parts, own, strict=True)]
+        changed = any(one is not other for one, other in zip(seen, parts, strict=True))
+        y: Tensor = self.base(torch.cat(seen, axis) if changed else x, *args)
+        made = zip(parts, torch.split(y, routes.sizes, axis), own, strict=True)
+        return torch.cat([out if edit is None else edit.after(part, out) for part, out, edit in made], axis)
+
+    def _edit(self, name: str) -> SiteEdit | None:
+        found = dict(self.edits.items()).get(name)
+        return found if isinstance(found, SiteEdit) else None
+
+
+@contextmanager
+def routed(module: nn.Module, routes: Routes | None) -> Iterator[None]:
+    """Within the block every edit at and below `module` sees its own adapter's rows only, if there are `routes`."""
+    edited = [] if routes is None else [each for each in module.modules() if isinstance(each, EditedModule)]
+    for each in edited:
+        each.routes = routes
+    try:
+        yield
+    finally:
+        for each in edited:
+            each.routes = None
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:

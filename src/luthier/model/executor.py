@@ -8,7 +8,7 @@ weight only in the first. Unrolled works for any causal model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,9 +25,11 @@ from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, AttentionCall, ForestPlan, Root, UndrivableAttentionError
 from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
-from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot
+from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot, routed
+from luthier.model.guests import Guest, first_positions, side_by_side
 from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
+from luthier.model.routes import Routes, padded_routes, predicted_routes, routes_of, whole
 
 AnyHead = Head | EditedHead | None
 """A head as tensors, one with edits around it, or None when only the zoo's own layer computes the logits."""
@@ -60,19 +62,64 @@ def run_segments(
     root: LearnedRoot | None = None,
     blocks: Blocks | None = None,
     by_mask: MaskedAttention | None = None,
+    guests: Mapping[str, Guest] | None = None,
 ) -> TokenOutputs:
-    """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations."""
+    """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations.
+
+    `guests` are the adapters that trees name; where they do, `head` and `root` are those of the guests.
+    """
     layout = forest.layout
-    plan = ForestPlan(spans=layout.spans, root=seen_root(module, root, blocks), by_mask=by_mask)
+    plan = ForestPlan(spans=layout.spans, by_mask=by_mask, routes=routes_of(forest))
+    positions = _long(layout.positions, module)
+    if plan.routes is None:
+        plan.root = seen_root(module, root, blocks)
+        positions = positions + (0 if root is None else root.token_count)
+    else:
+        plan.row_routes = predicted_routes(forest)
+        roots = _seen_roots(module, plan.routes.names, guests or {}, blocks)
+        plan.root = side_by_side(forest, roots)
+        positions = positions + _long(first_positions(forest, roots), module)
     tokens = _long(layout.tokens, module)
-    positions = _long(layout.positions, module) + (0 if root is None else root.token_count)
     predictors = _long(layout.predictors, module)
     predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
-    return _outputs(layout, score(module, predicting, head, _long(layout.labels, module)), module)
+    labels = _long(layout.labels, module)
+    log_probs = _scored(module, predicting, head, labels, plan.row_routes, guests or {})
+    return _outputs(layout, log_probs, module)
 
 
-def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None) -> Root | None:
-    """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one."""
+def _seen_roots(
+    module: PreTrainedModel, names: Sequence[str], guests: Mapping[str, Guest], blocks: Blocks | None
+) -> dict[str, Root]:
+    found = {name: seen_root(module, guests[name].root, blocks, adapter=name) for name in names}
+    return {name: root for name, root in found.items() if root is not None}
+
+
+def _scored(
+    module: PreTrainedModel,
+    hidden: Float[Tensor, "N d"],
+    head: AnyHead,
+    labels: Int[Tensor, " N"],
+    routes: Routes | None,
+    guests: Mapping[str, Guest],
+) -> Float[Tensor, " N"]:
+    """`score`, where rows of several adapters may each have a head of their own."""
+    if routes is None or not routes.runs:
+        return score(module, hidden, head, labels)
+    heads = {name: guests[name].head for name in routes.names}
+    if all(each is None or (isinstance(each, Head) and not each.changes) for each in heads.values()):
+        # Nobody has changed it.
+        return score(module, hidden, heads[routes.names[0]], labels)
+    parts = zip(routes.runs, hidden.split(routes.sizes), labels.split(routes.sizes), strict=True)
+    return torch.cat([score(module, states, heads[run.adapter], own) for run, states, own in parts])
+
+
+def seen_root(
+    module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None, *, adapter: str = ""
+) -> Root | None:
+    """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one.
+
+    `adapter` is whose it is, in a batch of several: no other changes how the model sees it.
+    """
     if root is None:
         return None
     if isinstance(root, LearnedKeysValues):
@@ -81,7 +128,10 @@ def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks 
     if not isinstance(root, LearnedPrompt):
         raise RecipeError(f"{type(root).__name__} is no kind of learned root", allowed="keys and values, or a prompt")
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    plan = ForestPlan(spans=(Span(0, root.token_count, ()),), captured=captured)
+    routes = whole(adapter, root.token_count) if adapter else None
+    plan = ForestPlan(
+        spans=(Span(0, root.token_count, ()),), captured=captured, routes=routes, row_routes=whole(adapter, 0)
+    )
     places = torch.arange(root.token_count, device=module.device)
     # Nothing predicts from it: where our operations run the last block, it ends with these keys.
     flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
@@ -108,22 +158,28 @@ def flat_hidden(
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     body = module.base_model
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens[None]}
-    result = body(
-        **given,
-        position_ids=positions[None],
-        attention_mask=untouched,
-        use_cache=False,
-        forest_plan=plan,
-    )
+    with routed(body, plan.routes):
+        result = body(
+            **given,
+            position_ids=positions[None],
+            attention_mask=untouched,
+            use_cache=False,
+            forest_plan=plan,
+        )
     hidden: Tensor = result.last_hidden_state[0]
     return hidden if rows is None else hidden.index_select(0, rows)
 
 
 def run_unrolled(
-    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
+    module: PreTrainedModel,
+    forest: Forest,
+    *,
+    head: AnyHead,
+    root: LearnedRoot | None = None,
+    guests: Mapping[str, Guest] | None = None,
 ) -> TokenOutputs:
     """Every path of every tree as a row of a right-padded batch."""
-    if root is not None:
+    if root is not None or any(guest.root is not None for guest in (guests or {}).values()):
         raise RecipeError(
             "this model's attention cannot be driven by luthier, and learned roots need it",
             do="choose an adapter that works at sites, such as lora",
@@ -136,14 +192,17 @@ def run_unrolled(
         count = path.token_count
         tokens[index, :count] = path.segments[0].tokens
         mask[index, :count] = 1
-    layout = Forest(tuple(rows)).layout
+    unrolled = Forest(tuple(rows))
+    layout, routes = unrolled.layout, padded_routes(unrolled, width)
     ids = torch.from_numpy(tokens).to(module.device)
     attention_mask = torch.from_numpy(mask).to(module.device)
-    states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    with routed(module.base_model, routes):
+        states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     starts = np.array([span.start for span in layout.spans], dtype=np.int64)
     columns = layout.predictors - starts[layout.trees]
     predicting = states[_long(layout.trees, module), _long(columns, module)]
-    log_probs = score(module, predicting, head, _long(layout.labels, module))
+    row_routes = None if routes is None else predicted_routes(unrolled)
+    log_probs = _scored(module, predicting, head, _long(layout.labels, module), row_routes, guests or {})
     original = forest.layout
     # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
     return _outputs(original, log_probs.index_select(0, _long(np.argsort(order, kind="stable"), module)), module)
@@ -172,7 +231,7 @@ def _paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
                     skip = 1 if segment.parent < 0 else 0
                     order.extend(range(firsts[index], firsts[index] + int(np.count_nonzero(segment.weights[skip:]))))
             joined = np.concatenate([tree.segments[index].tokens for index in path])
-            rows.append(Tree((Segment(joined, np.concatenate(weights)),), row=tree.row))
+            rows.append(Tree((Segment(joined, np.concatenate(weights)),), row=tree.row, adapter=tree.adapter))
     return rows, np.array(order, dtype=np.int64)
 
 
