@@ -17,11 +17,12 @@ from typing import Literal, Protocol, final
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.schedules import Schedule
+from luthier.train.pass_report import PassReport
 from luthier.train.shortage import shortage
 from luthier.train.signals import StopRequest
 from luthier.train.source import Source
 from luthier.train.state import LoopState
-from luthier.train.stepper import PassReport, Stepper
+from luthier.train.stepper import Stepper
 from luthier.train.watch import Diagnose, Watch
 
 Status = Literal["finished", "stopped", "early-stopped", "out-of-time"]
