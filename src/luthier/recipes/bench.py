@@ -5,6 +5,7 @@ What `--dry-run` shows is laid out here, and so is what a run trains: there is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.train.batcher import Batcher
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
 
@@ -43,10 +45,13 @@ class Bench:
     pooled: bool
 
 
-def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
+def lay_out(
+    recipe: FinetuneRecipe, folder: Path | None = None, *, name: str = "", beside: Sequence[Bench] = ()
+) -> Bench:
     """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here.
 
-    `folder` is where the relative paths of the recipe start, when that is not here.
+    `folder` is where the relative paths of the recipe start, when that is not here. With a `name` it is one of several
+    adapters that are trained on one base: that of the benches that are laid out already.
     """
     bound_caches()
     found = located(recipe, folder)
@@ -60,17 +65,14 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         seed=recipe.seed,
         context_tokens=context_tokens(found.model),
     )
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
-    quantize(model, recipe.quantizer)
-    # The result names its base as the recipe does, wherever the run is resumed from.
-    model.source = recipe.model
+    model = beside[0].model if beside else _base(recipe, found)
+    batcher = beside[0].stepper.batcher if beside else Batcher(model, micro_tokens=recipe.batch.micro_tokens)
     require_rows(model, tokenizer, data.store)
     # From here on the recipe names tokens by id: whoever reads an adapter's knobs has no tokenizer.
     recipe = recipe.model_copy(update={"adapter": with_token_ids(recipe.adapter, tokenizer, data.store.stop_ids)})
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
-    attachment = model.attach(recipe.adapter.attach(model.sites))
-    require_room(data.store.lengths, model)
+    attachment = model.attach(recipe.adapter.attach(model.sites), name=name or "default")
     stepper = Stepper(
         model,
         attachment,
@@ -78,6 +80,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         recipe.optimizer,
         max_grad_norm=recipe.max_grad_norm,
         micro_tokens=recipe.batch.micro_tokens,
+        batcher=batcher if name else None,
     )
     rows, tokens = recipe.batch.rows, recipe.batch.tokens
     source = DataSource(
@@ -89,14 +92,26 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
     unpooled = use_pool(model)
-    plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+    with model.only(attachment.name):
+        require_room(data.store.lengths, model)
+        plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+        plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
-    model.recompute(plan["memory"]["recomputed"])
-    stepper.planned_bytes = {name: plan["memory"][name] for name in PARTS}
-    plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
+    # What is recomputed changes no result, so one number serves all.
+    model.recompute(max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0))
+    stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled)
+
+
+def _base(recipe: FinetuneRecipe, found: FinetuneRecipe) -> LanguageModel:
+    """The base model of a recipe; `found` is the same with paths that lead from here."""
+    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    quantize(model, recipe.quantizer)
+    # The result names its base as the recipe does, wherever the run is resumed from.
+    model.source = recipe.model
+    return model
 
 
 def reading_of(recipe: FinetuneRecipe) -> Reading:
