@@ -17,6 +17,7 @@ from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.adapters.prompt_tuning import PromptTuning
+from luthier.adapters.sparse import Sparse
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
 from luthier.model.edits import EditedModule, routed
@@ -102,7 +103,9 @@ def test_each_adapter_in_a_batch_computes_and_learns_as_alone(
             assert forests.relative_error(slope, truth[key]) <= tolerance, key
 
 
-@pytest.mark.parametrize("adapter", [DoRA(rank=2), Bottleneck(), LoRA(rank=2, targets=("head", "v"))], ids=repr)
+@pytest.mark.parametrize(
+    "adapter", [DoRA(rank=2), Bottleneck(), Sparse(), LoRA(rank=2, targets=("head", "v"))], ids=repr
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_edits_at_heads_and_whole_feed_forwards_stay_with_their_rows(architecture: str, adapter: Adapter) -> None:
     """Breaks when an edit at another kind of site is passed over, or reaches the rows of the other adapter."""

@@ -44,12 +44,20 @@ class Kept:
     own: int = 0
 
 
+class Switch:
+    """Whether an attachment is on. All of its edits at sites look at the one it has, so switching is one assignment."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+
 class SiteEdit(Edit):
     """A change at one site: `before` sees the input, `after` the input and the output."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site_name = site.name
+        self.switch = Switch()
 
     @abstractmethod
     def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
@@ -138,8 +146,12 @@ class EditedModule(nn.Module):
         super().__init__()
         self.base = base
         self.edits = nn.ModuleDict()
-        self.disabled: frozenset[str] = frozenset()
         self.routes: Routes | None = None
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        """The names of attachments that are switched off."""
+        return frozenset(name for name, edit in self.edits.items() if isinstance(edit, SiteEdit) and not edit.switch.on)
 
     @property
     def weight(self) -> Tensor:
@@ -153,7 +165,8 @@ class EditedModule(nn.Module):
     def forward(self, x: Tensor, *args: object) -> Tensor:
         if self.routes is not None:
             return self._by_rows(x, self.routes, *args)
-        return self.through(x, [edit for name, edit in self.edits.items() if name not in self.disabled], *args)
+        disabled = self.disabled
+        return self.through(x, [edit for name, edit in self.edits.items() if name not in disabled], *args)
 
     def through(self, x: Tensor, edits: Sequence[nn.Module], *args: object) -> Tensor:
         """The module with just these of its edits around it."""
@@ -169,7 +182,8 @@ class EditedModule(nn.Module):
     def _by_rows(self, x: Tensor, routes: Routes, *args: object) -> Tensor:
         """The module once over all rows, each edit around its own."""
         axis = routes.axis_of(x)
-        own = [None if run.adapter in self.disabled else self._edit(run.adapter) for run in routes.runs]
+        disabled = self.disabled
+        own = [None if run.adapter in disabled else self._edit(run.adapter) for run in routes.runs]
         if not any(own):
             return self.base(x, *args)  # type: ignore[no-any-return]
         # split, not slicing: its backward is one concatenation.

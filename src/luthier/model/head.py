@@ -43,7 +43,8 @@ def edited_head(module: PreTrainedModel, only: str | None = None) -> EditedHead 
     if not isinstance(linear, EditedModule):
         return None
     named = linear.edits.items() if only is None else [(n, edit) for n, edit in linear.edits.items() if n == only]
-    active = [edit for name, edit in named if name not in linear.disabled]
+    disabled = linear.disabled
+    active = [edit for name, edit in named if name not in disabled]
     if not active:
         return None
     plain = head_of(module)

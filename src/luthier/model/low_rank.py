@@ -45,7 +45,8 @@ def low_rank_layers(holder: nn.Module, names: Iterable[str], routes: Routes | No
         module = holder.get_submodule(name)
         terms: dict[str, LowRankTerm] = {}
         if isinstance(module, EditedModule):
-            active = {key: edit for key, edit in module.edits.items() if key not in module.disabled}
+            disabled = module.disabled
+            active = {key: edit for key, edit in module.edits.items() if key not in disabled}
             if routes is not None:
                 active = {key: edit for key, edit in active.items() if key in routes.names}
             elif len(active) > 1:
