@@ -106,6 +106,26 @@ def test_who_has_no_rows_does_not_step(llama: Path) -> None:
     assert all(torch.equal(before[k], p) for k, p in together["scaled"].attachment.named_parameters().items())
 
 
+def test_a_number_of_one_that_is_not_finite_stays_with_it(llama: Path) -> None:
+    """Breaks when the losses of adapters meet in anything but a sum, or one bad gradient keeps all from stepping."""
+    names = ["french", "code"]
+    sound, spoilt = (load_several(llama, {name: ADAPTERS[name] for name in names}, **KNOBS) for _ in range(2))
+    with torch.no_grad():
+        for parameter in spoilt["code"].attachment.named_parameters().values():
+            parameter.fill_(torch.inf)
+    found = [one.forward_backward({name: ROWS[name] for name in names}) for one in (sound, spoilt)]
+    assert not math.isfinite(found[1]["code"].loss) and found[1]["french"] == found[0]["french"]
+    steps = [one.optim_step() for one in (sound, spoilt)]
+    assert not steps[1]["code"].applied and steps[1]["french"].applied
+    assert steps[1]["french"].grad_norm == steps[0]["french"].grad_norm
+    for one, other in zip(
+        sound["french"].attachment.named_parameters().values(),
+        spoilt["french"].attachment.named_parameters().values(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
 ROWS_OF_BOTH = {name: ROWS[name] for name in ("french", "scaled")}
 
 

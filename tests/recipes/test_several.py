@@ -191,6 +191,16 @@ def test_adapters_whose_newest_checkpoints_differ_go_on_from_one_that_all_have(
     same_run(folder, together)
 
 
+def test_one_of_several_is_not_gone_on_with_alone(tmp_path: Path, recipe: Path) -> None:
+    """Breaks when an adapter's run is resumed without the others, so that its micro-batches are cut otherwise."""
+    folder = tmp_path / "run"
+    with process("train", recipe, "--run", folder, pause=0.1) as child:
+        wait_for_step(folder / "french", 4, child)
+        child.kill()
+        child.communicate(timeout=60)
+    luthier("resume", folder / "french").must(77, "together:")
+
+
 def test_an_adapter_that_cannot_be_a_result_keeps_none_from_it(
     tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
