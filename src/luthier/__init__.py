@@ -4,7 +4,8 @@
     run = luthier.finetune(model="seedling", data="rows.jsonl", adapter=luthier.LoRA(rank=16))
 
 Names are looked up when they are first used, so that importing this package is instant: `finetune`, `load`, `Run`,
-`Session`, and the class of every method in the catalog (`LoRA`, `IA3`, `PrefixTuning`, `Full`, `SFT`, `AdamW`, ...).
+`Session`, `load_several`, `SeveralSession`, and the class of every method in the catalog (`LoRA`, `IA3`,
+`PrefixTuning`, `Full`, `SFT`, `AdamW`, ...).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ _HOMES = {
     "Run": "luthier.api",
     "load": "luthier.recipes.session",
     "Session": "luthier.recipes.session",
+    "load_several": "luthier.recipes.session_several",
+    "SeveralSession": "luthier.recipes.session_several",
 }
 
 

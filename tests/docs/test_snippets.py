@@ -19,6 +19,7 @@ from luthier.cli.main import run
 from luthier.core.knobs import validate
 from luthier.model import load
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.several_recipe import several_of
 from tests.docs.snippets import NOT_RUN, PAGES, Command, bash, commands, snippets, there, with_stand_in
 
 LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
@@ -90,4 +91,7 @@ def _shape(line: str) -> str:
 def _check_recipe(text: str) -> None:
     """A recipe, or a part of one, fits the schema."""
     values = yaml.safe_load(text)
+    if "adapters" in values:
+        several_of({"model": "seedling", **values})
+        return
     validate(FinetuneRecipe, {"model": "seedling", "data": "rows.jsonl", **values})

@@ -12,7 +12,8 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.parts import can_split
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
-from luthier.train.stepper import PassReport, Stepper
+from luthier.train.pass_report import PassReport
+from luthier.train.stepper import Stepper
 from tests.forests import ARCHITECTURES, shake, zoo
 
 

@@ -15,7 +15,8 @@ from luthier.data.forest import Tree
 from luthier.model.language_model import LanguageModel
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
-from luthier.train.stepper import PassReport, Stepper
+from luthier.train.pass_report import PassReport
+from luthier.train.stepper import Stepper
 from tests import forests
 from tests.contracts.resumption import with_dropout
 

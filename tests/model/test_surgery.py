@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import product
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from luthier.adapters import Adapter
 from luthier.adapters.full import Full
 from luthier.adapters.ia3 import IA3
-from luthier.adapters.lora import LoRA
+from luthier.adapters.lora import LoRA, LowRank, combined
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
+from luthier.model import attachment
 from luthier.model.edits import EditedModule, base_parameters
 from luthier.model.executor import run_segments, run_unrolled
 from luthier.model.language_model import LanguageModel
+from luthier.model.load import state_digest
 from tests import forests
 
 IDS = np.array([5, 17, 90, 3, 44, 71], dtype=np.int32)
@@ -148,6 +151,52 @@ def test_an_unknown_attachment_is_an_error_that_names_the_known() -> None:
         model.attach([], name="empty")
 
 
+def test_a_swap_takes_microseconds_and_visits_no_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a swap does work at each site: walking to 14 sites, twice, took 270 microseconds, one switch 0.4.
+
+    The bound is for machines that are busy, and for types that are checked at each call.
+    """
+    model = forests.language_model("llama")
+    for name in ("one", "two"):
+        put(model, LoRA(rank=3), name, seed=len(name))
+    model.switch("two", on=False)
+
+    def visit(module: object, name: str) -> None:
+        raise AssertionError(f"a swap went to {name}")
+
+    monkeypatch.setattr(attachment, "module_at", visit)
+    names, times = [("one", "two"), ("two", "one")], []
+    for turn in range(200):
+        off, on = names[turn % 2]
+        began = time.perf_counter()
+        model.switch(off, on=False)
+        model.switch(on, on=True)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1e-4
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, -1.7)])
+def test_a_combined_adapter_computes_the_weighted_sum_of_both(weights: tuple[float, float]) -> None:
+    """Breaks when a combination is an approximation: concatenated factors are exact, site by site."""
+    model = forests.language_model("llama")
+    parts = []
+    for seed, method in enumerate((LoRA(rank=3), LoRA(rank=2, alpha=4.0, targets=("q", "down")))):
+        edits = method.attach(model.sites)
+        forests.shake([parameter for edit in edits for parameter in edit.parameters()], seed=seed)
+        parts.append(edits)
+    whole, edits = combined(list(zip(parts, weights, strict=True)), model.sites)
+    x = torch.randn(4, forests.HIDDEN, generator=torch.Generator().manual_seed(0))
+    for edit in edits:
+        assert isinstance(edit, LowRank)
+        same = [each for own in parts for each in own if isinstance(each, LowRank) and each.site_name == edit.site_name]
+        given = x if edit.down.shape[1] == forests.HIDDEN else torch.randn(4, edit.down.shape[1])
+        zero = torch.zeros(4, edit.up.shape[0])
+        own = {id(each): weight for edits_of, weight in zip(parts, weights, strict=True) for each in edits_of}
+        expected = sum((own[id(each)] * each.after(given, zero) for each in same), zero)
+        torch.testing.assert_close(edit.after(given, zero), expected, rtol=1e-5, atol=1e-6)
+    assert whole.rank == 5
+
+
 def test_ten_thousand_swaps_leave_the_base_as_it_was() -> None:
     """Breaks when switching an adapter copies or touches a weight of the base, or drifts from what was attached."""
     model = forests.language_model("llama")
@@ -155,10 +204,12 @@ def test_ten_thousand_swaps_leave_the_base_as_it_was() -> None:
     put(model, IA3(), "two", seed=2)
     model.switch("two", on=False)
     before, alone = forests.snapshot(model.module), forests.logits(model, IDS)
+    digest = state_digest(model.module)
     for _ in range(5000):
         model.switch("one", on=False)
         model.switch("two", on=True)
         model.switch("two", on=False)
         model.switch("one", on=True)
     assert forests.snapshot(model.module) == before
+    assert state_digest(model.module) == digest
     assert torch.equal(forests.logits(model, IDS), alone)

@@ -14,10 +14,11 @@ from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.schedules.linear import Linear
 from luthier.train.loop import Cadence, Loop
+from luthier.train.pass_report import PassReport
 from luthier.train.signals import StopRequest
 from luthier.train.source import DataSource
 from luthier.train.state import LoopState
-from luthier.train.stepper import PassReport, StepReport
+from luthier.train.stepper import StepReport
 from tests import forests
 from tests.forests import Diary
 

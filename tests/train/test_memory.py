@@ -149,7 +149,7 @@ def test_the_comparison_fails_for_a_stepper_that_keeps_half_a_gradient(monkeypat
     """The negative control: without clearing, what the failed attempt left behind is counted twice."""
     whole, made = stepper(micro_tokens=4096), stepper()
     whole.forward_backward(TREES)
-    monkeypatch.setattr(Stepper, "_clear_gradients", lambda self: None)
+    monkeypatch.setattr(Stepper, "clear_gradients", lambda self: None)
     with failing(made, MemoryError(), at=3, where="backward"):
         made.forward_backward(TREES)
     with pytest.raises(AssertionError, match="is off by"):

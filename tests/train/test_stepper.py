@@ -18,8 +18,9 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Segment, Tree, row_tree
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
+from luthier.train.pass_report import PassReport, add_up
 from luthier.train.rounding import RoundingWatch
-from luthier.train.stepper import PassReport, Stepper, add_up
+from luthier.train.stepper import Stepper
 from tests import forests
 
 TREES = [*forests.rows(4, seed=2), forests.branching(seed=1, row=4), *forests.rows(1, seed=9)]

@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Run, run_named
 from luthier.cli.show import print_json, print_summary
+from luthier.cli.show_several import print_several
 from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
 
@@ -35,11 +36,18 @@ def resume(
         refuse_busy(folder.folder)
     with uncollected():
         from luthier.recipes.finetune import resume as go_on
+        from luthier.recipes.several import resume_several
+        from luthier.recipes.several_recipe import SEVERAL
 
     if dry_run:
         status = folder.status()
         found = {"run": str(folder.folder), "state": status.state, **(status.values or {})}
         print_json(found) if json else typer.echo(f"{run} {_prospect(status.state, folder.checkpoints.steps())}")
+        return
+    if folder.read_recipe().get("recipe") == SEVERAL:
+        with progress(quiet=quiet) as recorder:
+            several = resume_several(folder, recorder=recorder, accept_drift=accept_drift)
+        print_json(several.line()) if json else print_several(several.summary)
         return
     with progress(quiet=quiet) as recorder:
         result = go_on(folder, recorder=recorder, accept_drift=accept_drift)

@@ -9,6 +9,7 @@ import typer
 
 from luthier.cli.options import Json, Run, run_named
 from luthier.cli.show import print_json, print_runs, print_summary
+from luthier.cli.show_several import print_several
 from luthier.core.errors import RecipeError
 from luthier.core.paths import RUNS
 
@@ -50,7 +51,7 @@ def show(run: Run, json: Json = False) -> None:
     if json:
         print_json(found)
     elif status.state == "finished":
-        print_summary(found)
+        print_several(found) if "adapters" in found else print_summary(found)
     else:
         typer.echo(f"{folder.folder}: {status.state}{f' ({status.reason})' if status.reason else ''}")
         typer.echo(f"next    luthier resume {folder.folder}")

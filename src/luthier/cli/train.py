@@ -10,6 +10,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json, print_plan, print_summary
+from luthier.cli.show_several import print_several, print_several_plans
 from luthier.core.errors import RecipeError
 from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
@@ -26,6 +27,8 @@ def train(
 ) -> None:
     """Fine-tune a model as a recipe says. The same command again goes on with a run that was interrupted.
 
+    A recipe with `adapters` trains several of them at once, each on its own data, over one base.
+
     \b
     Examples:
       luthier train recipe.yaml
@@ -37,7 +40,11 @@ def train(
         from luthier.recipes.bench import lay_out
         from luthier.recipes.files import load_recipe
         from luthier.recipes.finetune import start
+        from luthier.recipes.several_recipe import names_several
 
+    if names_several(recipe, set_ or []):
+        _train_several(recipe, set_ or [], run, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
+        return
     loaded = load_recipe(recipe, overrides=set_ or [], run=run)
     if dry_run:
         plan = lay_out(loaded.recipe).plan
@@ -47,6 +54,25 @@ def train(
     with progress(quiet=quiet, notices=loaded.notices) as recorder:
         result = start(loaded.recipe, recorder=recorder, overwrite=overwrite)
     print_json(result.line()) if json else print_summary(result.summary)
+
+
+def _train_several(
+    recipe: Path, sets: list[str], run: Path | None, *, overwrite: bool, dry_run: bool, json: bool, quiet: bool
+) -> None:
+    """A recipe that names several adapters."""
+    with uncollected():
+        from luthier.recipes.several import lay_out_several, start_several
+        from luthier.recipes.several_recipe import load_several_recipe
+
+    loaded = load_several_recipe(recipe, overrides=sets, run=run)
+    if dry_run:
+        plans = {name: bench.plan for name, bench in lay_out_several(loaded).items()}
+        written = loaded.as_written()
+        print_json({"recipe": written, "plan": plans}) if json else print_several_plans(written, plans)
+        return
+    with progress(quiet=quiet, notices=loaded.notices) as recorder:
+        result = start_several(loaded, recorder=recorder, overwrite=overwrite)
+    print_json(result.line()) if json else print_several(result.summary)
 
 
 def _refuse_busy(recipe: Path, sets: list[str], run: Path | None) -> None:

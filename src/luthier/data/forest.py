@@ -66,10 +66,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """Segments in an order where parents come first, and the data row they were made from."""
+    """Segments in an order where parents come first, and the data row they were made from.
+
+    `adapter` names the attachment that computes it, and no other does; empty takes all that are switched on.
+    """
 
     segments: tuple[Segment, ...]
     row: int = 0
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         for index, segment in enumerate(self.segments):

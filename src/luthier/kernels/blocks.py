@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.backend import Backend
-from luthier.kernels.products import STRIDE, Product, Products
+from luthier.kernels.products import STRIDE, Factor, Product, Products
 from luthier.kernels.torch_backend import wide
 
 
@@ -38,13 +38,13 @@ def normed_products(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, products: tuple[Product, ...], backend: Backend
 ) -> tuple[Float[Tensor, "n _"], ...]:
     """The products of the normed `x`, with gradients for `x`, the norm, the weights and the adapters' factors."""
-    outputs: tuple[Tensor, ...] = _NormedProducts.apply(x, norm, eps, backend, _scales(products), *_flat(products))
+    outputs: tuple[Tensor, ...] = _NormedProducts.apply(x, norm, eps, backend, _factors(products), *_flat(products))
     return outputs
 
 
 def added_product(x: Float[Tensor, "n d"], inner: Float[Tensor, "n in"], product: Product) -> Float[Tensor, "n d"]:
     """`x` and the product of `inner`."""
-    added: Tensor = _AddedProduct.apply(x, inner, _scales((product,)), *product.tensors())
+    added: Tensor = _AddedProduct.apply(x, inner, _factors((product,)), *product.tensors())
     return added
 
 
@@ -56,7 +56,7 @@ def gated_feed_forward(
     backend: Backend,
 ) -> Float[Tensor, "n d"]:
     """`x` and the gated feed-forward of the normed `x`; the products are gate, up and down."""
-    made: Tensor = _GatedFeedForward.apply(x, norm, eps, backend, _scales(products), *_flat(products))
+    made: Tensor = _GatedFeedForward.apply(x, norm, eps, backend, _factors(products), *_flat(products))
     return made
 
 
@@ -94,12 +94,12 @@ class _NormedProducts(torch.autograd.Function):
         norm: Tensor,
         eps: float,
         backend: Backend,
-        scales: tuple[float, ...],
+        factors: tuple[Factor, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         h, inverse = backend.norm(x, norm, eps)
-        outputs, low = Products(tensors, scales, x.dtype).forward(h)
-        ctx.backend, ctx.scales = backend, scales
+        outputs, low = Products(tensors, factors, x.dtype).forward(h)
+        ctx.backend, ctx.factors = backend, factors
         ctx.save_for_backward(x, norm, inverse, low, *tensors)
         return tuple(outputs)
 
@@ -107,7 +107,7 @@ class _NormedProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, norm, inverse, low, *tensors = ctx.saved_tensors
-        products = Products(tensors, ctx.scales, x.dtype)
+        products = Products(tensors, ctx.factors, x.dtype)
         needs = ctx.needs_input_grad
         h = ctx.backend.normed(x, norm, inverse)
         grad_h, found = products.backward(h, low, grads, needs[5:], input_needs=any(needs[:2]))
@@ -118,9 +118,9 @@ class _NormedProducts(torch.autograd.Function):
 
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inner: Tensor, scales: tuple[float, ...], *tensors: Tensor | None) -> Tensor:
-        (y,), low = Products(tensors, scales, inner.dtype).forward(inner)
-        ctx.scales = scales
+    def forward(ctx: Any, x: Tensor, inner: Tensor, factors: tuple[Factor, ...], *tensors: Tensor | None) -> Tensor:
+        (y,), low = Products(tensors, factors, inner.dtype).forward(inner)
+        ctx.factors = factors
         ctx.save_for_backward(inner, low, *tensors)
         return y.add_(x)
 
@@ -128,7 +128,7 @@ class _AddedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inner, low, *tensors = ctx.saved_tensors
-        products = Products(tensors, ctx.scales, inner.dtype)
+        products = Products(tensors, ctx.factors, inner.dtype)
         needs = ctx.needs_input_grad
         grad_inner, found = products.backward(inner, low, (grad,), needs[3:], input_needs=needs[1])
         return (grad if needs[0] else None, grad_inner, None, *found)
@@ -142,14 +142,14 @@ class _GatedFeedForward(torch.autograd.Function):
         norm: Tensor,
         eps: float,
         backend: Backend,
-        scales: tuple[float, ...],
+        factors: tuple[Factor, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
         h, inverse = backend.norm(x, norm, eps)
-        broad, narrow = _broad_and_narrow(tensors, scales, x.dtype)
+        broad, narrow = _broad_and_narrow(tensors, factors, x.dtype)
         (gate, up), low = broad.forward(h)
         (y,), low_down = narrow.forward(backend.gated(gate, up))
-        ctx.backend, ctx.scales = backend, scales
+        ctx.backend, ctx.factors = backend, factors
         ctx.save_for_backward(x, norm, inverse, gate, up, low, low_down, *tensors)
         return y.add_(x)
 
@@ -158,7 +158,7 @@ class _GatedFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, norm, inverse, gate, up, low, low_down, *tensors = ctx.saved_tensors
         backend: Backend = ctx.backend
-        broad, narrow = _broad_and_narrow(tensors, ctx.scales, x.dtype)
+        broad, narrow = _broad_and_narrow(tensors, ctx.factors, x.dtype)
         needs = ctx.needs_input_grad[5:]
         through = any(ctx.needs_input_grad[:2])
         below = through or any(needs[: 2 * STRIDE])
@@ -192,8 +192,8 @@ class _Rotated(torch.autograd.Function):
         return ctx.backend.rotated(grad.contiguous(), cosines, -sines), None, None, None
 
 
-def _scales(products: tuple[Product, ...]) -> tuple[float, ...]:
-    return tuple(product.term.scale if product.term else 1.0 for product in products)
+def _factors(products: tuple[Product, ...]) -> tuple[Factor, ...]:
+    return tuple(product.factor for product in products)
 
 
 def _flat(products: tuple[Product, ...]) -> list[Tensor | None]:
@@ -201,10 +201,10 @@ def _flat(products: tuple[Product, ...]) -> list[Tensor | None]:
 
 
 def _broad_and_narrow(
-    tensors: tuple[Tensor | None, ...] | list[Tensor | None], scales: tuple[float, ...], dtype: torch.dtype
+    tensors: tuple[Tensor | None, ...] | list[Tensor | None], factors: tuple[Factor, ...], dtype: torch.dtype
 ) -> tuple[Products, Products]:
     """Gate and up, which share an input; and down."""
-    return Products(tensors[: 2 * STRIDE], scales[:2], dtype), Products(tensors[2 * STRIDE :], scales[2:], dtype)
+    return Products(tensors[: 2 * STRIDE], factors[:2], dtype), Products(tensors[2 * STRIDE :], factors[2:], dtype)
 
 
 def _through_the_norm(

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, EditedModule, LearnedRoot, SiteEdit, TrainedParameters, inner_module, module_at
+from luthier.model.edits import (
+    Edit,
+    EditedModule,
+    LearnedRoot,
+    SiteEdit,
+    Switch,
+    TrainedParameters,
+    inner_module,
+    module_at,
+)
 
 PEFT_PREFIX = "base_model.model."
 
@@ -31,8 +40,14 @@ class Attachment:
         _require_one_edit_a_site(edits)
         self.name = name
         self.edits = edits
-        self.enabled = True
+        self.trained = [edit for edit in edits if isinstance(edit, TrainedParameters)]
+        self.active = Switch()
         _share_tied(edits)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model computes with it."""
+        return self.active.on
 
     @property
     def root(self) -> LearnedRoot | None:
@@ -42,12 +57,12 @@ class Attachment:
     @property
     def trains_base(self) -> bool:
         """Whether the model's own parameters are trained, so that the result is a model and not an adapter file."""
-        return any(isinstance(edit, TrainedParameters) and not edit.new for edit in self.edits)
+        return any(not edit.new for edit in self.trained)
 
     @property
     def new_parts(self) -> list[str]:
         """The modules of a new head that are trained with the adapter."""
-        return [edit.site_name for edit in self.edits if isinstance(edit, TrainedParameters) and edit.new]
+        return [edit.site_name for edit in self.trained if edit.new]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the attachment under its name in the adapter file, in a stable order."""
@@ -123,6 +138,7 @@ def put_on(model: nn.Module, attachment: Attachment) -> None:
     """Apply all edits of `attachment` to `model`."""
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
+            edit.switch = attachment.active
             _edited(model, edit.site_name).edits[attachment.name] = edit
         elif isinstance(edit, TrainedParameters):
             _swap_parameters(model, edit, trained=True)
@@ -147,16 +163,10 @@ def _take_off_site(model: nn.Module, attachment: Attachment, edit: SiteEdit) -> 
 
 
 def switch(model: nn.Module, attachment: Attachment, *, on: bool) -> None:
-    """Let the model compute with (`on`) or without the attachment; nothing is copied for edits at sites."""
-    attachment.enabled = on
-    for edit in attachment.edits:
-        if isinstance(edit, SiteEdit):
-            edited = module_at(model, edit.site_name)
-            if isinstance(edited, EditedModule):
-                names = edited.disabled - {attachment.name}
-                edited.disabled = names if on else names | {attachment.name}
-        elif isinstance(edit, TrainedParameters):
-            _swap_parameters(model, edit, trained=on)
+    """Let the model compute with (`on`) or without the attachment; nothing is copied, however many sites it has."""
+    attachment.active.on = on
+    for edit in attachment.trained:
+        _swap_parameters(model, edit, trained=on)
 
 
 @contextmanager

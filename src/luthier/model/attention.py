@@ -29,6 +29,7 @@ from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
 from luthier.model.block_mask import BlockMask, MaskedAttention, MaskedCall, block_mask
 from luthier.model.relative_bias import RelativeBias
+from luthier.model.routes import Routes
 
 NAME = "luthier_forest"
 """The attention implementation the model's config names."""
@@ -56,10 +57,15 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Root:
-    """A learned root as attention sees it: how many keys it has, and those of a layer, (1, h, A, D) in a precision."""
+    """A learned root as attention sees it: how many keys it has, and those of a layer, (1, h, A, D) in a precision.
+
+    Where it is the roots of several adapters side by side, `seen_by` says for each span which keys are its own: the
+    first one and how many.
+    """
 
     token_count: int
     keys_values: Callable[[int, torch.dtype], tuple[Tensor, Tensor]]
+    seen_by: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class ForestPlan:
     `outer` holds, for each layer, keys and values (1, h, A, D) that every span sees before its own ancestors (a parent
     that went through the model in another pass). `captured` collects each layer's keys and values when it is a dict.
     `by_mask` makes one call of the attention of many segments, where it is given. `memory` is for decoders that read
-    the states of an encoder.
+    the states of an encoder. `routes` say which tokens belong to which adapter, where several are in one batch, and
+    `row_routes` the same of the rows that are asked for.
     """
 
     spans: Sequence[Span]
@@ -91,6 +98,8 @@ class ForestPlan:
     memory: Memory | None = None
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    routes: Routes | None = None
+    row_routes: Routes | None = None
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -106,10 +115,14 @@ class ForestPlan:
     @cached_property
     def seen(self) -> Seen | None:
         """What each span sees before its own tokens; None when no span sees anything."""
-        common = ((0, self.outside),) if self.outside else ()
+        own = None if self.root is None else self.root.seen_by
+        common = [(0, self.outside)] * len(self.spans) if own is None else own
         ranges = tuple(
-            (*common, *((self.outside + self.spans[a].start, self.spans[a].length) for a in span.ancestors))
-            for span in self.spans
+            (
+                *([outer] if outer[1] else []),
+                *((self.outside + self.spans[a].start, self.spans[a].length) for a in span.ancestors),
+            )
+            for outer, span in zip(common, self.spans, strict=True)
         )
         return Seen(ranges, self.outside) if any(ranges) else None
 
@@ -128,6 +141,13 @@ class ForestPlan:
     def both_ways(self) -> bool:
         """Whether any segment sees both ways."""
         return any(span.both_ways for span in self.spans)
+
+    def own_outer(self, span: int, outer: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """What one span sees of `outer_keys`: of several roots its own."""
+        if self.root is None or self.root.seen_by is None:
+            return outer
+        first, count = self.root.seen_by[span]
+        return [(key.narrow(2, first, count), value.narrow(2, first, count)) for key, value in outer] if count else []
 
     def mask(
         self, before: int, own: int, window: int | None, device: torch.device, *, both_ways: bool = False
@@ -222,7 +242,9 @@ def forest_attention(
     outer = forest_plan.outer_keys(layer, key.dtype)
     bias = position_bias if isinstance(position_bias, RelativeBias) else None
     by_mask = forest_plan.by_mask
-    odd = bias is not None or (forest_plan.both_ways and sliding_window is not None)
+    # Of several roots each tree sees its own, which no block mask says: that is done by segment.
+    apart = forest_plan.root is not None and forest_plan.root.seen_by is not None
+    odd = apart or bias is not None or (forest_plan.both_ways and sliding_window is not None)
     if by_mask is not None and len(forest_plan.units) > 1 and not odd and by_mask.takes(query, dropout):
         key, value = (torch.cat([*(pair[side] for pair in outer), own], 2) for side, own in enumerate((key, value)))
         mask = forest_plan.block_mask(sliding_window, query.device)
@@ -259,10 +281,10 @@ def _by_segment(
     place = {unit.first: index for index, unit in enumerate(plan.units)}
     outputs = []
     for index, unit in enumerate(plan.units):
-        span = plan.spans[unit.first]
+        span, seen = plan.spans[unit.first], plan.own_outer(unit.first, outer)
         ancestors = [place[ancestor] for ancestor in span.ancestors]
-        before_k = [*(pair[0] for pair in outer), *(keys[a] for a in ancestors)]
-        before_v = [*(pair[1] for pair in outer), *(values[a] for a in ancestors)]
+        before_k = [*(pair[0] for pair in seen), *(keys[a] for a in ancestors)]
+        before_v = [*(pair[1] for pair in seen), *(values[a] for a in ancestors)]
         q, k, v = (_side_by_side(parts[index], unit) for parts in (queries, keys, values))
         seen_k = torch.cat([*before_k, k], dim=2) if before_k else k
         seen_v = torch.cat([*before_v, v], dim=2) if before_v else v

@@ -13,7 +13,7 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -30,7 +30,9 @@ from luthier.kernels.blocks import added_product, gated_feed_forward, normed, no
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
 from luthier.model.attention import AttentionCall, ForestPlan, forest_attention
-from luthier.model.edits import EditedModule, SiteEdit
+from luthier.model.edits import EditedModule, routed
+from luthier.model.low_rank import Layer, low_rank_layers
+from luthier.model.routes import Routes
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -73,8 +75,8 @@ class Blocks:
         layers = list(self.body.get_submodule("layers").children())
         return not _is_watched(self.body) and all(
             not isinstance(layer, EditedModule)
-            and _attention_products(layer.get_submodule("self_attn")) is not None
-            and _feed_products(layer) is not None
+            and _attention_layers(layer.get_submodule("self_attn"), None) is not None
+            and _feed_layers(layer, None) is not None
             for layer in layers
         )
 
@@ -89,7 +91,9 @@ class Blocks:
         body = self.body
         x: Tensor = tokens
         if not tokens.is_floating_point():
-            x = body.get_submodule("embed_tokens")(tokens[None])[0]
+            embed = body.get_submodule("embed_tokens")
+            with routed(embed, plan.routes):
+                x = embed(tokens[None])[0]
         angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
         layers = list(body.get_submodule("layers").children())
         watched = _is_watched(body)
@@ -102,7 +106,8 @@ class Blocks:
             x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
         last = body.get_submodule("norm")
         if watched or isinstance(last, EditedModule):
-            states: Tensor = last(x)
+            with routed(last, plan.routes if rows is None else plan.row_routes):
+                states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
             return states
         return normed(x, *_norm(last), self.backend)
 
@@ -118,24 +123,30 @@ class Blocks:
     ) -> Float[Tensor, "N d"]:
         if isinstance(layer, EditedModule) or watched:
             # What surrounds a block, or watches it, gets it as it is.
-            out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
+            with routed(layer, plan.routes):
+                out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
             states: Tensor = (out if isinstance(out, Tensor) else out[0])[0]
             return states if rows is None else states.index_select(0, rows)
         attention, norm = layer.get_submodule("self_attn"), layer.get_submodule("input_layernorm")
-        products = _attention_products(attention)
-        inner = _feed_products(layer)
-        if products is None:
-            attended = attention(
-                hidden_states=norm(x[None]), position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan
-            )
+        outer = _attention_layers(attention, plan.routes)
+        inner = _feed_layers(layer, plan.routes)
+        routes = plan.routes
+        if outer is None:
+            with routed(attention, routes):
+                attended = attention(
+                    hidden_states=norm(x[None]), position_embeddings=angles, attention_mask=_untouched(x),
+                    forest_plan=plan,
+                )  # fmt: skip
             x = x + attended[0][0]
         else:
-            heads = self._attended(attention, norm, x, angles, plan, products[:3])
+            products = tuple(each.product(routes) for each in outer[:3])
+            heads = self._attended(attention, norm, x, angles, plan, products)
             if rows is not None and inner is not None:
                 # Not before a module of the zoo: what it drops must not depend on who asks.
                 x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
-            x = added_product(x, heads, products[3])
-        x = self._fed_forward(layer, x, inner)
+                routes = plan.row_routes
+            x = added_product(x, heads, outer[3].product(routes))
+        x = self._fed_forward(layer, x, inner, routes)
         return x if rows is None else x.index_select(0, rows)
 
     def _attended(
@@ -176,49 +187,35 @@ class Blocks:
         return found[0].flatten(1)
 
     def _fed_forward(
-        self, layer: nn.Module, x: Float[Tensor, "n d"], products: tuple[Product, ...] | None
+        self, layer: nn.Module, x: Float[Tensor, "n d"], layers: tuple[Layer, ...] | None, routes: Routes | None
     ) -> Float[Tensor, "n d"]:
-        norm = layer.get_submodule("post_attention_layernorm")
-        if products is None:
+        norm, feed = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
+        if layers is None:
             # As the zoo calls it, with a batch of one.
-            fed: Tensor = x + layer.get_submodule("mlp")(norm(x[None]))[0]
+            with routed(feed, routes):
+                fed: Tensor = x + feed(norm(x[None]))[0]
             return fed
         weight, eps = _norm(norm)
-        gate, up, down = products
+        gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
 
 
-def _attention_products(attention: nn.Module) -> tuple[Product, ...] | None:
+def _attention_layers(attention: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:
     """Queries, keys, values and output, or None when the zoo's own attention has to run."""
-    return None if attention.training and _dropout(attention) else _products(attention, _PROJECTIONS)
+    if attention.training and _dropout(attention):
+        return None
+    return low_rank_layers(attention, _PROJECTIONS, routes)
 
 
-def _feed_products(layer: nn.Module) -> tuple[Product, ...] | None:
+def _feed_layers(layer: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:
     """Gate, up and down, or None when something is around them, or on them, that is no low-rank term."""
     feed = layer.get_submodule("mlp")
     if isinstance(feed, EditedModule):
-        if set(feed.edits) - feed.disabled:
+        active = set(feed.edits) - feed.disabled
+        if active if routes is None else active & set(routes.names):
             return None
         feed = feed.base
-    return _products(feed, _FEEDS)
-
-
-def _products(holder: nn.Module, names: Iterable[str]) -> tuple[Product, ...] | None:
-    """The linear layers of a half with what is on them, or None when something is on them that is no low-rank term."""
-    found = []
-    for name in names:
-        module = holder.get_submodule(name)
-        term = None
-        if isinstance(module, EditedModule):
-            edits = [edit for key, edit in module.edits.items() if key not in module.disabled]
-            if edits:
-                edit = edits[0]
-                term = edit.low_rank() if isinstance(edit, SiteEdit) else None
-                if term is None or len(edits) > 1:
-                    return None
-            module = module.base
-        found.append(Product(module.get_parameter("weight"), module._parameters.get("bias"), term))
-    return tuple(found)
+    return low_rank_layers(feed, _FEEDS, routes)
 
 
 def _has_the_shape(layer: nn.Module) -> bool:

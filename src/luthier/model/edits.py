@@ -13,7 +13,8 @@ saving) is written once, in `attachment.py`. Kinds:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.products import LowRankTerm
+from luthier.model.routes import Routes
 from luthier.model.sites import Site
 
 
@@ -50,12 +52,20 @@ class Kept:
     own: int = 0
 
 
+class Switch:
+    """Whether an attachment is on. All of its edits at sites look at the one it has, so switching is one assignment."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+
 class SiteEdit(Edit):
     """A change at one site: `before` sees the input, `after` the input and the output."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site_name = site.name
+        self.switch = Switch()
 
     @abstractmethod
     def before(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
@@ -139,13 +149,21 @@ class LearnedKeysValues(LearnedRoot):
 
 
 class EditedModule(nn.Module):
-    """A module with edits around it. The module inside is the original object, untouched."""
+    """A module with edits around it. The module inside is the original object, untouched.
+
+    With `routes`, rows belong to adapters, and each row sees the edit of its own one only.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.edits = nn.ModuleDict()
-        self.disabled: frozenset[str] = frozenset()
+        self.routes: Routes | None = None
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        """The names of attachments that are switched off."""
+        return frozenset(name for name, edit in self.edits.items() if isinstance(edit, SiteEdit) and not edit.switch.on)
 
     @property
     def weight(self) -> Tensor:
@@ -157,7 +175,13 @@ class EditedModule(nn.Module):
         return self.base._parameters.get("bias")
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
-        edits = [edit for name, edit in self.edits.items() if name not in self.disabled]
+        if self.routes is not None:
+            return self._by_rows(x, self.routes, *args)
+        disabled = self.disabled
+        return self.through(x, [edit for name, edit in self.edits.items() if name not in disabled], *args)
+
+    def through(self, x: Tensor, edits: Sequence[nn.Module], *args: object) -> Tensor:
+        """The module with just these of its edits around it."""
         # Edits nest: each one wraps what was there before it came, so the first can be folded into the weight exactly.
         seen = [x]
         for edit in reversed(edits):
@@ -166,6 +190,38 @@ class EditedModule(nn.Module):
         for edit in edits:
             y = edit.after(seen.pop(), y)  # type: ignore[operator]
         return y
+
+    def _by_rows(self, x: Tensor, routes: Routes, *args: object) -> Tensor:
+        """The module once over all rows, each edit around its own."""
+        axis = routes.axis_of(x)
+        disabled = self.disabled
+        own = [None if run.adapter in disabled else self._edit(run.adapter) for run in routes.runs]
+        if not any(own):
+            return self.base(x, *args)  # type: ignore[no-any-return]
+        # split, not slicing: its backward is one concatenation.
+        parts = torch.split(x, routes.sizes, axis)
+        seen = [part if edit is None else edit.before(part) for part, edit in zip(parts, own, strict=True)]
+        changed = any(one is not other for one, other in zip(seen, parts, strict=True))
+        y: Tensor = self.base(torch.cat(seen, axis) if changed else x, *args)
+        made = zip(parts, torch.split(y, routes.sizes, axis), own, strict=True)
+        return torch.cat([out if edit is None else edit.after(part, out) for part, out, edit in made], axis)
+
+    def _edit(self, name: str) -> SiteEdit | None:
+        found = dict(self.edits.items()).get(name)
+        return found if isinstance(found, SiteEdit) else None
+
+
+@contextmanager
+def routed(module: nn.Module, routes: Routes | None) -> Iterator[None]:
+    """Within the block every edit at and below `module` sees its own adapter's rows only, if there are `routes`."""
+    edited = [] if routes is None else [each for each in module.modules() if isinstance(each, EditedModule)]
+    for each in edited:
+        each.routes = routes
+    try:
+        yield
+    finally:
+        for each in edited:
+            each.routes = None
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:

@@ -9,7 +9,7 @@ weight only in the first. Unrolled works for any causal model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -26,9 +26,11 @@ from luthier.kernels.head import Head, head_log_probs
 from luthier.model.attention import NAME, AttentionCall, ForestPlan, Root
 from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
-from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot
+from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot, routed
+from luthier.model.guests import Guest, first_positions, side_by_side
 from luthier.model.head import EditedHead, head_of
 from luthier.model.outputs import TokenOutputs
+from luthier.model.routes import Routes, padded_routes, predicted_routes, routes_of, whole
 from luthier.model.zoo_head import FeatureHead
 
 AnyHead = Head | EditedHead | FeatureHead | None
@@ -77,11 +79,26 @@ def run_segments(
     root: LearnedRoot | None = None,
     blocks: Blocks | None = None,
     by_mask: MaskedAttention | None = None,
+    guests: Mapping[str, Guest] | None = None,
 ) -> TokenOutputs:
-    """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations."""
-    layout = forest.layout
-    predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
-    return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
+    """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations.
+
+    `guests` are the adapters that trees name; where they do, `head` and `root` are those of the guests.
+    """
+    layout, routes = forest.layout, routes_of(forest)
+    labels = long(layout.labels, module)
+    if routes is None:
+        predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
+        return outputs_of(layout, score(module, predicting, head, labels), module)
+    roots = _seen_roots(module, routes.names, guests or {}, blocks)
+    rows = predicted_routes(forest)
+    plan = ForestPlan(
+        spans=layout.spans, by_mask=by_mask, routes=routes, row_routes=rows, root=side_by_side(forest, roots)
+    )
+    positions = long(layout.positions, module) + long(first_positions(forest, roots), module)
+    tokens, predictors = long(layout.tokens, module), long(layout.predictors, module)
+    predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
+    return outputs_of(layout, _scored(module, predicting, head, labels, rows, guests or {}), module)
 
 
 def predicting_states(
@@ -129,8 +146,41 @@ def _with_prompts(
     return flat_hidden(module, torch.cat(parts), positions, plan, rows=rows, types=flat_types)
 
 
-def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None) -> Root | None:
-    """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one."""
+
+
+def _seen_roots(
+    module: PreTrainedModel, names: Sequence[str], guests: Mapping[str, Guest], blocks: Blocks | None
+) -> dict[str, Root]:
+    found = {name: seen_root(module, guests[name].root, blocks, adapter=name) for name in names}
+    return {name: root for name, root in found.items() if root is not None}
+
+
+def _scored(
+    module: PreTrainedModel,
+    hidden: Float[Tensor, "N d"],
+    head: AnyHead,
+    labels: Int[Tensor, " N"],
+    routes: Routes | None,
+    guests: Mapping[str, Guest],
+) -> Float[Tensor, " N"]:
+    """`score`, where rows of several adapters may each have a head of their own."""
+    if routes is None or not routes.runs:
+        return score(module, hidden, head, labels)
+    heads = {name: guests[name].head for name in routes.names}
+    if all(each is None or (isinstance(each, Head) and not each.changes) for each in heads.values()):
+        # Nobody has changed it.
+        return score(module, hidden, heads[routes.names[0]], labels)
+    parts = zip(routes.runs, hidden.split(routes.sizes), labels.split(routes.sizes), strict=True)
+    return torch.cat([score(module, states, heads[run.adapter], own) for run, states, own in parts])
+
+
+def seen_root(
+    module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None, *, adapter: str = ""
+) -> Root | None:
+    """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one.
+
+    `adapter` is whose it is, in a batch of several: no other changes how the model sees it.
+    """
     if root is None:
         return None
     if isinstance(root, LearnedKeysValues):
@@ -138,7 +188,10 @@ def seen_root(module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks 
     if not isinstance(root, LearnedPrompt):
         raise RecipeError(f"{type(root).__name__} is no kind of learned root", allowed="keys and values, or a prompt")
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    plan = ForestPlan(spans=(Span(0, root.token_count, ()),), captured=captured)
+    routes = whole(adapter, root.token_count) if adapter else None
+    plan = ForestPlan(
+        spans=(Span(0, root.token_count, ()),), captured=captured, routes=routes, row_routes=whole(adapter, 0)
+    )
     places = torch.arange(root.token_count, device=module.device)
     # Nothing predicts from it: where our operations run the last block, it ends with these keys.
     flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
@@ -176,13 +229,14 @@ def flat_hidden(
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens[None]}
     if types is not None:
         given["token_type_ids"] = types[None]
-    result = body(
-        **given,
-        position_ids=positions[None],
-        attention_mask=untouched,
-        use_cache=False,
-        forest_plan=plan,
-    )
+    with routed(body, plan.routes):
+        result = body(
+            **given,
+            position_ids=positions[None],
+            attention_mask=untouched,
+            use_cache=False,
+            forest_plan=plan,
+        )
     if plan.calls == 0:
         raise UndrivableAttentionError(f"{type(body).__name__} does not call its attention by the interface")
     hidden: Tensor = result.last_hidden_state[0]
@@ -190,10 +244,15 @@ def flat_hidden(
 
 
 def run_unrolled(
-    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
+    module: PreTrainedModel,
+    forest: Forest,
+    *,
+    head: AnyHead,
+    root: LearnedRoot | None = None,
+    guests: Mapping[str, Guest] | None = None,
 ) -> TokenOutputs:
     """Every path of every tree as a row of a right-padded batch."""
-    if root is not None:
+    if root is not None or any(guest.root is not None for guest in (guests or {}).values()):
         raise RecipeError(
             "this model's attention cannot be driven by luthier, and learned roots need it",
             do="choose an adapter that works at sites, such as lora",
@@ -206,14 +265,17 @@ def run_unrolled(
         count = path.token_count
         tokens[index, :count] = path.segments[0].tokens
         mask[index, :count] = 1
-    layout = Forest(tuple(rows)).layout
+    unrolled = Forest(tuple(rows))
+    layout, routes = unrolled.layout, padded_routes(unrolled, width)
     ids = torch.from_numpy(tokens).to(module.device)
     attention_mask = torch.from_numpy(mask).to(module.device)
-    states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    with routed(module.base_model, routes):
+        states = module.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     starts = np.array([span.start for span in layout.spans], dtype=np.int64)
     columns = layout.predictors - starts[layout.trees]
     predicting = states[long(layout.trees, module), long(columns, module)]
-    log_probs = score(module, predicting, head, long(layout.labels, module))
+    row_routes = None if routes is None else predicted_routes(unrolled)
+    log_probs = _scored(module, predicting, head, long(layout.labels, module), row_routes, guests or {})
     original = forest.layout
     # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
     return outputs_of(original, log_probs.index_select(0, long(np.argsort(order, kind="stable"), module)), module)
@@ -242,7 +304,7 @@ def _paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
                     skip = 1 if segment.parent < 0 else 0
                     order.extend(range(firsts[index], firsts[index] + int(np.count_nonzero(segment.weights[skip:]))))
             joined = np.concatenate([tree.segments[index].tokens for index in path])
-            rows.append(Tree((Segment(joined, np.concatenate(weights)),), row=tree.row))
+            rows.append(Tree((Segment(joined, np.concatenate(weights)),), row=tree.row, adapter=tree.adapter))
     return rows, np.array(order, dtype=np.int64)
 
 

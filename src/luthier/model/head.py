@@ -17,34 +17,41 @@ from luthier.model.token_rows import HeadRows
 
 @dataclass(frozen=True)
 class EditedHead:
-    """An output head with edits around it: its logits come from the module, scale and cap from the model as ever."""
+    """An output head with edits around it: its logits come from the module, scale and cap from the model as ever.
+
+    `only` is the one adapter whose edit counts; None takes all that are switched on.
+    """
 
     module: EditedModule
     scale: float
     cap: float | None
+    only: str | None = None
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
         """The logits of a few rows, in float32."""
-        logits = self.module(hidden).float() * self.scale
+        made = self.module(hidden) if self.only is None else self.module.through(hidden, [self.module.edits[self.only]])
+        logits = made.float() * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def edited_head(module: PreTrainedModel) -> EditedHead | Head | None:
-    """The output head while an edit at it is switched on, else None.
+def edited_head(module: PreTrainedModel, only: str | None = None) -> EditedHead | Head | None:
+    """The output head while an edit at it is switched on, else None; that of one adapter where `only` names it.
 
     Where the edits are trained rows and nothing else, they are tensors too, and the chunked head takes them.
     """
     linear = module.get_output_embeddings()
     if not isinstance(linear, EditedModule):
         return None
-    active = [edit for name, edit in linear.edits.items() if name not in linear.disabled]
+    named = linear.edits.items() if only is None else [(n, edit) for n, edit in linear.edits.items() if n == only]
+    disabled = linear.disabled
+    active = [edit for name, edit in named if name not in disabled]
     if not active:
         return None
     plain = head_of(module)
     rows = [edit for edit in active if isinstance(edit, HeadRows)]
     if len(rows) == len(active):
         return replace(plain, changes=tuple(edit.change for edit in rows))
-    return EditedHead(linear, plain.scale, plain.cap)
+    return EditedHead(linear, plain.scale, plain.cap, only)
 
 
 def head_of(module: PreTrainedModel) -> Head:

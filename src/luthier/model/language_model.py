@@ -7,7 +7,7 @@ probed once with a few tokens; where it does not (recurrent layers, attention we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
@@ -25,6 +25,7 @@ from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
 from luthier.model.edits import Edit, LearnedRoot, TrainedParameters, base_parameters
 from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled, seen_root
+from luthier.model.guests import Guest, require_guests
 from luthier.model.head import edited_head, head_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Loss, Part, backward_in_parts
@@ -116,27 +117,34 @@ class LanguageModel:
 
     def token_outputs(self, forest: Forest) -> TokenOutputs:
         """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
-        root = self.active_root
+        guests = self._guests(forest.trees)
+        root = None if guests else self.active_root
         if self.task != CAUSAL:
+            if guests:
+                raise RecipeError(
+                    f"several adapters in one batch of a model that was loaded for {self.task.name}",
+                    allowed="models that go on with a text",
+                )
             return run_task(
                 self.module, forest, task=self.task, executor=self.executor, head=self.head, root=root
             )
         if self.executor.kind == "segments":
             ways = self.executor
             return run_segments(
-                self.module, forest, head=self.head, root=root, blocks=ways.blocks, by_mask=ways.by_mask
+                self.module, forest, head=self.head, root=root, blocks=ways.blocks, by_mask=ways.by_mask, guests=guests
             )
-        return run_unrolled(self.module, forest, head=self.head, root=root)
+        return run_unrolled(self.module, forest, head=self.head, root=root, guests=guests)
 
     def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
         """Forward and backward of one tree, its root once and its branches in parts; the same gradient as at once."""
+        guest = self._guests((tree,)).get(tree.adapter)
         return backward_in_parts(
             self.module,
             tree,
             loss,
-            head=self.head,
+            head=self.head if guest is None else guest.head,
             max_tokens=max_tokens,
-            root=self.active_root,
+            root=self.active_root if guest is None else guest.root,
             blocks=self.executor.blocks,
             by_mask=self.executor.by_mask,
         )
@@ -149,12 +157,28 @@ class LanguageModel:
     @property
     def head(self) -> AnyHead:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
+        return self._head(None)
+
+    def _head(self, only: str | None) -> AnyHead:
         if not self.executor.own_head:
             return None
         if self.task.name not in ("causal_lm", "seq2seq_lm"):
             return task_head_of(self.module, self.task, self.executor.backend)
-        head = edited_head(self.module) or head_of(self.module)
+        head = edited_head(self.module, only) or head_of(self.module)
         return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head
+
+    def _guests(self, trees: Sequence[Tree]) -> dict[str, Guest]:
+        """The adapters that trees name. Raises RecipeError for those that cannot compute in one batch."""
+        names = tuple(dict.fromkeys(tree.adapter for tree in trees if tree.adapter))
+        if not names:
+            return {}
+        require_guests(names, self.attachments)
+        if not self.executor.own_head and edited_head(self.module) is not None:
+            raise RecipeError(
+                "an adapter changes the output head, which the model zoo computes here",
+                allowed="adapters that leave the head as it is, in a batch of several",
+            )
+        return {name: Guest(self.attachments[name].root, self._head(name)) for name in names}
 
     @property
     def recomputable(self) -> int:
@@ -229,6 +253,13 @@ class LanguageModel:
         attachment = self._attachment(name)
         if attachment.enabled != on:
             surgery.switch(self.module, attachment, on=on)
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """The model with one attachment and no other, for the length of a `with` block."""
+        own = self._attachment(name)
+        with surgery.switched_off(self.module, [each for each in self.attachments.values() if each is not own]):
+            yield
 
     @contextmanager
     def without_attachments(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ Use when: one prompt has so many answers that they do not fit at once. Not when:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
 from luthier.model.executor import AnyHead, flat_hidden, score, seen_root
 from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.routes import Routes, whole
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
 Part = tuple[Forest, TokenOutputs, LossReport]
@@ -71,7 +72,7 @@ def backward_in_parts(
         if report.sum.requires_grad:
             report.sum.backward()
         yield part, outputs, report
-    own = Forest((Tree((tree.segments[0],), row=tree.row),))
+    own = Forest((replace(tree, segments=(tree.segments[0],)),))
     outputs = _score(module, own, trunk.hidden, head, first=0)
     report = loss(outputs, own)
     _backward_trunk(trunk, report.sum)
@@ -81,7 +82,8 @@ def backward_in_parts(
 def _run_trunk(module: PreTrainedModel, tree: Tree, root: LearnedRoot | None, blocks: Blocks | None) -> _Trunk:
     length = len(tree.segments[0].tokens)
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    plan = ForestPlan(spans=(Span(0, length, ()),), root=seen_root(module, root, blocks), captured=captured)
+    seen = seen_root(module, root, blocks, adapter=tree.adapter)
+    plan = ForestPlan(spans=(Span(0, length, ()),), root=seen, captured=captured, routes=_routes(tree, length))
     hidden = _hidden(module, tree.segments[0].tokens, 0, plan, blocks)
     leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in captured.items()}
     return _Trunk(hidden, captured, _leaf(hidden[-1:]), leaves)
@@ -104,9 +106,15 @@ def _run_branches(
         Span(span.start - length, span.stop - length, tuple(ancestor - 1 for ancestor in span.ancestors if ancestor))
         for span in layout.spans[1:]
     )
-    plan = ForestPlan(spans=spans, root=seen_root(module, root, blocks), outer=trunk.leaves, by_mask=by_mask)
+    tree, seen = part.trees[0], seen_root(module, root, blocks, adapter=part.trees[0].adapter)
+    routes = _routes(tree, spans[-1].stop)
+    plan = ForestPlan(spans=spans, root=seen, outer=trunk.leaves, by_mask=by_mask, routes=routes)
     hidden = _hidden(module, layout.tokens[length:], length, plan, blocks, positions=layout.positions[length:])
     return _score(module, part, torch.cat([trunk.last_leaf, hidden]), head, first=length - 1)
+
+
+def _routes(tree: Tree, count: int) -> Routes | None:
+    return whole(tree.adapter, count) if tree.adapter else None
 
 
 def _hidden(
@@ -177,7 +185,7 @@ def _parts(tree: Tree, max_tokens: int) -> Iterator[Forest]:
             Segment(tree.segments[old].tokens, tree.segments[old].weights, place[tree.segments[old].parent])
             for old in indices
         ]
-        yield Forest((Tree((silent, *moved), row=tree.row),))
+        yield Forest((replace(tree, segments=(silent, *moved)),))
 
 
 def _branches(tree: Tree) -> list[list[int]]:

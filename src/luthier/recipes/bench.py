@@ -5,18 +5,21 @@ What `--dry-run` shows is laid out here, and so is what a run trains: there is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
 from luthier.recipes.memory import PARTS, use_pool
@@ -25,6 +28,7 @@ from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, read_for
 from luthier.recipes.quantized import quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.train.batcher import Batcher
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
 
@@ -44,10 +48,13 @@ class Bench:
     pooled: bool
 
 
-def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
+def lay_out(
+    recipe: FinetuneRecipe, folder: Path | None = None, *, name: str = "", beside: Sequence[Bench] = ()
+) -> Bench:
     """Check the data and build everything a run needs, without training; what `--dry-run` shows comes from here.
 
-    `folder` is where the relative paths of the recipe start, when that is not here.
+    `folder` is where the relative paths of the recipe start, when that is not here. With a `name` it is one of several
+    adapters that are trained on one base: that of the benches that are laid out already.
     """
     bound_caches()
     found = located(recipe, folder)
@@ -65,16 +72,20 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         context_tokens=context_tokens(found.model),
     )
     task = objective.task(data.classes)
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
-    quantize(model, recipe.quantizer)
-    # The result names its base as the recipe does, wherever the run is resumed from.
-    model.source = recipe.model
+    if name and (task != CAUSAL or recipe.adapter.first_look):
+        what = "looks at rows before it trains" if task == CAUSAL else f"is for {task.name}"
+        raise RecipeError(
+            f"the adapter {name!r} {what}, and it is one of several",
+            allowed="objectives that go on with a text, and adapters that need no look at the data",
+            do="train it in a run of its own",
+        )
+    model = beside[0].model if beside else _base(recipe, found, task)
+    batcher = beside[0].stepper.batcher if beside else Batcher(model, micro_tokens=recipe.batch.micro_tokens)
     require_rows(model, tokenizer, data.store)
     recipe = recipe.model_copy(update={"adapter": with_token_ids(recipe.adapter, tokenizer, data.store.stop_ids)})
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
-    attachment = model.attach(recipe.adapter.attach(model.sites))
-    require_room(data.store.lengths, model)
+    attachment = model.attach(recipe.adapter.attach(model.sites), name=name or "default")
     stepper = Stepper(
         model,
         attachment,
@@ -82,6 +93,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         recipe.optimizer,
         max_grad_norm=recipe.max_grad_norm,
         micro_tokens=recipe.batch.micro_tokens,
+        batcher=batcher if name else None,
     )
     rows, tokens = recipe.batch.rows, recipe.batch.tokens
     source = DataSource(
@@ -93,14 +105,26 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
     unpooled = use_pool(model)
-    plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+    with model.only(attachment.name):
+        require_room(data.store.lengths, model)
+        plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+        plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
-    model.recompute(plan["memory"]["recomputed"])
-    stepper.planned_bytes = {name: plan["memory"][name] for name in PARTS}
-    plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
+    # What is recomputed changes no result, so one number serves all.
+    model.recompute(max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0))
+    stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled)
+
+
+def _base(recipe: FinetuneRecipe, found: FinetuneRecipe, task: Task) -> LanguageModel:
+    """The base model of a recipe for a task; `found` is the same with paths that lead from here."""
+    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
+    quantize(model, recipe.quantizer)
+    # The result names its base as the recipe does, wherever the run is resumed from.
+    model.source = recipe.model
+    return model
 
 
 def reading_of(recipe: FinetuneRecipe) -> Reading:

@@ -6,6 +6,7 @@ Each part can be done again by the same command when it was interrupted, and onl
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,46 @@ from luthier.train.state import LoopState
 SUMMARY = "summary.json"
 
 
-def finish(
-    bench: Bench,
-    run: RunDirectory,
-    recorder: Recorder,
-    keeper: CheckpointKeeper,
-    state: LoopState,
-    *,
-    status: str,
-    start_digest: str,
-) -> dict[str, Any]:
-    """End a run whose steps are done; its summary. `start_digest` is of the trained parameters before any step.
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """A run whose steps are done. `start_digest` is of the trained parameters before any step."""
+
+    bench: Bench
+    run: RunDirectory
+    recorder: Recorder
+    keeper: CheckpointKeeper
+    state: LoopState
+    status: str
+    start_digest: str
+
+
+def finish(ending: Ending) -> dict[str, Any]:
+    """End a run; its summary.
 
     Raises NumericError or GateError when what was trained cannot be a result, or its files do not prove to be one.
     """
-    loss = keeper.restore_best(state)
-    _save(bench, run, keeper, state, loss, start_digest)
-    release(bench.model, bench.stepper)
+    save(ending)
+    release(ending.bench.model, ending.bench.stepper)
+    return conclude(ending)
+
+
+def save(ending: Ending) -> None:
+    """Take the best state and save it whole. Raises NumericError or GateError for what cannot be a result."""
+    loss = ending.keeper.restore_best(ending.state)
+    _save(ending.bench, ending.run, ending.keeper, ending.state, loss, ending.start_digest)
+
+
+def conclude(ending: Ending) -> dict[str, Any]:
+    """Let a fresh process prove what was saved, and tell; the summary. The model is needed no more."""
+    bench, run, state = ending.bench, ending.run, ending.state
     proof = verify.proved(run)
-    summary = accounts.summary(bench.plan, run.folder, state, status=status, proof=proof, more=run.checkpoints.notices)
+    summary = accounts.summary(
+        bench.plan, run.folder, state, status=ending.status, proof=proof, more=run.checkpoints.notices
+    )
     write_json(run.folder / SUMMARY, plain(summary))
-    worst = accounts.worst_rows(keeper.row_excess, bench.data, bench.tokenizer)
+    worst = accounts.worst_rows(ending.keeper.row_excess, bench.data, bench.tokenizer)
     write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
-    recorder.record(Event("finish", summary, step=state.step))
+    ending.recorder.record(Event("finish", summary, step=state.step))
     write_report(run.folder)
     run.write_status("finished", values=summary)
     return summary

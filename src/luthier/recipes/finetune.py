@@ -6,11 +6,11 @@ with a result that a fresh process has proved (ending.py). `start` begins a run,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from luthier.core.errors import StoppedError
 from luthier.core.events import Event, Recorder, Several
@@ -20,7 +20,7 @@ from luthier.infer.generator import Generator
 from luthier.kernels import pool
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.ending import SUMMARY, finish
+from luthier.recipes.ending import SUMMARY, Ending, finish
 from luthier.recipes.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.first_look import settle
 from luthier.recipes.memory import require_disk
@@ -30,10 +30,12 @@ from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number
-from luthier.train.loop import Cadence, Loop
+from luthier.train.loop import Cadence, Loop, Stop
 from luthier.train.rehearsal import rehearse
 from luthier.train.signals import StopRequest, stop_on_signals
 from luthier.train.state import LoopState
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,13 @@ def start(recipe: FinetuneRecipe, *, recorder: Recorder, overwrite: bool = False
         bench = lay_out(recipe)
         require_disk(bench.plan["disk"], place_of(recipe))
         with begin_run(recipe, overwrite=overwrite) as run:
-            return _told(run, stop, lambda: _train(bench, run, stop, recorder, resuming=False))
+            return told(run, stop, lambda: _train(bench, run, stop, recorder, resuming=False))
 
 
 def finetune(recipe: FinetuneRecipe, run: RunDirectory, *, recorder: Recorder) -> RunResult:
     """Run a recipe in a fresh run directory whose lock is held."""
     with stop_on_signals() as stop:
-        return _told(run, stop, lambda: _train(lay_out(dated(recipe)), run, stop, recorder, resuming=False))
+        return told(run, stop, lambda: _train(lay_out(dated(recipe)), run, stop, recorder, resuming=False))
 
 
 def resume(run: RunDirectory, *, recorder: Recorder, accept_drift: bool = False) -> RunResult:
@@ -91,10 +93,10 @@ def _resume(run: RunDirectory, stop: StopRequest, *, recorder: Recorder, accept_
             bench = lay_out(recipe, place)
             return _train(bench, run, stop, recorder, resuming=True, accept_drift=accept_drift)
 
-        return _told(run, stop, train)
+        return told(run, stop, train)
 
 
-def _told(run: RunDirectory, stop: StopRequest, train: Callable[[], RunResult]) -> RunResult:
+def told(run: RunDirectory, stop: StopRequest, train: Callable[[], Result]) -> Result:
     """Train, and let the run directory say how it ended, whatever way it ends."""
     stop.resumes_with(f"luthier resume {run.folder}")
     run.write_status("running")
@@ -118,11 +120,62 @@ def _train(
     resuming: bool,
     accept_drift: bool = False,
 ) -> RunResult:
+    work = set_up(
+        bench, run, stop, recorder, resuming=resuming, accept_drift=accept_drift,
+        wants_save=lambda: run.wants_save() or stop.take_save(),
+    )  # fmt: skip
+    state = work.state
+    _rehearse(bench, state, work.recorder)
+    settle(bench, state, work.recorder)
+    with stop.patient():
+        status = work.loop.run(state)
+    if bench.pooled:
+        # The process that proves the result needs memory too.
+        pool.release()
+    if status == "stopped":
+        raise StoppedError(
+            f"stopped by {stop.reason} after step {state.step} of {state.total_steps}; everything is saved",
+            do=f"luthier resume {run.folder}",
+        )
+    return RunResult(run.folder, finish(work.ending(status)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A run that is ready for its first step, or for the next one."""
+
+    bench: Bench
+    run: RunDirectory
+    loop: Loop
+    state: LoopState
+    keeper: CheckpointKeeper
+    recorder: Recorder
+    start_digest: str
+
+    def ending(self, status: str) -> Ending:
+        """What there is to end, when its steps are done."""
+        return Ending(
+            bench=self.bench, run=self.run, recorder=self.recorder, keeper=self.keeper, state=self.state,
+            status=status, start_digest=self.start_digest,
+        )  # fmt: skip
+
+
+def set_up(
+    bench: Bench,
+    run: RunDirectory,
+    stop: Stop,
+    recorder: Recorder,
+    *,
+    resuming: bool,
+    wants_save: Callable[[], bool],
+    accept_drift: bool = False,
+    more_facts: Mapping[str, Any] | None = None,
+) -> Work:
+    """The loop of a run with everything it needs; its state is that of the newest checkpoint when it is resumed."""
     recipe, data, model = bench.recipe, bench.data, bench.model
     start_digest = bench.attachment.trained_digest()
-    keeper = CheckpointKeeper(
-        run, bench.stepper, keep=recipe.checkpoint.keep, facts=accounts.facts(recipe, data, model, bench.tokenizer)
-    )
+    facts = {**accounts.facts(recipe, data, model, bench.tokenizer), **(more_facts or {})}
+    keeper = CheckpointKeeper(run, bench.stepper, keep=recipe.checkpoint.keep, facts=facts)
     state = keeper.recover(accept_drift=accept_drift) if resuming else LoopState()
     state.total_steps = bench.plan["steps"]
     if data.report.rejects:
@@ -132,8 +185,6 @@ def _train(
     notices = [*bench.plan["notices"], *run.checkpoints.notices]
     started = {**bench.plan, "notices": notices, "run": str(run.folder), "resumed_at": state.step}
     everyone.record(Event("start", started, step=state.step))
-    _rehearse(bench, state, everyone)
-    settle(bench, state, everyone)
     loop = Loop(
         source=bench.source,
         stepper=bench.stepper,
@@ -144,20 +195,12 @@ def _train(
         stop=stop,
         eval_trees=accounts.held_out_trees(recipe, data),
         sample=_sampler(bench, run),
-        wants_save=lambda: run.wants_save() or stop.take_save(),
+        wants_save=wants_save,
         diagnose=partial(find_bad_number, bench.stepper),
     )
-    with stop.patient():
-        status = loop.run(state)
-    if bench.pooled:
-        # The process that proves the result needs memory too.
-        pool.release()
-    if status == "stopped":
-        raise StoppedError(
-            f"stopped by {stop.reason} after step {state.step} of {state.total_steps}; everything is saved",
-            do=f"luthier resume {run.folder}",
-        )
-    return RunResult(run.folder, finish(bench, run, everyone, keeper, state, status=status, start_digest=start_digest))
+    return Work(
+        bench=bench, run=run, loop=loop, state=state, keeper=keeper, recorder=everyone, start_digest=start_digest
+    )
 
 
 def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
@@ -190,7 +233,7 @@ def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
         # What classifies or fills in says nothing that could be looked at.
         return None
     speaker = Generator(bench.model, decode=bench.tokenizer.decode)
-    return Samples(
+    samples = Samples(
         run,
         bench.model,
         speaker,
@@ -198,4 +241,10 @@ def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
         bench.data,
         count=evaluation.prompts,
         max_new_tokens=evaluation.max_new_tokens,
-    ).ask
+    )
+
+    def ask(step: int) -> None:
+        with bench.model.only(bench.attachment.name):
+            samples.ask(step)
+
+    return ask

@@ -159,6 +159,7 @@ def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
 
     Raises RecipeError when there is no result yet, and CorruptError for one that is not what was saved.
     """
+    require_one(run)
     folder = next((run.folder / name for name in (MODEL, ADAPTER) if (run.folder / name).is_dir()), None)
     if folder is None:
         raise RecipeError(
@@ -173,6 +174,16 @@ def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
         return folder, verify(folder)
     except CorruptError as error:
         raise CorruptError(error.received, do=advice) from error
+
+
+def require_one(run: RunDirectory) -> None:
+    """Raise RecipeError for a run of several adapters, whose results are in runs of their own below it."""
+    names = run.read_recipe().get("adapters")
+    if isinstance(names, dict):
+        raise RecipeError(
+            f"{run.folder} is a run of several adapters",
+            allowed="one of them: " + ", ".join(str(run.folder / str(name)) for name in names),
+        )
 
 
 def kept_precision(extras: dict[str, object], precision: Precision) -> Precision:

@@ -113,6 +113,11 @@ def figures(values: Any) -> str:
 
 def event_line(event: Event) -> str | None:
     """A line for an event that a person wants to see; None for the others."""
+    line = _event_line(event)
+    return f"{event.values['adapter']}: {line}" if line is not None and "adapter" in event.values else line
+
+
+def _event_line(event: Event) -> str | None:
     if event.kind == "evaluation":
         return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
     if event.kind == "doing":

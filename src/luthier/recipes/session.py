@@ -33,9 +33,11 @@ from luthier.quantizers import Quantizer
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
 from luthier.recipes.quantized import KEY, kept_quantizer, quantize
+from luthier.train.batcher import Batcher
 from luthier.train.first_look import look
+from luthier.train.pass_report import PassReport
 from luthier.train.result import save_result
-from luthier.train.stepper import PassReport, Stepper, StepReport
+from luthier.train.stepper import Stepper, StepReport
 
 RowLike = Mapping[str, Any]
 
@@ -55,16 +57,19 @@ class Session:
         objective: Objective,
         optimizer: Optimizer,
         micro_tokens: int = 4096,
+        name: str = "default",
+        batcher: Batcher | None = None,
     ) -> None:
-        quantize(model, quantizer)
         self.model = model
         self.quantizer = quantizer
         self.tokenizer = tokenizer
         self.renderer = renderer
         self.adapter = with_token_ids(adapter, tokenizer, renderer.stop_ids)
         self.objective = objective
-        self.attachment = model.attach(self.adapter.attach(model.sites))
-        self.stepper = Stepper(model, self.attachment, objective, optimizer, micro_tokens=micro_tokens)
+        self.attachment = model.attach(self.adapter.attach(model.sites), name=name)
+        self.stepper = Stepper(
+            model, self.attachment, objective, optimizer, micro_tokens=micro_tokens, batcher=batcher
+        )
         self.settled = not self.adapter.first_look
 
     def forward_backward(self, rows: Sequence[RowLike]) -> PassReport:
@@ -91,7 +96,8 @@ class Session:
         ids = [self.renderer.prompt_ids([Message("user", prompt)]) for prompt in prompts]
         stops = tuple(sorted(self.renderer.stop_ids))
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=stops)
-        spoken = Generator(self.model, decode=self.tokenizer.decode).speak(ids, sampling)
+        with self.model.only(self.attachment.name):
+            spoken = Generator(self.model, decode=self.tokenizer.decode).speak(ids, sampling)
         silent = self.tokenizer.special_ids | set(stops)
         return [self.tokenizer.decode([int(t) for t in answer.tokens if int(t) not in silent]) for answer in spoken]
 
@@ -153,6 +159,7 @@ def load(
     own = choose("quantizers", Quantizer, quantizer)
     if saved is not None and own == choose("quantizers", Quantizer, "none"):
         own = kept_quantizer(read_extras(saved))
+    quantize(base, own)
     tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
     reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)

@@ -118,6 +118,17 @@ class CheckpointStore:
             self.disk.sync_folder(self.folder)
         return newest
 
+    def cut(self, step: int) -> None:
+        """Remove the checkpoints after `step`: a run that goes on from there makes them again."""
+        for newer in self.steps():
+            if newer > step:
+                self._remove(self.folder / _name(newer))
+        self.recover()
+
+    def valid_steps(self) -> list[int]:
+        """The committed steps that verify, ascending."""
+        return [step for step in self.steps() if self._is_valid(self.folder / _name(step))]
+
     def rotate(self, keep: int, pinned: Collection[int] = ()) -> list[int]:
         """Remove old checkpoints; give back their steps.
 

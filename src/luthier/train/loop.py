@@ -10,21 +10,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.schedules import Schedule
+from luthier.train.pass_report import PassReport
 from luthier.train.shortage import shortage
-from luthier.train.signals import StopRequest
 from luthier.train.source import Source
 from luthier.train.state import LoopState
-from luthier.train.stepper import PassReport, Stepper
+from luthier.train.stepper import Stepper
 from luthier.train.watch import Diagnose, Watch
 
 Status = Literal["finished", "stopped", "early-stopped", "out-of-time"]
+
+
+Steps = Generator[Sequence[Tree], PassReport, Status]
+"""A run that asks for passes: it yields the trees of each step, and goes on with what their pass has found."""
+
+
+class Stop(Protocol):
+    """Whether somebody has asked a run to stop."""
+
+    def __bool__(self) -> bool:
+        """Whether it has been asked."""
 
 
 class Keeper(Protocol):
@@ -73,7 +85,7 @@ class Loop:
         cadence: Cadence,
         recorder: Recorder,
         keeper: Keeper,
-        stop: StopRequest,
+        stop: Stop,
         eval_trees: Sequence[Tree] = (),
         sample: Callable[[int], None] | None = None,
         wants_save: Callable[[], bool] | None = None,
@@ -94,8 +106,12 @@ class Loop:
 
     def run(self, state: LoopState) -> Status:
         """Go on from `state` until the last step, or until something asks to stop; the state is saved in any case."""
+        return drive({"": self.steps(state)}, lambda trees: {"": self.stepper.forward_backward(trees[""])})[""]
+
+    def steps(self, state: LoopState) -> Steps:
+        """The same, for somebody who makes the passes of several runs at once: see `drive`."""
         try:
-            status = self._steps(state)
+            status = yield from self._steps(state)
             self._tell(self.keeper.finish())
             if self.saved_step != state.step:
                 self._save(state, best=False)
@@ -105,7 +121,7 @@ class Loop:
             raise
         return status
 
-    def _steps(self, state: LoopState) -> Status:
+    def _steps(self, state: LoopState) -> Steps:
         self.source.seek(state.cursor)
         if state.step == 0:
             self._evaluate(state)
@@ -118,7 +134,7 @@ class Loop:
             self._tell(self.keeper.poll())
             began = time.perf_counter()
             trees = self.source.next_step()
-            passed = self.stepper.forward_backward(trees)
+            passed = yield trees
             factor = self.schedule.factor(state.step, state.total_steps)
             norm = self._apply(state, passed, trees, factor)
             seconds = time.perf_counter() - began
@@ -252,6 +268,46 @@ class Loop:
     def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             self.recorder.record(event)
+
+
+def drive(
+    runs: Mapping[str, Steps],
+    forward_backward: Callable[[Mapping[str, Sequence[Tree]]], Mapping[str, PassReport]],
+    *,
+    before: Callable[[], None] = lambda: None,
+    ended: Callable[[str, Status], None] = lambda name, status: None,
+) -> dict[str, Status]:
+    """Run several loops side by side, each step of all of them by one pass; how each has ended.
+
+    `before` is called before each step of all, `ended` when one is over. An error of one ends all of them.
+    """
+    found: dict[str, Status] = {}
+    wanted: dict[str, Sequence[Tree]] = {}
+
+    def advance(name: str, passed: PassReport | None) -> None:
+        try:
+            wanted[name] = next(runs[name]) if passed is None else runs[name].send(passed)
+        except StopIteration as over:
+            wanted.pop(name, None)
+            found[name] = over.value
+            ended(name, over.value)
+
+    try:
+        before()
+        for name in runs:
+            advance(name, None)
+        while wanted:
+            before()
+            passes = forward_backward(dict(wanted))
+            for name in list(wanted):
+                advance(name, passes[name])
+    except BaseException as error:
+        for name in runs:
+            # Each lets go of what it holds, and raises the error again; one that is over only does the latter.
+            with suppress(BaseException):
+                runs[name].throw(error)
+        raise
+    return found
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,7 +8,7 @@ bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,30 @@ def rehearse(stepper: Stepper, source: DataSource, steps: int) -> Rehearsal:
         random.restore()
     seconds = time.perf_counter() - began
     return Rehearsal(batches[0].tokens, len(batches[0].indices), seconds, tuple(splits))
+
+
+def rehearse_together(rehearsed: Mapping[str, tuple[Stepper, DataSource, int]]) -> Rehearsal:
+    """The largest micro-batches of several learners that share a batcher, cut together, as `rehearse` does for one."""
+    steppers = [stepper for stepper, _, _ in rehearsed.values()]
+    batcher = steppers[0].batcher
+    random, training = RandomState.now(batcher.model.device), batcher.model.module.training
+    began = time.perf_counter()
+    try:
+        rooms = [_make_room(stepper) for stepper in steppers]
+        found = batcher.forward_backward({
+            name: [tree for batch in source.largest_micro_batches(batcher.micro_tokens, steps)
+                   for tree in source.trees_of(batch)]
+            for name, (_, source, steps) in rehearsed.items()
+        })  # fmt: skip
+        del rooms
+    finally:
+        for stepper in steppers:
+            stepper.zero_grad()
+        batcher.model.train(training)
+        random.restore()
+    count = min(batcher.micro_tokens, sum(report.tokens for report in found.values()))
+    rows = sum(len(report.row_losses) for report in found.values())
+    return Rehearsal(count, rows, time.perf_counter() - began, next(iter(found.values())).splits)
 
 
 def _split(stepper: Stepper, batches: Sequence[MicroBatch], source: DataSource) -> list[Split]:

@@ -1,65 +1,39 @@
 """The stepper: forward and backward over trees, then one optimizer step.
 
-`forward_backward` adds the gradient of the *sum* of losses and its weight; `optim_step` divides once by the weight of
-everything since the last step, clips, and steps. So however a step is cut into micro-batches, the gradient is the same.
+`forward_backward` (done in batcher.py) adds the gradient of the *sum* of losses and its weight; `optim_step` divides
+once by the weight of everything since the last step, clips, and steps. So however a step is cut into micro-batches, the
+gradient is the same.
 Parameters in a lower precision have float32 masters: gradients are added up in float32, the optimizer steps on the
 masters, and the result is rounded once.
-When memory runs out the step is done again, from its beginning, in micro-batches of half the size.
 A loss or gradient that is not finite is never applied.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
-from luthier.data.forest import Forest, Tree, pack
+from luthier.data.forest import Forest, Tree
 from luthier.kernels.sums import add_to
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import LossReport, TokenOutputs
-from luthier.model.parts import Part, can_split
+from luthier.model.parts import Part
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer, set_factors, set_rate
+from luthier.train.batcher import Batcher
+from luthier.train.pass_report import PassReport
 from luthier.train.random_state import RandomState
 from luthier.train.rounding import RoundingWatch
-from luthier.train.shortage import Split, exhausted, release, shortage
-
-Group = tuple[Tree, ...]
-"""The trees of one call: they are cut into micro-batches together."""
+from luthier.train.shortage import exhausted, shortage
 
 NAMED_TENSORS = 8
 """How many tensors that are not finite a report names."""
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What a forward (and backward) pass over some trees found: sums, not means.
-
-    `splits` says how often micro-batches were made smaller on the way; `metrics` are an objective's own, each a sum and
-    its weight.
-    """
-
-    loss_sum: float
-    weight: float
-    tokens: int
-    trained_tokens: int
-    row_losses: dict[int, tuple[float, float]]
-    splits: tuple[Split, ...] = ()
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """The mean loss over the weight; NaN when there is none, never 0."""
-        return self.loss_sum / self.weight if self.weight else math.nan
 
 
 @dataclass(frozen=True)
@@ -82,8 +56,8 @@ class StepReport:
 class Stepper:
     """Holds what a step needs: model, objective, masters and the torch optimizer.
 
-    `micro_tokens` only ever becomes smaller. `first_groups` are the optimizer's groups as the recipe made them, and
-    `planned_bytes` what a plan expects each part to need, for the error when memory is exhausted.
+    `first_groups` are the optimizer's groups as the recipe made them. With a `batcher` it is one of several learners,
+    whose trees go through the model together, and goes by the name of its attachment.
     """
 
     def __init__(
@@ -95,13 +69,14 @@ class Stepper:
         *,
         max_grad_norm: float | None = 1.0,
         micro_tokens: int = 4096,
+        batcher: Batcher | None = None,
     ) -> None:
         self.model = model
+        self.batcher = Batcher(model, micro_tokens=micro_tokens) if batcher is None else batcher
+        self.name = "" if batcher is None else attachment.name
         self.objective = objective
         self.method = optimizer
         self.max_grad_norm = max_grad_norm
-        self.micro_tokens = micro_tokens
-        self.planned_bytes: Mapping[str, int] = {}
         self.parameters: dict[str, nn.Parameter] = attachment.named_parameters()
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
@@ -114,40 +89,39 @@ class Stepper:
         set_factors(self.optimizer, self.masters, attachment.rate_factors())
         self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
-        self.began = RandomState.now(model.device)
-        self._groups: list[Group] = []
-        self._running: Tree | None = None
         self._watch = RoundingWatch(self.masters, self.lower)
+        self.batcher.join(self.name, self)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens that go through the model at once; see `Batcher`."""
+        return self.batcher.micro_tokens
+
+    @micro_tokens.setter
+    def micro_tokens(self, count: int) -> None:
+        self.batcher.micro_tokens = count
+
+    @property
+    def planned_bytes(self) -> Mapping[str, int]:
+        """What a plan expects each part to need."""
+        return self.batcher.planned_bytes
+
+    @planned_bytes.setter
+    def planned_bytes(self, planned: Mapping[str, int]) -> None:
+        self.batcher.planned_bytes = planned
+
+    @property
+    def began(self) -> RandomState:
+        """The random numbers that the step at hand began with."""
+        return self.batcher.began
 
     def forward_backward(self, trees: Sequence[Tree]) -> PassReport:
-        """Add the gradient of the summed loss over `trees`; nothing is stepped.
+        """Add the gradient of the summed loss over `trees`; nothing is stepped. See `Batcher.forward_backward`."""
+        return self.batcher.forward_backward({self.name: trees})[self.name]
 
-        When memory runs out, everything since the last optimizer step is done again in smaller micro-batches. Raises
-        MemoryExhaustedError when there are no smaller ones.
-        """
-        self.model.train()
-        if not self._groups:
-            self.began = RandomState.now(self.model.device)
-        todo, splits = [tuple(trees)], list[Split]()
-        while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
-            # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
-            # the random numbers of the first attempt.
-            self._clear_gradients()
-            self.began.restore()
-            todo = [*self._groups, tuple(trees)]
-        self._groups.append(tuple(trees))
-        report = found[-1]
-        self.pending_weight += report.weight
-        return _with_splits(report, splits)
-
-    @torch.no_grad()
     def evaluate(self, trees: Sequence[Tree]) -> PassReport:
         """The loss over `trees`, without dropout and without gradients. Memory may run out as in a step."""
-        self.model.train(False)
-        splits: list[Split] = []
-        while (found := self._attempt(self._losses, [tuple(trees)], splits, in_parts=False)) is None:
-            pass
-        return _with_splits(found[-1], splits)
+        return self.batcher.evaluate({self.name: trees})[self.name]
 
     @torch.no_grad()
     def optim_step(self, *, factor: float = 1.0) -> StepReport:
@@ -178,93 +152,24 @@ class Stepper:
 
     def zero_grad(self) -> None:
         """Forget all gradients and the weight and the trees they belong to."""
-        self._clear_gradients()
+        self.clear_gradients()
         self.pending_weight = 0.0
-        self._groups = []
+        self.batcher.forget(self.name)
 
-    def micro_batches(self, trees: Iterable[Tree], *, micro_tokens: int | None = None) -> list[Forest]:
-        """Trees in micro-batches. Longest first: equal ones then share an attention call, and memory peaks at once."""
-        ordered = sorted(trees, key=lambda tree: tree.token_count, reverse=True)
-        return pack(ordered, max_tokens=self.micro_tokens if micro_tokens is None else micro_tokens)
+    def clear_gradients(self) -> None:
+        """Forget all gradients, and nothing else."""
+        for name, master in self.masters.items():
+            master.grad = None
+            # Not yet added to its master when a backward pass failed midway.
+            self.parameters[name].grad = None
+
+    def micro_batches(self, trees: Iterable[Tree]) -> list[Forest]:
+        """Trees as this learner's, in micro-batches."""
+        return self.batcher.micro_batches(self.batcher.named(self.name, trees))
 
     def passes(self, forest: Forest) -> Iterator[Part]:
         """Run one micro-batch forward and backward, in parts when it is one tree that is too large."""
-        if self._can_run_in_parts(forest) and forest.token_count > self.micro_tokens:
-            yield from self.model.backward_in_parts(forest.trees[0], self.objective.loss, max_tokens=self.micro_tokens)
-            return
-        outputs = self.model.token_outputs(forest)
-        report = self.objective.loss(outputs, forest)
-        report.sum.backward()
-        yield forest, outputs, report
-
-    def _attempt(
-        self,
-        run: Callable[[Sequence[Tree]], PassReport],
-        groups: Sequence[Group],
-        splits: list[Split],
-        *,
-        in_parts: bool,
-    ) -> list[PassReport] | None:
-        """What `run` finds for each group; None when memory ran out, after choosing a smaller micro-batch."""
-        try:
-            return [run(trees) for trees in groups]
-        except (MemoryError, RuntimeError) as failure:
-            reason = shortage(failure)
-            if reason is None:
-                raise
-        # Only here, where the exception is gone, is the memory that its frames held free again.
-        release(self.model.device)
-        splits.append(self._halve(groups, reason, in_parts=in_parts))
-        return None
-
-    def _add_gradients(self, trees: Sequence[Tree]) -> PassReport:
-        reports = []
-        for forest in self._one_by_one(trees):
-            found = [_report(loss, 0, outputs) for _, outputs, loss in self.passes(forest)]
-            reports += [*found, PassReport(0.0, 0.0, forest.token_count, 0, {})]
-        return add_up(reports)
-
-    def _losses(self, trees: Sequence[Tree]) -> PassReport:
-        reports = []
-        for forest in self._one_by_one(trees):
-            outputs = self.model.token_outputs(forest)
-            report = self.objective.loss(outputs, forest)
-            reports.append(_report(report, forest.token_count, outputs))
-        return add_up(reports)
-
-    def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
-        for forest in self.micro_batches(trees):
-            # Should it be the one that does not fit, an error can name it.
-            self._running = forest.trees[0]
-            yield forest
-
-    def _halve(self, groups: Sequence[Group], reason: str, *, in_parts: bool) -> Split:
-        """Halve `micro_tokens`, until some micro-batch becomes smaller. Raises MemoryExhaustedError when none can."""
-        now = self._cut(groups, self.micro_tokens, in_parts)
-        if now == self._cut(groups, 1, in_parts):
-            self.zero_grad()
-            raise exhausted(self._running, reason, self.planned_bytes)
-        smaller = self.micro_tokens // 2
-        while self._cut(groups, smaller, in_parts) == now:
-            smaller //= 2
-        split = Split(self.micro_tokens, smaller, reason)
-        self.micro_tokens = smaller
-        return split
-
-    def _cut(self, groups: Sequence[Group], micro_tokens: int, in_parts: bool) -> list[tuple[int, int]]:
-        """How groups are cut at a size: for each micro-batch its trees, and its tokens or those of its parts."""
-        found = []
-        for trees in groups:
-            for forest in self.micro_batches(trees, micro_tokens=micro_tokens):
-                tokens = forest.token_count
-                parts = in_parts and self._can_run_in_parts(forest)
-                found.append((len(forest.trees), min(micro_tokens, tokens) if parts else tokens))
-        return found
-
-    def _can_run_in_parts(self, forest: Forest) -> bool:
-        """Whether this micro-batch is one tree that may be cut at its root."""
-        possible = self.model.splits_trees and self.objective.separable
-        return possible and len(forest.trees) == 1 and can_split(forest.trees[0])
+        return (part for _, part in self.batcher.run(forest))
 
     def _step(self) -> None:
         """Step. The optimizer makes its state at the first one, and no smaller micro-batch would help with that."""
@@ -275,12 +180,6 @@ class Stepper:
             if reason is None:
                 raise
             raise exhausted(None, f"in the optimizer's step: {reason}", self.planned_bytes) from failure
-
-    def _clear_gradients(self) -> None:
-        for name, master in self.masters.items():
-            master.grad = None
-            # Not yet added to its master when a backward pass failed midway.
-            self.parameters[name].grad = None
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         master = parameter.detach().float().clone()
@@ -308,55 +207,3 @@ def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         fine = torch.isfinite(ends).view(-1, 2).all(1).tolist()
         bad.update(name for name, is_fine in zip(same, fine, strict=True) if not is_fine)
     return tuple(name for name in tensors if name in bad)[:NAMED_TENSORS]
-
-
-def add_up(reports: Sequence[PassReport]) -> PassReport:
-    """The report of all passes together."""
-    rows: dict[int, tuple[float, float]] = {}
-    for report in reports:
-        for row, (loss, weight) in report.row_losses.items():
-            before = rows.get(row, (0.0, 0.0))
-            rows[row] = (before[0] + loss, before[1] + weight)
-    return PassReport(
-        loss_sum=_sum([report.loss_sum for report in reports]),
-        weight=math.fsum(report.weight for report in reports),
-        tokens=sum(report.tokens for report in reports),
-        trained_tokens=sum(report.trained_tokens for report in reports),
-        row_losses=rows,
-        splits=tuple(split for report in reports for split in report.splits),
-        metrics=_summed([report.metrics for report in reports]),
-    )
-
-
-def _summed(found: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    names = dict.fromkeys(name for each in found for name in each)
-    pairs = {name: [each[name] for each in found if name in each] for name in names}
-    return {name: (_sum([one for one, _ in each]), _sum([one for _, one in each])) for name, each in pairs.items()}
-
-
-def _with_splits(report: PassReport, splits: Sequence[Split]) -> PassReport:
-    return replace(report, splits=tuple(splits))
-
-
-def _report(loss: LossReport, tokens: int, outputs: TokenOutputs) -> PassReport:
-    rows = outputs.rows.cpu().numpy()
-    weights = outputs.weights.cpu().numpy().astype(np.float64)
-    losses = -outputs.log_probs.detach().cpu().numpy().astype(np.float64) * weights
-    by_row = _by_row(rows, losses, weights)
-    return PassReport(float(loss.sum.detach()), loss.weight, tokens, len(rows), by_row, metrics=loss.metrics)
-
-
-def _sum(losses: Sequence[float]) -> float:
-    # fsum refuses infinities of both signs; a plain sum makes NaN of them, which is what they are.
-    return math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-
-
-def _by_row(
-    rows: NDArray[np.int64], losses: NDArray[np.float64], weights: NDArray[np.float64]
-) -> dict[int, tuple[float, float]]:
-    unique, inverse = np.unique(rows, return_inverse=True)
-    loss_sums = np.bincount(inverse, losses, minlength=len(unique))
-    weight_sums = np.bincount(inverse, weights, minlength=len(unique))
-    return {
-        int(row): (float(loss), float(weight)) for row, loss, weight in zip(unique, loss_sums, weight_sums, strict=True)
-    }

@@ -14,8 +14,9 @@ from luthier.core.errors import NumericError
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.train.diagnosis import BadNumber
+from luthier.train.pass_report import PassReport
 from luthier.train.state import LoopState
-from luthier.train.stepper import PassReport, StepReport
+from luthier.train.stepper import StepReport
 
 Diagnose = Callable[[Sequence[Tree]], BadNumber]
 

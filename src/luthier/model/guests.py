@@ -1,0 +1,77 @@
+"""Guests: the adapters of one batch, each with what only its own trees see: its learned root and its output head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.core.errors import RecipeError
+from luthier.core.nearest import did_you_mean
+from luthier.data.forest import Forest, Ints
+from luthier.kernels.head import Head
+from luthier.model.attachment import Attachment
+from luthier.model.attention import Root
+from luthier.model.edits import LearnedRoot
+from luthier.model.head import EditedHead
+from luthier.model.zoo_head import FeatureHead
+
+
+@final
+@dataclass(frozen=True)
+class Guest:
+    """An adapter in a batch of several; `head` is None when only the zoo's own layer computes the logits."""
+
+    root: LearnedRoot | None
+    head: Head | EditedHead | FeatureHead | None
+
+
+def require_guests(names: tuple[str, ...], attachments: Mapping[str, Attachment]) -> None:
+    """Raise RecipeError unless each name is an adapter that is switched on, and none of several trains the base."""
+    for name in names:
+        if name not in attachments:
+            raise RecipeError(
+                f"a tree names the adapter {name!r}, and no attachment is called so",
+                allowed=", ".join(attachments) or "names of attachments; there are none",
+                do=did_you_mean(name, attachments),
+            )
+        if not attachments[name].enabled:
+            raise RecipeError(f"a tree names the adapter {name!r}, which is switched off", do="switch it on")
+    refuse_trained_base({name: each for name, each in attachments.items() if each.enabled})
+
+
+def refuse_trained_base(attachments: Mapping[str, Attachment]) -> None:
+    """Raise RecipeError when one of several adapters changes the weights that all of them compute with."""
+    trains = [name for name, attachment in attachments.items() if attachment.trains_base]
+    if trains and len(attachments) > 1:
+        raise RecipeError(
+            f"the adapter {trains[0]!r} trains the model's own weights, which the other adapters compute with",
+            allowed="adapters beside the weights, such as lora, ia3 and prefix_tuning, in one batch",
+            do=f"train {trains[0]!r} in a run of its own",
+        )
+
+
+def side_by_side(forest: Forest, roots: Mapping[str, Root]) -> Root | None:
+    """The roots of several adapters as one, of which each tree sees its own; None when there is none."""
+    if not roots:
+        return None
+    ends = np.cumsum([root.token_count for root in roots.values()]).tolist()
+    sized = zip(roots.items(), ends, strict=True)
+    places = {name: (end - root.token_count, root.token_count) for (name, root), end in sized}
+
+    def keys_values(layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        pairs = [root.keys_values(layer, dtype) for root in roots.values()]
+        return torch.cat([key for key, _ in pairs], 2), torch.cat([value for _, value in pairs], 2)
+
+    seen_by = tuple(places.get(tree.adapter, (0, 0)) for tree in forest.trees for _ in tree.segments)
+    return Root(ends[-1], keys_values, seen_by)
+
+
+def first_positions(forest: Forest, roots: Mapping[str, Root]) -> Ints:
+    """For each token of a forest the position at which its tree starts: after the root of its adapter."""
+    counts = [roots[tree.adapter].token_count if tree.adapter in roots else 0 for tree in forest.trees]
+    return np.repeat(np.array(counts, dtype=np.int32), [tree.token_count for tree in forest.trees])

@@ -1,0 +1,117 @@
+"""Routes: which rows of a batch belong to which adapter, where several are in one batch.
+
+Idea: a tree names its adapter, and a forest is laid end to end tree by tree, so the rows of an adapter are ranges. The
+base computes all rows at once; what an adapter changes at a site, it changes in its own ranges. No row is ever put
+through the edit of another adapter, not even to be multiplied by zero: what is not finite stays where it is.
+Source: one base and many adapters in a batch: Punica, arXiv 2310.18547; in training: ASPEN, arXiv 2312.02515.
+Cost: the base's products once; each adapter's own products on its own rows; a copy of the rows at each edited site
+    where edits are computed one by one. Fewest ranges where the trees of an adapter follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Forest
+
+
+@final
+@dataclass(frozen=True)
+class Route:
+    """Rows `start` to `stop`, all of one adapter."""
+
+    adapter: str
+    start: int
+    stop: int
+
+
+@final
+@dataclass(frozen=True)
+class Routes:
+    """Ranges that cover all rows, in order. What flows between modules is (1, rows, ...), or (rows, `width`, ...)."""
+
+    runs: tuple[Route, ...]
+    width: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, each once, in the order in which they come."""
+        return tuple(dict.fromkeys(run.adapter for run in self.runs))
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.runs[-1].stop if self.runs else 0
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many rows each range has."""
+        return [run.stop - run.start for run in self.runs]
+
+    def axis_of(self, x: Tensor) -> int:
+        """Along which axis the rows of `x` lie. Raises RecipeError for a tensor that is no batch as it was laid out."""
+        expected = (1, self.count) if self.width is None else (self.count, self.width)
+        # A module that regroups tokens (experts) may hand on as many rows as there are, in another order.
+        if tuple(x.shape[:2]) != expected or (x.is_floating_point() and x.ndim < 3):
+            raise RecipeError(
+                f"a module with an adapter was given a tensor of shape {tuple(x.shape)}, whose rows nobody can tell "
+                "apart",
+                allowed=f"{expected[0]} x {expected[1]} tokens in the order of the batch",
+                do="train the adapters of this model one at a time",
+            )
+        return 1 if self.width is None else 0
+
+
+def whole(adapter: str, count: int) -> Routes:
+    """All of `count` rows for one adapter."""
+    return Routes((Route(adapter, 0, count),))
+
+
+def routes_of(forest: Forest) -> Routes | None:
+    """Which tokens of a forest belong to which adapter; None where no tree names one.
+
+    Raises RecipeError when some trees do and others do not.
+    """
+    unnamed = sum(not tree.adapter for tree in forest.trees)
+    if unnamed == len(forest.trees):
+        return None
+    if unnamed:
+        raise RecipeError(
+            f"{unnamed} of {len(forest.trees)} trees name no adapter, the others do",
+            allowed="a batch in which every tree names its adapter, or none does",
+            do="give each tree the name of an attachment",
+        )
+    return Routes(_runs((tree.adapter, tree.token_count) for tree in forest.trees))
+
+
+def predicted_routes(forest: Forest) -> Routes:
+    """Which predicted tokens of a forest, in the order of its layout, belong to which adapter."""
+    counts = [0] * len(forest.trees)
+    for tree in forest.layout.trees.tolist():
+        counts[tree] += 1
+    return Routes(_runs((tree.adapter, count) for tree, count in zip(forest.trees, counts, strict=True)))
+
+
+def padded_routes(forest: Forest, width: int) -> Routes | None:
+    """Which rows of a padded batch, one for each tree and `width` wide, belong to which adapter."""
+    if routes_of(forest) is None:
+        return None
+    return Routes(_runs((tree.adapter, 1) for tree in forest.trees), width=width)
+
+
+def _runs(parts: Iterable[tuple[str, int]]) -> tuple[Route, ...]:
+    """Neighbours of one adapter joined; parts without rows left out."""
+    runs: list[Route] = []
+    start = 0
+    for adapter, count in parts:
+        if count and runs and runs[-1].adapter == adapter:
+            runs[-1] = Route(adapter, runs[-1].start, start + count)
+        elif count:
+            runs.append(Route(adapter, start, start + count))
+        start += count
+    return tuple(runs)

@@ -1,0 +1,254 @@
+"""The batcher: trees cut into micro-batches, and each of these forward and backward through the model, once for all.
+
+Several learners, each an adapter with an objective of its own, may share one batcher: their trees go through the base
+together, each tree by its own adapter, and each learner gets its own sum of losses and its own weight. Losses are sums,
+so whose trees lie in which micro-batch changes no gradient.
+When memory runs out the step is done again, from its beginning, in micro-batches of half the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, final
+
+import torch
+
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Forest, Tree, pack
+from luthier.model.guests import refuse_trained_base
+from luthier.model.language_model import LanguageModel
+from luthier.model.outputs import TokenOutputs
+from luthier.model.parts import Part, can_split
+from luthier.objectives import Objective
+from luthier.train.pass_report import PassReport, add_up, report_of
+from luthier.train.random_state import RandomState
+from luthier.train.shortage import Split, exhausted, release, shortage
+
+Group = tuple[Tree, ...]
+"""The trees of one call: they are cut into micro-batches together."""
+Reports = dict[str, PassReport]
+"""What a pass has found for each learner."""
+
+
+class Learner(Protocol):
+    """Who learns from trees that name it."""
+
+    objective: Objective
+    pending_weight: float
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients."""
+
+
+@final
+class Batcher:
+    """Runs trees through a model for its learners. A single learner may have no name, and neither have its trees.
+
+    `micro_tokens` only ever becomes smaller. `planned_bytes` is what a plan expects each part to need, for the error
+    when memory is exhausted, and `began` the random numbers that the step at hand began with.
+    """
+
+    def __init__(self, model: LanguageModel, *, micro_tokens: int = 4096) -> None:
+        self.model = model
+        self.micro_tokens = micro_tokens
+        self.planned_bytes: Mapping[str, int] = {}
+        self.learners: dict[str, Learner] = {}
+        self.began = RandomState.now(model.device)
+        self._groups: list[Group] = []
+        self._running: Tree | None = None
+
+    def join(self, name: str, learner: Learner) -> None:
+        """Take in a learner. Raises RecipeError for a name that is taken, and for learners that cannot be together."""
+        if name in self.learners or (self.learners and "" in {name, *self.learners}):
+            raise RecipeError(f"{name!r} cannot name another learner", allowed="several learners with a name each")
+        self.learners[name] = learner
+        if len(self.learners) > 1:
+            refuse_trained_base({each: self.model.attachments[each] for each in self.learners})
+
+    def forward_backward(self, trees: Mapping[str, Sequence[Tree]]) -> Reports:
+        """Add the gradient of the summed loss over the trees of each learner; nothing is stepped.
+
+        When memory runs out, everything since the last optimizer step is done again in smaller micro-batches. Raises
+        MemoryExhaustedError when there are no smaller ones.
+        """
+        self.model.train()
+        if not self._groups:
+            self.began = RandomState.now(self.model.device)
+        group = tuple(tree for name, own in trees.items() for tree in self.named(name, own))
+        todo, splits = [group], list[Split]()
+        while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
+            # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
+            # the random numbers of the first attempt.
+            for learner in self.learners.values():
+                learner.clear_gradients()
+            self.began.restore()
+            todo = [*self._groups, group]
+        self._groups.append(group)
+        for name, report in found[-1].items():
+            self.learners[name].pending_weight += report.weight
+        return _told(trees, found[-1], splits)
+
+    @torch.no_grad()
+    def evaluate(self, trees: Mapping[str, Sequence[Tree]]) -> Reports:
+        """The loss over the trees of each, without dropout and without gradients. Memory may run out as in a step."""
+        self.model.train(False)
+        group = tuple(tree for name, own in trees.items() for tree in self.named(name, own))
+        splits: list[Split] = []
+        while (found := self._attempt(self._losses, [group], splits, in_parts=False)) is None:
+            pass
+        return _told(trees, found[-1], splits)
+
+    def named(self, name: str, trees: Iterable[Tree]) -> list[Tree]:
+        """Trees with the name of their learner on them."""
+        return [replace(tree, adapter=name) if tree.adapter != name else tree for tree in trees]
+
+    def forget(self, name: str) -> None:
+        """A learner has stepped, or given up its gradients: its trees need not be done again."""
+        kept = (tuple(tree for tree in group if tree.adapter != name) for group in self._groups)
+        self._groups = [group for group in kept if group]
+
+    def micro_batches(self, trees: Iterable[Tree], *, micro_tokens: int | None = None) -> list[Forest]:
+        """Trees in micro-batches. Longest first: equal ones then share an attention call, and memory peaks at once.
+
+        Within one, the trees of a learner follow each other, so that its rows are one range.
+        """
+        ordered = sorted(trees, key=lambda tree: tree.token_count, reverse=True)
+        forests = pack(ordered, max_tokens=self.micro_tokens if micro_tokens is None else micro_tokens)
+        if len(self.learners) < 2:
+            return forests
+        place = {name: index for index, name in enumerate(self.learners)}
+        return [Forest(tuple(sorted(each.trees, key=lambda tree: place[tree.adapter]))) for each in forests]
+
+    def run(self, forest: Forest) -> Iterator[tuple[str, Part]]:
+        """Run one micro-batch forward and backward, in parts when it is one tree that is too large."""
+        first = forest.trees[0].adapter
+        if self._can_run_in_parts(forest) and forest.token_count > self.micro_tokens:
+            loss = self.learners[first].objective.loss
+            for part in self.model.backward_in_parts(forest.trees[0], loss, max_tokens=self.micro_tokens):
+                yield first, part
+            return
+        parts = [
+            (name, (own, outputs, self.learners[name].objective.loss(outputs, own)))
+            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest))
+        ]
+        total = parts[0][1][2].sum
+        for _, (_, _, report) in parts[1:]:
+            total = total + report.sum
+        total.backward()  # type: ignore[no-untyped-call]
+        yield from parts
+
+    def _attempt(
+        self,
+        run: Callable[[Sequence[Tree]], Reports],
+        groups: Sequence[Group],
+        splits: list[Split],
+        *,
+        in_parts: bool,
+    ) -> list[Reports] | None:
+        """What `run` finds for each group; None when memory ran out, after choosing a smaller micro-batch."""
+        try:
+            return [run(trees) for trees in groups]
+        except (MemoryError, RuntimeError) as failure:
+            reason = shortage(failure)
+            if reason is None:
+                raise
+        # Only here, where the exception is gone, is the memory that its frames held free again.
+        release(self.model.device)
+        splits.append(self._halve(groups, reason, in_parts=in_parts))
+        return None
+
+    def _add_gradients(self, trees: Sequence[Tree]) -> Reports:
+        found: dict[str, list[PassReport]] = {}
+        for forest in self._one_by_one(trees):
+            for name, (_, outputs, loss) in self.run(forest):
+                own = report_of(loss, 0, outputs)
+                found.setdefault(name, []).append(own)
+            for name, count in _token_counts(forest).items():
+                found[name].append(PassReport(0.0, 0.0, count, 0, {}))
+        return {name: add_up(reports) for name, reports in found.items()}
+
+    def _losses(self, trees: Sequence[Tree]) -> Reports:
+        found: dict[str, list[PassReport]] = {}
+        for forest in self._one_by_one(trees):
+            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest)):
+                report = self.learners[name].objective.loss(outputs, own)
+                made = report_of(report, own.token_count, outputs)
+                found.setdefault(name, []).append(made)
+        return {name: add_up(reports) for name, reports in found.items()}
+
+    def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
+        for forest in self.micro_batches(trees):
+            # Should it be the one that does not fit, an error can name it.
+            self._running = forest.trees[0]
+            yield forest
+
+    def _halve(self, groups: Sequence[Group], reason: str, *, in_parts: bool) -> Split:
+        """Halve `micro_tokens`, until some micro-batch becomes smaller. Raises MemoryExhaustedError when none can."""
+        now = self._cut(groups, self.micro_tokens, in_parts)
+        if now == self._cut(groups, 1, in_parts):
+            self._give_up()
+            raise exhausted(self._running, reason, self.planned_bytes)
+        smaller = self.micro_tokens // 2
+        while self._cut(groups, smaller, in_parts) == now:
+            smaller //= 2
+        split = Split(self.micro_tokens, smaller, reason)
+        self.micro_tokens = smaller
+        return split
+
+    def _cut(self, groups: Sequence[Group], micro_tokens: int, in_parts: bool) -> list[tuple[int, int]]:
+        """How groups are cut at a size: for each micro-batch its trees, and its tokens or those of its parts."""
+        found = []
+        for trees in groups:
+            for forest in self.micro_batches(trees, micro_tokens=micro_tokens):
+                tokens = forest.token_count
+                parts = in_parts and self._can_run_in_parts(forest)
+                found.append((len(forest.trees), min(micro_tokens, tokens) if parts else tokens))
+        return found
+
+    def _can_run_in_parts(self, forest: Forest) -> bool:
+        """Whether this micro-batch is one tree that may be cut at its root."""
+        separable = self.learners[forest.trees[0].adapter].objective.separable
+        possible = self.model.splits_trees and separable
+        return possible and len(forest.trees) == 1 and can_split(forest.trees[0])
+
+    def _give_up(self) -> None:
+        self._groups = []
+        for learner in self.learners.values():
+            learner.clear_gradients()
+            learner.pending_weight = 0.0
+
+
+def _by_learner(forest: Forest, outputs: TokenOutputs) -> list[tuple[str, Forest, TokenOutputs]]:
+    """The trees of each learner and what came out for them, as if no others had been there."""
+    names = list(dict.fromkeys(tree.adapter for tree in forest.trees))
+    if len(names) == 1:
+        return [(names[0], forest, outputs)]
+    found = []
+    for name in names:
+        places = [index for index, tree in enumerate(forest.trees) if tree.adapter == name]
+        new = torch.full((len(forest.trees),), -1, dtype=outputs.trees.dtype, device=outputs.trees.device)
+        new[places] = torch.arange(len(places), dtype=new.dtype, device=new.device)
+        trees = new[outputs.trees]
+        kept = (trees >= 0).nonzero()[:, 0]
+        own = TokenOutputs(
+            log_probs=outputs.log_probs.index_select(0, kept),
+            labels=outputs.labels[kept],
+            weights=outputs.weights[kept],
+            rows=outputs.rows[kept],
+            trees=trees[kept],
+        )
+        found.append((name, Forest(tuple(forest.trees[place] for place in places)), own))
+    return found
+
+
+def _token_counts(forest: Forest) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for tree in forest.trees:
+        counts[tree.adapter] = counts.get(tree.adapter, 0) + tree.token_count
+    return counts
+
+
+def _told(names: Iterable[str], reports: Reports, splits: Sequence[Split]) -> Reports:
+    """A report for each learner, of nothing where it had no trees."""
+    return {name: replace(reports.get(name, add_up([])), splits=tuple(splits)) for name in names}
