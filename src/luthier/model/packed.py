@@ -19,13 +19,9 @@ from typing import Any, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
-
-from luthier.core.errors import RecipeError
-from luthier.model.language_model import LanguageModel
-from luthier.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -50,19 +46,27 @@ class Packing(ABC):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+Pack = Callable[[Float[Tensor, "out in"]], Packing]
+"""A matrix in fewer bits."""
+
+
 @final
 class PackedWeight(Tensor):
-    """A packing with the looks of a weight: of its shape, or transposed where a module keeps (in, out)."""
+    """A packing with the looks of a weight: of its shape, or transposed where a module keeps (in, out).
+
+    `pack` is what made the packing, for whoever has changed the matrix.
+    """
 
     packing: Packing
+    pack: Pack
     transposed: bool
 
     @staticmethod
-    def __new__(cls, packing: Packing, dtype: torch.dtype, *, transposed: bool = False) -> PackedWeight:
+    def __new__(cls, packing: Packing, dtype: torch.dtype, pack: Pack, *, transposed: bool = False) -> PackedWeight:
         shape = packing.shape[::-1] if transposed else packing.shape
         device = next(iter(packing.tensors.values())).device
         made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        made.packing, made.transposed = packing, transposed
+        made.packing, made.pack, made.transposed = packing, pack, transposed
         return made
 
     def matrix(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -88,9 +92,13 @@ class PackedWeight(Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (own,) = args
-            return cls(own.packing, own.dtype, transposed=own.transposed)
+            return cls(own.packing, own.dtype, own.pack, transposed=own.transposed)
         unpacked = tree_map_only(cls, _dense, (tuple(args), dict(kwargs or {})))
         return func(*unpacked[0], **unpacked[1])
+
+    def packed_again(self, matrix: Float[Tensor, "out in"]) -> PackedWeight:
+        """Another matrix, packed as this one is."""
+        return PackedWeight(self.pack(matrix), self.dtype, self.pack, transposed=self.transposed)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({type(self.packing).__name__}, {tuple(self.shape)}, {self.dtype})"
@@ -117,34 +125,11 @@ def _dense(weight: PackedWeight) -> Tensor:
     return found.t() if weight.transposed else found
 
 
-@torch.no_grad()
-def pack_weights(model: LanguageModel, pack: Callable[[Float[Tensor, "out in"]], Packing]) -> int:
-    """Pack the weight of every linear layer but the head; how many there were.
-
-    Raises RecipeError when something is attached, or there is nothing to pack.
-    """
-    if model.attachments:
-        raise RecipeError(
-            f"{', '.join(model.attachments)} is on the model, which cannot be packed then",
-            do="pack it first, then attach",
-        )
-    sites = [site for site in model.sites.linear() if site.layer is not None]
-    if not sites:
-        raise RecipeError(
-            f"{model.source} has no linear layer in its blocks, so there is nothing to quantize",
-            do="use quantizer none",
-        )
-    for site in sites:
-        _replace(site, pack(site.weight()))
-    return len(sites)
-
-
-def _replace(site: Site, packing: Packing) -> None:
-    old = site.weight_parameter
-    weight = PackedWeight(packing, old.dtype, transposed=site.transposed)
-    site.module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-
-
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a parameter takes in memory."""
     return tensor.packing.nbytes if isinstance(tensor, PackedWeight) else tensor.nbytes
+
+
+def packing_of(tensor: Tensor) -> Packing | None:
+    """What a parameter is kept as, when it is packed."""
+    return tensor.packing if isinstance(tensor, PackedWeight) else None

@@ -11,7 +11,8 @@ from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.core.units import bytes_text
 from luthier.model.language_model import LanguageModel
-from luthier.model.packed import Packing, pack_weights, stored_bytes
+from luthier.model.packed import Packing, stored_bytes
+from luthier.model.packing import pack_weights
 from luthier.quantizers import Quantizer
 
 KEY = "quantizer"
