@@ -29,6 +29,7 @@ from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_u
 from luthier.model.head import edited_head, head_of
 from luthier.model.merging import Merged, Rounding
 from luthier.model.outputs import TokenOutputs
+from luthier.model.packed import packing_of
 from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.sites import Sites, find_sites
 from luthier.model.token_rows import ADD_ROWS
@@ -169,6 +170,12 @@ class LanguageModel:
         attachment = Attachment(name, edits)
         if attachment.trains_base and any(other.trains_base for other in self.attachments.values()):
             raise RecipeError("two adapters would train the model's own parameters", allowed="one at a time")
+        if attachment.trains_base and any(packing_of(each) is not None for each in self.module.parameters()):
+            raise RecipeError(
+                f"{name!r} trains the model's own parameters, and its weights are packed",
+                allowed="adapters beside the weights, such as lora",
+                do="use a model that is not quantized",
+            )
         surgery.put_on(self.module, attachment)
         self.attachments[name] = attachment
         for edit in edits:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import torch
@@ -33,6 +33,22 @@ class Packing(ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The matrix it stands for, in memory of its own."""
+
+    def to(self, device: torch.device) -> Packing:
+        """It on `device`."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
+
+    def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """It in a file that other tools read, by names below its module's; empty where there is no such file.
+
+        `dtype` is that of the numbers it stands for.
+        """
+        return {}
+
+    def file_config(self) -> Mapping[str, object]:
+        """What `config.json` says of such files as its `quantization_config`."""
+        return {}
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

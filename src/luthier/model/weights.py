@@ -144,6 +144,16 @@ def module_with(
     return module, (f"weights: the model has no place for {', '.join(unused[:3])}{more}",)
 
 
+def without_weights(config: PretrainedConfig, source: str) -> PreTrainedModel:
+    """The zoo's model for `config` with no memory for its weights. Raises CorruptError for one that describes none."""
+    kind, config = _class_of(config, source)
+    try:
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except _BROKEN as failure:
+        raise _no_model(source, failure) from None
+
+
 def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str) -> PreTrainedModel:
     """The zoo's model for `config` with weights drawn anew; the same for the same seed."""
     _class_of(config, source)

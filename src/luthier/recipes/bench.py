@@ -16,13 +16,13 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.model.load import context_tokens, resolve_source
 from luthier.recipes import accounts
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
-from luthier.recipes.quantized import quantize
+from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
@@ -60,7 +60,7 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         seed=recipe.seed,
         context_tokens=context_tokens(found.model),
     )
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    model = load_base(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
     quantize(model, recipe.quantizer)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model

@@ -15,12 +15,13 @@ from luthier.data.forest import Tree, pack
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.model.load import context_tokens, resolve_source
 from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named, require_room
 from luthier.recipes.places import located, started_in
+from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
@@ -36,7 +37,7 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     require_room(prepared.store.lengths, opened.model)
     tuned = mean_loss(opened.model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
     if (run.folder / MODEL).is_dir():
-        base_model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+        base_model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
         base = mean_loss(base_model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
     else:
         with opened.model.without_attachments():

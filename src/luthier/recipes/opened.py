@@ -22,9 +22,9 @@ from luthier.infer.generator import Generator
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.load import Precision, resolve_source
 from luthier.recipes.places import model_from, started_in, template_from
-from luthier.recipes.quantized import kept_quantizer, quantize
+from luthier.recipes.quantized import kept_quantizer, load_base, quantize
 from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
@@ -70,7 +70,7 @@ def open_named(
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
         return _open_run(RunDirectory.open(Path(name)), precision, device)
     extras = read_extras(Path(adapter or name))
-    model = load_model(name, precision=kept_precision(extras, precision), device=device)
+    model = load_base(name, precision=kept_precision(extras, precision), device=device)
     if adapter is None:
         return _opened(model, resolve_source(name), {})
     quantize(model, kept_quantizer(extras))
@@ -133,11 +133,11 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     extras = read_extras(folder)
     place = started_in(run)
     if folder.name == MODEL:
-        whole = load_model(str(folder), precision=kept_precision(extras, precision), device=device)
+        whole = load_base(str(folder), precision=kept_precision(extras, precision), device=device)
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
-    model = load_model(base, precision=kept, device=device, seed=int(extras.get("base_seed", 0)))
+    model = load_base(base, precision=kept, device=device, seed=int(extras.get("base_seed", 0)))
     quantize(model, kept_quantizer(extras))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
