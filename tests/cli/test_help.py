@@ -15,8 +15,8 @@ from luthier.cli.main import app
 from tests.cli.commands import environ, luthier
 
 LEAVES = [
-    ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("eval",), ("compare",), ("describe",), ("doctor",), ("quantize",),
-    ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
+    ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("eval",), ("compare",), ("describe",), ("doctor",),
+    ("quantize",), ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
 ]  # fmt: skip
 
 
