@@ -34,6 +34,13 @@ class Packing(ABC):
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The matrix it stands for, in memory of its own."""
 
+    def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
+        """x W^T, where the method computes it in a way of its own; None where it is that with the matrix it stands for.
+
+        The gradient of x is always that with the matrix.
+        """
+        return None
+
     def to(self, device: torch.device) -> Packing:
         """It on `device`."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
@@ -79,9 +86,12 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, packing: Packing, dtype: torch.dtype, pack: Pack, *, transposed: bool = False) -> PackedWeight:
-        shape = packing.shape[::-1] if transposed else packing.shape
+        rows, columns = packing.shape
+        shape, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
         device = next(iter(packing.tensors.values())).device
-        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, strides, dtype=dtype, device=device
+        )
         made.packing, made.pack, made.transposed = packing, pack, transposed
         return made
 
@@ -109,6 +119,11 @@ class PackedWeight(Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (own,) = args
             return cls(own.packing, own.dtype, own.pack, transposed=own.transposed)
+        if func is torch.ops.aten.t.default:
+            (own,) = args
+            return cls(own.packing, own.dtype, own.pack, transposed=not own.transposed)
+        if func is torch.ops.aten.mm.default and isinstance(args[1], cls) and args[1].transposed:
+            return _product(args[0], args[1], None)
         unpacked = tree_map_only(cls, _dense, (tuple(args), dict(kwargs or {})))
         return func(*unpacked[0], **unpacked[1])
 
@@ -126,7 +141,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.biased = weight, bias is not None
-        return F.linear(x, weight.matrix(x.dtype), bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -134,6 +149,14 @@ class _PackedProduct(torch.autograd.Function):
         grad_x = grad @ ctx.weight.matrix(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias
+
+
+def _product(x: Float[Tensor, "*batch in"], weight: PackedWeight, bias: Tensor | None) -> Float[Tensor, "*batch out"]:
+    own = weight.packing.product(x.reshape(-1, x.shape[-1]))
+    if own is None:
+        return F.linear(x, weight.matrix(x.dtype), bias)
+    found = own.view(*x.shape[:-1], -1)
+    return found if bias is None else found + bias
 
 
 def _dense(weight: PackedWeight) -> Tensor:
