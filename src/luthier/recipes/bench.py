@@ -24,6 +24,7 @@ from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.train.in_backward import cut
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
 
@@ -88,6 +89,8 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         rows=rows,
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
+    if recipe.optimizer.steps_in_backward and (most := source.largest_step()) > recipe.batch.micro_tokens:
+        raise cut(most, recipe.batch.micro_tokens)
     unpooled = use_pool(model)
     plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
     if unpooled and model.device.type == "cpu":

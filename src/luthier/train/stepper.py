@@ -5,13 +5,15 @@ everything since the last step, clips, and steps. So however a step is cut into 
 Parameters in a lower precision have float32 masters: gradients are added up in float32, the optimizer steps on the
 masters, and the result is rounded once.
 When memory runs out the step is done again, from its beginning, in micro-batches of half the size.
-A loss or gradient that is not finite is never applied.
+A loss or gradient that is not finite is never applied. An optimizer that steps in the backward pass (in_backward.py)
+has stepped when `forward_backward` returns; `optim_step` then only tells of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -22,13 +24,14 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree, pack
-from luthier.kernels.sums import add_to
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Part, can_split
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
+from luthier.train.in_backward import InBackward, cut, in_backward
+from luthier.train.masters import collect_in, master_of
 from luthier.train.random_state import RandomState
 from luthier.train.rounding import RoundingWatch
 from luthier.train.shortage import Split, exhausted, release, shortage
@@ -66,7 +69,8 @@ class StepReport:
 
     `bad_tensors` names what is not finite: gradients of a step that was not applied, or, when `broken`, the weights
     that the step has made so. `rounded_away` is the share of updates that did not change the rounded weights, None
-    where all trained weights are float32.
+    where all trained weights are float32. `stepped_before` counts tensors that were stepped in the backward pass
+    before a gradient came that is not finite.
     """
 
     grad_norm: float
@@ -74,6 +78,7 @@ class StepReport:
     bad_tensors: tuple[str, ...] = ()
     broken: bool = False
     rounded_away: float | None = None
+    stepped_before: int = 0
 
 
 @final
@@ -103,17 +108,25 @@ class Stepper:
         self.parameters: dict[str, nn.Parameter] = attachment.named_parameters()
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
+        self.masters: dict[str, Tensor] = {name: master_of(each) for name, each in self.parameters.items()}
         self.lower = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
         self.optimizer = optimizer.build(self.masters)
+        self.in_backward = in_backward(optimizer, self.optimizer, self.parameters, self.masters, max_grad_norm)
+        for name, parameter in self.lower.items() if self.in_backward is None else ():
+            collect_in(self.masters[name], parameter)
         self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
+        self._factor = 1.0
         self.began = RandomState.now(model.device)
         self._groups: list[Group] = []
         self._running: Tree | None = None
         self._watch = RoundingWatch(self.masters, self.lower)
+
+    def set_rate(self, factor: float) -> None:
+        """Step at `factor` times the peak learning rate; what steps in the backward pass must know it before that."""
+        self._factor = factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.method.peak_learning_rate * factor
 
     def forward_backward(self, trees: Sequence[Tree]) -> PassReport:
         """Add the gradient of the summed loss over `trees`; nothing is stepped.
@@ -125,12 +138,13 @@ class Stepper:
         if not self._groups:
             self.began = RandomState.now(self.model.device)
         todo, splits = [tuple(trees)], list[Split]()
-        while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
-            # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
-            # the random numbers of the first attempt.
-            self._clear_gradients()
-            self.began.restore()
-            todo = [*self._groups, tuple(trees)]
+        with self._step_or_gather(trees):
+            while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
+                # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
+                # the random numbers of the first attempt.
+                self._clear_gradients()
+                self.began.restore()
+                todo = [*self._groups, tuple(trees)]
         self._groups.append(tuple(trees))
         report = found[-1]
         self.pending_weight += report.weight
@@ -151,6 +165,8 @@ class Stepper:
 
         A gradient norm that is not finite is reported and not applied; the gradients are cleared either way.
         """
+        if self.in_backward is not None:
+            return self._stepped(self.in_backward, factor)
         gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         if not gradients or self.pending_weight <= 0:
             raise RecipeError("optim_step was called without a gradient", do="call forward_backward first")
@@ -162,8 +178,7 @@ class Stepper:
             return StepReport(norm, False, bad)
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             torch._foreach_mul_(list(gradients.values()), self.max_grad_norm / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.method.peak_learning_rate * factor
+        self.set_rate(factor)
         before = self._watch.look()
         self._step()
         for name, parameter in self.lower.items():
@@ -178,6 +193,8 @@ class Stepper:
         self._clear_gradients()
         self.pending_weight = 0.0
         self._groups = []
+        if self.in_backward is not None:
+            self.in_backward.forget()
 
     def micro_batches(self, trees: Iterable[Tree], *, micro_tokens: int | None = None) -> list[Forest]:
         """Trees in micro-batches. Longest first: equal ones then share an attention call, and memory peaks at once."""
@@ -191,8 +208,40 @@ class Stepper:
             return
         outputs = self.model.token_outputs(forest)
         report = self.objective.loss(outputs, forest)
-        report.sum.backward()
+        steps = self.in_backward
+        with nullcontext() if steps is None else steps.divided(float(report.sum.detach()), report.weight):
+            report.sum.backward()
         yield forest, outputs, report
+
+    def _step_or_gather(self, trees: Sequence[Tree]) -> AbstractContextManager[None]:
+        """Where gradients are only added up there is nothing to do; else these trees are a step, if they can be one."""
+        if self.in_backward is None:
+            return nullcontext()
+        if self._groups:
+            raise RecipeError(
+                "a second pass for one step, whose tensors the first one has stepped",
+                allowed="one forward_backward a step",
+                do="call optim_step after each pass, or set optimizer.per_layer to false",
+            )
+        if (tokens := sum(tree.token_count for tree in trees)) > self.micro_tokens:
+            raise cut(tokens, self.micro_tokens)
+        return self.in_backward.step(self._watch.look())
+
+    def _stepped(self, steps: InBackward, factor: float) -> StepReport:
+        """What the backward pass has stepped."""
+        if not steps.norms:
+            raise RecipeError("optim_step was called without a gradient", do="call forward_backward first")
+        if factor != self._factor:
+            raise RecipeError(
+                f"optim_step at {factor} times the learning rate, after steps at {self._factor} times it",
+                do="call set_rate before forward_backward",
+            )
+        norm, bad, stepped, before = steps.norm, steps.bad, steps.stepped, steps.before
+        self.zero_grad()
+        if bad:
+            return StepReport(norm, False, (bad,), stepped_before=stepped)
+        broken = not_finite(self.parameters)
+        return StepReport(norm, True, broken, bool(broken), self._watch.rounded_away(before) if before else None)
 
     def _attempt(
         self,
@@ -239,6 +288,8 @@ class Stepper:
     def _halve(self, groups: Sequence[Group], reason: str, *, in_parts: bool) -> Split:
         """Halve `micro_tokens`, until some micro-batch becomes smaller. Raises MemoryExhaustedError when none can."""
         now = self._cut(groups, self.micro_tokens, in_parts)
+        if in_parts and self.in_backward is not None:
+            raise exhausted(self._running, self.in_backward.why(reason), self.planned_bytes)
         if now == self._cut(groups, 1, in_parts):
             self.zero_grad()
             raise exhausted(self._running, reason, self.planned_bytes)
@@ -279,18 +330,6 @@ class Stepper:
             master.grad = None
             # Not yet added to its master when a backward pass failed midway.
             self.parameters[name].grad = None
-
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().float().clone()
-
-        def collect(low: Tensor) -> None:
-            # Added up in float32, micro-batch by micro-batch: in bfloat16 the later ones would be rounded away.
-            if low.grad is not None:
-                master.grad = low.grad.float() if master.grad is None else add_to(master.grad, low.grad)
-                low.grad = None
-
-        parameter.register_post_accumulate_grad_hook(collect)
-        return master
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
