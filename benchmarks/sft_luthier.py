@@ -1,8 +1,9 @@
-"""luthier as one process of `sft.py`: LoRA or full tuning of the prepared model, driven step by step."""
+"""luthier as one process of `sft.py`: LoRA, QLoRA or full tuning of the prepared model, driven step by step."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from luthier.data.forest import Tree, row_tree
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.load import Precision, load_model
+from luthier.model.packed import packing_of, stored_bytes
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
+from luthier.optimizers.paged_adamw import PagedAdamW
+from luthier.quantizers.nf4 import NF4
 from luthier.recipes.memory import use_pool
+from luthier.recipes.quantized import quantize
 from luthier.train.stepper import Stepper
 
 MICRO_TOKENS = 4096
@@ -27,6 +32,8 @@ MICRO_TOKENS = 4096
 def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
     """What is trained (LoRA with the prepared start, or all weights), and the stepper, laid out as a run is."""
     model = load_model(str(job.folder / "model"), precision=precision, device=job.device)
+    if job.work.packed:
+        quantize(model, NF4())
     use_pool(model)
     torch.manual_seed(job.seed)
     lora = job.work.method == "lora"
@@ -36,9 +43,16 @@ def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
     with torch.no_grad():
         for site, start in load_file(job.folder / "lora.safetensors").items() if lora else ():
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
-    optimizer = AdamW(learning_rate=worker.LEARNING_RATE)
+    optimizer = (PagedAdamW if job.work.packed else AdamW)(learning_rate=worker.LEARNING_RATE)
     micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS))
     return attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
+
+
+def packed_bits(parameters: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Bits of a packed weight, by the bytes of its tensors; empty where none is."""
+    packed = [parameter for parameter in parameters if packing_of(parameter) is not None]
+    numbers = sum(parameter.numel() for parameter in packed)
+    return {"bits_a_packed_weight": round(8 * sum(map(stored_bytes, packed)) / numbers, 4)} if packed else {}
 
 
 def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
@@ -86,7 +100,12 @@ def main() -> int:
             peak=peak | {"peak_excludes_probes": peak_is_fresh},
             machine=device.machine(),
             packages=("torch", "transformers", "safetensors"),
-            settings={"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()},
+            settings={
+                "micro_tokens": stepper.micro_tokens,
+                "threads": torch.get_num_threads(),
+                "optimizer": stepper.method.method_name(),
+                **packed_bits([*stepper.model.module.parameters()]),
+            },
         )
     )
     return 0

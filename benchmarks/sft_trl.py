@@ -3,7 +3,8 @@
 What is set beside the system's own settings: what makes the work equal (token ids, labels, order, learning rate, LoRA)
 and what keeps the trainer from writing. All else stays at the documented defaults of SFTConfig, bfloat16 autocast
 included. All weights are trained in float32 under that autocast: kept in bfloat16 alone, most of the steps of the norms
-would be rounded away.
+would be rounded away. QLoRA is bitsandbytes' NF4 with double quantization as TRL's documentation has it, with its paged
+AdamW where there is a GPU: on a CPU bitsandbytes has no paged memory, and the default optimizer is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 import trl
 import worker
 from datasets import Dataset
@@ -21,6 +23,8 @@ from devices import Device
 from hf_peer import Clock, batch_of, changed_since, copies, set_start
 from probes import probe
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BITS = ("bitsandbytes",)
 
 
 class WatchedTrainer(trl.SFTTrainer):
@@ -43,6 +47,7 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
     )
     # A CPU without bfloat16 products would imitate them under autocast, which takes minutes a step.
     native = {} if job.precision == "bfloat16" else {"bf16": False}
+    paged = {"optim": "paged_adamw_32bit"} if job.work.packed and job.device == "cuda" else {}
     config = trl.SFTConfig(
         output_dir=scratch,
         per_device_train_batch_size=job.work.batch,
@@ -57,11 +62,11 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **(dict(job.settings) | native),
+        **(dict(job.settings) | native | paged),
     )
     weights = torch.float32 if job.work.method == "full" else getattr(torch, job.precision)
     trainer = WatchedTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=weights),
+        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=weights, **_packed(job)),
         args=config,
         train_dataset=Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in order]),
         processing_class=AutoTokenizer.from_pretrained(job.folder / "model"),
@@ -71,6 +76,19 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
     if job.work.method == "lora":
         set_start(trainer.model, job.folder / "lora.safetensors")
     return trainer
+
+
+def _packed(job: worker.Job) -> dict[str, Any]:
+    """What makes of the frozen weights four bits, where the workload wants that."""
+    if not job.work.packed:
+        return {}
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, job.precision),
+    )
+    return {"quantization_config": nf4}
 
 
 def main() -> int:
@@ -97,7 +115,7 @@ def main() -> int:
             probes={"before": before, "after": probe(job.precision, device, widest=job.widest)},
             peak=peak | {"peak_excludes_probes": peak_is_fresh},
             machine=device.machine(),
-            packages=("torch", "transformers", "trl", "peft", "accelerate", "datasets"),
+            packages=("torch", "transformers", "trl", "peft", "accelerate", "datasets", *BITS[: job.work.packed]),
             settings={
                 "gradient_checkpointing": trainer.args.gradient_checkpointing,
                 "bf16_autocast": trainer.args.bf16,

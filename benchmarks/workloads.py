@@ -84,7 +84,11 @@ class Tier:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One kind of work. `rows` is a file beside the model, `batch` how many of its rows make a step."""
+    """One kind of work. `rows` is a file beside the model, `batch` how many of its rows make a step.
+
+    Where it is `packed`, the frozen weights of the blocks are in four bits (NF4, double quantization) and moments are
+    paged, as in QLoRA.
+    """
 
     title: str
     model: str
@@ -93,6 +97,7 @@ class Workload:
     batch: int
     quick: Tier
     full: Tier
+    packed: bool = False
 
     def tier(self, name: str) -> Tier:
         return {"quick": self.quick, "full": self.full}[name]
@@ -100,6 +105,8 @@ class Workload:
 
 # Grouping rows by length and turning checkpointing off were found to be the best settings of both peers.
 _QUICK = (OURS, "trl-stock", "trl-tuned", "llamafactory-tuned")
+_PACKED = (OURS, "trl-stock", "trl-tuned")
+"""Who trains on weights in four bits here: LLaMA-Factory's way to do so asks for a GPU."""
 _ALL = (*_QUICK, "trl-tuned-no-autocast", "llamafactory-stock", "llamafactory-tuned-no-autocast")
 
 WORKLOADS = {
@@ -122,5 +129,10 @@ WORKLOADS = {
         title="LoRA, the shape of Qwen2.5-0.5B, 512 tokens in every row and a loss on each",
         model="m2", method="lora", rows="fixed.jsonl", batch=4,
         quick=Tier(2, 1, 1, _QUICK), full=Tier(4, 1, 5, _ALL),
+    ),
+    "m2-qlora": Workload(
+        title="QLoRA (NF4, double quantization, paged AdamW), the shape of Qwen2.5-0.5B, rows of many lengths",
+        model="m2", method="lora", rows="rows.jsonl", batch=4, packed=True,
+        quick=Tier(4, 1, 1, _PACKED), full=Tier(9, 1, 5, (*_PACKED, "trl-tuned-no-autocast")),
     ),
 }  # fmt: skip

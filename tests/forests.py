@@ -216,7 +216,8 @@ def snapshot(module: nn.Module) -> tuple[dict[str, int], dict[str, bytes]]:
     """Which objects a module is made of, and the bytes of its state."""
     objects = {f"m:{name}": id(each) for name, each in module.named_modules()}
     objects.update({f"p:{name}": id(each) for name, each in module.named_parameters(remove_duplicate=False)})
-    return objects, {name: tensor.detach().numpy().tobytes() for name, tensor in module.state_dict().items()}
+    flat = {name: tensor.detach().contiguous().view(-1) for name, tensor in module.state_dict().items()}
+    return objects, {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in flat.items()}
 
 
 # ------------------------------------------------------------------------------------------- data and run doubles

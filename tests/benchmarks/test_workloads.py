@@ -13,7 +13,7 @@ from luthier.model.load import load_model
 from luthier.recipes.limits import work
 from tests.benchmarks.lines import line_of, module
 
-WORKLOADS = ("m1-lora", "m1-full", "m2-lora", "m2-fixed")
+WORKLOADS = ("m1-lora", "m1-full", "m2-lora", "m2-fixed", "m2-qlora")
 
 
 @pytest.mark.parametrize(("model", "parameters"), [("m1", 56_369_664), ("m2", 494_032_768)])

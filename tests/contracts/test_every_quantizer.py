@@ -13,7 +13,8 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.language_model import LanguageModel
-from luthier.model.packed import PackedWeight, Packing, pack_weights, stored_bytes
+from luthier.model.packed import PackedWeight, Packing, stored_bytes
+from luthier.model.packing import pack_weights, unpack_weights
 from luthier.quantizers import Quantizer
 from tests import forests
 
@@ -22,6 +23,7 @@ PACKING = [method for method in ALL if "packed-weights" in method.provides]
 ADAPTERS = [
     name for name in catalog.names("adapters") if "trains-base" not in catalog.load("adapters", name).provides
 ]
+MERGEABLE = [name for name in ADAPTERS if "mergeable" in catalog.load("adapters", name).provides]
 BACKEND = TorchBackend()
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
 each = pytest.mark.parametrize("method", PACKING, ids=lambda method: method.method_name())
@@ -101,9 +103,66 @@ def test_adapters_train_on_it_as_on_the_unpacked_weights(method: Quantizer, name
 
 
 @each
-def test_merging_makes_weights_of_it(method: Quantizer) -> None:
-    """Breaks when a merge rounds what was learned into codes again, or leaves codes beside it."""
-    model, _ = models(method, "llama")
+@pytest.mark.parametrize(("name", "architecture"), list(product(MERGEABLE, ["llama", "gpt2"])))
+def test_merging_packs_the_sum_once(method: Quantizer, name: str, architecture: str) -> None:
+    """Breaks when the sum is made of rounded numbers, packed in another way, or its error is not what is told."""
+    quantized, plain = models(method, architecture)
+    expected = {}
+    for model in (plain, quantized):
+        torch.manual_seed(7)
+        forests.shake(model.attach(choose("adapters", Adapter, name).attach(model.sites)).named_parameters().values())
+        before = {site.name: site.weight().clone() for site in model.sites.linear()}
+        rounding = model.merge()
+        if model is plain:
+            expected = {site.name: site.weight() for site in model.sites.linear()}
+            assert rounding.error == 0 and not any(notice.startswith("merge") for notice in model.notices)
+    moved = [key for key in before if not torch.equal(expected[key], before[key])]
+    error, change, whole = 0.0, 0.0, 0.0
+    for site in quantized.sites.linear():
+        if site.name in moved:
+            again = packed(method, expected[site.name]).dense(torch.float32)
+            torch.testing.assert_close(site.weight(), again, rtol=1e-5, atol=1e-6)
+            error += float((again - expected[site.name]).square().sum())
+            change += float((expected[site.name] - before[site.name]).square().sum())
+            whole += float(expected[site.name].square().sum())
+    packed_sites = [site for site in quantized.sites.linear() if site.layer is not None]
+    assert all(isinstance(site.weight_parameter, PackedWeight) for site in packed_sites)
+    assert rounding.packed == len(moved)
+    if moved:
+        assert rounding.relative_error == pytest.approx((error / whole) ** 0.5, rel=1e-2)
+        assert rounding.of_change == pytest.approx((error / change) ** 0.5, rel=1e-2)
+        assert f"{len(moved)} weights were packed again with 'default'" in quantized.notices[-1]
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "architecture"), list(product(MERGEABLE, ["llama", "gpt2"])))
+def test_a_merge_is_undone_bit_for_bit(
+    method: Quantizer, name: str, architecture: str, dtype: torch.dtype
+) -> None:
+    """Breaks when codes are made anew by subtraction, or a weight comes back as another object."""
+    model = forests.language_model(architecture, dtype=dtype)
+    pack_weights(model, lambda weight: packed(method, weight))
+    before = {key: (id(value), value) for key, value in model.module.named_parameters()}
+    torch.manual_seed(7)
+    forests.shake(model.attach(choose("adapters", Adapter, name).attach(model.sites)).named_parameters().values())
+    adapted, digest = forests.logits(model, IDS), model.digest
+    model.merge()
+    assert model.digest != digest and not model.attachments
+    model.unmerge()
+    assert model.digest == digest and torch.equal(forests.logits(model, IDS), adapted)
+    model.detach()
+    after = dict(model.module.named_parameters())
+    assert {key: id(value) for key, value in after.items()} == {key: name for key, (name, _) in before.items()}
+
+
+@each
+def test_unpacked_for_good_a_merge_rounds_nothing(method: Quantizer) -> None:
+    """Breaks when plain weights are not the numbers that the packed ones stand for, or codes are left beside them."""
+    model, _ = models(method, "gpt2")
+    before = forests.logits(model, IDS)
+    count = unpack_weights(model)
+    assert count == 4 * model.sites.layers and torch.equal(forests.logits(model, IDS), before)
     attachment = model.attach(choose("adapters", Adapter, "lora").attach(model.sites))
     forests.shake(attachment.named_parameters().values())
     adapted = forests.logits(model, IDS)

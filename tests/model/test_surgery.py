@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ from luthier.adapters import Adapter
 from luthier.adapters.full import Full
 from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA, LowRank, combined
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DriftError, RecipeError
 from luthier.data.forest import Forest
 from luthier.model import attachment
+from luthier.model.adapter_files import check_base
 from luthier.model.edits import EditedModule, base_parameters
 from luthier.model.executor import run_segments, run_unrolled
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
+from luthier.train.result import save_result
 from tests import forests
 
 IDS = np.array([5, 17, 90, 3, 44, 71], dtype=np.int32)
@@ -58,6 +61,57 @@ def test_merging_the_outer_one_first_is_refused_before_anything_changes() -> Non
     with pytest.raises(RecipeError, match="merge or detach 'inner' first"):
         model.merge("outer")
     assert forests.snapshot(model.module) == before and torch.equal(forests.logits(model, IDS), both)
+
+
+def test_merges_are_undone_in_the_reverse_order_only() -> None:
+    """Breaks when a weight of an earlier merge comes back over a later one, or an adapter outside another."""
+    model = forests.language_model("llama")
+    before = forests.snapshot(model.module)
+    put(model, LoRA(rank=3), "one", seed=1)
+    put(model, IA3(), "two", seed=2)
+    both = forests.logits(model, IDS)
+    model.merge("one")
+    with pytest.raises(RecipeError, match="'two' cannot be taken out"):
+        model.unmerge("two")
+    model.merge("two")
+    with pytest.raises(RecipeError, match="is 'two'"):
+        model.unmerge("one")
+    model.unmerge("two")
+    put(model, LoRA(rank=3), "three", seed=3)
+    with pytest.raises(RecipeError, match="three came or went"):
+        model.unmerge("one")
+    model.detach("three")
+    model.unmerge("one")
+    assert torch.equal(forests.logits(model, IDS), both) and list(model.attachments) == ["one", "two"]
+    model.merge("one")
+    model.merge("two", reversible=False)
+    with pytest.raises(RecipeError, match="is nothing"):
+        model.unmerge("one")
+    model = forests.language_model("llama")
+    put(model, Full(), "full", seed=1)
+    put(model, LoRA(rank=3), "lora", seed=2)
+    with pytest.raises(RecipeError, match="trains the weights that 'lora' would be folded into"):
+        model.merge("lora")
+    model.merge("full")
+    model.merge("lora")
+    model.unmerge("lora")
+    model.unmerge("full")
+    model.detach("lora")
+    model.detach("full")
+    plain = forests.snapshot(model.module)
+    assert plain[1] == before[1]
+
+
+def test_an_adapter_of_the_old_base_is_refused_on_a_merged_one(tmp_path: Path) -> None:
+    """Breaks when a merged model still goes by the digest of what it was before."""
+    model = forests.language_model("llama")
+    put(model, LoRA(rank=3), "default", seed=1)
+    folder = save_result(tmp_path, model, model.attachments["default"], LoRA(rank=3), {})
+    model.merge()
+    with pytest.raises(DriftError, match="was trained on base weights"):
+        check_base(folder, model)
+    model.unmerge()
+    check_base(folder, model)
 
 
 def test_an_attachment_merged_while_off_does_not_silence_its_successor() -> None:

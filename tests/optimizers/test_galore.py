@@ -103,3 +103,20 @@ def test_a_projected_run_goes_on_bit_for_bit(bits: int, tmp_path: Path) -> None:
     """Breaks when the basis or the count of steps is not in the checkpoint."""
     knobs = {"method": "galore", "rank": 3, "update_every": 2, "bits": bits}
     assert_resumes(Setup(optimizer=knobs, adapter="full"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_steps_in_the_backward_pass_goes_on_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Breaks when a step that was made in part is not saved as it was made, or a rate is remembered elsewhere."""
+    knobs = {"method": "galore", "rank": 3, "update_every": 2, "per_layer": True}
+    assert_resumes(Setup(optimizer=knobs, adapter="full", dtype=dtype, at_once=True), tmp_path)
+
+
+def test_the_work_of_an_update_is_what_the_plan_is_told() -> None:
+    """Breaks when a decomposition takes more than is planned beside activations."""
+    method = GaLore(rank=8, targets=("attn",), per_layer=True)
+    for shape in ((96, 512), (512, 96), (256, 256)):
+        least, most = sorted(shape)
+        assert method.update_bytes({"attn.q": shape}) == 4 * (2 * least * most + 5 * least * least)
+    assert method.update_bytes({"mlp.up": (96, 512)}) == 8 * 96 * 512
+    assert method.steps_in_backward and not GaLore().steps_in_backward

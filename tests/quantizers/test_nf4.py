@@ -44,7 +44,8 @@ def test_codes_and_scales_are_those_of_bitsandbytes(shape: tuple[int, int], bloc
     by_hand = torch.tensor(codebooks.NF4)[codes.int()] * state.absmax.repeat_interleave(block)[: matrix.numel()]
     assert torch.equal(ours.dense(torch.float32).view(-1), by_hand)
     for dtype in (torch.float32, torch.bfloat16) if block == 64 else ():
-        # With larger blocks what bitsandbytes 0.50.2 gives back on a CPU is not what its codes and scales say.
+        # On a CPU bitsandbytes 0.50.2 counts blocks from the beginning of each row: right are rows of whole blocks, and
+        # odd ones, for which it takes another way.
         state.dtype = dtype
         expected = bitsandbytes.functional.dequantize_4bit(theirs, state).to(dtype)
         torch.testing.assert_close(ours.dense(dtype), expected.view(shape), rtol=0, atol=0)

@@ -29,7 +29,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     from luthier.model import attention
     from luthier.model.language_model import LanguageModel
     from luthier.objectives.sft import SFT
-    from luthier.optimizers.adamw import AdamW
+    from luthier.optimizers import Optimizer
     from luthier.recipes.memory import largest_pass, lasting, work_of
     from luthier.train.rehearsal import rehearse
     from luthier.train.source import DataSource
@@ -63,7 +63,9 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     model = made(hidden, given["layers"])
     attachment = model.attach(choose("adapters", Adapter, given["adapter"]).attach(model.sites))
     model.recompute(given.get("recomputed", 0))
-    stepper = Stepper(model, attachment, SFT(), AdamW(), micro_tokens=tokens)
+    method = choose("optimizers", Optimizer, given.get("optimizer", "adamw"))
+    clip = None if method.steps_in_backward else 1.0
+    stepper = Stepper(model, attachment, SFT(), method, micro_tokens=tokens, max_grad_norm=clip)
     views = forests.views(2 * tokens // longest + 8, shortest=longest // 4, longest=longest)
     source = DataSource(views, SFT(), lengths=forests.lengths(views), seed=0, tokens=2 * tokens)
     stepper.forward_backward(source.objective.trees(views[0])[:1])
@@ -71,6 +73,11 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(PASSES):
         rehearsal = rehearse(stepper, source, 100)
+        if stepper.in_backward is not None:
+            # There the steps are part of the pass.
+            for batch in source.largest_micro_batches(tokens, 100):
+                stepper.forward_backward(source.trees_of(batch))
+                stepper.optim_step()
     works = [work_of(model, attachment, batch, 1.0) for batch in source.largest_micro_batches(tokens, 100)]
     planned = largest_pass(model, works, given.get("recomputed", 0), pooled=pooled)
     fixed = lasting(model, attachment, stepper.method)

@@ -35,6 +35,9 @@ class Script:
     method: AdamW = field(default_factory=lambda: AdamW(learning_rate=0.5))
     done: list[str] = field(default_factory=list)
 
+    def set_rate(self, factor: float) -> None:
+        """What steps in the backward pass would want to know."""
+
     def forward_backward(self, trees: Sequence[Tree]) -> PassReport:
         loss = self._next(self.losses, "forward_backward")
         return PassReport(2 * loss, 2.0, 10, 2, {tree.row: (loss, 1.0) for tree in trees})

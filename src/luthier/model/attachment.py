@@ -136,30 +136,42 @@ def _digest(named: Mapping[str, Tensor]) -> str:
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:
     """Apply all edits of `attachment` to `model`."""
+    put_on_sites(model, attachment)
+    for edit in attachment.trained:
+        _swap_parameters(model, edit, trained=True)
+
+
+def put_on_sites(model: nn.Module, attachment: Attachment, *, first: bool = False) -> None:
+    """Apply its edits at sites: around those that are there, or inside them when it comes `first`."""
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
             edit.switch = attachment.active
-            _edited(model, edit.site_name).edits[attachment.name] = edit
-        elif isinstance(edit, TrainedParameters):
-            _swap_parameters(model, edit, trained=True)
+            edits = _edited(model, edit.site_name).edits
+            outer = dict(edits.items()) if first else {}
+            edits[attachment.name] = edit
+            for name, module in outer.items():
+                # What is set again comes last.
+                del edits[name]
+                edits[name] = module
 
 
 def take_off(model: nn.Module, attachment: Attachment) -> None:
     """Undo all edits of `attachment`; the base objects come back as they were."""
+    take_off_sites(model, attachment)
+    for edit in attachment.trained:
+        _swap_parameters(model, edit, trained=False)
+
+
+def take_off_sites(model: nn.Module, attachment: Attachment) -> None:
+    """Undo its edits at sites; what it trains of the model itself stays as it is."""
     for edit in attachment.edits:
         if isinstance(edit, SiteEdit):
-            _take_off_site(model, attachment, edit)
-        elif isinstance(edit, TrainedParameters):
-            _swap_parameters(model, edit, trained=False)
-
-
-def _take_off_site(model: nn.Module, attachment: Attachment, edit: SiteEdit) -> None:
-    edited = module_at(model, edit.site_name)
-    if not isinstance(edited, EditedModule):
-        raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}", do="attach it first")
-    del edited.edits[attachment.name]
-    if not edited.edits:
-        _set_module(model, edit.site_name, edited.base)
+            edited = module_at(model, edit.site_name)
+            if not isinstance(edited, EditedModule):
+                raise RecipeError(f"{attachment.name!r} is not on {edit.site_name}", do="attach it first")
+            del edited.edits[attachment.name]
+            if not edited.edits:
+                _set_module(model, edit.site_name, edited.base)
 
 
 def switch(model: nn.Module, attachment: Attachment, *, on: bool) -> None:
@@ -180,57 +192,6 @@ def switched_off(model: nn.Module, attachments: list[Attachment]) -> Iterator[No
     finally:
         for attachment in active:
             switch(model, attachment, on=True)
-
-
-def merge(model: nn.Module, attachment: Attachment) -> None:
-    """Fold the edits into the base weights and take the attachment off; the base is changed for good.
-
-    Products are in float32 and rounded once to the weight's dtype. Raises RecipeError when an edit cannot be folded
-    (a learned root, an inserted layer, an edit around that of an earlier attachment), before anything has changed.
-    """
-    folded: list[tuple[EditedModule, Tensor, Tensor | None]] = []
-    for edit in attachment.edits:
-        if isinstance(edit, TrainedParameters):
-            continue
-        module = module_at(model, edit.site_name) if isinstance(edit, SiteEdit) else None
-        result = None
-        if isinstance(edit, SiteEdit) and isinstance(module, EditedModule):
-            first = next(iter(module.edits))
-            if first != attachment.name:
-                raise RecipeError(
-                    f"{attachment.name!r} computes on top of {first!r} at {edit.site_name}",
-                    do=f"merge or detach {first!r} first",
-                )
-            result = _merged(edit, module)
-        if result is None or not isinstance(module, EditedModule):
-            raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do="keep the adapter beside them")
-        folded.append((module, result[0].t() if _is_transposed(module.base) else result[0], result[1]))
-    made: dict[int, nn.Parameter] = {}
-    for module, weight, bias in folded:
-        base = module.base
-        fresh = nn.Parameter(weight.contiguous().to(module.weight.dtype), requires_grad=False)
-        # A tied head and embedding that were changed alike stay one parameter.
-        twin = made.setdefault(id(module.weight), fresh)
-        base.weight = twin if torch.equal(twin, fresh) else fresh
-        if bias is not None and module.bias is not None:
-            base.bias = nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
-    if not attachment.enabled:
-        switch(model, attachment, on=True)
-    for edit in attachment.edits:
-        # Trained parameters stay where they are.
-        if isinstance(edit, SiteEdit):
-            _take_off_site(model, attachment, edit)
-    for parameter in attachment.named_parameters().values():
-        parameter.requires_grad_(False)
-
-
-def _merged(edit: SiteEdit, module: EditedModule) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (out, in) and bias with the edit folded in, in float32; None where that cannot be."""
-    if "weight" not in module.base._parameters:
-        return None
-    weight = module.weight.detach().float()
-    bias = None if module.bias is None else module.bias.detach().float()
-    return edit.merged(weight.t() if _is_transposed(module.base) else weight, bias)
 
 
 def _require_one_edit_a_site(edits: list[Edit]) -> None:
@@ -279,9 +240,3 @@ def _swap_parameters(model: nn.Module, edit: TrainedParameters, *, trained: bool
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     inner_module(model, parent).register_module(leaf, module)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)

@@ -52,6 +52,7 @@ _OURS: Final = ("model_type", "transformers_version", "dtype", "torch_dtype", "_
 """Not passed on and not worth a word: luthier chooses the precision, and the others say nothing about a language
 model's computation."""
 _QUANTIZED: Final = ("quantization_config", "compression_config")
+_READABLE: Final = "quantization_config"
 _SPECIAL: Final = {"Infinity": float("inf"), "-Infinity": float("-inf")}
 _TAKERS: Final = frozenset(["__post_init__", "__init__", "convert_rope_params_to_dict"])
 _READ: Final = re.compile(r'getattr\(\s*[\w.]*config,\s*"(\w+)"')
@@ -64,20 +65,22 @@ class Checked:
 
     config: PretrainedConfig
     notices: tuple[str, ...]
+    quantization: dict[str, object]
 
 
-def read_config(path: Path) -> Checked:
-    """The config in a config.json.
+def read_config(path: Path, *, quantized: bool = False) -> Checked:
+    """The config in a config.json. Where weights may be `quantized`, what it says of that is plain data beside it.
 
     Raises UnsafeArtifactError for keys and texts that could steer code, RecipeError for a model type that transformers
-    does not have and for quantized weights, CorruptError for a file that is damaged or makes no sense.
+    does not have and for quantized weights that may not be, CorruptError for a file that is damaged or makes no sense.
     """
     values = read_json(path)
     _refuse_steering(path, values, "")
     kind = _config_class(path, values, "")
     gate = _Gate(path, [])
-    made = gate.build(kind, values, "")
-    return Checked(made, gate.notices())
+    quantization = gate.quantization(values) if quantized else {}
+    made = gate.build(kind, {key: values[key] for key in values if not (quantization and key == _READABLE)}, "")
+    return Checked(made, gate.notices(), quantization)
 
 
 def _refuse_steering(path: Path, value: object, inside: str) -> None:
@@ -134,6 +137,13 @@ class _Gate:
         more = len(self._dropped) - _SHOWN
         names = ", ".join(self._dropped[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
         return (f"config.json: not used are {names}",)
+
+    def quantization(self, values: Mapping[str, object]) -> dict[str, object]:
+        """What the file says of quantized weights, as plain data; empty where it says nothing."""
+        said = values.get(_READABLE)
+        if not isinstance(said, dict):
+            return {}
+        return {key: self._plain(value, f"{_READABLE}.{key}") for key, value in said.items()}
 
     def build(self, kind: type[PretrainedConfig], values: Mapping[str, object], inside: str) -> PretrainedConfig:
         """The config of that class with what of `values` it knows."""

@@ -21,13 +21,16 @@ from luthier.data.forest import Forest, Ints, Tree
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.head import Head
 from luthier.model import attachment as surgery
+from luthier.model import merging
 from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
 from luthier.model.edits import Edit, LearnedRoot, TrainedParameters, base_parameters
 from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled, seen_root
 from luthier.model.guests import Guest, require_guests
 from luthier.model.head import edited_head, head_of
+from luthier.model.merging import Merged, Rounding
 from luthier.model.outputs import TokenOutputs
+from luthier.model.packed import packing_of
 from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.sites import Sites, find_sites
 from luthier.model.task_executor import probe_task, run_task, task_head_of
@@ -63,6 +66,7 @@ class LanguageModel:
         self.digest = digest
         self.notices = list(notices)
         self.attachments: dict[str, Attachment] = {}
+        self.merged: list[Merged] = []
         module.requires_grad_(False)
         module.eval()
         self.sites: Sites = find_sites(module, apart=head_modules(module, task, fresh))
@@ -217,6 +221,12 @@ class LanguageModel:
                     f"{name!r} and {others.name!r} would train the same parameters of the model",
                     allowed="one at a time",
                 )
+        if attachment.trains_base and any(packing_of(each) is not None for each in self.module.parameters()):
+            raise RecipeError(
+                f"{name!r} trains the model's own parameters, and its weights are packed",
+                allowed="adapters beside the weights, such as lora",
+                do="use a model that is not quantized",
+            )
         surgery.put_on(self.module, attachment)
         self.attachments[name] = attachment
         for edit in edits:
@@ -243,10 +253,47 @@ class LanguageModel:
         del self.attachments[name]
         return attachment
 
-    def merge(self, name: str = "default") -> None:
-        """Fold an attachment into the base weights, for good."""
-        surgery.merge(self.module, self._attachment(name))
+    def merge(self, name: str = "default", *, reversible: bool = True) -> Rounding:
+        """Fold an attachment into the base weights, in float32, rounded once; what rounding cost is also a notice.
+
+        A packed weight is packed again (`packing.unpack_weights` before attaching avoids it). Where it shall be
+        `reversible`, what stood there before is kept in memory for `unmerge`; else also what earlier merges kept is let
+        go. The model is another one then: adapters of the old base are refused on it.
+        """
+        attachment = self._attachment(name)
+        beside = frozenset(self.attachments) - {name}
+        if training := [other for other in sorted(beside) if self.attachments[other].trains_base]:
+            raise RecipeError(
+                f"{training[0]!r} trains the weights that {name!r} would be folded into",
+                do=f"merge or detach {training[0]!r} first",
+            )
+        merged = merging.merge(self.module, attachment, digest=self.digest, beside=beside)
         del self.attachments[name]
+        self.digest = merging.merged_digest(self.digest, attachment)
+        self.merged = [*self.merged, merged] if reversible else []
+        if told := merged.rounding.notice(name):
+            self.notices.append(told)
+        return merged.rounding
+
+    def unmerge(self, name: str = "default") -> Attachment:
+        """Undo the last merge: the weights are those from before it, bit for bit, and the attachment is on again."""
+        last = self.merged[-1] if self.merged else None
+        if last is None or last.attachment.name != name:
+            what = "nothing" if last is None else repr(last.attachment.name)
+            raise RecipeError(
+                f"{name!r} cannot be taken out of the weights: what was merged last, and can be undone, is {what}",
+                do="undo merges in the reverse order",
+            )
+        if changed := sorted(self.attachments.keys() ^ last.beside):
+            raise RecipeError(
+                f"{', '.join(changed)} came or went after {name!r} was merged",
+                do="let the same adapters be on the model as then",
+            )
+        merging.unmerge(self.module, last)
+        self.merged.pop()
+        self.digest = last.digest
+        self.attachments = {name: last.attachment, **self.attachments}
+        return last.attachment
 
     def switch(self, name: str, *, on: bool) -> None:
         """Switch one attachment on or off."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +28,25 @@ from luthier.core.nearest import nearest
 from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
-from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.chosen import backend_for, wanted_kernels
 from luthier.model import attention
 from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
+from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
 from luthier.model.tasks import CAUSAL, Task, kind_of
-from luthier.model.weights import fresh_module, module_with, read_weights, take_generation_settings, weight_files
+from luthier.model.weights import (
+    fresh_module,
+    module_with,
+    read_weights,
+    take_generation_settings,
+    weight_files,
+    without_weights,
+)
 
 Precision = Literal["auto", "float32", "bfloat16"]
+ReaderOf = Callable[[Mapping[str, object]], PackedReader]
+"""What reads files with this `quantization_config`."""
 
 FRESH = "fresh:"
 """A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
@@ -67,10 +77,17 @@ def resolve_source(source: str) -> str:
 
 
 def load_model(
-    source: str, *, precision: Precision = "auto", device: str = "auto", seed: int = 0, task: Task = CAUSAL
+    source: str,
+    *,
+    precision: Precision = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    task: Task = CAUSAL,
+    packed: ReaderOf | None = None,
 ) -> LanguageModel:
     """The base model `source` for `task`, frozen, in evaluation mode, on its device.
 
+    `packed` finds what reads files whose weights are packed; without it they are refused.
     Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model,
     CorruptError for damaged files, and RecipeError when it is no model for the task.
     """
@@ -78,8 +95,10 @@ def load_model(
     name = resolve_source(source)
     fresh = source.startswith(FRESH)
     files = ModelFiles.of(name)
-    checked = _config(files)
+    checked = _config(files, quantized=packed is not None and not fresh)
+    reader = packed(checked.quantization) if packed is not None and checked.quantization else None
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
+    found: dict[str, Found] = {}
     # Read beside the work, which reads the same bytes: neither waits for the other.
     with _beside(None if fresh else files.folder) as folders_digest:
         if fresh:
@@ -87,13 +106,20 @@ def load_model(
         else:
             with without_bars(local=files.folder is not None):
                 tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
+                if reader is not None:
+                    backend, _ = backend_for(wanted_kernels(), _device(device), dtype)
+                    empty = without_weights(checked.config, source, task=task)
+                    found = take_packed(tensors, reader, backend, empty, dtype)
                 loaded = module_with(checked.config, tensors, dtype, source, task=task, seed=seed)
             take_generation_settings(loaded.module, files)
         module = loaded.module
         module.config.name_or_path = name
+        make_room(module, found)
         module.to(_device(device))
+        put_packed(module, found, _device(device), dtype)
         digest = folders_digest() or state_digest(module)
-    notices = (f"precision: {reason}", *checked.notices, *loaded.notices)
+    held = (f"quantizer: the files hold {len(found)} matrices that are packed",) if found else ()
+    notices = (f"precision: {reason}", *checked.notices, *loaded.notices, *held)
     return LanguageModel(
         module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh
     )
@@ -101,7 +127,7 @@ def load_model(
 
 def config_of(source: str) -> PreTrainedConfig:
     """The config of a model, through the gate, without loading its weights."""
-    return _config(ModelFiles.of(resolve_source(source))).config
+    return _config(ModelFiles.of(resolve_source(source)), quantized=True).config
 
 
 def kind_of_source(source: str) -> Kind:
@@ -199,13 +225,13 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _config(files: ModelFiles) -> Checked:
+def _config(files: ModelFiles, *, quantized: bool) -> Checked:
     path = files.find("config.json")
     if path is None:
         raise RecipeError(
             f"{files.source} has no config.json", do="name a folder in the Hugging Face layout, a hub id, or seedling"
         )
-    return read_config(path)
+    return read_config(path, quantized=quantized)
 
 
 @contextmanager

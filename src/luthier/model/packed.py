@@ -13,19 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
-
-from luthier.core.errors import RecipeError
-from luthier.model.language_model import LanguageModel
-from luthier.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,29 @@ class Packing(ABC):
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """The matrix it stands for, in memory of its own."""
+
+    def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
+        """x W^T, where the method computes it in a way of its own; None where it is that with the matrix it stands for.
+
+        The gradient of x is always that with the matrix.
+        """
+        return None
+
+    def to(self, device: torch.device) -> Packing:
+        """It on `device`."""
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)
+
+    def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """It in a file that other tools read, by names below its module's; empty where there is no such file.
+
+        `dtype` is that of the numbers it stands for.
+        """
+        return {}
+
+    def file_config(self) -> Mapping[str, object]:
+        """What `config.json` says of such files as its `quantization_config`."""
+        return {}
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -50,19 +69,30 @@ class Packing(ABC):
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+Pack = Callable[[Float[Tensor, "out in"]], Packing]
+"""A matrix in fewer bits."""
+
+
 @final
 class PackedWeight(Tensor):
-    """A packing with the looks of a weight: of its shape, or transposed where a module keeps (in, out)."""
+    """A packing with the looks of a weight: of its shape, or transposed where a module keeps (in, out).
+
+    `pack` is what made the packing, for whoever has changed the matrix.
+    """
 
     packing: Packing
+    pack: Pack
     transposed: bool
 
     @staticmethod
-    def __new__(cls, packing: Packing, dtype: torch.dtype, *, transposed: bool = False) -> PackedWeight:
-        shape = packing.shape[::-1] if transposed else packing.shape
+    def __new__(cls, packing: Packing, dtype: torch.dtype, pack: Pack, *, transposed: bool = False) -> PackedWeight:
+        rows, columns = packing.shape
+        shape, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
         device = next(iter(packing.tensors.values())).device
-        made: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
-        made.packing, made.transposed = packing, transposed
+        made: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, strides, dtype=dtype, device=device
+        )
+        made.packing, made.pack, made.transposed = packing, pack, transposed
         return made
 
     def matrix(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -88,9 +118,18 @@ class PackedWeight(Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             (own,) = args
-            return cls(own.packing, own.dtype, transposed=own.transposed)
+            return cls(own.packing, own.dtype, own.pack, transposed=own.transposed)
+        if func is torch.ops.aten.t.default:
+            (own,) = args
+            return cls(own.packing, own.dtype, own.pack, transposed=not own.transposed)
+        if func is torch.ops.aten.mm.default and isinstance(args[1], cls) and args[1].transposed:
+            return _product(args[0], args[1], None)
         unpacked = tree_map_only(cls, _dense, (tuple(args), dict(kwargs or {})))
         return func(*unpacked[0], **unpacked[1])
+
+    def packed_again(self, matrix: Float[Tensor, "out in"]) -> PackedWeight:
+        """Another matrix, packed as this one is."""
+        return PackedWeight(self.pack(matrix), self.dtype, self.pack, transposed=self.transposed)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({type(self.packing).__name__}, {tuple(self.shape)}, {self.dtype})"
@@ -102,7 +141,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.biased = weight, bias is not None
-        return F.linear(x, weight.matrix(x.dtype), bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -112,39 +151,24 @@ class _PackedProduct(torch.autograd.Function):
         return grad_x, None, grad_bias
 
 
+def _product(x: Float[Tensor, "*batch in"], weight: PackedWeight, bias: Tensor | None) -> Float[Tensor, "*batch out"]:
+    own = weight.packing.product(x.reshape(-1, x.shape[-1]))
+    if own is None:
+        return F.linear(x, weight.matrix(x.dtype), bias)
+    found = own.view(*x.shape[:-1], -1)
+    return found if bias is None else found + bias
+
+
 def _dense(weight: PackedWeight) -> Tensor:
     found = weight.matrix()
     return found.t() if weight.transposed else found
 
 
-@torch.no_grad()
-def pack_weights(model: LanguageModel, pack: Callable[[Float[Tensor, "out in"]], Packing]) -> int:
-    """Pack the weight of every linear layer but the head; how many there were.
-
-    Raises RecipeError when something is attached, or there is nothing to pack.
-    """
-    if model.attachments:
-        raise RecipeError(
-            f"{', '.join(model.attachments)} is on the model, which cannot be packed then",
-            do="pack it first, then attach",
-        )
-    sites = [site for site in model.sites.linear() if site.layer is not None]
-    if not sites:
-        raise RecipeError(
-            f"{model.source} has no linear layer in its blocks, so there is nothing to quantize",
-            do="use quantizer none",
-        )
-    for site in sites:
-        _replace(site, pack(site.weight()))
-    return len(sites)
-
-
-def _replace(site: Site, packing: Packing) -> None:
-    old = site.weight_parameter
-    weight = PackedWeight(packing, old.dtype, transposed=site.transposed)
-    site.module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-
-
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a parameter takes in memory."""
     return tensor.packing.nbytes if isinstance(tensor, PackedWeight) else tensor.nbytes
+
+
+def packing_of(tensor: Tensor) -> Packing | None:
+    """What a parameter is kept as, when it is packed."""
+    return tensor.packing if isinstance(tensor, PackedWeight) else None

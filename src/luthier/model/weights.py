@@ -172,6 +172,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def without_weights(config: PretrainedConfig, source: str, *, task: Task) -> PreTrainedModel:
+    """The zoo's model for `config` with no memory for its weights. Raises CorruptError for one that describes none."""
+    kind, config = class_for(with_classes(config, task), task, source)
+    try:
+        with torch.device("meta"):
+            return kind(copy.deepcopy(config))
+    except _BROKEN as failure:
+        raise _no_model(source, failure) from None
+
+
 def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str, *, task: Task) -> Loaded:
     """The zoo's model for `config` and `task` with weights drawn anew; the same for the same seed."""
     auto = AUTO[task.name]

@@ -3,11 +3,13 @@
 The contract: an optimizer builds a torch optimizer over float32 tensors (the loop keeps float32 masters of parameters
 in a lower precision), and states how many bytes of state it keeps for tensors of given names and shapes, which is
 tested. Some parameters may have a learning rate of their own, as a factor of the others': `set_factors` makes groups of
-them in whatever was built, and `set_rate` sets the rate of each. `PerTensor` is for those that torch does not have.
+them in whatever was built, and `set_rate` sets the rate of each. `PerTensor` is for those that torch does not have;
+they can also step in the backward pass, tensor by tensor (train/in_backward.py).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
@@ -41,6 +43,16 @@ class Optimizer(Method):
     def resident_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Of these, what takes memory of the device that trains, at the widest moment of a step."""
         return self.state_bytes(shapes)
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether each tensor is stepped as soon as its gradient has come, so that the others' need not be there."""
+        return False
+
+    def update_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes at work in the update of one tensor beside its gradient, at most; it matters where activations are
+        there meanwhile, in the backward pass."""
+        return 8 * max(map(math.prod, shapes.values()), default=0)
 
 
 class PerTensor(TorchOptimizer, ABC):

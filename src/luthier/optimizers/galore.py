@@ -7,7 +7,7 @@ Equation: for G (m x n) with m >= n: P = the r first right singular vectors, R =
 Source: Zhao et al., arXiv 2403.03507, algorithm 2, and the authors' code: moments are not turned with the subspace,
     epsilon is added before the correction, decay comes after the step and is not scaled.
 Cost: for a matrix 4 r min(m, n) bytes for P and 8 r max(m, n) for the moments (2.03 r max(m, n) in eight bits) instead
-    of 8 m n; a singular value decomposition each T steps.
+    of 8 m n; a singular value decomposition each T steps. With `per_layer` gradients of one layer instead of all.
 Use when: all weights shall be trained and Adam's moments do not fit.
 Not when: an adapter is trained, whose matrices are already thin; or a projection each 200 steps costs more than memory.
 """
@@ -47,6 +47,11 @@ class GaLore(Optimizer):
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the running mean of gradients")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the running mean of squared gradients")
     epsilon: float = Field(1.0e-6, gt=0, description="added to the root mean square, before it is corrected")
+    per_layer: bool = Field(
+        False,
+        description="step each tensor in the backward pass and let its gradient go; "
+        "needs steps of one micro-batch and no max_grad_norm",
+    )
 
     @property
     def peak_learning_rate(self) -> float:
@@ -77,6 +82,19 @@ class GaLore(Optimizer):
                 total += 4 * self.rank * away
             total += moments.state_bytes(numbers, eight_bit=self.bits == 8)
         return total
+
+    @property
+    def steps_in_backward(self) -> bool:
+        return self.per_layer
+
+    def update_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        widest = super().update_bytes(shapes)
+        for name, shape in shapes.items():
+            if self._projects(name, shape):
+                # The decomposition's copy, its two results, and what it works in.
+                most, least = max(shape), min(shape)
+                widest = max(widest, 4 * (2 * most * least + 5 * least * least))
+        return widest
 
     def _projects(self, name: str, shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and min(shape) > self.rank and any(target in name for target in self.targets)

@@ -18,7 +18,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.model.load import context_tokens, resolve_source
 from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
@@ -26,9 +26,10 @@ from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, read_for
-from luthier.recipes.quantized import quantize
+from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.batcher import Batcher
+from luthier.train.in_backward import cut
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
 
@@ -104,6 +105,8 @@ def lay_out(
         rows=rows,
         tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
     )
+    if recipe.optimizer.steps_in_backward and (most := source.largest_step()) > recipe.batch.micro_tokens:
+        raise cut(most, recipe.batch.micro_tokens)
     unpooled = use_pool(model)
     with model.only(attachment.name):
         require_room(data.store.lengths, model)
@@ -120,7 +123,7 @@ def lay_out(
 
 def _base(recipe: FinetuneRecipe, found: FinetuneRecipe, task: Task) -> LanguageModel:
     """The base model of a recipe for a task; `found` is the same with paths that lead from here."""
-    model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
+    model = load_base(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
     quantize(model, recipe.quantizer)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model

@@ -23,7 +23,7 @@ from luthier.core.events import plain
 from luthier.data.conversation import Row, Text
 from luthier.data.forest import Segment, Tree
 from luthier.data.prepare import Prepared
-from luthier.model.load import SEEDLING, load_model
+from luthier.model.load import SEEDLING
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.accounts import peak_memory_bytes
 from luthier.recipes.compare import Job
@@ -34,6 +34,7 @@ from luthier.recipes.finetune import start
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.presets import IN_CONTEXT
 from luthier.recipes.progress import progress
+from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import FinetuneRecipe
 
 BATCH = 16
@@ -77,7 +78,7 @@ def measured(job: Job) -> dict[str, Any]:
 def in_context(recipe: FinetuneRecipe, examples: int) -> dict[str, Any]:
     """The base model with training rows before each held-out one; they are computed once for all of them."""
     prepared, trees = held_out_of(recipe)
-    model = load_model(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
     root = shots(prepared, trees, examples, room=model.context_tokens)
     together = behind(root, trees)
     loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=recipe.batch.micro_tokens)

@@ -16,13 +16,14 @@ from luthier.data.forest import Tree, pack
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, load_model, resolve_source
+from luthier.model.load import context_tokens, resolve_source
 from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named, require_one, require_room
 from luthier.recipes.places import located, started_in
 from luthier.recipes.purpose import bound
+from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
@@ -40,7 +41,7 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     objective, size = recipe.objective, recipe.batch.micro_tokens
     tuned = measured(opened.model, objective, trees, micro_tokens=size)
     if (run.folder / MODEL).is_dir():
-        base_model = load_model(
+        base_model = load_base(
             recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=opened.model.task
         )
         base = measured(base_model, objective, trees, micro_tokens=size)

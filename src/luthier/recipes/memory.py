@@ -87,11 +87,19 @@ def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) 
         # Of base weights that are trained the originals are kept aside, so they count in both.
         "weights": _weights(model),
         "trained": found + sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
-        "gradients": bytes_of.gradients(attachment.parameter_count),
+        "gradients": _gradients(attachment, optimizer),
         "optimizer": optimizer.resident_bytes(_shapes(attachment)),
         "libraries": bytes_of.libraries(model.dtype.itemsize) if model.device.type == "cpu" else 0,
         "saving": 0,
     }
+
+
+def _gradients(attachment: Attachment, optimizer: Optimizer) -> int:
+    """Of those that are stepped in the backward pass one is there, in float32, with what its update works in."""
+    if not optimizer.steps_in_backward:
+        return bytes_of.gradients(attachment.parameter_count)
+    shapes = _shapes(attachment)
+    return bytes_of.gradients(max(map(math.prod, shapes.values()))) + optimizer.update_bytes(shapes)
 
 
 def _shapes(attachment: Attachment) -> dict[str, tuple[int, ...]]:

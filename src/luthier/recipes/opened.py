@@ -25,11 +25,11 @@ from luthier.infer.generator import Generator
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.load import Precision, resolve_source
 from luthier.objectives.classification import Classification
 from luthier.recipes.places import model_from, started_in, template_from
 from luthier.recipes.purpose import kept_task, read_as
-from luthier.recipes.quantized import kept_quantizer, quantize
+from luthier.recipes.quantized import kept_quantizer, load_base, quantize
 from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, MODEL
@@ -127,7 +127,7 @@ def open_named(
     config = {} if adapter is None else read_config(Path(adapter))
     task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
     seed = int(extras.get("base_seed", 0))
-    model = load_model(name, precision=kept_precision(extras, precision), device=device, seed=seed, task=task)
+    model = load_base(name, precision=kept_precision(extras, precision), device=device, seed=seed, task=task)
     if adapter is None:
         return _opened(model, resolve_source(name), {})
     quantize(model, kept_quantizer(extras))
@@ -202,12 +202,12 @@ def _open_run(run: RunDirectory, precision: Precision, device: str) -> Opened:
     place = started_in(run)
     if folder.name == MODEL:
         kept = kept_precision(extras, precision)
-        whole = load_model(str(folder), precision=kept, device=device, task=kept_task(extras))
+        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras))
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
     seed, task = int(extras.get("base_seed", 0)), kept_task(extras)
-    model = load_model(base, precision=kept, device=device, seed=seed, task=task)
+    model = load_base(base, precision=kept, device=device, seed=seed, task=task)
     quantize(model, kept_quantizer(extras))
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))

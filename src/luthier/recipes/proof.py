@@ -27,7 +27,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.adapter_files import CONFIG, EXTRAS, beside, fill, read_config, read_extras
 from luthier.model.generation_files import GENERATION, read_stop_ids
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.load import Precision, resolve_source
 from luthier.model.tensor_files import each_tensor
 from luthier.recipes.accounts import LIBRARIES
 from luthier.recipes.claims import changes, data_facts, fingerprint, recipe_digest
@@ -36,7 +36,7 @@ from luthier.recipes.evaluate import held_out_of, mean_loss
 from luthier.recipes.opened import result_of
 from luthier.recipes.places import located, started_in
 from luthier.recipes.purpose import bound, kept_task
-from luthier.recipes.quantized import quantize
+from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.store.runs import RunDirectory
@@ -192,7 +192,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
         known = {name: shape for name, shape in wanted.items() if name in saved or name in lost}
         raise _other_tensors(folder, known, saved)
     task = kept_task(read_extras(folder))
-    model = load_model(str(folder), precision=_precision(facts), device=_device(recipe, facts), task=task)
+    model = load_base(str(folder), precision=_precision(facts), device=_device(recipe, facts), task=task)
     if (found := _shapes(model.module.state_dict())) != expected:
         raise _other_tensors(folder, expected, found)
     if _digests(model) == before:
@@ -203,7 +203,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:
     """The base of the run, with the very weights it was trained on."""
     precision, task = _precision(facts), kept_task(read_extras(folder))
-    model = load_model(recipe.model, precision=precision, device=_device(recipe, facts), seed=recipe.seed, task=task)
+    model = load_base(recipe.model, precision=precision, device=_device(recipe, facts), seed=recipe.seed, task=task)
     for said in (facts["base_digest"], read_extras(folder).get("base_digest", model.digest)):
         if said != model.digest:
             raise DriftError(

@@ -19,6 +19,7 @@ from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.schedules import Schedule
+from luthier.train.in_backward import cut, require_no_clipping
 
 Paths = str | Annotated[tuple[str, ...], Field(strict=False)]
 DEFAULT_STEP_TOKENS = 8192
@@ -149,6 +150,15 @@ class FinetuneRecipe(Knobs):
                 f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
                 allowed="adapters beside the weights, such as lora; or quantizer none",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_at_once(self) -> FinetuneRecipe:
+        if self.optimizer.steps_in_backward:
+            require_no_clipping(self.optimizer, self.max_grad_norm)
+            tokens = self.batch.tokens or DEFAULT_STEP_TOKENS
+            if self.batch.rows is None and tokens > self.batch.micro_tokens:
+                raise cut(tokens, self.batch.micro_tokens)
         return self
 
     @field_validator("objective", mode="after")

@@ -25,14 +25,14 @@ from luthier.infer.generator import Generator
 from luthier.kernels.pool import bound_caches
 from luthier.model.adapter_files import CONFIG, check_base, fill, read_config, read_extras
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.load import Precision, resolve_source
 from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
-from luthier.recipes.quantized import KEY, kept_quantizer, quantize
+from luthier.recipes.quantized import KEY, kept_quantizer, load_base, quantize
 from luthier.train.batcher import Batcher
 from luthier.train.first_look import look
 from luthier.train.pass_report import PassReport
@@ -155,7 +155,7 @@ def load(
     config = read_config(saved) if saved is not None else {}
     source = str(config.get("base_model_name_or_path", model))
     kept = kept_precision(read_extras(Path(model)), precision)
-    base = load_model(source, precision=kept, device=device, seed=seed)
+    base = load_base(source, precision=kept, device=device, seed=seed)
     own = choose("quantizers", Quantizer, quantizer)
     if saved is not None and own == choose("quantizers", Quantizer, "none"):
         own = kept_quantizer(read_extras(saved))

@@ -9,6 +9,7 @@ When memory runs out the step is done again, from its beginning, in micro-batche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Protocol, final
 
@@ -21,6 +22,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
 from luthier.model.parts import Part, can_split
 from luthier.objectives import Objective
+from luthier.train.in_backward import InBackward
 from luthier.train.pass_report import PassReport, add_up, report_of
 from luthier.train.random_state import RandomState
 from luthier.train.shortage import Split, exhausted, release, shortage
@@ -36,9 +38,13 @@ class Learner(Protocol):
 
     objective: Objective
     pending_weight: float
+    in_backward: InBackward | None
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
+
+    def step_or_gather(self, trees: Sequence[Tree], *, begun: bool) -> AbstractContextManager[None]:
+        """What a pass over these trees is done within: the step itself, where the optimizer steps in it."""
 
 
 @final
@@ -64,6 +70,12 @@ class Batcher:
             raise RecipeError(f"{name!r} cannot name another learner", allowed="several learners with a name each")
         self.learners[name] = learner
         if len(self.learners) > 1:
+            if any(each.in_backward is not None for each in self.learners.values()):
+                raise RecipeError(
+                    f"the optimizer of {name!r}, or of another adapter beside it, steps in the backward pass",
+                    allowed="one adapter in a batch with such an optimizer",
+                    do="set optimizer.per_layer to false",
+                )
             refuse_trained_base({each: self.model.attachments[each] for each in self.learners})
 
     def forward_backward(self, trees: Mapping[str, Sequence[Tree]]) -> Reports:
@@ -77,13 +89,16 @@ class Batcher:
             self.began = RandomState.now(self.model.device)
         group = tuple(tree for name, own in trees.items() for tree in self.named(name, own))
         todo, splits = [group], list[Split]()
-        while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
-            # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
-            # the random numbers of the first attempt.
-            for learner in self.learners.values():
-                learner.clear_gradients()
-            self.began.restore()
-            todo = [*self._groups, group]
+        with ExitStack() as around:
+            for name, own in trees.items():
+                around.enter_context(self.learners[name].step_or_gather(own, begun=bool(self._groups)))
+            while (found := self._attempt(self._add_gradients, todo, splits, in_parts=True)) is None:
+                # A backward pass that failed midway has left part of its gradient behind: all of it is made again, with
+                # the random numbers of the first attempt.
+                for learner in self.learners.values():
+                    learner.clear_gradients()
+                self.began.restore()
+                todo = [*self._groups, group]
         self._groups.append(group)
         for name, report in found[-1].items():
             self.learners[name].pending_weight += report.weight
@@ -135,7 +150,10 @@ class Batcher:
         total = parts[0][1][2].sum
         for _, (_, _, report) in parts[1:]:
             total = total + report.sum
-        total.backward()  # type: ignore[no-untyped-call]
+        # Only a learner that is alone may step in the backward pass.
+        steps, weight = self.learners[first].in_backward, parts[0][1][2].weight
+        with nullcontext() if steps is None else steps.divided(float(total.detach()), weight):
+            total.backward()  # type: ignore[no-untyped-call]
         yield from parts
 
     def _attempt(
@@ -186,6 +204,9 @@ class Batcher:
     def _halve(self, groups: Sequence[Group], reason: str, *, in_parts: bool) -> Split:
         """Halve `micro_tokens`, until some micro-batch becomes smaller. Raises MemoryExhaustedError when none can."""
         now = self._cut(groups, self.micro_tokens, in_parts)
+        for learner in self.learners.values():
+            if in_parts and learner.in_backward is not None:
+                raise exhausted(self._running, learner.in_backward.why(reason), self.planned_bytes)
         if now == self._cut(groups, 1, in_parts):
             self._give_up()
             raise exhausted(self._running, reason, self.planned_bytes)

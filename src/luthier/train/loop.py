@@ -134,8 +134,9 @@ class Loop:
             self._tell(self.keeper.poll())
             began = time.perf_counter()
             trees = self.source.next_step()
-            passed = yield trees
             factor = self.schedule.factor(state.step, state.total_steps)
+            self.stepper.set_rate(factor)
+            passed = yield trees
             norm = self._apply(state, passed, trees, factor)
             seconds = time.perf_counter() - began
             self._count(state, passed, seconds)

@@ -41,6 +41,8 @@ def rehearse(stepper: Stepper, source: DataSource, steps: int) -> Rehearsal:
     began = time.perf_counter()
     splits: list[Split] = []
     state = None
+    if stepper.in_backward is not None:
+        stepper.in_backward.rehearses = True
     try:
         state = _make_room(stepper)
         while found := _split(stepper, batches := source.largest_micro_batches(stepper.micro_tokens, steps), source):
@@ -48,6 +50,8 @@ def rehearse(stepper: Stepper, source: DataSource, steps: int) -> Rehearsal:
             splits += found
     finally:
         del state
+        if stepper.in_backward is not None:
+            stepper.in_backward.rehearses = False
         stepper.zero_grad()
         stepper.model.train(training)
         random.restore()
@@ -81,7 +85,13 @@ def rehearse_together(rehearsed: Mapping[str, tuple[Stepper, DataSource, int]]) 
 
 def _split(stepper: Stepper, batches: Sequence[MicroBatch], source: DataSource) -> list[Split]:
     """How micro-batches had to be split to run these; none when they fit."""
-    return [split for batch in batches for split in stepper.forward_backward(source.trees_of(batch)).splits]
+    found: list[Split] = []
+    for batch in batches:
+        found += stepper.forward_backward(source.trees_of(batch)).splits
+        if stepper.in_backward is not None:
+            # Each is a step of its own there.
+            stepper.zero_grad()
+    return found
 
 
 def _make_room(stepper: Stepper) -> Tensor | None:
@@ -92,7 +102,7 @@ def _make_room(stepper: Stepper) -> Tensor | None:
     masters = list(stepper.masters.values())
     size = stepper.method.resident_bytes({name: tuple(master.shape) for name, master in stepper.masters.items()})
     try:
-        for master in masters:
+        for master in masters if stepper.in_backward is None else ():
             master.grad = torch.zeros_like(master)
         return None if stepper.optimizer.state else torch.ones(size, dtype=torch.uint8, device=masters[0].device)
     except (MemoryError, RuntimeError) as failure:

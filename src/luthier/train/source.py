@@ -126,6 +126,12 @@ class DataSource(Source):
             count += sum(1 for start, _ in self._bounds(whole) if start < rows)
         return count
 
+    def largest_step(self) -> int:
+        """Tokens of the largest step that can come: of its longest rows together, or of a budget of tokens."""
+        if self.rows is not None:
+            return int(np.sort(self.lengths)[-self.rows :].sum())
+        return max(self.tokens or 0, int(self.lengths.max()))
+
     def largest_micro_batches(self, micro_tokens: int, steps: int) -> tuple[MicroBatch, ...]:
         """The micro-batch with the most tokens in `steps` steps, and the one with the longest row when it is another.
 

@@ -5,13 +5,15 @@ once by the weight of everything since the last step, clips, and steps. So howev
 gradient is the same.
 Parameters in a lower precision have float32 masters: gradients are added up in float32, the optimizer steps on the
 masters, and the result is rounded once.
-A loss or gradient that is not finite is never applied.
+A loss or gradient that is not finite is never applied. An optimizer that steps in the backward pass (in_backward.py)
+has stepped when `forward_backward` returns; `optim_step` then only tells of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import final
 
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
-from luthier.kernels.sums import add_to
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.parts import Part
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer, set_factors, set_rate
 from luthier.train.batcher import Batcher
+from luthier.train.in_backward import InBackward, cut, in_backward
+from luthier.train.masters import collect_in, master_of
 from luthier.train.pass_report import PassReport
 from luthier.train.random_state import RandomState
 from luthier.train.rounding import RoundingWatch
@@ -42,7 +45,8 @@ class StepReport:
 
     `bad_tensors` names what is not finite: gradients of a step that was not applied, or, when `broken`, the weights
     that the step has made so. `rounded_away` is the share of updates that did not change the rounded weights, None
-    where all trained weights are float32.
+    where all trained weights are float32. `stepped_before` counts tensors that were stepped in the backward pass
+    before a gradient came that is not finite.
     """
 
     grad_norm: float
@@ -50,6 +54,7 @@ class StepReport:
     bad_tensors: tuple[str, ...] = ()
     broken: bool = False
     rounded_away: float | None = None
+    stepped_before: int = 0
 
 
 @final
@@ -81,14 +86,16 @@ class Stepper:
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
         self.constants: dict[str, Tensor] = attachment.named_constants()
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            self.masters[name] = parameter if parameter.dtype == torch.float32 else self._master(parameter)
+        self.masters: dict[str, Tensor] = {name: master_of(each) for name, each in self.parameters.items()}
         self.lower = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
         self.optimizer = optimizer.build(self.masters)
         set_factors(self.optimizer, self.masters, attachment.rate_factors())
+        self.in_backward = in_backward(optimizer, self.optimizer, self.parameters, self.masters, max_grad_norm)
+        for name, parameter in self.lower.items() if self.in_backward is None else ():
+            collect_in(self.masters[name], parameter)
         self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
+        self._factor = 1.0
         self._watch = RoundingWatch(self.masters, self.lower)
         self.batcher.join(self.name, self)
 
@@ -115,6 +122,11 @@ class Stepper:
         """The random numbers that the step at hand began with."""
         return self.batcher.began
 
+    def set_rate(self, factor: float) -> None:
+        """Step at `factor` times the peak learning rate; what steps in the backward pass must know it before that."""
+        self._factor = factor
+        set_rate(self.optimizer, self.method.peak_learning_rate * factor)
+
     def forward_backward(self, trees: Sequence[Tree]) -> PassReport:
         """Add the gradient of the summed loss over `trees`; nothing is stepped. See `Batcher.forward_backward`."""
         return self.batcher.forward_backward({self.name: trees})[self.name]
@@ -129,6 +141,8 @@ class Stepper:
 
         A gradient norm that is not finite is reported and not applied; the gradients are cleared either way.
         """
+        if self.in_backward is not None:
+            return self._stepped(self.in_backward, factor)
         gradients = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
         if not gradients or self.pending_weight <= 0:
             raise RecipeError("optim_step was called without a gradient", do="call forward_backward first")
@@ -140,7 +154,7 @@ class Stepper:
             return StepReport(norm, False, bad)
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             torch._foreach_mul_(list(gradients.values()), self.max_grad_norm / norm)
-        set_rate(self.optimizer, self.method.peak_learning_rate * factor)
+        self.set_rate(factor)
         before = self._watch.look()
         self._step()
         for name, parameter in self.lower.items():
@@ -155,6 +169,8 @@ class Stepper:
         self.clear_gradients()
         self.pending_weight = 0.0
         self.batcher.forget(self.name)
+        if self.in_backward is not None:
+            self.in_backward.forget()
 
     def clear_gradients(self) -> None:
         """Forget all gradients, and nothing else."""
@@ -171,6 +187,39 @@ class Stepper:
         """Run one micro-batch forward and backward, in parts when it is one tree that is too large."""
         return (part for _, part in self.batcher.run(forest))
 
+    def step_or_gather(self, trees: Sequence[Tree], *, begun: bool) -> AbstractContextManager[None]:
+        """Where gradients are only added up there is nothing to do; else these trees are a step, if they can be one.
+
+        `begun` says that others belong to the same step.
+        """
+        if self.in_backward is None:
+            return nullcontext()
+        if begun:
+            raise RecipeError(
+                "a second pass for one step, whose tensors the first one has stepped",
+                allowed="one forward_backward a step",
+                do="call optim_step after each pass, or set optimizer.per_layer to false",
+            )
+        if (tokens := sum(tree.token_count for tree in trees)) > self.micro_tokens:
+            raise cut(tokens, self.micro_tokens)
+        return self.in_backward.step(self._watch.look())
+
+    def _stepped(self, steps: InBackward, factor: float) -> StepReport:
+        """What the backward pass has stepped."""
+        if not steps.norms:
+            raise RecipeError("optim_step was called without a gradient", do="call forward_backward first")
+        if factor != self._factor:
+            raise RecipeError(
+                f"optim_step at {factor} times the learning rate, after steps at {self._factor} times it",
+                do="call set_rate before forward_backward",
+            )
+        norm, bad, stepped, before = steps.norm, steps.bad, steps.stepped, steps.before
+        self.zero_grad()
+        if bad:
+            return StepReport(norm, False, (bad,), stepped_before=stepped)
+        broken = not_finite(self.parameters)
+        return StepReport(norm, True, broken, bool(broken), self._watch.rounded_away(before) if before else None)
+
     def _step(self) -> None:
         """Step. The optimizer makes its state at the first one, and no smaller micro-batch would help with that."""
         try:
@@ -181,17 +230,6 @@ class Stepper:
                 raise
             raise exhausted(None, f"in the optimizer's step: {reason}", self.planned_bytes) from failure
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().float().clone()
-
-        def collect(low: Tensor) -> None:
-            # Added up in float32, micro-batch by micro-batch: in bfloat16 the later ones would be rounded away.
-            if low.grad is not None:
-                master.grad = low.grad.float() if master.grad is None else add_to(master.grad, low.grad)
-                low.grad = None
-
-        parameter.register_post_accumulate_grad_hook(collect)
-        return master
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

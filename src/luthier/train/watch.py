@@ -72,7 +72,8 @@ class Watch:
 
     def bad_gradient(self, state: LoopState, passed: PassReport, trees: Sequence[Tree], step: StepReport) -> None:
         """After a step that was not applied because its gradient is not finite. Raises NumericError likewise."""
-        self._bad(state, passed, trees, BadNumber("gradient", ", ".join(step.bad_tensors), (), step.grad_norm))
+        self._bad(state, passed, trees, BadNumber("gradient", ", ".join(step.bad_tensors), (), step.grad_norm),
+                  stepped=step.stepped_before)  # fmt: skip
 
     def warn(self, state: LoopState, cause: str, message: str) -> None:
         """Say something once in a run."""
@@ -80,7 +81,9 @@ class Watch:
             self._warned.add(cause)
             self.recorder.record(Event("warning", {"cause": cause, "message": message}, step=state.step + 1))
 
-    def _bad(self, state: LoopState, passed: PassReport, trees: Sequence[Tree], known: BadNumber) -> None:
+    def _bad(
+        self, state: LoopState, passed: PassReport, trees: Sequence[Tree], known: BadNumber, *, stepped: int = 0
+    ) -> None:
         found = known if self.diagnose is None else self.diagnose(trees)
         # A number that does not come again when the step is repeated: what is known of the first time stands.
         bad = known if found.what == "unknown" else found
@@ -89,6 +92,9 @@ class Watch:
         losses = [row for row, (loss, _) in passed.row_losses.items() if not math.isfinite(loss)]
         rows = sorted(bad.rows or losses or passed.row_losses)
         values = {"what": bad.what, "tensor": bad.tensor, "value": bad.value, "rows": rows[:MOST_ROWS]}
+        if stepped:
+            # What steps in the backward pass cannot be taken back there.
+            values["stepped_before"] = stepped
         self.recorder.record(Event("bad_step", values, step=state.step + 1))
         if state.bad_steps < self.max_bad_steps:
             return
@@ -96,11 +102,15 @@ class Watch:
         named = ", ".join(map(str, rows[:8]))
         raise NumericError(
             f"step {state.step + 1}: {_ARTICLES.get(bad.what, f'the {bad.what}')} is {bad.value}{place} "
-            f"(rows {named}); the update was not applied; {state.bad_steps} of {self.max_bad_steps} bad steps in a "
-            f"row; {self._pinned()}",
+            f"(rows {named}); the update was not applied{_but(stepped)}; {state.bad_steps} of {self.max_bad_steps} bad "
+            f"steps in a row; {self._pinned()}",
             do="look at these rows with `luthier data show`, lower optimizer.learning_rate, or use precision float32",
         )
 
     def _pinned(self) -> str:
         name = self.pin()
         return f"{name} is finite and kept" if name else "there is no checkpoint yet, nothing was saved"
+
+
+def _but(stepped: int) -> str:
+    return f" to the tensors below it ({stepped} above it had been stepped)" if stepped else ""

@@ -1,0 +1,59 @@
+"""Packing the weights of a model, and unpacking them for good."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from luthier.core.errors import RecipeError
+from luthier.model.language_model import LanguageModel
+from luthier.model.packed import Pack, PackedWeight, Packing, packing_of
+from luthier.model.sites import Site
+
+
+@torch.no_grad()
+def pack_weights(model: LanguageModel, pack: Pack) -> int:
+    """Pack the weight of every linear layer but the head; how many there were.
+
+    Raises RecipeError when something is attached, or there is nothing to pack.
+    """
+    _require_bare(model)
+    sites = packed_sites(model)
+    if not sites:
+        raise RecipeError(
+            f"{model.source} has no linear layer in its blocks, so there is nothing to quantize",
+            do="use quantizer none",
+        )
+    for site in sites:
+        put_packing(site, pack(site.weight()), pack)
+    return len(sites)
+
+
+@torch.no_grad()
+def unpack_weights(model: LanguageModel) -> int:
+    """Make plain weights of all packed ones, with the numbers that those stand for; how many there were."""
+    _require_bare(model)
+    packed = [site for site in packed_sites(model) if packing_of(site.weight_parameter) is not None]
+    for site in packed:
+        dense = site.weight_parameter.clone()
+        site.module.register_parameter("weight", nn.Parameter(dense.contiguous(), requires_grad=False))
+    return len(packed)
+
+
+def packed_sites(model: LanguageModel) -> list[Site]:
+    """The sites whose weights are packed: every linear layer in the blocks."""
+    return [site for site in model.sites.linear() if site.layer is not None]
+
+
+def put_packing(site: Site, packing: Packing, pack: Pack) -> None:
+    """Let a packing stand where the weight of a site is."""
+    weight = PackedWeight(packing, site.weight_parameter.dtype, pack, transposed=site.transposed)
+    site.module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
+def _require_bare(model: LanguageModel) -> None:
+    if model.attachments:
+        raise RecipeError(
+            f"{', '.join(model.attachments)} is on the model, whose weights cannot be replaced then",
+            do="pack or unpack first, then attach",
+        )
