@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ PAGES = (HOME / "README.md", HOME / "CONTRIBUTING.md", *sorted((HOME / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = ("make", "python", "pip", "git")
 HUB = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
-"""Hub models the pages name; a tiny model stands in for them."""
+ENCODER, BOTH = "google-bert/bert-base-uncased", "google-t5/t5-small"
+"""Hub models the pages name; tiny models stand in for them: a decoder, an encoder, an encoder-decoder."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def there(command: Command) -> None:
         assert (HOME / words[1]).is_file(), f"there is no {words[1]}"
 
 
-def with_stand_in(text: str, model: Path) -> str:
-    """`text` with hub models replaced by a folder."""
-    for name in HUB:
-        text = re.sub(re.escape(name) + r"(?![\w.-])", str(model), text)
+def with_stand_ins(text: str, models: Mapping[str, Path]) -> str:
+    """`text` with hub models replaced by folders."""
+    for name, folder in models.items():
+        text = re.sub(re.escape(name) + r"(?![\w.-])", str(folder), text)
     return text

@@ -20,7 +20,20 @@ from luthier.core.knobs import validate
 from luthier.model import load
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.recipes.several_recipe import several_of
-from tests.docs.snippets import NOT_RUN, PAGES, Command, bash, commands, snippets, there, with_stand_in
+from tests.docs.snippets import (
+    BOTH,
+    ENCODER,
+    HUB,
+    NOT_RUN,
+    PAGES,
+    Command,
+    bash,
+    commands,
+    snippets,
+    there,
+    with_stand_ins,
+)
+from tests.task_folders import bert_folder, t5_folder
 
 LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
 
@@ -38,14 +51,18 @@ def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_snippet_of_a_page_works(
-    page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    models = dict.fromkeys(HUB, stand_in)
+    if ENCODER in page.read_text("utf-8"):
+        parent = tmp_path_factory.mktemp("others")
+        models |= {ENCODER: bert_folder(parent / "bert"), BOTH: t5_folder(parent / "t5")}
     monkeypatch.chdir(tmp_path)
     said = ""
     for snippet in snippets(page):
         where = f"{page.name}:{snippet.line}"
         assert snippet.language in LANGUAGES, f"{where}: a snippet needs one of {', '.join(sorted(LANGUAGES))}"
-        text = with_stand_in(snippet.text, stand_in)
+        text = with_stand_ins(snippet.text, models)
         if snippet.language == "bash":
             for command in commands(text):
                 said += _run(command, where, tmp_path, capsys)

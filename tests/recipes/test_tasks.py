@@ -7,39 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from luthier.cli.show import print_summary
 from luthier.recipes.opened import open_named
-from tests import task_models
 from tests.cli.commands import luthier
-from tests.data import kinds
-from tests.task_models import ANSWERS, MASKED
+from tests.task_folders import bert_folder, t5_folder
 
 CLASSES = {"fruit", "tool"}
 FRUITS = ("apple", "pear", "plum", "fig")
 TOOLS = ("hammer", "saw", "drill", "axe")
 
 
-def save(folder: Path, architecture: str, task: Any, tokenizer: Any) -> Path:
-    """A tiny model with a real tokenizer's rows, as from a hub."""
-    config = task_models.config(architecture)
-    config.vocab_size = len(tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        task_models.AUTO[task.name].from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("bert"), "bert", MASKED, kinds.zoo("bert"))
+    return bert_folder(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("t5"), "t5", ANSWERS, kinds.t5().raw)
+    return t5_folder(tmp_path_factory.mktemp("t5"))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
