@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, final
 
 from luthier.core import catalog
+from luthier.core.chosen import choose
+from luthier.model.tasks import CAUSAL
+from luthier.objectives import Objective
 from tests.cli.commands import chat, step_events, write_rows
 from tests.faults.zygote import Child, zygote
 from tests.tiny import tiny_folder
@@ -45,6 +48,14 @@ class Combination:
 
     def __str__(self) -> str:
         return "+".join((self.adapter, self.objective, self.optimizer, self.schedule))
+
+
+def _of_decoders(family: str) -> list[str]:
+    """The methods of a family, of objectives those that train the decoder and the rows of a campaign."""
+    names = list(catalog.names(family))
+    if family != "objectives":
+        return names
+    return [name for name in names if choose(family, Objective, name).task(("one", "other")) == CAUSAL]
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def combinations(*, seed: int, most: int = MOST_COMBINATIONS) -> list[Combinatio
     When there are more than `most` combinations, so many that each method is in at least one of them.
     """
     dice = random.Random(seed)
-    choices = [catalog.names(family) for family in FAMILIES]
+    choices = [_of_decoders(family) for family in FAMILIES]
     every = [Combination(*names) for names in product(*choices)]
     dice.shuffle(every)
     if len(every) <= most:

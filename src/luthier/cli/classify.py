@@ -43,7 +43,7 @@ def classify(
 
     asked = [line for text in texts or [] for line in (_lines() if text == "-" else [text])]
     if not asked:
-        raise RecipeError("no text was given", do='add "your text", or - to read lines from stdin')
+        raise RecipeError("no text was given", allowed="one or more", do="add a text, or - to read lines from stdin")
     require_no_lost_run(name)
     opened = open_named(name, adapter=adapter)
     words = opened.model.task.name == "token_classes"

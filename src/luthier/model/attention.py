@@ -96,7 +96,6 @@ class ForestPlan:
     masks: dict[tuple[int, int, int | None, bool], Tensor] = field(default_factory=dict)
     by_mask: MaskedAttention | None = None
     memory: Memory | None = None
-    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     routes: Routes | None = None
     row_routes: Routes | None = None
@@ -161,13 +160,6 @@ class ForestPlan:
             visible = keys <= last
             self.masks[key] = visible if window is None else visible & (keys > queries - window)
         return self.masks[key]
-
-    def bias(self, of: RelativeBias, before: int, own: int) -> Float[Tensor, "1 H own all"]:
-        """What `of` adds to the scores of the `own` last queries and all keys; the layers of a stack share it."""
-        key = (before, own)
-        if key not in self.biases:
-            self.biases[key] = of.between(before, own)
-        return self.biases[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """Which of all keys, those from outside first, each of all queries sees."""
@@ -303,7 +295,7 @@ def _read(
 ) -> Float[Tensor, "1 T H D"]:
     """Attention of each of a decoder's spans over all states of the span that it reads."""
     if plan.memory is None:
-        raise UndrivableAttentionError("a decoder reads an encoder, and the plan names no memory")
+        raise UndrivableAttentionError("a decoder reads an encoder", allowed="a plan that names what it reads")
     queries = query.split([span.length for span in plan.spans], dim=2)
     grouped = query.shape[1] != key.shape[1]
     outputs = []
@@ -339,7 +331,7 @@ def _attend(
         seen = torch.ones(own, total, dtype=torch.bool, device=query.device) if mask is None else mask
         return _soft_capped(query, key, value, seen, call.scaling, call.softcap, call.dropout)
     if call.bias is not None:
-        added = call.plan.bias(call.bias, total - own, own).to(query.dtype)
+        added = call.bias.between(total - own, own).to(query.dtype)
         mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
     elif window is None and own == total:
         mask = None

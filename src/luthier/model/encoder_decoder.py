@@ -72,7 +72,11 @@ class _Halves:
         kept = [layout.tokens[span.start : span.stop] for span in layout.spans if span.both_ways]
         others = [layout.tokens[span.start : span.stop] for span in layout.spans if not span.both_ways]
         if not kept or not others:
-            raise DataError("an encoder-decoder needs texts and answers", do="use objective seq2seq or t_few")
+            raise DataError(
+                f"{len(kept)} texts and {len(others)} answers for an encoder-decoder",
+                allowed="some of both",
+                do="use objective seq2seq or t_few",
+            )
         if (rows[layout.predictors] < 0).any():
             raise DataError(
                 "the first token of an answer has weight, but it is what the decoder starts with",

@@ -25,13 +25,14 @@ from luthier.model import merging
 from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
 from luthier.model.edits import Edit, LearnedRoot, TrainedParameters, base_parameters
-from luthier.model.executor import AnyHead, Executor, probe, run_segments, run_unrolled, seen_root
+from luthier.model.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
 from luthier.model.guests import Guest, require_guests
 from luthier.model.head import edited_head, head_of
 from luthier.model.merging import Merged, Rounding
 from luthier.model.outputs import TokenOutputs
 from luthier.model.packed import packing_of
 from luthier.model.parts import Loss, Part, backward_in_parts
+from luthier.model.probing import probe
 from luthier.model.sites import Sites, find_sites
 from luthier.model.task_executor import probe_task, run_task, task_head_of
 from luthier.model.tasks import CAUSAL, Task

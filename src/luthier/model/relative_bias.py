@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -26,16 +26,23 @@ TABLE = "relative_attention_bias"
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias:
-    """The biases of one zoo module, by the places of queries and keys on their path."""
+    """The biases of one zoo module, by the places of queries and keys on their path; `made` is for one pass."""
 
     table: nn.Module
     bucket: Callable[..., Tensor]
     both_ways: bool
     buckets: int
     farthest: int
+    made: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def between(self, before: int, own: int) -> Float[Tensor, "1 H own all"]:
-        """Of the `own` last queries of a path and all its `before + own` keys."""
+        """Of the `own` last queries of a path and all its `before + own` keys; the layers of a stack share them."""
+        key = (before, own)
+        if key not in self.made:
+            self.made[key] = self._between(before, own)
+        return self.made[key]
+
+    def _between(self, before: int, own: int) -> Float[Tensor, "1 H own all"]:
         weight = self.table.get_parameter("weight")
         places = torch.arange(before + own, device=weight.device)
         distance = places[None, :] - places[before:, None]

@@ -24,19 +24,9 @@ from luthier.model import encoder_decoder
 from luthier.model.attention import NAME
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
-from luthier.model.executor import (
-    AnyHead,
-    Entry,
-    Executor,
-    apart,
-    attention_calls,
-    long,
-    outputs_of,
-    predicting_states,
-    score,
-    tolerance,
-)
+from luthier.model.executor import AnyHead, Entry, Executor, long, outputs_of, predicting_states, score
 from luthier.model.outputs import TokenOutputs
+from luthier.model.probing import apart, attention_calls, tolerance
 from luthier.model.tasks import Task, kind_of
 from luthier.model.zoo_head import FeatureHead, task_head, zoo_logits
 

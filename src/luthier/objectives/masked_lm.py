@@ -62,7 +62,9 @@ class MaskedLM(Objective):
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         if self.mask_token is None or self.random_tokens is None:
-            raise RecipeError("masked_lm does not know its mask token", do="call with_vocabulary first")
+            raise RecipeError(
+                f"masked_lm does not know its mask token: {self.mask_token}", allowed="an id", do="call with_vocabulary"
+            )
         # By its tokens too: the windows of one text share its row.
         draw = np.random.default_rng([epoch, view.row, zlib.crc32(view.tokens.tobytes())])
         may = np.flatnonzero(view.weights)

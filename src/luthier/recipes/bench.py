@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
@@ -73,13 +74,8 @@ def lay_out(
         context_tokens=context_tokens(found.model),
     )
     task = objective.task(data.classes)
-    if name and (task != CAUSAL or recipe.adapter.first_look):
-        what = "looks at rows before it trains" if task == CAUSAL else f"is for {task.name}"
-        raise RecipeError(
-            f"the adapter {name!r} {what}, and it is one of several",
-            allowed="objectives that go on with a text, and adapters that need no look at the data",
-            do="train it in a run of its own",
-        )
+    if name:
+        _require_one_of_several(name, task, recipe.adapter)
     model = beside[0].model if beside else _base(recipe, found, task)
     batcher = beside[0].stepper.batcher if beside else Batcher(model, micro_tokens=recipe.batch.micro_tokens)
     require_rows(model, tokenizer, data.store)
@@ -96,17 +92,7 @@ def lay_out(
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
     )
-    rows, tokens = recipe.batch.rows, recipe.batch.tokens
-    source = DataSource(
-        data.train,
-        recipe.objective,
-        lengths=data.train.lengths,
-        seed=recipe.seed,
-        rows=rows,
-        tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
-    )
-    if recipe.optimizer.steps_in_backward and (most := source.largest_step()) > recipe.batch.micro_tokens:
-        raise cut(most, recipe.batch.micro_tokens)
+    source = _source(recipe, data)
     unpooled = use_pool(model)
     with model.only(attachment.name):
         require_room(data.store.lengths, model)
@@ -119,6 +105,33 @@ def lay_out(
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled)
+
+
+def _require_one_of_several(name: str, task: Task, adapter: Adapter) -> None:
+    """Raise RecipeError for an adapter that has to be trained alone."""
+    if task != CAUSAL or adapter.first_look:
+        what = "looks at rows before it trains" if task == CAUSAL else f"is for {task.name}"
+        raise RecipeError(
+            f"the adapter {name!r} {what}, and it is one of several",
+            allowed="objectives that go on with a text, and adapters that need no look at the data",
+            do="train it in a run of its own",
+        )
+
+
+def _source(recipe: FinetuneRecipe, data: Prepared) -> DataSource:
+    """Where the rows of each step come from. Raises RecipeError where a step is too large for the optimizer."""
+    rows, tokens = recipe.batch.rows, recipe.batch.tokens
+    source = DataSource(
+        data.train,
+        recipe.objective,
+        lengths=data.train.lengths,
+        seed=recipe.seed,
+        rows=rows,
+        tokens=tokens if rows or tokens else DEFAULT_STEP_TOKENS,
+    )
+    if recipe.optimizer.steps_in_backward and (most := source.largest_step()) > recipe.batch.micro_tokens:
+        raise cut(most, recipe.batch.micro_tokens)
+    return source
 
 
 def _base(recipe: FinetuneRecipe, found: FinetuneRecipe, task: Task) -> LanguageModel:
