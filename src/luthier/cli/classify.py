@@ -47,7 +47,7 @@ def classify(
     require_no_lost_run(name)
     opened = open_named(name, adapter=adapter)
     words = opened.model.task.name == "token_classes"
-    found = opened.classify(_contents(asked, pair, words=words, classes=opened.model.task.classes))
+    found = opened.classify(_contents(asked, pair, words=words))
     if json:
         print_json({"texts": [_plain(text, each, words=words) for text, each in zip(asked, found, strict=True)]})
         return
@@ -59,15 +59,13 @@ def _lines() -> list[str]:
     return [line.rstrip("\n") for line in sys.stdin if line.strip()]
 
 
-def _contents(texts: Sequence[str], pair: str, *, words: bool, classes: Sequence[str]) -> list[Content]:
+def _contents(texts: Sequence[str], pair: str, *, words: bool) -> list[Content]:
+    """The texts as what is classified; which class they have is what is asked."""
     from luthier.data.conversation import Labelled, Tagged
 
-    if not classes:
-        # Said by the model that is asked, which knows what it was made for.
-        return []
     if words:
-        return [Tagged(tuple(text.split()), (classes[0],) * len(text.split())) for text in texts]
-    return [Labelled(text, classes[0], pair) for text in texts]
+        return [Tagged(tuple(text.split()), ("",) * len(text.split())) for text in texts]
+    return [Labelled(text, "", pair) for text in texts]
 
 
 def _plain(text: str, found: Classes, *, words: bool) -> dict[str, object]:

@@ -6,7 +6,7 @@ Every later verb takes just the run. What the run trained on decides how prompts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, RecipeError
-from luthier.data.conversation import Content, Message, Row
+from luthier.data.conversation import Content, Labelled, Message, Row, Tagged
 from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
@@ -26,6 +26,7 @@ from luthier.model.adapter_files import check_base, fill, read_config, read_extr
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
+from luthier.model.tasks import Task
 from luthier.objectives.classification import Classification
 from luthier.recipes.places import model_from, started_in, template_from
 from luthier.recipes.purpose import kept_task, read_as
@@ -94,7 +95,8 @@ class Opened:
                 do="ask it with: luthier generate",
             )
         objective = Classification(level="text" if task.name == "sequence_classes" else "word")
-        views = [self.renderer.render(Row(index, f"text {index + 1}", text)) for index, text in enumerate(texts)]
+        rows = [Row(index, f"text {index + 1}", _with_some(text, task)) for index, text in enumerate(texts)]
+        views = [self.renderer.render(row) for row in rows]
         trees = [tree for parts in views for view in parts for tree in objective.trees(view)]
         require_room(np.array([tree.token_count for tree in trees]), self.model)
         found: list[list[Float[np.ndarray, " C"]]] = [[] for _ in texts]
@@ -110,6 +112,13 @@ class Opened:
         """What was said, without control tokens."""
         silent = self.tokenizer.special_ids | set(self.stop_ids)
         return self.tokenizer.decode([int(token) for token in tokens if int(token) not in silent])
+
+
+def _with_some(text: Content, task: Task) -> Content:
+    """A text with a class that the model knows, where one is asked for."""
+    if isinstance(text, Labelled):
+        return replace(text, label=task.classes[0])
+    return replace(text, tags=(task.classes[0],) * len(text.words)) if isinstance(text, Tagged) else text
 
 
 def open_named(
