@@ -87,8 +87,8 @@ def test_the_prefix_takes_the_models_key_value_heads() -> None:
     config = method.peft_config(model.sites)
     assert (config["num_attention_heads"], config["token_dim"], config["num_layers"]) == (2, 16, 2)
     assert PrefixTuning.from_peft(config) == method
-    # As PEFT writes it for an encoder-decoder, whose decoder sees the prefix.
-    assert PrefixTuning.from_peft({**config, "num_transformer_submodules": 2}) == method
+    with pytest.raises(RecipeError, match="encoder-decoder"):
+        PrefixTuning.from_peft({**config, "num_transformer_submodules": 2})
 
 
 def test_two_roots_at_once_are_refused_and_one_of_them_works() -> None:

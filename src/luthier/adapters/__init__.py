@@ -113,12 +113,11 @@ def saved_adapter(folder: Path, sites: Sites) -> Adapter:
     memory. A tensor or two that are missing are for `fill` to name.
     """
     config = read_config(folder)
-    named = {str(name) for name in config.get("modules_to_save") or ()}
+    # PEFT names every head that it knows, whether the model has one or not.
+    named = {part for site in sites for part in site.name.split(".")} & {*(config.get("modules_to_save") or ())}
     known = {site.name.rpartition(".")[2] for site in sites.role("apart")}
-    if unknown := sorted(named - known):
-        raise RecipeError(
-            f"{folder} trains {', '.join(unknown)} as a whole", allowed=", ".join(known) or "no modules_to_save"
-        )
+    if unknown := ", ".join(sorted(named - known)):
+        raise RecipeError(f"{folder} trains {unknown} as a whole", allowed=", ".join(known) or "no modules_to_save")
     # Whoever attaches it trains the head with it; the method itself has nothing to do with that.
     adapter = adapter_of({**config, "modules_to_save": None})
     described, held = adapter.parameter_count(sites), sum(tensor_sizes(folder).values())

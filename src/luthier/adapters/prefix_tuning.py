@@ -28,6 +28,10 @@ from luthier.core.errors import RecipeError
 from luthier.model.edits import Edit, LearnedKeysValues
 from luthier.model.sites import Sites
 
+OF_A_DECODER = "DECODER_PREFIX_TUNING"
+"""What a file for an encoder-decoder is called. PEFT gives the decoder's layer i the prefix of layer 2i, counted round,
+so the same file would be another model there; it refuses what goes by this name."""
+
 
 @final
 class PrefixTuning(Adapter):
@@ -58,13 +62,23 @@ class PrefixTuning(Adapter):
             "num_layers": sites.root_layers,
             "num_attention_heads": sites.key_value_heads,
             "token_dim": sites.key_value_heads * sites.head_size,
-            "num_transformer_submodules": 2 if sites.two_stacks else 1,
+            "num_transformer_submodules": 1,
             "encoder_hidden_size": sites.key_value_heads * sites.head_size,
             "prefix_projection": False,
+            **({"peft_type": OF_A_DECODER} if sites.two_stacks else {}),
         }
 
     @classmethod
+    def describes(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("peft_type") in (cls.peft_type, OF_A_DECODER)
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Self:
+        if int(config.get("num_transformer_submodules") or 1) != 1:
+            raise RecipeError(
+                "the prefix is PEFT's for an encoder-decoder, whose layers share the keys of others",
+                allowed="prefixes of PEFT for a decoder or an encoder, and luthier's own for an encoder-decoder",
+            )
         # PEFT folds the projection away when it saves, so the file holds the final prefix either way.
         return cls(prefix_tokens=int(config["num_virtual_tokens"]))
 

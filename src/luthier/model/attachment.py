@@ -28,6 +28,7 @@ from luthier.model.edits import (
 )
 
 PEFT_PREFIX = "base_model.model."
+ROOT_PREFIX = "base_model."
 
 
 @final
@@ -69,7 +70,9 @@ class Attachment:
         named: dict[str, Tensor] = {}
         for edit in self.edits:
             if isinstance(edit, (SiteEdit, TrainedParameters)):
-                named.update({f"{PEFT_PREFIX}{edit.site_name}.{key}": value for key, value in edit.tensors().items()})
+                # Where nothing but a root is learned, PEFT wraps the model once less, and a new head's name shows it.
+                prefix = ROOT_PREFIX if self.root is not None and edit in self.trained else PEFT_PREFIX
+                named.update({f"{prefix}{edit.site_name}.{key}": value for key, value in edit.tensors().items()})
             else:
                 named.update(edit.tensors())
         return named
