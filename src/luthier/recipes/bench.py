@@ -58,6 +58,8 @@ def lay_out(recipe: FinetuneRecipe, folder: Path | None = None) -> Bench:
         evaluation=found.data.evaluation,
         fraction=recipe.evaluation.fraction,
         seed=recipe.seed,
+        together=recipe.evaluation.together,
+        reserve=recipe.evaluation.reserve,
         context_tokens=context_tokens(found.model),
     )
     model = load_model(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)

@@ -60,6 +60,8 @@ def held_out_of(recipe: FinetuneRecipe, *, data: Path | None = None) -> tuple[Pr
         evaluation=recipe.data.evaluation if data is None else None,
         fraction=recipe.evaluation.fraction if data is None else 0.0,
         seed=recipe.seed,
+        together=recipe.evaluation.together,
+        reserve=recipe.evaluation.reserve if data is None else 0.0,
         context_tokens=context_tokens(recipe.model),
     )
     if data is None:

@@ -126,7 +126,7 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
         *notices,
         *rendering_notices(report, renderer),
         *report.answers.warnings(),
-        *findings.warnings(report.records, held, report.address, chat=bool(report.answers.trained)),
+        *findings.warnings(report.records, held, ~held, report.address, chat=bool(report.answers.trained)),
     ]
     return Checked(
         files=[_detected(opened) for opened in intake.files],
