@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,11 +42,11 @@ def compare(
         int, typer.Option("--questions", metavar="N", help="Held-out prompts that are answered at most.")
     ] = 200,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 128,
-    tries: Annotated[
+    search: Annotated[
         int, typer.Option("--search", metavar="N", help="Learning rates that are tried for each method.")
     ] = 1,
-    try_share: Annotated[
-        float, typer.Option("--search-share", metavar="X", help="Share of the budget that each of them gets.")
+    search_share: Annotated[
+        float, typer.Option(metavar="X", help="Share of the budget that each of them gets.")
     ] = 0.25,
     json: Json = False,
     quiet: Quiet = False,
@@ -55,32 +56,33 @@ def compare(
     \b
     Examples:
       luthier compare --model seedling --data rows.jsonl --methods lora,ia3,in_context
-      luthier compare --model seedling --data rows.jsonl --metric exact_match --search 3
-      luthier compare --model Qwen/Qwen2.5-0.5B --data rows.jsonl --set budget.epochs=1 --run runs/compared
+      luthier compare --model Qwen/Qwen2.5-0.5B --data rows.jsonl --metric exact_match --search 3 --run runs/compared
     """
     with uncollected():
         from luthier.core.knobs import validate
         from luthier.recipes.compare import Measures, require_methods
         from luthier.recipes.compare import compare as compare_methods
-        from luthier.store.comparison import PAGE, heads, table
 
     names = require_methods(methods)
     values = {"questions": questions, "max_new_tokens": max_new_tokens, "examples": examples, "keep": keep,
-              "tries": tries, "try_share": try_share}  # fmt: skip
+              "search": search, "search_share": search_share}  # fmt: skip
     measures = validate(Measures, {"metric": parse_value(metric, name="--metric"), **values})
     with progress(quiet=quiet) as recorder:
         found = compare_methods(
             model, data, names, folder=run, sets=set_ or [], measures=measures, recorder=recorder
         )
-    failed = [one["method"] for one in found["methods"] if "error" in one]
-    if json:
-        print_json(found)
-    else:
-        rows = [list(heads(found)), *table(found)]
-        whole = [row for row in rows if len(row) == len(heads(found))]
-        widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
-        for row in rows:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
-        typer.echo(f"page    {run / PAGE}")
-    if failed:
+    print_json(found) if json else _print(found, run)
+    if any("error" in one for one in found["methods"]):
         raise typer.Exit(1)
+
+
+def _print(found: Mapping[str, Any], run: Path) -> None:
+    """The table, with columns as wide as they need to be, and where the page is."""
+    from luthier.store.comparison import PAGE, heads, table
+
+    rows = [list(heads(found)), *table(found)]
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip())
+    typer.echo(f"page    {run / PAGE}")

@@ -51,6 +51,12 @@ def questions(data: Prepared, most: int, *, seed: int, max_new_tokens: int) -> l
     return [everything[index] for index in sorted(drawn.tolist())]
 
 
+def trained_prompts(data: Prepared, asked: Sequence[Question], *, max_new_tokens: int) -> int:
+    """How many of the questions are prompts of training rows too: an evaluation file keeps no prompt on one side."""
+    known = {prompt.tobytes() for prompt, _ in _asked(data.train, max_new_tokens)}
+    return sum(one.prompt.tobytes() in known for one in asked)
+
+
 def answered(
     model: LanguageModel, data: Prepared, asked: Sequence[Question], *, max_new_tokens: int, before: Ints | None = None
 ) -> list[str]:

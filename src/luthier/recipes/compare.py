@@ -47,8 +47,8 @@ class Measures(Knobs):
     max_new_tokens: int = Field(128, ge=1, description="longest of these answers, in tokens")
     examples: int = Field(4, ge=0, description="training rows before each question, for in_context")
     keep: str = Field("", description="text file on which forgetting is measured; empty is the seedling's own kind")
-    tries: int = Field(1, ge=1, le=9, description="learning rates that are tried for each method; 1 takes the preset's")
-    try_share: float = Field(0.25, gt=0, le=1, description="share of the budget that each of several tries gets")
+    search: int = Field(1, ge=1, le=9, description="learning rates that are tried for each method; 1 tries none")
+    search_share: float = Field(0.25, gt=0, le=1, description="share of the budget that each of several tries gets")
 
     @field_validator("metric", mode="before")
     @classmethod
@@ -151,17 +151,17 @@ def _jobs(
 
 def _found(job: Job, folder: Path, measures: Measures, doing: Doing) -> dict[str, Any]:
     """What a method comes to, at the best of several learning rates where these are looked for."""
-    if job.method == IN_CONTEXT or measures.tries == 1:
+    if job.method == IN_CONTEXT or measures.search == 1:
         doing.tell()
         return _run(job, folder)
     recipe = load_recipe(Path(job.recipe), overrides=job.sets).recipe
-    rates = grid(recipe.optimizer.peak_learning_rate, measures.tries)
+    rates = grid(recipe.optimizer.peak_learning_rate, measures.search)
     tried = []
     for rate in rates:
         doing.tell(f": trying the rate {rate:g}")
-        own = settings_of_try(recipe, rate, measures.try_share)
+        own = settings_of_try(recipe, rate, measures.search_share)
         tried.append(_run(replace(job, sets=(*job.sets, *own), trial=True), folder))
-    search = chosen(rates, tried, share=measures.try_share)
+    search = chosen(rates, tried, share=measures.search_share)
     if search["taken"] is None:
         said = "; ".join(search["errors"]) or "no loss was finite"
         return {"method": job.method, "error": f"none of the rates {rates} works: {said}", "search": search}

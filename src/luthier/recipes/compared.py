@@ -29,7 +29,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import SEEDLING, load_model
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.accounts import peak_memory_bytes
-from luthier.recipes.answers import answered, questions, write_answers
+from luthier.recipes.answers import answered, questions, trained_prompts, write_answers
 from luthier.recipes.compare import Job, Measures
 from luthier.recipes.demo import forgotten
 from luthier.recipes.evaluate import held_out_of, mean_loss
@@ -140,6 +140,7 @@ def judged(
         "quality": measures.metric.of(answers, references),
         "questions": len(asked),
         "references": sum(map(len, references)),
+        "trained_prompts": trained_prompts(prepared, asked, max_new_tokens=room),
     }
 
 

@@ -1,8 +1,8 @@
 """A fair rate for each method: several learning rates are tried on a small budget, and the best is taken.
 
 Idea: methods want rates that differ by a factor of a thousand, and a comparison at rates somebody guessed compares
-guesses. Every method gets the same number of tries, half a decade apart around its preset, each for the same share of
-the budget. They are judged by the loss on rows that are held out of the training rows for this alone: those that the
+guesses. Every method gets the same number of tries, a factor of five apart around its preset, each for the same share
+of the budget. They are judged by the loss on rows that are held out of the training rows for this alone: those that the
 result is reported on are on neither side (`evaluation.reserve`), so that nobody profits from having been looked at.
 A try is short, and short runs like higher rates; a best rate at an end of the grid says that the grid was too small.
 """
@@ -23,8 +23,8 @@ from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import stop_on_signals
 from luthier.train.state import LoopState
 
-SPACING: Final = math.sqrt(10.0)
-"""The factor between neighbours on the grid."""
+SPACING: Final = 5.0
+"""The factor between neighbours on the grid, so that three tries span a factor of 25."""
 VALIDATION: Final = 0.05
 """Share of the training rows that tries are judged by, where the recipe holds nothing out itself."""
 
@@ -66,6 +66,7 @@ def tried(recipe: FinetuneRecipe, *, recorder: Recorder) -> dict[str, Any]:
         )
         state = LoopState()
         state.total_steps = bench.plan["steps"]
+        recorder.record(Event("start", bench.plan, step=0))
         with stop.patient():
             loop.run(state)
     if stop:

@@ -205,6 +205,8 @@ def _said(found: Mapping[str, Any]) -> str:
             f"Quality is {metric}{how} of the greedy answers to {one.get('questions', 0):,} prompts against "
             f"{one.get('references', 0):,} references, of {rows}{sets}."
         )
+        if trained := one.get("trained_prompts"):
+            quality += f" {trained:,} of these prompts are in the training rows too, with other answers."
     searched = any("search" in one for one in found["methods"])
     rates = " Each learning rate was looked for on other rows than these." if searched else ""
     return (
