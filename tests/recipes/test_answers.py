@@ -34,7 +34,7 @@ def test_rows_with_one_prompt_are_one_question(data: Prepared) -> None:
     """Breaks when a reference is lost or is another's, turns before the last are, or a training row is asked."""
     found = questions(data, 9, seed=0, max_new_tokens=8)
     assert [one.references for one in found] == [("a 0",), ("b 0", "b 1"), ("c 0", "c 1", "c 2"), ("d",)]
-    assert trained_prompts(data, found, max_new_tokens=8) == 1 and trained_prompts(data, found[:2], max_new_tokens=8) == 0
+    assert [trained_prompts(data, asked, max_new_tokens=8) for asked in (found, found[:2])] == [1, 0]
     opened = open_named(SEEDLING)
     assert np.array_equal(found[1].prompt, opened.prompt("Say b."))
     assert opened.text(found[3].prompt).count("Say d.") == 1 and "Yes?" in opened.text(found[3].prompt)
