@@ -14,7 +14,7 @@ from luthier.recipes.evaluate import held_out_of
 from luthier.recipes.files import load_recipe
 from luthier.recipes.finetune import start
 from luthier.recipes.progress import Silent
-from luthier.recipes.rates import chosen, grid, settings_of_try, tried
+from luthier.recipes.rates import beyond, chosen, grid, settings_of_try, tried
 from luthier.recipes.schema import FinetuneRecipe
 
 
@@ -87,6 +87,17 @@ def test_a_try_is_the_run_it_stands_for(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     assert found["steps"] == 3 and found["seconds"] > 0 and found["flops"] > 0
     assert found["loss"] == start(recipe, recorder=Silent()).summary["loss"]["eval"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([3.0, 2.0, 1.0], 2.5e-2), ([1.0, 2.0, 3.0], 4e-5), ([3.0, 1.0, 2.0], None), (["NaN", 1.0, "NaN"], None),
+     (["NaN"] * 3, None), ([2.0, 1.0, "NaN"], None)],
+)  # fmt: skip
+def test_the_grid_grows_where_its_best_is_its_last(losses: list[object], expected: float | None) -> None:
+    """Breaks when a preset that is far off stays the choice, or a grid grows on the wrong side or for ever."""
+    assert beyond([2e-4, 1e-3, 5e-3], [{"loss": loss} for loss in losses]) == expected
+    assert beyond([2e-4, 1e-3, 5e-3, 4e-5], [{"loss": loss} for loss in (2.0, 3.0, 4.0, 5.0)]) is None
 
 
 def test_the_least_loss_is_taken_and_failures_are_not() -> None:

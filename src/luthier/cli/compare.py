@@ -43,7 +43,7 @@ def compare(
     ] = 200,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 128,
     search: Annotated[
-        int, typer.Option("--search", metavar="N", help="Learning rates that are tried for each method.")
+        int, typer.Option("--search", metavar="N", help="Learning rates that are tried for each method, at least.")
     ] = 1,
     search_share: Annotated[
         float, typer.Option(metavar="X", help="Share of the budget that each of them gets.")

@@ -30,7 +30,7 @@ from luthier.metrics import Metric
 from luthier.model.load import resolve_source
 from luthier.recipes.files import load_recipe
 from luthier.recipes.presets import IN_CONTEXT, preset
-from luthier.recipes.rates import chosen, grid, settings_of_try
+from luthier.recipes.rates import beyond, chosen, grid, settings_of_try
 from luthier.store.comparison import write_comparison
 from luthier.store.files import write_json, write_text
 
@@ -47,7 +47,7 @@ class Measures(Knobs):
     max_new_tokens: int = Field(128, ge=1, description="longest of these answers, in tokens")
     examples: int = Field(4, ge=0, description="training rows before each question, for in_context")
     keep: str = Field("", description="text file on which forgetting is measured; empty is the seedling's own kind")
-    search: int = Field(1, ge=1, le=9, description="learning rates that are tried for each method; 1 tries none")
+    search: int = Field(1, ge=1, le=9, description="learning rates that are tried for each method, at least; 1 is none")
     search_share: float = Field(0.25, gt=0, le=1, description="share of the budget that each of several tries gets")
 
     @field_validator("metric", mode="before")
@@ -156,11 +156,15 @@ def _found(job: Job, folder: Path, measures: Measures, doing: Doing) -> dict[str
         return _run(job, folder)
     recipe = load_recipe(Path(job.recipe), overrides=job.sets).recipe
     rates = grid(recipe.optimizer.peak_learning_rate, measures.search)
-    tried = []
-    for rate in rates:
+    tried: list[dict[str, Any]] = []
+    while len(tried) < len(rates):
+        rate = rates[len(tried)]
         doing.tell(f": trying the rate {rate:g}")
         own = settings_of_try(recipe, rate, measures.search_share)
         tried.append(_run(replace(job, sets=(*job.sets, *own), trial=True), folder))
+        if measures.search <= len(tried) == len(rates) < 2 * measures.search:
+            more = beyond(rates, tried)
+            rates += [] if more is None else [more]
     search = chosen(rates, tried, share=measures.search_share)
     if search["taken"] is None:
         said = "; ".join(search["errors"]) or "no loss was finite"

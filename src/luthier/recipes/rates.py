@@ -2,9 +2,10 @@
 
 Idea: methods want rates that differ by a factor of a thousand, and a comparison at rates somebody guessed compares
 guesses. Every method gets the same number of tries, a factor of five apart around its preset, each for the same share
-of the budget. They are judged by the loss on rows that are held out of the training rows for this alone: those that the
-result is reported on are on neither side (`evaluation.reserve`), so that nobody profits from having been looked at.
-A try is short, and short runs like higher rates; a best rate at an end of the grid says that the grid was too small.
+of the budget. Where the best of them is the last on its side, the next rate on that side is tried, too, until the best
+lies between two others or as many tries again have been made: a preset may be far off.
+They are judged by the loss on rows that are held out of the training rows for this alone: those that the result is
+reported on are on neither side (`evaluation.reserve`), so that nobody profits from having been looked at. A try is short, and short runs like higher rates.
 """
 
 from __future__ import annotations
@@ -32,6 +33,17 @@ VALIDATION: Final = 0.05
 def grid(preset: float, count: int) -> list[float]:
     """So many rates around a preset, each `SPACING` times the one before, to three digits."""
     return [float(f"{preset * SPACING ** (index - (count - 1) / 2):.3g}") for index in range(count)]
+
+
+def beyond(rates: Sequence[float], found: Sequence[Mapping[str, Any]]) -> float | None:
+    """The rate to try next: past the end at which the best lies; None when it lies between others, or none works."""
+    losses = [_loss(one) for one in found]
+    best = min(range(len(rates)), key=lambda index: losses[index])
+    if not math.isfinite(losses[best]):
+        return None
+    if rates[best] == max(rates):
+        return float(f"{rates[best] * SPACING:.3g}")
+    return float(f"{rates[best] / SPACING:.3g}") if rates[best] == min(rates) else None
 
 
 def settings_of_try(recipe: FinetuneRecipe, rate: float, share: float) -> tuple[str, ...]:
@@ -89,7 +101,7 @@ def chosen(rates: Sequence[float], found: Sequence[Mapping[str, Any]], *, share:
         "losses": losses,
         "errors": [one["error"] for one in found if "error" in one],
         "taken": rates[best] if worked else None,
-        "at_edge": worked and best in (0, len(rates) - 1),
+        "at_edge": worked and rates[best] in (min(rates), max(rates)),
         "budget_share": share,
         "seconds": sum(one.get("seconds", 0.0) for one in found),
         "flops": sum(one.get("flops", 0.0) for one in found),
