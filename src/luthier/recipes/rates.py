@@ -5,7 +5,8 @@ guesses. Every method gets the same number of tries, a factor of five apart arou
 of the budget. Where the best of them is the last on its side, the next rate on that side is tried, too, until the best
 lies between two others or as many tries again have been made: a preset may be far off.
 They are judged by the loss on rows that are held out of the training rows for this alone: those that the result is
-reported on are on neither side (`evaluation.reserve`), so that nobody profits from having been looked at. A try is short, and short runs like higher rates.
+reported on are on neither side (`evaluation.reserve`), so that nobody profits from having been looked at. A try is
+short, and short runs like higher rates.
 """
 
 from __future__ import annotations
