@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ def test_fewer_questions_are_drawn_and_keep_all_their_references(data: Prepared)
     assert draws[3] == tuple(one.references for one in questions(data, 2, seed=3, max_new_tokens=8))
     everything = {one.references for one in questions(data, 9, seed=0, max_new_tokens=8)}
     assert set(sum(draws, ())) == everything and len(set(draws)) > 2 and all(len(draw) == 2 for draw in draws)
-    with pytest.raises(RecipeError, match="nothing is held out"):
-        questions(Prepared(data.report, data.renderer, data.store, data.train, data.train.__class__(
-            data.store, data.train.indices[:0])), 2, seed=0, max_new_tokens=8)  # fmt: skip
+    nothing = replace(data, held_out=replace(data.train, indices=data.train.indices[:0]))
+    with pytest.raises(RecipeError, match="1 rows to train and none held out"):
+        questions(nothing, 2, seed=0, max_new_tokens=8)
 
 
 def test_answers_are_what_the_model_says_to_each_prompt_by_itself(data: Prepared, tmp_path: Path) -> None:

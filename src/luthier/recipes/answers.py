@@ -40,7 +40,11 @@ def questions(data: Prepared, most: int, *, seed: int, max_new_tokens: int) -> l
     Raises RecipeError when nothing is held out.
     """
     if not len(data.held_out):
-        raise RecipeError("nothing is held out", do="set evaluation.fraction above 0, or data.evaluation")
+        raise RecipeError(
+            f"{len(data.train):,} rows to train and none held out",
+            allowed="at least one held-out row to ask for",
+            do="set evaluation.fraction above 0, or data.evaluation",
+        )
     known: dict[bytes, Question] = {}
     for prompt, reference in _asked(data.held_out, max_new_tokens):
         key = prompt.tobytes()
