@@ -15,7 +15,7 @@ FLOORS: dict[str, float] = {
     **dict.fromkeys(("model", "program"), 3.5),
     **dict.fromkeys(
         ("adapters", "quantizers", "optimizers", "objectives", "schedules", "rewards", "strategies", "curators",
-         "synthesizers", "mergers", "probes", "prompt_optimizers", "exporters"), 4),
+         "synthesizers", "mergers", "metrics", "probes", "prompt_optimizers", "exporters"), 4),
     **dict.fromkeys(("train", "infer", "merge", "curate", "trace"), 5),
     "recipes": 6,
     **dict.fromkeys(("cli", "server", "studio", "api"), 7),

@@ -13,11 +13,11 @@ import pytest
 
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data import prepare as prepare_module
-from luthier.data.prepare import Prepared, Reading, prepare
+from luthier.data.prepare import Prepared, Reading, Together, prepare
 from luthier.data.rendering.process import RenderProcess
 from luthier.data.rendering.renderer import TooLongError
 from luthier.data.rendering.template import Template
-from luthier.data.split import split
+from luthier.data.split import Split, split
 from luthier.data.tokenizer import Tokenizer
 from tests.data.conftest import build
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -51,6 +51,8 @@ def made(tmp_path: Path, tokenizer: Tokenizer) -> Make:
         held: Sequence[str] = (),
         fraction: float = 0.0,
         seed: int = 0,
+        together: Together = "copies",
+        reserve: float = 0.0,
         read_by: Tokenizer = tokenizer,
         **settings: Any,
     ) -> Prepared:
@@ -64,6 +66,8 @@ def made(tmp_path: Path, tokenizer: Tokenizer) -> Make:
             evaluation=evaluation if held else None,
             fraction=fraction,
             seed=seed,
+            together=together,
+            reserve=reserve,
             context_tokens=256,
             cache=tmp_path / "cache",
         )
@@ -278,6 +282,42 @@ def test_copies_stay_on_one_side_of_the_split(made: Make) -> None:
     assert len(alike.held_out) == 0 and "none is held out" in only(alike, "none is held out")
     two = made([*[ask("a", "b")] * 8, *[ask("c", "d")] * 5], fraction=0.1)
     assert two.store.rows[two.held_out.indices].tolist() == [8, 9, 10, 11, 12]
+
+
+def test_answers_to_one_prompt_stay_on_one_side_where_that_is_asked(made: Make) -> None:
+    """Breaks when a model is judged by a prompt to which it has been trained other answers."""
+    rows = [ask(f"question {n % 10}", f"answer {n}") for n in range(40)]
+    for seed in range(4):
+        data = made(rows, fraction=0.2, seed=seed, together="prompts")
+        sides = [{int(row) % 10 for row in data.store.rows[part.indices]} for part in (data.train, data.held_out)]
+        assert not sides[0] & sides[1] and len(data.held_out) == 8 and len(data.train) == 32
+        only(data, "30 rows are copies or answers to the prompts of others")
+    plain = made(rows, fraction=0.2, seed=0)
+    assert {int(row) % 10 for row in plain.store.rows[plain.held_out.indices]} & {
+        int(row) % 10 for row in plain.store.rows[plain.train.indices]
+    }
+    # Texts have no prompt: each is its own.
+    texts = [json.dumps({"text": f"The same, and {n}."}) + "\n" for n in range(20)]
+    assert len(made(texts, fraction=0.2, together="prompts").held_out) == 4
+
+
+@pytest.mark.parametrize("together", ["copies", "prompts"])
+def test_what_is_reserved_is_what_another_run_holds_out(made: Make, together: Together) -> None:
+    """Breaks when what a rate was chosen by is what is reported, or reserved rows are trained."""
+    rows = [ask(f"question {n % 10}", f"answer {n}") for n in range(40)]
+    judged = made(rows, fraction=0.2, seed=3, together=together)
+    chosen = made(rows, fraction=0.25, reserve=0.2, seed=3, together=together)
+    parts = [set(part.indices.tolist()) for part in (chosen.train, chosen.held_out, judged.held_out)]
+    assert set().union(*parts) == set(range(40)) and sum(map(len, parts)) == 40
+    assert len(parts[1]) == 8 and "8 rows are reserved" in only(chosen, "reserved")
+
+
+def test_of_one_long_text_the_pieces_before_the_reserve_are_held_out() -> None:
+    """Breaks when a piece is on two sides or on none."""
+    judged, chosen = Split.of_pieces(20, 0.1), Split.of_pieces(20, 0.2, reserve=0.1)
+    assert np.flatnonzero(judged.held_views).tolist() == [18, 19] and judged.train_views.sum() == 18
+    assert np.flatnonzero(chosen.held_views).tolist() == [14, 15, 16, 17]
+    assert np.flatnonzero(chosen.train_views).tolist() == list(range(14))
 
 
 def test_the_split_without_copies_is_a_plain_draw() -> None:

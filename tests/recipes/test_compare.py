@@ -1,4 +1,4 @@
-"""Comparing methods: processes of their own, examples in the context, and what is refused before anything runs."""
+"""Comparing methods: processes of their own, examples in the context, answers judged, and what is refused at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from luthier.assets.demo_task import demo_rows
 from luthier.core import catalog
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.core.events import Event
+from luthier.core.knobs import validate
 from luthier.data.forest import Forest
-from luthier.recipes.compare import FOUND, compare, require_methods
-from luthier.recipes.compared import behind
+from luthier.data.prepare import Reading, prepare
+from luthier.data.tokenizer import Tokenizer
+from luthier.metrics.exact_match import ExactMatch
+from luthier.model.load import resolve_source
+from luthier.recipes.compare import FOUND, Measures, compare, require_methods
+from luthier.recipes.compared import behind, shots
 from luthier.recipes.presets import PRESETS, preset
 from luthier.recipes.progress import Silent
+from luthier.recipes.rates import grid
 from tests import forests
 
 SETS = ("budget.steps=2", "batch.rows=4", "evaluation.fraction=0.2", "evaluation.prompts=0")
@@ -40,9 +46,8 @@ def test_each_method_is_trained_and_measured_and_one_that_fails_ends_no_other(ro
         def record(self, event: Event) -> None:
             told.append(str(event.values.get("what")))
 
-    found = compare(
-        "seedling", str(rows), ["bitfit", "in_context", "ia3"], folder=folder, sets=SETS, examples=2, recorder=Notes()
-    )
+    methods, how = ["bitfit", "in_context", "ia3"], Measures(examples=2)
+    found = compare("seedling", str(rows), methods, folder=folder, sets=SETS, measures=how, recorder=Notes())
     failed, shown, trained = found["methods"]
     assert "has no biases" in failed["error"] and (folder / "bitfit.log").is_file()
     assert shown["trained_parameters"] == shown["file_bytes"] == 0 and shown["forgetting"] == 0.0
@@ -60,6 +65,55 @@ def test_each_method_is_trained_and_measured_and_one_that_fails_ends_no_other(ro
         compare("seedling", str(rows), ["ia3"], folder=folder, recorder=Silent())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_answers_are_judged_and_rates_are_looked_for_on_other_rows(tmp_path: Path) -> None:
+    """Breaks when answers to one prompt are on both sides, a reference is lost, the reported rows choose the rate, a
+    try leaves files behind, or the rate that was found is not the one that is trained at."""
+    path, folder = tmp_path / "rows.jsonl", tmp_path / "compared"
+    made = [{"question": f"What is {n % 12}?", "answer": f"Well.\n#### {n % 12 + n // 12}"} for n in range(36)]
+    path.write_text("\n".join(map(json.dumps, made)), "utf-8")
+    values = {"metric": "exact_match", "search": 2, "search_share": 0.5, "examples": 2, "max_new_tokens": 9}
+    how = validate(Measures, values)
+    methods, sets = ["lora", "in_context"], (*SETS, "evaluation.fraction=0.25")
+    found = compare("seedling", str(path), methods, folder=folder, sets=sets, measures=how, recorder=Silent())
+    trained, shown = found["methods"]
+    assert found["measures"]["metric"] == {"method": "exact_match", "marker": "####", "ignore_case": False}
+    for one in (trained, shown):
+        assert "error" not in one, one
+        assert one["questions"] == 3 and one["references"] == one["held_out_rows"] == 9
+        written = (folder / f"{one['method']}.answers.jsonl").read_text("utf-8").splitlines()
+        said, known = zip(*((row["answer"], row["references"]) for row in map(json.loads, written)), strict=True)
+        assert [len(references) for references in known] == [3, 3, 3] and "What is" in written[0]
+        assert one["quality"] == ExactMatch().of(said, known)
+    search = trained["search"]
+    assert search["rates"][:2] == grid(1e-3, 2) and 3 <= len(search["rates"]) <= 4
+    assert search["taken"] == search["rates"][int(np.argmin(search["losses"]))]
+    assert trained["learning_rate"] == search["taken"] and search["seconds"] > 0 and search["flops"] > 0
+    assert "search" not in shown
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["lora", "recipes"]
+    log = (folder / "lora.log").read_text("utf-8")
+    assert log.count("rows to train") == len(search["rates"]) + 1
+    assert "9 rows are reserved" in log and "/1 " in log and "/2 " in log
+    page = (folder / "comparison.html").read_text("utf-8")
+    assert "exact_match (marker ####" in page and "Question 3" in page and f" of {len(search['rates'])} in " in page
+
+
+def test_examples_have_different_prompts_and_are_the_same_again(tmp_path: Path) -> None:
+    """Breaks when a file that is sorted by prompt gives the same prompt as every example."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"What is {n // 5}?", "answer": f"It is {n}."} for n in range(20)]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    prepared = prepare(path, Tokenizer.load(resolve_source("seedling")), Reading(), cache=tmp_path / "cache")
+    root = shots(prepared, [], 4, room=None, seed=0)
+    text = prepared.renderer.tokenizer.decode(root.tolist())
+    assert all(text.count(f"What is {n}?") == 1 for n in range(4))
+    assert np.array_equal(root, shots(prepared, [], 9, room=None, seed=0))
+    assert not np.array_equal(root, shots(prepared, [], 4, room=None, seed=1))
+    with pytest.raises(RecipeError, match="lower --examples"):
+        shots(prepared, [], 4, room=10, seed=0)
+
+
 def test_what_does_not_hold_together_is_refused_at_once(rows: Path, tmp_path: Path) -> None:
     """Breaks when a wrong name, key or file is found out only after the first method has been trained."""
 
@@ -70,8 +124,12 @@ def test_what_does_not_hold_together_is_refused_at_once(rows: Path, tmp_path: Pa
 
     assert "no method 'lorra'" in refused(["ia3", "lorra"])
     assert "named twice" in refused(["ia3", "ia3"])
-    assert "no file" in refused(["ia3"], keep=tmp_path / "missing.txt")
+    assert "no file" in refused(["ia3"], measures=Measures(keep=str(tmp_path / "missing.txt")))
     assert "budget" in refused(["ia3"], sets=("budget.epoch=1",))
+    for values, part in (({"metric": "blue"}, "no metric 'blue'"), ({"search": 0}, "search"), ({"keep": 1}, "keep")):
+        with pytest.raises(RecipeError, match=part):
+            validate(Measures, values)
+    assert validate(Measures, {"metric": "likelihood"}).metric is None
     missing = (("./nowhere", rows, "no model folder"), ("seedling", tmp_path / "x.jsonl", "is not there"))
     for model, data, part in missing:
         with pytest.raises(LuthierError, match=part):

@@ -22,6 +22,7 @@ from luthier.core.errors import DataError
 from luthier.core.units import percent_text
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
+from luthier.data.token_store import TokenStore
 
 SHOWN: Final = 3
 """Addresses that a warning names."""
@@ -148,9 +149,27 @@ class Watch:
         return self._known[key]
 
 
-def groups(records: NDArray[np.void]) -> NDArray[np.int64] | None:
-    """For each row the first one of which it is a copy, in tokens or in text; None when there is no copy at all."""
+def prompts(store: TokenStore, records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """For each row a digest of what stands before its first trained token; of the whole row where nothing does."""
+    found = np.array(records["tokens"])
+    first = np.searchsorted(store.rows, records["row"])
+    for index, view in enumerate(first.tolist()):
+        start, end = int(store.offsets[view]), int(store.offsets[view + 1])
+        trained = np.flatnonzero(store.weights[start:end] > 0)
+        # A text is trained from its second token on: the first one is no prompt.
+        if len(trained) and trained[0] > 1:
+            said = np.ascontiguousarray(store.tokens[start : start + int(trained[0])])
+            found[index] = int.from_bytes(blake2b(said.tobytes(), digest_size=8).digest(), "little")
+    return found
+
+
+def groups(records: NDArray[np.void], alike: NDArray[np.uint64] | None = None) -> NDArray[np.int64] | None:
+    """For each row the first one of which it is a copy, in tokens or in text; None when there is no copy at all.
+
+    Rows that agree in `alike` are in one group too.
+    """
     columns = [np.unique(records[name], return_inverse=True)[1] for name in ("tokens", "text")]
+    columns += [] if alike is None else [np.unique(alike, return_inverse=True)[1]]
     if all(len(column) == 0 or int(column.max()) + 1 == len(records) for column in columns):
         return None
     label = np.arange(len(records))
@@ -164,29 +183,31 @@ def groups(records: NDArray[np.void]) -> NDArray[np.int64] | None:
             return label
 
 
-def warnings(records: NDArray[np.void], held: Mask, where: Where, *, chat: bool, classes: bool = False) -> list[str]:
-    """What to say of rows that are alike.
+def warnings(
+    records: NDArray[np.void], held: Mask, train: Mask, where: Where, *, chat: bool, classes: bool = False
+) -> list[str]:
+    """What to say of `held` out and `train`ed rows that are alike.
 
-    `held` are the held-out ones, `chat` says that rows have answers, `classes` that they have classes.
+    `chat` says that rows have answers, `classes` that they have classes.
     """
     return [
-        *_leaks(records, held, where),
-        *_copies(records, ~held, where),
+        *_leaks(records, held, train, where),
+        *_copies(records, train, where),
         *(_contradictions(records, where) if classes else []),
-        *(_common(records, ~held, where) if chat else []),
+        *(_common(records, train, where) if chat else []),
     ]
 
 
-def _leaks(records: NDArray[np.void], held: Mask, where: Where) -> list[str]:
-    exact = _known_in(records["tokens"], held)
-    either = exact | _known_in(records["text"], held)
+def _leaks(records: NDArray[np.void], held: Mask, train: Mask, where: Where) -> list[str]:
+    exact = _known_in(records["tokens"], held, train)
+    either = exact | _known_in(records["text"], held, train)
     count, total = int(either.sum()), int(held.sum())
     if not count:
         return []
     pairs = []
     for index in np.flatnonzero(either)[:SHOWN]:
         name = "tokens" if exact[index] else "text"
-        twin = int(np.flatnonzero(~held & (records[name] == records[name][index]))[0])
+        twin = int(np.flatnonzero(train & (records[name] == records[name][index]))[0])
         pairs.append(f"{where(int(index))} = {where(twin)}")
     return [
         f"{count:,} of {total:,} evaluation rows ({percent_text(count / total)}) are training rows too, "
@@ -201,10 +222,10 @@ def _how_alike(exact: int, count: int) -> str:
     return f"{exact:,} of them token for token, the others but for white space and capitals"
 
 
-def _known_in(column: NDArray[np.uint64], held: Mask) -> Mask:
-    """The held-out rows that are among the others."""
+def _known_in(column: NDArray[np.uint64], held: Mask, train: Mask) -> Mask:
+    """The held-out rows that are among the trained ones."""
     found = np.zeros(len(column), np.bool_)
-    found[held] = np.isin(column[held], column[~held])
+    found[held] = np.isin(column[held], column[train])
     return found
 
 

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,19 @@ class Reading:
     def meanings(self) -> tuple[Meaning, ...]:
         """What rows may mean."""
         return MEANINGS[self.kind] if self.wanted is None else self.wanted
+
+
+Together = Literal["copies", "prompts"]
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Which rows a run holds out of its training rows: the shares, the seed of the draw, and what stays together."""
+
+    fraction: float
+    reserve: float
+    seed: int
+    together: Together
 
 
 @final
@@ -201,13 +214,16 @@ def prepare(
     evaluation: str | Path | Sequence[str | Path] | None = None,
     fraction: float = 0.0,
     seed: int = 0,
+    together: Together = "copies",
+    reserve: float = 0.0,
     context_tokens: int | None = None,
     cache: Path | None = None,
 ) -> Prepared:
     """Read, render, check and split. Raises DataError with the address of what cannot be used.
 
     With `evaluation` files their rows are held out; else a `fraction` of the rows, drawn by `seed`. All views of a row
-    fall on the same side, and so do the copies of a row.
+    fall on the same side, and so do the copies of a row; with `together` all rows that have one prompt. Of the rows
+    that are split, a share `reserve` is on neither side.
     """
     # Where the tokens are cached, no template has to be compiled for them.
     renderer, chosen = make_renderer(tokenizer, reading, context_tokens=context_tokens, at_once=False)
@@ -224,7 +240,7 @@ def prepare(
             f"none of the {report.read:,} rows is left to train on", do="look at the counts of: luthier data check"
         )
     chat, labelled = bool(report.answers.trained), store.labels is not None
-    parts = _split(report, store, len(train_sources), fraction=fraction, seed=seed)
+    parts = _split(report, store, len(train_sources), Holding(fraction, reserve, seed, together))
     if reading.classes is None and store.labels is not None:
         demand_classes(store, parts.held_views, report.where)
     notices = [
@@ -232,9 +248,11 @@ def prepare(
         *rendering_notices(report, renderer),
         *report.answers.warnings(),
         *parts.notices,
-        *findings.warnings(report.records, parts.held_rows, report.address, chat=chat, classes=labelled),
+        *findings.warnings(
+            report.records, parts.held_rows, parts.train_rows, report.address, chat=chat, classes=labelled
+        ),
     ]
-    sides = Views(store, np.flatnonzero(~parts.held_views)), Views(store, np.flatnonzero(parts.held_views))
+    sides = Views(store, np.flatnonzero(parts.train_views)), Views(store, np.flatnonzero(parts.held_views))
     return Prepared(report, renderer, store, *sides, tuple(notices))
 
 
@@ -292,14 +310,24 @@ def _stored(
     return store, report
 
 
-def _split(report: RowReport, store: TokenStore, train_files: int, *, fraction: float, seed: int) -> Split:
+def _split(report: RowReport, store: TokenStore, train_files: int, how: Holding) -> Split:
     """Which rows are held out."""
     rows = report.records["row"]
     if len(report.files) > train_files:
         first = report.files[train_files].start
         return Split.of(rows, store.rows, rows[rows >= first])
     if len(rows) == 1 and store.labels is None and (store.roles == TOKEN_ROLES.index("text")).any():
-        return Split.of_pieces(len(store), fraction)
+        return Split.of_pieces(len(store), how.fraction, reserve=how.reserve)
+    groups = None
+    if how.fraction > 0 or how.reserve > 0:
+        prompts = findings.prompts(store, report.records) if how.together == "prompts" else None
+        groups = findings.groups(report.records, prompts)
     return split(
-        rows, store.rows, findings.groups(report.records) if fraction > 0 else None, fraction=fraction, seed=seed
+        rows,
+        store.rows,
+        groups,
+        fraction=how.fraction,
+        seed=how.seed,
+        reserve=how.reserve,
+        alike="copies" if how.together == "copies" else "copies or answers to the prompts",
     )

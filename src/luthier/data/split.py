@@ -2,6 +2,8 @@
 
 Idea: rows are drawn in an order that depends on the seed alone. Where rows have copies, a row is drawn with all of
 them, so that nothing the model is judged by has been trained on; where there are none, it is a plain draw.
+Rows that are reserved are drawn first, and are those that a split without a reserve would hold out: what is chosen by
+one run's held-out rows can be judged by another's.
 """
 
 from __future__ import annotations
@@ -23,43 +25,82 @@ class Split:
 
     held_rows: NDArray[np.bool_]
     held_views: NDArray[np.bool_]
+    train_rows: NDArray[np.bool_]
+    train_views: NDArray[np.bool_]
     notices: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, rows: Ids, view_rows: Ids, chosen: Ids, *, notices: tuple[str, ...] = ()) -> Split:
-        """The split that holds out the rows `chosen`."""
-        return cls(np.isin(rows, chosen), np.isin(view_rows, chosen), notices)
+    def of(
+        cls, rows: Ids, view_rows: Ids, chosen: Ids, *, reserved: Ids | None = None, notices: tuple[str, ...] = ()
+    ) -> Split:
+        """The split that holds out the rows `chosen`, and trains on all others but the `reserved` ones."""
+        gone = chosen if reserved is None else np.concatenate([chosen, reserved])
+        held = np.isin(rows, chosen), np.isin(view_rows, chosen)
+        return cls(*held, ~np.isin(rows, gone), ~np.isin(view_rows, gone), notices)
 
     @classmethod
-    def of_pieces(cls, count: int, fraction: float) -> Split:
-        """One long text: its pieces share no token, so the last ones can be held out."""
-        share = min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
-        return cls(np.zeros(1, np.bool_), np.arange(count) >= count - share)
+    def of_pieces(cls, count: int, fraction: float, *, reserve: float = 0.0) -> Split:
+        """One long text: its pieces share no token, so the last ones can be held out, and those before a reserve."""
+        end = count - _share(count, reserve)
+        start = end - _share(end, fraction)
+        pieces = np.arange(count)
+        return cls(np.zeros(1, np.bool_), (start <= pieces) & (pieces < end), np.ones(1, np.bool_), pieces < start)
 
 
-def split(rows: Ids, view_rows: Ids, groups: NDArray[np.int64] | None, *, fraction: float, seed: int) -> Split:
-    """Hold out a `fraction` of the rows, at least one where that is possible; `groups` says which are copies."""
+def split(
+    rows: Ids,
+    view_rows: Ids,
+    groups: NDArray[np.int64] | None,
+    *,
+    fraction: float,
+    seed: int,
+    reserve: float = 0.0,
+    alike: str = "copies",
+) -> Split:
+    """Hold out a `fraction` of the rows, at least one where that is possible; `groups` says which are `alike`.
+
+    A share `reserve` is set aside before: neither trained nor held out.
+    """
+    if reserve == 0:
+        chosen, notices = _draw(rows, groups, fraction, seed=seed, alike=alike)
+        return Split.of(rows, view_rows, chosen, notices=notices)
+    reserved, _ = _draw(rows, groups, reserve, seed=seed, alike=alike)
+    left = np.flatnonzero(~np.isin(rows, reserved))
+    left_groups = None if groups is None else groups[left]
+    chosen, notices = _draw(rows[left], left_groups, fraction, seed=seed, alike=alike)
+    told = f"{len(reserved):,} rows are reserved: neither trained nor evaluated (evaluation.reserve)"
+    return Split.of(rows, view_rows, chosen, reserved=reserved, notices=(told, *notices))
+
+
+def _draw(
+    rows: Ids, groups: NDArray[np.int64] | None, fraction: float, *, seed: int, alike: str
+) -> tuple[Ids, tuple[str, ...]]:
+    """The rows that are drawn, and what there is to say of them."""
     count = round(fraction * len(rows))
     if fraction > 0 and len(rows) > 1:
         count = max(1, min(count, len(rows) - 1))
     order = np.random.default_rng([seed, _DRAW]).permutation(rows)
     if groups is None or count == 0:
-        return Split.of(rows, view_rows, order[:count])
+        return order[:count], ()
     chosen = _by_groups(groups, groups[np.searchsorted(rows, order)], count)
     held = int(np.isin(groups, chosen).sum())
-    copies = len(rows) - len(np.unique(groups))
-    notice = f"{copies:,} rows are copies of others; copies stay on one side of the split"
+    others = len(rows) - len(np.unique(groups))
+    notice = f"{others:,} rows are {alike} of others; {alike} stay on one side of the split"
     if held == 0:
-        notice = "every row is a copy of one and the same, so none is held out; name other rows: data.evaluation"
+        notice = f"all rows are {alike} of one another, so none is held out; name other rows: data.evaluation"
     elif held != count:
         notice += f", so {held:,} rows are held out instead of {count:,}"
-    return Split.of(rows, view_rows, rows[np.isin(groups, chosen)], notices=(notice,))
+    return rows[np.isin(groups, chosen)], (notice,)
+
+
+def _share(count: int, fraction: float) -> int:
+    return min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
 
 
 def _by_groups(groups: NDArray[np.int64], drawn: NDArray[np.int64], count: int) -> list[int]:
     """Whole groups in the order they are drawn, as far as they fit into `count`; the smallest when none fits."""
     names, sizes = np.unique(groups, return_counts=True)
-    size_of = np.zeros(len(groups), np.int64)
+    size_of = np.zeros(int(names[-1]) + 1, np.int64)
     size_of[names] = sizes
     chosen: list[int] = []
     seen: set[int] = set()

@@ -71,6 +71,8 @@ def lay_out(
         evaluation=found.data.evaluation,
         fraction=recipe.evaluation.fraction,
         seed=recipe.seed,
+        together=recipe.evaluation.together,
+        reserve=recipe.evaluation.reserve,
         context_tokens=context_tokens(found.model),
     )
     task = objective.task(data.classes)

@@ -1,7 +1,8 @@
 """One method of a comparison, in a process of its own: train it or not, measure it, say what came out.
 
-Quality is exp(-loss): the geometric mean of the probabilities that the trained tokens of the held-out rows get. It is
-between 0 and 1, needs no sampling, and every method has it, in-context learning too.
+Without a metric quality is exp(-loss): the geometric mean of the probabilities that the trained tokens of the held-out
+rows get. It is between 0 and 1, needs no sampling, and every method has it, in-context learning too. With a metric it
+is what that says of the answers generated for the held-out prompts.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import numpy as np
 from luthier.core.child import bound_to_parent
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.core.events import plain
+from luthier.core.knobs import validate
 from luthier.data.conversation import Row, Text
 from luthier.data.forest import Segment, Tree
 from luthier.data.prepare import Prepared
+from luthier.model.language_model import LanguageModel
 from luthier.model.load import SEEDLING
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.accounts import peak_memory_bytes
-from luthier.recipes.compare import Job
+from luthier.recipes.answers import answered, questions, trained_prompts, write_answers
+from luthier.recipes.compare import Job, Measures
 from luthier.recipes.demo import forgotten
 from luthier.recipes.evaluate import held_out_of, mean_loss
 from luthier.recipes.files import load_recipe
@@ -35,10 +39,14 @@ from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.presets import IN_CONTEXT
 from luthier.recipes.progress import progress
 from luthier.recipes.quantized import load_base
+from luthier.recipes.rates import tried
+from luthier.recipes.samples import question
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.store.comparison import ANSWERS
 
 BATCH = 16
 """Held-out rows that share one pass over the examples."""
+_DRAW = 0x1C1
 KEPT_PIECE = 2000
 """Characters of a kept text that are one row."""
 
@@ -46,9 +54,13 @@ KEPT_PIECE = 2000
 def measured(job: Job) -> dict[str, Any]:
     """What a method is: quality, what it trained, what it takes."""
     recipe = load_recipe(Path(job.recipe), overrides=job.sets).recipe
+    measures = validate(Measures, job.measures)
+    answers = Path(job.run).with_suffix(ANSWERS)
     if job.method == IN_CONTEXT:
-        return in_context(recipe, job.examples)
+        return in_context(recipe, measures, answers)
     with progress() as recorder:
+        if job.trial:
+            return tried(recipe, recorder=recorder)
         result = start(recipe, recorder=recorder)
     summary = result.summary
     plan = json.loads((result.path / "plan.json").read_text("utf-8"))
@@ -59,7 +71,7 @@ def measured(job: Job) -> dict[str, Any]:
             f"nothing of {recipe.data.train} is held out", do="set evaluation.fraction above 0, or data.evaluation"
         )
     prepared, trees = held_out_of(recipe)
-    return {
+    found = {
         "quality": math.exp(-loss),
         "loss": loss,
         "loss_before": summary["loss"]["eval_first"],
@@ -67,24 +79,28 @@ def measured(job: Job) -> dict[str, Any]:
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "seconds": summary["train_seconds"],
-        "forgetting": forgetting(recipe, result.path, job.keep),
+        "forgetting": forgetting(recipe, result.path, measures.keep),
         "training_flops": plan["speed"]["flops_per_token"] * summary["tokens"]["total"],
         "query_flops": 2.0 * summary["parameters"] * _mean_tokens(trees),
         "held_out_rows": len(prepared.held_out),
+        "learning_rate": recipe.optimizer.peak_learning_rate,
         "run": str(result.path),
     }
+    if measures.metric is not None:
+        found |= judged(open_named(str(result.path)).model, recipe, prepared, measures, path=answers)
+    return found
 
 
-def in_context(recipe: FinetuneRecipe, examples: int) -> dict[str, Any]:
-    """The base model with training rows before each held-out one; they are computed once for all of them."""
+def in_context(recipe: FinetuneRecipe, measures: Measures, answers: Path) -> dict[str, Any]:
+    """The base model with training rows before each held-out one; for the loss they are computed once for many."""
     prepared, trees = held_out_of(recipe)
     model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
-    root = shots(prepared, trees, examples, room=model.context_tokens)
+    root = shots(prepared, trees, measures.examples, room=model.context_tokens, seed=recipe.seed)
     together = behind(root, trees)
     loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=recipe.batch.micro_tokens)
     alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    return {
+    found = {
         "quality": math.exp(-loss),
         "loss": loss,
         "loss_before": alone,
@@ -96,14 +112,54 @@ def in_context(recipe: FinetuneRecipe, examples: int) -> dict[str, Any]:
         "training_flops": 0.0,
         "query_flops": 2.0 * parameters * (_mean_tokens(trees) + len(root)),
         "held_out_rows": len(prepared.held_out),
-        "examples": examples,
+        "examples": measures.examples,
         "example_tokens": len(root),
+    }
+    if measures.metric is not None:
+        found |= judged(model, recipe, prepared, measures, path=answers, before=root)
+    return found
+
+
+def judged(
+    model: LanguageModel,
+    recipe: FinetuneRecipe,
+    prepared: Prepared,
+    measures: Measures,
+    *,
+    path: Path,
+    before: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """What a metric says of the answers to the held-out prompts, which are written to `path`."""
+    if measures.metric is None:
+        return {}
+    room = measures.max_new_tokens
+    asked = questions(prepared, measures.questions, seed=recipe.seed, max_new_tokens=room)
+    answers = answered(model, prepared, asked, max_new_tokens=room, before=before)
+    write_answers(path, prepared, asked, answers)
+    references = [one.references for one in asked]
+    return {
+        "quality": measures.metric.of(answers, references),
+        "questions": len(asked),
+        "references": sum(map(len, references)),
+        "trained_prompts": trained_prompts(prepared, asked, max_new_tokens=room),
     }
 
 
-def shots(prepared: Prepared, trees: Sequence[Tree], examples: int, *, room: int | None) -> np.ndarray:
-    """The tokens of the first training rows, end to end. Raises RecipeError when they and a row exceed the context."""
-    rows = [prepared.train[index].tokens for index in range(min(examples, len(prepared.train)))]
+def shots(prepared: Prepared, trees: Sequence[Tree], examples: int, *, room: int | None, seed: int) -> np.ndarray:
+    """The tokens of training rows with different prompts, drawn by `seed`, end to end.
+
+    Raises RecipeError when they and a row exceed the context.
+    """
+    rows: list[np.ndarray] = []
+    seen: set[bytes] = set()
+    for index in np.random.default_rng([seed, _DRAW]).permutation(len(prepared.train)).tolist():
+        if len(rows) == examples:
+            break
+        view = prepared.train[index]
+        prompt = question(view, 1)[0].tobytes()
+        if prompt not in seen:
+            seen.add(prompt)
+            rows.append(view.tokens)
     joined = np.concatenate(rows) if rows else np.zeros(0, np.int32)
     longest = max((tree.token_count for tree in trees), default=0)
     if room is not None and len(joined) + longest > room:

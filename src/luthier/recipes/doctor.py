@@ -17,7 +17,11 @@ from luthier.model.load import choose_precision, resolve_source
 from luthier.model.machine import rates
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "jinja2")
-OPTIONAL = {"pyarrow": 'parquet files: pip install "luthier[data]"', "peft": "nothing: only luthier's own tests use it"}
+OPTIONAL = {
+    "pyarrow": 'parquet files: pip install "luthier[data]"',
+    "sacrebleu": 'BLEU in comparisons: pip install "luthier[metrics]"',
+    "peft": "nothing: only luthier's own tests use it",
+}
 LEAST_FREE_BYTES = 2_000_000_000
 INSTALL = "pip install -c constraints.txt -e ."
 SHAPE = (1024, 4096)

@@ -87,6 +87,8 @@ def held_out_of(
         evaluation=recipe.data.evaluation if data is None else None,
         fraction=recipe.evaluation.fraction if data is None else 0.0,
         seed=recipe.seed,
+        together=recipe.evaluation.together,
+        reserve=recipe.evaluation.reserve if data is None else 0.0,
         context_tokens=context_tokens(recipe.model),
     )
     if data is None:

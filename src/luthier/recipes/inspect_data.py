@@ -142,7 +142,7 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
         *notices,
         *rendering_notices(report, renderer),
         *report.answers.warnings(),
-        *findings.warnings(report.records, held, report.address, chat=chat, classes=labelled),
+        *findings.warnings(report.records, held, ~held, report.address, chat=chat, classes=labelled),
     ]
     return Checked(
         files=[_detected(opened) for opened in intake.files],

@@ -85,6 +85,12 @@ class EvaluationKnobs(Knobs):
     """What is held out, how often it is looked at, and what the model is asked meanwhile."""
 
     fraction: float = Field(0.05, ge=0, lt=1, description="share of the rows that is held out; 0 evaluates nothing")
+    reserve: float = Field(
+        0.0, ge=0, lt=1, description="share of the rows neither trained nor held out: another run is judged by it"
+    )
+    together: Literal["copies", "prompts"] = Field(
+        "copies", description="what is never split: copies of a row, or all rows with one and the same prompt"
+    )
     every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0 only at the end")
     max_rows: int = Field(200, ge=1, description="held-out rows that are evaluated at most")
     prompts: int = Field(3, ge=0, description="held-out prompts that base and tuned model answer at each evaluation")
