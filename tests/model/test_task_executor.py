@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.adapters.full import Full
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.model.edits import Edit, LearnedPrompt
@@ -185,3 +186,11 @@ def test_a_new_head_is_trained_and_comes_off_again() -> None:
     forests.shake(attachment.named_parameters().values())
     model.detach()
     assert forests.snapshot(model.module) == before
+
+
+def test_a_new_head_is_trained_whole_whatever_part_of_it_an_adapter_takes() -> None:
+    """Breaks when BitFit trains the bias of a classifier and leaves its weight as it was drawn."""
+    model = task_models.language_model("bert", TEXTS)
+    attachment = model.attach(Full(parts="biases").attach(model.sites))
+    trained = [name for name in attachment.named_parameters() if name.startswith("classifier")]
+    assert sorted(trained) == ["classifier.bias", "classifier.weight"] and attachment.trains_base

@@ -236,13 +236,16 @@ class LanguageModel:
 
     def _new_parts(self, edits: list[Edit]) -> list[Edit]:
         """Edits that train the new head of a task beside what an adapter does, as far as it does not do so itself."""
-        covered = {edit.site_name for edit in edits if isinstance(edit, TrainedParameters)}
+        done = {(each.site_name, name) for each in edits if isinstance(each, TrainedParameters) for name in each.names}
         found: list[Edit] = []
         for site in self.sites.role("apart"):
-            own = base_parameters(site.module)
-            names = tuple(name for name in own if self.task.classifies or f"{site.name}.{name}" in self.fresh)
-            if site.name not in covered:
-                found.append(TrainedParameters(site, names, new=True))
+            wanted = [
+                name
+                for name in base_parameters(site.module)
+                if self.task.classifies or f"{site.name}.{name}" in self.fresh
+            ]
+            if left := tuple(name for name in wanted if (site.name, name) not in done):
+                found.append(TrainedParameters(site, left, new=True))
         return found
 
     def detach(self, name: str = "default") -> Attachment:

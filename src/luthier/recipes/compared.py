@@ -44,6 +44,8 @@ from luthier.recipes.samples import question
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.comparison import ANSWERS
 
+ACCURACY = "accuracy"
+"""What an objective that chooses tells of itself: quality, where no metric of generated answers is asked for."""
 BATCH = 16
 """Held-out rows that share one pass over the examples."""
 _DRAW = 0x1C1
@@ -88,6 +90,8 @@ def measured(job: Job) -> dict[str, Any]:
     }
     if measures.metric is not None:
         found |= judged(open_named(str(result.path)).model, recipe, prepared, measures, path=answers)
+    elif own := summary["metrics"].get(ACCURACY):
+        found |= {"quality": own[1], "judged_by": ACCURACY}
     return found
 
 

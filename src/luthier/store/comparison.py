@@ -190,7 +190,9 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _metric(found: Mapping[str, Any]) -> str:
     """The name of the metric; empty for the likelihood."""
     metric = found.get("measures", {}).get("metric")
-    return str(metric["method"]) if isinstance(metric, Mapping) else ""
+    if isinstance(metric, Mapping):
+        return str(metric["method"])
+    return next((str(one["judged_by"]) for one in found["methods"] if "judged_by" in one), "")
 
 
 def _said(found: Mapping[str, Any]) -> str:
@@ -198,7 +200,10 @@ def _said(found: Mapping[str, Any]) -> str:
     rows = f"{one.get('held_out_rows', 0):,} held-out rows"
     sets = f", with {', '.join(found['set'])}" if found["set"] else ""
     quality = f"Quality is the geometric mean of the probabilities of the trained tokens in {rows}{sets}."
-    if metric := _metric(found):
+    metric = _metric(found)
+    if "judged_by" in one:
+        quality = f"Quality is {metric}: the share of right choices in {rows}{sets}."
+    elif metric:
         knobs = {key: value for key, value in found["measures"]["metric"].items() if key != "method"}
         how = f" ({', '.join(f'{key} {value}' for key, value in knobs.items())})" if knobs else ""
         quality = (
