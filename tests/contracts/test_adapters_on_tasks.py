@@ -20,7 +20,10 @@ from luthier.model.attachment import Attachment
 from luthier.model.edits import EditedModule
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model
+from luthier.model.packed import PackedWeight
 from luthier.model.tasks import PEFT_TYPES, Task
+from luthier.quantizers import Quantizer
+from luthier.recipes.quantized import quantize
 from luthier.train.result import save_result
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
@@ -142,3 +145,32 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(
     fill(loaded, folder)
     assert loaded.digest() == attachment.digest()
     assert torch.equal(log_probs(fresh, trees), adapted)
+
+
+PACKED = [name for name in catalog.names("quantizers") if name != "none"]
+BESIDE = [name for name in NAMES if "trains-base" not in method(name).provides]
+
+
+@pytest.mark.parametrize(("architecture", "task"), [("bert", TEXTS), ("t5", ANSWERS)], ids=["bert", "t5"])
+@pytest.mark.parametrize("quantizer", PACKED)
+def test_adapters_beside_packed_weights(quantizer: str, architecture: str, task: Task) -> None:
+    """Breaks when an encoder's weights stay as they are, an adapter reads codes for numbers, or off is not the base."""
+    model = task_models.language_model(architecture, task)
+    trees = rows(architecture, task)
+    dense = log_probs(model, trees)
+    quantize(model, choose("quantizers", Quantizer, quantizer))
+    base = log_probs(model, trees)
+    assert not torch.equal(base, dense) and any(isinstance(p, PackedWeight) for p in model.module.parameters())
+    for name in BESIDE:
+        torch.manual_seed(7)
+        attachment = model.attach(method(name).attach(model.sites))
+        assert torch.equal(log_probs(model, trees), base) != ("learned-root" in method(name).provides), name
+        forests.shake(attachment.named_parameters().values())
+        forests.engine_loss(model, trees).backward()
+        reached = [key for key, each in attachment.named_parameters().items() if each.grad is not None]
+        assert len(reached) > 0.8 * len(attachment.named_parameters()), name
+        assert not any(p.requires_grad for p in model.module.parameters() if isinstance(p, PackedWeight))
+        with model.without_attachments():
+            assert torch.equal(log_probs(model, trees), base), name
+        model.detach()
+        assert torch.equal(log_probs(model, trees), base), name
