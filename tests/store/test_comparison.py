@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from luthier.store.comparison import HEADS, MARKDOWN, PAGE, markdown, page, scatter, table, write_comparison
+from luthier.store.comparison import MARKDOWN, PAGE, heads, markdown, page, scatter, table, write_comparison
 
 
 def one(method: str, quality: float, trained: int, **more: Any) -> dict[str, Any]:
@@ -28,6 +28,10 @@ FOUND = {
 }  # fmt: skip
 
 
+HEADS = heads(FOUND)
+PAYS = HEADS.index("pays after")
+
+
 def test_the_best_comes_first_and_what_failed_says_why() -> None:
     """Breaks when a failed method is left out, or figures are put where none are."""
     rows = table(FOUND)
@@ -36,15 +40,15 @@ def test_the_best_comes_first_and_what_failed_says_why() -> None:
     named = dict(zip(HEADS, rows[0], strict=True))
     # A query saves 2e6 FLOPs, and training took 1e9.
     assert named["forgetting"] == "+0.2500" and named["pays after"] == "500 queries"
-    assert rows[1][HEADS.index("forgetting")] == "not measured" and rows[2][-1] == "-"
+    assert rows[1][HEADS.index("forgetting")] == "not measured" and rows[2][PAYS] == "-"
 
 
 def test_without_in_context_nothing_pays() -> None:
     """Breaks when a saving is told beside nothing, or a method that costs more at each query is said to pay."""
     alone = {**FOUND, "methods": FOUND["methods"][:1]}
-    assert table(alone)[0][-1] == "-"
+    assert table(alone)[0][PAYS] == "-"
     dear = {**FOUND, "methods": [one("ia3", 0.3, 9, query_flops=4e6), FOUND["methods"][3]]}
-    assert table(dear)[0][-1] == "never"
+    assert table(dear)[0][PAYS] == "never"
 
 
 def test_markdown_has_a_cell_for_every_head() -> None:
@@ -78,3 +82,12 @@ def test_labels_do_not_lie_on_each_other() -> None:
 def test_one_method_that_trains_nothing_has_a_picture() -> None:
     """Breaks when the logarithm of no parameter is taken."""
     assert "circle" in scatter([one("in_context", 0.5, 0)])
+
+
+def test_quality_goes_by_the_name_of_what_judged_it() -> None:
+    """Breaks when accuracy, or a metric of answers, is told as a likelihood."""
+    chosen = {**FOUND, "methods": [one("lora", 0.9, 10, judged_by="accuracy")]}
+    assert heads(chosen)[1] == "accuracy" and "the share of right choices" in markdown(chosen)
+    asked = {**FOUND, "measures": {"metric": {"method": "bleu"}}, "methods": [one("lora", 31.0, 10)]}
+    assert heads(asked)[1] == "bleu" and table(asked)[0][1] == "31.00"
+    assert heads(FOUND)[1] == "quality"

@@ -13,7 +13,7 @@ import pytest
 
 from luthier.core.errors import StorageError
 from luthier.store.curves import Line, decimate, draw, smooth, tick_text, ticks, value_axis
-from luthier.store.report import render_report, write_report
+from luthier.store.report import _metrics, render_report, write_report
 from luthier.store.report_answers import marked
 
 VOID = {"meta"}
@@ -256,3 +256,9 @@ def test_tick_texts() -> None:
     assert [tick_text(value) for value in (0.0, 0.30000000000000004, 20_000, 2e-5, -1.5)] == [
         "0", "0.3", "20,000", "2e-5", "-1.5",
     ]  # fmt: skip
+
+
+def test_metrics_of_an_objective_are_told_before_and_after(tmp_path: Path) -> None:
+    """Breaks when a classifier's report does not say how often it was right, or a damaged summary breaks the page."""
+    summary = {"metrics": {"accuracy": [0.5, 0.875], "odd": "x", "short": [1.0], "text": ["a", "b"]}}
+    assert _metrics(summary) == [("Held-out accuracy", "0.500 before, 0.875 after")]

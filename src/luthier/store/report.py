@@ -273,6 +273,7 @@ def _numbers(summary: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> lis
     share = f" ({percent_text(trained / total)})" if trained is not None and total else ""
     part = f" of {count_text(parameters)} ({percent_text((trainable or 0) / parameters)})" if parameters else ""
     rows = [
+        *_metrics(summary),
         ("Tokens seen", "" if total is None else f"{total:,.0f}"),
         ("Tokens trained on", "" if trained is None else f"{trained:,.0f}{share}"),
         ("Training time", "" if seconds is None else duration_text(seconds)),
@@ -281,6 +282,16 @@ def _numbers(summary: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> lis
         ("Trained parameters", "" if trainable is None else f"{count_text(trainable)}{part}"),
     ]
     return [(label, text) for label, text in rows if text]
+
+
+def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """An objective's own numbers of held-out rows, before and after; nothing that is no pair of numbers."""
+    found = []
+    for name, pair in mapping(summary.get("metrics")).items():
+        before, after = (number(each) for each in pair) if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        if before is not None and after is not None:
+            found.append((f"Held-out {name}", f"{before:.3f} before, {after:.3f} after"))
+    return found
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
