@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from luthier.data.forest import Forest, Segment, Span, Tree
 from luthier.model import block_mask as by
-from luthier.model import executor
+from luthier.model import probing
 from luthier.model.attention import ForestPlan
 from luthier.model.block_mask import BLOCK, MaskedAttention, MaskedCall, plain_attention
 from luthier.model.language_model import LanguageModel
@@ -57,6 +57,28 @@ def test_the_mask_and_its_blocks(seed: int, times: int, outside: int, window: in
     queries, keys = torch.meshgrid(torch.arange(count), torch.arange(outside + count), indexing="ij")
     assert torch.equal(by.mask_mod(laid, outside, window, CPU)(None, None, queries, keys), expected)
     some, full = by.blocks(laid, outside, window)
+    padded = torch.zeros(some.shape[0] * BLOCK, some.shape[1] * BLOCK, dtype=torch.bool)
+    padded[:count, : outside + count] = expected
+    tiles = padded.view(some.shape[0], BLOCK, some.shape[1], BLOCK).transpose(1, 2).flatten(2)
+    assert np.array_equal(some, tiles.any(-1).numpy())
+    assert np.array_equal(full, tiles.all(-1).numpy())
+
+
+@pytest.mark.parametrize("outside", [0, 130])
+@pytest.mark.parametrize(("seed", "times"), [(0, 1), (1, 40)])
+def test_segments_that_see_both_ways(seed: int, times: int, outside: int) -> None:
+    """Breaks when a token of an encoder's text does not see what comes after it, or sees into another text."""
+    laid = tuple(replace(span, both_ways=not span.ancestors and index % 2 == 0)
+                 for index, span in enumerate(spans(seed, times=times)))  # fmt: skip
+    expected = dense(laid, outside, None)
+    for span in laid:
+        if span.both_ways:
+            own = slice(span.start + outside, span.stop + outside)
+            expected[span.start : span.stop, own] = True
+    count = laid[-1].stop
+    queries, keys = torch.meshgrid(torch.arange(count), torch.arange(outside + count), indexing="ij")
+    assert torch.equal(by.mask_mod(laid, outside, None, CPU)(None, None, queries, keys), expected)
+    some, full = by.blocks(laid, outside, None)
     padded = torch.zeros(some.shape[0] * BLOCK, some.shape[1] * BLOCK, dtype=torch.bool)
     padded[:count, : outside + count] = expected
     tiles = padded.view(some.shape[0], BLOCK, some.shape[1], BLOCK).transpose(1, 2).flatten(2)
@@ -142,7 +164,7 @@ def test_it_is_chosen_on_a_gpu_only_and_says_why_not(monkeypatch: pytest.MonkeyP
     """Breaks when a GPU whose compiler fails ends a run at loading, or takes the slower way without a word."""
     assert forests.language_model("gpt2").executor.by_mask is None
     monkeypatch.setattr(by, "SMALLEST_HEAD", 8)
-    monkeypatch.setattr(executor, "_may_mask", lambda module, blocks: True)
+    monkeypatch.setattr(probing, "_may_mask", lambda module, blocks: True)
     ways = ((plain_attention, ""), (refused, "RuntimeError: no kernel for this device"), (wrong, "logits"),
             (rigid, "gradients"))  # fmt: skip
     for attention, reason in ways:
