@@ -18,6 +18,11 @@ def bert_folder(folder: Path) -> Path:
     return _saved(folder, "bert", MASKED, kinds.zoo("bert"))
 
 
+def roberta_folder(folder: Path) -> Path:
+    """A tiny RoBERTa-like model, whose tokenizer ends each text in a token that ends answers elsewhere."""
+    return _saved(folder, "roberta", MASKED, kinds.zoo("roberta"))
+
+
 def t5_folder(folder: Path) -> Path:
     """A tiny T5-like model with a small tokenizer that ends a text in </s>."""
     return _saved(folder, "t5", ANSWERS, kinds.t5().raw)

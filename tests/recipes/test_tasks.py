@@ -11,7 +11,7 @@ import pytest
 from luthier.cli.show import print_summary
 from luthier.recipes.opened import open_named
 from tests.cli.commands import luthier
-from tests.task_folders import bert_folder, t5_folder
+from tests.task_folders import bert_folder, roberta_folder, t5_folder
 
 CLASSES = {"fruit", "tool"}
 FRUITS = ("apple", "pear", "plum", "fig")
@@ -153,3 +153,12 @@ def test_a_summary_says_what_to_do_next(bert: Path, tmp_path: Path, capsys: pyte
     assert "luthier classify" in said and "accuracy" in said and "luthier generate" not in said
     opened = open_named(str(tmp_path / "run"))
     assert opened.model.task.classes == ("fruit", "tool")
+
+
+def test_an_encoder_whose_texts_end_in_a_stop_token_is_proved_too(tmp_path: Path) -> None:
+    """Breaks when a classifier is to say where its answers stop: it has none, nor a generation_config.json."""
+    model = roberta_folder(tmp_path / "roberta")
+    run = tmp_path / "run"
+    summary = train(model, labelled(tmp_path / "rows.jsonl"), run, "objective.method=classification", "budget.steps=2")
+    assert summary["task"] == "sequence_classes"
+    assert set(luthier("classify", run, "the plum", "--json").must(0).json["texts"][0]["probabilities"]) == CLASSES

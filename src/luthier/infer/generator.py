@@ -44,7 +44,7 @@ class Generator:
     @torch.no_grad()
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
         """One continuation for each prompt, in the order of the prompts."""
-        if self.model.task.name not in ("causal_lm", "seq2seq_lm"):
+        if not self.model.task.speaks:
             raise RecipeError(
                 f"{self.model.source} was loaded to classify or to fill in, and says no text",
                 do="ask it for classes: luthier classify RUN TEXT",

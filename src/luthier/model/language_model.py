@@ -167,7 +167,7 @@ class LanguageModel:
     def _head(self, only: str | None) -> AnyHead:
         if not self.executor.own_head:
             return None
-        if self.task.name not in ("causal_lm", "seq2seq_lm"):
+        if not self.task.speaks:
             return task_head_of(self.module, self.task, self.executor.backend)
         head = edited_head(self.module, only) or head_of(self.module)
         return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head

@@ -84,6 +84,11 @@ class Task:
     classes: tuple[str, ...] = ()
 
     @property
+    def speaks(self) -> bool:
+        """Whether the model says text."""
+        return self.name in ("causal_lm", "seq2seq_lm")
+
+    @property
     def classifies(self) -> bool:
         return self.name in ("sequence_classes", "token_classes")
 

@@ -93,7 +93,7 @@ def _save(
 
     def beside(folder: Path) -> None:
         bench.tokenizer.save(folder, chat_template=data.renderer.template.source or None)
-        if data.store.stop_ids:
+        if data.store.stop_ids and model.task.speaks:
             save_stops(folder, model, bench.tokenizer, data.store.stop_ids)
 
     save_result(run.folder, model, bench.attachment, recipe.adapter, extras, claims=claims, beside=beside)

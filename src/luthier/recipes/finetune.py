@@ -229,7 +229,7 @@ def _cadence(recipe: FinetuneRecipe) -> Cadence:
 
 def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
     evaluation = bench.recipe.evaluation
-    if evaluation.prompts == 0 or bench.model.task.name not in ("causal_lm", "seq2seq_lm"):
+    if evaluation.prompts == 0 or not bench.model.task.speaks:
         # What classifies or fills in says nothing that could be looked at.
         return None
     speaker = Generator(bench.model, decode=bench.tokenizer.decode)

@@ -70,7 +70,7 @@ class Opened:
 
         Raises RecipeError for a model that says no text.
         """
-        if self.model.task.name not in ("causal_lm", "seq2seq_lm"):
+        if not self.model.task.speaks:
             raise RecipeError(
                 f"{self.model.source} was loaded to classify or to fill in, and says no text",
                 do="ask a classifier with: luthier classify RUN TEXT",

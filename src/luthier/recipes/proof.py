@@ -136,7 +136,8 @@ def _check_tokenizer(folder: Path, base: Tokenizer, facts: Mapping[str, Any]) ->
         raise CorruptError(f"{folder} holds a tokenizer of {saved.vocabulary_size} tokens that is not the base's")
     if beyond := [token for token in facts["stop_ids"] if not 0 <= token < saved.vocabulary_size]:
         raise CorruptError(f"{folder} stops at {beyond}", allowed=f"tokens 0 to {saved.vocabulary_size - 1}")
-    if facts["stop_ids"] and (stops := read_stop_ids(folder)) != set(facts["stop_ids"]):
+    speaks = kept_task(read_extras(folder)).speaks
+    if speaks and facts["stop_ids"] and (stops := read_stop_ids(folder)) != set(facts["stop_ids"]):
         raise CorruptError(
             f"{folder / GENERATION} stops at {sorted(stops)}", allowed=f"{facts['stop_ids']}, where the run's rows end"
         )

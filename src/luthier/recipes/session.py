@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Message, Row
 from luthier.data.forest import Tree
 from luthier.data.formats import detect
-from luthier.data.prepare import Reading, make_renderer
+from luthier.data.prepare import MEANINGS, Reading, make_renderer
 from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.generator import Generator
@@ -30,8 +31,10 @@ from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
+from luthier.recipes import purpose
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
+from luthier.recipes.purpose import bound, kept_task, read_as
 from luthier.recipes.quantized import KEY, kept_quantizer, load_base, quantize
 from luthier.train.batcher import Batcher
 from luthier.train.first_look import look
@@ -107,6 +110,7 @@ class Session:
             "stop_ids": sorted(self.renderer.stop_ids),
             "precision": str(self.model.dtype).removeprefix("torch."),
             KEY: self.quantizer.as_recipe(),
+            purpose.KEY: purpose.as_kept(self.model.task),
         }
         place = Path(folder)
         if place.exists() and any(place.iterdir()):
@@ -114,7 +118,8 @@ class Session:
 
         def beside(saved: Path) -> None:
             self.tokenizer.save(saved, chat_template=self.renderer.template.source or None)
-            save_stops(saved, self.model, self.tokenizer, self.renderer.stop_ids)
+            if self.model.task.speaks:
+                save_stops(saved, self.model, self.tokenizer, self.renderer.stop_ids)
 
         return save_result(place, self.model, self.attachment, self.adapter, extras, beside=beside)
 
@@ -122,7 +127,7 @@ class Session:
         """The rows as the trees that the objective trains."""
         if not rows:
             raise DataError("no row was given", allowed="at least one mapping in a format luthier reads")
-        format = detect(rows).format
+        format = detect(rows, wanted=self.objective.meanings or MEANINGS[self.renderer.kind]).format
         trees: list[Tree] = []
         for number, values in enumerate(rows):
             where = f"row {number}"
@@ -148,20 +153,28 @@ def load(
     precision: Precision = "auto",
     device: str = "auto",
     seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> Session:
-    """A session on a base model with a fresh adapter, or on a folder that `Session.save` wrote, with the saved one."""
+    """A session on a base model with a fresh adapter, or on a folder that `Session.save` wrote, with the saved one.
+
+    `classes` are the names that rows call them by, for an objective that classifies; a saved session has kept its own.
+    """
     bound_caches()
     saved = Path(model) if (Path(model) / CONFIG).is_file() else None
     config = read_config(saved) if saved is not None else {}
     source = str(config.get("base_model_name_or_path", model))
-    kept = kept_precision(read_extras(Path(model)), precision)
-    base = load_base(source, precision=kept, device=device, seed=seed)
+    extras = read_extras(Path(model))
+    tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
+    aim = bound(choose("objectives", Objective, objective), source, tokenizer)
+    task = aim.task(tuple(classes)) if saved is None else kept_task(extras, config=config, folder=saved)
+    kept = kept_precision(extras, precision)
+    base = load_base(source, precision=kept, device=device, seed=seed, task=task)
     own = choose("quantizers", Quantizer, quantizer)
     if saved is not None and own == choose("quantizers", Quantizer, "none"):
-        own = kept_quantizer(read_extras(saved))
+        own = kept_quantizer(extras)
     quantize(base, own)
-    tokenizer = Tokenizer.load(saved if saved is not None else resolve_source(source))
-    reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
+    reading = read_as(Reading(template=template, max_tokens=max_tokens, over_length=over_length), base)
+    reading = replace(reading, wanted=aim.meanings or reading.wanted)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)
     # The adapter's first weights come from torch's default generator.
     torch.manual_seed(seed)
@@ -171,7 +184,7 @@ def load(
         renderer,
         quantizer=own,
         adapter=saved_adapter(saved, base.sites) if saved is not None else choose("adapters", Adapter, adapter),
-        objective=choose("objectives", Objective, objective),
+        objective=aim,
         optimizer=choose("optimizers", Optimizer, optimizer),
         micro_tokens=micro_tokens,
     )
