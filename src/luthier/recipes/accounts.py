@@ -128,6 +128,11 @@ def summary(
             "the bad_step events name the rows"
         )
     speed = state.tokens / state.train_seconds if state.train_seconds else 0.0
+    if speed > planned["speed"]["tokens_per_second"]:
+        notices.append(
+            f"speed: {speed:,.0f} tokens/s are more than this machine is said to allow: its rates were measured while "
+            "it was busy (luthier doctor measures them again)"
+        )
     return {
         "run": str(run),
         "status": status,
