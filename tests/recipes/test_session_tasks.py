@@ -9,6 +9,7 @@ import pytest
 from luthier.core.errors import DataError, RecipeError
 from luthier.optimizers.adamw import AdamW
 from luthier.recipes.session import Session, load
+from luthier.recipes.session_several import load_several
 from tests.task_folders import bert_folder, t5_folder
 
 ROWS = [{"text": "the apple", "label": "fruit"}, {"text": "the saw", "label": "tool"}]
@@ -57,3 +58,11 @@ def test_an_objective_that_does_not_fit_is_told(bert: Path) -> None:
         load(bert)
     with pytest.raises(DataError, match="0 classes"):
         load(bert, objective="classification")
+
+
+def test_several_adapters_are_told_what_they_cannot_be_for(llama: Path, bert: Path) -> None:
+    """Breaks when a model is loaded to go on with texts, and asked for classes at the first step."""
+    with pytest.raises(RecipeError, match="classification for several adapters"):
+        load_several(llama, {"one": "lora"}, objective="classification")
+    with pytest.raises(RecipeError, match="classification or masked_lm"):
+        load_several(bert, {"one": "lora"})

@@ -120,9 +120,10 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
     """Find out, with a few tokens in two trees, which executor reproduces the zoo's own forward for a task."""
     forest = _probe_forest(module, task)
     truth = torch.cat([_plain(module, Forest((tree,)), task) for tree in forest.trees])
-    reason = ""
+    driven = module.config._attn_implementation == NAME
+    reason = "" if driven else "the model does not support the attention interface"
     best: tuple[float, Executor | None] = (tolerance(module.dtype), None)
-    for entry in _entries(module) if module.config._attn_implementation == NAME else []:
+    for entry in _entries(module) if driven else []:
         executor = Executor("segments", own_head=True, backend=backend, entry=entry)
         error, failure = _error(module, forest, task, executor, truth)
         reason = reason or failure
@@ -130,13 +131,15 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
         best = (error, executor) if error < best[0] else best
     if best[1] is not None:
         return _with_blocks(module, forest, task, best[1], truth) if fused else best[1]
-    if module.config._attn_implementation == NAME:
+    if driven:
         # A model whose attention does not go by the interface would add our kind of mask to its scores.
         for each in module.modules():
             if isinstance(each, PreTrainedModel):
                 each.config._attn_implementation = "eager"
-    padded = Executor("unrolled", own_head=task.name == "seq2seq_lm", backend=backend, reason=reason or "it has no "
-                      "attention that is called by the interface")  # fmt: skip
+    padded = Executor(
+        "unrolled", own_head=task.name == "seq2seq_lm", backend=backend,
+        reason=reason or "segments do not reproduce the model's own logits",
+    )  # fmt: skip
     if not _error(module, forest, task, padded, truth)[0] <= tolerance(module.dtype):
         raise RecipeError(
             f"{type(module).__name__}: padded rows do not reproduce the model's own logits",

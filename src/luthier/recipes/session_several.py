@@ -20,11 +20,13 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import OverLength
 from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
-from luthier.model.load import Precision, load_model, resolve_source
+from luthier.model.load import Precision, resolve_source
+from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes.quantized import quantize
+from luthier.recipes.purpose import SOME, bound
+from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.session import RowLike, Session
 from luthier.train.batcher import Batcher
 from luthier.train.pass_report import PassReport
@@ -89,10 +91,15 @@ def load_several(
     if not adapters:
         raise RecipeError("no adapter was named", allowed="at least one, such as {'french': 'lora'}")
     bound_caches()
-    base = load_model(str(model), precision=precision, device=device, seed=seed)
+    tokenizer = Tokenizer.load(resolve_source(str(model)))
+    aim = bound(choose("objectives", Objective, objective), str(model), tokenizer)
+    if aim.task(SOME) != CAUSAL:
+        raise RecipeError(
+            f"objective {aim.method_name()} for several adapters", allowed="objectives that go on with a text"
+        )
+    base = load_base(str(model), precision=precision, device=device, seed=seed)
     packed = choose("quantizers", Quantizer, quantizer)
     quantize(base, packed)
-    tokenizer = Tokenizer.load(resolve_source(str(model)))
     reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
     renderer, _ = make_renderer(tokenizer, reading, context_tokens=base.context_tokens)
     if isinstance(optimizer, Mapping) and set(optimizer) != set(adapters):
@@ -114,7 +121,7 @@ def load_several(
             renderer,
             quantizer=packed,
             adapter=chosen,
-            objective=choose("objectives", Objective, objective),
+            objective=aim,
             optimizer=choose("optimizers", Optimizer, optimizer[name] if isinstance(optimizer, Mapping) else optimizer),
             name=name,
             batcher=batcher,
