@@ -162,3 +162,14 @@ def test_an_encoder_whose_texts_end_in_a_stop_token_is_proved_too(tmp_path: Path
     summary = train(model, labelled(tmp_path / "rows.jsonl"), run, "objective.method=classification", "budget.steps=2")
     assert summary["task"] == "sequence_classes"
     assert set(luthier("classify", run, "the plum", "--json").must(0).json["texts"][0]["probabilities"]) == CLASSES
+
+
+def test_a_row_that_is_longer_than_robertas_own_positions_is_told(tmp_path: Path) -> None:
+    """Breaks when its two positions for padding are counted as room, and a lookup ends in an index error."""
+    model = roberta_folder(tmp_path / "roberta")
+    rows = [{"text": "a" * 200, "label": kind} for kind in CLASSES for _ in range(4)]
+    path = tmp_path / "r.yaml"
+    data = write(tmp_path / "rows.jsonl", rows)
+    path.write_text(f"model: {model}\ndata: {{train: {data}, over_length: truncate}}\nobjective: classification\n")
+    luthier("train", path, "--dry-run").must(2, "126 positions")
+    luthier("train", path, "--dry-run", "--set", "data.max_tokens=126").must(0)

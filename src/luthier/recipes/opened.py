@@ -152,14 +152,19 @@ def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None
 
 
 def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> None:
-    """Raise RecipeError when the longest row and a learned root before it are more than the model's context."""
+    """Raise RecipeError when the longest row and a learned root before it are more than the model's positions.
+
+    RoBERTa's first positions stand for padding, so its rows are shorter than its table of positions.
+    """
+    first = model.executor.entry.first_position
     root = 0 if model.active_root is None else model.active_root.token_count
     longest = int(max(lengths, default=0))
-    if root and model.context_tokens is not None and longest + root > model.context_tokens:
+    room = None if model.context_tokens is None else model.context_tokens - first
+    if (root or first) and room is not None and longest + root > room:
         raise RecipeError(
             f"the longest row has {longest} tokens and the learned prefix {root}",
-            allowed=f"the model's {model.context_tokens} positions for both",
-            do=f"set data.max_tokens to {model.context_tokens - root} and data.over_length to drop or truncate",
+            allowed=f"the model's {room} positions for both",
+            do=f"set data.max_tokens to {room - root} and data.over_length to drop or truncate",
         )
 
 
