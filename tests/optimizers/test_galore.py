@@ -120,3 +120,11 @@ def test_the_work_of_an_update_is_what_the_plan_is_told() -> None:
         assert method.update_bytes({"attn.q": shape}) == 4 * (2 * least * most + 5 * least * least)
     assert method.update_bytes({"mlp.up": (96, 512)}) == 8 * 96 * 512
     assert method.steps_in_backward and not GaLore().steps_in_backward
+
+
+def test_names_are_met_whatever_their_capitals() -> None:
+    """Breaks when T5's SelfAttention gets plain Adam without a word, as no part of its name is written so."""
+    shapes = {"encoder.block.0.layer/0/SelfAttention/q/weight": (64, 64), "encoder.block.0.layer/0/norm": (64, 64)}
+    method = GaLore(rank=4)
+    projected = [method.state_bytes({name: shape}) < 8 * 64 * 64 for name, shape in shapes.items()]
+    assert projected == [True, False]

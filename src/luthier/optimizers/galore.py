@@ -40,7 +40,7 @@ class GaLore(Optimizer):
     scale: float = Field(0.25, gt=0, description="factor of a projected step")
     side: Side = Field("std", description="std projects the shorter side away, reverse_std the longer; or left, right")
     targets: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        ("attn", "attention", "mlp"), description="parts of names whose matrices are projected"
+        ("attn", "attention", "mlp"), description="parts of names whose matrices are projected, whatever their capitals"
     )
     bits: Literal[8, 32] = Field(32, description="of a moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors never decay")
@@ -97,7 +97,8 @@ class GaLore(Optimizer):
         return widest
 
     def _projects(self, name: str, shape: tuple[int, ...]) -> bool:
-        return len(shape) == 2 and min(shape) > self.rank and any(target in name for target in self.targets)
+        meant = any(target.lower() in name.lower() for target in self.targets)
+        return meant and len(shape) == 2 and min(shape) > self.rank
 
 
 @final
