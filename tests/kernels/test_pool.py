@@ -93,10 +93,30 @@ assert million().sum() == 4_000_000
 """)
 
 
+def test_what_was_freed_before_goes_back_to_the_system() -> None:
+    """Breaks when weights that were packed before the pool was there stay with the heap, beside what replaced them."""
+    run("""
+import ctypes
+import numpy
+# As after a large array was freed once: from then on arrays of its size lie in the heap.
+ctypes.CDLL(None).mallopt(-3, 32 * 2 ** 20)
+weights, codes = [], []
+for _ in range(20):
+    weights.append(numpy.ones(4_000_000, numpy.uint8))
+    codes.append(numpy.ones(100_000, numpy.uint8))
+before = resident()
+weights.clear()
+pool.install()
+assert before - resident() > 60_000_000, (before, resident())
+""")
+
+
 def test_a_child_of_a_process_with_the_pool_can_allocate() -> None:
     """Breaks when a fork inherits a lock that nobody will open."""
     run("""
 import os
+# The threads that fill a tensor do not live on in a child, which would wait for them for ever.
+torch.set_num_threads(1)
 tensor = million()
 child = os.fork()
 if child == 0:

@@ -46,9 +46,11 @@ def dynamic_levels(*, signed: bool) -> tuple[float, ...]:
     return tuple(sorted(levels))
 
 
+@cache
 def table(levels: tuple[float, ...], device: torch.device) -> Float[Tensor, " levels"]:
-    """The levels as a tensor."""
-    return torch.tensor(levels, device=device)
+    """The levels as a tensor, which is the same one each time: it is for reading."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(levels, device=device)
 
 
 def nearest(values: Float[Tensor, "*shape"], levels: Float[Tensor, " levels"]) -> UInt8[Tensor, "*shape"]:
@@ -78,5 +80,5 @@ def unpacked(
     codes: UInt8[Tensor, " n"], scales: Float[Tensor, " blocks"], levels: Float[Tensor, " levels"], block: int
 ) -> Float[Tensor, " n"]:
     """The numbers that codes and scales stand for."""
-    values = in_blocks(levels[codes.int()], block) * scales[:, None]
+    values = in_blocks(levels.index_select(0, codes.int()), block) * scales[:, None]
     return values.view(-1)[: len(codes)]

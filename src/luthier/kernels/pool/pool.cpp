@@ -8,6 +8,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -161,6 +162,9 @@ void Pool::free(void* place) {
 }  // namespace
 
 extern "C" void pool_install() {
+#ifdef __GLIBC__
+  malloc_trim(0);  // what was freed before, as the weights that were packed, would stay with the heap
+#endif
   if (the_pool != nullptr) return;
   the_pool = new Pool(c10::GetCPUAllocator());
   // A child that is forked while another thread allocates must not wait for that thread, which it does not have.
