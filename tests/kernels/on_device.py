@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Run, Seen
+from luthier.kernels.backend import Backend, Paged, Run, Seen
 
 
 @final
@@ -82,6 +82,18 @@ class OnDevice(Backend):
         held = [self._there(each) for each in kept]
         found = self._inner.attend_backward(given[0], given[1], given[2], given[3], given[4], held, runs, scale, seen)
         return found[0].cpu(), found[1].cpu(), found[2].cpu()
+
+    def attend_pages(
+        self, query: Tensor, keys: Tensor, values: Tensor, texts: Paged, scale: float, window: int | None
+    ) -> Tensor:
+        given = [self._there(each) for each in (query, keys, values)]
+        places = [self._there(each) for each in (texts.pages, texts.counts, texts.starts)]
+        there = Paged(places[0], places[1], places[2], texts.size, texts.one_each)
+        return self._inner.attend_pages(given[0], given[1], given[2], there, scale, window).cpu()
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        more = None if bias is None else self._there(bias)
+        return self._inner.product(self._there(x), self._there(weight), more).cpu()
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)

@@ -35,6 +35,23 @@ class Seen:
     outside: int = 0
 
 
+@final
+@dataclass(frozen=True)
+class Paged:
+    """Texts whose keys and values lie in pages, and the new tokens of each, which are its last ones.
+
+    Page p is rows `p * size` to `(p + 1) * size` of the keys; `pages` has the pages of each text in their order, and
+    anything behind them. `counts` says how many keys a text has, its new tokens included; those of text i are the rows
+    `starts[i]` to `starts[i + 1]` of the queries. `one_each` holds where no text has more than one.
+    """
+
+    pages: Int[Tensor, "texts most"]
+    counts: Int[Tensor, " texts"]
+    starts: Int[Tensor, " texts+1"]
+    size: int
+    one_each: bool
+
+
 class Backend(ABC):
     """The operations, on one kind of device. Numbers are summed in float32 at least, whatever they are kept in."""
 
@@ -146,3 +163,24 @@ class Backend(ABC):
         seen: Seen | None,
     ) -> tuple[Float[Tensor, "n heads size"], Float[Tensor, "m groups size"], Float[Tensor, "m groups size"]]:
         """The gradients of query, key and value."""
+
+    @abstractmethod
+    def attend_pages(
+        self,
+        query: Float[Tensor, "n heads size"],
+        keys: Float[Tensor, "rows groups size"],
+        values: Float[Tensor, "rows groups size"],
+        texts: Paged,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n heads size"]:
+        """Causal attention of the new tokens of texts over all keys of each, without a backward pass.
+
+        With a `window` a token sees that many keys at most, itself included.
+        """
+
+    @abstractmethod
+    def product(
+        self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "n out"]:
+        """x W^T + b, without a backward pass."""

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any, Final, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.kernels import native_build
-from luthier.kernels.backend import Backend, Run, Seen
-from luthier.kernels.torch_backend import unpacked_pairs
+from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -177,6 +178,22 @@ class NativeBackend(Backend):
         places = _places(runs, seen)
         self._call("attend_backward", query.dtype, *given, kept[0], *found, *places, *_sizes(query, key), scale)
         return found[0], found[1], found[2]
+
+    def attend_pages(
+        self,
+        query: Float[Tensor, "n heads size"],
+        keys: Float[Tensor, "rows groups size"],
+        values: Float[Tensor, "rows groups size"],
+        texts: Paged,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n heads size"]:
+        return attended_by_text(query, keys, values, texts, scale, window)
+
+    def product(
+        self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "n out"]:
+        return F.linear(x, weight, bias)
 
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
         x = x.contiguous()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Run, Seen
+from luthier.kernels.backend import Backend, Paged, Run, Seen
 
 PIECE = 2**20
 """Codes that are unpacked at once."""
@@ -149,6 +149,22 @@ class TorchBackend(Backend):
                 _texts(whole[at], run).copy_(part)
         return grads[0], grads[1], grads[2]
 
+    def attend_pages(
+        self,
+        query: Float[Tensor, "n heads size"],
+        keys: Float[Tensor, "rows groups size"],
+        values: Float[Tensor, "rows groups size"],
+        texts: Paged,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n heads size"]:
+        return attended_by_text(query, keys, values, texts, scale, window)
+
+    def product(
+        self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "n out"]:
+        return F.linear(x, weight, bias)
+
 
 def unpacked_pairs(
     codes: UInt8[Tensor, " pairs"],
@@ -167,6 +183,33 @@ def unpacked_pairs(
         near = scales[start // block : -(-(start + len(places)) // block)].repeat_interleave(block)[: len(places)]
         found[start : start + len(places)] = levels[places.int()] * near
     return found
+
+
+def attended_by_text(
+    query: Float[Tensor, "n heads size"],
+    keys: Float[Tensor, "rows groups size"],
+    values: Float[Tensor, "rows groups size"],
+    texts: Paged,
+    scale: float,
+    window: int | None,
+) -> Float[Tensor, "n heads size"]:
+    """`Backend.attend_pages` in plain torch: a call for each text, over a copy of its keys."""
+    out = torch.empty_like(query)
+    counts, starts = texts.counts.tolist(), texts.starts.tolist()
+    within = torch.arange(texts.size, device=query.device)
+    for index, count in enumerate(counts):
+        own = slice(starts[index], starts[index + 1])
+        new = own.stop - own.start
+        used = texts.pages[index, : -(-count // texts.size)]
+        rows = (used[:, None] * texts.size + within).flatten()[:count]
+        q, k, v = (each.transpose(0, 1)[None] for each in (query[own], keys[rows], values[rows]))
+        last = torch.arange(count - new, count, device=query.device)[:, None]
+        places = torch.arange(count, device=query.device)[None]
+        seen = (places <= last) if window is None else (places <= last) & (places > last - window)
+        grouped = q.shape[1] != k.shape[1]
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+        out[own] = found[0].transpose(0, 1)
+    return out
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -18,14 +18,15 @@ from types import ModuleType
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
-from luthier.kernels.backend import Backend, Run, Seen
-from luthier.kernels.torch_backend import unpacked_pairs
+from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
 
 NUMBERS = 2048
 """Numbers of each tensor in a tile of short rows: 16 for each thread of four warps, so that registers last."""
@@ -227,6 +228,22 @@ class TritonBackend(Backend):
             x, weight.contiguous(), out, inverse, n, d, x.stride(0), eps, known, tile.rows, tile.width,
         )  # fmt: skip
         return out
+
+    def attend_pages(
+        self,
+        query: Float[Tensor, "n heads size"],
+        keys: Float[Tensor, "rows groups size"],
+        values: Float[Tensor, "rows groups size"],
+        texts: Paged,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n heads size"]:
+        return attended_by_text(query, keys, values, texts, scale, window)
+
+    def product(
+        self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "n out"]:
+        return F.linear(x, weight, bias)
 
     def _run(self, name: str, on: Tensor, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
         """Launch a kernel on the device of `on`; nothing when the grid is empty."""

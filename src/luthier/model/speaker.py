@@ -13,28 +13,50 @@ from typing import Protocol
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 
+Likely = tuple[tuple[int, float], ...]
+"""Tokens with their log-probabilities, likeliest first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 cut nothing.
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 cut nothing.
 
-    Generation of a row ends at a token of `stop_ids`, at a string of `stop`, or after `max_new_tokens`.
+    `min_p` drops what is less likely than that share of the likeliest. `repetition_penalty` divides the positive logits
+    of tokens that the prompt or the answer holds, and multiplies the negative ones; `presence_penalty` is taken off the
+    logit of each token that was said, `frequency_penalty` as often as it was; `logit_bias` is added to logits of single
+    tokens. Generation of a row ends at a token of `stop_ids` (not among the first `min_new_tokens`), at a string of
+    `stop`, or after `max_new_tokens`. `likeliest` is how many of the likeliest tokens are told with each that was said;
+    with `prompt_log_probs` the same is told of the prompt's tokens.
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    likeliest: int = 0
+    prompt_log_probs: bool = False
 
     def __post_init__(self) -> None:
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens}"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "min_p": (0 <= self.min_p < 1, "0 (off) or more, below 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
+            "presence_penalty": (-100 <= self.presence_penalty <= 100, "-100 to 100; 0 is none"),
+            "frequency_penalty": (-100 <= self.frequency_penalty <= 100, "-100 to 100; 0 is none"),
+            "likeliest": (self.likeliest >= 0, "0 (none) or more"),
         }
         for name, (fine, allowed) in limits.items():
             if not fine:
@@ -44,11 +66,15 @@ class Sampling:
 @dataclass(frozen=True)
 class Spoken:
     """A continuation: its tokens (the stop token included), the log-probability of each under the model itself
-    (before temperature and cuts), and why it ended: "stop" or "length"."""
+    (before temperature, penalties and cuts), and why it ended: "stop" or "length".
+
+    `likeliest` has, for each token, the likeliest ones in its place, if they were asked for.
+    """
 
     tokens: Ints
     log_probs: list[float]
     ended: str
+    likeliest: tuple[Likely, ...] = ()
 
 
 class Speaker(Protocol):

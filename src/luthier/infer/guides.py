@@ -1,0 +1,20 @@
+"""Guides: what bounds the next token, such as a grammar."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Bool
+from torch import Tensor
+
+
+class Guide(ABC):
+    """Says of one continuation, token by token, which tokens may come next."""
+
+    @abstractmethod
+    def allowed(self) -> Bool[Tensor, " V"] | None:
+        """Which tokens may come next; None where all may."""
+
+    @abstractmethod
+    def said(self, token: int) -> None:
+        """A token was said."""

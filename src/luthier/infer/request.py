@@ -1,0 +1,71 @@
+"""What the engine is asked for, and what it tells, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from luthier.core.errors import RecipeError
+from luthier.data.forest import Ints
+from luthier.infer.guides import Guide
+from luthier.model.speaker import Likely, Sampling
+
+Ended = Literal["", "stop", "length", "cancelled"]
+"""Why a continuation is over; empty while it goes on."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to be continued, `choices` times, by the base with `adapter`.
+
+    `adapter` is the name of an attachment, or of a mix of them; empty takes all that are switched on. Choice i of a
+    request draws with a generator that knows the seed and i alone, so its text does not depend on what else runs. Of
+    `best_of` continuations the `choices` likeliest are told, all at once at their end. `beams` above 1 searches for the
+    likeliest continuations instead of drawing them. `guide` makes what bounds each choice to a grammar.
+    """
+
+    prompt: Ints
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: str = ""
+    choices: int = 1
+    best_of: int = 0
+    beams: int = 1
+    guide: Callable[[], Guide] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "choices": (self.choices >= 1, "at least 1"),
+            "best_of": (self.best_of == 0 or self.best_of >= self.choices, f"0 (off) or {self.choices} and more"),
+            "beams": (self.beams == 1 or self.beams >= self.choices, f"1 (off) or {self.choices} and more"),
+        }
+        for name, (fine, allowed) in limits.items():
+            if not fine:
+                raise RecipeError(f"{name} is {getattr(self, name)}", allowed=allowed)
+
+
+@final
+@dataclass(frozen=True)
+class Said:
+    """A token, its log-probability under the model itself, and the likeliest ones in its place if asked for."""
+
+    token: int
+    log_prob: float
+    likeliest: Likely = ()
+
+
+@final
+@dataclass(frozen=True)
+class News:
+    """What a step made of one choice of one request: new tokens, and why it is over if it is.
+
+    `prompt` comes once for each request that asked for it, with its first news: what is told of each token of the
+    prompt but the first, of which nothing is known.
+    """
+
+    request: int
+    choice: int
+    said: tuple[Said, ...] = ()
+    ended: Ended = ""
+    prompt: tuple[Said, ...] | None = None
