@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from functools import cache
@@ -13,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, trainers
 
 import luthier.assets
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.text import TextStream
 from tests.data import kinds
-from tests.data.conftest import SENTENCES
+from tests.data.conftest import SENTENCES, build
 from tests.tiny import tiny_tokenizer
 
 TEXTS = [
@@ -41,29 +39,15 @@ def seedling() -> Backend:
 
 @cache
 def llama() -> Backend:
-    """Pieces with a mark for spaces, and bytes for what no piece has, as in the tokenizers of Llama 2 and Mistral 7B."""
-    trained = Backend(models.BPE())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    letters = [" ".join(map(chr, range(33, 127)))]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=marks, show_progress=False)
-    trained.train_from_iterator([text.replace("😀", "") for text in SENTENCES] * 4 + letters, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    model = models.BPE(
-        trained.get_vocab(with_added_tokens=True), merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True
-    )
-    made = Backend(model)
-    made.normalizer = trained.normalizer
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return made
+    """Pieces with a mark for spaces, and bytes for what no piece has, as in the tokenizers of Llama 2."""
+    return build("legacy").raw.backend_tokenizer
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "seedling": seedling,
     "tiny": lambda: tiny_tokenizer().backend_tokenizer,
     "llama": llama,
+    "mistral": cache(lambda: build("metaspace").raw.backend_tokenizer),
     "t5": lambda: kinds.t5().raw.backend_tokenizer,
     "bert": lambda: kinds.bert().raw.backend_tokenizer,
     "roberta": lambda: kinds.roberta().raw.backend_tokenizer,
