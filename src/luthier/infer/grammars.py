@@ -81,10 +81,8 @@ class Grammars:
         library = require("llguidance", extra="guided", purpose=f"a text that fits a {kind}")
         if self._vocabulary is None:
             self._vocabulary = _vocabulary(library, self.tokenizer)
-        make = library.LLMatcher
-        grammar = (
-            make.grammar_from_regex(text) if kind == "regular expression" else make.grammar_from_json_schema(text, _JSON)
-        )
+        make, regex = library.LLMatcher, kind == "regular expression"
+        grammar = make.grammar_from_regex(text) if regex else make.grammar_from_json_schema(text, _JSON)
         matcher = make(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise RecipeError(f"the {kind} {text} cannot be followed: {matcher.get_error().strip()}")

@@ -6,7 +6,7 @@ min-p) is one threshold a row, so that tokens that tie with the last one kept st
 is drawn with one number from [0, 1) by the inverse of the cumulative distribution. That number is a hash of the seed,
 the choice and the place in the text: the draw depends on nothing else that runs, and needs no state.
 Equation: with z the model's logits, c how often a token was said: z' = (z / r if z > 0 else z r) - c frequency -
-    [c > 0] presence + bias; p = softmax(z' / temperature) over what the cuts leave. Log-probabilities are log softmax z.
+    [c > 0] presence + bias; p = softmax(z' / temperature) over what the cuts leave. What is told is log softmax z.
 Source: top-k: Fan et al., arXiv 1805.04833; nucleus: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al.,
     arXiv 2407.01082; repetition penalty: Keskar et al., arXiv 1909.05858, section 4.1; presence and frequency: the
     OpenAI API reference; the hash is splitmix64: Steele, Lea and Flood, OOPSLA 2014.
@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, final
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core.errors import NumericError, RecipeError
@@ -184,10 +184,11 @@ def _penalised(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Flo
         if settings.repetition_penalty != 1:
             repeated.append(_Edits.of(row, chooser.seen(), settings.repetition_penalty))
         if settings.presence_penalty or settings.frequency_penalty:
-            tokens, counts = list(chooser.counts), np.array(list(chooser.counts.values()))
-            added.append(_Edits.of(row, tokens, -settings.presence_penalty - counts * settings.frequency_penalty))
+            changes = [-settings.presence_penalty - n * settings.frequency_penalty for n in chooser.counts.values()]
+            added.append(_Edits.of(row, list(chooser.counts), changes))
         if settings.logit_bias:
-            added.append(_Edits.of(row, *map(list, zip(*settings.logit_bias, strict=True))))
+            tokens, biases = zip(*settings.logit_bias, strict=True)
+            added.append(_Edits.of(row, tokens, biases))
     if not repeated and not added:
         return logits
     steered = logits.clone()
@@ -209,7 +210,7 @@ class _Edits(NamedTuple):
     values: Floats
 
     @classmethod
-    def of(cls, row: int, tokens: ArrayLike, values: ArrayLike) -> _Edits:
+    def of(cls, row: int, tokens: Sequence[int] | Ints, values: Sequence[float] | float) -> _Edits:
         at = np.asarray(tokens, np.int64)
         return cls(np.full(at.shape, row), at, np.broadcast_to(np.asarray(values, np.float32), at.shape))
 
