@@ -61,7 +61,7 @@ class Grammars:
         return self.json_schema({"type": "object"})
 
     def regex(self, pattern: str) -> Callable[[], Guide]:
-        """Text that a regular expression matches as a whole, in the syntax of Rust's regex crate, no look-around."""
+        r"""Text that a regular expression matches as a whole: syntax of Rust's regex crate, \d is 0 to 9."""
         return self._kept("regex " + pattern, lambda: self._grammar("regular expression", pattern))
 
     def choices(self, texts: Sequence[str], *, after: Ints | None = None) -> Callable[[], Guide]:
@@ -81,8 +81,11 @@ class Grammars:
         library = require("llguidance", extra="guided", purpose=f"a text that fits a {kind}")
         if self._vocabulary is None:
             self._vocabulary = _vocabulary(library, self.tokenizer)
-        make, regex = library.LLMatcher, kind == "regular expression"
-        grammar = make.grammar_from_regex(text) if regex else make.grammar_from_json_schema(text, _JSON)
+        make = library.LLMatcher
+        if kind == "regular expression":
+            grammar = make.grammar_from_lark(f"start: /{library.regex_to_lark(text, 'd')}/")
+        else:
+            grammar = make.grammar_from_json_schema(text, _JSON)
         matcher = make(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise RecipeError(f"the {kind} {text} cannot be followed: {matcher.get_error().strip()}")
