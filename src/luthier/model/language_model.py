@@ -210,6 +210,16 @@ class LanguageModel:
         """The learned root that is switched on as attention sees it, if any."""
         return seen_root(self.module, self.active_root, self.executor.blocks)
 
+    def seen_root_of(self, name: str) -> Root | None:
+        """The learned root of one attachment as attention sees it, if it has one; the base, "", has none."""
+        if not name:
+            return None
+        return seen_root(self.module, self._attachment(name).root, self.executor.blocks, adapter=name)
+
+    def head_with(self, name: str) -> AnyHead:
+        """The output head under one attachment; under none with the name ""."""
+        return self._head(name)
+
     def attach(self, edits: list[Edit], *, name: str = "default") -> Attachment:
         """Put the edits of an adapter on, under `name`."""
         if name in self.attachments or "." in name or not name:
