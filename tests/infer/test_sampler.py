@@ -94,7 +94,7 @@ def samplings(draw: some.DrawFn, vocabulary: int) -> dict[str, Any]:
     }
 
 
-@given(data=some.data(), seed=some.integers(0, 2**30), vocabulary=some.sampled_from([8, 100, 3000]))
+@given(data=some.data(), seed=some.integers(0, 2**30), vocabulary=some.sampled_from([8, 100, 3000, 20_003]))
 def test_distributions_are_those_of_transformers_and_of_the_formulas(
     data: some.DataObject, seed: int, vocabulary: int
 ) -> None:
