@@ -187,8 +187,9 @@ def test_a_token_against_the_grammar_is_an_error() -> None:
     """Breaks when a guide that has lost its place goes on."""
     pytest.importorskip("llguidance")
     guide = grammars("bytes").regex("ab")()
+    guide.said(int(TOKENIZERS["bytes"]().encode("b")[0][0]))
     with pytest.raises(RecipeError, match="cannot be followed any further"):
-        guide.said(int(TOKENIZERS["bytes"]().encode("b")[0][0]))
+        guide.allowed()
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +250,9 @@ def test_no_choice_and_an_empty_one_are_refused(texts: list[str]) -> None:
 def test_a_choice_that_is_left_is_an_error() -> None:
     """Breaks when a guide that has lost its place goes on."""
     guide = grammars("bytes").choices(["ab"])()
+    guide.said(max(TOKENIZERS["bytes"]().stop_ids))
     with pytest.raises(RecipeError, match="where no choice goes on with it"):
-        guide.said(max(TOKENIZERS["bytes"]().stop_ids))
+        guide.allowed()
 
 
 def test_a_tokenizer_without_an_end_cannot_bound_a_text() -> None:

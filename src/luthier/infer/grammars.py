@@ -116,10 +116,11 @@ class _GrammarGuide(Guide):
 
     def allowed(self) -> Bool[Tensor, " V"] | None:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise RecipeError(f"the grammar cannot be followed any further: {self._matcher.get_error().strip()}")
         mask = np.zeros(max(8 * len(bits), self._stops[-1] + 1), np.bool_)
         if not self._over:
             mask[: 8 * len(bits)] = np.unpackbits(bits, bitorder="little")
-            self._demand_sound()
         mask[self._stops] = self._over or self._matcher.is_accepting()
         return torch.from_numpy(mask)
 
@@ -127,8 +128,3 @@ class _GrammarGuide(Guide):
         self._over = self._over or token in self._stops
         if not self._over:
             self._matcher.consume_token(token)
-            self._demand_sound()
-
-    def _demand_sound(self) -> None:
-        if self._matcher.is_error():
-            raise RecipeError(f"the grammar cannot be followed any further: {self._matcher.get_error().strip()}")

@@ -50,6 +50,8 @@ class Chooser:
         self.log_probs: list[float] = []
         self.counts: dict[int, int] = {}
         self._in_prompt = np.unique(prompt) if sampling.repetition_penalty != 1 else np.empty(0, np.int32)
+        self._bound: Tensor | None = None
+        self._asked = False
         self._key = _hashed(_hashed(sampling.seed) ^ choice)
 
     def uniform(self) -> float:
@@ -60,14 +62,44 @@ class Chooser:
         """The tokens of the prompt and of what was said; some twice."""
         return np.concatenate([self._in_prompt, np.fromiter(self.counts, np.int32, len(self.counts))])
 
+    def bound(self, vocabulary: int) -> Bool[Tensor, " V"] | None:
+        """Which of the model's tokens may come next, by the guide and by `min_new_tokens`; None for all.
+
+        `choose` asks for it. Whoever asks before, of each continuation alone, meets what its guide raises there, where
+        it need not end the others.
+        """
+        if not self._asked:
+            self._bound, self._asked = self._asked_for(vocabulary), True
+        return self._bound
+
     def take(self, said: Said) -> None:
         """Remember the token that comes next."""
         token = said.token
         self.said.append(token)
         self.log_probs.append(said.log_prob)
         self.counts[token] = self.counts.get(token, 0) + 1
+        self._asked = False
         if self.guide is not None:
             self.guide.said(token)
+
+    def _asked_for(self, vocabulary: int) -> Bool[Tensor, " V"] | None:
+        guided = self.guide.allowed() if self.guide is not None else None
+        mask = None
+        if guided is not None:
+            # A model may have more rows than its tokenizer has tokens, and the other way round.
+            mask = torch.zeros(vocabulary, dtype=torch.bool)
+            mask[: len(guided)] = guided[:vocabulary].cpu()
+            if not bool(mask.any()):
+                raise RecipeError(
+                    f"the guide allows none of the model's {vocabulary} tokens after {len(self.said)} tokens",
+                    do="give it stop tokens, with which a text may end",
+                )
+        if len(self.said) >= self.sampling.min_new_tokens:
+            return mask
+        early = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
+        early[[token for token in self.sampling.stop_ids if 0 <= token < vocabulary]] = False
+        # Where a guide has come to its end, nothing but a stop is left.
+        return early if bool(early.any()) else mask
 
 
 def require_possible(sampling: Sampling, vocabulary: int) -> None:
@@ -172,7 +204,7 @@ def _not_finite(logits: Float[Tensor, " V"], token: int) -> NumericError:
 def _steered(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """The logits after penalties, biases, guides and what may not come yet; the very tensor where there is nothing."""
     steered = _penalised(choosers, logits)
-    masks = [_allowed(chooser, logits.shape[1]) for chooser in choosers]
+    masks = [chooser.bound(logits.shape[1]) for chooser in choosers]
     guided = [row for row, mask in enumerate(masks) if mask is not None]
     if guided:
         mask = torch.stack([mask for mask in masks if mask is not None]).to(logits.device)
@@ -224,28 +256,6 @@ class _Edits(NamedTuple):
 def _joined(edits: list[_Edits], device: torch.device) -> tuple[tuple[Tensor, Tensor], Float[Tensor, " E"]]:
     rows, tokens, values = (torch.from_numpy(np.concatenate(part)).to(device) for part in zip(*edits, strict=True))
     return (rows, tokens), values
-
-
-def _allowed(chooser: Chooser, vocabulary: int) -> Bool[Tensor, " V"] | None:
-    """Which tokens may come next, by the guide and by the number of tokens that must come first; None for all."""
-    guided = chooser.guide.allowed() if chooser.guide is not None else None
-    mask = None
-    if guided is not None:
-        # A model may have more rows than its tokenizer has tokens, and the other way round.
-        mask = torch.zeros(vocabulary, dtype=torch.bool)
-        mask[: len(guided)] = guided[:vocabulary].cpu()
-        if not bool(mask.any()):
-            raise RecipeError(
-                f"the guide allows none of the model's {vocabulary} tokens after {len(chooser.said)} tokens",
-                do="give it stop tokens, with which a text may end",
-            )
-    if len(chooser.said) < chooser.sampling.min_new_tokens:
-        stops = [token for token in chooser.sampling.stop_ids if 0 <= token < vocabulary]
-        early = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
-        early[stops] = False
-        # Where a guide has come to its end, nothing but a stop is left.
-        return early if bool(early.any()) else mask
-    return mask
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
