@@ -83,7 +83,8 @@ def test_a_prompt_says_the_same_alone_and_in_a_batch(architecture: str, batch_ro
     assert [each.tokens.tolist() for each in together] == [each.tokens.tolist() for each in alone]
     sampled = Sampling(max_new_tokens=8, temperature=1.0, seed=2)
     expected = [each.tokens.tolist() for each in Engine(model).speak(PROMPTS, sampled)]
-    found = [each.tokens.tolist() for each in Engine(model, room=Room(tokens=400, rows=batch_rows, page=4)).speak(PROMPTS, sampled)]
+    engine = Engine(model, room=Room(tokens=400, rows=batch_rows, page=4))
+    found = [each.tokens.tolist() for each in engine.speak(PROMPTS, sampled)]
     assert found == expected
     assert Engine(model).speak(PROMPTS[:1], sampled)[0].tokens.tolist() == expected[0]
 
@@ -392,7 +393,8 @@ def test_log_probabilities_of_a_prompt_are_those_of_a_forward(architecture: str,
     engine = Engine(model, room=Room(tokens=400, page=4, pass_tokens=pass_tokens))
     prompt = PROMPTS[2]
     for _ in range(2):
-        number = engine.add(Request(prompt=prompt, sampling=Sampling(max_new_tokens=1, prompt_log_probs=True), choices=2))
+        asked = Sampling(max_new_tokens=1, prompt_log_probs=True)
+        number = engine.add(Request(prompt=prompt, sampling=asked, choices=2))
         (told,) = [news.prompt for news in run(engine) if news.prompt is not None]
         log_probs = torch.log_softmax(forests.logits(model, prompt), -1)[:-1]
         expected = log_probs.gather(1, torch.from_numpy(prompt[1:].astype(np.int64))[:, None])[:, 0]

@@ -15,7 +15,7 @@ from luthier.infer.sampler import Chooser
 
 @final
 class Continuation:
-    """`number` and `choice` say whose it is. Places are those of a learned root, then of the prompt, then of the answer.
+    """`number` and `choice` say whose it is; places are those of a learned root, the prompt and the answer.
 
     `pages` hold the keys of its first `done` places; `names` are those of its first full pages. `limit` is how many
     tokens it may say.

@@ -117,10 +117,11 @@ class Engine:
         if reading is not None and reading.continuations:
             # Twins begin where the first of them is, before it says anything.
             continuations, rows = self._with_twins(reading.continuations)
-            drawn = [place for place, each in enumerate(continuations) if not self._searches(each, reading, rows[place])]
-            said = choose([continuations[i].chooser for i in drawn], reading.logits[[rows[i] for i in drawn]])
-            for place, token in zip(drawn, said, strict=True):
-                self._tell(continuations[place], token)
+            pairs = zip(continuations, rows, strict=True)
+            drawn = [(each, row) for each, row in pairs if not self._searches(each, reading, row)]
+            said = choose([each.chooser for each, _ in drawn], reading.logits[[row for _, row in drawn]])
+            for (each, _), token in zip(drawn, said, strict=True):
+                self._tell(each, token)
             self._search_on()
         news, self._news = self._news, []
         return news
@@ -130,8 +131,9 @@ class Engine:
         asked = self._asked.get(request)
         if asked is None:
             return False
-        for each in () if asked.search is None or self._reader is None else asked.search.beams:
-            self._reader.remove(each)
+        if asked.search is not None and self._reader is not None:
+            for beam in asked.search.beams:
+                self._reader.remove(beam)
         for each in asked.choices:
             if each.choice in asked.open:
                 self._end(each, News(request, each.choice, ended="cancelled"))
@@ -313,7 +315,8 @@ class Engine:
             raise DataError("stop strings were given, but no tokenizer to read the text with", do="use stop_ids")
         if len(prompt) == 0:
             raise DataError(f"{what} has no token", allowed="at least one token")
-        if request.beams > 1 and (sampling.stop or request.guide is not None or request.best_of or sampling.temperature):
+        drawn = sampling.stop or sampling.temperature or request.guide is not None or request.best_of
+        if request.beams > 1 and drawn:
             raise RecipeError(
                 "a beam search was asked for with stop strings, a guide, best_of or a temperature",
                 allowed="beams with stop_ids and max_new_tokens",
@@ -323,7 +326,7 @@ class Engine:
         if left is not None and left <= 0:
             raise DataError(f"{what} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + left}")
         if request.adapter and (self.pool is None or not self._paged):
-            why = "one adapter at a time" if self.pool is not None else "what is switched on, having no pool of adapters"
+            why = "what is switched on, having no pool" if self.pool is None else "one adapter at a time"
             raise RecipeError(
                 f"a request names the adapter {request.adapter!r}, and {self.model.source} runs {why}",
                 allowed="requests without an adapter's name",

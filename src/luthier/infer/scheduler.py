@@ -85,11 +85,11 @@ class Scheduler:
                 parts.append(Part(each, each.done, stop))
                 left -= stop - each.done
         while left and self.waiting:
-            each = self._admitted() if len(self.running) < self.room.rows else None
-            if each is not None:
-                stop = min(each.length, each.done + left)
-                parts.append(Part(each, each.done, stop))
-                left -= stop - each.done
+            new = self._admitted() if len(self.running) < self.room.rows else None
+            if new is not None:
+                stop = min(new.length, new.done + left)
+                parts.append(Part(new, new.done, stop))
+                left -= stop - new.done
             elif parts or not self.running:
                 break
             else:
