@@ -37,7 +37,7 @@ class Run:
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=opened.stop_ids
         )
-        spoken = opened.generator.speak([opened.prompt(prompt) for prompt in prompts], sampling)
+        spoken = opened.engine.speak([opened.prompt(prompt) for prompt in prompts], sampling)
         return [opened.text(answer.tokens) for answer in spoken]
 
 

@@ -9,7 +9,7 @@ import torch
 from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree
-from luthier.infer.generator import Generator, Sampling
+from luthier.infer.engine import Engine
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import LossReport, TokenOutputs
 from tests import forests
@@ -110,8 +110,8 @@ def test_generation_goes_on_from_the_prompt() -> None:
     """Breaks when generation forgets the prompt, or puts it before every token."""
     question = np.array([5, 17, 90], np.int32)
     sampling = Sampling(max_new_tokens=6, temperature=0.0)
-    (found,) = Generator(prompted("llama")).speak([question], sampling)
-    plain = Generator(forests.language_model("llama"))
+    (found,) = Engine(prompted("llama")).speak([question], sampling)
+    plain = Engine(forests.language_model("llama"))
     (expected,) = plain.speak([np.concatenate([np.array(PROMPT, np.int32), question])], sampling)
     assert found.tokens.tolist() == expected.tokens.tolist()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luthier.core.errors import RecipeError
-from luthier.infer.generator import Generator
+from luthier.infer.engine import Engine
 from luthier.model.speaker import Sampling
 from tests import forests, task_models
 from tests.task_models import ANSWERS, TEXTS
@@ -20,7 +20,7 @@ def test_greedy_answers_are_the_zoos(name: str) -> None:
     rng = np.random.default_rng(1)
     prompts = [forests.tokens(rng, count) for count in (7, 3, 11, 3)]
     start = int(model.module.config.decoder_start_token_id)
-    spoken = Generator(model).speak(prompts, Sampling(max_new_tokens=8, stop_ids=(1,)))
+    spoken = Engine(model).speak(prompts, Sampling(max_new_tokens=8, stop_ids=(1,)))
     for prompt, answer in zip(prompts, spoken, strict=True):
         ids = torch.from_numpy(prompt.astype(np.int64))[None]
         said = [start]
@@ -34,4 +34,4 @@ def test_a_classifier_says_no_text() -> None:
     """Breaks when the classes of a classifier are taken for tokens."""
     model = task_models.language_model("bert", TEXTS)
     with pytest.raises(RecipeError, match="says no text"):
-        Generator(model).speak([np.array([5, 6], np.int32)], Sampling(max_new_tokens=2))
+        Engine(model).speak([np.array([5, 6], np.int32)], Sampling(max_new_tokens=2))

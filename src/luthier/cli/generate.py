@@ -70,7 +70,7 @@ def generate(
         stop_ids=opened.stop_ids,
         stop=tuple(stop or ()),
     )
-    spoken = opened.generator.speak([opened.prompt(text, system=system, raw=raw) for text in prompts], sampling)
+    spoken = opened.engine.speak([opened.prompt(text, system=system, raw=raw) for text in prompts], sampling)
     texts = [opened.text(answer.tokens) for answer in spoken]
     _print_json(prompts, texts, spoken) if json else _print(prompts, texts)
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 
 class Guide(ABC):
-    """Says of one continuation, token by token, which tokens may come next."""
+    """Says of one continuation, token by token, which tokens may come next.
+
+    At least one may at every place: a guide whose text may only end allows the tokens that end it.
+    """
 
     @abstractmethod
     def allowed(self) -> Bool[Tensor, " V"] | None:
-        """Which tokens may come next; None where all may."""
+        """Which tokens of the tokenizer may come next; None where all may."""
 
     @abstractmethod
     def said(self, token: int) -> None:

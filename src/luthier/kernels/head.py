@@ -70,6 +70,19 @@ def head_log_probs(
     return _HeadLogProbs.apply(hidden, head.weight, head.bias, added, labels, ids, settings)
 
 
+def head_logits(hidden: Float[Tensor, "n d"], head: Head) -> Float[Tensor, "n V"]:
+    """The logits of a few rows, in float32 or wider, without a graph."""
+    logits = head.backend.product(hidden, head.weight, None).to(wide(hidden))
+    for change in head.changes:
+        added = (change.trained - change.start).to(hidden.dtype)
+        logits.index_add_(1, change.ids, (hidden @ added.t()).to(logits.dtype))
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.bias is not None:
+        logits += head.bias
+    return logits if head.cap is None else torch.tanh_(logits.div_(head.cap)).mul_(head.cap)
+
+
 @dataclass(frozen=True)
 class _Settings:
     """What of a head is no tensor."""

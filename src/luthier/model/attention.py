@@ -12,6 +12,7 @@ is why a segment without ancestors takes the causal call.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +77,21 @@ class Memory:
     readers: frozenset[nn.Module]
 
 
+class KeptKeys(ABC):
+    """Keys and values that stay between passes: of a pass it takes what is new, and attends over all."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "n H D"],
+        key: Float[Tensor, "n h D"],
+        value: Float[Tensor, "n h E"],
+        call: AttentionCall,
+    ) -> Float[Tensor, "n H E"]:
+        """The attention of the new tokens of all texts, which lie end to end, each over its text's keys so far."""
+
+
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
@@ -84,7 +100,7 @@ class ForestPlan:
     that went through the model in another pass). `captured` collects each layer's keys and values when it is a dict.
     `by_mask` makes one call of the attention of many segments, where it is given. `memory` is for decoders that read
     the states of an encoder. `routes` say which tokens belong to which adapter, where several are in one batch, and
-    `row_routes` the same of the rows that are asked for.
+    `row_routes` the same of the rows that are asked for. `kept` attends instead of everything else, where texts grow.
     """
 
     spans: Sequence[Span]
@@ -99,6 +115,7 @@ class ForestPlan:
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     routes: Routes | None = None
     row_routes: Routes | None = None
+    kept: KeptKeys | None = None
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -228,7 +245,10 @@ def forest_attention(
     # Some modules of the zoo do not know which layer they are; they are called in the order of layers.
     layer = int(getattr(module, "layer_idx", forest_plan.calls))
     forest_plan.calls += 1
-    forest_plan.noted[layer] = AttentionCall(scaling, sliding_window, softcap)
+    forest_plan.noted[layer] = way = AttentionCall(scaling, sliding_window, softcap)
+    if forest_plan.kept is not None:
+        new = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return forest_plan.kept.attend(layer, *new, way)[None], None
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
     outer = forest_plan.outer_keys(layer, key.dtype)
@@ -329,7 +349,7 @@ def _attend(
         mask = call.plan.mask(total - own, own, window, query.device, both_ways=both_ways)
     if call.softcap is not None:
         seen = torch.ones(own, total, dtype=torch.bool, device=query.device) if mask is None else mask
-        return _soft_capped(query, key, value, seen, call.scaling, call.softcap, call.dropout)
+        return soft_capped(query, key, value, seen, call.scaling, call.softcap, call.dropout)
     if call.bias is not None:
         added = call.bias.between(total - own, own).to(query.dtype)
         mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
@@ -341,7 +361,7 @@ def _attend(
     )  # fmt: skip
 
 
-def _soft_capped(
+def soft_capped(
     query: Float[Tensor, "B H n D"],
     key: Float[Tensor, "B h m D"],
     value: Float[Tensor, "B h m D"],
@@ -375,4 +395,4 @@ def _plain_soft_capped(
     own, total = query.shape[2], key.shape[2]
     if mask is None:
         mask = torch.ones(own, total, dtype=torch.bool, device=query.device).tril(total - own)
-    return _soft_capped(query, key, value, mask, scaling, softcap, dropout).transpose(1, 2).contiguous()
+    return soft_capped(query, key, value, mask, scaling, softcap, dropout).transpose(1, 2).contiguous()

@@ -168,6 +168,9 @@ class Blocks:
         query, key = (rotated(each, cosines, sines, self.backend) for each in (query, key))
         layer = int(attention.layer_idx)  # type: ignore[arg-type]
         call, value = self.calls[layer], heads[2]
+        if plan.kept is not None:
+            plan.calls += 1
+            return plan.kept.attend(layer, query, key, value, call).flatten(1)
         near = call.window is None or plan.longest <= call.window
         if near and self.backend.attends(query, plan.seen):
             plan.calls += 1

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Layout, Segment, Span, Tree
 from luthier.kernels.backend import Backend
-from luthier.kernels.head import Head, head_log_probs
+from luthier.kernels.head import Head, head_log_probs, head_logits
 from luthier.model.attention import ForestPlan, Root
 from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
@@ -323,6 +323,17 @@ def score(
         logits = layer(hidden[rows]).float()  # type: ignore[misc]
         parts.append(torch.log_softmax(logits, -1).gather(1, labels[rows, None])[:, 0])
     return torch.cat(parts)
+
+
+def logits_of(module: PreTrainedModel, hidden: Float[Tensor, "n d"], head: AnyHead) -> Float[Tensor, "n V"]:
+    """The logits of a few rows in float32, without a graph, by our head or the zoo's output layer."""
+    if isinstance(head, FeatureHead):
+        hidden, head = head.features(hidden), head.plain
+    if isinstance(head, Head):
+        return head_logits(hidden, head)
+    layer = head.logits if head is not None else module.get_output_embeddings()
+    logits: Tensor = layer(hidden)  # type: ignore[misc]
+    return logits.float()
 
 
 def outputs_of(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:

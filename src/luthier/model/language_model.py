@@ -192,9 +192,8 @@ class LanguageModel:
                 "an adapter changes the output head, which the model zoo computes here",
                 allowed="adapters that leave the head as it is, in a batch of several",
             )
-        found = {name: parts_of(name, self.mixes) for name in names}
         return {
-            name: Guest(root_of(parts, self.attachments), self._head(parts), parts) for name, parts in found.items()
+            name: Guest(self.root_with(name), self.head_with(name), parts_of(name, self.mixes)) for name in names
         }
 
     @property
@@ -221,6 +220,20 @@ class LanguageModel:
     def seen_root(self) -> Root | None:
         """The learned root that is switched on as attention sees it, if any."""
         return seen_root(self.module, self.active_root, self.executor.blocks)
+
+    def seen_root_of(self, name: str) -> Root | None:
+        """The learned root that rows of a name see, as attention sees it, if they have one; the base, "", has none."""
+        root = self.root_with(name)
+        return seen_root(self.module, root, self.executor.blocks, adapter=name, mixes=self.mixes)
+
+    def root_with(self, name: str) -> LearnedRoot | None:
+        """The learned root of an attachment, or of a part of a mix; the base, "", has none."""
+        require_guests([name], self.attachments, self.mixes)
+        return root_of(parts_of(name, self.mixes), self.attachments)
+
+    def head_with(self, name: str) -> AnyHead:
+        """The output head under an attachment or a mix; under none with the name ""."""
+        return self._head(parts_of(name, self.mixes))
 
     def attach(self, edits: list[Edit], *, name: str = "default", named_only: bool = False) -> Attachment:
         """Put the edits of an adapter on, under `name`; a `named_only` one computes rows that name it and no others."""

@@ -17,7 +17,7 @@ import numpy as np
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.data.prepare import Prepared, Views
-from luthier.infer.generator import Generator
+from luthier.infer.engine import Engine
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
 from luthier.recipes.samples import question
@@ -67,7 +67,7 @@ def answered(
     """What the model says to each question; `before` are tokens in front of every one, such as examples."""
     prompts = [one.prompt if before is None else np.concatenate([before, one.prompt]) for one in asked]
     sampling = Sampling(max_new_tokens=max_new_tokens, stop_ids=tuple(sorted(data.store.stop_ids)))
-    speaker = Generator(model, decode=data.renderer.tokenizer.decode)
+    speaker = Engine(model, decode=data.renderer.tokenizer.decode)
     return [text_of(data, spoken.tokens) for spoken in speaker.speak(prompts, sampling)]
 
 

@@ -105,7 +105,7 @@ def demo(folder: Path | None, *, recorder: Recorder) -> DemoResult:
 def measure(opened: Opened, rows: list[dict[str, Any]]) -> tuple[float, list[str]]:
     """The share of rows that are answered exactly, and the answers."""
     prompts = [opened.prompt(row["messages"][0]["content"]) for row in rows]
-    spoken = opened.generator.speak(prompts, Sampling(max_new_tokens=64, stop_ids=opened.stop_ids))
+    spoken = opened.engine.speak(prompts, Sampling(max_new_tokens=64, stop_ids=opened.stop_ids))
     answers = [opened.text(answer.tokens) for answer in spoken]
     hits = sum(exact_match(said, row["messages"][1]["content"]) for said, row in zip(answers, rows, strict=True))
     return hits / len(rows), answers

@@ -16,7 +16,7 @@ from luthier.core.errors import StoppedError
 from luthier.core.events import Event, Recorder, Several
 from luthier.core.knobs import validate
 from luthier.data.reading.rows import write_rejects
-from luthier.infer.generator import Generator
+from luthier.infer.engine import Engine
 from luthier.kernels import pool
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
@@ -232,7 +232,7 @@ def _sampler(bench: Bench, run: RunDirectory) -> Callable[[int], None] | None:
     if evaluation.prompts == 0 or not bench.model.task.speaks:
         # What classifies or fills in says nothing that could be looked at.
         return None
-    speaker = Generator(bench.model, decode=bench.tokenizer.decode)
+    speaker = Engine(bench.model, decode=bench.tokenizer.decode)
     samples = Samples(
         run,
         bench.model,

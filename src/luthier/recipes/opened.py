@@ -21,7 +21,7 @@ from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
-from luthier.infer.generator import Generator
+from luthier.infer.engine import Engine
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
@@ -62,8 +62,8 @@ class Opened:
     stop_ids: tuple[int, ...]
 
     @property
-    def generator(self) -> Generator:
-        return Generator(self.model, decode=self.tokenizer.decode)
+    def engine(self) -> Engine:
+        return Engine(self.model, decode=self.tokenizer.decode)
 
     def prompt(self, text: str, *, system: str = "", raw: bool = False) -> Ints:
         """A user's text as the model expects it: through the chat template, or `raw` as plain text to continue.

@@ -22,7 +22,7 @@ from luthier.data.formats import detect
 from luthier.data.prepare import MEANINGS, Reading, make_renderer
 from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
-from luthier.infer.generator import Generator
+from luthier.infer.engine import Engine
 from luthier.kernels.pool import bound_caches
 from luthier.model.adapter_files import CONFIG, check_base, fill, read_config, read_extras
 from luthier.model.language_model import LanguageModel
@@ -100,7 +100,7 @@ class Session:
         stops = tuple(sorted(self.renderer.stop_ids))
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=stops)
         with self.model.only(self.attachment.name):
-            spoken = Generator(self.model, decode=self.tokenizer.decode).speak(ids, sampling)
+            spoken = Engine(self.model, decode=self.tokenizer.decode).speak(ids, sampling)
         silent = self.tokenizer.special_ids | set(stops)
         return [self.tokenizer.decode([int(t) for t in answer.tokens if int(t) not in silent]) for answer in spoken]
 

@@ -1,0 +1,78 @@
+"""One choice of a request on its way: what it has read and said, and where its keys lie."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import final
+
+import numpy as np
+
+from luthier.data.forest import Ints
+from luthier.infer.pages import Name, first_name
+from luthier.infer.request import Request, Said
+from luthier.infer.sampler import Chooser
+
+
+@final
+class Continuation:
+    """`number` and `choice` say whose it is. Places are those of a learned root, then of the prompt, then of the answer.
+
+    `pages` hold the keys of its first `done` places; `names` are those of its first full pages. `limit` is how many
+    tokens it may say.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        choice: int,
+        request: Request,
+        *,
+        draw: int | None = None,
+        limit: int,
+        adapter: Hashable = "",
+        root_tokens: int = 0,
+    ) -> None:
+        self.number = number
+        self.choice = choice
+        self.request = request
+        self.limit = limit
+        self.root_tokens = root_tokens
+        guide = None if request.guide is None else request.guide()
+        self.chooser = Chooser(
+            request.sampling, request.prompt, choice=choice if draw is None else draw, guide=guide
+        )
+        self.pages: list[int] = []
+        self.names: list[Name] = []
+        self.done = 0
+        self.prompt_said: list[Said] = []
+        self._first = first_name(adapter)
+
+    @property
+    def said(self) -> list[int]:
+        """The tokens of its answer so far."""
+        return self.chooser.said
+
+    @property
+    def length(self) -> int:
+        """Places that are known, whether their keys are there or not."""
+        return self.root_tokens + len(self.request.prompt) + len(self.said)
+
+    @property
+    def last_name(self) -> Name:
+        """What the name of its next full page depends on."""
+        return self.names[-1] if self.names else self._first
+
+    def tokens(self, start: int, stop: int) -> Ints:
+        """The tokens at places `start` to `stop`; those of a learned root are -1."""
+        root, prompt = self.root_tokens, self.request.prompt
+        parts = [np.full(max(0, min(stop, root) - start), -1, np.int32)]
+        parts.append(prompt[max(0, start - root) : max(0, stop - root)].astype(np.int32))
+        behind = root + len(prompt)
+        parts.append(np.array(self.said[max(0, start - behind) : max(0, stop - behind)], dtype=np.int32))
+        return np.concatenate(parts)
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether something is still to be told of tokens of its prompt."""
+        asked = self.request.sampling.prompt_log_probs and self.choice == 0
+        return asked and len(self.prompt_said) < len(self.request.prompt) - 1

@@ -1,0 +1,260 @@
+"""Readers: what lets a model read on, for many continuations at once, and says what may come next.
+
+The paged one is for every model whose attention we drive: all parts of a pass are one flat batch, whatever their
+lengths and adapters. Cohorts (cohorts.py) are for the others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, final
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from luthier.data.forest import Span
+from luthier.infer.cache import Cache, PassKeys, Widths, paged
+from luthier.infer.continuation import Continuation
+from luthier.infer.sampler import log_probs_of
+from luthier.infer.scheduler import Part, Room, Scheduler
+from luthier.kernels.head import Head
+from luthier.model.attention import ForestPlan, Root
+from luthier.model.executor import flat_hidden, logits_of
+from luthier.model.language_model import LanguageModel
+from luthier.model.routes import Routes, routes_over
+
+PROMPT_ROWS: Final = 32
+"""Rows of a prompt whose logits are looked at together: beside 150,000 words they are memory."""
+SHARE: Final = 0.3
+"""How much of the free memory keys may take where nobody says it."""
+LONGEST: Final = 8192
+"""The context of a model that has no limit of its own."""
+
+
+@final
+@dataclass(frozen=True)
+class Counts:
+    """What a reader holds: continuations that wait and that run; pages there are, that are held, and that nobody holds
+    but may be found again; tokens that were read, and that were found read already."""
+
+    waiting: int
+    running: int
+    pages: int = 0
+    held: int = 0
+    kept: int = 0
+    read: int = 0
+    reused: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class Reading:
+    """What a pass ends with: row i of the logits says what continuation i may say next."""
+
+    continuations: Sequence[Continuation]
+    logits: Float[Tensor, "n V"]
+
+
+def default_room(model: LanguageModel, widths: Widths) -> Room:
+    """Room for as many full contexts as run at once, as far as a share of the memory that is free now goes."""
+    numbers = sum(heads * (key + value) for heads, key, value in widths)
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free = psutil.virtual_memory().available
+    room = Room(tokens=1)
+    most = room.rows * (model.context_tokens or LONGEST)
+    tokens = min(most, int(SHARE * free) // (numbers * model.dtype.itemsize))
+    return replace(room, tokens=max(tokens, room.page))
+
+
+class Reader(ABC):
+    """Holds continuations from their beginning to their end."""
+
+    @abstractmethod
+    def add(self, each: Continuation) -> None:
+        """One more, which waits until there is room for it."""
+
+    @abstractmethod
+    def remove(self, each: Continuation) -> None:
+        """It is over; what it held is free."""
+
+    @abstractmethod
+    def read(self) -> Reading | None:
+        """One pass; None when nobody is there."""
+
+    @abstractmethod
+    def fork(self, source: Continuation, twin: Continuation) -> bool:
+        """Let `twin` run on from where `source` is; False where it begins anew instead."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """The weights are others now: what was read before is of no use to those who begin after this."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Counts:
+        """What it holds now."""
+
+
+@final
+class PagedReader(Reader):
+    """One flat pass a step, keys in pages. `mixed` batches name the adapter of each row, "" being the base alone."""
+
+    def __init__(self, model: LanguageModel, room: Room, widths: Widths, *, mixed: bool) -> None:
+        self.model = model
+        self.scheduler = Scheduler(room)
+        self.mixed = mixed
+        self.cache = Cache(widths, pages=room.pages, size=room.page, dtype=model.dtype, device=model.device)
+        self._roots: dict[str, Root | None] = {}
+        self._read = 0
+
+    def add(self, each: Continuation) -> None:
+        self.scheduler.waiting.append(each)
+
+    def remove(self, each: Continuation) -> None:
+        self.scheduler.remove(each)
+
+    def fork(self, source: Continuation, twin: Continuation) -> bool:
+        copied = self.scheduler.fork(source, twin)
+        if copied is not None:
+            self.cache.copy_page(*copied)
+        return twin.done > 0
+
+    def forget(self) -> None:
+        self.scheduler.pages.forget()
+        self._roots.clear()
+
+    @property
+    def counts(self) -> Counts:
+        one, pages = self.scheduler, self.scheduler.pages
+        return Counts(
+            len(one.waiting), len(one.running), pages.count, pages.held, pages.kept, self._read, one.reused
+        )
+
+    def root(self, adapter: str) -> Root | None:
+        """The learned root of an adapter as attention sees it, or of what is switched on."""
+        if adapter not in self._roots:
+            known = {"", *self.model.attachments, *self.model.mixes}
+            # Of adapters that have left the model nothing is kept.
+            self._roots = {name: root for name, root in self._roots.items() if name in known}
+            self._roots[adapter] = self.model.seen_root_of(adapter) if self.mixed else self.model.seen_root()
+        return self._roots[adapter]
+
+    def read(self) -> Reading | None:
+        parts = self.scheduler.plan()
+        if not parts:
+            return None
+        parts = [part for part in (self._behind_its_root(part) for part in parts) if part.start < part.stop]
+        if not parts:
+            return Reading([], torch.empty(0, self.model.vocabulary_size))
+        # Rows of one adapter side by side are one range.
+        parts.sort(key=lambda part: part.continuation.request.adapter)
+        hidden, rows = self._hidden(parts)
+        self._read += sum(part.stop - part.start for part in parts)
+        for part in parts:
+            self.scheduler.read(part)
+        speaking = [part for part in parts if part.speaks]
+        self._tell_prompts([part for part in parts if part.continuation.wants_prompt], hidden, rows)
+        chosen = [rows[id(part)].stop - 1 for part in speaking]
+        logits = self._logits(hidden[chosen], [part.continuation.request.adapter for part in speaking])
+        return Reading([part.continuation for part in speaking], logits)
+
+    def _behind_its_root(self, part: Part) -> Part:
+        """A part without the places of a learned root, whose keys are written as they are."""
+        each, root_tokens = part.continuation, part.continuation.root_tokens
+        if part.start >= root_tokens:
+            return part
+        root = self.root(each.request.adapter)
+        stop = min(part.stop, root_tokens)
+        if root is not None:
+            self.cache.put(self._rows(each, part.start, stop), root, part.start)
+        behind = Part(each, stop, part.stop)
+        if behind.start == behind.stop:
+            self.scheduler.read(Part(each, part.start, stop))
+        return behind
+
+    def _rows(self, each: Continuation, start: int, stop: int) -> Tensor:
+        places, size = np.arange(start, stop), self.cache.size
+        first = start // size
+        pages = np.array(each.pages[first : -(-stop // size)], dtype=np.int64)
+        return torch.from_numpy(pages[places // size - first] * size + places % size).to(self.model.device)
+
+    def _hidden(self, parts: Sequence[Part]) -> tuple[Float[Tensor, "m d"], dict[int, slice]]:
+        """The final states that somebody looks at, and which of them are whose, by the part's identity.
+
+        Of a part these are its last place, or all of its places where something is told of the prompt.
+        """
+        model = self.model
+        tokens, positions, wanted = [], [], []
+        rows: dict[int, slice] = {}
+        start = looked = 0
+        for part in parts:
+            count = part.stop - part.start
+            tokens.append(part.continuation.tokens(part.start, part.stop))
+            positions.append(np.arange(part.start, part.stop))
+            first = 0 if part.continuation.wants_prompt else count - 1
+            kept = count - first if part.speaks or part.continuation.wants_prompt else 0
+            wanted.append(np.arange(start + count - kept, start + count))
+            rows[id(part)] = slice(looked, looked + kept)
+            start, looked = start + count, looked + kept
+        texts = paged(
+            [part.continuation.pages for part in parts],
+            [part.stop for part in parts],
+            [part.stop - part.start for part in parts],
+            self.cache,
+        )
+        where = torch.cat([self._rows(part.continuation, part.start, part.stop) for part in parts])
+        adapters = [part.continuation.request.adapter for part in parts]
+        counts, looked_at = [part.stop - part.start for part in parts], [len(each) for each in wanted]
+        routes = self._routes(adapters, counts)
+        plan = ForestPlan(
+            spans=(Span(0, start, ()),),
+            kept=PassKeys(self.cache, where, texts, model.executor.backend),
+            routes=routes,
+            row_routes=routes if looked_at == counts else self._routes(adapters, looked_at),
+        )
+        hidden = flat_hidden(
+            model.module,
+            self._there(np.concatenate(tokens)),
+            self._there(np.concatenate(positions) + model.executor.entry.first_position),
+            plan,
+            blocks=model.executor.blocks,
+            rows=self._there(np.concatenate(wanted)),
+        )
+        return hidden, rows
+
+    def _there(self, numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.model.device)
+
+    def _routes(self, adapters: Sequence[str], counts: Sequence[int]) -> Routes | None:
+        return self.model.routes(zip(adapters, counts, strict=True)) if self.mixed else None
+
+    def _logits(self, hidden: Float[Tensor, "n d"], adapters: Sequence[str]) -> Float[Tensor, "n V"]:
+        routes, module = routes_over((adapter, 1) for adapter in adapters), self.model.module
+        if not self.mixed or not routes.runs:
+            return logits_of(module, hidden, self.model.head)
+        heads = [self.model.head_with(run.adapter) for run in routes.runs]
+        if all(head is None or (isinstance(head, Head) and not head.changes) for head in heads):
+            # Nobody has changed it.
+            return logits_of(module, hidden, heads[0])
+        split = hidden.split(routes.sizes)
+        return torch.cat([logits_of(module, states, head) for states, head in zip(split, heads, strict=True)])
+
+    def _tell_prompts(self, parts: Sequence[Part], hidden: Float[Tensor, "m d"], rows: dict[int, slice]) -> None:
+        """Note what is told of the tokens of prompts that were read just now."""
+        for part in parts:
+            each = part.continuation
+            told = each.root_tokens + 1 + len(each.prompt_said)
+            last = min(part.stop, each.root_tokens + len(each.request.prompt) - 1)
+            # Place p predicts the token at p + 1.
+            states = hidden[rows[id(part)]][told - 1 - part.start : last - part.start]
+            labels = self._there(each.tokens(told, last + 1))
+            for some, own in zip(states.split(PROMPT_ROWS), labels.split(PROMPT_ROWS), strict=True):
+                logits = self._logits(some, [each.request.adapter] * len(some))
+                each.prompt_said += log_probs_of(logits, own, each.request.sampling.likeliest)

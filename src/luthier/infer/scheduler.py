@@ -1,0 +1,213 @@
+"""The scheduler: which tokens of which continuations the next pass reads, and in which pages their keys will lie.
+
+Idea: whoever is speaking goes on, a token each; what is left of a pass goes to prompts, in pieces, oldest first; then
+new ones come in while there are pages for all of their prompt. Nobody waits for others to end. When pages run out, the
+one that came last gives all of its own back and reads again later; most of it is then still there, by name.
+A prompt whose beginning another one is just about to read waits for it, and then finds it there.
+Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agrawal et al., arXiv 2308.16369; preemption
+    by recomputation: Kwon et al., arXiv 2309.06180, section 4.5.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import final
+
+from luthier.core.errors import RecipeError
+from luthier.infer.continuation import Continuation
+from luthier.infer.pages import Name, Pages, next_name
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What generation may take: keys of `tokens` tokens in pages of `page`, `pass_tokens` a pass, `rows` at once."""
+
+    tokens: int
+    page: int = 16
+    pass_tokens: int = 512
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "page", "pass_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"room.{name} is {getattr(self, name)}", allowed="at least 1")
+
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return -(-self.tokens // self.page)
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Places `start` to `stop` of a continuation, to be read in a pass."""
+
+    continuation: Continuation
+    start: int
+    stop: int
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the next token is known after it."""
+        return self.stop == self.continuation.length
+
+
+@final
+class Scheduler:
+    """Continuations that wait and that run, and their pages."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.pages = Pages(room.pages, room.page)
+        self.waiting: deque[Continuation] = deque()
+        self.running: list[Continuation] = []
+        self.reused = 0
+        self._coming: dict[Name, Continuation] = {}
+
+    def plan(self) -> list[Part]:
+        """The parts of the next pass; empty when nobody is there."""
+        parts: list[Part] = []
+        left = self.room.pass_tokens
+        for each in list(self.running):
+            behind = each.length - each.done
+            # Whoever was put back to make room for an earlier one is not there any more.
+            if each in self.running and behind == 1 and left and self._grow(each):
+                parts.append(Part(each, each.done, each.length))
+                left -= 1
+        parts = [part for part in parts if part.continuation in self.running]
+        left = self.room.pass_tokens - len(parts)
+        for each in self.running:
+            if each.length - each.done > 1 and left:
+                stop = min(each.length, each.done + left)
+                parts.append(Part(each, each.done, stop))
+                left -= stop - each.done
+        while left and self.waiting:
+            each = self._admitted() if len(self.running) < self.room.rows else None
+            if each is not None:
+                stop = min(each.length, each.done + left)
+                parts.append(Part(each, each.done, stop))
+                left -= stop - each.done
+            elif parts or not self.running:
+                break
+            else:
+                # Beams that wait for one of them which has not come in: the last lets it.
+                last = self.running[-1]
+                self._put_back(last)
+                self.waiting.rotate(-1)
+        return parts
+
+    def read(self, part: Part) -> None:
+        """A part was read: its keys are there, and full pages can be found by their names."""
+        each = part.continuation
+        each.done = part.stop
+        size = self.room.page
+        while (len(each.names) + 1) * size <= each.done:
+            at = len(each.names)
+            name = next_name(each.last_name, each.tokens(at * size, (at + 1) * size))
+            each.names.append(name)
+            self.pages.name(each.pages[at], name)
+            if self._coming.get(name) is each:
+                del self._coming[name]
+
+    def fork(self, source: Continuation, twin: Continuation) -> tuple[int, int] | None:
+        """Let `twin`, which says other things, run on from where `source` is: it holds the same pages.
+
+        Returns the page that is to be copied, and where to, when the last one is not full. A twin for which there is no
+        room waits like any other.
+        """
+        if source not in self.running:
+            self.waiting.append(twin)
+            return None
+        whole, rest = divmod(source.done, self.room.page)
+        page = self.pages.take() if rest and len(self.running) < self.room.rows else None
+        if len(self.running) >= self.room.rows or (rest and page is None):
+            self.waiting.append(twin)
+            return None
+        for each in source.pages[:whole]:
+            self.pages.hold(each)
+        twin.pages = source.pages[:whole]
+        twin.names = list(source.names)
+        twin.done = source.done
+        self.running.append(twin)
+        if page is None:
+            return None
+        twin.pages.append(page)
+        return source.pages[whole], page
+
+    def remove(self, each: Continuation) -> None:
+        """It is over, or was cancelled: its pages are free from now on."""
+        if each in self.running:
+            self.running.remove(each)
+            self._empty(each)
+        elif each in self.waiting:
+            self.waiting.remove(each)
+
+    def _grow(self, each: Continuation) -> bool:
+        """Give it room for one more token, others giving way if need be; False when it had to give way itself."""
+        if each.done < len(each.pages) * self.room.page:
+            return True
+        while (page := self.pages.take()) is None:
+            last = self.running[-1]
+            self._put_back(last)
+            if last is each:
+                return False
+        each.pages.append(page)
+        return True
+
+    def _put_back(self, each: Continuation) -> None:
+        self.running.remove(each)
+        self._empty(each)
+        self.waiting.appendleft(each)
+
+    def _empty(self, each: Continuation) -> None:
+        self.pages.give_back(each.pages)
+        each.pages, each.names, each.done = [], [], 0
+        for name in [name for name, owner in self._coming.items() if owner is each]:
+            del self._coming[name]
+
+    def _admitted(self) -> Continuation | None:
+        """The first of the waiting that can come in, with pages for all it has to read; None when none can."""
+        for each in list(self.waiting):
+            names, found, blocked = self._known(each)
+            if blocked:
+                # Somebody reads what it begins with; the next one may begin with something else.
+                continue
+            short = -(-each.length // self.room.page) - len(found)
+            if short > self.pages.available:
+                self.pages.give_back(found)
+                return None
+            self.waiting.remove(each)
+            taken = [page for page in (self.pages.take() for _ in range(short)) if page is not None]
+            each.pages, each.names = [*found, *taken], names[: len(found)]
+            each.done = len(found) * self.room.page
+            self.reused += max(0, each.done - each.root_tokens)
+            for name in names[len(found) :]:
+                self._coming.setdefault(name, each)
+            self.running.append(each)
+            return each
+        return None
+
+    def _known(self, each: Continuation) -> tuple[list[Name], list[int], bool]:
+        """The names of all pages it will fill by reading, pages that hold the first of them, now held by it too, and
+        whether another one is about to read the next."""
+        size = self.room.page
+        names: list[Name] = []
+        # The last token is always read: the next one is predicted from it.
+        for at in range((each.length - 1) // size):
+            name = next_name(names[-1] if names else each.last_name, each.tokens(at * size, (at + 1) * size))
+            names.append(name)
+        found: list[int] = []
+        if each.wants_prompt:
+            return names, found, False
+        for name in names:
+            page = self.pages.find(name)
+            if page is None:
+                if name in self._coming:
+                    self.pages.give_back(found)
+                    return names, [], True
+                break
+            found.append(page)
+        return names, found, False

@@ -1,0 +1,123 @@
+"""The scheduler with texts of numbers and no model: every place is read once, in order, into a page of its own."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.core.errors import RecipeError
+from luthier.infer.continuation import Continuation
+from luthier.infer.request import Request
+from luthier.infer.scheduler import Part, Room, Scheduler
+from luthier.model.speaker import Sampling
+
+
+def continuation(number: int, prompt: list[int], *, says: int, adapter: str = "", root: int = 0) -> Continuation:
+    """One that says `says` tokens."""
+    request = Request(prompt=np.array(prompt, np.int32), sampling=Sampling(max_new_tokens=says))
+    return Continuation(number, 0, request, limit=says, adapter=adapter, root_tokens=root)
+
+
+class Memory:
+    """What is written in each slot of each page, and what a text must find there."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slots: dict[int, tuple[object, ...]] = {}
+        self.adapters: dict[int, str] = {}
+
+    def slot(self, each: Continuation, place: int) -> int:
+        size = self.scheduler.room.page
+        return each.pages[place // size] * size + place % size
+
+    def read(self, part: Part) -> None:
+        each = part.continuation
+        for place in range(part.start, part.stop):
+            self.slots[self.slot(each, place)] = self.expected(each, place)
+        # All that it sees is there: its own, and nobody else's.
+        for place in range(part.stop):
+            assert self.slots[self.slot(each, place)] == self.expected(each, place)
+
+    def expected(self, each: Continuation, place: int) -> tuple[object, ...]:
+        return (self.adapters[each.number], *each.tokens(0, place + 1).tolist())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject) -> None:
+    """Breaks when a page is shared that should not be, a place is skipped, or a text starves."""
+    page = data.draw(st.integers(1, 5))
+    room = Room(
+        tokens=data.draw(st.integers(24, 60)), page=page, pass_tokens=data.draw(st.integers(1, 30)),
+        rows=data.draw(st.integers(1, 6)),
+    )  # fmt: skip
+    scheduler = Scheduler(room)
+    memory = Memory(scheduler)
+    # Few symbols, so that many begin alike.
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=7))
+    alive: list[Continuation] = []
+    waiting = []
+    for number, prompt in enumerate(prompts):
+        adapter = data.draw(st.sampled_from(["", "a"]))
+        root = 3 if adapter == "a" else 0
+        memory.adapters[number] = adapter
+        waiting.append(continuation(number, prompt, says=data.draw(st.integers(1, 8)), adapter=adapter, root=root))
+    draw = random.Random(data.draw(st.integers(0, 99)))
+    for _ in range(2000):
+        if waiting and draw.random() < 0.3:
+            alive.append(waiting.pop())
+            scheduler.waiting.append(alive[-1])
+        parts = scheduler.plan()
+        assert sum(part.stop - part.start for part in parts) <= room.pass_tokens
+        assert len({id(part.continuation) for part in parts}) == len(parts) and len(scheduler.running) <= room.rows
+        assert bool(parts) == bool(alive)
+        for part in parts:
+            assert part.start == part.continuation.done < part.stop <= part.continuation.length
+        for part in parts:
+            memory.read(part)
+        for part in parts:
+            scheduler.read(part)
+        for part in parts:
+            each = part.continuation
+            if part.speaks:
+                each.said.append(draw.randrange(2))
+                if len(each.said) == each.limit:
+                    scheduler.remove(each)
+                    alive.remove(each)
+        if alive and draw.random() < 0.02:
+            gone = alive.pop(draw.randrange(len(alive)))
+            scheduler.remove(gone)
+        if not alive and not waiting:
+            break
+    assert not alive and not waiting and not scheduler.running and not scheduler.waiting
+    assert scheduler.pages.held == 0 and scheduler.pages.available == room.pages
+
+
+def test_whoever_speaks_goes_on_while_a_long_prompt_is_read_in_pieces() -> None:
+    """Breaks when a long prompt makes others wait, or takes more than a pass."""
+    scheduler = Scheduler(Room(tokens=200, page=4, pass_tokens=10))
+    speaker = continuation(0, [1, 2], says=50)
+    scheduler.waiting.append(speaker)
+    for part in scheduler.plan():
+        scheduler.read(part)
+    speaker.said.append(3)
+    scheduler.waiting.append(continuation(1, list(range(40)), says=1))
+    pieces = []
+    for _ in range(5):
+        parts = scheduler.plan()
+        assert parts[0].continuation is speaker and parts[0].stop - parts[0].start == 1
+        pieces += [part.stop - part.start for part in parts[1:]]
+        for part in parts:
+            scheduler.read(part)
+        speaker.said.append(3)
+    assert pieces == [9, 9, 9, 9, 4]
+
+
+def test_a_room_without_a_page_is_refused() -> None:
+    """Breaks when nothing can ever be read and nobody says so."""
+    with pytest.raises(RecipeError, match="room.rows is 0"):
+        Room(tokens=16, rows=0)
