@@ -75,7 +75,6 @@ def generate(
 
     \b
     Examples:
-      luthier generate runs/2026-11-20-my-first --prompt "Write as JSON: ..."
       luthier generate runs/2026-11-20-my-first --beside seedling --prompt "What is 7 + 5?"
       luthier generate seedling --prompt "What is 7 + 5?" --temperature 0.8 --seed 1 --choices 3
     """
