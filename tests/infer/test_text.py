@@ -113,7 +113,7 @@ def test_any_tokens_come_out_as_they_read_together(name: str, data: some.DataObj
     assert told + stream.end() == whole and stream.end() == ""
 
 
-@pytest.mark.parametrize("name", ["seedling", "llama", "t5", "bert", "roberta"])
+@pytest.mark.parametrize("name", ["seedling", "llama", "mistral", "t5", "bert", "roberta"])
 @given(data=some.data())
 def test_a_stop_string_ends_the_text_wherever_it_lies_in_the_tokens(name: str, data: some.DataObject) -> None:
     """Breaks when a stop is missed across tokens, told in part, or another one wins than the one complete first."""
