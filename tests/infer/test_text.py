@@ -195,6 +195,16 @@ def test_a_continuation_keeps_the_space_it_begins_with(name: str) -> None:
     assert "".join(pieces(TextStream(reader(backend), after=before), rest)) == " world and"
 
 
+def test_a_token_without_text_does_not_begin_the_text_anew() -> None:
+    """Breaks when what follows an empty token loses the space that decoders take from a beginning."""
+    words = ["a", "", " b"]
+
+    def decode(tokens: Ints) -> str:
+        return "".join(words[token] for token in tokens).removeprefix(" ")
+
+    assert "".join(pieces(TextStream(decode), [0, 1, 2, 1, 1, 2])) == "a b b"
+
+
 def test_half_a_character_of_the_prompt_becomes_whole() -> None:
     """Breaks when the halves of a character on both sides of the seam are told as two marks."""
     backend = BACKENDS["roberta"]()
