@@ -54,10 +54,19 @@ class Counts:
 @final
 @dataclass(frozen=True)
 class Reading:
-    """What a pass ends with: row i of the logits says what continuation i may say next."""
+    """What a pass ends with: for each continuation a row of logits that says what may come next, and behind it one for
+    each token of its draft, if it had one."""
 
     continuations: Sequence[Continuation]
     logits: Float[Tensor, "n V"]
+    drafts: Sequence[tuple[int, ...]] = ()
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each continuation."""
+        counts = [1 + len(draft) for draft in self.drafts] if self.drafts else [1] * len(self.continuations)
+        stops = np.cumsum(counts).tolist()
+        return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
 def default_room(model: LanguageModel, widths: Widths) -> Room:
@@ -93,6 +102,10 @@ class Reader(ABC):
         """Let `twin` run on from where `source` is; False where it begins anew instead."""
 
     @abstractmethod
+    def agree(self, each: Continuation) -> None:
+        """It has said what its draft was, as far as it went: what was read of it counts."""
+
+    @abstractmethod
     def forget(self) -> None:
         """The weights are others now: what was read before is of no use to those who begin after this."""
 
@@ -125,6 +138,9 @@ class PagedReader(Reader):
         if copied is not None:
             self.cache.copy_page(*copied)
         return twin.done > 0
+
+    def agree(self, each: Continuation) -> None:
+        self.scheduler.agree(each)
 
     def forget(self) -> None:
         self.scheduler.pages.forget()
@@ -161,9 +177,14 @@ class PagedReader(Reader):
             self.scheduler.read(part)
         speaking = [part for part in parts if part.speaks]
         self._tell_prompts([part for part in parts if part.continuation.wants_prompt], hidden, rows)
-        chosen = [rows[id(part)].stop - 1 for part in speaking]
-        logits = self._logits(hidden[chosen], [part.continuation.request.adapter for part in speaking])
-        return Reading([part.continuation for part in speaking], logits)
+        drafts = [part.draft for part in speaking]
+        chosen: list[int] = []
+        adapters: list[str] = []
+        for part, draft in zip(speaking, drafts, strict=True):
+            stop = rows[id(part)].stop
+            chosen += range(stop - 1 - len(draft), stop)
+            adapters += [part.continuation.request.adapter] * (1 + len(draft))
+        return Reading([part.continuation for part in speaking], self._logits(hidden[chosen], adapters), drafts)
 
     def _behind_its_root(self, part: Part) -> Part:
         """A part without the places of a learned root, whose keys are written as they are."""
@@ -196,9 +217,9 @@ class PagedReader(Reader):
         start = looked = 0
         for part in parts:
             count = part.stop - part.start
-            tokens.append(part.continuation.tokens(part.start, part.stop))
+            tokens.append(part.tokens)
             positions.append(np.arange(part.start, part.stop))
-            first = 0 if part.continuation.wants_prompt else count - 1
+            first = 0 if part.continuation.wants_prompt else count - 1 - len(part.draft)
             kept = count - first if part.speaks or part.continuation.wants_prompt else 0
             wanted.append(np.arange(start + count - kept, start + count))
             rows[id(part)] = slice(looked, looked + kept)

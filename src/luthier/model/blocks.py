@@ -29,8 +29,9 @@ from luthier.kernels.backend import Backend
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
-from luthier.model.attention import AttentionCall, ForestPlan, forest_attention
+from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.edits import EditedModule, base_modules, routed
+from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer, low_rank_layers
 from luthier.model.routes import Routes
 
