@@ -163,11 +163,19 @@ def open_named(
     return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
 
 
-def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None:
-    """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base."""
+def put_on(model: LanguageModel, folder: Path, *, name: str = "default", named_only: bool = False) -> None:
+    """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base.
+
+    Where it cannot be filled, the model is left as it was.
+    """
     check_base(folder, model)
     method = saved_adapter(folder, model.sites)
-    fill(model.attach(method.attach(model.sites), name=name), folder)
+    attachment = model.attach(method.attach(model.sites), name=name, named_only=named_only)
+    try:
+        fill(attachment, folder)
+    except BaseException:
+        model.detach(name)
+        raise
 
 
 def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> None:
