@@ -119,6 +119,41 @@ def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(1, 1), (31, 3), (33, 6), (64, 4), (96, 130), (513, 41)])
+def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when the end of a row that is no whole vector is left out, or rows of the weight beyond the last block."""
+    weight, bias = draw(outs, size, dtype=dtype, seed=1), draw(outs, dtype=dtype, seed=2)
+    for n in (0, 1, 2, 3, 4, 5, 7, 16, 32, 33):
+        x = draw(n, size, dtype=dtype)
+        for added in (None, bias):
+            found = backend.product(x, weight, added)
+            if n == 0:
+                assert found.shape == (0, outs)
+                continue
+            wide = None if added is None else added.double()
+            close(found, TWIN.product(*exact(x, weight), wide).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_products_of_what_lies_elsewhere(backend: Backend, dtype: torch.dtype) -> None:
+    """Breaks when rows are taken to lie end to end."""
+    x, weight = draw(3, 80, dtype=dtype)[:, ::2], draw(40, 20, dtype=dtype, seed=1).t()
+    close(backend.product(x, weight, None), TWIN.product(*exact(x, weight), None).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(70, 30), (896, 128)])
+def test_a_row_of_a_product_does_not_depend_on_the_others(dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when sums are made in another order for another number of rows: a text would depend on its neighbours."""
+    backend = NativeBackend.build()
+    x, weight = draw(32, size, dtype=dtype), draw(outs, size, dtype=dtype, seed=1)
+    bias = draw(outs, dtype=dtype, seed=2)
+    alone = torch.cat([backend.product(row[None], weight, bias) for row in x])
+    for n in range(1, 33):
+        assert torch.equal(backend.product(x[:n], weight, bias), alone[:n])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 8), (4, 2, 16), (3, 1, 6), (2, 1, 128)])
 def test_attention(backend: Backend, dtype: torch.dtype, heads: int, groups: int, size: int) -> None:
     """Breaks when a text sees its neighbour, a block of queries the one after it, or a key head the wrong queries."""
@@ -220,9 +255,10 @@ def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
             k, v = (draw(200, 2, 16, dtype=torch.bfloat16, seed=s) for s in range(2, 4))
             out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5, None)
             grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5, None)
+            few = backend.product(draw(9, 700, dtype=torch.bfloat16), draw(350, 700, dtype=torch.bfloat16), None)
             logits = draw(200, 300, dtype=torch.float32)
             log_probs, slopes = backend.label_slopes(logits, torch.arange(200), slopes=True)
-            results.append([out, *grads, log_probs, slopes])
+            results.append([out, *grads, few, log_probs, slopes])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
