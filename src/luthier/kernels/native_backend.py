@@ -32,10 +32,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
+    "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
     "product": (*[_POINTER] * 4, *[_WHOLE] * 3),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_EVERYTHING: Final = 2**62
+"""The window of a token that sees all that is before it."""
 _TELLS: Final = ("attend", "product")
 """Functions whose names begin so say whether there was memory for them."""
 FEW: Final = 32
@@ -193,7 +196,15 @@ class NativeBackend(Backend):
         scale: float,
         window: int | None,
     ) -> Float[Tensor, "n heads size"]:
-        return attended_by_text(query, keys, values, texts, scale, window)
+        contiguous = keys.is_contiguous() and values.is_contiguous()
+        if query.dtype not in _PRECISIONS or keys.dtype != query.dtype or query.shape[-1] % 2 or not contiguous:
+            return attended_by_text(query, keys, values, texts, scale, window)
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        places = tuple(each.contiguous() for each in (texts.pages, texts.counts, texts.starts))
+        shape = (*texts.pages.shape, texts.size, *_sizes(query, keys))
+        self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or _EVERYTHING)
+        return out
 
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
