@@ -219,7 +219,7 @@ def test_the_engine_bounds_each_choice_of_a_request_and_no_other_request() -> No
     schema = {"enum": ["red", "green", ["blue", 1], None]}
     bound = [
         engine.add(Request(prompt=prompt, sampling=sampling, choices=6, guide=guide))
-        for guide in (made.json_schema(schema), made.regex("[0-9]{2}(, [0-9]{2})*"), made.choices(["yes", "no"]))
+        for guide in (made.json_schema(schema), made.regex("[0-9]{2}(, [0-9]{2}){0,2}"), made.choices(["yes", "no"]))
     ]
     said: dict[tuple[int, int], list[int]] = {}
     while engine.busy:
@@ -228,7 +228,7 @@ def test_the_engine_bounds_each_choice_of_a_request_and_no_other_request() -> No
             assert not news.ended or news.ended == ("length" if news.request == free else "stop")
     texts = [{tokenizer.decode(said[number, choice][:-1]) for choice in range(6)} for number in bound]
     assert all(json.loads(text) in schema["enum"] for text in texts[0]) and len(texts[0]) > 1
-    assert all(re.fullmatch("[0-9]{2}(, [0-9]{2})*", text) for text in texts[1]) and len(texts[1]) > 1
+    assert all(re.fullmatch("[0-9]{2}(, [0-9]{2}){0,2}", text) for text in texts[1]) and len(texts[1]) > 1
     assert texts[2] == {"yes", "no"} and len(said[free, 0]) == 40
 
 
