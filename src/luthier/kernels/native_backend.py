@@ -14,12 +14,17 @@ from typing import Any, Final, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 
 from luthier.kernels import native_build
-from luthier.kernels.backend import Backend, Paged, Run, Seen
-from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
+from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
+from luthier.kernels.torch_backend import (
+    attended_by_text,
+    bytes_unpacked_and_multiplied,
+    codes_unpacked_and_multiplied,
+    unpacked_pairs,
+)
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -34,6 +39,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
     "product": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -214,6 +221,39 @@ class NativeBackend(Backend):
         out = x.new_empty(len(x), len(weight))
         added = None if bias is None else bias.to(x.dtype).contiguous()
         self._call("product", x.dtype, x.contiguous(), weight, added, out, *x.shape, len(weight))
+        return out
+
+    @property
+    def few(self) -> int:
+        return FEW
+
+    def product_of_bytes(
+        self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    ) -> Float[Tensor, "n out"]:
+        if not len(x) or x.dtype not in _PRECISIONS:
+            return bytes_unpacked_and_multiplied(x, codes, scales)
+        out = x.new_empty(len(x), len(codes))
+        given = (x.contiguous(), codes.contiguous(), scales.contiguous())
+        self._call("product_of_bytes", x.dtype, *given, out, *x.shape, len(codes))
+        return out
+
+    def product_of_codes(
+        self,
+        x: Float[Tensor, "n in"],
+        codes: UInt8[Tensor, " pairs"],
+        scales: BlockScales,
+        levels: Float[Tensor, 16],
+        block: int,
+        outs: int,
+    ) -> Float[Tensor, "n out"]:
+        if not len(x) or x.dtype not in _PRECISIONS or block % 2 or x.shape[1] % 2:
+            # Two rows, or two blocks, in one byte have no place in the C++.
+            return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+        out = x.new_empty(len(x), outs)
+        given = (x.contiguous(), codes, scales.numbers, scales.codes, scales.levels, levels)
+        mean = 0.0 if scales.mean is None else float(scales.mean)
+        sizes = (mean, scales.group, *x.shape, outs, block)
+        self._call("product_of_codes", x.dtype, *given, out, *sizes)
         return out
 
     def _multiplies(self, x: Tensor, weight: Tensor) -> bool:
