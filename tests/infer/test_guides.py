@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field
 import luthier.assets
 from luthier.core.errors import MissingError, RecipeError
 from luthier.data.tokenizer import Tokenizer
+from luthier.infer.engine import Engine
 from luthier.infer.grammars import Grammars
 from luthier.infer.guides import Guide
+from luthier.infer.request import Request
 from luthier.infer.sampler import Chooser, choose
 from luthier.model.speaker import Sampling
+from tests import forests
 from tests.data.conftest import build
+from tests.tiny import tiny_tokenizer
 
 
 @cache
@@ -52,8 +57,8 @@ def any_text(name: str, guide: Guide, *, seed: int, most: int = 400, ending: flo
     stops = tokenizer.stop_ids
     chooser = Chooser(Sampling(temperature=1.0, seed=seed, stop_ids=tuple(stops)), np.array([1], np.int32), guide=guide)
     scores = torch.randn(tokenizer.vocabulary_size + 3, generator=torch.Generator().manual_seed(seed))
-    for text in ('"', "}", "]", ",", '",', '"}'):
-        scores[tokenizer.encode(text)[0]] += ending
+    closing = [token for text in ("}", "]", '"') for token in tokenizer.encode(text)[0].tolist()]
+    scores[closing] += ending
     scores[list(stops)] += ending
     for _ in range(most):
         (said,) = choose([chooser], scores[None])
@@ -110,7 +115,7 @@ def test_any_json_object(name: str) -> None:
     """Breaks when a list or a bare value passes for an object, or nothing does."""
     pytest.importorskip("llguidance")
     make = grammars(name).json_object()
-    whole = [text for seed in range(30) if (text := any_text(name, make(), seed=seed, ending=4.0)) is not None]
+    whole = [text for seed in range(30) if (text := any_text(name, make(), seed=seed, ending=6.0)) is not None]
     assert len(whole) >= 20
     assert all(isinstance(json.loads(text), dict) for text in whole) and any(json.loads(text) for text in whole)
 
@@ -187,8 +192,9 @@ def test_a_token_against_the_grammar_is_an_error() -> None:
     """Breaks when a guide that has lost its place goes on."""
     pytest.importorskip("llguidance")
     guide = grammars("bytes").regex("ab")()
+    guide.said(int(TOKENIZERS["bytes"]().encode("b")[0][0]))
     with pytest.raises(RecipeError, match="cannot be followed any further"):
-        guide.said(int(TOKENIZERS["bytes"]().encode("b")[0][0]))
+        guide.allowed()
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +205,31 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
         with pytest.raises(MissingError, match=r'needs the package llguidance.*pip install "luthier\[guided\]"'):
             ask()
     assert any_text("bytes", made.choices(["a", "b"])(), seed=1) in ("a", "b")
+
+
+def test_the_engine_bounds_each_choice_of_a_request_and_no_other_request() -> None:
+    """Breaks when choices share a guide's place, a twin begins without one, or a neighbour is bounded too."""
+    pytest.importorskip("llguidance")
+    tokenizer = Tokenizer.of(tiny_tokenizer())
+    engine = Engine(forests.language_model("llama"))
+    made = Grammars(tokenizer)
+    sampling = Sampling(max_new_tokens=200, temperature=1.0, stop_ids=tuple(tokenizer.stop_ids), seed=1)
+    prompt = tokenizer.encode("Colour:")[0]
+    free = engine.add(Request(prompt=prompt, sampling=replace(sampling, max_new_tokens=40)))
+    schema = {"enum": ["red", "green", ["blue", 1], None]}
+    bound = [
+        engine.add(Request(prompt=prompt, sampling=sampling, choices=6, guide=guide))
+        for guide in (made.json_schema(schema), made.regex("[0-9]{2}(, [0-9]{2}){0,2}"), made.choices(["yes", "no"]))
+    ]
+    said: dict[tuple[int, int], list[int]] = {}
+    while engine.busy:
+        for news in engine.step():
+            said.setdefault((news.request, news.choice), []).extend(one.token for one in news.said)
+            assert not news.ended or news.ended == ("length" if news.request == free else "stop")
+    texts = [{tokenizer.decode(said[number, choice][:-1]) for choice in range(6)} for number in bound]
+    assert all(json.loads(text) in schema["enum"] for text in texts[0]) and len(texts[0]) > 1
+    assert all(re.fullmatch("[0-9]{2}(, [0-9]{2}){0,2}", text) for text in texts[1]) and len(texts[1]) > 1
+    assert texts[2] == {"yes", "no"} and len(said[free, 0]) == 40
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
@@ -249,8 +280,9 @@ def test_no_choice_and_an_empty_one_are_refused(texts: list[str]) -> None:
 def test_a_choice_that_is_left_is_an_error() -> None:
     """Breaks when a guide that has lost its place goes on."""
     guide = grammars("bytes").choices(["ab"])()
+    guide.said(max(TOKENIZERS["bytes"]().stop_ids))
     with pytest.raises(RecipeError, match="where no choice goes on with it"):
-        guide.said(max(TOKENIZERS["bytes"]().stop_ids))
+        guide.allowed()
 
 
 def test_a_tokenizer_without_an_end_cannot_bound_a_text() -> None:

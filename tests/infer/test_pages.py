@@ -1,4 +1,4 @@
-"""Pages against a list that remembers everything: who holds what, what can be found, and in which order room is made."""
+"""Pages against a list that remembers everything: who holds what, what can be found, and what goes first."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from luthier.data.forest import Forest, Segment, Tree, row_tree
 from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model import attention, blocks
-from luthier.model.attention import AttentionCall
 from luthier.model.blocks import Blocks
 from luthier.model.edits import Edit
+from luthier.model.kept import AttentionCall
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model
 from luthier.model.sites import Sites

@@ -1,10 +1,10 @@
 """Beams: the likeliest continuations of a prompt, found by keeping the best few at every token.
 
-Equation: score(y) = sum_t log p(y_t | y_<t) / |y|; of the continuations of all beams by one token, those that end
-are done if they are among the first k, and the first k others go on; over when the k best that are done cannot be
-beaten.
-Source: as transformers has it (`early_stopping` off, length penalty 1): ended hypotheses are compared with what the best
-    open one has now, at its present length.
+Equation: score(y) = sum_t log p(y_t | y_<t) / |y|. Of the continuations of all beams by one token, those that end are
+    done if they are among the first k, and the first k others go on; over when the k best that are done cannot be
+    beaten.
+Source: as transformers has it (`early_stopping` off, length penalty 1): lines that have ended are compared with what
+    the best open one has now, at its present length.
 Cost: k continuations, which share the pages of what they have in common.
 """
 

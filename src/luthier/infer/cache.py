@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
 from luthier.kernels.backend import Backend, Paged
-from luthier.model.attention import AttentionCall, ForestPlan, KeptKeys, Root, soft_capped
+from luthier.model.attention import ForestPlan, Root, soft_capped
 from luthier.model.executor import flat_hidden
+from luthier.model.kept import AttentionCall, KeptKeys
 
 Widths = tuple[tuple[int, int, int], ...]
 """For each layer: key heads, the size of a key, the size of a value."""
@@ -101,7 +102,8 @@ def paged(pages: Sequence[Sequence[int]], counts: Sequence[int], news: Sequence[
         row[: len(own)] = own
     starts = torch.tensor([0, *news], dtype=torch.int64).cumsum(0)
     held = torch.tensor(counts, dtype=torch.int64)
-    return Paged(torch.from_numpy(table).to(device), held.to(device), starts.to(device), cache.size, all(new == 1 for new in news))
+    one_each = all(new == 1 for new in news)
+    return Paged(torch.from_numpy(table).to(device), held.to(device), starts.to(device), cache.size, one_each)
 
 
 def _by_text(

@@ -1,7 +1,7 @@
 """Pages: who holds which part of the cache, and what is still there to begin a new text with.
 
-Idea: the keys of a text lie in pages of a few tokens, anywhere. A page that is full is known by all that its keys depend
-on: the adapter, and every token up to its last one. A text that begins with the same tokens under the same adapter
+Idea: the keys of a text lie in pages of a few tokens, anywhere. A full page is known by all that its keys depend on:
+the adapter, and every token up to its last one. A text that begins with the same tokens under the same adapter
 holds the same pages; the forest grows at its leaves and its trunks are there once. A page that nobody holds keeps what
 it has until somebody needs the room; the one that was left longest ago goes first.
 Source: Kwon et al., arXiv 2309.06180 (paged attention), sections 4.1 to 4.4.

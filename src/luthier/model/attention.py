@@ -12,7 +12,6 @@ is why a segment without ancestors takes the causal call.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +28,7 @@ from luthier.core.errors import UndrivableAttentionError
 from luthier.data.forest import Span
 from luthier.kernels.backend import Seen
 from luthier.model.block_mask import BlockMask, MaskedAttention, MaskedCall, block_mask
+from luthier.model.kept import AttentionCall, KeptKeys
 from luthier.model.relative_bias import RelativeBias
 from luthier.model.routes import Routes
 
@@ -45,15 +45,6 @@ class Unit:
     first: int
     count: int
     length: int
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """How a layer of the zoo calls its attention: the factor of its logits, its window and its soft cap, if any."""
-
-    scale: float | None
-    window: int | None
-    softcap: float | None
 
 
 @dataclass(frozen=True)
@@ -77,21 +68,6 @@ class Memory:
     readers: frozenset[nn.Module]
 
 
-class KeptKeys(ABC):
-    """Keys and values that stay between passes: of a pass it takes what is new, and attends over all."""
-
-    @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        query: Float[Tensor, "n H D"],
-        key: Float[Tensor, "n h D"],
-        value: Float[Tensor, "n h E"],
-        call: AttentionCall,
-    ) -> Float[Tensor, "n H E"]:
-        """The attention of the new tokens of all texts, which lie end to end, each over its text's keys so far."""
-
-
 @dataclass
 class ForestPlan:
     """What the attention function needs of a forest: spans, learned roots, and keys and values from outside.
@@ -109,10 +85,9 @@ class ForestPlan:
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
     noted: dict[int, AttentionCall] = field(default_factory=dict)
     calls: int = 0
-    masks: dict[tuple[int, int, int | None, bool], Tensor] = field(default_factory=dict)
+    masks: _Masks = field(default_factory=lambda: _Masks())
     by_mask: MaskedAttention | None = None
     memory: Memory | None = None
-    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     routes: Routes | None = None
     row_routes: Routes | None = None
     kept: KeptKeys | None = None
@@ -170,21 +145,29 @@ class ForestPlan:
     ) -> Bool[Tensor, "own all"]:
         """Which of `before + own` keys each of the `own` last queries sees, with a sliding window if there is one."""
         key = (before, own, window, both_ways)
-        if key not in self.masks:
+        if key not in self.masks.dense:
             queries = torch.arange(before, before + own, device=device)[:, None]
             keys = torch.arange(before + own, device=device)[None, :]
             last = queries if not both_ways else before + own - 1 if window is None else queries + window - 1
             visible = keys <= last
-            self.masks[key] = visible if window is None else visible & (keys > queries - window)
-        return self.masks[key]
+            self.masks.dense[key] = visible if window is None else visible & (keys > queries - window)
+        return self.masks.dense[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """Which of all keys, those from outside first, each of all queries sees."""
         if window is not None and self.longest <= window:
             window = None
-        if window not in self.block_masks:
-            self.block_masks[window] = block_mask(self.spans, self.outside, window, device)
-        return self.block_masks[window]
+        if window not in self.masks.blocks:
+            self.masks.blocks[window] = block_mask(self.spans, self.outside, window, device)
+        return self.masks.blocks[window]
+
+
+@dataclass
+class _Masks:
+    """Masks that a plan has made, as layers ask for the same ones."""
+
+    dense: dict[tuple[int, int, int | None, bool], Tensor] = field(default_factory=dict)
+    blocks: dict[int | None, BlockMask] = field(default_factory=dict)
 
 
 def _units(spans: Sequence[Span], *, alone: bool) -> tuple[Unit, ...]:
@@ -247,8 +230,8 @@ def forest_attention(
     forest_plan.calls += 1
     forest_plan.noted[layer] = way = AttentionCall(scaling, sliding_window, softcap)
     if forest_plan.kept is not None:
-        new = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return forest_plan.kept.attend(layer, *new, way)[None], None
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return forest_plan.kept.attend(layer, q, k, v, way)[None], None
     if forest_plan.captured is not None:
         forest_plan.captured[layer] = (key, value)
     outer = forest_plan.outer_keys(layer, key.dtype)

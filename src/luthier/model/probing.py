@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Segment, Span, Tree
 from luthier.kernels.backend import Backend
-from luthier.model.attention import NAME, AttentionCall, ForestPlan
+from luthier.model.attention import NAME, ForestPlan
 from luthier.model.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.blocks import Blocks
 from luthier.model.executor import AnyHead, Executor, flat_hidden, paths, run_segments, run_unrolled
 from luthier.model.head import head_of
+from luthier.model.kept import AttentionCall
 
 PROBE_TOLERANCE = 2e-2
 """Largest difference of a log-probability between executors that rounding in bfloat16 explains."""

@@ -105,13 +105,14 @@ class NF4Packing(Packing):
         levels = codebooks.table(codebooks.NF4, self.codes.device)
         state: dict[str, object] = {"quant_type": "nf4", "blocksize": self.block}
         state |= {"dtype": _name(dtype), "shape": list(self.shape)}
-        held = {"weight": self.codes[:, None], "weight.quant_map": levels}
+        # Tables of their own: a file has no tensor that is in two places.
+        held = {"weight": self.codes[:, None], "weight.quant_map": levels.clone()}
         if self.scales is not None:
             held["weight.absmax"] = self.scales
         elif self.scale_codes is not None and self.scale_scales is not None and self.scale_mean is not None:
             held |= {"weight.absmax": self.scale_codes, "weight.nested_absmax": self.scale_scales}
             nested = codebooks.table(codebooks.dynamic_levels(signed=True), self.codes.device)
-            held["weight.nested_quant_map"] = nested
+            held["weight.nested_quant_map"] = nested.clone()
             state |= {"nested_blocksize": SCALES, "nested_dtype": "float32", "nested_offset": float(self.scale_mean)}
         text = json.dumps(state).encode()
         return {**held, NF4.file_mark: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
