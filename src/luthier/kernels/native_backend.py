@@ -86,7 +86,7 @@ class NativeBackend(Backend):
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
-        inverse = torch.empty(len(x), 1, dtype=torch.float32)
+        inverse = torch.empty(x.shape[0], 1, dtype=torch.float32)
         return self._norm(x, weight, inverse, eps, known=False), inverse
 
     def normed(
@@ -128,7 +128,7 @@ class NativeBackend(Backend):
         x, dtype = x.contiguous(), x.dtype
         out = torch.empty_like(x)
         angles = (cosines.to(dtype).contiguous(), sines.to(dtype).contiguous())
-        self._call("rotated", dtype, x, *angles, out, len(x), x.shape[1], x.shape[2] // 2, 1.0)
+        self._call("rotated", dtype, x, *angles, out, *x.shape[:2], x.shape[2] // 2, 1.0)
         return out
 
     def label_slopes(
@@ -226,11 +226,13 @@ class NativeBackend(Backend):
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
-        if not 0 < len(x) <= FEW or not self._multiplies(x, weight):
+        rows, size = x.shape
+        if not 0 < rows <= FEW or not _are_plain(x, weight):
             return F.linear(x, weight, bias)
-        out = x.new_empty(len(x), len(weight))
+        outs = weight.shape[0]
+        out = x.new_empty(rows, outs)
         added = None if bias is None else bias.to(x.dtype).contiguous()
-        self._call("product", x.dtype, x.contiguous(), weight, added, out, *x.shape, len(weight))
+        self._call("product", x.dtype, x.contiguous(), weight, added, out, rows, size, outs)
         return out
 
     @property
@@ -266,11 +268,6 @@ class NativeBackend(Backend):
         self._call("product_of_codes", x.dtype, *given, out, *sizes)
         return out
 
-    def _multiplies(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the weight is what it looks like: a packed one is a tensor too."""
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
-        return plain and x.dtype in _PRECISIONS and weight.dtype == x.dtype
-
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -293,6 +290,13 @@ def _places(runs: Sequence[Run], seen: Seen | None) -> tuple[Tensor, Tensor | No
     firsts = torch.tensor([0, *map(len, seen.ranges)], dtype=torch.int64).cumsum(0)
     ranges = torch.tensor([row for own in seen.ranges for row in own], dtype=torch.int64).reshape(-1, 2)
     return starts, firsts, ranges, len(lengths), seen.outside
+
+
+def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"]) -> bool:
+    """Whether both are numbers as the C++ reads them, and the weight is what it looks like: a packed one is a tensor
+    too."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
+    return plain and x.dtype in _PRECISIONS and weight.dtype == x.dtype
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:
