@@ -74,7 +74,8 @@ def rotated(
 
 
 def _made(operation: type[torch.autograd.Function], *given: Any) -> Any:
-    """What an operation makes of its arguments; without a graph its forward pass alone: keeping books takes as long as a small product."""
+    """What an operation makes of its arguments; without a graph its forward pass alone, as keeping books takes longer
+    than a small product."""
     return operation.apply(*given) if torch.is_grad_enabled() else operation.forward(_Unkept(), *given)
 
 
