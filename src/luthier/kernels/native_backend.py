@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.kernels import native_build
 from luthier.kernels.backend import Backend, Paged, Run, Seen
@@ -34,9 +34,17 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
+    "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
+    "product": (*[_POINTER] * 4, *[_WHOLE] * 3),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_EVERYTHING: Final = 2**62
+"""The window of a token that sees all that is before it."""
+_TELLS: Final = ("attend", "product")
+"""Functions whose names begin so say whether there was memory for them."""
+FEW: Final = 32
+"""Rows up to which our products are faster than the library's, or as fast."""
 
 
 @final
@@ -56,7 +64,7 @@ class NativeBackend(Backend):
             for dtype, ending in _PRECISIONS.items():
                 function = loaded[f"{name}_{ending}"]
                 function.argtypes = arguments
-                function.restype = ctypes.c_int if name.startswith("attend") else None
+                function.restype = ctypes.c_int if name.startswith(_TELLS) else None
                 functions[name, dtype] = function
         return cls(functions, built_as)
 
@@ -198,12 +206,30 @@ class NativeBackend(Backend):
         scale: float,
         window: int | None,
     ) -> Float[Tensor, "n heads size"]:
-        return attended_by_text(query, keys, values, texts, scale, window)
+        contiguous = keys.is_contiguous() and values.is_contiguous()
+        if query.dtype not in _PRECISIONS or keys.dtype != query.dtype or query.shape[-1] % 2 or not contiguous:
+            return attended_by_text(query, keys, values, texts, scale, window)
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        places = tuple(each.contiguous() for each in (texts.pages, texts.counts, texts.starts))
+        shape = (*texts.pages.shape, texts.size, *_sizes(query, keys))
+        self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or _EVERYTHING)
+        return out
 
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
-        return F.linear(x, weight, bias)
+        if not 0 < len(x) <= FEW or not self._multiplies(x, weight):
+            return F.linear(x, weight, bias)
+        out = x.new_empty(len(x), len(weight))
+        added = None if bias is None else bias.to(x.dtype).contiguous()
+        self._call("product", x.dtype, x.contiguous(), weight, added, out, *x.shape, len(weight))
+        return out
+
+    def _multiplies(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the weight is what it looks like: a packed one is a tensor too."""
+        plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
+        return plain and x.dtype in _PRECISIONS and weight.dtype == x.dtype
 
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
         x = x.contiguous()
