@@ -80,6 +80,8 @@ def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:
 
 def _side_by_side(terms: Mapping[str, LowRankTerm], routes: Routes) -> LowRankTerm | None:
     """The terms of all rows as one. A mix has those of its parts, their second factors times its weights."""
+    if not terms:
+        return None
     own = {name: [(terms[part], weight) for part, weight in routes.parts(name) if part in terms]
            for name in routes.names}  # fmt: skip
     here = {name: parts for name, parts in own.items() if parts}
