@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Paged, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
@@ -210,6 +210,42 @@ def test_attention_after_what_is_seen(backend: Backend, dtype: torch.dtype, outs
     found = backend.attend_backward(grad, query, key, value, out, kept, runs, 0.3, seen)
     for one, other in zip(found, right, strict=True):
         close(one, other.to(dtype), dtype, slack=2.0)
+
+
+def whole(*shape: int, most: int, seed: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    least = -most if dtype == torch.int8 else 0
+    return torch.randint(least, most + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(1, 1), (31, 3), (64, 6), (100, 9), (896, 130)])
+def test_products_of_bytes(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when a sign is lost, a scale belongs to another row, or the end of a row is left out."""
+    codes, scales = whole(outs, size, most=127, seed=1, dtype=torch.int8), draw(outs, dtype=torch.float32, seed=2).abs()
+    x = draw(9, size, dtype=dtype)
+    for n in (1, 2, 3, 9):
+        expected = TWIN.product_of_bytes(x[:n].double(), codes, scales.double())
+        close(backend.product_of_bytes(x[:n], codes, scales), expected.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("size", "outs", "block"), [(64, 3, 64), (6, 5, 32), (96, 9, 64), (7, 3, 64), (256, 130, 32)])
+def test_products_of_codes(
+    backend: Backend, dtype: torch.dtype, double: bool, size: int, outs: int, block: int
+) -> None:
+    """Breaks when a block that begins in the middle of a row has the scale of the one before it."""
+    blocks = -(-outs * size // block)
+    codes, levels = whole(-(-outs * size // 2), most=255, seed=1), draw(16, dtype=torch.float32).sort().values
+    scales = BlockScales(draw(blocks, dtype=torch.float32, seed=2).abs() + 0.1)
+    if double:
+        own = (whole(blocks, most=255, seed=3), draw(256, dtype=torch.float32, seed=4), torch.tensor(2.0), 3)
+        scales = BlockScales(scales.numbers[: -(-blocks // 3)], *own)
+    weight = backend.unpacked(codes, scales.each(), levels, block, outs * size, dtype).view(outs, size)
+    for n in (1, 2, 9):
+        x = draw(n, size, dtype=dtype)
+        found = backend.product_of_codes(x, codes, scales, levels, block, outs)
+        close(found, (x.double() @ weight.double().t()).to(dtype), dtype)
 
 
 def in_pages(texts: list[tuple[int, int]], size: int, *, seed: int = 0) -> tuple[Paged, int]:

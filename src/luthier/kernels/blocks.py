@@ -30,7 +30,7 @@ def normed(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, backend: Backend
 ) -> Float[Tensor, "n d"]:
     """The norm of `x` alone, as the last one of a model; its input and scale are kept."""
-    h: Tensor = _Normed.apply(x, norm, eps, backend)
+    h: Tensor = _made(_Normed, x, norm, eps, backend)
     return h
 
 
@@ -38,7 +38,7 @@ def normed_products(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, products: tuple[Product, ...], backend: Backend
 ) -> tuple[Float[Tensor, "n _"], ...]:
     """The products of the normed `x`, with gradients for `x`, the norm, the weights and the adapters' factors."""
-    outputs: tuple[Tensor, ...] = _NormedProducts.apply(x, norm, eps, backend, _factors(products), *_flat(products))
+    outputs: tuple[Tensor, ...] = _made(_NormedProducts, x, norm, eps, backend, _factors(products), *_flat(products))
     return outputs
 
 
@@ -46,7 +46,7 @@ def added_product(
     x: Float[Tensor, "n d"], inner: Float[Tensor, "n in"], product: Product, backend: Backend
 ) -> Float[Tensor, "n d"]:
     """`x` and the product of `inner`."""
-    added: Tensor = _AddedProduct.apply(x, inner, backend, _factors((product,)), *product.tensors())
+    added: Tensor = _made(_AddedProduct, x, inner, backend, _factors((product,)), *product.tensors())
     return added
 
 
@@ -58,7 +58,7 @@ def gated_feed_forward(
     backend: Backend,
 ) -> Float[Tensor, "n d"]:
     """`x` and the gated feed-forward of the normed `x`; the products are gate, up and down."""
-    made: Tensor = _GatedFeedForward.apply(x, norm, eps, backend, _factors(products), *_flat(products))
+    made: Tensor = _made(_GatedFeedForward, x, norm, eps, backend, _factors(products), *_flat(products))
     return made
 
 
@@ -69,8 +69,21 @@ def rotated(
     backend: Backend,
 ) -> Float[Tensor, "n heads size"]:
     """Each head's first and second half, turned against each other by the angles of its position."""
-    turned: Tensor = _Rotated.apply(x, cosines, sines, backend)
+    turned: Tensor = _made(_Rotated, x, cosines, sines, backend)
     return turned
+
+
+def _made(operation: type[torch.autograd.Function], *given: Any) -> Any:
+    """What an operation makes of its arguments; without a graph its forward pass alone, as keeping books takes longer
+    than a small product."""
+    return operation.apply(*given) if torch.is_grad_enabled() else operation.forward(_Unkept(), *given)
+
+
+class _Unkept:
+    """Stands where autograd keeps what the backward pass needs, when there is none."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep nothing."""
 
 
 class _Normed(torch.autograd.Function):

@@ -11,26 +11,21 @@ template <typename Kind, typename T> struct Plain {
     const T* bias;
     int64_t size, outs;
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
-    Block<Number> block(int64_t first, int64_t count, Number* room, Number* tails) const {
-        const T* own = weight + first * size;
-        const int64_t whole = size / Kind::WIDE * Kind::WIDE, rest = size - whole;
-        const int64_t padded = up_to(size, Kind::WIDE);
+    Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
+        const T* own = weight + first * size + from;
         if constexpr (sizeof(T) == sizeof(Number)) {
-            for (int64_t o = 0; o < count && rest; o++) {
-                std::memset(static_cast<void*>(tails + o * Kind::WIDE), 0, sizeof(Number) * Kind::WIDE);
-                std::memcpy(tails + o * Kind::WIDE, own + o * size + whole, sizeof(Number) * rest);
+            if (until <= size && count == OUTS) {
+                const T* next = first + 2 * OUTS <= outs ? own + OUTS * size : nullptr;
+                return {reinterpret_cast<const Number*>(own), size, reinterpret_cast<const Number*>(next)};
             }
-            const Number* next = reinterpret_cast<const Number*>(first + 2 * OUTS <= outs ? own + OUTS * size : nullptr);
-            return {reinterpret_cast<const Number*>(own), size, tails, next};
-        } else {
-            for (int64_t o = 0; o < count; o++)
-                for (int64_t i = 0; i < size; i++) room[o * padded + i] = widen(own[o * size + i]);
-            for (int64_t o = 0; o < count && rest; o++) {
-                std::memset(static_cast<void*>(tails + o * Kind::WIDE), 0, sizeof(Number) * Kind::WIDE);
-                std::memcpy(tails + o * Kind::WIDE, room + o * padded + whole, sizeof(Number) * rest);
-            }
-            return {room, padded, tails, nullptr};
         }
+        const int64_t there = std::min(until, size) - from;
+        for (int64_t o = 0; o < OUTS; o++) {
+            const int64_t held = o < count ? there : 0;
+            for (int64_t i = 0; i < held; i++) room[o * PIECE + i] = narrow<Number>(widen(own[o * size + i]));
+            for (int64_t i = held; i < until - from; i++) room[o * PIECE + i] = narrow<Number>(0.0f);
+        }
+        return {room, PIECE, nullptr};
     }
     float finish(int64_t out, float sum) const { return bias == nullptr ? sum : sum + widen(bias[out]); }
 };

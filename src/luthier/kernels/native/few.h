@@ -90,115 +90,105 @@ template <typename Kind, typename T> struct FewRows {
     FewRows(const FewRows&) = delete;
 };
 
-// Rows of W beside each other, and what is behind their whole vectors, filled up with zeros. `next` is the block that
-// comes after it, where that lies in memory.
-template <typename Number> struct Block {
-    const Number* at;
-    int64_t stride;
-    const Number* tails;
-    const Number* next;
-};
-
-// OUTS rows of W with ROWS rows of x. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that
-// all sums stay in registers.
-template <typename Kind, int OUTS, int ROWS, int FETCHED>
-__attribute__((noinline)) static void dots(const Block<typename Kind::Number> w, const typename Kind::Number* x,
-                                           int64_t x_stride, int64_t whole, bool rest,
-                                           const typename Kind::Number* next, float* y) {
-    Vector sums[OUTS][ROWS] = {};
-    for (int64_t k = 0; k < whole; k += Kind::WIDE) {
-        for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * w.stride + k, 0, 2);
-        Vector own[ROWS];
-        for (int r = 0; r < ROWS; r++) own[r] = Kind::load(x + r * x_stride + k);
-        for (int o = 0; o < OUTS; o++) {
-            const Vector row = Kind::load(w.at + o * w.stride + k);
-            for (int r = 0; r < ROWS; r++) sums[o][r] = Kind::dot(sums[o][r], row, own[r]);
-        }
-    }
-    for (int o = 0; o < OUTS && rest; o++)
-        for (int r = 0; r < ROWS; r++)
-            sums[o][r] = Kind::dot(sums[o][r], Kind::load(w.tails + o * Kind::WIDE), Kind::load(x + r * x_stride + whole));
-    for (int r = 0; r < ROWS; r++)
-        if constexpr (OUTS == 4) {
-            const Four found = totals(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
-            std::memcpy(y + r * OUTS, found.at, sizeof(found));
-        } else {
-            for (int o = 0; o < OUTS; o++) y[r * OUTS + o] = totals(sums[o][r], Vector{}, Vector{}, Vector{}).at[0];
-        }
-}
-
-template <typename Kind, int OUTS, int FETCHED>
-static inline void some_dots(const Block<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
-                             int64_t rows, int64_t whole, bool rest, const typename Kind::Number* next, float* y) {
-    if (rows == 1) dots<Kind, OUTS, 1, FETCHED>(w, x, x_stride, whole, rest, next, y);
-    else if (rows == 2) dots<Kind, OUTS, 2, FETCHED>(w, x, x_stride, whole, rest, next, y);
-    else if (rows == 3) dots<Kind, OUTS, 3, FETCHED>(w, x, x_stride, whole, rest, next, y);
-    else dots<Kind, OUTS, 4, FETCHED>(w, x, x_stride, whole, rest, next, y);
-}
-
-// A block of OUTS rows of W with all rows of x, into y (rows, OUTS).
-template <typename Kind, int OUTS, typename X>
-static inline void block_dots(const Block<typename Kind::Number>& w, const X& x, float* y) {
-    const bool rest = x.rest != 0;
-    // The next block is fetched evenly over the time that this one takes.
-    const int64_t groups = (x.rows + 3) / 4;
-    int64_t row = 0, asked = 0;
-    for (int64_t group = 0; group < groups; group++) {
-        const int64_t take = x.rows * (group + 1) / groups - row;
-        const int64_t left = w.next == nullptr ? 0 : OUTS - asked;
-        const typename Kind::Number* from = x.at + row * x.stride;
-        const typename Kind::Number* next = w.next + asked * w.stride;
-        const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
-        float* to = y + row * OUTS;
-        if (share == 0) some_dots<Kind, OUTS, 0>(w, from, x.stride, take, x.whole, rest, next, to);
-        else if (share == 1) some_dots<Kind, OUTS, 1>(w, from, x.stride, take, x.whole, rest, next, to);
-        else if (share == 2) some_dots<Kind, OUTS, 2>(w, from, x.stride, take, x.whole, rest, next, to);
-        else some_dots<Kind, OUTS, OUTS>(w, from, x.stride, take, x.whole, rest, next, to);
-        row += take;
-        asked += share;
-    }
-}
-
 constexpr int64_t OUTS = 4;          // rows of W at once
+constexpr int64_t GROUP = 4;         // rows of x at once
+constexpr int64_t PIECE = 1024;      // numbers of a row at once: with OUTS rows they stay in the nearest cache
 constexpr int64_t CHUNK = 64 << 10;  // bytes of W that a thread takes at once
 constexpr int64_t ALONE = 96 << 10;  // bytes of W below which a second thread is not worth waking
 
-// y (rows, outs) = x W^T, rounded to T. `source.block(first, count, room)` gives rows of W, in `room` where they have
-// to be made; `source.finish(out, sum)` is a number of y from its sum. Returns 1 when there is no memory.
+// A piece of each of some rows of W, and where the same piece of the rows after them lies, if that is in memory.
+template <typename Number> struct Piece {
+    const Number* at;
+    int64_t stride;
+    const Number* next;
+};
+
+// Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS). Meanwhile
+// FETCHED rows from `next` on come nearer. A function of its own, so that all sums stay in registers.
+template <typename Kind, int ROWS, int FETCHED>
+__attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w, const typename Kind::Number* x,
+                                           int64_t x_stride, int64_t count, const typename Kind::Number* next,
+                                           Vector* sums) {
+    Vector own[OUTS][ROWS];
+    for (int o = 0; o < OUTS; o++)
+        for (int r = 0; r < ROWS; r++) own[o][r] = sums[r * OUTS + o];
+    for (int64_t k = 0; k < count; k += Kind::WIDE) {
+        for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * w.stride + k, 0, 2);
+        Vector left[ROWS];
+        for (int r = 0; r < ROWS; r++) left[r] = Kind::load(x + r * x_stride + k);
+        for (int o = 0; o < OUTS; o++) {
+            const Vector right = Kind::load(w.at + o * w.stride + k);
+            for (int r = 0; r < ROWS; r++) own[o][r] = Kind::dot(own[o][r], right, left[r]);
+        }
+    }
+    for (int o = 0; o < OUTS; o++)
+        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = own[o][r];
+}
+
+template <typename Kind, int FETCHED>
+static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
+                             int64_t rows, int64_t count, const typename Kind::Number* next, Vector* sums) {
+    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, count, next, sums);
+    else if (rows == 2) dots<Kind, 2, FETCHED>(w, x, x_stride, count, next, sums);
+    else if (rows == 3) dots<Kind, 3, FETCHED>(w, x, x_stride, count, next, sums);
+    else dots<Kind, 4, FETCHED>(w, x, x_stride, count, next, sums);
+}
+
+// A piece of OUTS rows of W with that of all rows of x, which begins at `x`. What comes next is fetched evenly over the
+// time that this takes.
+template <typename Kind>
+static inline void piece_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
+                              int64_t rows, int64_t count, Vector* sums) {
+    const int64_t groups = (rows + GROUP - 1) / GROUP;
+    int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
+    const typename Kind::Number* next = w.next;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t take = rows * (group + 1) / groups - row;
+        const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
+        const typename Kind::Number* from = x + row * x_stride;
+        Vector* own = sums + row * OUTS;
+        if (share == 0) some_dots<Kind, 0>(w, from, x_stride, take, count, next, own);
+        else if (share == 1) some_dots<Kind, 1>(w, from, x_stride, take, count, next, own);
+        else if (share == 2) some_dots<Kind, 2>(w, from, x_stride, take, count, next, own);
+        else some_dots<Kind, OUTS>(w, from, x_stride, take, count, next, own);
+        row += take;
+        left -= share;
+        next += share * w.stride;
+    }
+}
+
+// y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
+// OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
+// behind the end of a row. `source.finish(out, sum)` is a number of y from its sum. Returns 1 when there is no memory.
 template <typename Kind, typename T, typename Source>
 static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t outs) {
     typedef typename Kind::Number Number;
-    const int64_t size = x.whole + x.rest, padded = up_to(size, Kind::WIDE);
-    const Rooms rooms(sizeof(Number) * OUTS * (padded + Kind::WIDE) + sizeof(float) * OUTS * x.rows + 64 * 4);
+    const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + sizeof(Vector) * OUTS * x.rows + 64 * 3);
     if (rooms.at == nullptr || x.failed) return 1;
     const int64_t blocks = (outs + OUTS - 1) / OUTS, row_bytes = source.row_bytes();
-    const int64_t share = std::max<int64_t>(1, CHUNK / (OUTS * row_bytes + 1));
-    const int64_t parts = (blocks + share - 1) / share;
-#pragma omp parallel if (outs * row_bytes * std::max<int64_t>(1, x.rows / 4) > ALONE)
+    const int64_t share = std::max<int64_t>(1, CHUNK / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
+#pragma omp parallel if (outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE)
     {
         auto shelf = rooms.own();
-        Number* room = shelf.template take<Number>(OUTS * padded);
-        Number* tails = shelf.template take<Number>(OUTS * Kind::WIDE);
-        float* sums = shelf.template take<float>(OUTS * x.rows);
+        Number* room = shelf.template take<Number>(OUTS * PIECE);
+        Vector* sums = shelf.template take<Vector>(OUTS * x.rows);
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t part = 0; part < parts; part++)
             for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
                 const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
-                const auto rows = source.block(first, count, room, tails);
-                if (count == OUTS) {
-                    block_dots<Kind, OUTS>(rows, x, sums);
-                } else {
-                    for (int64_t o = 0; o < count; o++) {
-                        Block<Number> one{rows.at + o * rows.stride, rows.stride, rows.tails + o * Kind::WIDE, nullptr};
-                        float* own = sums + o * x.rows;
-                        block_dots<Kind, 1>(one, x, own);
-                    }
+                std::memset(static_cast<void*>(sums), 0, sizeof(Vector) * OUTS * x.rows);
+                for (int64_t from = 0, until; from < padded; from = until) {
+                    until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
+                    const Piece<Number> piece = source.piece(first, count, from, until, room);
+                    piece_dots<Kind>(piece, x.at + from, x.stride, x.rows, until - from, sums);
                 }
-                for (int64_t row = 0; row < x.rows; row++)
-                    for (int64_t o = 0; o < count; o++) {
-                        const float sum = count == OUTS ? sums[row * OUTS + o] : sums[o * x.rows + row];
-                        y[row * outs + first + o] = narrow<T>(source.finish(first + o, sum));
-                    }
+                for (int64_t row = 0; row < x.rows; row++) {
+                    const Vector* own = sums + row * OUTS;
+                    const Four found = totals(own[0], own[1], own[2], own[3]);
+                    for (int64_t o = 0; o < count; o++)
+                        y[row * outs + first + o] = narrow<T>(source.finish(first + o, found.at[o]));
+                }
             }
     }
     return 0;
