@@ -51,7 +51,7 @@ def plan(
     `pooled` is whether CPU tensors come from the pool (kernels/pool.py).
     """
     steps = total_steps(recipe.budget, source)
-    needed = memory.plan_memory(recipe, data, model, attachment, source, steps, pooled=pooled)
+    needed = memory.plan_memory(recipe, model, attachment, source, steps, pooled=pooled)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
     tokens = data.store.token_count
     speed = limits.plan_speed(
