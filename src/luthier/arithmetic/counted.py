@@ -35,6 +35,7 @@ class Texts:
     joined: int = 0
     joined_pairs: int = 0
     viewed: int = 0
+    squares: int = 0
     largest: int = 0
 
     @classmethod
@@ -49,6 +50,7 @@ class Texts:
             joined=sum(count * queries for count, queries, _ in runs if count > 1),
             joined_pairs=sum(count * queries * keys for count, queries, keys in runs if count > 1),
             viewed=sum(count * queries for count, queries, _ in runs) * any(count == 1 for count, _, _ in runs),
+            squares=sum(count * queries * queries for count, queries, _ in runs),
             largest=max((count * queries * keys for count, queries, keys in runs), default=0),
         )
 
@@ -66,8 +68,8 @@ class Load:
     @property
     def numbers(self) -> tuple[int, ...]:
         """x, with its leading 1."""
-        # The largest call is no sum, and nothing is kept for it alone.
-        return (1, *astuple(self.texts)[:-1], *astuple(self.answers)[:-1], self.read, self.crossed, self.predicted)
+        # Queries with queries are told by the others, and the largest call is no sum.
+        return (1, *astuple(self.texts)[:-2], *astuple(self.answers)[:-2], self.read, self.crossed, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def _moments(decoder: Decoder, work: Work, rates: Rates, load: Load, readers: in
     kept = rates.kept(load)
     below = list(accumulate(kept))
     yield Peak(kept=below[-1], working=head_at_work(decoder, work))
-    for stage in range(1, len(kept), 2):
+    # Where nothing is known to be a block, all of it is one.
+    for stage in range(1, len(kept), 2) if len(kept) > 1 else (0,):
         reads = not load.answers.rows or stage // 2 < readers
         texts = load.texts if reads else load.answers
         # What the layers of a decoder find out about the encoder's states is added up until the encoder's turn.
@@ -119,8 +122,12 @@ def _moments(decoder: Decoder, work: Work, rates: Rates, load: Load, readers: in
 
 
 def _feed_forward(decoder: Decoder, work: Work, tokens: int) -> int:
-    """The gradients of the inner states, before and after the bend, and of what edits add, and of the stream, twice."""
-    return tokens * (3 * decoder.inner + 2 * decoder.hidden) * decoder.bytes + own_gradients(decoder, work)
+    """The gradients of the inner states, before and after the bend, and of the stream and its sum.
+
+    A gate has its own, and so has what an edit adds to the input of the way down.
+    """
+    inner = 2 + decoder.gated + work.edits_inner
+    return tokens * (inner * decoder.inner + 2 * decoder.hidden) * decoder.bytes + own_gradients(decoder, work)
 
 
 def _attention(decoder: Decoder, tokens: int) -> int:

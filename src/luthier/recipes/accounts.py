@@ -57,8 +57,7 @@ def plan(
     speed = limits.plan_speed(
         model,
         attachment,
-        [int(length) for length in data.train.lengths],
-        share=data.store.trained_count / max(1, tokens),
+        limits.flow_of(model, source, data.store.trained_count / max(1, tokens)),
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],

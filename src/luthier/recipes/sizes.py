@@ -44,6 +44,7 @@ def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, pre
         predicted=max(1, predicted),
         longest=batch.longest,
         edits=_edits(model, attachment),
+        edits_inner=_edits_inner(model, attachment),
         untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,
         squares=_squares(model, decoder_of(model)),
@@ -80,6 +81,12 @@ def _edits(model: LanguageModel, attachment: Attachment) -> float:
                 inputs[_reads(site)] = site.in_features or model.sites.hidden
             own += kept.own + kept.output * (site.out_features or model.sites.hidden)
     return (own + sum(inputs.values())) / max(1, model.sites.layers)
+
+
+def _edits_inner(model: LanguageModel, attachment: Attachment) -> bool:
+    down = {site.name for site in model.sites.role("down")}
+    edits = [edit for edit in attachment.edits if isinstance(edit, SiteEdit) and edit.site_name in down]
+    return any(edit.keeps().input for edit in edits)
 
 
 def _untouched(model: LanguageModel, attachment: Attachment) -> int:

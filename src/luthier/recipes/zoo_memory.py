@@ -61,8 +61,8 @@ class Counted:
         """The model as it stands, with what is attached."""
         forests = [Forest(tuple(_tree(model, *row) for row in rows)) for rows in _ROWS]
         loads, counts = [load_of(model, each) for each in forests], [kept_by_stage(model, each) for each in forests]
-        encoder = set(model.module.get_encoder().modules()) if model.sites.two_stacks else set()  # type: ignore[no-untyped-call]
-        return cls(Rates.of(loads, counts), sum(site.module in encoder for site in model.sites.role("block")))
+        readers = model.sites.layers - model.sites.root_layers if model.sites.two_stacks else 0
+        return cls(Rates.of(loads, counts), readers)
 
     def peak(self, model: LanguageModel, decoder: Decoder, work: Work, forest: Forest) -> Peak:
         """The widest moment of a pass of this forest."""
