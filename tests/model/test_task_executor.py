@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.adapters.full import Full
 from luthier.core.errors import DataError, RecipeError
@@ -91,6 +93,36 @@ def test_answers_share_the_work_of_the_encoder_and_nothing_else() -> None:
     model.token_outputs(Forest((tree,)))
     handle.remove()
     assert read == [len(tree.segments[0].tokens)]
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple) else (out,)
+        self.found |= {tuple(each.shape) for each in made if torch.is_tensor(each)}
+        return out
+
+
+def test_no_tensor_is_made_for_all_pairs_of_answers_and_texts() -> None:
+    """Breaks when the decoder's reading takes a bias of zeros from the zoo, which grows with the square of a batch."""
+    model = task_models.language_model("t5", ANSWERS)
+    trees = task_models.trees(ANSWERS, both_ways=True)
+    read = sum(len(tree.segments[0].tokens) for tree in trees)
+    said = sum(len(segment.tokens) for tree in trees for segment in tree.segments[1:])
+    with Shapes() as shapes:
+        model.token_outputs(Forest(tuple(trees)))
+    assert (1, said, forests.HIDDEN) in shapes.found
+    assert not [shape for shape in shapes.found if len(shape) == 4 and shape[2:] == (said, read)]
+    own = [name for name, module in model.module.named_modules() if "compute_bias" in module.__dict__]
+    assert not own
+    readers = [module for name, module in model.module.named_modules() if name.endswith("EncDecAttention")]
+    assert not any(reader.has_relative_attention_bias for reader in readers)
 
 
 class Prompt(LearnedPrompt):

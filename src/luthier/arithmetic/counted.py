@@ -1,14 +1,20 @@
 """Memory of a pass through blocks whose insides are not ours: counted on a few tokens, told for many.
 
 Idea: what a block keeps is a sum over tokens, and over pairs of a query and a key where attention keeps such; so a few
-counts of small passes give all factors, and these any pass.
-Equation: kept_i = a_i . x for stage i, x = (1, R, T, S, D, A, U, V, W, X, N): R texts of T tokens, S = sum of n m over
-    the texts with n queries and m keys each, D the same over texts of different sizes (a bias by distance is made once
-    for texts of one size and shared by all layers); A answers of U tokens with V and W alike, X = sum over answers of
-    their tokens times those they read, and N predictions. a_i solves least squares, exactly where x says all.
+counts of small passes give all factors, and these any pass. Texts of one size that lie side by side go through
+attention in one call, which copies what it needs of them; of the others it keeps views of a whole batch.
+Equation: kept_i = a_i . x for stage i, x = (1, texts, answers, U, X, N), with eight numbers each of texts and answers:
+    rows, T = tokens, S = sum of n m over rows with n queries and m keys each, the same over different sizes alone (a
+    bias by distance is made once for a size, and shared by all layers) and over calls, T and S of rows that share a
+    call, and T again if any row is alone; U = tokens read, X = tokens said times tokens read, both summed over answers;
+    N = predictions. a_i solves least squares, exactly where x says all.
     The peak is the widest of: all that is kept, with the head at work; and for each block what is kept up to it, with
-    the gradients of its insides at work, and that of the encoder's states while a decoder goes backward.
-Source: torch's saved-tensor hooks (model/kept.py); the gradients at work as in memory.py.
+    the gradients of its insides at work: of a feed-forward (2 + g + e) f + 2 d numbers a token (g with a gate, e with
+    edits before the way down; the gradient behind the bend and before it, of the stream and of the sum); of attention
+    2 q + 2 kv + d, and for each pair of its largest call as much as is kept of a pair. While a decoder goes backward,
+    the gradient of the encoder's states, d a token of the texts, waits for the encoder.
+Source: torch's saved-tensor hooks (model/kept.py), for all adapters, with dropout and without: 0.5 % of what autograd
+    keeps, tests/recipes/test_zoo_memory.py; and 10 % of the peak of processes, tests/recipes/test_memory.py.
 """
 
 from __future__ import annotations

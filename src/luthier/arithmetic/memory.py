@@ -2,7 +2,8 @@
 
 Idea: what a backward pass needs is decided by the shapes of a decoder block, so the peak of a step can be told before
 it is made. Counted is what autograd keeps until a layer's backward pass, tensor by tensor, for a block of attention and
-feed-forward, run by our operations (kernels/blocks.py) or as the zoo writes it, with flash attention over segments.
+feed-forward, run by our operations (kernels/blocks.py), or as the zoo writes it where an edit sends half of such a
+block there, with flash attention over segments. Blocks of any other shape have counts instead (counted.py).
 Equation: a fused block keeps for each token 2 d (the residual stream before each half) + 2 q + 2 kv (queries, keys,
     values and the attention's output) + 2 f (gate and up), one number a norm and head, and the ranks of its adapters;
     the last block's feed-forward does for the tokens that predict something; a recomputed block keeps d. The zoo's

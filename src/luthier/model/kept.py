@@ -75,7 +75,9 @@ class _Notes:
 
 
 def _slope_width(model: LanguageModel) -> int:
-    """The rows of a plain head that is trained; 0 where there is none."""
+    """The rows of a plain head that is trained over a vocabulary; 0 where there is none."""
+    if model.task.classifies:
+        return 0
     head = model.head
     plain = head.plain if isinstance(head, FeatureHead) else head
     trained = isinstance(plain, Head) and plain.weight.requires_grad

@@ -22,31 +22,38 @@ _UNIT: Final = {"cpu": 4, "cuda": 32}
 
 _ROWS: Final = (
     ((1, 1, 1), (2, 1, 2)),
-    ((2, 1, 2), (1, 2, 1)),
-    ((1, 2, 1), (1, 1, 1)),
     ((2, 1, 1), (3, 2, 1), (1, 1, 1)),
-    ((1, 2, 2), (2, 2, 2), (2, 1, 3)),
     ((3, 3, 1), (1, 1, 2)),
     ((2, 1, 1), (2, 1, 1)),
+    ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
+    ((2, 1, 1), (1, 2, 1), (2, 1, 1)),
+    ((3, 2, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)),
+    ((2, 2, 1), (2, 2, 1), (1, 1, 1)),
+    ((3, 3, 2), (3, 3, 2)),
+    ((2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)),
+    ((1, 1, 2), (1, 1, 2), (1, 1, 2), (3, 3, 1), (2, 2, 2)),
+    ((1, 2, 2), (2, 2, 2), (2, 1, 3)),
+    ((2, 1, 2), (1, 2, 1)),
+    ((1, 2, 1), (1, 1, 1)),
     ((1, 3, 1), (2, 3, 1), (2, 2, 1)),
     ((1, 1, 3), (1, 2, 1), (2, 1, 1)),
     ((3, 1, 2), (1, 3, 2)),
     ((2, 2, 1), (3, 1, 1), (2, 1, 2)),
     ((1, 2, 3), (3, 2, 1)),
-    ((1, 1, 1), (1, 1, 1), (1, 1, 1)),
-    ((2, 1, 1), (1, 2, 1), (2, 1, 1)),
-    ((3, 2, 1), (3, 1, 1), (1, 2, 1), (3, 2, 2)),
     ((2, 3, 2), (2, 2, 1), (1, 3, 1)),
     ((1, 1, 1), (2, 2, 1), (1, 3, 1), (2, 1, 1), (1, 2, 1)),
     ((3, 1, 1), (2, 2, 2), (3, 3, 1)),
-    ((2, 2, 1), (2, 2, 1), (1, 1, 1)),
     ((2, 1, 2), (2, 1, 2)),
-    ((3, 3, 2), (3, 3, 2)),
-    ((2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)),
     ((3, 2, 3), (3, 2, 3), (3, 2, 1)),
-    ((1, 1, 2), (1, 1, 2), (1, 1, 2), (3, 3, 1), (2, 2, 2)),
 )
-"""Passes that are counted: for each row the units of its text, of each of its answers, and how many answers it has."""
+"""Passes that are counted: for each row the units of its text, of each of its answers, and how many answers it has.
+
+There are as many as x has numbers that differ, and a few more; of one stack the first ones are enough."""
+_OF_ONE_STACK: Final = 12
+_LONGEST: Final = 3
+_ALWAYS_TAKEN: Final = 2
+"""Positions that some models keep for padding."""
+MOST: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ class Counted:
     @classmethod
     def of(cls, model: LanguageModel) -> Counted:
         """The model as it stands, with what is attached."""
-        forests = [Forest(tuple(_tree(model, *row) for row in rows)) for rows in _ROWS]
+        passes = _ROWS if model.sites.two_stacks else _ROWS[:_OF_ONE_STACK]
+        unit = _unit(model)
+        forests = [Forest(tuple(_tree(model, unit, *row) for row in rows)) for rows in passes]
         loads, counts = [load_of(model, each) for each in forests], [kept_by_stage(model, each) for each in forests]
         readers = model.sites.layers - model.sites.root_layers if model.sites.two_stacks else 0
         return cls(Rates.of(loads, counts), readers)
@@ -109,9 +118,15 @@ def _runs(sizes: Sequence[tuple[int, int]], *, alone: bool) -> list[tuple[int, i
     return [(len(list(same)), *size) for size, same in groupby(sizes)]
 
 
-def _tree(model: LanguageModel, text: int, answer: int, answers: int) -> Tree:
+def _unit(model: LanguageModel) -> int:
+    """Tokens of the shortest text, so that there is room for the longest."""
+    root = model.active_root
+    room = (model.context_tokens or MOST) - (0 if root is None else root.token_count)
+    return max(1, min(_UNIT.get(model.device.type, _UNIT["cuda"]), (room - _ALWAYS_TAKEN) // _LONGEST))
+
+
+def _tree(model: LanguageModel, unit: int, text: int, answer: int, answers: int) -> Tree:
     """A row of so many units of tokens, as the model's task has rows."""
-    unit = _UNIT.get(model.device.type, _UNIT["cuda"])
     size, kind = model.vocabulary_size, kind_of(model.config)
     if kind == "seq2seq":
         read = Segment(_ids(text * unit, size), np.zeros(text * unit, np.float32), both_ways=True)
