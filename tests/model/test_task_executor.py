@@ -17,6 +17,7 @@ from luthier.model.edits import Edit, LearnedPrompt
 from luthier.model.executor import Entry
 from luthier.model.task_executor import run_task, task_head_of
 from luthier.model.tasks import Task
+from luthier.recipes.opened import require_room
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
 
@@ -93,6 +94,28 @@ def test_answers_share_the_work_of_the_encoder_and_nothing_else() -> None:
     model.token_outputs(Forest((tree,)))
     handle.remove()
     assert read == [len(tree.segments[0].tokens)]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("mpnet", 2), ("roberta", 2), ("bert", 0), ("bart", 0), ("deberta", 0)])
+def test_positions_that_stand_for_padding_are_no_room(name: str, kept: int) -> None:
+    """Breaks when a row is let in that is longer than the positions it is given, and a lookup fails midway."""
+    task = ANSWERS if name == "bart" else WORDS
+    model = task_models.language_model(name, task)
+    rows = model.context_tokens
+    assert rows == 128 and model.executor.entry.first_position == kept
+    require_room(np.array([rows - kept]), model)
+    if kept:
+        with pytest.raises(RecipeError, match="126 positions"):
+            require_room(np.array([rows - kept + 1]), model)
+    if name in ("mpnet", "roberta", "bert"):
+        for size in (rows - kept, rows - kept + 1):
+            labels, ones = np.zeros(size, np.int32), np.ones(size, np.float32)
+            row = Tree((Segment(np.full(size, 7, np.int32), ones, labels=labels),))
+            if size <= rows - kept:
+                model.token_outputs(Forest((row,)))
+            else:
+                with pytest.raises((IndexError, RuntimeError)):
+                    model.token_outputs(Forest((row,)))
 
 
 class Shapes(TorchDispatchMode):
