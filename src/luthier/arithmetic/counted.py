@@ -13,8 +13,9 @@ Equation: kept_i = a_i . x for stage i, x = (1, texts, answers, U, X, N), with e
     edits before the way down; the gradient behind the bend and before it, of the stream and of the sum); of attention
     2 q + 2 kv + d, and for each pair of its largest call as much as is kept of a pair. While a decoder goes backward,
     the gradient of the encoder's states, d a token of the texts, waits for the encoder.
-Source: torch's saved-tensor hooks (model/kept_tensors.py), for all adapters, with dropout and without: 0.5 % of what autograd
-    keeps, tests/recipes/test_zoo_memory.py; and 10 % of the peak of processes, tests/recipes/test_memory.py.
+Source: torch's saved-tensor hooks (model/kept_tensors.py), for all adapters, with dropout and without: 0.5 %
+    of what autograd keeps, tests/recipes/test_zoo_memory.py; and 10 % of the peak of processes,
+    tests/recipes/test_memory.py.
 """
 
 from __future__ import annotations
