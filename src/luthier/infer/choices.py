@@ -62,20 +62,22 @@ class _Node:
 
 @final
 class _ChoiceGuide(Guide):
+    """The place of one continuation in the tree; None where a token led out of it."""
+
     def __init__(self, choices: Choices) -> None:
         self._choices = choices
-        self._node = choices.root
+        self._node: _Node | None = choices.root
+        self._last = -1
 
     def allowed(self) -> Bool[Tensor, " V"] | None:
+        if self._node is None:
+            raise RecipeError(f"token {self._last} was said where no choice goes on with it", allowed="its tokens")
         return self._choices.mask(self._node)
 
     def said(self, token: int) -> None:
-        if token in self._node.branches:
-            self._node = self._node.branches[token]
-        elif not (self._node.ends and token in self._choices.stops):
-            raise RecipeError(
-                f"token {token} was said where no choice goes on with it", allowed=f"{sorted(self._node.branches)[:20]}"
-            )
+        node, self._last = self._node, token
+        if node is not None and not (node.ends and token in self._choices.stops):
+            self._node = node.branches.get(token)
 
 
 def _written(tokenizer: Tokenizer, text: str, after: Ints | None) -> list[int]:

@@ -61,7 +61,7 @@ class Grammars:
         return self.json_schema({"type": "object"})
 
     def regex(self, pattern: str) -> Callable[[], Guide]:
-        """Text that a regular expression matches as a whole, in the syntax of Rust's regex crate, no look-around."""
+        r"""Text that a regular expression matches as a whole: syntax of Rust's regex crate, \d is 0 to 9."""
         return self._kept("regex " + pattern, lambda: self._grammar("regular expression", pattern))
 
     def choices(self, texts: Sequence[str], *, after: Ints | None = None) -> Callable[[], Guide]:
@@ -81,8 +81,11 @@ class Grammars:
         library = require("llguidance", extra="guided", purpose=f"a text that fits a {kind}")
         if self._vocabulary is None:
             self._vocabulary = _vocabulary(library, self.tokenizer)
-        make, regex = library.LLMatcher, kind == "regular expression"
-        grammar = make.grammar_from_regex(text) if regex else make.grammar_from_json_schema(text, _JSON)
+        make = library.LLMatcher
+        if kind == "regular expression":
+            grammar = make.grammar_from_lark(f"start: /{library.regex_to_lark(text, 'd')}/")
+        else:
+            grammar = make.grammar_from_json_schema(text, _JSON)
         matcher = make(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise RecipeError(f"the {kind} {text} cannot be followed: {matcher.get_error().strip()}")
@@ -113,10 +116,11 @@ class _GrammarGuide(Guide):
 
     def allowed(self) -> Bool[Tensor, " V"] | None:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise RecipeError(f"the grammar cannot be followed any further: {self._matcher.get_error().strip()}")
         mask = np.zeros(max(8 * len(bits), self._stops[-1] + 1), np.bool_)
         if not self._over:
             mask[: 8 * len(bits)] = np.unpackbits(bits, bitorder="little")
-            self._demand_sound()
         mask[self._stops] = self._over or self._matcher.is_accepting()
         return torch.from_numpy(mask)
 
@@ -124,8 +128,3 @@ class _GrammarGuide(Guide):
         self._over = self._over or token in self._stops
         if not self._over:
             self._matcher.consume_token(token)
-            self._demand_sound()
-
-    def _demand_sound(self) -> None:
-        if self._matcher.is_error():
-            raise RecipeError(f"the grammar cannot be followed any further: {self._matcher.get_error().strip()}")

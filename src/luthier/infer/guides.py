@@ -11,7 +11,8 @@ from torch import Tensor
 class Guide(ABC):
     """Says of one continuation, token by token, which tokens may come next.
 
-    At least one may at every place: a guide whose text may only end allows the tokens that end it.
+    At least one may at every place: a guide whose text may only end allows the tokens that end it. A guide that has
+    lost its place, or cannot go on, says so when it is asked what is allowed: it raises.
     """
 
     @abstractmethod

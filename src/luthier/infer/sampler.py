@@ -30,8 +30,10 @@ from luthier.infer.guides import Guide
 from luthier.infer.request import Said
 from luthier.model.speaker import Sampling
 
-_NUCLEUS: Final = 1024
-"""Tokens among which the edge of a nucleus is looked for before all are sorted."""
+_WIDTHS: Final = (256, 4096, None)
+"""How many of the likeliest tokens a cut is looked for among, one after the other; at last among all."""
+_BLOCK: Final = 16
+"""Tokens whose best stands for them while the likeliest are looked for."""
 _COLDEST: Final = 1e-30
 """A temperature that float32 can divide by; below it nothing changes any more."""
 _NEVER: Final = float("-inf")
@@ -48,6 +50,8 @@ class Chooser:
         self.log_probs: list[float] = []
         self.counts: dict[int, int] = {}
         self._in_prompt = np.unique(prompt) if sampling.repetition_penalty != 1 else np.empty(0, np.int32)
+        self._bound: Tensor | None = None
+        self._asked = False
         self._key = _hashed(_hashed(sampling.seed) ^ choice)
 
     def uniform(self) -> float:
@@ -58,14 +62,44 @@ class Chooser:
         """The tokens of the prompt and of what was said; some twice."""
         return np.concatenate([self._in_prompt, np.fromiter(self.counts, np.int32, len(self.counts))])
 
+    def bound(self, vocabulary: int) -> Bool[Tensor, " V"] | None:
+        """Which of the model's tokens may come next, by the guide and by `min_new_tokens`; None for all.
+
+        `choose` asks for it. Whoever asks before, of each continuation alone, meets what its guide raises there, where
+        it need not end the others.
+        """
+        if not self._asked:
+            self._bound, self._asked = self._asked_for(vocabulary), True
+        return self._bound
+
     def take(self, said: Said) -> None:
         """Remember the token that comes next."""
         token = said.token
         self.said.append(token)
         self.log_probs.append(said.log_prob)
         self.counts[token] = self.counts.get(token, 0) + 1
+        self._asked = False
         if self.guide is not None:
             self.guide.said(token)
+
+    def _asked_for(self, vocabulary: int) -> Bool[Tensor, " V"] | None:
+        guided = self.guide.allowed() if self.guide is not None else None
+        mask = None
+        if guided is not None:
+            # A model may have more rows than its tokenizer has tokens, and the other way round.
+            mask = torch.zeros(vocabulary, dtype=torch.bool)
+            mask[: len(guided)] = guided[:vocabulary].cpu()
+            if not bool(mask.any()):
+                raise RecipeError(
+                    f"the guide allows none of the model's {vocabulary} tokens after {len(self.said)} tokens",
+                    do="give it stop tokens, with which a text may end",
+                )
+        if len(self.said) >= self.sampling.min_new_tokens:
+            return mask
+        early = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
+        early[[token for token in self.sampling.stop_ids if 0 <= token < vocabulary]] = False
+        # Where a guide has come to its end, nothing but a stop is left.
+        return early if bool(early.any()) else mask
 
 
 def require_possible(sampling: Sampling, vocabulary: int) -> None:
@@ -121,8 +155,11 @@ def choose_drafted(chooser: Chooser, logits: Float[Tensor, "N V"], draft: Sequen
 
 def distribution(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """The probabilities with which `choose` would take each token next, of continuations that are not greedy."""
-    weights = _weights(choosers, _steered(choosers, logits.float()))
-    return weights / weights.sum(-1, keepdim=True)
+    chances = torch.zeros(logits.shape, device=logits.device)
+    for share in _shares(choosers, _steered(choosers, logits.float())):
+        at = torch.arange(logits.shape[1], device=logits.device) if share.ids is None else share.ids
+        chances[torch.tensor(share.rows, device=logits.device)[:, None], at] = share.weights
+    return chances / chances.sum(-1, keepdim=True)
 
 
 def log_probs_of(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], likeliest: int = 0) -> list[Said]:
@@ -138,7 +175,8 @@ def _require_likeliest(likeliest: int, vocabulary: int) -> None:
 
 def _told(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], likeliest: Sequence[int]) -> list[Said]:
     """Each token with its log-probability, and the likeliest in its place."""
-    normaliser = logits.logsumexp(-1, keepdim=True)
+    # log sum exp, by the softmax, which is one pass: the best token's chance is exp(best) / sum.
+    normaliser = logits.amax(-1, keepdim=True) - logits.softmax(-1).amax(-1, keepdim=True).log()
     log_probs = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0].tolist()
     most = max(likeliest, default=0)
     best: list[list[tuple[int, float]]] = [[] for _ in log_probs]
@@ -166,12 +204,12 @@ def _not_finite(logits: Float[Tensor, " V"], token: int) -> NumericError:
 def _steered(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """The logits after penalties, biases, guides and what may not come yet; the very tensor where there is nothing."""
     steered = _penalised(choosers, logits)
-    masks = [_allowed(chooser, logits.shape[1]) for chooser in choosers]
+    masks = [chooser.bound(logits.shape[1]) for chooser in choosers]
     guided = [row for row, mask in enumerate(masks) if mask is not None]
     if guided:
         mask = torch.stack([mask for mask in masks if mask is not None]).to(logits.device)
         steered = steered.clone() if steered is logits else steered
-        steered[guided] = steered[guided].masked_fill(~mask, _NEVER)
+        steered[guided] = torch.where(mask, steered[guided], _NEVER)
     return steered
 
 
@@ -220,95 +258,130 @@ def _joined(edits: list[_Edits], device: torch.device) -> tuple[tuple[Tensor, Te
     return (rows, tokens), values
 
 
-def _allowed(chooser: Chooser, vocabulary: int) -> Bool[Tensor, " V"] | None:
-    """Which tokens may come next, by the guide and by the number of tokens that must come first; None for all."""
-    guided = chooser.guide.allowed() if chooser.guide is not None else None
-    mask = None
-    if guided is not None:
-        # A model may have more rows than its tokenizer has tokens, and the other way round.
-        mask = torch.zeros(vocabulary, dtype=torch.bool)
-        mask[: len(guided)] = guided[:vocabulary].cpu()
-        if not bool(mask.any()):
-            raise RecipeError(
-                f"the guide allows none of the model's {vocabulary} tokens after {len(chooser.said)} tokens",
-                do="give it stop tokens, with which a text may end",
-            )
-    if len(chooser.said) < chooser.sampling.min_new_tokens:
-        stops = [token for token in chooser.sampling.stop_ids if 0 <= token < vocabulary]
-        early = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
-        early[stops] = False
-        # Where a guide has come to its end, nothing but a stop is left.
-        return early if bool(early.any()) else mask
-    return mask
-
-
 # ------------------------------------------------------------------------------------------------------------ drawing
+
+
+@final
+class _Share(NamedTuple):
+    """Rows of a batch with what each of some tokens weighs in them: of those that `ids` names, ascending, or of all."""
+
+    rows: list[int]
+    weights: Float[Tensor, "R W"]
+    ids: Int[Tensor, "R W"] | None
 
 
 def _drawn(choosers: Sequence[Chooser], scores: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
     """A token for each row by the inverse of its cumulative distribution."""
-    weights = _weights(choosers, scores)
+    drawn = torch.empty(len(choosers), dtype=torch.long, device=scores.device)
+    for share in _shares(choosers, scores):
+        found = _inverse(share.weights, [choosers[row].uniform() for row in share.rows])
+        drawn[share.rows] = (found if share.ids is None else share.ids.gather(1, found))[:, 0]
+    return drawn
+
+
+def _inverse(weights: Float[Tensor, "R W"], numbers: Sequence[float]) -> Int[Tensor, "R 1"]:
+    """Where the sum of the weights goes past a share of the whole."""
     cumulative = weights.cumsum(-1)
-    uniform = torch.tensor([chooser.uniform() for chooser in choosers], dtype=torch.float32).to(scores.device)
-    found = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    found = torch.searchsorted(cumulative, _column(weights, numbers) * cumulative[:, -1:], right=True)
     found = found.clamp(max=weights.shape[1] - 1)
     hit = weights.gather(1, found) > 0
-    if not bool(hit.all()):
-        # The number may round up to the whole sum, and a sum made in parallel may waver: take the nearest one before
-        # that has a weight, or the first.
-        place = torch.arange(weights.shape[1], device=scores.device)
-        before = torch.where((weights > 0) & (place <= found), place, -1).amax(-1, keepdim=True)
-        first = (weights > 0).to(torch.uint8).argmax(-1, keepdim=True)
-        found = torch.where(hit, found, torch.where(before >= 0, before, first))
-    return found[:, 0]
+    if bool(hit.all()):
+        return found
+    # The number may round up to the whole sum, and a sum made in parallel may waver: take the nearest one before that
+    # has a weight, or the first.
+    place = torch.arange(weights.shape[1], device=weights.device)
+    before = torch.where((weights > 0) & (place <= found), place, -1).amax(-1, keepdim=True)
+    first = (weights > 0).to(torch.uint8).argmax(-1, keepdim=True)
+    return torch.where(hit, found, torch.where(before >= 0, before, first))
 
 
-def _weights(choosers: Sequence[Chooser], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-    """What each token weighs after temperature and cuts; the heaviest weighs 1."""
-    temperature = _column(scores, [max(chooser.sampling.temperature, _COLDEST) for chooser in choosers])
-    scaled = (scores - scores.amax(-1, keepdim=True)) / temperature
-    edge = _edge(choosers, scaled)
-    weights = scaled.exp()
-    return weights if edge is None else weights.masked_fill_(scaled < edge, 0)
+def _shares(choosers: Sequence[Chooser], scores: Float[Tensor, "B V"]) -> Iterator[_Share]:
+    """What the tokens weigh after temperature and cuts.
+
+    A row that is cut is looked at among its likeliest tokens, and among more of them while the cut lies beyond. How
+    many is a matter of the row alone, so that its sums are the same in any company.
+    """
+    vocabulary, settings = scores.shape[1], [chooser.sampling for chooser in choosers]
+    cut = [row for row, each in enumerate(settings) if 0 < each.top_k < vocabulary or each.top_p < 1 or each.min_p]
+    whole = sorted(set(range(len(settings))) - set(cut))
+    if whole:
+        yield _Share(whole, _chances(_rows(scores, whole), [settings[row] for row in whole]), None)
+    for width in _WIDTHS:
+        if not cut:
+            return
+        width = vocabulary if width is None else min(width, vocabulary)
+        best, ids = _best(_rows(scores, cut), width)
+        mine = [settings[row] for row in cut]
+        scaled = (best - best[:, :1]) / _temperatures(best, mine)
+        edge, certain = _edge(scaled, mine, _rows(scores, cut))
+        sure = [at for at, fine in enumerate(certain.tolist()) if fine]
+        if sure:
+            ascending, order = ids[sure].sort(-1)
+            kept = scaled[sure].exp() * (scaled[sure] >= edge[sure])
+            yield _Share([cut[at] for at in sure], kept.gather(1, order), ascending)
+        cut = [row for at, row in enumerate(cut) if at not in set(sure)]
 
 
-def _edge(choosers: Sequence[Chooser], scaled: Float[Tensor, "B V"]) -> Float[Tensor, "B 1"] | None:
-    """The least score that each row keeps; None when no row is cut. The best score of a row is 0."""
-    vocabulary = scaled.shape[1]
-    settings = [chooser.sampling for chooser in choosers]
-    least = [math.log(each.min_p) if each.min_p else _NEVER for each in settings]
-    edge = _column(scaled, least)
-    counted = [row for row, each in enumerate(settings) if 0 < each.top_k < vocabulary]
-    if counted:
-        wanted = torch.tensor([[settings[row].top_k] for row in counted]).to(scaled.device)
-        best = scaled[counted].topk(max(settings[row].top_k for row in counted)).values
-        floor = torch.full_like(edge, _NEVER)
-        floor[counted] = best.gather(1, wanted - 1)
-        edge = torch.maximum(edge, floor)
-    nucleus = [row for row, each in enumerate(settings) if each.top_p < 1]
-    if nucleus:
-        inside = scaled[nucleus]
-        if counted:
-            inside = inside.masked_fill(inside < floor[nucleus], _NEVER)
-        share = _column(scaled, [settings[row].top_p for row in nucleus])
-        edge[nucleus] = torch.maximum(edge[nucleus], _nucleus_edge(inside, share))
-    return edge if counted or nucleus or any(each.min_p for each in settings) else None
+def _edge(
+    scaled: Float[Tensor, "R W"], settings: Sequence[Sampling], scores: Float[Tensor, "R V"]
+) -> tuple[Float[Tensor, "R 1"], Bool[Tensor, " R"]]:
+    """The least score that each row keeps, and whether nothing beyond these tokens, best first, could be kept too."""
+    width, vocabulary = scaled.shape[1], scores.shape[1]
+    edge = _column(scaled, [math.log(each.min_p) if each.min_p else _NEVER for each in settings])
+    counts = [each.top_k if 0 < each.top_k < vocabulary else 0 for each in settings]
+    counted = torch.tensor([[count > 0] for count in counts]).to(scaled.device)
+    place = torch.tensor([[min(max(count, 1), width) - 1] for count in counts]).to(scaled.device)
+    least = torch.where(counted, scaled.gather(1, place), _NEVER)
+    edge = torch.maximum(edge, least)
+    if any(each.top_p < 1 for each in settings):
+        inside = scaled.exp() * (scaled >= least)
+        total = inside.sum(-1, keepdim=True)
+        free = [row for row, each in enumerate(settings) if each.top_p < 1 and not counts[row]]
+        if free and width < vocabulary:
+            # The best token weighs 1 here, and its chance is 1 / total.
+            chances = _chances(_rows(scores, free), [settings[row] for row in free])
+            total[free] = 1 / chances.amax(-1, keepdim=True)
+        before = (inside.cumsum(-1) - inside) / total
+        share = _column(scaled, [each.top_p if each.top_p < 1 else math.inf for each in settings])
+        last = ((before < share).sum(-1, keepdim=True) - 1).clamp(min=0)
+        edge = torch.maximum(edge, torch.where(share < 1, scaled.gather(1, last), _NEVER))
+    end = scaled[:, -1:]
+    certain = (end < edge) & ~(counted & (end >= least)) | (end == _NEVER)
+    return edge, certain[:, 0] | (width == vocabulary)
 
 
-def _nucleus_edge(scores: Float[Tensor, "R V"], share: Float[Tensor, "R 1"]) -> Float[Tensor, "R 1"]:
-    """The score of the last token of the smallest set whose probability reaches `share`."""
-    normaliser = scores.logsumexp(-1, keepdim=True)
-    for width in (min(_NUCLEUS, scores.shape[1]), scores.shape[1]):
-        best = scores.topk(width).values
-        chance = (best - normaliser).exp()
-        before = chance.cumsum(-1) - chance
-        kept = (before < share).sum(-1, keepdim=True)
-        if bool((kept < width).all()):
-            break
-    return best.gather(1, (kept - 1).clamp(min=0))
+def _best(scores: Float[Tensor, "R V"], width: int) -> tuple[Float[Tensor, "R W"], Int[Tensor, "R W"]]:
+    """The best scores of each row and their tokens, best first."""
+    blocks = scores.shape[1] // _BLOCK
+    if blocks < 2 * width:
+        best = scores.topk(width)
+        return best.values, best.indices
+    # The best are in the blocks whose own best are best. A block is every so manyth token, to be compared side by side.
+    apart = scores[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks))
+    at = apart.amax(1).topk(width).indices[:, None].expand(-1, _BLOCK, -1)
+    ids = at + blocks * torch.arange(_BLOCK, device=scores.device)[:, None]
+    rest = torch.arange(blocks * _BLOCK, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    found = torch.cat([apart.gather(2, at).flatten(1), scores[:, blocks * _BLOCK :]], 1)
+    best = found.topk(width)
+    return best.values, torch.cat([ids.flatten(1), rest], 1).gather(1, best.indices)
 
 
-def _column(like: Float[Tensor, "B V"], values: Sequence[float]) -> Float[Tensor, "R 1"]:
+def _chances(scores: Float[Tensor, "R V"], settings: Sequence[Sampling]) -> Float[Tensor, "R V"]:
+    """The probabilities at each row's temperature."""
+    if all(each.temperature == 1 for each in settings):
+        return scores.softmax(-1)
+    return ((scores - scores.amax(-1, keepdim=True)) / _temperatures(scores, settings)).softmax(-1)
+
+
+def _temperatures(like: Float[Tensor, "R W"], settings: Sequence[Sampling]) -> Float[Tensor, "R 1"]:
+    return _column(like, [max(each.temperature, _COLDEST) for each in settings])
+
+
+def _rows(scores: Float[Tensor, "B V"], rows: list[int]) -> Float[Tensor, "R V"]:
+    return scores if len(rows) == len(scores) else scores[rows]
+
+
+def _column(like: Float[Tensor, "R W"], values: Sequence[float]) -> Float[Tensor, "R 1"]:
     return torch.tensor(values, dtype=like.dtype).to(like.device)[:, None]
 
 
