@@ -61,7 +61,7 @@ def test_what_beams_cannot_do_is_refused() -> None:
     """Breaks when a setting is taken and not heeded."""
     engine = Engine(forests.language_model("llama"), decode=lambda tokens: "")
     for sampling in (Sampling(temperature=1.0), Sampling(stop=("a",))):
-        with pytest.raises(RecipeError, match="beam search"):
+        with pytest.raises(RecipeError, match="2 beams"):
             engine.add(Request(prompt=PROMPT, sampling=sampling, beams=2))
     with pytest.raises(RecipeError, match="beams is 2"):
         Request(prompt=PROMPT, choices=3, beams=2)

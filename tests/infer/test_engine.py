@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from luthier.adapters import Adapter
 from luthier.adapters.ia3 import IA3
@@ -16,6 +17,7 @@ from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Ints, row_tree
 from luthier.infer.engine import Engine
+from luthier.infer.guides import Guide
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
@@ -412,3 +414,60 @@ def test_what_can_never_run_is_refused_when_it_is_asked_for() -> None:
     with pytest.raises(RecipeError, match="room.page is 0"):
         Room(tokens=16, page=0)
     assert not engine.busy
+
+
+class Every(Guide):
+    """Lets every token through until it fails."""
+
+    def __init__(self, fails_at: int) -> None:
+        self.left = fails_at
+
+    def allowed(self) -> Tensor | None:
+        if not self.left:
+            raise RecipeError("this guide has come to its end", allowed="shorter texts")
+        return None
+
+    def said(self, token: int) -> None:
+        self.left -= 1
+
+
+def test_a_guide_that_fails_ends_its_own_request_and_no_other() -> None:
+    """Breaks when one client's grammar ends everybody's texts, or its failure is told to nobody."""
+    model = forests.language_model("llama")
+    engine = Engine(model, room=Room(tokens=400, page=4))
+    sampling = Sampling(max_new_tokens=6)
+    for prompt in PROMPTS[:2]:
+        engine.add(Request(prompt=prompt, sampling=sampling))
+    failing = engine.add(Request(prompt=PROMPTS[2], sampling=sampling, guide=lambda: Every(3), choices=2))
+    told = run(engine)
+    expected = Engine(model).speak(PROMPTS[:2], sampling)
+    assert [texts(told)[number, 0] for number in range(2)] == [each.tokens.tolist() for each in expected]
+    ended = [news for news in told if news.request == failing and news.ended]
+    assert [news.ended for news in ended] == ["failed"] * 2 and "come to its end" in str(ended[0].failure)
+    assert engine.counts.held == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("tokens", [400, 60])
+def test_with_drafts_the_text_is_the_same_in_fewer_passes(architecture: str, temperature: float, tokens: int) -> None:
+    """Breaks when a draft is believed, its keys stay where it was wrong, or a page is missing behind it."""
+    model = forests.language_model(architecture)
+    # Prompts that repeat themselves, so that something is drafted.
+    prompts = [np.concatenate([prompt] * 3) for prompt in PROMPTS[1:4]]
+    sampling = Sampling(max_new_tokens=40 if tokens == 400 else 12, temperature=temperature, seed=6)
+    plain, drafting = (Engine(model, room=Room(tokens=tokens, page=4)) for _ in range(2))
+    passes = {}
+    for engine, drafts in ((plain, 0), (drafting, 5)):
+        for prompt in prompts:
+            engine.add(Request(prompt=prompt, sampling=sampling, drafts=drafts))
+        told = []
+        count = 0
+        while engine.busy:
+            told += engine.step()
+            count += 1
+        passes[drafts] = (count, texts(told))
+        assert engine.counts.held == 0
+    assert passes[5][1] == passes[0][1]
+    if temperature == 0 and tokens == 400:
+        assert passes[5][0] < passes[0][0]

@@ -235,10 +235,15 @@ class LowRank(SiteEdit):
         return x
 
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
+        return self.weighted(x, y, 1.0)
+
+    def weighted(
+        self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"], weight: float
+    ) -> Float[Tensor, "*batch out"]:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         # The float32 factors are cast, not kept in the base's dtype: the cast is thin, and small updates are not lost.
         down, up = self.factors
-        low = F.linear(dropped, down.to(x.dtype)) * self.scale
+        low = F.linear(dropped, down.to(x.dtype)) * (self.scale * weight)
         return y + F.linear(low, up.to(x.dtype)).to(y.dtype)
 
     def low_rank(self) -> LowRankTerm | None:

@@ -125,6 +125,9 @@ class CohortReader(Reader):
         self.waiting.append(twin)
         return False
 
+    def agree(self, each: Continuation) -> None:
+        """Nothing is drafted."""
+
     def forget(self) -> None:
         """Nothing is kept from one text for another."""
 

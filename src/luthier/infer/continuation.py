@@ -8,9 +8,11 @@ from typing import final
 import numpy as np
 
 from luthier.data.forest import Ints
+from luthier.infer.drafts import Lookup
 from luthier.infer.pages import Name, first_name
 from luthier.infer.request import Request, Said
 from luthier.infer.sampler import Chooser
+from luthier.infer.text import Decode, TextStream
 
 
 @final
@@ -31,6 +33,7 @@ class Continuation:
         limit: int,
         adapter: Hashable = "",
         root_tokens: int = 0,
+        decode: Decode | None = None,
     ) -> None:
         self.number = number
         self.choice = choice
@@ -41,6 +44,9 @@ class Continuation:
         self.chooser = Chooser(
             request.sampling, request.prompt, choice=choice if draw is None else draw, guide=guide
         )
+        stops = request.sampling.stop
+        self._text = TextStream(decode, stops) if decode is not None and stops else None
+        self._lookup = Lookup(request.prompt) if request.drafts else None
         self.pages: list[int] = []
         self.names: list[Name] = []
         self.done = 0
@@ -56,6 +62,23 @@ class Continuation:
     def length(self) -> int:
         """Places that are known, whether their keys are there or not."""
         return self.root_tokens + len(self.request.prompt) + len(self.said)
+
+    @property
+    def met_stop_string(self) -> bool:
+        """Whether its text has come to a string at which it ends."""
+        return self._text is not None and self._text.stopped is not None
+
+    def note(self, token: int) -> None:
+        """A token was said, which the chooser knows already."""
+        if self._text is not None:
+            self._text.push(token)
+        if self._lookup is not None:
+            self._lookup.said(token)
+
+    def draft(self, most: int) -> tuple[int, ...]:
+        """What may come next, by what was said before; `most` tokens of it, and none past its end."""
+        count = min(most, self.request.drafts, self.limit - len(self.said) - 1)
+        return tuple(self._lookup.propose(count)) if self._lookup is not None and count > 0 else ()
 
     @property
     def last_name(self) -> Name:

@@ -9,42 +9,40 @@ Use when: text is wanted. One thread owns an engine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import final
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.beams import Search
-from luthier.infer.cache import Widths, widths_of
-from luthier.infer.cohorts import CohortReader
 from luthier.infer.continuation import Continuation
-from luthier.infer.reader import Counts, PagedReader, Reader, Reading, default_room
+from luthier.infer.gate import Gate
+from luthier.infer.reader import Counts, Reader, Reading
 from luthier.infer.request import Ended, News, Request, Said
-from luthier.infer.sampler import choose
+from luthier.infer.sampler import choose, choose_drafted
 from luthier.infer.scheduler import Room
+from luthier.infer.text import Decode
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
-
-Decode = Callable[[Ints], str]
-SPOKEN_ROWS = 64
-"""Prompts of a list that are answered at once."""
 
 
 class Pool(ABC):
     """Adapters that come onto the model when they are asked for."""
 
     @abstractmethod
-    def acquire(self, name: str) -> None:
-        """Bring an adapter onto the model, and keep it there."""
+    def acquire(self, name: str) -> str:
+        """Bring an adapter onto the model, and keep it there; what rows are to name is returned."""
 
     @abstractmethod
-    def release(self, name: str) -> None:
-        """It is not needed by one who asked for it."""
+    def release(self, route: str) -> None:
+        """What `acquire` returned is not needed any more by one who asked for it."""
 
     @abstractmethod
     def key(self, name: str) -> Hashable:
@@ -62,6 +60,16 @@ class _Asked:
     open: set[int] = field(default_factory=set)
     told: bool = False
     held: dict[int, list[News]] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
+class _Turn:
+    """A continuation that may speak: the logits after its text, and after each token of its draft."""
+
+    continuation: Continuation
+    logits: Float[Tensor, "n V"]
+    draft: tuple[int, ...] = ()
 
 
 @final
@@ -88,9 +96,7 @@ class Engine:
         self.model = model
         self.decode = decode
         self.pool = pool
-        self.room = room
-        self._paged = model.executor.kind == "segments" and model.task.name == "causal_lm"
-        self._widths: Widths | None = None
+        self._gate = Gate(model, room, reads_text=decode is not None, pooled=pool is not None)
         self._reader: Reader | None = None
         self._asked: dict[int, _Asked] = {}
         self._news: list[News] = []
@@ -116,12 +122,7 @@ class Engine:
         reading = None if self._reader is None else self._reader.read()
         if reading is not None and reading.continuations:
             # Twins begin where the first of them is, before it says anything.
-            continuations, rows = self._with_twins(reading.continuations)
-            pairs = zip(continuations, rows, strict=True)
-            drawn = [(each, row) for each, row in pairs if not self._searches(each, reading, row)]
-            said = choose([each.chooser for each, _ in drawn], reading.logits[[row for _, row in drawn]])
-            for (each, _), token in zip(drawn, said, strict=True):
-                self._tell(each, token)
+            self._say(self._with_twins(reading))
             self._search_on()
         news, self._news = self._news, []
         return news
@@ -151,10 +152,10 @@ class Engine:
         """
         requests = [Request(prompt=prompt, sampling=sampling) for prompt in prompts]
         for index, request in enumerate(requests):
-            self._check(request, f"prompt {index}")
-        was_training, room, reader = self.model.module.training, self.room, self._reader
+            self._gate.check(request, f"prompt {index}")
+        was_training, reader = self.model.module.training, self._reader
         self.model.train(False)
-        self._reader = self._new_reader(room or self._room_for(requests)) if requests else None
+        self._reader = self._gate.reader_for(requests) if requests else None
         try:
             return self._spoken([self._add(request, draw=index) for index, request in enumerate(requests)])
         finally:
@@ -180,11 +181,20 @@ class Engine:
         ]
 
     def _add(self, request: Request, *, draw: int) -> int:
-        self._check(request, "the prompt")
+        if self.pool is None or not request.adapter:
+            return self._begin(request, draw=draw)
+        # Rows name what stands under the name now: later that may be another adapter.
+        route = self.pool.acquire(request.adapter)
+        try:
+            return self._begin(replace(request, adapter=route), draw=draw)
+        except BaseException:
+            self.pool.release(route)
+            raise
+
+    def _begin(self, request: Request, *, draw: int) -> int:
+        self._gate.check(request, "the prompt")
         if self._reader is None:
-            self._reader = self._new_reader(self.room or default_room(self.model, self._own_widths()))
-        if self.pool is not None and request.adapter:
-            self.pool.acquire(request.adapter)
+            self._reader = self._gate.reader()
         number, self._next = self._next, self._next + 1
         asked = _Asked(request, [])
         count = 1 if request.beams > 1 else max(request.choices, request.best_of)
@@ -201,35 +211,91 @@ class Engine:
 
     def _continuation(self, number: int, choice: int, request: Request, *, draw: int) -> Continuation:
         name = request.adapter
-        key: Hashable = (name, self.pool.key(name)) if self.pool is not None and name else name
-        root_tokens = self._root_tokens(name)
-        left = self._left(request)
-        limit = request.sampling.max_new_tokens if left is None else min(request.sampling.max_new_tokens, left)
+        key: Hashable = self.pool.key(name) if self.pool is not None and name else name
         return Continuation(
-            number, choice, request, draw=draw, limit=limit, adapter=key, root_tokens=root_tokens if self._paged else 0
-        )
+            number, choice, request, draw=draw, limit=self._gate.limit(request), adapter=key,
+            root_tokens=self._gate.places_ahead(name), decode=self.decode,
+        )  # fmt: skip
 
-    def _with_twins(self, continuations: Sequence[Continuation]) -> tuple[list[Continuation], list[int]]:
-        """Those that speak now, twins of them that begin here included, and the row of the logits of each."""
-        found: list[Continuation] = []
-        rows: list[int] = []
-        for row, each in enumerate(continuations):
+    def _with_twins(self, reading: Reading) -> list[_Turn]:
+        """Those that speak now, twins of them that begin here included, each with what it may say."""
+        turns: list[_Turn] = []
+        drafts = reading.drafts or [()] * len(reading.continuations)
+        for each, rows, draft in zip(reading.continuations, reading.rows, drafts, strict=True):
             asked = self._asked[each.number]
             twins, asked.followers = asked.followers, []
             if not asked.told and asked.request.sampling.prompt_log_probs:
                 self._news.append(News(each.number, each.choice, prompt=tuple(each.prompt_said)))
                 asked.told = True
             running = [twin for twin in twins if self._reader is not None and self._reader.fork(each, twin)]
-            found += [each, *running]
-            rows += [row] * (1 + len(running))
-        return found, rows
+            logits = reading.logits[rows]
+            turns += [_Turn(each, logits, draft), *(_Turn(twin, logits) for twin in running)]
+        return turns
 
-    def _searches(self, each: Continuation, reading: Reading, row: int) -> bool:
-        """Whether it is a beam, which then knows what it may say."""
-        search = self._asked[each.number].search
-        if search is not None:
-            search.take(each, reading.logits[row])
-        return search is not None
+    def _say(self, turns: Sequence[_Turn]) -> None:
+        """A token for each, or several where a draft was right; beams only learn what they may say."""
+        plain: list[_Turn] = []
+        for turn in turns:
+            asked = self._asked.get(turn.continuation.number)
+            if asked is not None and asked.search is not None:
+                asked.search.take(turn.continuation, turn.logits[0])
+            elif asked is not None and self._bounded(turn):
+                plain.append(turn)
+        self._choose([turn for turn in plain if not turn.draft])
+        for turn in plain:
+            if turn.draft:
+                self._choose_drafted(turn)
+
+    def _bounded(self, turn: _Turn) -> bool:
+        """Whether its guide has said what may come next; one that fails ends its own request and no other."""
+        each = turn.continuation
+        try:
+            each.chooser.bound(turn.logits.shape[-1])
+        except LuthierError as failure:
+            self._fail(each, failure)
+            return False
+        return True
+
+    def _choose(self, turns: Sequence[_Turn]) -> None:
+        # Of a request that has failed nobody says anything more.
+        turns = [turn for turn in turns if turn.continuation.number in self._asked]
+        if not turns:
+            return
+        logits = torch.cat([turn.logits for turn in turns])
+        try:
+            said = choose([turn.continuation.chooser for turn in turns], logits)
+        except LuthierError as failure:
+            if len(turns) == 1:
+                self._fail(turns[0].continuation, failure)
+                return
+            # One of them: each alone, so that it ends no other.
+            for turn in turns:
+                self._choose([turn])
+            return
+        for turn, token in zip(turns, said, strict=True):
+            self._tell(turn.continuation, token)
+
+    def _choose_drafted(self, turn: _Turn) -> None:
+        each, number = turn.continuation, turn.continuation.number
+        if number not in self._asked:
+            return
+        try:
+            for said in choose_drafted(each.chooser, turn.logits, turn.draft):
+                self._tell(each, said)
+                if number not in self._asked or each.choice not in self._asked[number].open:
+                    return
+        except LuthierError as failure:
+            self._fail(each, failure)
+            return
+        if self._reader is not None:
+            self._reader.agree(each)
+
+    def _fail(self, each: Continuation, failure: LuthierError) -> None:
+        """End all of a request that cannot go on."""
+        asked = self._asked.get(each.number)
+        for other in () if asked is None else asked.choices:
+            if asked is not None and other.choice in asked.open:
+                self._end(other, News(other.number, other.choice, ended="failed", failure=failure))
 
     def _search_on(self) -> None:
         """Every search whose beams all know what they may say goes on by a token, or is over."""
@@ -250,7 +316,8 @@ class Engine:
         sampling = each.request.sampling
         ended: Ended = ""
         over = len(each.said) > sampling.min_new_tokens or not sampling.min_new_tokens
-        if (over and said.token in sampling.stop_ids) or self._met_stop_string(each):
+        each.note(said.token)
+        if (over and said.token in sampling.stop_ids) or each.met_stop_string:
             ended = "stop"
         elif len(each.said) >= each.limit:
             ended = "length"
@@ -297,80 +364,3 @@ class Engine:
             held = asked.held[choice]
             said = tuple(one for news in held for one in news.said)
             self._news.append(News(number, place, said, held[-1].ended))
-
-    def _met_stop_string(self, each: Continuation) -> bool:
-        stops = each.request.sampling.stop
-        if not stops or self.decode is None:
-            return False
-        longest = max(len(text) for text in stops)
-        # A token stands for at least a byte, so a stop string cannot span more tokens than it has bytes.
-        text = self.decode(np.array(each.said[-4 * longest :], dtype=np.int32))
-        return any(stop in text for stop in stops)
-
-    # ------------------------------------------------------------------------------------------ what is asked, and room
-
-    def _check(self, request: Request, what: str) -> None:
-        sampling, prompt = request.sampling, request.prompt
-        if sampling.stop and self.decode is None:
-            raise DataError("stop strings were given, but no tokenizer to read the text with", do="use stop_ids")
-        if len(prompt) == 0:
-            raise DataError(f"{what} has no token", allowed="at least one token")
-        drawn = sampling.stop or sampling.temperature or request.guide is not None or request.best_of
-        if request.beams > 1 and drawn:
-            raise RecipeError(
-                "a beam search was asked for with stop strings, a guide, best_of or a temperature",
-                allowed="beams with stop_ids and max_new_tokens",
-            )
-        self.model.require_rows(prompt)
-        left = self._left(request)
-        if left is not None and left <= 0:
-            raise DataError(f"{what} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + left}")
-        if request.adapter and (self.pool is None or not self._paged):
-            why = "what is switched on, having no pool" if self.pool is None else "one adapter at a time"
-            raise RecipeError(
-                f"a request names the adapter {request.adapter!r}, and {self.model.source} runs {why}",
-                allowed="requests without an adapter's name",
-                do="switch on the adapter that is wanted",
-            )
-        needed = self._root_tokens(request.adapter) + len(prompt) + sampling.max_new_tokens
-        if self.room is not None and self._paged and needed > self.room.pages * self.room.page:
-            raise DataError(
-                f"{what} and its answer may take {needed} tokens, and the cache holds {self.room.tokens}",
-                allowed=f"{self.room.tokens} together",
-                do="ask for fewer new tokens, or start with more room",
-            )
-
-    def _left(self, request: Request) -> int | None:
-        """How many tokens may follow a prompt, when the context is limited: its own room, whatever runs beside it."""
-        limit = self.model.context_tokens
-        return None if limit is None else limit - len(request.prompt) - self._root_tokens(request.adapter)
-
-    def _root_tokens(self, name: str) -> int:
-        if name or self.pool is not None:
-            root = self.model.attachments[name].root if name in self.model.attachments else None
-        else:
-            root = self.model.active_root
-        return 0 if root is None else root.token_count
-
-    def _own_widths(self) -> Widths:
-        if self._widths is None:
-            with torch.no_grad():
-                self._widths = widths_of(self.model.module)
-        return self._widths
-
-    def _new_reader(self, room: Room) -> Reader:
-        if not self._paged:
-            return CohortReader(self.model, rows=room.rows)
-        return PagedReader(self.model, room, self._own_widths(), mixed=self.pool is not None)
-
-    def _room_for(self, requests: Sequence[Request]) -> Room:
-        """Room for the longest of some requests side by side, as far as memory allows."""
-        if not self._paged:
-            return Room(tokens=1, rows=SPOKEN_ROWS)
-        page = 16
-        needs = sorted(
-            (self._root_tokens("") + len(each.prompt) + each.sampling.max_new_tokens for each in requests), reverse=True
-        )
-        wanted = sum(-(-need // page) * page for need in needs[:SPOKEN_ROWS])
-        most = default_room(self.model, self._own_widths()).tokens
-        return Room(tokens=max(needs[0], min(wanted, most)), page=page, rows=SPOKEN_ROWS)

@@ -26,7 +26,7 @@ from luthier.kernels.head import Head
 from luthier.model.attention import ForestPlan, Root
 from luthier.model.executor import flat_hidden, logits_of
 from luthier.model.language_model import LanguageModel
-from luthier.model.routes import Route, Routes
+from luthier.model.routes import Routes, routes_over
 
 PROMPT_ROWS: Final = 32
 """Rows of a prompt whose logits are looked at together: beside 150,000 words they are memory."""
@@ -54,10 +54,19 @@ class Counts:
 @final
 @dataclass(frozen=True)
 class Reading:
-    """What a pass ends with: row i of the logits says what continuation i may say next."""
+    """What a pass ends with: for each continuation a row of logits that says what may come next, and behind it one for
+    each token of its draft, if it had one."""
 
     continuations: Sequence[Continuation]
     logits: Float[Tensor, "n V"]
+    drafts: Sequence[tuple[int, ...]] = ()
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each continuation."""
+        counts = [1 + len(draft) for draft in self.drafts] if self.drafts else [1] * len(self.continuations)
+        stops = np.cumsum(counts).tolist()
+        return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
 def default_room(model: LanguageModel, widths: Widths) -> Room:
@@ -93,6 +102,10 @@ class Reader(ABC):
         """Let `twin` run on from where `source` is; False where it begins anew instead."""
 
     @abstractmethod
+    def agree(self, each: Continuation) -> None:
+        """It has said what its draft was, as far as it went: what was read of it counts."""
+
+    @abstractmethod
     def forget(self) -> None:
         """The weights are others now: what was read before is of no use to those who begin after this."""
 
@@ -126,6 +139,9 @@ class PagedReader(Reader):
             self.cache.copy_page(*copied)
         return twin.done > 0
 
+    def agree(self, each: Continuation) -> None:
+        self.scheduler.agree(each)
+
     def forget(self) -> None:
         self.scheduler.pages.forget()
         self._roots.clear()
@@ -140,6 +156,9 @@ class PagedReader(Reader):
     def root(self, adapter: str) -> Root | None:
         """The learned root of an adapter as attention sees it, or of what is switched on."""
         if adapter not in self._roots:
+            known = {"", *self.model.attachments, *self.model.mixes}
+            # Of adapters that have left the model nothing is kept.
+            self._roots = {name: root for name, root in self._roots.items() if name in known}
             self._roots[adapter] = self.model.seen_root_of(adapter) if self.mixed else self.model.seen_root()
         return self._roots[adapter]
 
@@ -158,9 +177,14 @@ class PagedReader(Reader):
             self.scheduler.read(part)
         speaking = [part for part in parts if part.speaks]
         self._tell_prompts([part for part in parts if part.continuation.wants_prompt], hidden, rows)
-        chosen = [rows[id(part)].stop - 1 for part in speaking]
-        logits = self._logits(hidden[chosen], [part.continuation.request.adapter for part in speaking])
-        return Reading([part.continuation for part in speaking], logits)
+        drafts = [part.draft for part in speaking]
+        chosen: list[int] = []
+        adapters: list[str] = []
+        for part, draft in zip(speaking, drafts, strict=True):
+            stop = rows[id(part)].stop
+            chosen += range(stop - 1 - len(draft), stop)
+            adapters += [part.continuation.request.adapter] * (1 + len(draft))
+        return Reading([part.continuation for part in speaking], self._logits(hidden[chosen], adapters), drafts)
 
     def _behind_its_root(self, part: Part) -> Part:
         """A part without the places of a learned root, whose keys are written as they are."""
@@ -193,9 +217,9 @@ class PagedReader(Reader):
         start = looked = 0
         for part in parts:
             count = part.stop - part.start
-            tokens.append(part.continuation.tokens(part.start, part.stop))
+            tokens.append(part.tokens)
             positions.append(np.arange(part.start, part.stop))
-            first = 0 if part.continuation.wants_prompt else count - 1
+            first = 0 if part.continuation.wants_prompt else count - 1 - len(part.draft)
             kept = count - first if part.speaks or part.continuation.wants_prompt else 0
             wanted.append(np.arange(start + count - kept, start + count))
             rows[id(part)] = slice(looked, looked + kept)
@@ -208,11 +232,13 @@ class PagedReader(Reader):
         )
         where = torch.cat([self._rows(part.continuation, part.start, part.stop) for part in parts])
         adapters = [part.continuation.request.adapter for part in parts]
+        counts, looked_at = [part.stop - part.start for part in parts], [len(each) for each in wanted]
+        routes = self._routes(adapters, counts)
         plan = ForestPlan(
             spans=(Span(0, start, ()),),
             kept=PassKeys(self.cache, where, texts, model.executor.backend),
-            routes=self._routes(adapters, [part.stop - part.start for part in parts]),
-            row_routes=self._routes(adapters, [len(each) for each in wanted]),
+            routes=routes,
+            row_routes=routes if looked_at == counts else self._routes(adapters, looked_at),
         )
         hidden = flat_hidden(
             model.module,
@@ -228,22 +254,11 @@ class PagedReader(Reader):
         return torch.from_numpy(numbers.astype(np.int64)).to(self.model.device)
 
     def _routes(self, adapters: Sequence[str], counts: Sequence[int]) -> Routes | None:
-        if not self.mixed:
-            return None
-        runs: list[Route] = []
-        start = 0
-        for adapter, count in zip(adapters, counts, strict=True):
-            if count and runs and runs[-1].adapter == adapter:
-                runs[-1] = Route(adapter, runs[-1].start, start + count)
-            elif count:
-                runs.append(Route(adapter, start, start + count))
-            start += count
-        return Routes(tuple(runs))
+        return self.model.routes(zip(adapters, counts, strict=True)) if self.mixed else None
 
     def _logits(self, hidden: Float[Tensor, "n d"], adapters: Sequence[str]) -> Float[Tensor, "n V"]:
-        routes = self._routes(adapters, [1] * len(adapters))
-        module = self.model.module
-        if routes is None or not routes.runs:
+        routes, module = routes_over((adapter, 1) for adapter in adapters), self.model.module
+        if not self.mixed or not routes.runs:
             return logits_of(module, hidden, self.model.head)
         heads = [self.model.head_with(run.adapter) for run in routes.runs]
         if all(head is None or (isinstance(head, Head) and not head.changes) for head in heads):

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.guides import Guide
 from luthier.model.speaker import Likely, Sampling
 
-Ended = Literal["", "stop", "length", "cancelled"]
+Ended = Literal["", "stop", "length", "cancelled", "failed"]
 """Why a continuation is over; empty while it goes on."""
 
 
@@ -23,7 +23,8 @@ class Request:
     `adapter` is the name of an attachment, or of a mix of them; empty takes all that are switched on. Choice i of a
     request draws with a generator that knows the seed and i alone, so its text does not depend on what else runs. Of
     `best_of` continuations the `choices` likeliest are told, all at once at their end. `beams` above 1 searches for the
-    likeliest continuations instead of drawing them. `guide` makes what bounds each choice to a grammar.
+    likeliest continuations instead of drawing them. `guide` makes what bounds each choice to a grammar. Where the text
+    repeats itself or its prompt, up to `drafts` tokens are looked at in one pass; the text is the same without.
     """
 
     prompt: Ints
@@ -33,12 +34,14 @@ class Request:
     best_of: int = 0
     beams: int = 1
     guide: Callable[[], Guide] | None = None
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         limits = {
             "choices": (self.choices >= 1, "at least 1"),
             "best_of": (self.best_of == 0 or self.best_of >= self.choices, f"0 (off) or {self.choices} and more"),
             "beams": (self.beams == 1 or self.beams >= self.choices, f"1 (off) or {self.choices} and more"),
+            "drafts": (0 <= self.drafts <= 64, "0 (off) to 64"),
         }
         for name, (fine, allowed) in limits.items():
             if not fine:
@@ -61,7 +64,7 @@ class News:
     """What a step made of one choice of one request: new tokens, and why it is over if it is.
 
     `prompt` comes once for each request that asked for it, with its first news: what is told of each token of the
-    prompt but the first, of which nothing is known.
+    prompt but the first, of which nothing is known. `failure` says why one has failed that nobody has cancelled.
     """
 
     request: int
@@ -69,3 +72,4 @@ class News:
     said: tuple[Said, ...] = ()
     ended: Ended = ""
     prompt: tuple[Said, ...] | None = None
+    failure: LuthierError | None = None

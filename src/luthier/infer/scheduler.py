@@ -12,11 +12,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
+
+import numpy as np
 
 from luthier.core.errors import RecipeError
+from luthier.data.forest import Ints
 from luthier.infer.continuation import Continuation
 from luthier.infer.pages import Name, Pages, next_name
+
+DRAFTED_ROWS: Final = 16
+"""Drafts are looked at while a pass has no more rows than these: so many cost little more than one."""
 
 
 @final
@@ -43,16 +49,23 @@ class Room:
 @final
 @dataclass(frozen=True)
 class Part:
-    """Places `start` to `stop` of a continuation, to be read in a pass."""
+    """Places `start` to `stop` of a continuation, to be read in a pass, the last of which hold a `draft` if any."""
 
     continuation: Continuation
     start: int
     stop: int
+    draft: tuple[int, ...] = ()
 
     @property
     def speaks(self) -> bool:
         """Whether the next token is known after it."""
-        return self.stop == self.continuation.length
+        return self.stop - len(self.draft) == self.continuation.length
+
+    @property
+    def tokens(self) -> Ints:
+        """What is read."""
+        known = self.continuation.tokens(self.start, self.stop - len(self.draft))
+        return np.concatenate([known, np.array(self.draft, np.int32)]) if self.draft else known
 
 
 @final
@@ -77,8 +90,8 @@ class Scheduler:
             if each in self.running and behind == 1 and left and self._grow(each):
                 parts.append(Part(each, each.done, each.length))
                 left -= 1
-        parts = [part for part in parts if part.continuation in self.running]
-        left = self.room.pass_tokens - len(parts)
+        parts = self._drafted([part for part in parts if part.continuation in self.running])
+        left = self.room.pass_tokens - sum(part.stop - part.start for part in parts)
         for each in self.running:
             if each.length - each.done > 1 and left:
                 stop = min(each.length, each.done + left)
@@ -101,8 +114,11 @@ class Scheduler:
 
     def read(self, part: Part) -> None:
         """A part was read: its keys are there, and full pages can be found by their names."""
-        each = part.continuation
-        each.done = part.stop
+        part.continuation.done = part.stop - len(part.draft)
+        self.found(part.continuation)
+
+    def found(self, each: Continuation) -> None:
+        """Its full pages can be found by their names from now on."""
         size = self.room.page
         while (len(each.names) + 1) * size <= each.done:
             at = len(each.names)
@@ -137,6 +153,11 @@ class Scheduler:
         twin.pages.append(page)
         return source.pages[whole], page
 
+    def agree(self, each: Continuation) -> None:
+        """What it has said is what its draft was: the keys of all but the last token are there."""
+        each.done = each.length - 1
+        self.found(each)
+
     def remove(self, each: Continuation) -> None:
         """It is over, or was cancelled: its pages are free from now on."""
         if each in self.running:
@@ -144,6 +165,21 @@ class Scheduler:
             self._empty(each)
         elif each in self.waiting:
             self.waiting.remove(each)
+
+    def _drafted(self, parts: list[Part]) -> list[Part]:
+        """Parts with drafts behind those that may have one, where there is room in the pass and in free pages."""
+        left = min(DRAFTED_ROWS, self.room.pass_tokens) - len(parts)
+        found = []
+        for part in parts:
+            each = part.continuation
+            draft = each.draft(left) if left > 0 else ()
+            short = -(-(part.stop + len(draft)) // self.room.page) - len(each.pages)
+            taken = [self.pages.take() for _ in range(min(short, self.pages.available))]
+            each.pages += [page for page in taken if page is not None]
+            draft = draft[: max(0, len(each.pages) * self.room.page - part.stop)]
+            left -= len(draft)
+            found.append(Part(each, part.start, part.stop + len(draft), draft) if draft else part)
+        return found
 
     def _grow(self, each: Continuation) -> bool:
         """Give it room for one more token, others giving way if need be; False when it had to give way itself."""

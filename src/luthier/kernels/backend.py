@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from luthier.kernels.thin import ThinRows, ThinTerms
+
 Run = tuple[int, int]
 """How many texts follow each other, and the length of each of them."""
 
@@ -129,6 +131,10 @@ class Backend(ABC):
     ) -> Float[Tensor, " numbers"]:
         """Numbers from codes of four bits, the first of two in the high half of a byte: the level of each, times the
         scale of its block, rounded once to `dtype`."""
+
+    @abstractmethod
+    def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
+        """Add to the rows of `y` the terms of those of `x`, in the short ranges of `rows`, without a backward pass."""
 
     @abstractmethod
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:

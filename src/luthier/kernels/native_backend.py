@@ -19,6 +19,7 @@ from torch import Tensor
 
 from luthier.kernels import native_build
 from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -29,6 +30,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
     "unpacked": (*[_POINTER] * 4, _WHOLE, _WHOLE),
+    "thin": (*[_POINTER] * 8, _WHOLE, _WHOLE, _WHOLE),
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
@@ -141,6 +143,14 @@ class NativeBackend(Backend):
         out = torch.empty(numbers, dtype=dtype)
         self._call("unpacked", dtype, codes.contiguous(), scales.contiguous(), levels.contiguous(), out, numbers, block)
         return out
+
+    def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
+        if rows.most_parts * terms.most_ranks > MOST_RANKS or not y.is_contiguous():
+            add_gathered(x, y, terms, rows.short)
+            return
+        terms.reserve(rows.top)
+        places = (terms.table, terms.scales, rows.tiles, rows.firsts, rows.numbers, rows.weights, len(rows.tiles))
+        self._call("thin", x.dtype, x.contiguous(), y, *places, x.shape[1], y.shape[1])
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from luthier.kernels.thin_pass import ThinTerm
+
 
 @final
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Share:
 @final
 @dataclass(frozen=True)
 class Factor:
-    """What goes with the two thin matrices of a term: its scale and whose rows they are for."""
+    """What goes with the tensors of a product: the scale of its term, whose rows it is for, and terms of many."""
 
     scale: float = 1.0
     shares: tuple[Share, ...] | None = None
+    thin: ThinTerm | None = None
 
 
 @final
@@ -61,11 +64,12 @@ class LowRankTerm:
 @final
 @dataclass(frozen=True)
 class Product:
-    """A linear layer, and what an adapter adds to it."""
+    """A linear layer, and what an adapter adds to it; or many do, where there is no backward pass (`thin`)."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
     term: LowRankTerm | None = None
+    thin: ThinTerm | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Its tensors, `STRIDE` of them, as an autograd function takes them."""
@@ -74,7 +78,7 @@ class Product:
     @property
     def factor(self) -> Factor:
         """What is not a tensor of it."""
-        return Factor() if self.term is None else Factor(self.term.scale, self.term.shares)
+        return Factor(thin=self.thin) if self.term is None else Factor(self.term.scale, self.term.shares, self.thin)
 
 
 STRIDE = 4
@@ -111,6 +115,9 @@ class Products:
             if low is not None and up is not None:
                 for rows, own, ranks in self._shares(index):
                     y[rows].addmm_(low[rows, own], up[:, ranks].t())
+            thin = self.factors[index].thin
+            if thin is not None:
+                thin.add(x, y)
             outputs.append(y)
         return outputs, low
 

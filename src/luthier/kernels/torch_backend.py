@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 
 PIECE = 2**20
 """Codes that are unpacked at once."""
@@ -102,6 +103,9 @@ class TorchBackend(Backend):
         dtype: torch.dtype,
     ) -> Float[Tensor, " numbers"]:
         return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
+
+    def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
+        add_gathered(x, y, terms, rows.short)
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return query.device.type == "cpu" and seen is None

@@ -26,6 +26,7 @@ from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
 from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
 
 NUMBERS = 2048
@@ -176,6 +177,9 @@ class TritonBackend(Backend):
         dtype: torch.dtype,
     ) -> Float[Tensor, " numbers"]:
         return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
+
+    def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
+        add_gathered(x, y, terms, rows.short)
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
         return varlen.allowed(query)

@@ -33,21 +33,21 @@ ROOT_PREFIX = "base_model."
 
 @final
 class Attachment:
-    """The edits of one adapter, under a name, on one model."""
+    """The edits of one adapter, under a name, on one model; `named_only` computes for rows that name it alone."""
 
-    def __init__(self, name: str, edits: list[Edit]) -> None:
+    def __init__(self, name: str, edits: list[Edit], *, named_only: bool = False) -> None:
         if not edits:
             raise RecipeError(f"the adapter {name!r} changes nothing", do="check its targets")
         _require_one_edit_a_site(edits)
         self.name = name
         self.edits = edits
         self.trained = [edit for edit in edits if isinstance(edit, TrainedParameters)]
-        self.active = Switch()
+        self.active = Switch(named_only=named_only)
         _share_tied(edits)
 
     @property
     def enabled(self) -> bool:
-        """Whether the model computes with it."""
+        """Whether the model computes with it, for all rows or for those that name it."""
         return self.active.on
 
     @property

@@ -30,7 +30,7 @@ from luthier.kernels.blocks import added_product, gated_feed_forward, normed, no
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
 from luthier.model.attention import ForestPlan, forest_attention
-from luthier.model.edits import EditedModule, routed
+from luthier.model.edits import EditedModule, base_modules, routed
 from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer, low_rank_layers
 from luthier.model.routes import Routes
@@ -215,8 +215,8 @@ def _feed_layers(layer: nn.Module, routes: Routes | None) -> tuple[Layer, ...] |
     """Gate, up and down, or None when something is around them, or on them, that is no low-rank term."""
     feed = layer.get_submodule("mlp")
     if isinstance(feed, EditedModule):
-        active = set(feed.edits) - feed.disabled
-        if active if routes is None else active & set(routes.names):
+        active = set(feed.edits) - feed.disabled if routes is None else feed.own(routes.every)
+        if active:
             return None
         feed = feed.base
     return low_rank_layers(feed, _FEEDS, routes)
@@ -260,7 +260,7 @@ def _names(module: nn.Module) -> set[str]:
 
 def _is_watched(body: nn.Module) -> bool:
     """Whether a module has a hook or a forward pass of somebody else, which our operations would not call."""
-    return any(_hooks(module) for module in body.modules())
+    return any(_hooks(module) for module in base_modules(body))
 
 
 def _hooks(module: Any) -> bool:

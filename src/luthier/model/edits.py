@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.products import LowRankTerm
-from luthier.model.routes import Routes
+from luthier.kernels.thin_pass import ThinTerm
+from luthier.model.routes import Parts, Routes
 from luthier.model.sites import Site
 
 
@@ -53,10 +54,19 @@ class Kept:
 
 
 class Switch:
-    """Whether an attachment is on. All of its edits at sites look at the one it has, so switching is one assignment."""
+    """Whether an attachment is on. All of its edits at sites look at the one it has, so switching is one assignment.
 
-    def __init__(self) -> None:
+    One that is `named_only` computes rows that name it, alone or in a mix, and no others.
+    """
+
+    def __init__(self, *, named_only: bool = False) -> None:
         self.on = True
+        self.named_only = named_only
+
+    @property
+    def always(self) -> bool:
+        """Whether it computes rows that name nobody."""
+        return self.on and not self.named_only
 
 
 class SiteEdit(Edit):
@@ -74,6 +84,10 @@ class SiteEdit(Edit):
     @abstractmethod
     def after(self, x: Float[Tensor, "*batch in"], y: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch out"]:
         """The output as the rest of the model shall see it; `x` is what came in, before this edit."""
+
+    def weighted(self, x: Tensor, y: Float[Tensor, "*batch out"], weight: float) -> Float[Tensor, "*batch out"]:
+        """`after`, with what it changes multiplied by a weight."""
+        return y + weight * (self.after(x, y) - y)
 
     @abstractmethod
     def keeps(self) -> Kept:
@@ -148,10 +162,14 @@ class LearnedKeysValues(LearnedRoot):
         """Keys, then values, of every layer, with as many heads as the model has key-value heads."""
 
 
+Weighted = tuple[SiteEdit, float]
+"""An edit, and what its change is multiplied by."""
+
+
 class EditedModule(nn.Module):
     """A module with edits around it. The module inside is the original object, untouched.
 
-    With `routes`, rows belong to adapters, and each row sees the edit of its own one only.
+    With `routes`, rows belong to adapters, and each row sees the edits of its own ones only.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -162,8 +180,15 @@ class EditedModule(nn.Module):
 
     @property
     def disabled(self) -> frozenset[str]:
-        """The names of attachments that are switched off."""
-        return frozenset(name for name, edit in self.edits.items() if isinstance(edit, SiteEdit) and not edit.switch.on)
+        """The names of attachments that do not compute rows that name nobody."""
+        return frozenset(
+            name for name, edit in self.edits.items() if isinstance(edit, SiteEdit) and not edit.switch.always
+        )
+
+    @property
+    def site_name(self) -> str:
+        """The site whose edits these are."""
+        return str(next(iter(self.edits.values())).site_name)
 
     @property
     def weight(self) -> Tensor:
@@ -174,47 +199,104 @@ class EditedModule(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base._parameters.get("bias")
 
+    def own(self, parts: Parts) -> list[Weighted]:
+        """The edits here of these attachments, as far as they are switched on, with their weights."""
+        found = ((self.edits._modules.get(name), weight) for name, weight in parts)
+        return [(edit, weight) for edit, weight in found if isinstance(edit, SiteEdit) and edit.switch.on]
+
     def forward(self, x: Tensor, *args: object) -> Tensor:
         if self.routes is not None:
             return self._by_rows(x, self.routes, *args)
-        disabled = self.disabled
-        return self.through(x, [edit for name, edit in self.edits.items() if name not in disabled], *args)
+        edits = [edit for edit in self.edits.values() if isinstance(edit, SiteEdit) and edit.switch.always]
+        return self.through(x, [(edit, 1.0) for edit in edits], *args)
 
-    def through(self, x: Tensor, edits: Sequence[nn.Module], *args: object) -> Tensor:
+    def through(self, x: Tensor, edits: Sequence[Weighted], *args: object) -> Tensor:
         """The module with just these of its edits around it."""
-        # Edits nest: each one wraps what was there before it came, so the first can be folded into the weight exactly.
-        seen = [x]
-        for edit in reversed(edits):
-            seen.append(edit.before(seen[-1]))  # type: ignore[operator]
-        y: Tensor = self.base(seen.pop(), *args)
-        for edit in edits:
-            y = edit.after(seen.pop(), y)  # type: ignore[operator]
-        return y
+        seen = _inwards(x, edits)
+        y: Tensor = self.base(seen[-1], *args)
+        return _outwards(seen, y, edits)
 
     def _by_rows(self, x: Tensor, routes: Routes, *args: object) -> Tensor:
         """The module once over all rows, each edit around its own."""
         axis = routes.axis_of(x)
-        disabled = self.disabled
-        own = [None if run.adapter in disabled else self._edit(run.adapter) for run in routes.runs]
+        own = [self.own(routes.parts(run.adapter)) for run in routes.runs]
         if not any(own):
             return self.base(x, *args)  # type: ignore[no-any-return]
+        thin, own = self._thin(routes, own, x.dtype)
+        if not any(own) and thin is not None:
+            y: Tensor = self.base(x, *args).clone()
+            thin.add(x[0], y[0])
+            return y
         # split, not slicing: its backward is one concatenation.
         parts = torch.split(x, routes.sizes, axis)
-        seen = [part if edit is None else edit.before(part) for part, edit in zip(parts, own, strict=True)]
-        changed = any(one is not other for one, other in zip(seen, parts, strict=True))
-        y: Tensor = self.base(torch.cat(seen, axis) if changed else x, *args)
-        made = zip(parts, torch.split(y, routes.sizes, axis), own, strict=True)
-        return torch.cat([out if edit is None else edit.after(part, out) for part, out, edit in made], axis)
+        seen = [_inwards(part, edits) for part, edits in zip(parts, own, strict=True)]
+        changed = any(inner[-1] is not part for inner, part in zip(seen, parts, strict=True))
+        y = self.base(torch.cat([inner[-1] for inner in seen], axis) if changed else x, *args)
+        made = zip(seen, torch.split(y, routes.sizes, axis), own, strict=True)
+        y = torch.cat([_outwards(inner, out, edits) for inner, out, edits in made], axis)
+        if thin is not None:
+            thin.add(x[0], y[0])
+        return y
 
-    def _edit(self, name: str) -> SiteEdit | None:
-        found = dict(self.edits.items()).get(name)
-        return found if isinstance(found, SiteEdit) else None
+    def _thin(
+        self, routes: Routes, own: list[list[Weighted]], dtype: torch.dtype
+    ) -> tuple[ThinTerm | None, list[list[Weighted]]]:
+        """What adds the low-rank terms of all rows at once, and the edits that are left then."""
+        site, terms_of = self.site_name, routes.thin
+        thin = None if terms_of is None or routes.width is not None else terms_of.at(site)
+        if terms_of is None or thin is None or dtype != terms_of.dtype:
+            return None, own
+        left = []
+        for run, edits in zip(routes.runs, own, strict=True):
+            terms = [terms_of.has(site, name) for name, _ in routes.parts(run.adapter)]
+            if any(terms) and sum(terms) < len(edits):
+                # Its terms would have to see what its other edits make of the rows.
+                return None, own
+            left.append([] if any(terms) else edits)
+        return thin, left
+
+
+def _inwards(x: Tensor, edits: Sequence[Weighted]) -> list[Tensor]:
+    """What each edit sees of an input, from the outermost in, and at last what the module inside sees.
+
+    Edits nest: each one wraps what was there before it came, so the first can be folded into the weight exactly.
+    """
+    seen = [x]
+    for edit, weight in reversed(edits):
+        made = edit.before(seen[-1])
+        plain = weight == 1 or made is seen[-1]
+        seen.append(made if plain else seen[-1] + weight * (made - seen[-1]))
+    return seen
+
+
+def _outwards(seen: list[Tensor], y: Tensor, edits: Sequence[Weighted]) -> Tensor:
+    """What all edits make of an output, given what each has seen of the input."""
+    for place, (edit, weight) in enumerate(edits):
+        x = seen[len(edits) - 1 - place]
+        y = edit.after(x, y) if weight == 1 else edit.weighted(x, y, weight)
+    return y
+
+
+def edited_modules(module: nn.Module) -> Iterator[EditedModule]:
+    """The modules at and below `module` that have edits; the edits themselves are not walked."""
+    for each in base_modules(module):
+        if isinstance(each, EditedModule):
+            yield each
+
+
+def base_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules at and below `module`, without those of edits: of many adapters these are most."""
+    yield module
+    below = (module.base,) if isinstance(module, EditedModule) else module._modules.values()
+    for each in below:
+        if each is not None:
+            yield from base_modules(each)
 
 
 @contextmanager
 def routed(module: nn.Module, routes: Routes | None) -> Iterator[None]:
     """Within the block every edit at and below `module` sees its own adapter's rows only, if there are `routes`."""
-    edited = [] if routes is None else [each for each in module.modules() if isinstance(each, EditedModule)]
+    edited = [] if routes is None else list(edited_modules(module))
     for each in edited:
         each.routes = routes
     try:

@@ -26,10 +26,10 @@ from luthier.model.attention import ForestPlan, Root
 from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot, routed
-from luthier.model.guests import Guest, first_positions, side_by_side
+from luthier.model.guests import Guest, first_positions, mixes_of, side_by_side
 from luthier.model.head import EditedHead
 from luthier.model.outputs import TokenOutputs
-from luthier.model.routes import Routes, padded_routes, predicted_routes, routes_of, whole
+from luthier.model.routes import Mixes, Routes, padded_routes, predicted_routes, routes_of, whole
 from luthier.model.zoo_head import FeatureHead
 
 AnyHead = Head | EditedHead | FeatureHead | None
@@ -78,13 +78,14 @@ def run_segments(
 
     `guests` are the adapters that trees name; where they do, `head` and `root` are those of the guests.
     """
-    layout, routes = forest.layout, routes_of(forest)
+    mixes = mixes_of(guests or {})
+    layout, routes = forest.layout, routes_of(forest, mixes)
     labels = long(layout.labels, module)
     if routes is None:
         predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
         return outputs_of(layout, score(module, predicting, head, labels), module)
     roots = _seen_roots(module, routes.names, guests or {}, blocks)
-    rows = predicted_routes(forest)
+    rows = predicted_routes(forest, mixes)
     plan = ForestPlan(
         spans=layout.spans, by_mask=by_mask, routes=routes, row_routes=rows, root=side_by_side(forest, roots)
     )
@@ -144,7 +145,7 @@ def _with_prompts(
 def _seen_roots(
     module: PreTrainedModel, names: Sequence[str], guests: Mapping[str, Guest], blocks: Blocks | None
 ) -> dict[str, Root]:
-    found = {name: seen_root(module, guests[name].root, blocks, adapter=name) for name in names}
+    found = {name: seen_root(module, guests[name].root, blocks, adapter=name, mixes=mixes_of(guests)) for name in names}
     return {name: root for name, root in found.items() if root is not None}
 
 
@@ -168,11 +169,16 @@ def _scored(
 
 
 def seen_root(
-    module: PreTrainedModel, root: LearnedRoot | None, blocks: Blocks | None, *, adapter: str = ""
+    module: PreTrainedModel,
+    root: LearnedRoot | None,
+    blocks: Blocks | None,
+    *,
+    adapter: str = "",
+    mixes: Mixes | None = None,
 ) -> Root | None:
     """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one.
 
-    `adapter` is whose it is, in a batch of several: no other changes how the model sees it.
+    `adapter` is whose it is, in a batch of several: no other changes how the model sees it. It may be one of `mixes`.
     """
     if root is None:
         return None
@@ -181,10 +187,10 @@ def seen_root(
     if not isinstance(root, LearnedPrompt):
         raise RecipeError(f"{type(root).__name__} is no kind of learned root", allowed="keys and values, or a prompt")
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    routes = whole(adapter, root.token_count) if adapter else None
-    plan = ForestPlan(
-        spans=(Span(0, root.token_count, ()),), captured=captured, routes=routes, row_routes=whole(adapter, 0)
-    )
+    count = root.token_count
+    routes = whole(adapter, count, mixes or {}) if adapter else None
+    nobody = whole(adapter, 0, mixes or {})
+    plan = ForestPlan(spans=(Span(0, count, ()),), captured=captured, routes=routes, row_routes=nobody)
     places = torch.arange(root.token_count, device=module.device)
     # Nothing predicts from it: where our operations run the last block, it ends with these keys.
     flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
@@ -259,7 +265,7 @@ def run_unrolled(
         tokens[index, :count] = path.segments[0].tokens
         mask[index, :count] = 1
     unrolled = Forest(tuple(rows))
-    layout, routes = unrolled.layout, padded_routes(unrolled, width)
+    layout, routes = unrolled.layout, padded_routes(unrolled, width, mixes_of(guests or {}))
     ids = torch.from_numpy(tokens).to(module.device)
     attention_mask = torch.from_numpy(mask).to(module.device)
     with routed(module.base_model, routes):

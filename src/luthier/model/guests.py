@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -18,30 +18,41 @@ from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
 from luthier.model.edits import LearnedRoot
 from luthier.model.head import EditedHead
+from luthier.model.routes import Mixes, Parts, parts_of
 from luthier.model.zoo_head import FeatureHead
 
 
 @final
 @dataclass(frozen=True)
 class Guest:
-    """An adapter in a batch of several; `head` is None when only the zoo's own layer computes the logits."""
+    """An adapter, or a mix, in a batch of several; `head` is None when only the zoo's own layer computes the logits."""
 
     root: LearnedRoot | None
     head: Head | EditedHead | FeatureHead | None
+    parts: Parts
 
 
-def require_guests(names: tuple[str, ...], attachments: Mapping[str, Attachment]) -> None:
-    """Raise RecipeError unless each name is an adapter that is switched on, and none of several trains the base."""
+def require_guests(names: Iterable[str], attachments: Mapping[str, Attachment], mixes: Mixes) -> None:
+    """Raise RecipeError unless each name is that of adapters that are switched on, and none of several trains the base.
+
+    "" is the base alone.
+    """
     for name in names:
-        if name not in attachments:
+        if name and name not in attachments and name not in mixes:
             raise RecipeError(
                 f"a tree names the adapter {name!r}, and no attachment is called so",
-                allowed=", ".join(attachments) or "names of attachments; there are none",
-                do=did_you_mean(name, attachments),
+                allowed=", ".join((*attachments, *mixes)) or "names of attachments; there are none",
+                do=did_you_mean(name, (*attachments, *mixes)),
             )
-        if not attachments[name].enabled:
-            raise RecipeError(f"a tree names the adapter {name!r}, which is switched off", do="switch it on")
+        for part, _ in parts_of(name, mixes):
+            if not attachments[part].enabled:
+                raise RecipeError(f"a tree names the adapter {name!r}, and {part!r} is switched off", do="switch it on")
     refuse_trained_base({name: each for name, each in attachments.items() if each.enabled})
+
+
+def mixes_of(guests: Mapping[str, Guest]) -> Mixes:
+    """What the names of guests stand for."""
+    return {name: guest.parts for name, guest in guests.items()}
 
 
 def refuse_trained_base(attachments: Mapping[str, Attachment]) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
 from luthier.model.edits import EditedModule
+from luthier.model.routes import Parts
 from luthier.model.token_rows import HeadRows
 
 
@@ -19,38 +20,39 @@ from luthier.model.token_rows import HeadRows
 class EditedHead:
     """An output head with edits around it: its logits come from the module, scale and cap from the model as ever.
 
-    `only` is the one adapter whose edit counts; None takes all that are switched on.
+    `only` are the attachments whose edits count, with their weights; None takes all that are switched on.
     """
 
     module: EditedModule
     scale: float
     cap: float | None
-    only: str | None = None
+    only: Parts | None = None
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
         """The logits of a few rows, in float32."""
-        made = self.module(hidden) if self.only is None else self.module.through(hidden, [self.module.edits[self.only]])
+        own = self.only
+        made = self.module(hidden) if own is None else self.module.through(hidden, self.module.own(own))
         logits = made.float() * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def edited_head(module: PreTrainedModel, only: str | None = None) -> EditedHead | Head | None:
-    """The output head while an edit at it is switched on, else None; that of one adapter where `only` names it.
+def edited_head(module: PreTrainedModel, only: Parts | None = None) -> EditedHead | Head | None:
+    """The output head while an edit at it is switched on, else None; that of some attachments where `only` names them.
 
     Where the edits are trained rows and nothing else, they are tensors too, and the chunked head takes them.
     """
     linear = module.get_output_embeddings()
     if not isinstance(linear, EditedModule):
         return None
-    named = linear.edits.items() if only is None else [(n, edit) for n, edit in linear.edits.items() if n == only]
     disabled = linear.disabled
-    active = [edit for name, edit in named if name not in disabled]
+    every = tuple((name, 1.0) for name in linear.edits if name not in disabled)
+    active = linear.own(every if only is None else only)
     if not active:
         return None
     plain = head_of(module)
-    rows = [edit for edit in active if isinstance(edit, HeadRows)]
+    rows = [edit.change_by(weight) for edit, weight in active if isinstance(edit, HeadRows)]
     if len(rows) == len(active):
-        return replace(plain, changes=tuple(edit.change for edit in rows))
+        return replace(plain, changes=tuple(rows))
     return EditedHead(linear, plain.scale, plain.cap, only)
 
 

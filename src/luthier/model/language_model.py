@@ -7,7 +7,7 @@ probed once with a few tokens; where it does not (recurrent layers, attention we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
@@ -29,13 +29,16 @@ from luthier.model.executor import AnyHead, Executor, run_segments, run_unrolled
 from luthier.model.guests import Guest, require_guests
 from luthier.model.head import edited_head, head_of
 from luthier.model.merging import Merged, Rounding
+from luthier.model.mixes import checked_mix, root_of
 from luthier.model.outputs import TokenOutputs
 from luthier.model.packed import packing_of
 from luthier.model.parts import Loss, Part, backward_in_parts
 from luthier.model.probing import probe
+from luthier.model.routes import Parts, Routes, parts_of, routes_over
 from luthier.model.sites import Sites, find_sites
 from luthier.model.task_executor import probe_task, run_task, task_head_of
 from luthier.model.tasks import CAUSAL, Task
+from luthier.model.thin_terms import TermKeeper
 from luthier.model.token_rows import ADD_ROWS
 from luthier.model.zoo_head import head_modules
 
@@ -67,6 +70,7 @@ class LanguageModel:
         self.digest = digest
         self.notices = list(notices)
         self.attachments: dict[str, Attachment] = {}
+        self.mixes: dict[str, Parts] = {}
         self.merged: list[Merged] = []
         module.requires_grad_(False)
         module.eval()
@@ -80,6 +84,7 @@ class LanguageModel:
             self.notices.append(f"kernels: plain torch ({missing})")
         if self.executor.reason:
             self.notices.append(f"forest executor: {self.executor.kind} ({self.executor.reason})")
+        self._terms = TermKeeper(backend, module.dtype)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -143,6 +148,10 @@ class LanguageModel:
     def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
         """Forward and backward of one tree, its root once and its branches in parts; the same gradient as at once."""
         guest = self._guests((tree,)).get(tree.adapter)
+        if tree.adapter in self.mixes:
+            raise RecipeError(
+                f"a tree of the mix {tree.adapter!r} is to be trained in parts", allowed="trees of single adapters"
+            )
         return backward_in_parts(
             self.module,
             tree,
@@ -164,7 +173,7 @@ class LanguageModel:
         """The output head as it is now, edits and training included; None when only the zoo can compute logits."""
         return self._head(None)
 
-    def _head(self, only: str | None) -> AnyHead:
+    def _head(self, only: Parts | None) -> AnyHead:
         if not self.executor.own_head:
             return None
         if not self.task.speaks:
@@ -177,13 +186,15 @@ class LanguageModel:
         names = tuple(dict.fromkeys(tree.adapter for tree in trees if tree.adapter))
         if not names:
             return {}
-        require_guests(names, self.attachments)
+        require_guests(names, self.attachments, self.mixes)
         if not self.executor.own_head and edited_head(self.module) is not None:
             raise RecipeError(
                 "an adapter changes the output head, which the model zoo computes here",
                 allowed="adapters that leave the head as it is, in a batch of several",
             )
-        return {name: Guest(self.attachments[name].root, self._head(name)) for name in names}
+        return {
+            name: Guest(self.root_with(name), self.head_with(name), parts_of(name, self.mixes)) for name in names
+        }
 
     @property
     def recomputable(self) -> int:
@@ -201,7 +212,7 @@ class LanguageModel:
     @property
     def active_root(self) -> LearnedRoot | None:
         """The learned root that is switched on, if any."""
-        roots = [a.root for a in self.attachments.values() if a.enabled and a.root is not None]
+        roots = [a.root for a in self.attachments.values() if a.active.always and a.root is not None]
         if len(roots) > 1:
             raise RecipeError("two adapters with a learned root are switched on", allowed="one at a time")
         return roots[0] if roots else None
@@ -211,21 +222,30 @@ class LanguageModel:
         return seen_root(self.module, self.active_root, self.executor.blocks)
 
     def seen_root_of(self, name: str) -> Root | None:
-        """The learned root of one attachment as attention sees it, if it has one; the base, "", has none."""
-        if not name:
-            return None
-        return seen_root(self.module, self._attachment(name).root, self.executor.blocks, adapter=name)
+        """The learned root that rows of a name see, as attention sees it, if they have one; the base, "", has none."""
+        root = self.root_with(name)
+        return seen_root(self.module, root, self.executor.blocks, adapter=name, mixes=self.mixes)
+
+    def root_with(self, name: str) -> LearnedRoot | None:
+        """The learned root of an attachment, or of a part of a mix; the base, "", has none."""
+        require_guests([name], self.attachments, self.mixes)
+        return root_of(parts_of(name, self.mixes), self.attachments)
 
     def head_with(self, name: str) -> AnyHead:
-        """The output head under one attachment; under none with the name ""."""
-        return self._head(name)
+        """The output head under an attachment or a mix; under none with the name ""."""
+        return self._head(parts_of(name, self.mixes))
 
-    def attach(self, edits: list[Edit], *, name: str = "default") -> Attachment:
-        """Put the edits of an adapter on, under `name`."""
-        if name in self.attachments or "." in name or not name:
+    def attach(self, edits: list[Edit], *, name: str = "default", named_only: bool = False) -> Attachment:
+        """Put the edits of an adapter on, under `name`; a `named_only` one computes rows that name it and no others."""
+        if name in self.attachments or name in self.mixes or "." in name or not name:
             raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
         edits = [*edits, *self._new_parts(edits)]
-        attachment = Attachment(name, edits)
+        attachment = Attachment(name, edits, named_only=named_only)
+        if named_only and attachment.trains_base:
+            raise RecipeError(
+                f"{name!r} trains the model's own weights, which are the same for all rows",
+                allowed="adapters beside the weights for rows that name them",
+            )
         for others in self.attachments.values():
             if (attachment.trains_base and others.trains_base) or set(attachment.new_parts) & set(others.new_parts):
                 raise RecipeError(
@@ -260,11 +280,12 @@ class LanguageModel:
 
     def detach(self, name: str = "default") -> Attachment:
         """Take an attachment off; the base model is then what it was before, bit for bit."""
-        attachment = self._attachment(name)
+        attachment = self._unmixed(name)
         if not attachment.enabled:
             surgery.switch(self.module, attachment, on=True)
         surgery.take_off(self.module, attachment)
         del self.attachments[name]
+        self._terms.forget([name])
         return attachment
 
     def merge(self, name: str = "default", *, reversible: bool = True) -> Rounding:
@@ -274,7 +295,7 @@ class LanguageModel:
         `reversible`, what stood there before is kept in memory for `unmerge`; else also what earlier merges kept is let
         go. The model is another one then: adapters of the old base are refused on it.
         """
-        attachment = self._attachment(name)
+        attachment = self._unmixed(name)
         beside = frozenset(self.attachments) - {name}
         if training := [other for other in sorted(beside) if self.attachments[other].trains_base]:
             raise RecipeError(
@@ -283,6 +304,7 @@ class LanguageModel:
             )
         merged = merging.merge(self.module, attachment, digest=self.digest, beside=beside)
         del self.attachments[name]
+        self._terms.forget([name])
         self.digest = merging.merged_digest(self.digest, attachment)
         self.merged = [*self.merged, merged] if reversible else []
         if told := merged.rounding.notice(name):
@@ -315,6 +337,27 @@ class LanguageModel:
         if attachment.enabled != on:
             surgery.switch(self.module, attachment, on=on)
 
+    def mix(self, name: str, parts: Sequence[tuple[str, float]]) -> None:
+        """Let `name` stand for attachments with weights wherever rows name an adapter; without any, for the base."""
+        self.mixes[name] = checked_mix(name, parts, self.attachments, self.mixes)
+
+    def unmix(self, name: str) -> None:
+        """Undo `mix`."""
+        if name not in self.mixes:
+            raise RecipeError(f"no mix is called {name!r}", do=did_you_mean(name, self.mixes))
+        del self.mixes[name]
+
+    def routes(self, rows: Iterable[tuple[str, int]]) -> Routes:
+        """Names of attachments or mixes, or "" for the base alone, and how many rows each has, one after another.
+
+        Without gradients the low-rank terms of all of them are added at once, however many there are.
+        """
+        routes = routes_over(rows, dict(self.mixes))
+        require_guests(routes.names, self.attachments, self.mixes)
+        if torch.is_grad_enabled():
+            return routes
+        return replace(routes, thin=self._terms.over(routes, self.attachments))
+
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
         """The model with one attachment and no other, for the length of a `with` block."""
@@ -330,10 +373,18 @@ class LanguageModel:
 
     def train(self, mode: bool = True) -> None:
         """Dropout on or off, in the base and in every edit."""
+        if mode:
+            self._terms.forget()
         self.module.train(mode)
         for attachment in self.attachments.values():
             for edit in attachment.edits:
                 edit.train(mode)
+
+    def _unmixed(self, name: str) -> Attachment:
+        attachment = self._attachment(name)
+        if mixed := [mix for mix, parts in self.mixes.items() if name in dict(parts)]:
+            raise RecipeError(f"{name!r} is a part of the mix {mixed[0]!r}", do=f"undo {mixed[0]!r} first")
+        return attachment
 
     def _attachment(self, name: str) -> Attachment:
         if name not in self.attachments:

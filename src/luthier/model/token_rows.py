@@ -87,10 +87,11 @@ class EmbeddingRows(TokenRows):
 class HeadRows(TokenRows):
     """Rows of an output head. The engine's own head takes them as a `RowChange`, and never makes all logits at once."""
 
-    @property
-    def change(self) -> RowChange:
-        """The rows as the chunked head wants them."""
-        return RowChange(self.get_buffer("index"), self.trained, self.get_buffer("start"))
+    def change_by(self, weight: float) -> RowChange:
+        """The rows as the chunked head wants them, what they change multiplied by a weight."""
+        start = self.get_buffer("start")
+        rows = self.trained if weight == 1 else start + weight * (self.trained - start)
+        return RowChange(self.get_buffer("index"), rows, start)
 
     def after(self, x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
         return y.index_add(-1, self.get_buffer("index"), F.linear(x, self._change().to(x.dtype)).to(y.dtype))

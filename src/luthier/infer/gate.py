@@ -1,0 +1,126 @@
+"""The gate: which requests can run at all, how long their answers may be, and how much room is taken for them.
+
+What can never run is told when it is asked for, and not when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final, final
+
+import torch
+
+from luthier.core.errors import DataError, RecipeError
+from luthier.infer.cache import Widths, widths_of
+from luthier.infer.cohorts import CohortReader
+from luthier.infer.reader import PagedReader, Reader, default_room
+from luthier.infer.request import Request
+from luthier.infer.scheduler import Room
+from luthier.model.language_model import LanguageModel
+
+SPOKEN_ROWS: Final = 64
+"""Prompts of a list that are answered at once."""
+
+
+@final
+class Gate:
+    """What an engine takes. With `pooled` adapters requests may name them; without, what is switched on computes all.
+
+    `room` is what was asked for; it is found by the memory there is when it is None.
+    """
+
+    def __init__(self, model: LanguageModel, room: Room | None, *, reads_text: bool, pooled: bool) -> None:
+        self.model = model
+        self.room = room
+        self.reads_text = reads_text
+        self.pooled = pooled
+        self.paged = model.executor.kind == "segments" and model.task.name == "causal_lm"
+
+    def check(self, request: Request, what: str) -> None:
+        """Raise DataError or RecipeError for a request that can never run; `what` is what its prompt is called."""
+        sampling, prompt = request.sampling, request.prompt
+        if sampling.stop and not self.reads_text:
+            raise DataError("stop strings were given, but no tokenizer to read the text with", do="use stop_ids")
+        if len(prompt) == 0:
+            raise DataError(f"{what} has no token", allowed="at least one token")
+        self._check_beams(request)
+        self.model.require_rows(prompt)
+        left = self._left(request)
+        if left is not None and left <= 0:
+            raise DataError(f"{what} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + left}")
+        if request.adapter and not (self.pooled and self.paged):
+            why = "one adapter at a time" if self.pooled else "what is switched on, having no pool"
+            raise RecipeError(
+                f"a request names the adapter {request.adapter!r}, and {self.model.source} runs {why}",
+                allowed="requests without an adapter's name",
+                do="switch on the adapter that is wanted",
+            )
+        if request.drafts and not self.paged:
+            raise RecipeError(
+                f"drafts is {request.drafts}, and {self.model.source} has a cache of its own",
+                allowed="0 with this model",
+            )
+        needed = self._places(request)
+        if self.room is not None and self.paged and needed > self.room.pages * self.room.page:
+            raise DataError(
+                f"{what} and its answer may take {needed} tokens, and the cache holds {self.room.tokens}",
+                allowed=f"{self.room.tokens} together",
+                do="ask for fewer new tokens, or start with more room",
+            )
+
+    def limit(self, request: Request) -> int:
+        """How many tokens an answer may have, whatever runs beside it."""
+        left, wanted = self._left(request), request.sampling.max_new_tokens
+        return wanted if left is None else min(wanted, left)
+
+    def places_ahead(self, adapter: str) -> int:
+        """Places of a learned root in a text's cache, before its prompt."""
+        return self._root_tokens(adapter) if self.paged else 0
+
+    def reader(self) -> Reader:
+        """What reads requests that come and go."""
+        return self._reader(self.room or (default_room(self.model, self.widths) if self.paged else Room(tokens=1)))
+
+    def reader_for(self, requests: Sequence[Request]) -> Reader:
+        """What reads just these: with room for the longest of them side by side, as far as memory allows."""
+        if self.room is not None or not self.paged:
+            return self._reader(self.room or Room(tokens=1, rows=SPOKEN_ROWS))
+        page = Room(tokens=1).page
+        needs = sorted(map(self._places, requests), reverse=True)
+        wanted = sum(-(-need // page) * page for need in needs[:SPOKEN_ROWS])
+        most = default_room(self.model, self.widths).tokens
+        return self._reader(Room(tokens=max(needs[0], min(wanted, most)), rows=SPOKEN_ROWS))
+
+    @cached_property
+    def widths(self) -> Widths:
+        """What a layer's cache holds for a token."""
+        with torch.no_grad():
+            return widths_of(self.model.module)
+
+    def _reader(self, room: Room) -> Reader:
+        if not self.paged:
+            return CohortReader(self.model, rows=room.rows)
+        return PagedReader(self.model, room, self.widths, mixed=self.pooled)
+
+    def _check_beams(self, request: Request) -> None:
+        sampling = request.sampling
+        drawn = sampling.stop or sampling.temperature or request.guide is not None or request.best_of or request.drafts
+        if request.beams > 1 and drawn:
+            raise RecipeError(
+                f"{request.beams} beams were asked for with stop strings, a temperature, a guide, drafts or best_of",
+                allowed="beams with stop_ids and max_new_tokens",
+                do="take those out, or ask for one beam",
+            )
+
+    def _places(self, request: Request) -> int:
+        return self._root_tokens(request.adapter) + len(request.prompt) + request.sampling.max_new_tokens
+
+    def _left(self, request: Request) -> int | None:
+        """How many tokens may follow a prompt, when the context is limited."""
+        limit = self.model.context_tokens
+        return None if limit is None else limit - len(request.prompt) - self._root_tokens(request.adapter)
+
+    def _root_tokens(self, name: str) -> int:
+        root = self.model.root_with(name) if name or self.pooled else self.model.active_root
+        return 0 if root is None else root.token_count

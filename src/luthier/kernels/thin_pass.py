@@ -1,0 +1,63 @@
+"""A pass of the model in which rows take thin terms: which rows take which, and the terms of all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from luthier.kernels.backend import Backend
+from luthier.kernels.thin import ThinRows, ThinTerms, add_range
+
+
+@final
+@dataclass(frozen=True)
+class ThinTerm:
+    """The terms at one site and whose rows are whose: what is added to the output of a linear layer."""
+
+    terms: ThinTerms
+    rows: ThinRows
+    backend: Backend
+
+    def add(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
+        """Add to the rows of `y` the terms of those of `x`."""
+        for each in self.rows.long:
+            add_range(x, y, self.terms, each)
+        if self.rows.short:
+            self.backend.thin(x, y, self.terms, self.rows)
+
+
+@final
+@dataclass(frozen=True)
+class ThinPass:
+    """The terms of a pass at all sites.
+
+    `numbers` are those of the adapters that have rows; `odd` names, for each site, adapters that change it by something
+    that is no low-rank term. `dtype` is what rows are in.
+    """
+
+    sites: Mapping[str, ThinTerms]
+    odd: Mapping[str, frozenset[str]]
+    numbers: Mapping[str, int]
+    rows: ThinRows
+    backend: Backend
+    dtype: torch.dtype
+
+    def at(self, site: str) -> ThinTerm | None:
+        """The terms at a site; None where no adapter has any."""
+        terms = self.sites.get(site)
+        return None if terms is None else ThinTerm(terms, self.rows, self.backend)
+
+    def has(self, site: str, adapter: str) -> bool:
+        """Whether an adapter's change of a site is a low-rank term."""
+        terms = self.sites.get(site)
+        return terms is not None and self.numbers[adapter] in terms.terms
+
+    def only_terms(self, site: str) -> bool:
+        """Whether nothing but low-rank terms changes the rows of this pass at a site."""
+        odd = self.odd.get(site)
+        return not odd or odd.isdisjoint(self.numbers)
