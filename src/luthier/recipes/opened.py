@@ -144,11 +144,14 @@ def open_named(
     return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
 
 
-def put_on(model: LanguageModel, folder: Path, *, name: str = "default") -> None:
-    """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base."""
+def put_on(model: LanguageModel, folder: Path, *, name: str = "default", named_only: bool = False) -> None:
+    """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base.
+
+    With `named_only` it computes for rows that name it, and for no others.
+    """
     check_base(folder, model)
     method = saved_adapter(folder, model.sites)
-    fill(model.attach(method.attach(model.sites), name=name), folder)
+    fill(model.attach(method.attach(model.sites), name=name, named_only=named_only), folder)
 
 
 def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> None:
