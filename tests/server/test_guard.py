@@ -130,13 +130,13 @@ def test_depth_counts_brackets_outside_of_texts_only() -> None:
     assert not deeper(b"[" * 10 + b"]" * 10, 10) and deeper(b'{"a":' * 11, 10)
 
 
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n"
 RAW = {
-    "a chunked body that never ends": (b"POST /v1/completions HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n", b"408"),
-    "a body that is too long, in chunks": (
-        b"POST /v1/completions HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n1400\r\n" + b"a" * 0x1400 + b"\r\n", b"413"),
+    "a chunked body that never ends": (CHUNKED + b"5\r\nabcde\r\n", b"408"),
+    "a body that is too long, in chunks": (CHUNKED + b"1400\r\n" + b"a" * 0x1400 + b"\r\n", b"413"),
     "a length that is none": (b"POST /v1/completions HTTP/1.1\r\n%sContent-Length: -5\r\n\r\n", b"400"),
     "two lengths": (b"POST /v1/completions HTTP/1.1\r\n%sContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcde", b"400"),
-    "a chunk that is none": (b"POST /v1/completions HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+    "a chunk that is none": (CHUNKED + b"zz\r\n", b"400"),
     "two hosts": (b"GET /v1/models HTTP/1.1\r\n%sHost: evil.example\r\n\r\n", b"4"),
     "no host": (b"GET /v1/models HTTP/1.1\r\nAuthorization: Bearer " + TOKEN.encode() + b"\r\n\r\n", b"4"),
     "HTTP/0.9": (b"GET /v1/models\r\n\r\n", b"400"),

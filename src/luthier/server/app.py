@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from luthier.core.errors import LuthierError
-from luthier.server import adapters, chat, completions, plain
+from luthier.server import adapters, chat, completions, embeddings, files, fine_tuning, plain
 from luthier.server.bodies import ChatBody, CompletionBody
 from luthier.server.description import described
 from luthier.server.errors import answer, invalid, refuse, unexpected
@@ -34,7 +34,7 @@ def application(serving: Serving) -> Guard:
 def routes_of(serving: Serving) -> FastAPI:
     """The routes, without the guard. Pages that show the description come from elsewhere, and are not there."""
     api = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    for part in (chat, completions, plain, adapters):
+    for part in (chat, completions, embeddings, plain, adapters, files, fine_tuning):
         api.include_router(part.routes(serving))
     api.openapi = lambda: described(api)  # type: ignore[method-assign]
 
@@ -58,7 +58,15 @@ def routes_of(serving: Serving) -> FastAPI:
 
 def known_at(path: str) -> Mapping[str, Sequence[str]]:
     """The parameters that a path knows, for the nearest name."""
-    bodies: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/chat/completions": ChatBody,
+        "/v1/completions": CompletionBody,
+        "/v1/embeddings": embeddings.EmbeddingsBody,
+        "/v1/fine_tuning/jobs": fine_tuning.JobBody,
+        "/v1/load_lora_adapter": adapters.LoadBody,
+        "/tokenize": plain.TokenizeBody,
+        "/detokenize": plain.DetokenizeBody,
+    }
     body = bodies.get(path)
     return {} if body is None else {"": list(body.model_fields)}
 

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from luthier.core.errors import DataError, LuthierError, MissingError, RecipeError, RefusedError, StoppedError
 from luthier.core.nearest import did_you_mean
+from luthier.server.bodies import INSTEAD
 
 
 class NotServedError(RecipeError):
@@ -53,6 +54,7 @@ _STATUS: Final[Sequence[tuple[type[LuthierError], int, str]]] = (
     (DataError, 400, "invalid_request_error"),
     (MissingError, 400, "invalid_request_error"),
 )
+_REFUSED: Final = ("extra_forbidden", "none_required", "literal_error", "too_long", "list_type")
 RETRY: Final = {"Retry-After": "1"}
 
 
@@ -95,10 +97,13 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
     first: Mapping[str, Any] = problems[0] if problems else {"type": "", "loc": (), "msg": "it cannot be read"}
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(place) or None
+    if place and place[-1] in INSTEAD and first["type"] in _REFUSED:
+        message = f"{param} cannot be had; {INSTEAD[place[-1]]}"
+        return JSONResponse(told(message, code="unsupported_parameter", param=param), 400)
     if first["type"] == "extra_forbidden" and place:
         names = known.get(".".join(place[:-1]), ())
-        message = f"unknown parameter {param!r:.200}; {did_you_mean(place[-1][:80], names)}"
-        return JSONResponse(told(message, code="unknown_parameter", param=param), 400)
+        near = f"; {did_you_mean(place[-1][:80], names)}" if names else ""
+        return JSONResponse(told(f"unknown parameter {param!r:.200}{near}", code="unknown_parameter", param=param), 400)
     if first["type"] == "missing":
         return JSONResponse(told(f"{param or 'the body'} is missing", code="missing_parameter", param=param), 400)
     what = f"{param}: " if param else ""

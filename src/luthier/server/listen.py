@@ -103,8 +103,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Our own handlers while it runs; uvicorn would raise the signal again at the end. Only a main thread has any."""
+        """Our own handlers while it runs; uvicorn would raise the signal again at the end."""
         if threading.current_thread() is not threading.main_thread():
+            # Only a main thread has any.
             yield
             return
         loop = asyncio.get_running_loop()

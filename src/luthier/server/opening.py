@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 from luthier.core.errors import RecipeError
+from luthier.data.hub import ModelFiles
 from luthier.infer.adapter_pool import AdapterPool
 from luthier.infer.cache import widths_of
 from luthier.infer.engine import Engine
@@ -15,9 +16,11 @@ from luthier.infer.reader import Counts, default_room
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision
-from luthier.recipes.opened import Opened, open_named, put_on, result_of
+from luthier.model.load import Precision, kind_of_source, resolve_source
+from luthier.model.tasks import kind_of
+from luthier.recipes.opened import Opened, open_encoder, open_named, put_on, result_of
 from luthier.server.names import Names
+from luthier.server.pooling import Pooling
 from luthier.server.serving import Serving
 from luthier.server.settings import Settings
 from luthier.server.worker import Steps, Worker
@@ -59,7 +62,10 @@ class Wanted:
 
 def open_serving(wanted: Wanted, settings: Settings) -> Serving:
     """Load the model and make its engine; nothing listens yet."""
-    opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision)
+    if _is_encoder(wanted):
+        opened = open_encoder(wanted.name, precision=wanted.precision)
+    else:
+        opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision)
     return serve_opened(opened, settings, base=base_name(wanted.name), own=own_names(wanted), tokens=wanted.tokens,
                         waiting=wanted.waiting)  # fmt: skip
 
@@ -88,7 +94,11 @@ def serve_opened(
     for name in own:
         names.add(name, "default")
     worker = Worker(engine, rows=room.rows if room is not None else 1, waiting=waiting)
-    return Serving(opened, worker, names, settings, room=room.tokens if room is not None else model.context_tokens)
+    pooling = Pooling.of(ModelFiles.of(resolve_source(model.source))) if kind_of(model.config) == "encoder" else None
+    most = room.tokens if room is not None else model.context_tokens
+    serving = Serving(opened, worker, names, settings, room=most, pooling=pooling)
+    serving.load_jobs()
+    return serving
 
 
 def base_name(name: str) -> str:
@@ -108,6 +118,12 @@ def own_names(wanted: Wanted) -> list[str]:
         return [Path(wanted.adapter).resolve().name]
     run = Path(wanted.name)
     return [run.resolve().name] if is_run(run) and result_of(RunDirectory.open(run))[0].name == ADAPTER else []
+
+
+def _is_encoder(wanted: Wanted) -> bool:
+    """Whether a base is served that reads both ways; runs and adapters say themselves what they are for."""
+    plain = wanted.adapter is None and not is_run(Path(wanted.name))
+    return plain and kind_of_source(wanted.name) == "encoder"
 
 
 def _room(model: LanguageModel, tokens: int | None) -> Room:

@@ -28,6 +28,11 @@ from luthier.server.errors import BusyError, DrainingError, EngineFailedError
 T = TypeVar("T")
 MOST_FAILURES: Final = 3
 """Steps in a row that may fail."""
+_BREAKS: Final = (
+    LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    OSError,
+)  # fmt: skip
+"""What an engine, a model or a file may raise. Anything else ends the thread, and everybody is told that too."""
 _LOG = logging.getLogger("luthier.server")
 
 
@@ -189,7 +194,7 @@ class Worker:
         def action() -> None:
             try:
                 made = work()
-            except Exception as failure:  # noqa: BLE001 (it is raised where it was asked for)
+            except _BREAKS as failure:
                 self._tell(partial(_settle, done, None, failure))
             else:
                 self._tell(partial(_settle, done, made, None))
@@ -217,6 +222,14 @@ class Worker:
     # ------------------------------------------------------------------------------------------- on the engine's thread
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            if not self._ending:
+                self.dead = True
+                self._tell(self._give_up)
+
+    def _work(self) -> None:
         while not self._ending:
             self._act()
             if self._ending or not self.engine.busy:
@@ -224,7 +237,7 @@ class Worker:
                 continue
             try:
                 news = self.engine.step()
-            except Exception as failure:  # noqa: BLE001 (everybody who waits is told)
+            except _BREAKS as failure:
                 self._fail(failure)
                 continue
             self._failures = 0
@@ -248,7 +261,7 @@ class Worker:
             ticket.number = self.engine.add(ticket.request)
         except LuthierError as error:
             self._tell(partial(ticket.fail, error))
-        except Exception as failure:  # noqa: BLE001 (who asked is told)
+        except _BREAKS as failure:
             _LOG.exception("a request could not be added")
             self._tell(partial(ticket.fail, EngineFailedError(f"the request was not taken: {type(failure).__name__}")))
         else:
@@ -288,7 +301,7 @@ class Worker:
         try:
             for number in tickets:
                 self.engine.cancel(number)
-        except Exception as second:  # noqa: BLE001 (the engine ends)
+        except _BREAKS as second:
             _LOG.error("cancelling failed too", exc_info=second)
             self._failures = MOST_FAILURES
         if self._failures >= MOST_FAILURES:
