@@ -87,7 +87,7 @@ def f():
     assert complain(sibling, "luthier.adapters", 1) == ""
     machine = Module("luthier.train.x", modules()[0].path, ast.parse(""), 0)
     assert "contract" in complain(machine, "luthier.objectives.sft", 1)
-    assert "each other" in complain(machine, "luthier.infer.generator", 1)
+    assert "each other" in complain(machine, "luthier.infer.engine", 1)
     assert complain(machine, "luthier.objectives", 1) == ""
 
 

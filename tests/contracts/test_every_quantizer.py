@@ -11,6 +11,7 @@ import torch
 from luthier.adapters import Adapter
 from luthier.core import catalog
 from luthier.core.chosen import choose
+from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import PackedWeight, Packing, stored_bytes
@@ -86,6 +87,30 @@ def test_a_packed_model_is_the_model_of_its_unpacked_weights(method: Quantizer, 
     trees = [forests.branching(seed=1), *forests.rows(3)]
     ours, theirs = forests.engine_loss(quantized, trees), forests.engine_loss(plain, trees)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 40), (130, 192)])
+def test_a_few_rows_are_multiplied_as_many_are(
+    method: Quantizer, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Breaks when what multiplies packed weights as they are reads them otherwise than what unpacks them, or stops a
+    gradient."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 2, shape[0])[:, None]
+    held = method.pack(weight.to(dtype), NativeBackend.build())
+    assert held is not None
+    dense, parameter = held.dense(torch.float32), PackedWeight(held, dtype, lambda _: held)
+    slack = 1e-5 if dtype == torch.float32 else 2e-2
+    for rows in (1, 3, 32, 33):
+        x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype).requires_grad_()
+        found = torch.nn.functional.linear(x, parameter)
+        expected = x.detach().float() @ dense.t()
+        assert float((found.detach().float() - expected).norm() / expected.norm()) < slack
+        found.sum().backward()
+        assert x.grad is not None
+        slope = dense.sum(0).expand(rows, -1)
+        assert float((x.grad.float() - slope).norm() / slope.norm()) < slack
 
 
 @each

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field
 import luthier.assets
 from luthier.core.errors import MissingError, RecipeError
 from luthier.data.tokenizer import Tokenizer
+from luthier.infer.engine import Engine
 from luthier.infer.grammars import Grammars
 from luthier.infer.guides import Guide
+from luthier.infer.request import Request
 from luthier.infer.sampler import Chooser, choose
 from luthier.model.speaker import Sampling
+from tests import forests
 from tests.data.conftest import build
+from tests.tiny import tiny_tokenizer
 
 
 @cache
@@ -200,6 +205,31 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
         with pytest.raises(MissingError, match=r'needs the package llguidance.*pip install "luthier\[guided\]"'):
             ask()
     assert any_text("bytes", made.choices(["a", "b"])(), seed=1) in ("a", "b")
+
+
+def test_the_engine_bounds_each_choice_of_a_request_and_no_other_request() -> None:
+    """Breaks when choices share a guide's place, a twin begins without one, or a neighbour is bounded too."""
+    pytest.importorskip("llguidance")
+    tokenizer = Tokenizer.of(tiny_tokenizer())
+    engine = Engine(forests.language_model("llama"))
+    made = Grammars(tokenizer)
+    sampling = Sampling(max_new_tokens=200, temperature=1.0, stop_ids=tuple(tokenizer.stop_ids), seed=1)
+    prompt = tokenizer.encode("Colour:")[0]
+    free = engine.add(Request(prompt=prompt, sampling=replace(sampling, max_new_tokens=40)))
+    schema = {"enum": ["red", "green", ["blue", 1], None]}
+    bound = [
+        engine.add(Request(prompt=prompt, sampling=sampling, choices=6, guide=guide))
+        for guide in (made.json_schema(schema), made.regex("[0-9]{2}(, [0-9]{2}){0,2}"), made.choices(["yes", "no"]))
+    ]
+    said: dict[tuple[int, int], list[int]] = {}
+    while engine.busy:
+        for news in engine.step():
+            said.setdefault((news.request, news.choice), []).extend(one.token for one in news.said)
+            assert not news.ended or news.ended == ("length" if news.request == free else "stop")
+    texts = [{tokenizer.decode(said[number, choice][:-1]) for choice in range(6)} for number in bound]
+    assert all(json.loads(text) in schema["enum"] for text in texts[0]) and len(texts[0]) > 1
+    assert all(re.fullmatch("[0-9]{2}(, [0-9]{2}){0,2}", text) for text in texts[1]) and len(texts[1]) > 1
+    assert texts[2] == {"yes", "no"} and len(said[free, 0]) == 40
 
 
 # ------------------------------------------------------------------------------------------------------------- choices

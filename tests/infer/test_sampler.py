@@ -122,6 +122,40 @@ def test_distributions_are_those_of_transformers_and_of_the_formulas(
         np.testing.assert_allclose([value for _, value in one.likeliest], best.values.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.5, 6.0])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"top_p": 0.3},
+        {"top_p": 0.05, "temperature": 2.0},
+        {"top_k": 300, "top_p": 0.4},
+        {"top_k": 5000, "top_p": 0.9},
+        {"top_k": 256, "min_p": 0.3},
+        {"min_p": 0.001},
+    ],
+)
+def test_cuts_of_any_width_are_those_of_transformers(cut: dict[str, Any], scale: float) -> None:
+    """Breaks when a cut that lies beyond the likeliest tokens looked at first is taken to lie among them."""
+    sampling = Sampling(**{"temperature": 1.0, **cut})
+    scores = logits_of(11, 1, 20_003, scale=scale)
+    found = distribution([Chooser(sampling, PROMPT)], scores)[0]
+    torch.testing.assert_close(found.double(), expected(sampling, [], scores[0]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 400}])
+def test_a_number_draws_the_token_where_the_sum_over_the_vocabulary_reaches_it(cut: dict[str, Any]) -> None:
+    """Breaks when the order of the sum is that of a sort, and a seed's text hangs on how a cut is found."""
+    sampling = Sampling(**{"temperature": 1.0, **cut})
+    scores = logits_of(8, 1, 3000, scale=2.5)
+    choosers = [Chooser(sampling, PROMPT, choice=choice) for choice in range(200)]
+    sums = expected(sampling, [], scores[0]).cumsum(0)
+    numbers = torch.tensor([chooser.uniform() for chooser in choosers], dtype=torch.float64)
+    wanted = torch.searchsorted(sums, numbers, right=True)
+    told = torch.tensor([said.token for said in choose(choosers, scores.expand(200, -1))])
+    # A number next to the border of two tokens may fall to either by rounding.
+    assert int((told != wanted).sum()) <= 1
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -113,7 +113,7 @@ def test_any_tokens_come_out_as_they_read_together(name: str, data: some.DataObj
     assert told + stream.end() == whole and stream.end() == ""
 
 
-@pytest.mark.parametrize("name", ["seedling", "llama", "t5", "bert", "roberta"])
+@pytest.mark.parametrize("name", ["seedling", "llama", "mistral", "t5", "bert", "roberta"])
 @given(data=some.data())
 def test_a_stop_string_ends_the_text_wherever_it_lies_in_the_tokens(name: str, data: some.DataObject) -> None:
     """Breaks when a stop is missed across tokens, told in part, or another one wins than the one complete first."""
@@ -193,6 +193,16 @@ def test_a_continuation_keeps_the_space_it_begins_with(name: str) -> None:
     rest = whole[len(before) :]
     assert "".join(pieces(TextStream(reader(backend)), rest)) == "world and"
     assert "".join(pieces(TextStream(reader(backend), after=before), rest)) == " world and"
+
+
+def test_a_token_without_text_does_not_begin_the_text_anew() -> None:
+    """Breaks when what follows an empty token loses the space that decoders take from a beginning."""
+    words = ["a", "", " b"]
+
+    def decode(tokens: Ints) -> str:
+        return "".join(words[token] for token in tokens).removeprefix(" ")
+
+    assert "".join(pieces(TextStream(decode), [0, 1, 2, 1, 1, 2])) == "a b b"
 
 
 def test_half_a_character_of_the_prompt_becomes_whole() -> None:

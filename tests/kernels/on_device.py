@@ -6,12 +6,13 @@ With it the tests of test_backends.py, whose tensors are on the CPU, test a GPU 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
 
 
 @final
@@ -94,6 +95,22 @@ class OnDevice(Backend):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         more = None if bias is None else self._there(bias)
         return self._inner.product(self._there(x), self._there(weight), more).cpu()
+
+    @property
+    def few(self) -> int:
+        return self._inner.few
+
+    def product_of_bytes(self, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        given = [self._there(each) for each in (x, codes, scales)]
+        return self._inner.product_of_bytes(given[0], given[1], given[2]).cpu()
+
+    def product_of_codes(
+        self, x: Tensor, codes: Tensor, scales: BlockScales, levels: Tensor, block: int, outs: int
+    ) -> Tensor:
+        moved = {name: each.to(self._device) for name, each in vars(scales).items() if isinstance(each, Tensor)}
+        given = [self._there(each) for each in (x, codes, levels)]
+        there = replace(scales, **moved)
+        return self._inner.product_of_codes(given[0], given[1], there, given[2], block, outs).cpu()
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)

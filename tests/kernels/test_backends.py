@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
@@ -119,6 +119,41 @@ def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(1, 1), (31, 3), (33, 6), (64, 4), (96, 130), (513, 41)])
+def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when the end of a row that is no whole vector is left out, or rows of the weight beyond the last block."""
+    weight, bias = draw(outs, size, dtype=dtype, seed=1), draw(outs, dtype=dtype, seed=2)
+    for n in (0, 1, 2, 3, 4, 5, 7, 16, 32, 33):
+        x = draw(n, size, dtype=dtype)
+        for added in (None, bias):
+            found = backend.product(x, weight, added)
+            if n == 0:
+                assert found.shape == (0, outs)
+                continue
+            wide = None if added is None else added.double()
+            close(found, TWIN.product(*exact(x, weight), wide).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_products_of_what_lies_elsewhere(backend: Backend, dtype: torch.dtype) -> None:
+    """Breaks when rows are taken to lie end to end."""
+    x, weight = draw(3, 80, dtype=dtype)[:, ::2], draw(40, 20, dtype=dtype, seed=1).t()
+    close(backend.product(x, weight, None), TWIN.product(*exact(x, weight), None).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(70, 30), (896, 128)])
+def test_a_row_of_a_product_does_not_depend_on_the_others(dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when sums are made in another order for another number of rows: a text would depend on its neighbours."""
+    backend = NativeBackend.build()
+    x, weight = draw(32, size, dtype=dtype), draw(outs, size, dtype=dtype, seed=1)
+    bias = draw(outs, dtype=dtype, seed=2)
+    alone = torch.cat([backend.product(row[None], weight, bias) for row in x])
+    for n in range(1, 33):
+        assert torch.equal(backend.product(x[:n], weight, bias), alone[:n])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 8), (4, 2, 16), (3, 1, 6), (2, 1, 128)])
 def test_attention(backend: Backend, dtype: torch.dtype, heads: int, groups: int, size: int) -> None:
     """Breaks when a text sees its neighbour, a block of queries the one after it, or a key head the wrong queries."""
@@ -177,6 +212,100 @@ def test_attention_after_what_is_seen(backend: Backend, dtype: torch.dtype, outs
         close(one, other.to(dtype), dtype, slack=2.0)
 
 
+def whole(*shape: int, most: int, seed: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    least = -most if dtype == torch.int8 else 0
+    return torch.randint(least, most + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(1, 1), (31, 3), (64, 6), (100, 9), (896, 130)])
+def test_products_of_bytes(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when a sign is lost, a scale belongs to another row, or the end of a row is left out."""
+    codes, scales = whole(outs, size, most=127, seed=1, dtype=torch.int8), draw(outs, dtype=torch.float32, seed=2).abs()
+    x = draw(9, size, dtype=dtype)
+    for n in (1, 2, 3, 9):
+        expected = TWIN.product_of_bytes(x[:n].double(), codes, scales.double())
+        close(backend.product_of_bytes(x[:n], codes, scales), expected.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("size", "outs", "block"), [(64, 3, 64), (6, 5, 32), (96, 9, 64), (7, 3, 64), (256, 130, 32)])
+def test_products_of_codes(
+    backend: Backend, dtype: torch.dtype, double: bool, size: int, outs: int, block: int
+) -> None:
+    """Breaks when a block that begins in the middle of a row has the scale of the one before it."""
+    blocks = -(-outs * size // block)
+    codes, levels = whole(-(-outs * size // 2), most=255, seed=1), draw(16, dtype=torch.float32).sort().values
+    scales = BlockScales(draw(blocks, dtype=torch.float32, seed=2).abs() + 0.1)
+    if double:
+        own = (whole(blocks, most=255, seed=3), draw(256, dtype=torch.float32, seed=4), torch.tensor(2.0), 3)
+        scales = BlockScales(scales.numbers[: -(-blocks // 3)], *own)
+    weight = backend.unpacked(codes, scales.each(), levels, block, outs * size, dtype).view(outs, size)
+    for n in (1, 2, 9):
+        x = draw(n, size, dtype=dtype)
+        found = backend.product_of_codes(x, codes, scales, levels, block, outs)
+        close(found, (x.double() @ weight.double().t()).to(dtype), dtype)
+
+
+def in_pages(texts: list[tuple[int, int]], size: int, *, seed: int = 0) -> tuple[Paged, int]:
+    """Texts (keys, new tokens) in shuffled pages, and how many pages there are; behind the used ones stands junk."""
+    needed = [-(-count // size) for count, _ in texts]
+    free = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
+    table = torch.full((len(texts), max(needed) + 2), 10**6)
+    for index, own in enumerate(needed):
+        table[index, :own] = torch.tensor([free.pop() for _ in range(own)])
+    starts = torch.tensor([0, *(new for _, new in texts)]).cumsum(0)
+    counts = torch.tensor([count for count, _ in texts])
+    return Paged(table, counts, starts, size, all(new == 1 for _, new in texts)), sum(needed) + 3
+
+
+TEXTS = {
+    "speaking": [(1, 1), (17, 1), (600, 1), (16, 1), (255, 1), (257, 1)],
+    "prompts": [(50, 50), (9, 9), (300, 203), (97, 49)],
+    "both": [(5, 1), (70, 60), (300, 3), (1, 1), (520, 400), (33, 8)],
+}
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("texts", list(TEXTS))
+@pytest.mark.parametrize(
+    ("heads", "groups", "size", "page"), [(4, 4, 8, 16), (9, 1, 32, 5), (4, 2, 64, 1), (6, 3, 20, 64)]
+)
+def test_attention_over_pages(
+    backend: Backend, dtype: torch.dtype, window: int | None, texts: str, heads: int, groups: int, size: int, page: int
+) -> None:
+    """Breaks when a page is taken for another, a text's last page is read to its end, or a window is off by one."""
+    places, pages = in_pages(TEXTS[texts], page)
+    query = draw(int(places.starts[-1]), heads, size, dtype=dtype)
+    keys, values = (draw(pages * page, groups, size, dtype=dtype, seed=s) for s in range(1, 3))
+    found = backend.attend_pages(query, keys, values, places, 0.3, window)
+    expected = TWIN.attend_pages(*exact(query, keys, values), places, 0.3, window)
+    close(found, expected.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_text_in_pages_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    """Breaks when runs of keys, or what is done with them, follow from what else there is to do, or from threads."""
+    backend = NativeBackend.build()
+    texts = TEXTS["both"]
+    places, pages = in_pages(texts, 16)
+    query = draw(int(places.starts[-1]), 6, 64, dtype=dtype)
+    keys, values = (draw(pages * 16, 2, 64, dtype=dtype, seed=s) for s in range(1, 3))
+    together = backend.attend_pages(query, keys, values, places, 0.3, None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for index, (_, new) in enumerate(texts):
+            start = int(places.starts[index])
+            own, row = slice(start, start + new), slice(index, index + 1)
+            alone = Paged(places.pages[row], places.counts[row], torch.tensor([0, new]), 16, new == 1)
+            assert torch.equal(backend.attend_pages(query[own], keys, values, alone, 0.3, None), together[own])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(backend: Backend, dtype: torch.dtype, bad: float) -> None:
@@ -206,6 +335,12 @@ def test_what_is_not_finite_stays_in_its_text(backend: Backend, dtype: torch.dty
     require_attention(backend, heads)
     out, _ = backend.attend(heads, heads, heads, [(1, 2), (1, 4)], 1.0, None)
     assert torch.isfinite(out[:2]).all() and not torch.isfinite(out[2:]).all()
+    places, pages = in_pages([(40, 1), (300, 1), (60, 30)], 16)
+    keys, values = (draw(pages * 16, 2, 24, dtype=dtype, seed=s) for s in range(1, 3))
+    last = int(places.pages[1, -(-300 // 16) - 1]) * 16
+    keys[last] = bad
+    out = backend.attend_pages(draw(32, 2, 24, dtype=dtype), keys, values, places, 1.0, None)
+    assert torch.isfinite(out[[0, *range(2, 32)]]).all() and not torch.isfinite(out[1]).any()
 
 
 def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
@@ -220,9 +355,10 @@ def test_the_number_of_threads_changes_no_bit(backend: Backend) -> None:
             k, v = (draw(200, 2, 16, dtype=torch.bfloat16, seed=s) for s in range(2, 4))
             out, kept = backend.attend(q, k, v, [(1, 150), (2, 25)], 0.5, None)
             grads = backend.attend_backward(g, q, k, v, out, kept, [(1, 150), (2, 25)], 0.5, None)
+            few = backend.product(draw(9, 700, dtype=torch.bfloat16), draw(350, 700, dtype=torch.bfloat16), None)
             logits = draw(200, 300, dtype=torch.float32)
             log_probs, slopes = backend.label_slopes(logits, torch.arange(200), slopes=True)
-            results.append([out, *grads, log_probs, slopes])
+            results.append([out, *grads, few, log_probs, slopes])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -82,7 +82,7 @@ def test_an_added_product_is_that_of_plain_torch(bias: bool, term: bool, frozen:
     draw = Draw()
     x, inner = draw(TOKENS, WIDTH), draw(TOKENS, INNER)
     layer = draw.product(INNER, WIDTH, bias=bias, term=term, frozen=frozen)
-    same(lambda: added_product(x, inner, layer), lambda: x + plain(inner, layer), [x, inner, *tensors(layer)])
+    same(lambda: added_product(x, inner, layer, TWIN), lambda: x + plain(inner, layer), [x, inner, *tensors(layer)])
 
 
 @pytest.mark.parametrize(("bias", "term", "frozen"), list(product([False, True], repeat=3)))
@@ -177,7 +177,7 @@ def test_no_more_is_kept_than_the_head_of_the_file_says() -> None:
     assert kept_numbers(lambda: gated_feed_forward(x, norm, EPS, (*wide, down), TWIN), known) == TOKENS * (
         1 + 2 * INNER + 3 * RANK
     )
-    assert kept_numbers(lambda: added_product(x, draw(TOKENS, INNER), down), known) == TOKENS * (INNER + RANK)
+    assert kept_numbers(lambda: added_product(x, draw(TOKENS, INNER), down, TWIN), known) == TOKENS * (INNER + RANK)
 
 
 def test_nothing_is_computed_for_an_input_that_needs_no_gradient() -> None:

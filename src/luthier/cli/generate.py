@@ -1,91 +1,228 @@
-"""`luthier generate`: let a run or a model answer."""
+"""`luthier generate`: let a run or a model answer, alone or beside others."""
 
 from __future__ import annotations
 
+import json as json_module
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli.options import Json, require_no_lost_run
 from luthier.cli.show import print_json
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
-    from luthier.model.speaker import Spoken
+    from luthier.infer.guides import Guide
+    from luthier.infer.request import Request
+    from luthier.model.speaker import Sampling, Spoken
+    from luthier.recipes.opened import Opened
+
+
+Answers = list[list[list[tuple[str, "Spoken"]]]]
+"""By model, prompt and choice: the text, and the tokens it was made of."""
+
+Name = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model folder, hub id, or seedling.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeat it for several, or - to read stdin."),
+]
+Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")]
+Beside = Annotated[list[str] | None, typer.Option(metavar="RUN|MODEL", help="Let this one answer too; repeatable.")]
+System = Annotated[str, typer.Option(metavar="TEXT", help="System message.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(metavar="X", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(metavar="N", help="Draw from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(metavar="X", help="Draw from the likeliest tokens that reach this probability.")]
+MinP = Annotated[
+    float, typer.Option(metavar="X", help="Draw from tokens with this share of the likeliest's probability.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(metavar="X", help="Above 1: less of what is there already.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the draws.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which an answer ends; repeatable.")]
+Choices = Annotated[int, typer.Option(metavar="N", help="Answers to each prompt.")]
+Beams = Annotated[int, typer.Option(metavar="N", help="Search for the likeliest answer with so many beams.")]
+Schema = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON schema that answers fit (extra: guided).")]
+Regex = Annotated[str, typer.Option(metavar="PATTERN", help="Regular expression that answers match (extra: guided).")]
+OneOf = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="A text that may be the answer; repeat it for each.")
+]
+Drafts = Annotated[
+    int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
+]
+Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
 
 
 def generate(
-    name: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model folder, hub id, or seedling.")
-    ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeat it for several, or - to read stdin."),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")
-    ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="X", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Draw from the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from the likeliest tokens that reach this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Text at which an answer ends; repeatable.")
-    ] = None,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
+    name: Name,
+    prompt: Prompts = None,
+    adapter: Adapter = None,
+    beside: Beside = None,
+    system: System = "",
+    raw: Raw = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    choices: Choices = 1,
+    beams: Beams = 1,
+    schema: Schema = None,
+    regex: Regex = "",
+    one_of: OneOf = None,
+    drafts: Drafts = 0,
+    precision: Precision = "auto",
     json: Json = False,
 ) -> None:
     """Answer prompts with a tuned or a base model.
 
     \b
     Examples:
-      luthier generate runs/2026-11-20-my-first --prompt "Write as JSON: ..."
-      luthier generate seedling --prompt "What is 7 + 5?" --temperature 0.8 --seed 1
+      luthier generate runs/2026-11-20-my-first --beside seedling --prompt "What is 7 + 5?"
+      luthier generate seedling --prompt "What is 7 + 5?" --temperature 0.8 --seed 1 --choices 3
     """
     with uncollected():
         from luthier.model.speaker import Sampling
         from luthier.recipes.opened import open_named
 
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or []]
-    if not prompts:
-        raise RecipeError("no prompt was given", do='add --prompt "your text", or --prompt - to read stdin')
+    prompts = _prompts(prompt or [])
     if precision not in ("auto", "float32", "bfloat16"):
         raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
-    require_no_lost_run(name)
-    opened = open_named(name, adapter=adapter, precision=precision)  # type: ignore[arg-type]  # checked above
+    if adapter and beside:
+        raise RecipeError("--adapter and --beside were given", do="name a run that has the adapter in place of both")
+    form = _Form(_schema(schema), regex, tuple(one_of or ()))
     sampling = Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop_ids=opened.stop_ids,
-        stop=tuple(stop or ()),
-    )
-    spoken = opened.engine.speak([opened.prompt(text, system=system, raw=raw) for text in prompts], sampling)
-    texts = [opened.text(answer.tokens) for answer in spoken]
-    _print_json(prompts, texts, spoken) if json else _print(prompts, texts)
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+    )  # fmt: skip
+    names = [name, *(beside or [])]
+    answers: Answers = []
+    for each in names:
+        require_no_lost_run(each)
+        opened = open_named(each, adapter=adapter, precision=precision)  # type: ignore[arg-type]  # checked above
+        requests = _requests(
+            opened, prompts, sampling, form, system=system, raw=raw, choices=choices, beams=beams, drafts=drafts
+        )
+        if max(len(requests), choices, len(names)) == 1 and not json:
+            _stream(opened, requests[0])
+            return
+        spoken = opened.engine.answer(requests, draws=range(len(requests)))
+        answers.append([[(opened.text(one.tokens, sampling.stop), one) for one in own] for own in spoken])
+    show = _print_json if json else _print_beside if len(names) > 1 else _print
+    show(names, prompts, answers)
 
 
-def _print_json(prompts: Sequence[str], texts: Sequence[str], spoken: Sequence[Spoken]) -> None:
-    answers = [
-        {"prompt": text, "text": said, "tokens": [int(token) for token in answer.tokens], "ended": answer.ended,
-         "log_probs": answer.log_probs}
-        for text, said, answer in zip(prompts, texts, spoken, strict=True)
+def _prompts(given: Sequence[str]) -> list[str]:
+    if not given:
+        raise RecipeError("no prompt was given", do='add --prompt "your text", or --prompt - to read stdin')
+    return [sys.stdin.read() if text == "-" else text for text in given]
+
+
+class _Form:
+    """What answers are to look like, at most one of the three."""
+
+    def __init__(self, schema: dict[str, object] | None, regex: str, one_of: tuple[str, ...]) -> None:
+        self.schema, self.regex, self.one_of = schema, regex, one_of
+        given = [name for name, each in (("--schema", schema), ("--regex", regex), ("--one-of", one_of)) if each]
+        if len(given) > 1:
+            raise RecipeError(f"{' and '.join(given)} were given", allowed="one of them")
+
+    def guide(self, opened: Opened) -> Callable[[], Guide] | None:
+        """What bounds an answer of this model."""
+        if self.schema is None and not self.regex and not self.one_of:
+            return None
+        from luthier.infer.grammars import Grammars
+
+        grammars = Grammars(opened.tokenizer, stops=frozenset(opened.stop_ids))
+        if self.schema is not None:
+            return grammars.json_schema(self.schema)
+        return grammars.regex(self.regex) if self.regex else grammars.choices(self.one_of)
+
+
+def _schema(path: Path | None) -> dict[str, object] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise MissingError(f"--schema: there is no file {path}", do="check the path")
+    try:
+        found = json_module.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as failure:
+        raise DataError(f"{path} is no JSON: {failure}", allowed="a JSON schema", where=str(path)) from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds a {type(found).__name__}", allowed="a JSON object: a schema", where=str(path))
+    return found
+
+
+def _requests(
+    opened: Opened,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    form: _Form,
+    *,
+    system: str,
+    raw: bool,
+    choices: int,
+    beams: int,
+    drafts: int,
+) -> list[Request]:
+    from dataclasses import replace
+
+    from luthier.infer.request import Request
+
+    own, guide = replace(sampling, stop_ids=opened.stop_ids), form.guide(opened)
+    return [
+        Request(prompt=opened.prompt(text, system=system, raw=raw), sampling=own, choices=choices, beams=beams,
+                guide=guide, drafts=drafts)
+        for text in prompts
     ]  # fmt: skip
-    print_json({"answers": answers})
 
 
-def _print(prompts: Sequence[str], texts: Sequence[str]) -> None:
-    for text, said in zip(prompts, texts, strict=True):
-        if len(texts) > 1:
+def _stream(opened: Opened, request: Request) -> None:
+    """An answer, as it grows."""
+    for piece in opened.stream(request):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    typer.echo()
+
+
+def _print_json(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
+    several = any(len(own) > 1 for one in answers for own in one)
+    found = [
+        {"prompt": text, **({"model": name} if len(names) > 1 else {}), **({"choice": choice} if several else {}),
+         "text": said, "tokens": [int(token) for token in answer.tokens], "ended": answer.ended,
+         "log_probs": answer.log_probs}
+        for name, one in zip(names, answers, strict=True)
+        for text, own in zip(prompts, one, strict=True)
+        for choice, (said, answer) in enumerate(own)
+    ]  # fmt: skip
+    print_json({"answers": found})
+
+
+def _print(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
+    for text, own in zip(prompts, answers[0], strict=True):
+        if len(prompts) > 1:
             typer.echo(f"> {text}")
-        typer.echo(said)
+        for said, _ in own:
+            typer.echo(f"- {said}" if len(own) > 1 else said)
+
+
+def _print_beside(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
+    """A column for each model, a row for each prompt."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True, expand=False)
+    for title in ("prompt", *names):
+        table.add_column(Text(title), overflow="fold", ratio=1)
+    for index, text in enumerate(prompts):
+        said = ["\n".join(each for each, _ in one[index]) for one in answers]
+        table.add_row(*map(Text, (text, *said)))
+    Console().print(table)

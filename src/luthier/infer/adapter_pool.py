@@ -129,7 +129,8 @@ class AdapterPool(Pool):
             return name
         held: list[str] = []
         try:
-            held += [self._bring(part) for part, _ in parts]
+            for part, _ in parts:
+                held.append(self._bring(part))
             return self._mix(name, tuple(zip(held, (weight for _, weight in parts), strict=True)))
         except BaseException:
             for route in held:

@@ -146,39 +146,45 @@ class Engine:
             self._reader.forget()
 
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
-        """One continuation for each prompt, in the order of the prompts; each draws by its place in the list.
-
-        The cache is let go at the end: whoever trains needs the memory, and with other weights it is of no use.
-        """
+        """One continuation for each prompt, in the order of the prompts; each draws by its place in the list."""
         requests = [Request(prompt=prompt, sampling=sampling) for prompt in prompts]
+        return [spoken for (spoken,) in self.answer(requests, draws=range(len(requests)))]
+
+    def answer(self, requests: Sequence[Request], *, draws: Sequence[int] | None = None) -> list[list[Spoken]]:
+        """All choices of each of these requests, by an engine with nothing else to do.
+
+        Those of request i draw from `draws[i]` on. Raises what a request has failed with. The cache is let go at the
+        end: whoever trains needs the memory, and with other weights it is of no use.
+        """
+        if self.busy:
+            raise RecipeError(
+                f"a list of answers was asked for while {len(self._asked)} requests are on their way",
+                do="add the requests to those, or use an engine of its own",
+            )
         for index, request in enumerate(requests):
             self._gate.check(request, f"prompt {index}")
         was_training, reader = self.model.module.training, self._reader
         self.model.train(False)
         self._reader = self._gate.reader_for(requests) if requests else None
         try:
-            return self._spoken([self._add(request, draw=index) for index, request in enumerate(requests)])
+            pairs = zip(requests, draws or [0] * len(requests), strict=True)
+            return self._spoken([self._add(request, draw=draw) for request, draw in pairs])
         finally:
-            self._asked.clear()
+            for number in list(self._asked):
+                self.cancel(number)
+            self._news.clear()
             self._reader = reader
             self.model.train(was_training)
 
-    def _spoken(self, numbers: list[int]) -> list[Spoken]:
-        said: dict[int, list[Said]] = {number: [] for number in numbers}
-        ended: dict[int, Ended] = {}
+    def _spoken(self, numbers: Sequence[int]) -> list[list[Spoken]]:
+        """What becomes of requests, choice by choice."""
+        told: dict[int, dict[int, list[News]]] = {number: {} for number in numbers}
         while self.busy:
             for news in self.step():
-                said[news.request].extend(news.said)
-                ended[news.request] = news.ended
-        return [
-            Spoken(
-                np.array([each.token for each in said[number]], dtype=np.int32),
-                [each.log_prob for each in said[number]],
-                ended[number],
-                tuple(each.likeliest for each in said[number] if each.likeliest),
-            )
-            for number in numbers
-        ]
+                if news.failure is not None:
+                    raise news.failure
+                told[news.request].setdefault(news.choice, []).append(news)
+        return [[_as_spoken(choices[choice]) for choice in sorted(choices)] for choices in told.values()]
 
     def _add(self, request: Request, *, draw: int) -> int:
         if self.pool is None or not request.adapter:
@@ -364,3 +370,13 @@ class Engine:
             held = asked.held[choice]
             said = tuple(one for news in held for one in news.said)
             self._news.append(News(number, place, said, held[-1].ended))
+
+
+def _as_spoken(told: Sequence[News]) -> Spoken:
+    said = [each for news in told for each in news.said]
+    return Spoken(
+        np.array([each.token for each in said], dtype=np.int32),
+        [each.log_prob for each in said],
+        told[-1].ended,
+        tuple(each.likeliest for each in said if each.likeliest),
+    )

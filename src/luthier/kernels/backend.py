@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from luthier.kernels.thin import ThinRows, ThinTerms
@@ -52,6 +52,26 @@ class Paged:
     starts: Int[Tensor, " texts+1"]
     size: int
     one_each: bool
+
+
+@final
+@dataclass(frozen=True)
+class BlockScales:
+    """The scale of each block of numbers: `numbers`, or where there are `codes`, `levels` of these times the number of
+    each `group` of them, plus `mean`."""
+
+    numbers: Float[Tensor, " groups"]
+    codes: UInt8[Tensor, " blocks"] | None = None
+    levels: Float[Tensor, 256] | None = None
+    mean: Float[Tensor, ""] | None = None
+    group: int = 1
+
+    def each(self) -> Float[Tensor, " blocks"]:
+        """The scale of each block."""
+        if self.codes is None or self.levels is None or self.mean is None:
+            return self.numbers
+        own = self.numbers.repeat_interleave(self.group)[: len(self.codes)]
+        return self.levels.index_select(0, self.codes.int()) * own + self.mean
 
 
 class Backend(ABC):
@@ -190,3 +210,26 @@ class Backend(ABC):
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
         """x W^T + b, without a backward pass."""
+
+    @property
+    @abstractmethod
+    def few(self) -> int:
+        """Up to how many rows the products with packed weights are faster here than to unpack them and multiply."""
+
+    @abstractmethod
+    def product_of_bytes(
+        self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    ) -> Float[Tensor, "n out"]:
+        """x (s q)^T for whole numbers q of -127 to 127 and a scale for each row of them."""
+
+    @abstractmethod
+    def product_of_codes(
+        self,
+        x: Float[Tensor, "n in"],
+        codes: UInt8[Tensor, " pairs"],
+        scales: BlockScales,
+        levels: Float[Tensor, 16],
+        block: int,
+        outs: int,
+    ) -> Float[Tensor, "n out"]:
+        """x W^T for the matrix W of `outs` rows that `unpacked` makes, in the precision of x."""

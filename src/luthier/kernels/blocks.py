@@ -30,7 +30,7 @@ def normed(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, backend: Backend
 ) -> Float[Tensor, "n d"]:
     """The norm of `x` alone, as the last one of a model; its input and scale are kept."""
-    h: Tensor = _Normed.apply(x, norm, eps, backend)
+    h: Tensor = _made(_Normed, x, norm, eps, backend)
     return h
 
 
@@ -38,13 +38,15 @@ def normed_products(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, products: tuple[Product, ...], backend: Backend
 ) -> tuple[Float[Tensor, "n _"], ...]:
     """The products of the normed `x`, with gradients for `x`, the norm, the weights and the adapters' factors."""
-    outputs: tuple[Tensor, ...] = _NormedProducts.apply(x, norm, eps, backend, _factors(products), *_flat(products))
+    outputs: tuple[Tensor, ...] = _made(_NormedProducts, x, norm, eps, backend, _factors(products), *_flat(products))
     return outputs
 
 
-def added_product(x: Float[Tensor, "n d"], inner: Float[Tensor, "n in"], product: Product) -> Float[Tensor, "n d"]:
+def added_product(
+    x: Float[Tensor, "n d"], inner: Float[Tensor, "n in"], product: Product, backend: Backend
+) -> Float[Tensor, "n d"]:
     """`x` and the product of `inner`."""
-    added: Tensor = _AddedProduct.apply(x, inner, _factors((product,)), *product.tensors())
+    added: Tensor = _made(_AddedProduct, x, inner, backend, _factors((product,)), *product.tensors())
     return added
 
 
@@ -56,7 +58,7 @@ def gated_feed_forward(
     backend: Backend,
 ) -> Float[Tensor, "n d"]:
     """`x` and the gated feed-forward of the normed `x`; the products are gate, up and down."""
-    made: Tensor = _GatedFeedForward.apply(x, norm, eps, backend, _factors(products), *_flat(products))
+    made: Tensor = _made(_GatedFeedForward, x, norm, eps, backend, _factors(products), *_flat(products))
     return made
 
 
@@ -67,8 +69,21 @@ def rotated(
     backend: Backend,
 ) -> Float[Tensor, "n heads size"]:
     """Each head's first and second half, turned against each other by the angles of its position."""
-    turned: Tensor = _Rotated.apply(x, cosines, sines, backend)
+    turned: Tensor = _made(_Rotated, x, cosines, sines, backend)
     return turned
+
+
+def _made(operation: type[torch.autograd.Function], *given: Any) -> Any:
+    """What an operation makes of its arguments; without a graph its forward pass alone, as keeping books takes longer
+    than a small product."""
+    return operation.apply(*given) if torch.is_grad_enabled() else operation.forward(_Unkept(), *given)
+
+
+class _Unkept:
+    """Stands where autograd keeps what the backward pass needs, when there is none."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep nothing."""
 
 
 class _Normed(torch.autograd.Function):
@@ -98,7 +113,7 @@ class _NormedProducts(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         h, inverse = backend.norm(x, norm, eps)
-        outputs, low = Products(tensors, factors, x.dtype).forward(h)
+        outputs, low = Products(tensors, factors, x.dtype, backend).forward(h)
         ctx.backend, ctx.factors = backend, factors
         ctx.save_for_backward(x, norm, inverse, low, *tensors)
         return tuple(outputs)
@@ -107,7 +122,7 @@ class _NormedProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, norm, inverse, low, *tensors = ctx.saved_tensors
-        products = Products(tensors, ctx.factors, x.dtype)
+        products = Products(tensors, ctx.factors, x.dtype, ctx.backend)
         needs = ctx.needs_input_grad
         h = ctx.backend.normed(x, norm, inverse)
         grad_h, found = products.backward(h, low, grads, needs[5:], input_needs=any(needs[:2]))
@@ -118,9 +133,16 @@ class _NormedProducts(torch.autograd.Function):
 
 class _AddedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inner: Tensor, factors: tuple[Factor, ...], *tensors: Tensor | None) -> Tensor:
-        (y,), low = Products(tensors, factors, inner.dtype).forward(inner)
-        ctx.factors = factors
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        inner: Tensor,
+        backend: Backend,
+        factors: tuple[Factor, ...],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        (y,), low = Products(tensors, factors, inner.dtype, backend).forward(inner)
+        ctx.backend, ctx.factors = backend, factors
         ctx.save_for_backward(inner, low, *tensors)
         return y.add_(x)
 
@@ -128,10 +150,10 @@ class _AddedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inner, low, *tensors = ctx.saved_tensors
-        products = Products(tensors, ctx.factors, inner.dtype)
+        products = Products(tensors, ctx.factors, inner.dtype, ctx.backend)
         needs = ctx.needs_input_grad
-        grad_inner, found = products.backward(inner, low, (grad,), needs[3:], input_needs=needs[1])
-        return (grad if needs[0] else None, grad_inner, None, *found)
+        grad_inner, found = products.backward(inner, low, (grad,), needs[4:], input_needs=needs[1])
+        return (grad if needs[0] else None, grad_inner, None, None, *found)
 
 
 class _GatedFeedForward(torch.autograd.Function):
@@ -146,7 +168,7 @@ class _GatedFeedForward(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         h, inverse = backend.norm(x, norm, eps)
-        broad, narrow = _broad_and_narrow(tensors, factors, x.dtype)
+        broad, narrow = _broad_and_narrow(tensors, factors, x.dtype, backend)
         (gate, up), low = broad.forward(h)
         (y,), low_down = narrow.forward(backend.gated(gate, up))
         ctx.backend, ctx.factors = backend, factors
@@ -158,7 +180,7 @@ class _GatedFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, norm, inverse, gate, up, low, low_down, *tensors = ctx.saved_tensors
         backend: Backend = ctx.backend
-        broad, narrow = _broad_and_narrow(tensors, ctx.factors, x.dtype)
+        broad, narrow = _broad_and_narrow(tensors, ctx.factors, x.dtype, backend)
         needs = ctx.needs_input_grad[5:]
         through = any(ctx.needs_input_grad[:2])
         below = through or any(needs[: 2 * STRIDE])
@@ -201,10 +223,14 @@ def _flat(products: tuple[Product, ...]) -> list[Tensor | None]:
 
 
 def _broad_and_narrow(
-    tensors: tuple[Tensor | None, ...] | list[Tensor | None], factors: tuple[Factor, ...], dtype: torch.dtype
+    tensors: tuple[Tensor | None, ...] | list[Tensor | None],
+    factors: tuple[Factor, ...],
+    dtype: torch.dtype,
+    backend: Backend,
 ) -> tuple[Products, Products]:
     """Gate and up, which share an input; and down."""
-    return Products(tensors[: 2 * STRIDE], factors[:2], dtype), Products(tensors[2 * STRIDE :], factors[2:], dtype)
+    broad = Products(tensors[: 2 * STRIDE], factors[:2], dtype, backend)
+    return broad, Products(tensors[2 * STRIDE :], factors[2:], dtype, backend)
 
 
 def _through_the_norm(

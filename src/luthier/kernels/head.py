@@ -187,7 +187,7 @@ class _Rule:
         self, hidden: Float[Tensor, "n d"], labels: Int[Tensor, " n"], *, slopes: bool
     ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n V"] | None]:
         """log p(label) of each row, and its slope in the logits, before scale, if asked for."""
-        logits = hidden @ self.weight.t()
+        logits = self.settings.backend.product(hidden, self.weight, None)
         scale, cap = self.settings.scale, self.settings.cap
         if len(self.ids) or self.bias is not None or cap is not None or scale != 1.0:
             # Wide from here on, as each of these would round once more.

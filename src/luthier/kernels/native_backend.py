@@ -14,13 +14,18 @@ from typing import Any, Final, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from jaxtyping import Float, Int, Int8, UInt8
+from torch import Tensor, nn
 
 from luthier.kernels import native_build
-from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
-from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
+from luthier.kernels.torch_backend import (
+    attended_by_text,
+    bytes_unpacked_and_multiplied,
+    codes_unpacked_and_multiplied,
+    unpacked_pairs,
+)
 
 _POINTER, _WHOLE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
@@ -34,9 +39,19 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
+    "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
+    "product": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_EVERYTHING: Final = 2**62
+"""The window of a token that sees all that is before it."""
+_TELLS: Final = ("attend", "product")
+"""Functions whose names begin so say whether there was memory for them."""
+FEW: Final = 32
+"""Rows up to which our products are faster than the library's, or as fast."""
 
 
 @final
@@ -56,7 +71,7 @@ class NativeBackend(Backend):
             for dtype, ending in _PRECISIONS.items():
                 function = loaded[f"{name}_{ending}"]
                 function.argtypes = arguments
-                function.restype = ctypes.c_int if name.startswith("attend") else None
+                function.restype = ctypes.c_int if name.startswith(_TELLS) else None
                 functions[name, dtype] = function
         return cls(functions, built_as)
 
@@ -71,7 +86,7 @@ class NativeBackend(Backend):
     def norm(
         self, x: Float[Tensor, "n d"], weight: Float[Tensor, " d"], eps: float
     ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
-        inverse = torch.empty(len(x), 1, dtype=torch.float32)
+        inverse = torch.empty(x.shape[0], 1, dtype=torch.float32)
         return self._norm(x, weight, inverse, eps, known=False), inverse
 
     def normed(
@@ -113,7 +128,7 @@ class NativeBackend(Backend):
         x, dtype = x.contiguous(), x.dtype
         out = torch.empty_like(x)
         angles = (cosines.to(dtype).contiguous(), sines.to(dtype).contiguous())
-        self._call("rotated", dtype, x, *angles, out, len(x), x.shape[1], x.shape[2] // 2, 1.0)
+        self._call("rotated", dtype, x, *angles, out, *x.shape[:2], x.shape[2] // 2, 1.0)
         return out
 
     def label_slopes(
@@ -198,12 +213,60 @@ class NativeBackend(Backend):
         scale: float,
         window: int | None,
     ) -> Float[Tensor, "n heads size"]:
-        return attended_by_text(query, keys, values, texts, scale, window)
+        contiguous = keys.is_contiguous() and values.is_contiguous()
+        if query.dtype not in _PRECISIONS or keys.dtype != query.dtype or query.shape[-1] % 2 or not contiguous:
+            return attended_by_text(query, keys, values, texts, scale, window)
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        places = tuple(each.contiguous() for each in (texts.pages, texts.counts, texts.starts))
+        shape = (*texts.pages.shape, texts.size, *_sizes(query, keys))
+        self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or _EVERYTHING)
+        return out
 
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
-        return F.linear(x, weight, bias)
+        rows, size = x.shape
+        if not 0 < rows <= FEW or not _are_plain(x, weight):
+            return F.linear(x, weight, bias)
+        outs = weight.shape[0]
+        out = x.new_empty(rows, outs)
+        added = None if bias is None else bias.to(x.dtype).contiguous()
+        self._call("product", x.dtype, x.contiguous(), weight, added, out, rows, size, outs)
+        return out
+
+    @property
+    def few(self) -> int:
+        return FEW
+
+    def product_of_bytes(
+        self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    ) -> Float[Tensor, "n out"]:
+        if not len(x) or x.dtype not in _PRECISIONS:
+            return bytes_unpacked_and_multiplied(x, codes, scales)
+        out = x.new_empty(len(x), len(codes))
+        given = (x.contiguous(), codes.contiguous(), scales.contiguous())
+        self._call("product_of_bytes", x.dtype, *given, out, *x.shape, len(codes))
+        return out
+
+    def product_of_codes(
+        self,
+        x: Float[Tensor, "n in"],
+        codes: UInt8[Tensor, " pairs"],
+        scales: BlockScales,
+        levels: Float[Tensor, 16],
+        block: int,
+        outs: int,
+    ) -> Float[Tensor, "n out"]:
+        if not len(x) or x.dtype not in _PRECISIONS or block % 2 or x.shape[1] % 2:
+            # Two rows, or two blocks, in one byte have no place in the C++.
+            return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+        out = x.new_empty(len(x), outs)
+        given = (x.contiguous(), codes, scales.numbers, scales.codes, scales.levels, levels)
+        mean = 0.0 if scales.mean is None else float(scales.mean)
+        sizes = (mean, scales.group, *x.shape, outs, block)
+        self._call("product_of_codes", x.dtype, *given, out, *sizes)
+        return out
 
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:
         x = x.contiguous()
@@ -227,6 +290,13 @@ def _places(runs: Sequence[Run], seen: Seen | None) -> tuple[Tensor, Tensor | No
     firsts = torch.tensor([0, *map(len, seen.ranges)], dtype=torch.int64).cumsum(0)
     ranges = torch.tensor([row for own in seen.ranges for row in own], dtype=torch.int64).reshape(-1, 2)
     return starts, firsts, ranges, len(lengths), seen.outside
+
+
+def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"]) -> bool:
+    """Whether both are numbers as the C++ reads them, and the weight is what it looks like: a packed one is a tensor
+    too."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
+    return plain and x.dtype in _PRECISIONS and weight.dtype == x.dtype
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

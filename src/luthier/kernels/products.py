@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from luthier.kernels.backend import Backend
 from luthier.kernels.thin_pass import ThinTerm
 
 
@@ -89,7 +90,14 @@ STRIDE = 4
 class Products:
     """The products of one input, made from the arguments of an autograd function."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], factors: Sequence[Factor], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        factors: Sequence[Factor],
+        dtype: torch.dtype,
+        backend: Backend,
+    ) -> None:
+        self.backend = backend
         self.weights = [_there(weight) for weight in tensors[0::STRIDE]]
         self.biases = tensors[1::STRIDE]
         self.factors = factors
@@ -110,7 +118,7 @@ class Products:
         low = self._thin(x)
         outputs = []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+            y = self.backend.product(x, weight, bias)
             up = self.ups[index]
             if low is not None and up is not None:
                 for rows, own, ranks in self._shares(index):
@@ -162,7 +170,7 @@ class Products:
     def _thin(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n R"] | None:
         """A x of every term. Where rows are shared out, nobody reads what nobody has written."""
         if not self.shared:
-            return None if self.down is None else x @ self.down.t()
+            return None if self.down is None else self.backend.product(x, self.down, None)
         low = x.new_empty(len(x), sum(self.ranks))
         for index, down in enumerate(self.downs):
             if down is not None:

@@ -103,6 +103,11 @@ class ThinRows:
     ranges: tuple[tuple[int, int, Numbered], ...]
 
     @cached_property
+    def stop(self) -> int:
+        """Where the last range ends."""
+        return max((stop for _, stop, _ in self.ranges), default=0)
+
+    @cached_property
     def long(self) -> tuple[tuple[int, int, Numbered], ...]:
         """Ranges that go one by one."""
         return tuple(each for each in self.ranges if each[1] - each[0] >= LONG)

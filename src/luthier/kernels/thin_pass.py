@@ -25,6 +25,8 @@ class ThinTerm:
 
     def add(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         """Add to the rows of `y` the terms of those of `x`."""
+        if self.rows.stop > len(x):
+            raise ValueError(f"terms for {self.rows.stop} rows, of which there are {len(x)}")
         for each in self.rows.long:
             add_range(x, y, self.terms, each)
         if self.rows.short:

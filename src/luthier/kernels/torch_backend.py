@@ -13,10 +13,10 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
 from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 
 PIECE = 2**20
@@ -168,6 +168,46 @@ class TorchBackend(Backend):
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
         return F.linear(x, weight, bias)
+
+    @property
+    def few(self) -> int:
+        return 0
+
+    def product_of_bytes(
+        self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    ) -> Float[Tensor, "n out"]:
+        return bytes_unpacked_and_multiplied(x, codes, scales)
+
+    def product_of_codes(
+        self,
+        x: Float[Tensor, "n in"],
+        codes: UInt8[Tensor, " pairs"],
+        scales: BlockScales,
+        levels: Float[Tensor, 16],
+        block: int,
+        outs: int,
+    ) -> Float[Tensor, "n out"]:
+        return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+
+
+def bytes_unpacked_and_multiplied(
+    x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+) -> Float[Tensor, "n out"]:
+    """`Backend.product_of_bytes` in plain torch."""
+    return (F.linear(x, codes.to(x.dtype)) * scales).to(x.dtype)
+
+
+def codes_unpacked_and_multiplied(
+    x: Float[Tensor, "n in"],
+    codes: UInt8[Tensor, " pairs"],
+    scales: BlockScales,
+    levels: Float[Tensor, 16],
+    block: int,
+    outs: int,
+) -> Float[Tensor, "n out"]:
+    """`Backend.product_of_codes` in plain torch."""
+    weight = unpacked_pairs(codes, scales.each(), levels, block, outs * x.shape[1], x.dtype)
+    return F.linear(x, weight.view(outs, -1))
 
 
 def unpacked_pairs(

@@ -19,15 +19,20 @@ from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
 from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
-from luthier.kernels.backend import Backend, Paged, Run, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
 from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
-from luthier.kernels.torch_backend import attended_by_text, unpacked_pairs
+from luthier.kernels.torch_backend import (
+    attended_by_text,
+    bytes_unpacked_and_multiplied,
+    codes_unpacked_and_multiplied,
+    unpacked_pairs,
+)
 
 NUMBERS = 2048
 """Numbers of each tensor in a tile of short rows: 16 for each thread of four warps, so that registers last."""
@@ -248,6 +253,26 @@ class TritonBackend(Backend):
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
         return F.linear(x, weight, bias)
+
+    @property
+    def few(self) -> int:
+        return 0
+
+    def product_of_bytes(
+        self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
+    ) -> Float[Tensor, "n out"]:
+        return bytes_unpacked_and_multiplied(x, codes, scales)
+
+    def product_of_codes(
+        self,
+        x: Float[Tensor, "n in"],
+        codes: UInt8[Tensor, " pairs"],
+        scales: BlockScales,
+        levels: Float[Tensor, 16],
+        block: int,
+        outs: int,
+    ) -> Float[Tensor, "n out"]:
+        return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
 
     def _run(self, name: str, on: Tensor, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
         """Launch a kernel on the device of `on`; nothing when the grid is empty."""

@@ -146,7 +146,7 @@ class Blocks:
                 # Not before a module of the zoo: what it drops must not depend on who asks.
                 x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
                 routes = plan.row_routes
-            x = added_product(x, heads, outer[3].product(routes))
+            x = added_product(x, heads, outer[3].product(routes), self.backend)
         x = self._fed_forward(layer, x, inner, routes)
         return x if rows is None else x.index_select(0, rows)
 

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.products import LowRankTerm, Product, Share
-from luthier.kernels.thin_pass import ThinTerm
 from luthier.model.edits import EditedModule, SiteEdit
 from luthier.model.routes import Routes
 
@@ -24,17 +23,18 @@ from luthier.model.routes import Routes
 @final
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer, and the low-rank terms on it by the names of their attachments, or all of them as one."""
+    """A linear layer and the low-rank terms on it by the names of their attachments; `site` has those that are kept."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
     terms: Mapping[str, LowRankTerm]
-    thin: ThinTerm | None = None
+    site: str = ""
 
     def product(self, routes: Routes | None) -> Product:
         """The layer over rows that are all alike, or that belong to adapters as `routes` say."""
         term = next(iter(self.terms.values()), None) if routes is None else _side_by_side(self.terms, routes)
-        return Product(self.weight, self.bias, term, self.thin)
+        thin = None if routes is None or routes.thin is None else routes.thin.at(self.site)
+        return Product(self.weight, self.bias, term, thin)
 
 
 def low_rank_layers(holder: nn.Module, names: Iterable[str], routes: Routes | None) -> tuple[Layer, ...] | None:
@@ -61,7 +61,7 @@ def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:
     weight, bias = module.base.get_parameter("weight"), module.base._parameters.get("bias")
     if routes is not None and routes.thin is not None:
         site = module.site_name
-        return Layer(weight, bias, {}, routes.thin.at(site)) if routes.thin.only_terms(site) else None
+        return Layer(weight, bias, {}, site) if routes.thin.only_terms(site) else None
     if routes is None:
         disabled = module.disabled
         active = {key: edit for key, edit in module.edits.items() if key not in disabled}
@@ -80,6 +80,8 @@ def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:
 
 def _side_by_side(terms: Mapping[str, LowRankTerm], routes: Routes) -> LowRankTerm | None:
     """The terms of all rows as one. A mix has those of its parts, their second factors times its weights."""
+    if not terms:
+        return None
     own = {name: [(terms[part], weight) for part, weight in routes.parts(name) if part in terms]
            for name in routes.names}  # fmt: skip
     here = {name: parts for name, parts in own.items() if parts}

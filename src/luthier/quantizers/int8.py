@@ -10,9 +10,10 @@ Equation: s_i = max_j |W_ij| / 127, q_ij = round(W_ij / s_i); y = x (s q)^T. Wit
 Source: weight-only quantization as surveyed by Weng, "Large Transformer Model Inference Optimization" (2023);
     symmetric, one scale an output as in torchao's int8_weight_only. LLM.int8(): Dettmers et al., arXiv 2208.07339,
     section 3, a = 6; as in bitsandbytes outlier columns of W are kept in eight bits as the others are.
-Cost: 8 bits a weight and 32 a row; unpacking for each product. The error of a weight is at most s / 2. With a
-    threshold a forward product of 2,048 x 896 x 4,864 took 39 to 50 ms on two cores with VNNI: half of what weights
-    alone take in float32, but twice what they take in bfloat16; the backward pass is as before. It saves no time.
+Cost: 8 bits a weight and 32 a row; unpacking for each product, on a CPU within its caches for a few rows. The error of
+    a weight is at most s / 2. With a threshold a forward product of 2,048 x 896 x 4,864 took 39 to 50 ms on two
+    cores with VNNI: half of what weights alone take in float32, but twice what they take in bfloat16; the backward pass
+    is as before. It saves no time.
 Use when: half of bfloat16's memory is enough. A threshold: to compute what LLM.int8 inference will compute.
 Not when: it is not: nf4 takes half of this again. A threshold: results must not depend on what is computed together,
     since other tokens of a micro-batch decide about outliers.
@@ -53,7 +54,7 @@ class RowInt8(Quantizer):
         scales = wide.abs().amax(1) / 127
         # A row of zeros keeps a scale of zero, and divides by one.
         codes = (wide / torch.where(scales > 0, scales, 1.0)[:, None]).round_().to(torch.int8)
-        return Int8Packing((weight.shape[0], weight.shape[1]), codes, scales, self.outlier_threshold)
+        return Int8Packing((weight.shape[0], weight.shape[1]), codes, scales, self.outlier_threshold, backend)
 
     def packed_bytes(self, shape: tuple[int, int]) -> int | None:
         return shape[0] * shape[1] + 4 * shape[0]
@@ -67,13 +68,15 @@ class Int8Packing(Packing):
     codes: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
     outlier_threshold: float | None
+    backend: Backend
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return torch.mul(self.codes, self.scales[:, None]).to(dtype)
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if self.outlier_threshold is None:
-            return None
+            few = 0 < len(x) <= self.backend.few
+            return self.backend.product_of_bytes(x, self.codes, self.scales) if few else None
         outliers = x.abs() >= self.outlier_threshold
         columns = outliers.any(0)
         chosen = columns.nonzero().view(-1)

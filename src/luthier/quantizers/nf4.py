@@ -26,7 +26,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, DataError
 from luthier.data.reading.strict_json import Place, decode_text, parse
-from luthier.kernels.backend import Backend
+from luthier.kernels.backend import Backend, BlockScales
 from luthier.maths import codebooks
 from luthier.model.packed import Packing
 from luthier.quantizers import Quantizer
@@ -94,6 +94,13 @@ class NF4Packing(Packing):
         flat = self.backend.unpacked(self.codes, self.block_scales(), levels, self.block, math.prod(self.shape), dtype)
         return flat.view(self.shape)
 
+    def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
+        if not 0 < len(x) <= self.backend.few:
+            return None
+        scales = BlockScales(self.scales) if self.scales is not None else self._coded_scales()
+        levels = codebooks.table(codebooks.NF4, self.codes.device)
+        return self.backend.product_of_codes(x, self.codes, scales, levels, self.block, self.shape[0])
+
     def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         levels = codebooks.table(codebooks.NF4, self.codes.device)
         state: dict[str, object] = {"quant_type": "nf4", "blocksize": self.block}
@@ -124,10 +131,13 @@ class NF4Packing(Packing):
         """The scale of each block, in float32."""
         if self.scales is not None:
             return self.scales
+        return self._coded_scales().each()
+
+    def _coded_scales(self) -> BlockScales:
         if self.scale_codes is None or self.scale_scales is None or self.scale_mean is None:
             raise ValueError("a packing with neither scales nor codes of scales")
         levels = codebooks.table(codebooks.dynamic_levels(signed=True), self.codes.device)
-        return codebooks.unpacked(self.scale_codes, self.scale_scales, levels, SCALES) + self.scale_mean
+        return BlockScales(self.scale_scales, self.scale_codes, levels, self.scale_mean, SCALES)
 
 
 _ZERO: Final = codebooks.NF4.index(0.0)

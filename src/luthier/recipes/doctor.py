@@ -20,6 +20,7 @@ NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydant
 OPTIONAL = {
     "pyarrow": 'parquet files: pip install "luthier[data]"',
     "sacrebleu": 'BLEU in comparisons: pip install "luthier[metrics]"',
+    "llguidance": 'answers by JSON schema or regular expression: pip install "luthier[guided]"',
     "peft": "nothing: only luthier's own tests use it",
 }
 LEAST_FREE_BYTES = 2_000_000_000

@@ -5,7 +5,7 @@ Every later verb takes just the run. What the run trained on decides how prompts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.engine import Engine
+from luthier.infer.request import Request
+from luthier.infer.text import TextStream
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
@@ -63,7 +65,20 @@ class Opened:
 
     @property
     def engine(self) -> Engine:
+        """A new engine for this model."""
         return Engine(self.model, decode=self.tokenizer.decode)
+
+    def stream(self, request: Request) -> Iterator[str]:
+        """The text of an answer as it grows. Raises what the request has failed with."""
+        engine = self.engine
+        engine.add(request)
+        text = self._text_stream(request.sampling.stop)
+        while engine.busy:
+            for news in engine.step():
+                if news.failure is not None:
+                    raise news.failure
+                yield from filter(None, (text.push(said.token) for said in news.said))
+        yield text.end()
 
     def prompt(self, text: str, *, system: str = "", raw: bool = False) -> Ints:
         """A user's text as the model expects it: through the chat template, or `raw` as plain text to continue.
@@ -108,10 +123,14 @@ class Opened:
                     found[row].append(scores)
         return [Classes(task.classes, tuple(each)) for each in found]
 
-    def text(self, tokens: Ints) -> str:
-        """What was said, without control tokens."""
-        silent = self.tokenizer.special_ids | set(self.stop_ids)
-        return self.tokenizer.decode([int(token) for token in tokens if int(token) not in silent])
+    def text(self, tokens: Ints, stop: Sequence[str] = ()) -> str:
+        """What was said, without control tokens, up to the first of the strings `stop`."""
+        stream = self._text_stream(stop)
+        return "".join([*(stream.push(int(token)) for token in tokens), stream.end()])
+
+    def _text_stream(self, stop: Sequence[str]) -> TextStream:
+        skip = frozenset(self.tokenizer.special_ids | set(self.stop_ids))
+        return TextStream(self.tokenizer.decode, stop, skip=skip)
 
 
 def _with_some(text: Content, task: Task) -> Content:
@@ -153,11 +172,16 @@ def open_encoder(name: str, *, precision: Precision = "auto", device: str = "aut
 def put_on(model: LanguageModel, folder: Path, *, name: str = "default", named_only: bool = False) -> None:
     """Load the adapter in `folder` (PEFT's format) onto `model`, strictly, after checking its base.
 
-    With `named_only` it computes for rows that name it, and for no others.
+    Where it cannot be filled, the model is left as it was.
     """
     check_base(folder, model)
     method = saved_adapter(folder, model.sites)
-    fill(model.attach(method.attach(model.sites), name=name, named_only=named_only), folder)
+    attachment = model.attach(method.attach(model.sites), name=name, named_only=named_only)
+    try:
+        fill(attachment, folder)
+    except BaseException:
+        model.detach(name)
+        raise
 
 
 def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> None:

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "packing.h"
+#include "softmax.h"
 
 namespace {
 
@@ -75,27 +76,6 @@ std::vector<int64_t> by_length(const Call& call) {
     return order;
 }
 
-// Scores of a block of queries, the first of which sees all keys before number `first` and that one, as unnormalised
-// probabilities: exp(scale s - most) with zeros after the diagonal and up to `padded`.
-void scores_to_weights(float* scores, int64_t rows, int64_t first, int64_t padded, float scale, float* most, float* sum) {
-    for (int64_t row = 0; row < rows; row++) {
-        float* own = scores + row * padded;
-        int64_t visible = first + row + 1;
-        float top = own[0], total = 0.0f;
-#pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < visible; i++) top = own[i] > top ? own[i] : top;
-        top *= scale;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < visible; i++) {
-            own[i] = exponential(own[i] * scale - top);
-            total += own[i];
-        }
-        for (int64_t i = visible; i < padded; i++) own[i] = 0.0f;
-        most[row] = top;
-        sum[row] = total;
-    }
-}
-
 template <typename Step, typename T>
 int forward(const T* query, const T* key, const T* value, T* out, float* log_sums, const Call& call) {
     const int64_t size = call.size, steps = size / Step::NUMBERS, wide = up_to(size, LANES);
@@ -131,7 +111,7 @@ int forward(const T* query, const T* key, const T* value, T* out, float* log_sum
                     const int64_t at = (start + first) * query_stride + head * size;
                     const Left<Step, T> asked(query + at, query_stride, rows, size, block);
                     product<Step, false>(asked.at, asked.row, 1, keys, padded, steps, scores, seen, rows, seen);
-                    scores_to_weights(scores, rows, before + first, seen, call.scale, most, sum);
+                    scores_to_weights(scores, rows, before + first, EVERYTHING, seen, call.scale, most, sum);
                     words_of_rows<Step>(scores, rows, seen, weights);
                     product<Step, false>(weights, seen / Step::NUMBERS, 1, values, wide,
                                          up_to(reached, Step::NUMBERS) / Step::NUMBERS, heads_out, wide, rows,
@@ -307,12 +287,6 @@ int backward(const T* grad, const T* query, const T* key, const T* value, const 
     if (call.firsts != nullptr) elsewhere.add_up<T>(call, grad_key, grad_value);
     return 0;
 }
-
-#if defined(__AVX512BF16__)
-typedef Pair StepOfHalves;
-#else
-typedef Single StepOfHalves;
-#endif
 
 }  // namespace
 

@@ -48,6 +48,12 @@ struct Pair {
 };
 #endif
 
+#if defined(__AVX512BF16__)
+typedef Pair StepOfHalves;
+#else
+typedef Single StepOfHalves;
+#endif
+
 // One tile: ROWS rows of A, VECTORS vectors of B.
 template <typename Step, int ROWS, int VECTORS, bool ADDS>
 static inline void tile(const typename Step::Word* a, int64_t a_row, int64_t a_step, const typename Step::Word* b,

@@ -1,0 +1,195 @@
+// Products of a few rows: y = x W^T, where what takes the time is to read W.
+//
+// W is read once, in the order in which it lies. A row of it and a row of x are multiplied vector by vector into one
+// vector of sums, which is added up at the end; several rows of both at once only fill the registers. So each number of
+// y is summed in an order that depends on nothing but the length of a row: neither on how many rows there are, nor on
+// the number of threads. Weights that are kept in fewer bits are unpacked a few rows at a time into the cache of the
+// core that multiplies them.
+
+#pragma once
+
+#include <algorithm>
+#include <new>
+
+#include "packing.h"
+
+// What a vector holds and how two of them are multiplied: floats, or bfloat16 numbers in pairs where the processor
+// has them.
+struct Floats {
+    typedef float Number;
+    static constexpr int WIDE = LANES;
+    static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+    static inline Vector dot(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Halves {
+    typedef bf16 Number;
+    static constexpr int WIDE = 2 * LANES;
+    static inline Vector load(const bf16* from) { return (Vector)_mm512_loadu_ps(from); }
+    static inline Vector dot(Vector sum, Vector a, Vector b) {
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
+
+// How rows of a type are multiplied.
+template <typename T> struct KindOf { typedef Floats Kind; };
+#if defined(__AVX512BF16__)
+template <> struct KindOf<bf16> { typedef Halves Kind; };
+#endif
+
+// The numbers of each of four vectors added up, in the same order for each of them.
+struct Four { float at[4]; };
+#if defined(__AVX512F__)
+static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
+    const __m512 ab = (__m512)_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    const __m512 cd = (__m512)_mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 parts = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(parts), 1));
+    const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(parts), upper);
+    Four found;
+    _mm_storeu_ps(found.at, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    return found;
+}
+#else
+static inline float total(Vector sums) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
+}
+static inline Four totals(Vector a, Vector b, Vector c, Vector d) { return {{total(a), total(b), total(c), total(d)}}; }
+#endif
+
+// Rows of x as they are multiplied: where they lie, or widened and filled up with zeros to whole vectors.
+template <typename Kind, typename T> struct FewRows {
+    typedef typename Kind::Number Number;
+    const Number* at;
+    int64_t stride, rows, whole, rest;  // numbers of a row that are whole vectors, and those behind
+    Number* room = nullptr;
+    bool failed = false;
+    FewRows(const T* x, int64_t rows, int64_t size)
+        : stride(size), rows(rows), whole(size / Kind::WIDE * Kind::WIDE), rest(size % Kind::WIDE) {
+        if constexpr (sizeof(T) == sizeof(Number)) {
+            if (rest == 0) {
+                at = reinterpret_cast<const Number*>(x);
+                return;
+            }
+        }
+        stride = up_to(size, Kind::WIDE);
+        at = room = static_cast<Number*>(std::aligned_alloc(64, up_to(sizeof(Number) * rows * stride + 64, 64)));
+        failed = room == nullptr;
+        for (int64_t row = 0; row < rows && !failed; row++) {
+            for (int64_t i = 0; i < size; i++) room[row * stride + i] = narrow<Number>(widen(x[row * size + i]));
+            for (int64_t i = size; i < stride; i++) room[row * stride + i] = narrow<Number>(0.0f);
+        }
+    }
+    ~FewRows() { std::free(room); }
+    FewRows(const FewRows&) = delete;
+};
+
+constexpr int64_t OUTS = 4;          // rows of W at once
+constexpr int64_t GROUP = 4;         // rows of x at once
+constexpr int64_t PIECE = 1024;      // numbers of a row at once: with OUTS rows they stay in the nearest cache
+constexpr int64_t CHUNK = 64 << 10;  // bytes of W that a thread takes at once
+constexpr int64_t ALONE = 96 << 10;  // bytes of W below which a second thread is not worth waking
+
+// A piece of each of some rows of W, and where the same piece of the rows after them lies, if that is in memory.
+template <typename Number> struct Piece {
+    const Number* at;
+    int64_t stride;
+    const Number* next;
+};
+
+// Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS). Meanwhile
+// FETCHED rows from `next` on come nearer. A function of its own, so that all sums stay in registers.
+template <typename Kind, int ROWS, int FETCHED>
+__attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w, const typename Kind::Number* x,
+                                           int64_t x_stride, int64_t count, const typename Kind::Number* next,
+                                           Vector* sums) {
+    Vector own[OUTS][ROWS];
+    for (int o = 0; o < OUTS; o++)
+        for (int r = 0; r < ROWS; r++) own[o][r] = sums[r * OUTS + o];
+    for (int64_t k = 0; k < count; k += Kind::WIDE) {
+        for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * w.stride + k, 0, 2);
+        Vector left[ROWS];
+        for (int r = 0; r < ROWS; r++) left[r] = Kind::load(x + r * x_stride + k);
+        for (int o = 0; o < OUTS; o++) {
+            const Vector right = Kind::load(w.at + o * w.stride + k);
+            for (int r = 0; r < ROWS; r++) own[o][r] = Kind::dot(own[o][r], right, left[r]);
+        }
+    }
+    for (int o = 0; o < OUTS; o++)
+        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = own[o][r];
+}
+
+template <typename Kind, int FETCHED>
+static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
+                             int64_t rows, int64_t count, const typename Kind::Number* next, Vector* sums) {
+    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, count, next, sums);
+    else if (rows == 2) dots<Kind, 2, FETCHED>(w, x, x_stride, count, next, sums);
+    else if (rows == 3) dots<Kind, 3, FETCHED>(w, x, x_stride, count, next, sums);
+    else dots<Kind, 4, FETCHED>(w, x, x_stride, count, next, sums);
+}
+
+// A piece of OUTS rows of W with that of all rows of x, which begins at `x`. What comes next is fetched evenly over the
+// time that this takes.
+template <typename Kind>
+static inline void piece_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
+                              int64_t rows, int64_t count, Vector* sums) {
+    const int64_t groups = (rows + GROUP - 1) / GROUP;
+    int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
+    const typename Kind::Number* next = w.next;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t take = rows * (group + 1) / groups - row;
+        const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
+        const typename Kind::Number* from = x + row * x_stride;
+        Vector* own = sums + row * OUTS;
+        if (share == 0) some_dots<Kind, 0>(w, from, x_stride, take, count, next, own);
+        else if (share == 1) some_dots<Kind, 1>(w, from, x_stride, take, count, next, own);
+        else if (share == 2) some_dots<Kind, 2>(w, from, x_stride, take, count, next, own);
+        else some_dots<Kind, OUTS>(w, from, x_stride, take, count, next, own);
+        row += take;
+        left -= share;
+        next += share * w.stride;
+    }
+}
+
+// y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
+// OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
+// behind the end of a row. `source.finish(out, sum)` is a number of y from its sum. Returns 1 when there is no memory.
+template <typename Kind, typename T, typename Source>
+static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t outs) {
+    typedef typename Kind::Number Number;
+    const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + sizeof(Vector) * OUTS * x.rows + 64 * 3);
+    if (rooms.at == nullptr || x.failed) return 1;
+    const int64_t blocks = (outs + OUTS - 1) / OUTS, row_bytes = source.row_bytes();
+    const int64_t share = std::max<int64_t>(1, CHUNK / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
+#pragma omp parallel if (outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE)
+    {
+        auto shelf = rooms.own();
+        Number* room = shelf.template take<Number>(OUTS * PIECE);
+        Vector* sums = shelf.template take<Vector>(OUTS * x.rows);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
+                const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
+                std::memset(static_cast<void*>(sums), 0, sizeof(Vector) * OUTS * x.rows);
+                for (int64_t from = 0, until; from < padded; from = until) {
+                    until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
+                    const Piece<Number> piece = source.piece(first, count, from, until, room);
+                    piece_dots<Kind>(piece, x.at + from, x.stride, x.rows, until - from, sums);
+                }
+                for (int64_t row = 0; row < x.rows; row++) {
+                    const Vector* own = sums + row * OUTS;
+                    const Four found = totals(own[0], own[1], own[2], own[3]);
+                    for (int64_t o = 0; o < count; o++)
+                        y[row * outs + first + o] = narrow<T>(source.finish(first + o, found.at[o]));
+                }
+            }
+    }
+    return 0;
+}

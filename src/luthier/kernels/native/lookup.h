@@ -1,0 +1,81 @@
+// Codes of four bits to what they stand for: sixteen numbers fit into one register, so a lookup is one permutation of it.
+// Two codes share a byte, the first of them in its high half.
+
+#pragma once
+
+#include <cstdint>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+#include "numbers.h"
+
+// `count` pairs of codes; `products` has 16 entries.
+template <typename T> static inline void look_up(const uint8_t* codes, const T* products, T* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        out[2 * i] = products[codes[i] >> 4];
+        out[2 * i + 1] = products[codes[i] & 15];
+    }
+}
+
+#ifdef __AVX512BW__
+template <> inline void look_up<bf16>(const uint8_t* codes, const bf16* products, bf16* out, int64_t count) {
+    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)products));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+        __m512i low = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16);
+        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), low);
+        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(places, table));
+    }
+    for (; i < count; i++) {
+        out[2 * i] = products[codes[i] >> 4];
+        out[2 * i + 1] = products[codes[i] & 15];
+    }
+}
+
+template <> inline void look_up<float>(const uint8_t* codes, const float* products, float* out, int64_t count) {
+    __m512 table = _mm512_loadu_ps(products);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(codes + i)));
+        __m512i low = _mm512_slli_epi64(_mm512_and_si512(pairs, _mm512_set1_epi64(15)), 32);
+        __m512i places = _mm512_or_si512(_mm512_srli_epi64(pairs, 4), low);
+        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(places, table));
+    }
+    for (; i < count; i++) {
+        out[2 * i] = products[codes[i] >> 4];
+        out[2 * i + 1] = products[codes[i] & 15];
+    }
+}
+#endif
+
+// The same for sixteen levels that are multiplied with a scale first.
+template <typename T>
+static inline void look_up_scaled(const uint8_t* codes, const float* levels, float scale, T* out, int64_t count) {
+    T products[16];
+    for (int i = 0; i < 16; i++) products[i] = narrow<T>(levels[i] * scale);
+    look_up<T>(codes, products, out, count);
+}
+
+#ifdef __AVX512BF16__
+// In registers: sixteen numbers that were just written one by one could not be read together for a while.
+template <>
+inline void look_up_scaled<bf16>(const uint8_t* codes, const float* levels, float scale, bf16* out, int64_t count) {
+    const __m256i products = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale)));
+    const __m512i table = _mm512_broadcast_i64x4(products);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
+        __m512i low = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16);
+        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), low);
+        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(places, table));
+    }
+    uint16_t last[16];
+    if (i < count) _mm256_storeu_si256((__m256i*)last, products);
+    for (; i < count; i++) {
+        out[2 * i] = bf16{last[codes[i] >> 4]};
+        out[2 * i + 1] = bf16{last[codes[i] & 15]};
+    }
+}
+#endif
