@@ -43,7 +43,7 @@ def client(tuning: Running) -> Iterator[OpenAI]:
         yield made
 
 
-def over(client: OpenAI, name: str, seconds: float = 240) -> Any:
+def over(client: OpenAI, name: str, seconds: float = 400) -> Any:
     latest = time.monotonic() + seconds
     while time.monotonic() < latest:
         job = client.fine_tuning.jobs.retrieve(name)
@@ -81,6 +81,7 @@ def test_a_name_of_a_file_is_no_path(client: OpenAI, state: Path) -> None:
         assert caught.value.status_code == 404
 
 
+@pytest.mark.timeout(600)
 def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: Path) -> None:
     file = client.files.create(file=("rows.jsonl", rows(48)), purpose="fine-tune")
     held_out = client.files.create(file=("more.jsonl", rows(6)), purpose="fine-tune")
@@ -115,6 +116,7 @@ def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: 
     again.close()
 
 
+@pytest.mark.timeout(600)
 def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
     file = client.files.create(file=("rows.jsonl", rows(16)), purpose="fine-tune")
     long = client.fine_tuning.jobs.create(model="seedling", training_file=file.id, hyperparameters={"n_epochs": 1000})
@@ -132,6 +134,7 @@ def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
     assert over(client, small.id).status == "succeeded"
 
 
+@pytest.mark.timeout(600)
 def test_what_cannot_be_trained_says_why(client: OpenAI) -> None:
     bad = client.files.create(file=("rows.jsonl", b'{"x": 1}\n{"x": 2}'), purpose="fine-tune")
     job = over(client, client.fine_tuning.jobs.create(model="seedling", training_file=bad.id).id)

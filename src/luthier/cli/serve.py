@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.options import require_no_lost_run
+from luthier.cli.options import Json, require_no_lost_run
+from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError, RefusedError
 from luthier.core.imports import uncollected
 from luthier.core.optional import require
@@ -64,6 +65,7 @@ def serve(
     drain: Drain = 30.0,
     access_log: Access = False,
     precision: Precise = "auto",
+    json: Json = False,
 ) -> None:
     """Serve a run or a model over HTTP, as programs written for OpenAI's API expect it.
 
@@ -94,10 +96,10 @@ def serve(
     kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
     wanted = Wanted(name=name, adapter=adapter, precision=kept, tokens=cache_tokens, waiting=waiting)
     _log(access=access_log)
-    _serve(wanted, settings, certified, told=token if made else "")
+    _serve(wanted, settings, certified, told=token if made else "", json=json)
 
 
-def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str) -> None:
+def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:
     with uncollected():
         from luthier.server.listen import Certificate, listen
         from luthier.server.opening import open_serving
@@ -109,7 +111,7 @@ def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | No
     code = listen(
         serving,
         certificate=certificate,
-        ready=lambda port: _tell(f"{place}:{port}", serving.names.all, told),
+        ready=lambda port: (_print if json else _tell)(f"{place}:{port}", serving.names.all, told),
     )
     if code:
         raise typer.Exit(code)
@@ -132,10 +134,16 @@ def _tell(url: str, names: Sequence[str], token: str) -> None:
         f"serving {', '.join(names)} at {url}",
         *([f"token (told once; set LUTHIER_TOKEN to choose it): {token}"] if token else []),
         f'curl {url}/v1/chat/completions -H "Authorization: Bearer $LUTHIER_TOKEN" -H "Content-Type: application/json" '
-        f"-d '{json.dumps(asked)}'",
+        f"-d '{dumps(asked)}'",
     ]
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
+
+
+def _print(url: str, names: Sequence[str], token: str) -> None:
+    """The same for a program; the token is there when it was made."""
+    print_json({"url": url, "models": list(names), **({"token": token} if token else {})})
+    sys.stdout.flush()
 
 
 def _token() -> tuple[str, bool]:

@@ -48,5 +48,9 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
     for status, words in _GUARD.items():
         answers.setdefault(status, {"description": words, "content": refusal})
+    for status, answer in answers.items():
+        # FastAPI gives errors the form of the route's own answer.
+        if int(status) >= 400 and path != "/health":
+            answer["content"] = refusal
     if path in _STREAMS:
         answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}

@@ -5,13 +5,23 @@ Every LuthierError has a status by its kind. What nobody foresaw is told as 500 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from luthier.core.errors import DataError, LuthierError, MissingError, RecipeError, RefusedError, StoppedError
+from luthier.core.errors import (
+    CorruptError,
+    DataError,
+    LuthierError,
+    MissingError,
+    RecipeError,
+    RefusedError,
+    StoppedError,
+    StorageError,
+)
 from luthier.core.nearest import did_you_mean
 from luthier.server.bodies import INSTEAD
 
@@ -53,8 +63,10 @@ _STATUS: Final[Sequence[tuple[type[LuthierError], int, str]]] = (
     (RecipeError, 400, "invalid_request_error"),
     (DataError, 400, "invalid_request_error"),
     (MissingError, 400, "invalid_request_error"),
+    (CorruptError, 400, "invalid_request_error"),
 )
 _REFUSED: Final = ("extra_forbidden", "none_required", "literal_error", "too_long", "list_type")
+_FOLDERS: Final = re.compile(r"(?<![\w.])/(?:[^\s/:]+/)+")
 RETRY: Final = {"Retry-After": "1"}
 
 
@@ -65,7 +77,12 @@ def status_of(error: LuthierError) -> tuple[int, str]:
 
 def body_of(error: LuthierError, *, param: str | None = None) -> dict[str, Any]:
     """An error as the API tells it."""
-    return told(error.told(), code=error.code, kind=status_of(error)[1], param=param or error.where or None)
+    # The advice of these categories is for the command line.
+    message, where = str(error) if error.code in ("recipe", "data", "template") else error.told(), error.where
+    if isinstance(error, (StorageError, RefusedError)):
+        # Where our files are is nobody's business: of a path the end stays.
+        message, where = _FOLDERS.sub("", message), ""
+    return told(message, code=error.code, kind=status_of(error)[1], param=param or where or None)
 
 
 def told(message: str, *, code: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:

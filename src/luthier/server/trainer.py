@@ -16,7 +16,13 @@ from luthier.store.runs import RunDirectory, is_run
 
 def main() -> int:
     """Train as a recipe says; a run that was broken off is gone on with."""
-    bound_to_parent(watch=sys.stdin.buffer)
+    # Without a buffer: Python takes a buffer's lock when it ends, and the thread that watches holds it.
+    with open(0, "rb", buffering=0, closefd=False) as parent:
+        bound_to_parent(watch=parent)
+        return _train()
+
+
+def _train() -> int:
     try:
         recipe = load_recipe(Path(sys.argv[1]), overrides=[], run=None).recipe
         if recipe.run is not None and is_run(Path(recipe.run)):
