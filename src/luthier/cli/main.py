@@ -29,6 +29,7 @@ from luthier.cli import (
     lint,
     quantize,
     resume,
+    serve,
     train,
 )
 from luthier.cli import data as data_commands
@@ -54,6 +55,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("lint")(lint.lint)
 app.command("compare")(compare.compare)
+app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data_commands.app, name="data")
