@@ -96,7 +96,11 @@ def generate(
     if precision not in ("auto", "float32", "bfloat16"):
         raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
     if adapter and beside:
-        raise RecipeError("--adapter and --beside were given", do="name a run that has the adapter in place of both")
+        raise RecipeError(
+            f"--adapter {adapter} and --beside {beside[0]} were given",
+            allowed="one of them",
+            do="name a run that has the adapter",
+        )
     form = _Form(_schema(schema), regex, tuple(one_of or ()))
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
