@@ -45,7 +45,7 @@ def test_the_widest_moment_is_the_head_or_the_last_block() -> None:
     feed = 50 * (2 * 30 + 2 * 10) * 4
     assert counted_peak(DECODER, WORK, rates, one, readers=0).total == 50 * 402 + feed
     gated = replace(DECODER, gated=True)
-    edited = counted_peak(gated, replace(WORK, edits_inner=True), rates, one, readers=0)
+    edited = counted_peak(gated, WORK, rates, one, readers=0, edits_inner=True)
     assert edited.total == 50 * 402 + feed + 50 * 2 * 30 * 4
     broad = replace(DECODER, vocabulary=100_000)
     assert counted_peak(broad, WORK, rates, one, readers=0).total == 50 * 409 + 5 * 10 * 4 + 5 * 100_000 * 4

@@ -46,10 +46,10 @@ def told_and_true(architecture: str, objective: Any, adapter: str, twist: dict[s
     given = {"hidden": 64, "layers": 3, "architecture": architecture, "vocabulary": 512, **twist}
     model = model_for(given, fitting)
     torch.manual_seed(0)
-    model.attach(adapter_of(adapter).attach(model.sites))
+    attachment = model.attach(adapter_of(adapter).attach(model.sites))
     views = views_for(fitting, 12, longest=60)
     forest = Forest(tuple(tree for view in views for tree in fitting.trees(view)))
-    return sum(Counted.of(model).rates.kept(load_of(model, forest))), sum(kept_by_stage(model, forest))
+    return sum(Counted.of(model, attachment).rates.kept(load_of(model, forest))), sum(kept_by_stage(model, forest))
 
 
 @pytest.mark.parametrize(("adapter", "twist"), SOME, ids=[name for name, _ in SOME])
@@ -90,7 +90,7 @@ def test_counting_leaves_no_trace() -> None:
     model = lora_on("t5", ANSWERS)
     torch.manual_seed(3)
     before, expected = forests.snapshot(model.module), torch.get_rng_state()
-    Counted.of(model)
+    Counted.of(model, model.attachments["default"])
     assert torch.equal(torch.get_rng_state(), expected) and forests.snapshot(model.module) == before
     assert not model.module.training
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.module.modules())

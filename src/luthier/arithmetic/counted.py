@@ -104,15 +104,21 @@ class Rates:
 _PAIRS = [each.name for each in fields(Texts)].index("pairs")
 
 
-def counted_peak(decoder: Decoder, work: Work, rates: Rates, load: Load, *, readers: int) -> Peak:
+def counted_peak(
+    decoder: Decoder, work: Work, rates: Rates, load: Load, *, readers: int, edits_inner: bool = False
+) -> Peak:
     """The moment of a pass at which most is alive; the first `readers` blocks are an encoder's, if there is a decoder.
 
+    `edits_inner` is whether edits work on what goes into the way down of a feed-forward.
     Stages are what comes before the first block, the block, what comes between it and the next, and so on.
     """
-    return max(_moments(decoder, work, rates, load, readers), key=lambda moment: moment.total)
+    inner = 2 + decoder.gated + edits_inner
+    return max(_moments(decoder, work, rates, load, readers, inner), key=lambda moment: moment.total)
 
 
-def _moments(decoder: Decoder, work: Work, rates: Rates, load: Load, readers: int) -> Iterator[Peak]:
+def _moments(
+    decoder: Decoder, work: Work, rates: Rates, load: Load, readers: int, inner: int
+) -> Iterator[Peak]:
     kept = rates.kept(load)
     below = list(accumulate(kept))
     yield Peak(kept=below[-1], working=head_at_work(decoder, work))
@@ -122,18 +128,14 @@ def _moments(decoder: Decoder, work: Work, rates: Rates, load: Load, readers: in
         texts = load.texts if reads else load.answers
         # What the layers of a decoder find out about the encoder's states is added up until the encoder's turn.
         waits = 0 if reads else load.texts.tokens * decoder.hidden * decoder.bytes
-        yield Peak(kept=below[stage], working=_feed_forward(decoder, work, texts.tokens) + waits)
+        yield Peak(kept=below[stage], working=_feed_forward(decoder, work, texts.tokens, inner) + waits)
         squares = round(rates.of_pairs(stage) * texts.largest)
         done = min(kept[stage], texts.tokens * decoder.inner * decoder.bytes)
         yield Peak(kept=below[stage] - done, working=_attention(decoder, texts.tokens) + squares + waits)
 
 
-def _feed_forward(decoder: Decoder, work: Work, tokens: int) -> int:
-    """The gradients of the inner states, before and after the bend, and of the stream and its sum.
-
-    A gate has its own, and so has what an edit adds to the input of the way down.
-    """
-    inner = 2 + decoder.gated + work.edits_inner
+def _feed_forward(decoder: Decoder, work: Work, tokens: int, inner: int) -> int:
+    """The gradients of so many `inner` states, before and after the bend and of a gate, of the stream and its sum."""
     return tokens * (inner * decoder.inner + 2 * decoder.hidden) * decoder.bytes + own_gradients(decoder, work)
 
 

@@ -67,7 +67,6 @@ class Work:
 
     `edits` is how many numbers a token and block edits and trained layers keep, beside those of the base. `squares` is
     how many numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none.
-    `edits_inner` is whether edits work on what goes into the way down of a feed-forward.
     `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
     something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
     whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` is
@@ -78,7 +77,6 @@ class Work:
     predicted: int
     longest: int
     edits: float = 0.0
-    edits_inner: bool = False
     trains_base: bool = False
     squares: int = 0
     untouched: int = 0

@@ -201,7 +201,7 @@ def passes_of(
     """
     decoder = decoder_of(model)
     works = {batch: work_of(model, attachment, batch, forest.trained_count) for batch, forest in batches.items()}
-    counted = Counted.of(model) if model.executor.blocks is None else None
+    counted = Counted.of(model, attachment) if model.executor.blocks is None else None
     apart = model.device.type == "cpu" and not pooled
     found = {}
     for count in recomputed:

@@ -44,7 +44,6 @@ def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, pre
         predicted=max(1, predicted),
         longest=batch.longest,
         edits=_edits(model, attachment),
-        edits_inner=_edits_inner(model, attachment),
         untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,
         squares=_squares(model, decoder_of(model)),
@@ -83,7 +82,8 @@ def _edits(model: LanguageModel, attachment: Attachment) -> float:
     return (own + sum(inputs.values())) / max(1, model.sites.layers)
 
 
-def _edits_inner(model: LanguageModel, attachment: Attachment) -> bool:
+def edits_inner(model: LanguageModel, attachment: Attachment) -> bool:
+    """Whether edits work on what goes into the way down of a feed-forward."""
     down = {site.name for site in model.sites.role("down")}
     edits = [edit for edit in attachment.edits if isinstance(edit, SiteEdit) and edit.site_name in down]
     return any(edit.keeps().input for edit in edits)

@@ -12,10 +12,12 @@ import numpy as np
 from luthier.arithmetic.counted import Load, Rates, Texts, counted_peak
 from luthier.arithmetic.memory import Decoder, Peak, Work
 from luthier.data.forest import Forest, Segment, Span, Tree
+from luthier.model.attachment import Attachment
 from luthier.model.edits import LearnedPrompt
 from luthier.model.kept_tensors import kept_by_stage
 from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import kind_of
+from luthier.recipes.sizes import edits_inner
 
 _UNIT: Final = {"cpu": 4, "cuda": 32}
 """Tokens of the shortest row that is counted; kernels of a GPU round the sizes of what they keep up to 32."""
@@ -58,24 +60,29 @@ MOST: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted of a model: its rates, and how many of its blocks are an encoder's with a decoder above it."""
+    """What was counted of a model: its rates, how many blocks are an encoder's with a decoder above it, and
+    whether edits work within feed-forwards."""
 
     rates: Rates
     readers: int
+    edits_inner: bool
 
     @classmethod
-    def of(cls, model: LanguageModel) -> Counted:
-        """The model as it stands, with what is attached."""
+    def of(cls, model: LanguageModel, attachment: Attachment) -> Counted:
+        """The model as it stands, with what is attached and trained."""
         passes = _ROWS if model.sites.two_stacks else _ROWS[:_OF_ONE_STACK]
         unit = _unit(model)
         forests = [Forest(tuple(_tree(model, unit, *row) for row in rows)) for rows in passes]
         loads, counts = [load_of(model, each) for each in forests], [kept_by_stage(model, each) for each in forests]
         readers = model.sites.layers - model.sites.root_layers if model.sites.two_stacks else 0
-        return cls(Rates.of(loads, counts), readers)
+        return cls(Rates.of(loads, counts), readers, edits_inner(model, attachment))
 
     def peak(self, model: LanguageModel, decoder: Decoder, work: Work, forest: Forest) -> Peak:
         """The widest moment of a pass of this forest."""
-        return counted_peak(decoder, work, self.rates, load_of(model, forest), readers=self.readers)
+        load = load_of(model, forest)
+        return counted_peak(
+            decoder, work, self.rates, load, readers=self.readers, edits_inner=self.edits_inner
+        )
 
 
 def load_of(model: LanguageModel, forest: Forest) -> Load:
