@@ -4,9 +4,8 @@
     run = luthier.finetune(model="seedling", data="rows.jsonl", adapter=luthier.LoRA(rank=16))
 
 Names are looked up when they are first used, so that importing this package is instant: `finetune`, `load`, `Run`,
-`Session`, `load_several`, `SeveralSession`, `open_named` (a run or a model, to be asked), `Opened`, `Engine`, `Request`,
-`Sampling`, and the class of every method in the catalog (`LoRA`, `IA3`,
-`PrefixTuning`, `Full`, `SFT`, `AdamW`, ...).
+`Session`, `load_several`, `SeveralSession`, `open_named` (a run or a model, to be asked), `Opened`, `Engine`,
+`Request`, `Sampling`, and the class of every method of the catalog (`LoRA`, `IA3`, `PrefixTuning`, ...).
 """
 
 from __future__ import annotations

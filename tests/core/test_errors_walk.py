@@ -39,6 +39,10 @@ CODES = {
     "run-locked": 77,
     "drift": 77,
     "gate": 78,
+    "not-served": 2,
+    "busy": 69,
+    "engine": 1,
+    "draining": 75,
 }
 """The interface: a code may be added, never changed or taken away."""
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 
@@ -20,6 +24,9 @@ from luthier.core.knobs import validate
 from luthier.model import load
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.recipes.several_recipe import several_of
+from luthier.server import opening
+from luthier.server.opening import open_serving
+from luthier.server.serving import Serving
 from tests.docs.snippets import (
     BOTH,
     ENCODER,
@@ -35,6 +42,7 @@ from tests.docs.snippets import (
 )
 from tests.task_folders import bert_folder, t5_folder
 
+_LOAD = load.__file__
 LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
 
 
@@ -51,9 +59,14 @@ def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_snippet_of_a_page_works(
-    page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, tmp_path_factory: pytest.TempPathFactory
+    page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> None:
     models = dict.fromkeys(HUB, stand_in)
+    if "luthier serve" in page.read_text("utf-8"):
+        # A fine-tune is a process of its own, in which nothing stands for the seedling.
+        monkeypatch.setattr(load, "__file__", _LOAD)
+        models["8000"] = _serving(monkeypatch, request)
     if ENCODER in page.read_text("utf-8"):
         parent = tmp_path_factory.mktemp("others")
         models |= {ENCODER: bert_folder(parent / "bert"), BOTH: t5_folder(parent / "t5")}
@@ -92,12 +105,49 @@ def _run(command: Command, where: str, folder: Path, capsys: Any) -> str:
         return ""
     if command.words[0] != "luthier":
         return bash(command, folder)
+    if command.words[1] == "serve":
+        return _served(command)
     capsys.readouterr()
     code = run(command.words[1:])
     printed = capsys.readouterr()
     assert code == command.expected, f"{where}: {command.text}\nexit code {code}\n{printed.err}"
     # Lines that a narrow console wrapped are joined, so that pages can show them whole.
     return re.sub(r" *\n", "\n", printed.out + printed.err)
+
+
+def _serving(monkeypatch: Any, request: pytest.FixtureRequest) -> Path:
+    """What `luthier serve` of a page needs: a token, a port that is free, and an end. The port is what is returned."""
+    monkeypatch.setenv("LUTHIER_TOKEN", "my-own-token")
+    made: list[Serving] = []
+
+    def noted(*arguments: Any, **more: Any) -> Serving:
+        made.append(open_serving(*arguments, **more))
+        return made[-1]
+
+    def end() -> None:
+        for serving in made:
+            serving.worker.loop.call_soon_threadsafe(serving.worker.on_end)
+
+    monkeypatch.setattr(opening, "open_serving", noted)
+    request.addfinalizer(end)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return Path(str(free.getsockname()[1]))
+
+
+def _served(command: Command) -> str:
+    """Let it serve in a thread until the page ends."""
+    words = command.words
+    port = words[words.index("--port") + 1]
+    threading.Thread(target=run, args=(words[1:],), daemon=True).start()
+    latest = time.monotonic() + 60
+    while time.monotonic() < latest:
+        try:
+            assert httpx2.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+            return ""
+        except httpx2.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError(f"{command.text} does not answer")
 
 
 def _shape(line: str) -> str:

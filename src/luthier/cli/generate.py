@@ -22,53 +22,63 @@ if TYPE_CHECKING:
     from luthier.recipes.opened import Opened
 
 
+Answers = list[list[list[tuple[str, "Spoken"]]]]
+"""By model, prompt and choice: the text, and the tokens it was made of."""
+
+Name = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model folder, hub id, or seedling.")]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeat it for several, or - to read stdin."),
+]
+Adapter = Annotated[str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")]
+Beside = Annotated[list[str] | None, typer.Option(metavar="RUN|MODEL", help="Let this one answer too; repeatable.")]
+System = Annotated[str, typer.Option(metavar="TEXT", help="System message.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(metavar="X", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(metavar="N", help="Draw from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(metavar="X", help="Draw from the likeliest tokens that reach this probability.")]
+MinP = Annotated[
+    float, typer.Option(metavar="X", help="Draw from tokens with this share of the likeliest's probability.")
+]
+RepetitionPenalty = Annotated[float, typer.Option(metavar="X", help="Above 1: less of what is there already.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the draws.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text at which an answer ends; repeatable.")]
+Choices = Annotated[int, typer.Option(metavar="N", help="Answers to each prompt.")]
+Beams = Annotated[int, typer.Option(metavar="N", help="Search for the likeliest answer with so many beams.")]
+Schema = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON schema that answers fit (extra: guided).")]
+Regex = Annotated[str, typer.Option(metavar="PATTERN", help="Regular expression that answers match (extra: guided).")]
+OneOf = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="A text that may be the answer; repeat it for each.")
+]
+Drafts = Annotated[
+    int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
+]
+Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
+
+
 def generate(
-    name: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model folder, hub id, or seedling.")
-    ],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; repeat it for several, or - to read stdin."),
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")
-    ] = None,
-    beside: Annotated[
-        list[str] | None, typer.Option(metavar="RUN|MODEL", help="Let this one answer too; repeatable.")
-    ] = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="System message.")] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(metavar="X", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(metavar="N", help="Draw from the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from the likeliest tokens that reach this probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(metavar="X", help="Draw from tokens with this share of the likeliest's probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Above 1: less of what is there already.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Text at which an answer ends; repeatable.")
-    ] = None,
-    choices: Annotated[int, typer.Option(metavar="N", help="Answers to each prompt.")] = 1,
-    beams: Annotated[int, typer.Option(metavar="N", help="Search for the likeliest answer with so many beams.")] = 1,
-    schema: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON schema that answers fit (extra: guided).")
-    ] = None,
-    regex: Annotated[
-        str, typer.Option(metavar="PATTERN", help="Regular expression that answers match (extra: guided).")
-    ] = "",
-    one_of: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A text that may be the answer; repeat it for each.")
-    ] = None,
-    drafts: Annotated[
-        int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
-    ] = 0,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")] = "auto",
+    name: Name,
+    prompt: Prompts = None,
+    adapter: Adapter = None,
+    beside: Beside = None,
+    system: System = "",
+    raw: Raw = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    choices: Choices = 1,
+    beams: Beams = 1,
+    schema: Schema = None,
+    regex: Regex = "",
+    one_of: OneOf = None,
+    drafts: Drafts = 0,
+    precision: Precision = "auto",
     json: Json = False,
 ) -> None:
     """Answer prompts with a tuned or a base model.
@@ -82,20 +92,15 @@ def generate(
         from luthier.model.speaker import Sampling
         from luthier.recipes.opened import open_named
 
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or []]
-    if not prompts:
-        raise RecipeError("no prompt was given", do='add --prompt "your text", or --prompt - to read stdin')
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
-    if adapter and beside:
-        raise RecipeError("--adapter and --beside were given", do="name a run that has the adapter in place of both")
+    prompts = _prompts(prompt or [])
+    _check(precision, adapter, beside or [])
     form = _Form(_schema(schema), regex, tuple(one_of or ()))
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
     names = [name, *(beside or [])]
-    answers: list[list[list[tuple[str, Spoken]]]] = []
+    answers: Answers = []
     for each in names:
         require_no_lost_run(each)
         opened = open_named(each, adapter=adapter, precision=precision)  # type: ignore[arg-type]  # checked above
@@ -107,12 +112,25 @@ def generate(
             return
         spoken = opened.engine.answer(requests, draws=range(len(requests)))
         answers.append([[(opened.text(one.tokens, sampling.stop), one) for one in own] for own in spoken])
-    if json:
-        _print_json(names, prompts, answers)
-    elif len(names) > 1:
-        _print_beside(names, prompts, answers)
-    else:
-        _print(prompts, answers[0])
+    show = _print_json if json else _print_beside if len(names) > 1 else _print
+    show(names, prompts, answers)
+
+
+def _check(precision: str, adapter: str | None, beside: Sequence[str]) -> None:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
+    if adapter and beside:
+        raise RecipeError(
+            f"--adapter {adapter} and --beside {beside[0]} were given",
+            allowed="one of them",
+            do="name a run that has the adapter",
+        )
+
+
+def _prompts(given: Sequence[str]) -> list[str]:
+    if not given:
+        raise RecipeError("no prompt was given", do='add --prompt "your text", or --prompt - to read stdin')
+    return [sys.stdin.read() if text == "-" else text for text in given]
 
 
 class _Form:
@@ -182,9 +200,7 @@ def _stream(opened: Opened, request: Request) -> None:
     typer.echo()
 
 
-def _print_json(
-    names: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[Sequence[tuple[str, Spoken]]]]
-) -> None:
+def _print_json(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
     several = any(len(own) > 1 for one in answers for own in one)
     found = [
         {"prompt": text, **({"model": name} if len(names) > 1 else {}), **({"choice": choice} if several else {}),
@@ -197,17 +213,15 @@ def _print_json(
     print_json({"answers": found})
 
 
-def _print(prompts: Sequence[str], answers: Sequence[Sequence[tuple[str, Spoken]]]) -> None:
-    for text, own in zip(prompts, answers, strict=True):
+def _print(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
+    for text, own in zip(prompts, answers[0], strict=True):
         if len(prompts) > 1:
             typer.echo(f"> {text}")
         for said, _ in own:
             typer.echo(f"- {said}" if len(own) > 1 else said)
 
 
-def _print_beside(
-    names: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[Sequence[tuple[str, Spoken]]]]
-) -> None:
+def _print_beside(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:
     """A column for each model, a row for each prompt."""
     from rich.console import Console
     from rich.table import Table

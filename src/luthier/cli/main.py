@@ -17,7 +17,21 @@ from typing import final
 
 import typer
 
-from luthier.cli import classify, compare, demo, describe, doctor, evaluate, generate, init, quantize, resume, train
+from luthier.cli import (
+    classify,
+    compare,
+    demo,
+    describe,
+    doctor,
+    evaluate,
+    generate,
+    init,
+    lint,
+    quantize,
+    resume,
+    serve,
+    train,
+)
 from luthier.cli import data as data_commands
 from luthier.cli import run as run_commands
 from luthier.core.errors import LuthierError, MemoryExhaustedError, RecipeError, StoppedError, StorageError
@@ -39,7 +53,9 @@ app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("lint")(lint.lint)
 app.command("compare")(compare.compare)
+app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data_commands.app, name="data")

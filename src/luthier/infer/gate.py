@@ -16,6 +16,7 @@ from luthier.infer.cache import Widths, widths_of
 from luthier.infer.cohorts import CohortReader
 from luthier.infer.reader import PagedReader, Reader, default_room
 from luthier.infer.request import Request
+from luthier.infer.sampler import require_possible
 from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
 
@@ -46,6 +47,7 @@ class Gate:
             raise DataError(f"{what} has no token", allowed="at least one token")
         self._check_beams(request)
         self.model.require_rows(prompt)
+        require_possible(sampling, self.model.vocabulary_size)
         left = self._left(request)
         if left is not None and left <= 0:
             raise DataError(f"{what} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + left}")

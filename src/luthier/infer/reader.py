@@ -258,7 +258,7 @@ class PagedReader(Reader):
 
     def _logits(self, hidden: Float[Tensor, "n d"], adapters: Sequence[str]) -> Float[Tensor, "n V"]:
         routes, module = routes_over((adapter, 1) for adapter in adapters), self.model.module
-        if not self.mixed or not routes.runs:
+        if not self.mixed or not routes.runs or not self.model.head_is_edited:
             return logits_of(module, hidden, self.model.head)
         heads = [self.model.head_with(run.adapter) for run in routes.runs]
         if all(head is None or (isinstance(head, Head) and not head.changes) for head in heads):

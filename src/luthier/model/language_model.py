@@ -24,7 +24,7 @@ from luthier.model import attachment as surgery
 from luthier.model import merging
 from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
-from luthier.model.edits import Edit, LearnedRoot, TrainedParameters, base_parameters
+from luthier.model.edits import Edit, EditedModule, LearnedRoot
 from luthier.model.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
 from luthier.model.guests import Guest, require_guests
 from luthier.model.head import edited_head, head_of
@@ -40,7 +40,7 @@ from luthier.model.task_executor import probe_task, run_task, task_head_of
 from luthier.model.tasks import CAUSAL, Task
 from luthier.model.thin_terms import TermKeeper
 from luthier.model.token_rows import ADD_ROWS
-from luthier.model.zoo_head import head_modules
+from luthier.model.zoo_head import head_modules, new_parts
 
 
 @final
@@ -186,15 +186,21 @@ class LanguageModel:
         names = tuple(dict.fromkeys(tree.adapter for tree in trees if tree.adapter))
         if not names:
             return {}
+        self._require(names)
+        return {
+            name: Guest(self.root_with(name), self.head_with(name), parts_of(name, self.mixes)) for name in names
+        }
+
+    def _require(self, names: Iterable[str]) -> None:
+        """Raise RecipeError unless these can compute in one batch."""
         require_guests(names, self.attachments, self.mixes)
-        if not self.executor.own_head and edited_head(self.module) is not None:
+        if self.executor.own_head:
+            return
+        if any(edited_head(self.module, only) for only in (None, *(parts_of(name, self.mixes) for name in names))):
             raise RecipeError(
                 "an adapter changes the output head, which the model zoo computes here",
                 allowed="adapters that leave the head as it is, in a batch of several",
             )
-        return {
-            name: Guest(self.root_with(name), self.head_with(name), parts_of(name, self.mixes)) for name in names
-        }
 
     @property
     def recomputable(self) -> int:
@@ -228,8 +234,13 @@ class LanguageModel:
 
     def root_with(self, name: str) -> LearnedRoot | None:
         """The learned root of an attachment, or of a part of a mix; the base, "", has none."""
-        require_guests([name], self.attachments, self.mixes)
+        self._require((name,))
         return root_of(parts_of(name, self.mixes), self.attachments)
+
+    @property
+    def head_is_edited(self) -> bool:
+        """Whether an adapter on the model changes the output head, for whichever rows."""
+        return isinstance(self.module.get_output_embeddings(), EditedModule)
 
     def head_with(self, name: str) -> AnyHead:
         """The output head under an attachment or a mix; under none with the name ""."""
@@ -239,7 +250,7 @@ class LanguageModel:
         """Put the edits of an adapter on, under `name`; a `named_only` one computes rows that name it and no others."""
         if name in self.attachments or name in self.mixes or "." in name or not name:
             raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
-        edits = [*edits, *self._new_parts(edits)]
+        edits = [*edits, *new_parts(edits, self.sites, self.task, self.fresh)]
         attachment = Attachment(name, edits, named_only=named_only)
         if named_only and attachment.trains_base:
             raise RecipeError(
@@ -263,20 +274,6 @@ class LanguageModel:
         for edit in edits:
             edit.train(self.module.training)
         return attachment
-
-    def _new_parts(self, edits: list[Edit]) -> list[Edit]:
-        """Edits that train the new head of a task beside what an adapter does, as far as it does not do so itself."""
-        done = {(each.site_name, name) for each in edits if isinstance(each, TrainedParameters) for name in each.names}
-        found: list[Edit] = []
-        for site in self.sites.role("apart"):
-            wanted = [
-                name
-                for name in base_parameters(site.module)
-                if self.task.classifies or f"{site.name}.{name}" in self.fresh
-            ]
-            if left := tuple(name for name in wanted if (site.name, name) not in done):
-                found.append(TrainedParameters(site, left, new=True))
-        return found
 
     def detach(self, name: str = "default") -> Attachment:
         """Take an attachment off; the base model is then what it was before, bit for bit."""
@@ -353,7 +350,7 @@ class LanguageModel:
         Without gradients the low-rank terms of all of them are added at once, however many there are.
         """
         routes = routes_over(rows, dict(self.mixes))
-        require_guests(routes.names, self.attachments, self.mixes)
+        self._require(routes.names)
         if torch.is_grad_enabled():
             return routes
         return replace(routes, thin=self._terms.over(routes, self.attachments))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import final
 
 import torch
@@ -21,6 +22,8 @@ from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attachment import Attachment
 from luthier.model.edits import SiteEdit
 from luthier.model.routes import Routes
+
+_VERSION = attrgetter("_version")
 
 
 @dataclass
@@ -96,4 +99,4 @@ class TermKeeper:
 
 def _changes(parameters: Iterable[nn.Parameter]) -> int:
     """How often they were changed in place, all together."""
-    return sum(each._version for each in parameters)
+    return sum(map(_VERSION, parameters))

@@ -11,6 +11,7 @@ Cost: a few dictionaries a call; the layers of the head over N rows.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,8 +23,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
-from luthier.model.edits import EditedModule
+from luthier.model.edits import Edit, EditedModule, TrainedParameters, base_parameters
 from luthier.model.head import EditedHead, edited_head, head_of
+from luthier.model.sites import Sites
 from luthier.model.tasks import Task
 
 
@@ -92,6 +94,19 @@ def head_modules(module: PreTrainedModel, task: Task, fresh: tuple[str, ...]) ->
     if any(name.startswith(f"{pooled}.") for name in fresh):
         owners[pooled] = None
     return tuple(owners)
+
+
+def new_parts(edits: Sequence[Edit], sites: Sites, task: Task, fresh: tuple[str, ...]) -> list[Edit]:
+    """Edits that train the new head of a task beside what an adapter does, as far as it does not do so itself."""
+    done = {(each.site_name, name) for each in edits if isinstance(each, TrainedParameters) for name in each.names}
+    found: list[Edit] = []
+    for site in sites.role("apart"):
+        wanted = [
+            name for name in base_parameters(site.module) if task.classifies or f"{site.name}.{name}" in fresh
+        ]
+        if left := tuple(name for name in wanted if (site.name, name) not in done):
+            found.append(TrainedParameters(site, left, new=True))
+    return found
 
 
 def _holds(module: nn.Module) -> bool:

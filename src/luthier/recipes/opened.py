@@ -31,7 +31,7 @@ from luthier.model.load import Precision, resolve_source
 from luthier.model.tasks import Task
 from luthier.objectives.classification import Classification
 from luthier.recipes.places import model_from, started_in, template_from
-from luthier.recipes.purpose import kept_task, read_as
+from luthier.recipes.purpose import SOME, kept_task, read_as
 from luthier.recipes.quantized import kept_quantizer, load_base, quantize
 from luthier.store.manifest import NAME, Manifest, verify
 from luthier.store.runs import RunDirectory, is_run
@@ -161,6 +161,12 @@ def open_named(
     quantize(model, kept_quantizer(extras))
     put_on(model, Path(adapter))
     return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
+
+
+def open_encoder(name: str, *, precision: Precision = "auto", device: str = "auto") -> Opened:
+    """An encoder for its states, whatever head it has or lacks: a model folder or id."""
+    return _opened(load_base(name, precision=precision, device=device, task=Task("sequence_classes", SOME)),
+                   resolve_source(name), {})  # fmt: skip
 
 
 def put_on(model: LanguageModel, folder: Path, *, name: str = "default", named_only: bool = False) -> None:

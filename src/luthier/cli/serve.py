@@ -1,0 +1,184 @@
+"""`luthier serve`: an OpenAI-compatible API before a run or a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from luthier.cli.options import Json, require_no_lost_run
+from luthier.cli.show import print_json
+from luthier.core.errors import RecipeError, RefusedError
+from luthier.core.imports import uncollected
+from luthier.core.optional import require
+
+if TYPE_CHECKING:
+    from luthier.server.opening import Wanted
+    from luthier.server.settings import Settings
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+Name = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, model folder, hub id, or seedling.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")]
+On = Annotated[str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")]
+Below = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder below which clients may load adapters.")]
+State = Annotated[Path, typer.Option(metavar="DIR", help="Where uploaded files and fine-tunes go.")]
+Listen = Annotated[str, typer.Option(metavar="HOST", help="Address to listen at; beyond this machine it needs TLS.")]
+Chain = Annotated[Path | None, typer.Option(metavar="FILE", help="TLS certificate (PEM).")]
+Key = Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM).")]
+Insecure = Annotated[bool, typer.Option("--insecure-http", help="Listen beyond this machine without TLS.")]
+Hosts = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Another name that clients call this host; repeatable.")
+]
+Waiting = Annotated[int, typer.Option(min=0, metavar="N", help="Answers that may wait; then 429.")]
+Longest = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")]
+Kept = Annotated[
+    int | None, typer.Option(min=16, metavar="N", help="Tokens whose keys are kept; empty goes by memory.")
+]
+Drain = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long answers may take when it ends.")]
+Access = Annotated[bool, typer.Option("--access-log", help="Write a line for each request.")]
+Precise = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
+
+
+def serve(
+    name: Name,
+    port: Port = 8000,
+    adapter: On = None,
+    adapters: Below = None,
+    state: State = Path("runs/served"),
+    listen: Listen = LOCAL[0],
+    tls_cert: Chain = None,
+    tls_key: Key = None,
+    insecure_http: Insecure = False,
+    host_name: Hosts = None,
+    waiting: Waiting = 256,
+    max_new_tokens: Longest = 4096,
+    cache_tokens: Kept = None,
+    drain: Drain = 30.0,
+    access_log: Access = False,
+    precision: Precise = "auto",
+    json: Json = False,
+) -> None:
+    """Serve a run or a model over HTTP, as programs written for OpenAI's API expect it.
+
+    The token is LUTHIER_TOKEN, or is made and printed once.
+
+    \b
+    Examples:
+      luthier serve runs/2026-11-20-my-first --port 8000
+      luthier serve seedling --port 0 --adapters adapters
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
+    if adapters is not None and not adapters.is_dir():
+        raise RecipeError(f"--adapters {adapters} is no folder", do="make it, or name another one")
+    certified = _certified(listen, tls_cert, tls_key, insecure=insecure_http)
+    require_no_lost_run(name)
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        require(module, extra="serve", purpose="luthier serve")
+    token, made = _token()
+    with uncollected():
+        from luthier.server.opening import Wanted
+        from luthier.server.settings import Limits, Settings
+
+    settings = Settings(
+        token=token, port=port, listen=listen, names=_names(listen, host_name or []), adapters=adapters, state=state,
+        limits=Limits(new_tokens=max_new_tokens), drain_seconds=drain,
+    )  # fmt: skip
+    kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
+    wanted = Wanted(name=name, adapter=adapter, precision=kept, tokens=cache_tokens, waiting=waiting)
+    _log(access=access_log)
+    _serve(wanted, settings, certified, told=token if made else "", json=json)
+
+
+def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:
+    with uncollected():
+        from luthier.server.listen import Certificate, listen
+        from luthier.server.opening import open_serving
+
+    sys.stderr.write(f"loading {wanted.name} ...\n")
+    serving = open_serving(wanted, settings)
+    certificate = Certificate(*certified) if certified is not None else None
+    place = f"http{'s' if certificate else ''}://{_shown(settings.listen)}"
+    code = listen(
+        serving,
+        certificate=certificate,
+        ready=lambda port: (_print if json else _tell)(f"{place}:{port}", serving.names.all, told),
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def _names(listen: str, more: Sequence[str]) -> tuple[str, ...]:
+    """What clients may call this host."""
+    names = (*LOCAL, _shown(listen).lower(), *(each.lower() for each in more))
+    return tuple(dict.fromkeys("[::1]" if name == "::1" else name for name in names))
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _tell(url: str, names: Sequence[str], token: str) -> None:
+    """Where it is, what it serves, and how to ask; a token that was made is told once."""
+    asked = {"model": names[-1], "messages": [{"role": "user", "content": "Hello"}]}
+    lines = [
+        f"serving {', '.join(names)} at {url}",
+        *([f"token (told once; set LUTHIER_TOKEN to choose it): {token}"] if token else []),
+        f'curl {url}/v1/chat/completions -H "Authorization: Bearer $LUTHIER_TOKEN" -H "Content-Type: application/json" '
+        f"-d '{dumps(asked)}'",
+    ]
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()
+
+
+def _print(url: str, names: Sequence[str], token: str) -> None:
+    """The same for a program; the token is there when it was made."""
+    print_json({"url": url, "models": list(names), **({"token": token} if token else {})})
+    sys.stdout.flush()
+
+
+def _token() -> tuple[str, bool]:
+    """The token, and whether it was made here."""
+    given = os.environ.get("LUTHIER_TOKEN", "")
+    if given and (len(given) < 8 or not given.isascii() or any(sign.isspace() for sign in given)):
+        raise RecipeError(f"LUTHIER_TOKEN has {len(given)} characters", allowed="8 and more, ASCII, no white space",
+                          do="leave it empty to have one made")  # fmt: skip
+    return given or secrets.token_urlsafe(32), not given
+
+
+def _certified(host: str, chain: Path | None, key: Path | None, *, insecure: bool) -> tuple[Path, Path] | None:
+    """The files of TLS where there are any. Raises RefusedError for an open address without them."""
+    if (chain is None) != (key is None):
+        raise RecipeError(f"--tls-cert is {chain} and --tls-key is {key}", allowed="both or none")
+    if chain is not None and key is not None:
+        for path in (chain, key):
+            if not path.is_file():
+                raise RecipeError(f"{path} is no file", allowed="PEM files for --tls-cert and --tls-key")
+        return chain, key
+    if host not in LOCAL and not insecure:
+        raise RefusedError(
+            f"--listen {host} is reached from beyond this machine, and tokens and texts would travel in the clear",
+            allowed="TLS, or an explicit --insecure-http",
+            do="add --tls-cert FILE --tls-key FILE, or --insecure-http where the network is trusted",
+        )
+    return None
+
+
+def _log(*, access: bool) -> None:
+    """Errors of the server on stderr, and requests where they are wanted."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for name in ("luthier.server", "luthier.access", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if access and name == "luthier.access" else logging.ERROR)
+        if not logger.handlers:
+            logger.addHandler(handler)

@@ -1,0 +1,1 @@
+"""The server: an API that programs already speak, before one engine."""

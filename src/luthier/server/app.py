@@ -1,0 +1,113 @@
+"""The application: the routes, the way errors are told, the count of requests, and the guard around all of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from luthier.core.errors import LuthierError
+from luthier.server import adapters, chat, completions, embeddings, files, fine_tuning, plain
+from luthier.server.bodies import ChatBody, CompletionBody
+from luthier.server.description import described
+from luthier.server.errors import answer, invalid, refuse, unexpected
+from luthier.server.guard import Guard, Message, Receive, Send
+from luthier.server.serving import Serving
+
+_LOG = logging.getLogger("luthier.server")
+_ACCESS = logging.getLogger("luthier.access")
+
+
+def application(serving: Serving) -> Guard:
+    """What the HTTP server runs."""
+    api = routes_of(serving)
+    return Guard(Counted(api, serving), serving.settings, lambda: serving.worker.draining)
+
+
+def routes_of(serving: Serving) -> FastAPI:
+    """The routes, without the guard. Pages that show the description come from elsewhere, and are not there."""
+    api = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    for part in (chat, completions, embeddings, plain, adapters, files, fine_tuning):
+        api.include_router(part.routes(serving))
+    api.openapi = lambda: described(api)  # type: ignore[method-assign]
+
+    @api.exception_handler(LuthierError)
+    async def told(_request: Request, error: LuthierError) -> JSONResponse:
+        return answer(error)
+
+    @api.exception_handler(RequestValidationError)
+    async def misfit(request: Request, failure: RequestValidationError) -> JSONResponse:
+        return invalid(failure, known_at(request.url.path))
+
+    @api.exception_handler(HTTPException)
+    async def plain_error(request: Request, failure: HTTPException) -> JSONResponse:
+        words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
+        code = {404: "path", 405: "method"}.get(failure.status_code, "request")
+        message = words.get(failure.status_code, str(failure.detail))
+        return refuse(failure.status_code, message, code=code, headers=failure.headers)
+
+    return api
+
+
+def known_at(path: str) -> Mapping[str, Sequence[str]]:
+    """The parameters that a path knows, for the nearest name."""
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/chat/completions": ChatBody,
+        "/v1/completions": CompletionBody,
+        "/v1/embeddings": embeddings.EmbeddingsBody,
+        "/v1/fine_tuning/jobs": fine_tuning.JobBody,
+        "/v1/load_lora_adapter": adapters.LoadBody,
+        "/tokenize": plain.TokenizeBody,
+        "/detokenize": plain.DetokenizeBody,
+    }
+    body = bodies.get(path)
+    return {} if body is None else {"": list(body.model_fields)}
+
+
+@final
+class Counted:
+    """Counts requests by route and status, writes the access log, and turns what nobody foresaw into 500."""
+
+    def __init__(self, api: FastAPI, serving: Serving) -> None:
+        self.api = api
+        self.serving = serving
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.api(scope, receive, send)
+            return
+        status, begun, start = 0, False, time.monotonic()
+
+        async def noted(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+            await send(message)
+
+        try:
+            await self.api(scope, receive, noted)
+        except TimeoutError:
+            # A client that takes nothing: its connection ends here.
+            status = 499
+            raise
+        except Exception:
+            _LOG.exception("%s %s", scope["method"], scope["path"])
+            status = 500
+            if begun:
+                raise
+            await unexpected()(scope, receive, send)
+        finally:
+            self.serving.metrics.requests[_route(scope), status] += 1
+            _ACCESS.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)
+
+
+def _route(scope: Message) -> str:
+    """The route of a request as it was declared, so that paths that clients make up are not counted one by one."""
+    return str(getattr(scope.get("route"), "path", "other"))

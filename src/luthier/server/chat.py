@@ -1,0 +1,139 @@
+"""POST /v1/chat/completions: a conversation, and the answer to it; whole or as it grows."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
+from typing import Any, final
+
+from fastapi import APIRouter, Request, Response
+
+from luthier.infer.request import News
+from luthier.infer.request import Request as Asked
+from luthier.server.answers import ERRORS, ChatAnswer
+from luthier.server.asking import chat_request, forced_tools
+from luthier.server.bodies import ChatBody
+from luthier.server.metrics import Clock
+from luthier.server.serving import Serving
+from luthier.server.stream import EventStream, whole
+from luthier.server.telling import chat_log_probs, usage, voices_of
+from luthier.server.tool_calls import CLOSE, OPEN, Called, CallReader
+from luthier.server.worker import Ticket
+
+Part = Mapping[str, Any]
+
+
+def routes(serving: Serving) -> APIRouter:
+    """The route of conversations."""
+    router = APIRouter(tags=["text"])
+
+    @router.post("/v1/chat/completions", response_model=ChatAnswer, responses=ERRORS)
+    async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation."""
+        asked = await chat_request(serving, body)
+        answer = _Answer(serving, body, asked)
+        [ticket] = await serving.worker.submit([asked])
+        if body.stream:
+            return EventStream(answer.chunks(ticket), [ticket])
+        return await whole(request, [ticket], partial(answer.whole, ticket))
+
+    return router
+
+
+@final
+class _Answer:
+    """An answer on its way: its choices, and what the client asked to be told of them."""
+
+    def __init__(self, serving: Serving, body: ChatBody, asked: Asked) -> None:
+        self.serving = serving
+        self.body = body
+        self.prompt = len(asked.prompt)
+        self.clock = Clock(serving.metrics)
+        calls = bool(body.tools) and body.tool_choice != "none"
+        known = serving.tokenizer.raw.convert_tokens_to_ids
+        loud = frozenset(known([OPEN, CLOSE])) if calls else frozenset()
+        self.voices = voices_of(serving, asked, loud=loud)
+        forced = bool(forced_tools(body))
+        single = body.parallel_tool_calls is False
+        self.readers = [CallReader(forced=forced, single=single) if calls else None for _ in self.voices]
+        self.told = [0] * len(self.voices)
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+
+    @property
+    def said(self) -> int:
+        """Tokens of all choices."""
+        return sum(voice.tokens for voice in self.voices)
+
+    async def whole(self, ticket: Ticket) -> Part:
+        """The whole answer, once it is there."""
+        parts: list[list[str | Called]] = [[] for _ in self.voices]
+        while news := await ticket.news():
+            self.clock.heard()
+            for each in news:
+                parts[each.choice] += self._heard(each)
+        self.serving.metrics.said += self.said
+        choices = [self._choice(index, found) for index, found in enumerate(parts)]
+        return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(self.prompt, self.said)}
+
+    async def chunks(self, ticket: Ticket) -> AsyncIterator[Sequence[Part]]:
+        """The answer as it grows."""
+        yield [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.voices))]
+        try:
+            while news := await ticket.news():
+                self.clock.heard()
+                made = [chunk for each in news for chunk in self._grown(each)]
+                if made:
+                    yield made
+        finally:
+            self.serving.metrics.said += self.said
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield [{**self.head, "object": "chat.completion.chunk", "choices": [],
+                    "usage": usage(self.prompt, self.said)}]  # fmt: skip
+
+    def _heard(self, news: News) -> list[str | Called]:
+        """The pieces that news of a choice make certain."""
+        text, reader = self.voices[news.choice].push(news), self.readers[news.choice]
+        if reader is None:
+            return [text] if text else []
+        return reader.push(text) + (reader.end() if news.ended else [])
+
+    def _grown(self, news: News) -> Sequence[Part]:
+        voice = self.voices[news.choice]
+        made: list[dict[str, Any]] = []
+        for piece in self._heard(news):
+            delta: dict[str, Any] = {"content": piece}
+            if isinstance(piece, Called):
+                delta = {"tool_calls": [piece.as_plain(self.told[news.choice])]}
+                self.told[news.choice] += 1
+            made.append(self._chunk(news.choice, delta))
+        said = voice.taken()
+        if self.body.logprobs and said:
+            made = made or [self._chunk(news.choice, {})]
+            made[-1]["choices"][0]["logprobs"] = chat_log_probs(self.serving.tokenizer, said)
+        if voice.ended:
+            made.append(self._chunk(news.choice, {}, self._reason(news.choice)))
+        return made
+
+    def _chunk(self, index: int, delta: Part, reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _choice(self, index: int, found: Sequence[str | Called]) -> Part:
+        calls = [one.as_plain() for one in found if isinstance(one, Called)]
+        text = "".join(one for one in found if isinstance(one, str))
+        content = None if calls and not text.strip() else text
+        message = {"role": "assistant", "content": content, "refusal": None}
+        voice = self.voices[index]
+        return {
+            "index": index,
+            "message": {**message, "tool_calls": calls} if calls else message,
+            "logprobs": chat_log_probs(self.serving.tokenizer, voice.taken()) if self.body.logprobs else None,
+            "finish_reason": self._reason(index),
+        }
+
+    def _reason(self, index: int) -> str:
+        reader, voice = self.readers[index], self.voices[index]
+        return "tool_calls" if reader is not None and reader.calls and voice.ended == "stop" else voice.ended

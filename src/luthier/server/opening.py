@@ -1,0 +1,131 @@
+"""Opening what is served: the model, its engine with a pool of adapters, and the names they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+from luthier.core.errors import RecipeError
+from luthier.data.hub import ModelFiles
+from luthier.infer.adapter_pool import AdapterPool
+from luthier.infer.cache import widths_of
+from luthier.infer.engine import Engine
+from luthier.infer.reader import Counts, default_room
+from luthier.infer.request import News, Request
+from luthier.infer.scheduler import Room
+from luthier.model.language_model import LanguageModel
+from luthier.model.load import Precision, kind_of_source, resolve_source
+from luthier.model.tasks import kind_of
+from luthier.recipes.opened import Opened, open_encoder, open_named, put_on, result_of
+from luthier.server.names import Names
+from luthier.server.pooling import Pooling
+from luthier.server.serving import Serving
+from luthier.server.settings import Settings
+from luthier.server.worker import Steps, Worker
+from luthier.store.runs import RunDirectory, is_run
+from luthier.train.result import ADAPTER
+
+
+@final
+class Silent:
+    """The engine of a model that says no text."""
+
+    busy = False
+    counts = Counts(0, 0)
+
+    def add(self, request: Request) -> int:
+        """Refuse."""
+        raise RecipeError(f"an encoder was asked to go on with {len(request.prompt)} tokens", do="ask it for vectors")
+
+    def step(self) -> list[News]:
+        """Nothing."""
+        return []
+
+    def cancel(self, request: int) -> bool:
+        """Nothing is under way."""
+        return False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is served and with how much room: `tokens` of keys (None finds it), continuations that may wait."""
+
+    name: str
+    adapter: str | None = None
+    precision: Precision = "auto"
+    tokens: int | None = None
+    waiting: int = 256
+
+
+def open_serving(wanted: Wanted, settings: Settings) -> Serving:
+    """Load the model and make its engine; nothing listens yet."""
+    if _is_encoder(wanted):
+        opened = open_encoder(wanted.name, precision=wanted.precision)
+    else:
+        opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision)
+    return serve_opened(opened, settings, base=base_name(wanted.name), own=own_names(wanted), tokens=wanted.tokens,
+                        waiting=wanted.waiting)  # fmt: skip
+
+
+def serve_opened(
+    opened: Opened,
+    settings: Settings,
+    *,
+    base: str,
+    own: Sequence[str] = (),
+    tokens: int | None = None,
+    waiting: int = 256,
+) -> Serving:
+    """What is served of an opened model; `own` are the names of the adapter that is on it."""
+    model = opened.model
+    engine: Steps = Silent()
+    pool, room = None, None
+    if model.task.speaks:
+        pooled = model.executor.kind == "segments" and model.task.name == "causal_lm"
+        if pooled:
+            pool = AdapterPool(model, lambda folder, name: put_on(model, folder, name=name, named_only=True))
+            room = _room(model, tokens)
+        model.train(False)
+        engine = Engine(model, room=room, decode=opened.tokenizer.decode, pool=pool)
+    names = Names(base, pool=pool, folder=settings.adapters)
+    for name in own:
+        names.add(name, "default")
+    worker = Worker(engine, rows=room.rows if room is not None else 1, waiting=waiting)
+    pooling = Pooling.of(ModelFiles.of(resolve_source(model.source))) if kind_of(model.config) == "encoder" else None
+    most = room.tokens if room is not None else model.context_tokens
+    serving = Serving(opened, worker, names, settings, room=most, pooling=pooling)
+    serving.load_jobs()
+    return serving
+
+
+def base_name(name: str) -> str:
+    """What the base is called: a hub id as it is, a folder by its own name, a run by its base."""
+    run = Path(name)
+    if is_run(run):
+        folder, _ = result_of(RunDirectory.open(run))
+        if folder.name != ADAPTER:
+            return run.resolve().name
+        return base_name(str(RunDirectory.open(run).read_recipe()["model"]))
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def own_names(wanted: Wanted) -> list[str]:
+    """What the adapter is called that is on the model from the start."""
+    if wanted.adapter is not None:
+        return [Path(wanted.adapter).resolve().name]
+    run = Path(wanted.name)
+    return [run.resolve().name] if is_run(run) and result_of(RunDirectory.open(run))[0].name == ADAPTER else []
+
+
+def _is_encoder(wanted: Wanted) -> bool:
+    """Whether a base is served that reads both ways; runs and adapters say themselves what they are for."""
+    plain = wanted.adapter is None and not is_run(Path(wanted.name))
+    return plain and kind_of_source(wanted.name) == "encoder"
+
+
+def _room(model: LanguageModel, tokens: int | None) -> Room:
+    found = default_room(model, widths_of(model.module))
+    return found if tokens is None else replace(found, tokens=tokens)

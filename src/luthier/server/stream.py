@@ -1,0 +1,80 @@
+"""Answers that grow: server-sent events, and whole answers whose client may leave before they are there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar, final
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from luthier.core.errors import LuthierError
+from luthier.server.errors import body_of, refuse
+from luthier.server.guard import Message, Receive, Send
+from luthier.server.worker import Ticket
+
+T = TypeVar("T")
+Chunks = AsyncIterator[Sequence[Mapping[str, Any]]]
+
+
+@final
+class EventStream(Response):
+    """Chunks as server-sent events, `[DONE]` at the end. However it ends, the tickets are closed.
+
+    An error after the beginning is an event too: the status is gone by then.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: Chunks, tickets: Sequence[Ticket]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._tickets = tickets
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:  # type: ignore[override]
+        await _until_gone(receive, self._send(send), self._tickets)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for chunks in self._chunks:
+                await send({"type": "http.response.body", "body": b"".join(map(event, chunks)), "more_body": True})
+        except LuthierError as error:
+            await send({"type": "http.response.body", "body": event(body_of(error)), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def event(values: Mapping[str, Any]) -> bytes:
+    """Values as one server-sent event."""
+    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def whole(
+    request: Request, tickets: Sequence[Ticket], work: Callable[[], Coroutine[Any, Any, Mapping[str, Any]]]
+) -> Response:
+    """The answer that `work` makes of some tickets; they are cancelled when the client leaves before that."""
+    made = await _until_gone(request.receive, work(), tickets)
+    if made is None:
+        return refuse(400, "the client has gone", code="gone")
+    return JSONResponse(made)
+
+
+async def _until_gone(receive: Receive, work: Coroutine[Any, Any, T], tickets: Sequence[Ticket]) -> T | None:
+    """What `work` gives, or None when the client left before; either way nothing of it goes on."""
+    worker, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        return worker.result() if worker.done() else None
+    finally:
+        for task in (worker, watcher):
+            task.cancel()
+        for ticket in tickets:
+            ticket.close()
+
+
+async def _gone(receive: Callable[[], Awaitable[Message]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

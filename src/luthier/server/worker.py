@@ -1,0 +1,348 @@
+"""The thread that owns the engine, and the tickets by which the async side hears from it.
+
+Idea: one thread adds requests, runs steps while there is something to do, and tells what came of each step to the event
+loop in one call. A request is a ticket: its news wait there until they are read. A reader that does not keep up loses
+its request when `buffer` news wait: generation never pauses for one client, and what waits is bounded. A ticket that is
+closed early cancels its request before the next step.
+When a step raises, every request under way is told so and cancelled, and the thread goes on; after three such steps in
+a row, or when cancelling raises too, it ends, and says so to whoever asks from then on. Nothing waits for ever.
+Use when: async code wants text. What else touches the model goes through `do`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Final, Protocol, TypeVar, final
+
+from luthier.core.errors import DataError, LuthierError, RecipeError
+from luthier.infer.reader import Counts
+from luthier.infer.request import News, Request
+from luthier.server.errors import BusyError, DrainingError, EngineFailedError
+
+T = TypeVar("T")
+MOST_FAILURES: Final = 3
+"""Steps in a row that may fail."""
+_BREAKS: Final = (
+    LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    OSError,
+)  # fmt: skip
+"""What an engine, a model or a file may raise. Anything else ends the thread, and everybody is told that too."""
+_LOG = logging.getLogger("luthier.server")
+
+
+class Steps(Protocol):
+    """What the thread needs of an engine."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+
+    @property
+    def counts(self) -> Counts:
+        """What is held and what waits."""
+
+    def add(self, request: Request) -> int:
+        """Take a request; its number."""
+
+    def step(self) -> list[News]:
+        """One pass, and what came of it."""
+
+    def cancel(self, request: int) -> bool:
+        """End a request now."""
+
+
+@final
+class Ticket:
+    """One request under way. One reader asks for `news` until it is over, and closes the ticket in any case."""
+
+    def __init__(self, worker: Worker, request: Request) -> None:
+        self.request = request
+        self.weight = max(request.choices, request.best_of, request.beams)
+        self.number: int | None = None
+        self.closed = False
+        self.accepted: asyncio.Future[None] = worker.loop.create_future()
+        self._worker = worker
+        self._news: list[News] = []
+        self._left = self.unended = request.choices
+        self._error: LuthierError | None = None
+        self._wake = asyncio.Event()
+
+    async def news(self) -> list[News]:
+        """All that came since the last call, at least one; an empty list when the request is over. Raises its error."""
+        while not self._news:
+            if self._error is not None:
+                raise type(self._error)(self._error.received, allowed=self._error.allowed, do=self._error.do)
+            if self._left <= 0:
+                return []
+            self._wake.clear()
+            await self._wake.wait()
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Nobody reads any more: what is still under way is cancelled."""
+        if not self.closed:
+            self.closed = True
+            self._worker.leave(self)
+
+    def take(self, news: Sequence[News], buffer: int) -> None:
+        """Keep news for the reader; on the event loop."""
+        if self._error is not None or self.closed:
+            return
+        failure = next((each.failure for each in news if each.failure is not None), None)
+        if failure is not None:
+            self._left = 0
+            self.fail(failure)
+            return
+        self._news.extend(news)
+        self._left -= sum(1 for each in news if each.ended)
+        if len(self._news) > buffer:
+            self._news.clear()
+            self.fail(BusyError(
+                f"{buffer:,} pieces of the answer waited to be read; the request was cancelled",
+                do="read faster, or ask without stream",
+            ))  # fmt: skip
+            self._worker.leave(self)
+        self._wake.set()
+
+    def fail(self, error: LuthierError) -> None:
+        """The request is over, and why; on the event loop."""
+        self._error = self._error or error
+        if not self.accepted.done():
+            self.accepted.set_exception(self._error)
+            self.accepted.exception()
+        self._wake.set()
+
+    @property
+    def over(self) -> bool:
+        """Whether everything was said."""
+        return self._left <= 0
+
+
+@final
+class Worker:
+    """One engine in a thread of its own. At most `waiting` continuations beyond what runs at once are taken."""
+
+    def __init__(self, engine: Steps, *, rows: int = 64, waiting: int = 256, buffer: int = 1024) -> None:
+        self.engine = engine
+        self.most = rows + waiting
+        self.buffer = buffer
+        self.counts = engine.counts
+        self.dead = False
+        self.draining = False
+        self.loop: asyncio.AbstractEventLoop
+        self.on_end: Callable[[], None] = lambda: None
+        self._tickets: dict[int, Ticket] = {}
+        self._held: dict[Ticket, int] = {}
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ending = False
+        self._failures = 0
+
+    async def __aenter__(self) -> Worker:
+        self.loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._actions.put(self._end)
+        await asyncio.to_thread(self._thread.join)
+        self._leave_nobody(DrainingError(f"the server has stopped, with {self.open} continuations under way"))
+
+    @property
+    def open(self) -> int:
+        """Continuations that are under way or wait."""
+        return sum(self._held.values())
+
+    async def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Tickets for requests that are taken together or not at all.
+
+        Raises BusyError when too many wait, and whatever the engine says of requests that can never run.
+        """
+        self.require_open()
+        tickets = [Ticket(self, request) for request in requests]
+        wanted = sum(ticket.weight for ticket in tickets)
+        if self._held and self.open + wanted > self.most:
+            raise BusyError(f"{self.open} continuations are under way and {wanted} more were asked for",
+                            allowed=f"{self.most} at once")  # fmt: skip
+        for ticket in tickets:
+            self._held[ticket] = ticket.weight
+            self._actions.put(partial(self._add, ticket))
+        try:
+            for ticket in tickets:
+                await ticket.accepted
+        except BaseException:
+            for ticket in tickets:
+                ticket.close()
+            raise
+        return tickets
+
+    async def do(self, work: Callable[[], T]) -> T:
+        """Run something on the engine's thread, between two steps."""
+        self.require_open()
+        done: asyncio.Future[T] = self.loop.create_future()
+
+        def action() -> None:
+            try:
+                made = work()
+            except _BREAKS as failure:
+                self._tell(partial(_settle, done, None, failure))
+            else:
+                self._tell(partial(_settle, done, made, None))
+
+        self._waiting.add(done)
+        self._actions.put(action)
+        try:
+            return await done
+        finally:
+            self._waiting.discard(done)
+
+    def require_open(self) -> None:
+        """Raise when no request is taken any more."""
+        if self.dead:
+            raise EngineFailedError(f"the engine has ended after {self._failures} failures")
+        if self.draining:
+            raise DrainingError(f"the server is stopping, with {self.open} continuations under way")
+
+    def leave(self, ticket: Ticket) -> None:
+        """A ticket that nobody reads any more; on the event loop."""
+        self._held.pop(ticket, None)
+        if not ticket.over:
+            self._actions.put(partial(self._cancel, ticket))
+
+    # ------------------------------------------------------------------------------------------- on the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            if not self._ending:
+                self.dead = True
+                self._tell(self._give_up)
+
+    def _work(self) -> None:
+        while not self._ending:
+            self._act()
+            if self._ending or not self.engine.busy:
+                self._publish()
+                continue
+            try:
+                news = self.engine.step()
+            except _BREAKS as failure:
+                self._fail(failure)
+                continue
+            self._failures = 0
+            self._deliver(news)
+
+    def _act(self) -> None:
+        """Do what was asked since the last step; wait for something where there is nothing to step."""
+        if not self.engine.busy:
+            self._actions.get()()
+        while not self._ending:
+            try:
+                action = self._actions.get_nowait()
+            except queue.Empty:
+                return
+            action()
+
+    def _add(self, ticket: Ticket) -> None:
+        if ticket.closed:
+            return
+        try:
+            ticket.number = self.engine.add(ticket.request)
+        except LuthierError as error:
+            self._tell(partial(ticket.fail, error))
+        except _BREAKS as failure:
+            _LOG.exception("a request could not be added")
+            self._tell(partial(ticket.fail, EngineFailedError(f"the request was not taken: {type(failure).__name__}")))
+        else:
+            self._tickets[ticket.number] = ticket
+            self._tell(partial(_settle, ticket.accepted, None, None))
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.number is not None and self._tickets.pop(ticket.number, None) is not None:
+            self.engine.cancel(ticket.number)
+
+    def _deliver(self, news: Sequence[News]) -> None:
+        by_ticket: dict[Ticket, list[News]] = {}
+        for each in news:
+            ticket = self._tickets.get(each.request)
+            if ticket is None:
+                continue
+            by_ticket.setdefault(ticket, []).append(each)
+            ticket.unended -= bool(each.ended)
+            if not ticket.unended:
+                del self._tickets[each.request]
+        self.counts = self.engine.counts
+        if by_ticket:
+            self._tell(partial(self._hand_out, by_ticket))
+
+    def _publish(self) -> None:
+        self.counts = self.engine.counts
+
+    def _fail(self, failure: Exception) -> None:
+        """A step broke off: whoever waits is told, and the engine goes on without these requests."""
+        _LOG.error("a step of the engine failed", exc_info=failure)
+        self._failures += 1
+        known = isinstance(failure, (DataError, RecipeError))
+        words = str(failure) if known else type(failure).__name__
+        tickets, self._tickets = self._tickets, {}
+        self._tell(partial(self._all_failed, list(tickets.values()),
+                           EngineFailedError(f"the engine broke off: {words}")))  # fmt: skip
+        try:
+            for number in tickets:
+                self.engine.cancel(number)
+        except _BREAKS as second:
+            _LOG.error("cancelling failed too", exc_info=second)
+            self._failures = MOST_FAILURES
+        if self._failures >= MOST_FAILURES:
+            self.dead = self._ending = True
+            self._tell(self._give_up)
+
+    def _end(self) -> None:
+        self._ending = True
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(call)
+
+    # ------------------------------------------------------------------------------------------------ on the event loop
+
+    def _hand_out(self, by_ticket: dict[Ticket, list[News]]) -> None:
+        for ticket, news in by_ticket.items():
+            ticket.take(news, self.buffer)
+            if ticket.over:
+                self._held.pop(ticket, None)
+
+    def _all_failed(self, tickets: Sequence[Ticket], error: LuthierError) -> None:
+        for ticket in tickets:
+            ticket.fail(error)
+            self._held.pop(ticket, None)
+
+    def _give_up(self) -> None:
+        self._leave_nobody(EngineFailedError(f"the engine has ended after {self._failures} failures"))
+        self.on_end()
+
+    def _leave_nobody(self, error: LuthierError) -> None:
+        """Nobody waits for a thread that has ended."""
+        self._all_failed(list(self._held), error)
+        for future in self._waiting:
+            _settle(future, None, error)
+
+
+def _settle(future: asyncio.Future[T], value: T | None, failure: Exception | None) -> None:
+    if future.done():
+        return
+    if failure is not None:
+        future.set_exception(failure)
+    else:
+        future.set_result(value)  # type: ignore[arg-type]  # None only where T is None

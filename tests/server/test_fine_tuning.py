@@ -1,0 +1,147 @@
+"""A script for OpenAI's client trains here: upload, fine-tune, follow, and ask the result by its name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from luthier.recipes.opened import open_named
+from luthier.server.opening import serve_opened
+from luthier.server.settings import Settings
+from tests.server.fakes import TOKEN, Running, running
+
+
+def rows(count: int, answer: str = "arr") -> bytes:
+    made = [{"messages": [{"role": "user", "content": f"What is {n} + 1?"},
+                          {"role": "assistant", "content": f"{answer} {n + 1}"}]} for n in range(count)]  # fmt: skip
+    return "\n".join(map(json.dumps, made)).encode()
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def tuning(state: Path) -> Iterator[Running]:
+    settings = Settings(token=TOKEN, port=0, state=state)
+    own = open_named("seedling", precision="float32")
+    with running(serve_opened(own, settings, base="seedling", tokens=4096)) as listening:
+        yield listening
+
+
+@pytest.fixture(scope="module")
+def client(tuning: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{tuning.url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as made:
+        yield made
+
+
+def over(client: OpenAI, name: str, seconds: float = 400) -> Any:
+    latest = time.monotonic() + seconds
+    while time.monotonic() < latest:
+        job = client.fine_tuning.jobs.retrieve(name)
+        if job.status in ("succeeded", "failed", "cancelled"):
+            return job
+        time.sleep(0.2)
+    raise AssertionError(f"{name} is {job.status}")
+
+
+def test_files_come_and_go(client: OpenAI) -> None:
+    made = client.files.create(file=("rows.jsonl", rows(3)), purpose="fine-tune")
+    assert made.filename == "rows.jsonl" and made.bytes == len(rows(3)) and made.status == "processed"
+    assert client.files.retrieve(made.id) == made
+    assert client.files.content(made.id).read() == rows(3)
+    assert made.id in [each.id for each in client.files.list()]
+    assert client.files.delete(made.id).deleted
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(made.id)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"{", b"[1]", b'{"a": 1}\nx', b"\xff\xfe{}", b"[" * 100_000])
+def test_what_is_no_jsonl_is_refused_with_its_line(client: OpenAI, content: bytes) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.files.create(file=("rows.jsonl", content), purpose="fine-tune")
+
+
+def test_a_name_of_a_file_is_no_path(client: OpenAI, state: Path) -> None:
+    made = client.files.create(file=("../../../evil.jsonl", rows(1)), purpose="fine-tune")
+    assert not list(state.parent.glob("**/evil*"))
+    client.files.delete(made.id)
+    for name in ("..", "../jobs", "file-../../x", "file-" + "0" * 24, "%2e%2e", "file-" + "g" * 24):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.get(f"/files/{name}/content", cast_to=object)
+        assert caught.value.status_code == 404
+
+
+@pytest.mark.timeout(600)
+def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: Path) -> None:
+    file = client.files.create(file=("rows.jsonl", rows(48)), purpose="fine-tune")
+    held_out = client.files.create(file=("more.jsonl", rows(6)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="seedling", training_file=file.id, validation_file=held_out.id, suffix="pirate", seed=3,
+        method={"type": "supervised", "supervised": {"hyperparameters": {
+            "n_epochs": 8, "batch_size": 8, "learning_rate_multiplier": 10}}},
+    )  # fmt: skip
+    assert job.status in ("queued", "running") and job.fine_tuned_model is None
+    assert [each.id for each in client.fine_tuning.jobs.list()] == [job.id]
+    done = over(client, job.id)
+    assert done.status == "succeeded", done.error
+    assert done.fine_tuned_model and done.fine_tuned_model.startswith("ft:seedling:pirate:")
+    assert done.trained_tokens and done.trained_tokens > 48
+    asked: Any = [{"role": "user", "content": "What is 3 + 1?"}]
+    made = client.chat.completions.create(model=done.fine_tuned_model, messages=asked, temperature=0, max_tokens=8)
+    assert (made.choices[0].message.content or "").startswith("arr")
+    base = client.chat.completions.create(model="seedling", messages=asked, temperature=0, max_tokens=8)
+    assert not (base.choices[0].message.content or "").startswith("arr")
+    events = client.fine_tuning.jobs.list_events(job.id, limit=1000).data
+    assert done.fine_tuned_model in events[0].message and events[-1].message.startswith("Created fine-tuning job")
+    assert sum(each.type == "metrics" for each in events) >= 48
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
+    assert checkpoints and checkpoints[0].step_number == 48 and checkpoints[0].metrics.train_loss is not None
+    table = client.files.content(done.result_files[0]).read().decode().splitlines()
+    assert table[0].startswith("step,train_loss") and len(table) >= 49
+    card = client.models.retrieve(done.fine_tuned_model)
+    assert card.model_dump()["parent"] == "seedling"
+    again = serve_opened(open_named("seedling", precision="float32"), Settings(token=TOKEN, port=0, state=state),
+                         base="seedling", tokens=2048)  # fmt: skip
+    assert done.fine_tuned_model in again.names.all, "a server that comes up again serves it too"
+    again.close()
+
+
+@pytest.mark.timeout(600)
+def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
+    file = client.files.create(file=("rows.jsonl", rows(16)), purpose="fine-tune")
+    long = client.fine_tuning.jobs.create(model="seedling", training_file=file.id, hyperparameters={"n_epochs": 1000})
+    waiting = client.fine_tuning.jobs.create(model="seedling", training_file=file.id)
+    latest = time.monotonic() + 60
+    while not any(each.type == "metrics" for each in client.fine_tuning.jobs.list_events(long.id).data):
+        assert time.monotonic() < latest
+        time.sleep(0.2)
+    assert client.fine_tuning.jobs.retrieve(waiting.id).status == "queued"
+    assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
+    assert client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="is over"):
+        client.fine_tuning.jobs.cancel(long.id)
+    small = client.fine_tuning.jobs.create(model="seedling", training_file=file.id, hyperparameters={"n_epochs": 1})
+    assert over(client, small.id).status == "succeeded"
+
+
+@pytest.mark.timeout(600)
+def test_what_cannot_be_trained_says_why(client: OpenAI) -> None:
+    bad = client.files.create(file=("rows.jsonl", b'{"x": 1}\n{"x": 2}'), purpose="fine-tune")
+    job = over(client, client.fine_tuning.jobs.create(model="seedling", training_file=bad.id).id)
+    assert job.status == "failed" and job.error and job.error.code == "data" and "x" in job.error.message
+    for more in ({"model": "gpt-4o"}, {"training_file": "file-" + "0" * 24}, {"method": {"type": "dpo"}},
+                 {"suffix": "../x"}, {"hyperparameters": {"n_epochs": 0}}):  # fmt: skip
+        body = {"model": "seedling", "training_file": bad.id, **more}
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.post("/fine_tuning/jobs", body=body, cast_to=object)
+        assert caught.value.status_code in (400, 404)

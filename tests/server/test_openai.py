@@ -1,0 +1,195 @@
+"""The official client's calls against the seedling and the real engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from luthier.model.speaker import Sampling
+from luthier.recipes.opened import Opened
+from tests.server.fakes import Running
+
+ASKED: list[Any] = [{"role": "user", "content": "What is 7 + 5?"}]
+
+
+def spoken(opened: Opened, prompt: Any, **more: Any) -> tuple[str, list[float]]:
+    """What the engine itself says."""
+    [answer] = opened.engine.speak([prompt], Sampling(stop_ids=opened.stop_ids, **more))
+    return opened.text(answer.tokens), answer.log_probs
+
+
+def test_a_chat_is_what_the_engine_says(client: OpenAI, opened: Opened) -> None:
+    for text in ("What is 7 + 5?", "Write as JSON: the cat is 3 years old", "Name a colour."):
+        made = client.chat.completions.create(
+            model="seedling", messages=[{"role": "user", "content": text}], temperature=0, max_tokens=24, logprobs=True,
+            top_logprobs=3,
+        )  # fmt: skip
+        said, log_probs = spoken(opened, opened.prompt(text), max_new_tokens=24)
+        [choice] = made.choices
+        assert choice.message.content == said and choice.finish_reason in ("stop", "length")
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        found = [each.logprob for each in choice.logprobs.content]
+        assert found == pytest.approx(log_probs[: len(found)], abs=1e-4)
+        assert all(len(each.top_logprobs) == 3 for each in choice.logprobs.content)
+        assert "".join(each.token for each in choice.logprobs.content) == said
+        assert made.usage is not None and made.usage.prompt_tokens == len(opened.prompt(text))
+        assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
+
+
+def test_a_stream_says_the_same_in_pieces(client: OpenAI) -> None:
+    more: dict[str, Any] = {"model": "seedling", "messages": ASKED, "seed": 5, "max_tokens": 30, "n": 3}
+    whole = client.chat.completions.create(**more)
+    texts, reasons, usage = ["", "", ""], ["", "", ""], None
+    with client.chat.completions.create(**more, stream=True, stream_options={"include_usage": True}) as stream:
+        for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+                reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert len(set(texts)) > 1, "choices draw apart"
+    assert usage is not None and whole.usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    again = client.chat.completions.create(**more)
+    assert [choice.message.content for choice in again.choices] == texts, "a seed repeats"
+
+
+def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
+    more: dict[str, Any] = {"model": "seedling", "prompt": "The ship", "temperature": 0, "max_tokens": 40}
+    text = client.completions.create(**more).choices[0].text
+    stop = text[5:8]
+    made = client.completions.create(**more, stop=[stop]).choices[0]
+    assert made.text == text[: text.index(stop)] and made.finish_reason == "stop"
+
+
+def test_a_given_form_is_kept(client: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"type": "integer"}},
+              "required": ["colour", "size"], "additionalProperties": False}  # fmt: skip
+    form: Any = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    for seed in range(3):
+        made = client.chat.completions.create(
+            model="seedling", messages=ASKED, response_format=form, seed=seed, max_tokens=60
+        )
+        if made.choices[0].finish_reason == "stop":
+            said = json.loads(made.choices[0].message.content or "")
+            assert set(said) == {"colour", "size"} and said["colour"] in ("red", "blue")
+    chosen = client.chat.completions.create(
+        model="seedling", messages=ASKED, extra_body={"guided_choice": ["twelve", "thirteen"]}
+    )
+    assert chosen.choices[0].message.content in ("twelve", "thirteen")
+    made = client.chat.completions.create(
+        model="seedling", messages=ASKED, extra_body={"structured_outputs": {"regex": "[0-9]{3}-[a-c]"}}
+    )
+    assert len(made.choices[0].message.content or "") == 5
+
+
+def test_a_tool_that_has_to_be_called_is_called(client: OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"],
+        "additionalProperties": False}}}]  # fmt: skip
+    made = client.chat.completions.create(
+        model="seedling", messages=ASKED, tools=tools, tool_choice="required", temperature=0, max_tokens=80
+    )
+    [choice] = made.choices
+    if choice.finish_reason != "length":
+        assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
+        [call] = choice.message.tool_calls
+        assert call.type == "function" and call.function.name == "add"
+        assert set(json.loads(call.function.arguments)) == {"a", "b"}
+        answered: Any = [*ASKED, choice.message.model_dump(exclude_none=True),
+                         {"role": "tool", "tool_call_id": call.id, "content": "12"}]  # fmt: skip
+        more = client.chat.completions.create(model="seedling", messages=answered, tools=tools, max_tokens=5)
+        assert more.choices[0].message.role == "assistant"
+
+
+@torch.no_grad()
+def test_prompts_are_scored_as_the_model_scores_them(client: OpenAI, opened: Opened) -> None:
+    text = "The ship left the harbour at dawn."
+    prompt = opened.prompt(text, raw=True)
+    logits = opened.model.module(input_ids=torch.from_numpy(prompt.astype(np.int64))[None]).logits[0]
+    following = torch.from_numpy(prompt[1:].astype(np.int64))[:, None]
+    wanted = torch.log_softmax(logits.float(), -1)[:-1].gather(1, following)[:, 0]
+    made = client.completions.create(model="seedling", prompt=prompt.tolist(), echo=True, logprobs=1, max_tokens=0)
+    scores = made.choices[0].logprobs
+    assert scores is not None and scores.token_logprobs is not None and scores.tokens is not None
+    assert scores.token_logprobs[0] is None and made.choices[0].text == opened.tokenizer.decode(prompt)
+    assert scores.token_logprobs[1:] == pytest.approx(wanted.tolist(), abs=1e-4)
+    more: dict[str, Any] = {"prompt": text, "echo": True, "logprobs": 0, "max_tokens": 1, "temperature": 0}
+    as_text = client.completions.create(model="seedling", **more)
+    told = as_text.choices[0].logprobs
+    assert told is not None and told.tokens is not None and told.text_offset is not None
+    assert as_text.choices[0].text.startswith(text)
+    assert "".join(told.tokens) == as_text.choices[0].text
+    rest = [as_text.choices[0].text[at:] for at in told.text_offset]
+    assert all(text.startswith(token) for text, token in zip(rest, told.tokens, strict=True))
+    assert told.token_logprobs is not None and told.token_logprobs[:-1] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_several_prompts_come_in_their_order_and_stream_side_by_side(client: OpenAI) -> None:
+    prompts = ["The ship", "One, two,", "My name is", "In the morning"]
+    more: dict[str, Any] = {"model": "seedling", "temperature": 0, "max_tokens": 12}
+    each = [client.completions.create(prompt=prompt, **more).choices[0].text for prompt in prompts]
+    together = client.completions.create(prompt=prompts, n=2, seed=1, **more)
+    assert [choice.text for choice in together.choices] == [text for text in each for _ in range(2)]
+    assert [choice.index for choice in together.choices] == list(range(8))
+    texts = [""] * 4
+    with client.completions.create(prompt=prompts, stream=True, **more) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+    assert texts == each
+    best = client.completions.create(model="seedling", prompt="The ship", n=2, best_of=6, seed=3, max_tokens=8)
+    assert len(best.choices) == 2
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"temprature": 1}, "unknown_parameter", "did you mean temperature"),
+    ({"functions": []}, "unsupported_parameter", "use tools"),
+    ({"temperature": "hot"}, "invalid_parameter", "temperature"),
+    ({"temperature": -1}, "invalid_parameter", "temperature"),
+    ({"n": 17}, "invalid_parameter", "n"),
+    ({"max_tokens": 100_000}, "recipe", "4096"),
+    ({"logit_bias": {"99999999": 1}}, "recipe", "logit_bias"),
+    ({"model": "seedlin"}, "not-served", "did you mean seedling"),
+    ({"response_format": {"type": "json_schema"}}, "invalid_parameter", "schema"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "recipe", "one of"),
+    ({"guided_regex": "("}, "recipe", "regular expression"),
+    ({"lora": [{"id": 3, "scale": 1}]}, "not-served", "id 3"),
+    ({"top_logprobs": 2}, "recipe", "logprobs"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]},
+     "invalid_parameter", "messages"),
+    ({"messages": []}, "invalid_parameter", "messages"),
+    ({"messages": [{"role": "user", "content": "x " * 5000}]}, "data", "tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "code", "words"), REFUSED, ids=[f"{next(iter(m))}-{code}" for m, code, _ in REFUSED])
+def test_what_cannot_be_done_is_refused_by_name(client: OpenAI, more: dict[str, Any], code: str, words: str) -> None:
+    body = {"model": "seedling", "messages": ASKED, **more}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.status_code in (400, 404)
+    assert caught.value.code == code and words in str(caught.value.message), caught.value.message
+
+
+def test_models_tokens_and_numbers(client: OpenAI, server: Running, opened: Opened) -> None:
+    assert [model.id for model in client.models.list()] == ["seedling"]
+    assert client.models.retrieve("seedling").owned_by == "luthier"
+    with server.client() as plain:
+        tokens = plain.post("/tokenize", json={"prompt": "The ship", "return_token_strs": True}).json()
+        assert tokens["tokens"] == opened.prompt("The ship", raw=True).tolist()
+        assert plain.post("/detokenize", json={"tokens": tokens["tokens"][1:]}).json() == {"prompt": "The ship"}
+        asked = plain.post("/tokenize", json={"messages": ASKED}).json()["tokens"]
+        assert asked == opened.prompt("What is 7 + 5?").tolist()
+        text = plain.get("/metrics").text
+    numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(numbers["luthier_tokens_said_total"]) > 100 and float(numbers["luthier_running"]) == 0
+    assert float(numbers["luthier_pages_held"]) == 0 and float(numbers["luthier_open"]) == 0
+    assert float(numbers["luthier_time_to_first_token_seconds_count"]) > 10

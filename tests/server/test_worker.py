@@ -1,0 +1,202 @@
+"""The engine's thread: order, cancelling, slow readers, admission, failures, the end. Nothing waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier.core.errors import DataError, RecipeError
+from luthier.infer.request import News, Request
+from luthier.server.errors import BusyError, DrainingError, EngineFailedError
+from luthier.server.worker import Ticket, Worker
+from tests.server.fakes import FakeEngine
+
+
+def asked(*tokens: int, **more: Any) -> Request:
+    return Request(prompt=np.array(tokens or (1,), np.int32), **more)
+
+
+def within(worker: Worker, work: Callable[[Worker], Awaitable[Any]]) -> Any:
+    async def whole() -> Any:
+        async with worker:
+            return await asyncio.wait_for(work(worker), 20)
+
+    return asyncio.run(whole())
+
+
+async def all_of(ticket: Ticket) -> list[News]:
+    found: list[News] = []
+    while news := await ticket.news():
+        found += news
+    return found
+
+
+def test_news_come_in_order_and_each_to_its_own_ticket() -> None:
+    engine = FakeEngine(lambda request: [int(request.prompt[0]) * 10 + place for place in range(5)])
+
+    async def work(worker: Worker) -> None:
+        tickets = await worker.submit([asked(each, choices=2) for each in range(1, 9)])
+        for ticket, news in zip(tickets, await asyncio.gather(*map(all_of, tickets)), strict=True):
+            first = int(ticket.request.prompt[0]) * 10
+            for choice in (0, 1):
+                said = [one.token for each in news if each.choice == choice for one in each.said]
+                assert said == [first + place for place in range(5)]
+        assert worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_a_closed_ticket_is_cancelled_before_the_next_step_but_one() -> None:
+    engine = FakeEngine(lambda _: range(10_000), pause=0.005)
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        await ticket.news()
+        before = engine.steps
+        ticket.close()
+        while engine.running:
+            await asyncio.sleep(0.001)
+        assert engine.steps <= before + 2 and engine.cancelled == [0] and worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_a_reader_that_does_not_keep_up_is_cancelled_and_told() -> None:
+    engine = FakeEngine(lambda request: range(int(request.prompt[0])))
+
+    async def work(worker: Worker) -> None:
+        slow, quick = await worker.submit([asked(50_000), asked(100)])
+        assert len(await all_of(quick)) == 100
+        while worker.open or engine.running:
+            await asyncio.sleep(0.001)
+        with pytest.raises(BusyError, match="waited to be read"):
+            await slow.news()
+        assert engine.cancelled == [0] and not engine.running
+
+    within(Worker(engine, buffer=1000), work)
+
+
+def test_more_than_it_can_hold_is_refused_and_room_comes_back() -> None:
+    engine = FakeEngine(lambda _: range(50), pause=0.001)
+
+    async def work(worker: Worker) -> None:
+        tickets = await worker.submit([asked(), asked(choices=3)])
+        with pytest.raises(BusyError, match="4 continuations are under way and 2 more"):
+            await worker.submit([asked(choices=2)])
+        [one] = await worker.submit([asked()])
+        await asyncio.gather(*map(all_of, [*tickets, one]))
+        [more] = await worker.submit([asked(choices=2)])
+        assert len(await all_of(more)) == 100
+
+    within(Worker(engine, rows=2, waiting=3), work)
+
+
+def test_what_the_engine_refuses_is_raised_where_it_was_asked() -> None:
+    class Refusing(FakeEngine):
+        def add(self, request: Request) -> int:
+            if request.prompt[0] == 7:
+                raise DataError("a prompt of 7")
+            return super().add(request)
+
+    engine = Refusing(lambda _: range(3))
+
+    async def work(worker: Worker) -> None:
+        with pytest.raises(DataError, match="a prompt of 7"):
+            await worker.submit([asked(1), asked(7), asked(2)])
+        while engine.running or worker.open:
+            await asyncio.sleep(0.001)
+        [ticket] = await worker.submit([asked(1)])
+        assert len(await all_of(ticket)) == 3
+
+    within(Worker(engine), work)
+
+
+def test_a_failed_continuation_ends_its_own_request_only() -> None:
+    class Failing(FakeEngine):
+        def step(self) -> list[News]:
+            news = super().step()
+            if 0 in self.running and self.steps == 2:
+                del self.running[0]
+                news = [News(0, 0, ended="failed", failure=RecipeError("no way on")), *news[1:]]
+            return news
+
+    engine = Failing(lambda _: range(5))
+
+    async def work(worker: Worker) -> None:
+        bad, good = await worker.submit([asked(1), asked(2)])
+        with pytest.raises(RecipeError, match="no way on"):
+            await all_of(bad)
+        assert len(await all_of(good)) == 5 and worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_after_a_failed_step_everybody_is_told_and_the_engine_goes_on() -> None:
+    failures: list[Exception | None] = [None, ValueError("x"), None]
+    engine = FakeEngine(lambda _: range(3), fail=lambda: failures.pop(0) if failures else None)
+
+    async def work(worker: Worker) -> None:
+        tickets = await worker.submit([asked(1), asked(2)])
+        for ticket in tickets:
+            with pytest.raises(EngineFailedError, match="ValueError"):
+                await all_of(ticket)
+        assert worker.open == 0 and sorted(engine.cancelled) == [0, 1]
+        [ticket] = await worker.submit([asked(3)])
+        assert len(await all_of(ticket)) == 3 and not worker.dead
+
+    within(Worker(engine), work)
+
+
+def test_after_three_failures_in_a_row_it_ends_and_nobody_waits() -> None:
+    engine = FakeEngine(lambda _: range(3), fail=lambda: ValueError("always"))
+    ended: list[bool] = []
+
+    async def work(worker: Worker) -> None:
+        worker.on_end = lambda: ended.append(True)
+        for _ in range(3):
+            [ticket] = await worker.submit([asked(1)])
+            with pytest.raises(EngineFailedError):
+                await all_of(ticket)
+        while not ended:
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineFailedError, match="has ended"):
+            await worker.submit([asked(1)])
+        with pytest.raises(EngineFailedError, match="has ended"):
+            await worker.do(lambda: 1)
+
+    within(Worker(engine), work)
+
+
+def test_work_between_steps_runs_on_the_engines_thread_and_raises_where_it_was_asked() -> None:
+    import threading
+
+    async def work(worker: Worker) -> None:
+        assert await worker.do(lambda: threading.current_thread().name) == "engine"
+        with pytest.raises(ZeroDivisionError):
+            await worker.do(lambda: 1 / 0)
+
+    within(Worker(FakeEngine(lambda _: [1])), work)
+
+
+def test_who_still_waits_at_the_end_is_told() -> None:
+    engine = FakeEngine(lambda _: range(100_000), pause=0.001)
+    tickets: list[Ticket] = []
+
+    async def work(worker: Worker) -> None:
+        tickets.extend(await worker.submit([asked()]))
+        worker.draining = True
+        with pytest.raises(DrainingError, match="1 continuations under way"):
+            await worker.submit([asked()])
+
+    worker = Worker(engine)
+    within(worker, work)
+
+    async def after() -> None:
+        with pytest.raises(DrainingError, match="has stopped"):
+            await all_of(tickets[0])
+
+    asyncio.run(after())
