@@ -87,19 +87,15 @@ def _made(operation: type[torch.autograd.Function], *given: Any) -> Any:
 
 
 def _are_bare(products: tuple[Product, ...]) -> bool:
-    """Whether there is no graph and nothing of one adapter's own: most of the time when text is made."""
-    return not torch.is_grad_enabled() and all(product.term is None for product in products)
+    """Whether there is no graph and nothing is on the layers: most of the time when text is made."""
+    return not torch.is_grad_enabled() and all(each.term is None and each.around is None for each in products)
 
 
 def _bare_products(
     x: Float[Tensor, "n in"], products: tuple[Product, ...], backend: Backend
 ) -> list[Float[Tensor, "n _"]]:
-    """What `Products` makes of layers without a term."""
-    found = backend.products(x, [(product.weight, product.bias) for product in products])
-    for product, y in zip(products, found, strict=True):
-        if product.thin is not None:
-            product.thin.add(x, y)
-    return found
+    """What `Products` makes of bare layers."""
+    return backend.products(x, [(product.weight, product.bias) for product in products])
 
 
 class _Unkept:
