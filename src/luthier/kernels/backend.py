@@ -211,6 +211,12 @@ class Backend(ABC):
     ) -> Float[Tensor, "n out"]:
         """x W^T + b, without a backward pass."""
 
+    def products(
+        self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Float[Tensor, "n _"]]:
+        """`product` with each of several weights and biases."""
+        return [self.product(x, weight, bias) for weight, bias in layers]
+
     @property
     @abstractmethod
     def few(self) -> int:

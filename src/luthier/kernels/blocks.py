@@ -38,6 +38,8 @@ def normed_products(
     x: Float[Tensor, "n d"], norm: Float[Tensor, " d"], eps: float, products: tuple[Product, ...], backend: Backend
 ) -> tuple[Float[Tensor, "n _"], ...]:
     """The products of the normed `x`, with gradients for `x`, the norm, the weights and the adapters' factors."""
+    if _are_bare(products):
+        return tuple(_bare_products(backend.norm(x, norm, eps)[0], products, backend))
     outputs: tuple[Tensor, ...] = _made(_NormedProducts, x, norm, eps, backend, _factors(products), *_flat(products))
     return outputs
 
@@ -46,6 +48,8 @@ def added_product(
     x: Float[Tensor, "n d"], inner: Float[Tensor, "n in"], product: Product, backend: Backend
 ) -> Float[Tensor, "n d"]:
     """`x` and the product of `inner`."""
+    if _are_bare((product,)):
+        return _bare_products(inner, (product,), backend)[0].add_(x)
     added: Tensor = _made(_AddedProduct, x, inner, backend, _factors((product,)), *product.tensors())
     return added
 
@@ -58,6 +62,9 @@ def gated_feed_forward(
     backend: Backend,
 ) -> Float[Tensor, "n d"]:
     """`x` and the gated feed-forward of the normed `x`; the products are gate, up and down."""
+    if _are_bare(products):
+        gate, up = _bare_products(backend.norm(x, norm, eps)[0], products[:2], backend)
+        return _bare_products(backend.gated(gate, up), products[2:], backend)[0].add_(x)
     made: Tensor = _made(_GatedFeedForward, x, norm, eps, backend, _factors(products), *_flat(products))
     return made
 
@@ -77,6 +84,18 @@ def _made(operation: type[torch.autograd.Function], *given: Any) -> Any:
     """What an operation makes of its arguments; without a graph its forward pass alone, as keeping books takes longer
     than a small product."""
     return operation.apply(*given) if torch.is_grad_enabled() else operation.forward(_Unkept(), *given)
+
+
+def _are_bare(products: tuple[Product, ...]) -> bool:
+    """Whether there is no graph and nothing is on the layers: most of the time when text is made."""
+    return not torch.is_grad_enabled() and all(each.term is None and each.around is None for each in products)
+
+
+def _bare_products(
+    x: Float[Tensor, "n in"], products: tuple[Product, ...], backend: Backend
+) -> list[Float[Tensor, "n _"]]:
+    """What `Products` makes of bare layers."""
+    return backend.products(x, [(product.weight, product.bias) for product in products])
 
 
 class _Unkept:

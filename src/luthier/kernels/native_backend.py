@@ -40,7 +40,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
-    "product": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
@@ -226,14 +226,21 @@ class NativeBackend(Backend):
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
+        return self.products(x, ((weight, bias),))[0]
+
+    def products(
+        self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Float[Tensor, "n _"]]:
         rows, size = x.shape
-        if not 0 < rows <= FEW or not _are_plain(x, weight):
-            return F.linear(x, weight, bias)
-        outs = weight.shape[0]
-        out = x.new_empty(rows, outs)
-        added = None if bias is None else bias.to(x.dtype).contiguous()
-        self._call("product", x.dtype, x.contiguous(), weight, added, out, rows, size, outs)
-        return out
+        if not 0 < rows <= FEW or len(layers) > 3 or not all(_are_plain(x, *layer) for layer in layers):
+            return [F.linear(x, weight, bias) for weight, bias in layers]
+        sizes = [weight.shape[0] for weight, _ in layers]
+        found = [x.new_empty(rows, outs) for outs in sizes]
+        given = [each for (weight, bias), y in zip(layers, found, strict=True) for each in (weight, bias, y)]
+        missing = 3 - len(layers)
+        x = x.contiguous()
+        self._call("products", x.dtype, x, *given, *[None] * 3 * missing, rows, size, *sizes, *[0] * missing)
+        return found
 
     @property
     def few(self) -> int:
@@ -242,11 +249,12 @@ class NativeBackend(Backend):
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
     ) -> Float[Tensor, "n out"]:
-        if not len(x) or x.dtype not in _PRECISIONS:
+        (rows, size), outs = x.shape, codes.shape[0]
+        if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
-        out = x.new_empty(len(x), len(codes))
+        out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
-        self._call("product_of_bytes", x.dtype, *given, out, *x.shape, len(codes))
+        self._call("product_of_bytes", x.dtype, *given, out, rows, size, outs)
         return out
 
     def product_of_codes(
@@ -258,13 +266,14 @@ class NativeBackend(Backend):
         block: int,
         outs: int,
     ) -> Float[Tensor, "n out"]:
-        if not len(x) or x.dtype not in _PRECISIONS or block % 2 or x.shape[1] % 2:
+        rows, size = x.shape
+        if not rows or x.dtype not in _PRECISIONS or block % 2 or size % 2:
             # Two rows, or two blocks, in one byte have no place in the C++.
             return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
-        out = x.new_empty(len(x), outs)
+        out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes, scales.numbers, scales.codes, scales.levels, levels)
         mean = 0.0 if scales.mean is None else float(scales.mean)
-        sizes = (mean, scales.group, *x.shape, outs, block)
+        sizes = (mean, scales.group, rows, size, outs, block)
         self._call("product_of_codes", x.dtype, *given, out, *sizes)
         return out
 
@@ -276,7 +285,7 @@ class NativeBackend(Backend):
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a function with pointers for tensors; they live at least as long as the call."""
-        plain = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        plain = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
         if self._functions[name, dtype](*plain):
             raise torch.OutOfMemoryError(f"no memory for the workspace of {name} in C++")
 
@@ -292,11 +301,12 @@ def _places(runs: Sequence[Run], seen: Seen | None) -> tuple[Tensor, Tensor | No
     return starts, firsts, ranges, len(lengths), seen.outside
 
 
-def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"]) -> bool:
-    """Whether both are numbers as the C++ reads them, and the weight is what it looks like: a packed one is a tensor
+def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> bool:
+    """Whether these are numbers as the C++ reads them, and the weight is what it looks like: a packed one is a tensor
     too."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
-    return plain and x.dtype in _PRECISIONS and weight.dtype == x.dtype
+    dtype = x.dtype
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
+    return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

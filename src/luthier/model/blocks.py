@@ -96,13 +96,16 @@ class Blocks:
             with routed(embed, plan.routes):
                 x = embed(tokens[None])[0]
         angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
+        halves = tuple(angle[0, :, : self.head_size // 2].contiguous() for angle in angles)
         layers = list(body.get_submodule("layers").children())
         watched = _is_watched(body)
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
         for index, layer in enumerate(layers):
             wanted = rows if index == len(layers) - 1 else None
-            block = partial(self._block, layer, angles=angles, plan=plan, rows=wanted, watched=watched)
+            block = partial(
+                self._block, layer, angles=angles, halves=halves, plan=plan, rows=wanted, watched=watched
+            )
             # The tensor is an argument of its own: it says of which device random numbers are put back.
             x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
         last = body.get_submodule("norm")
@@ -117,6 +120,7 @@ class Blocks:
         layer: nn.Module,
         x: Float[Tensor, "T d"],
         angles: tuple[Tensor, Tensor],
+        halves: tuple[Tensor, ...],
         plan: ForestPlan,
         rows: Int[Tensor, " N"] | None,
         *,
@@ -128,7 +132,7 @@ class Blocks:
                 out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
             states: Tensor = (out if isinstance(out, Tensor) else out[0])[0]
             return states if rows is None else states.index_select(0, rows)
-        attention, norm = layer.get_submodule("self_attn"), layer.get_submodule("input_layernorm")
+        attention, norm = _inner(layer, "self_attn"), _inner(layer, "input_layernorm")
         outer = _attention_layers(attention, plan.routes)
         inner = _feed_layers(layer, plan.routes)
         routes = plan.routes
@@ -141,7 +145,7 @@ class Blocks:
             x = x + attended[0][0]
         else:
             products = tuple(each.product(routes) for each in outer[:3])
-            heads = self._attended(attention, norm, x, angles, plan, products)
+            heads = self._attended(attention, norm, x, halves, plan, products)
             if rows is not None and inner is not None:
                 # Not before a module of the zoo: what it drops must not depend on who asks.
                 x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
@@ -155,7 +159,7 @@ class Blocks:
         attention: nn.Module,
         norm: nn.Module,
         x: Float[Tensor, "T d"],
-        angles: tuple[Tensor, Tensor],
+        halves: tuple[Tensor, ...],
         plan: ForestPlan,
         products: tuple[Product, ...],
     ) -> Float[Tensor, "T q"]:
@@ -163,9 +167,9 @@ class Blocks:
         weight, eps = _norm(norm)
         heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products, self.backend)]
         query, key = heads[0], heads[1]
-        if _names(attention) >= _HEAD_NORMS:
+        if "q_norm" in attention._modules and "k_norm" in attention._modules:
             query, key = attention.get_submodule("q_norm")(query), attention.get_submodule("k_norm")(key)
-        cosines, sines = (angle[0, :, : self.head_size // 2] for angle in angles)
+        cosines, sines = halves
         query, key = (rotated(each, cosines, sines, self.backend) for each in (query, key))
         layer = int(attention.layer_idx)  # type: ignore[arg-type]
         call, value = self.calls[layer], heads[2]
@@ -193,7 +197,7 @@ class Blocks:
     def _fed_forward(
         self, layer: nn.Module, x: Float[Tensor, "n d"], layers: tuple[Layer, ...] | None, routes: Routes | None
     ) -> Float[Tensor, "n d"]:
-        norm, feed = layer.get_submodule("post_attention_layernorm"), layer.get_submodule("mlp")
+        norm, feed = _inner(layer, "post_attention_layernorm"), _inner(layer, "mlp")
         if layers is None:
             # As the zoo calls it, with a batch of one.
             with routed(feed, routes):
@@ -213,7 +217,7 @@ def _attention_layers(attention: nn.Module, routes: Routes | None) -> tuple[Laye
 
 def _feed_layers(layer: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:
     """Gate, up and down, or None when something is around them, or on them, that is no low-rank term."""
-    feed = layer.get_submodule("mlp")
+    feed = _inner(layer, "mlp")
     if isinstance(feed, EditedModule):
         active = set(feed.edits) - feed.disabled if routes is None else feed.own(routes.every)
         if active:
@@ -247,7 +251,18 @@ def _is_rms_norm(module: object) -> bool:
 
 
 def _norm(module: nn.Module) -> tuple[Tensor, float]:
-    return module.get_parameter("weight"), float(vars(module)["variance_epsilon"])
+    weight = module._parameters["weight"]
+    if weight is None:
+        raise ValueError(f"{type(module).__name__} has no weight")
+    return weight, float(vars(module)["variance_epsilon"])
+
+
+def _inner(module: nn.Module, name: str) -> nn.Module:
+    """What `get_submodule` finds, straight from where it is kept: a step of a text asks a hundred times."""
+    found = module._modules[name]
+    if found is None:
+        raise ValueError(f"{type(module).__name__} has no {name}")
+    return found
 
 
 def _dropout(attention: nn.Module) -> float:

@@ -57,7 +57,9 @@ def low_rank_layers(holder: nn.Module, names: Iterable[str], routes: Routes | No
 
 
 def _plain(module: nn.Module | None) -> Layer | None:
-    return None if module is None else Layer(module.get_parameter("weight"), module._parameters.get("bias"), {})
+    # Straight from where a module keeps them: the ways to ask it take longer than a small product.
+    weight = None if module is None else module._parameters["weight"]
+    return None if module is None or weight is None else Layer(weight, module._parameters.get("bias"), {})
 
 
 def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:

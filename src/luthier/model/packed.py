@@ -105,8 +105,11 @@ class PackedWeight(Tensor):
     ) -> Any:
         given = dict(kwargs or {})
         if func is F.linear and isinstance(args[1], cls):
+            bias = args[2] if len(args) > 2 else given.get("bias")
+            if not torch.is_grad_enabled():
+                return _product(args[0], args[1], bias)
             # By itself autograd would keep what the transposed weight was unpacked to.
-            return _PackedProduct.apply(args[0], args[1], args[2] if len(args) > 2 else given.get("bias"))
+            return _PackedProduct.apply(args[0], args[1], bias)
         if func is torch.addmm and isinstance(args[2], cls) and args[2].transposed and not given:
             return _PackedProduct.apply(args[1], args[2], args[0])
         with torch._C.DisableTorchFunctionSubclass():

@@ -1,4 +1,4 @@
-// x W^T + b for a few rows of x: see few.h. W is as it is, in float or bfloat16.
+// x W^T + b for a few rows of x and one weight or several: see few.h. W is as it is, in float or bfloat16.
 
 #include "few.h"
 
@@ -30,20 +30,34 @@ template <typename Kind, typename T> struct Plain {
     float finish(int64_t out, float sum) const { return bias == nullptr ? sum : sum + widen(bias[out]); }
 };
 
-template <typename T> int product_of_few(const T* x, const T* weight, const T* bias, T* y, int64_t n, int64_t size, int64_t outs) {
+// Up to three products of the same rows; the first that has no weight is the end.
+template <typename T> struct Wanted {
+    const T* weight;
+    const T* bias;
+    T* y;
+    int64_t outs;
+};
+
+template <typename T> int products_of_few(const T* x, const Wanted<T> (&wanted)[3], int64_t n, int64_t size) {
     typedef typename KindOf<T>::Kind Kind;
     const FewRows<Kind, T> rows(x, n, size);
-    return few<Kind, T>(Plain<Kind, T>{weight, bias, size, outs}, rows, y, outs);
+    for (const Wanted<T>& one : wanted) {
+        if (one.weight == nullptr) break;
+        if (few<Kind, T>(Plain<Kind, T>{one.weight, one.bias, size, one.outs}, rows, one.y, one.outs)) return 1;
+    }
+    return 0;
 }
 
 }  // namespace
 
-extern "C" int product_float32(const float* x, const float* weight, const float* bias, float* y, int64_t n,
-                               int64_t size, int64_t outs) {
-    return product_of_few(x, weight, bias, y, n, size, outs);
-}
+#define FOR_BOTH(T, NAME)                                                                                              \
+    extern "C" int products_##NAME(const T* x, const T* weight, const T* bias, T* y, const T* second_weight,           \
+                                   const T* second_bias, T* second_y, const T* third_weight, const T* third_bias,      \
+                                   T* third_y, int64_t n, int64_t size, int64_t outs, int64_t second_outs,             \
+                                   int64_t third_outs) {                                                               \
+        return products_of_few<T>(x, {{weight, bias, y, outs}, {second_weight, second_bias, second_y, second_outs},    \
+                                      {third_weight, third_bias, third_y, third_outs}}, n, size);                      \
+    }
 
-extern "C" int product_bfloat16(const bf16* x, const bf16* weight, const bf16* bias, bf16* y, int64_t n, int64_t size,
-                                int64_t outs) {
-    return product_of_few(x, weight, bias, y, n, size, outs);
-}
+FOR_BOTH(float, float32)
+FOR_BOTH(bf16, bfloat16)

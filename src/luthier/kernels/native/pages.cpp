@@ -249,7 +249,9 @@ int attend(const T* query, const T* keys, const T* values, T* out, const Call& c
     const Plan plan(call);
     const int64_t size = call.size, steps = size / Step::NUMBERS, lanes = up_to(size, LANES), share = call.share();
     const int64_t wide = up_to(size, Kind::WIDE), apart = share * (wide + 2), most_keys = up_to(plan.most_keys, LANES);
-    const int64_t tokens = plan.tokens.size(), tasks = plan.tasks.size(), runs = tokens > 0 ? RUN : 0;
+    // Keys are only copied where they cannot be read as they lie.
+    const int64_t runs = sizeof(T) == sizeof(Number) && wide == size ? 0 : RUN;
+    const int64_t tokens = plan.tokens.size(), tasks = plan.tasks.size();
     std::vector<float> kept(plan.slots * apart);
     const int64_t rows = most_keys > 0 ? BLOCK : 0;
     const Rooms rooms(4 * (3 * most_keys * lanes + 2 * rows * most_keys + rows * (steps + lanes)) +
