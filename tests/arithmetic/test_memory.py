@@ -36,7 +36,7 @@ from luthier.core.chosen import choose
 from luthier.data.forest import Forest, row_tree
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
-from luthier.recipes.memory import decoder_of, work_of
+from luthier.recipes.sizes import decoder_of, work_of
 from luthier.train.source import MicroBatch
 
 SIZES = {
@@ -85,7 +85,7 @@ def laid_out(
     weights = np.ones(LENGTH, dtype=np.float32)
     weights[: LENGTH // 2] = 0
     forest = Forest(tuple(row_tree(rng.integers(3, 128, LENGTH).astype(np.int32), weights) for _ in range(ROWS)))
-    work = work_of(model, attachment, MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH), 0.5)
+    work = work_of(model, attachment, MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH), TOKENS // 2)
     return kept_by_autograd(model, forest), kept(decoder_of(model), replace(work, recomputed=recomputed))
 
 

@@ -63,4 +63,4 @@ def test_what_does_not_fit_together_is_refused(finished: Path, tmp_path: Path) -
     bad = tmp_path / "bad.json"
     bad.write_text("[1]")
     luthier(*ask, "--schema", bad).must(65, "holds a list; a JSON object: a schema")
-    luthier(*ask, "--adapter", tmp_path, "--beside", finished).must(2, "--adapter and --beside were given")
+    luthier(*ask, "--adapter", tmp_path, "--beside", finished).must(2, "were given; one of them")

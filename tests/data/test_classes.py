@@ -129,6 +129,37 @@ def test_a_class_that_only_held_out_rows_have_is_an_error(tmp_path: Path) -> Non
     assert (len(made.train), len(made.held_out)) == (5, 2)
 
 
+TOLD = "stay in training: no other row there has their class"
+
+
+@pytest.mark.parametrize("reserve", [0.0, 0.3])
+def test_a_draw_leaves_every_class_in_training(tmp_path: Path, reserve: float) -> None:
+    """Breaks when a class that few rows have ends the run for some seeds, or stays in training without a word."""
+    few = [(f"text {index}", "rare" if index in (3, 4) else "good" if index % 2 else "bad") for index in range(12)]
+    path = labelled(tmp_path / "a.jsonl", [*few, ("one of its kind", "single")])
+    told = 0
+    for seed in range(12):
+        made = prepare(path, bert(), ENCODER, fraction=0.4, reserve=reserve, seed=seed, cache=tmp_path / "cache")
+        assert set(names(made)) == {"bad", "good", "rare", "single"}
+        said = [each for each in made.notices if TOLD in each]
+        back = int(said[0].partition(" ")[0]) if said else 0
+        if reserve == 0:
+            assert len(made.held_out) == round(0.4 * 13) - back
+        told += len(said)
+    assert 2 < told < 12 or reserve
+
+
+def test_copies_of_a_row_come_back_together(tmp_path: Path) -> None:
+    """Breaks when a copy of a row that came back is what the model is judged by."""
+    path = labelled(tmp_path / "a.jsonl", [*[("same", "rare")] * 3, *[(f"text {n}", "ab"[n % 2]) for n in range(9)]])
+    told = 0
+    for seed in range(8):
+        made = prepare(path, bert(), ENCODER, fraction=0.4, seed=seed, cache=tmp_path / "cache")
+        assert names(made).count("rare") == 3
+        told += any(TOLD in each and each.startswith("3 rows") for each in made.notices)
+    assert told
+
+
 def test_the_classes_of_a_trained_model_are_kept(tmp_path: Path) -> None:
     path = labelled(tmp_path / "a.jsonl", [("a", "x"), ("b", "x")])
     known = Reading(kind="encoder", classes=("z", "x"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from luthier.core.errors import RecipeError
 from luthier.model.sites import find_sites
@@ -117,3 +118,17 @@ def test_a_recurrent_model_has_sites_and_no_heads() -> None:
     sites = find_sites(forests.mamba())
     assert (sites.heads, sites.key_value_heads, sites.head_size, sites.layers) == (0, 0, 0, LAYERS)
     assert sites.select("all-linear")
+
+
+@pytest.mark.parametrize(("readers", "sayers"), [(2, 2), (3, 3), (2, 4)])
+def test_a_list_of_parts_within_a_block_is_no_list_of_blocks(readers: int, sayers: int) -> None:
+    """Breaks when the two parts of a block of T5 count as layers, or a decoder of another depth has no blocks."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=HIDDEN, d_kv=8, d_ff=48, num_heads=4, num_layers=readers,
+        num_decoder_layers=sayers,
+    )  # fmt: skip
+    sites = find_sites(transformers.T5ForConditionalGeneration(config))
+    blocks = [f"encoder.block.{layer}" for layer in range(readers)]
+    blocks += [f"decoder.block.{layer}" for layer in range(sayers)]
+    assert [site.name for site in sites.role("block")] == blocks
+    assert (sites.layers, sites.root_layers) == (readers + sayers, sayers)

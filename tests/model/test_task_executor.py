@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.adapters.full import Full
 from luthier.core.errors import DataError, RecipeError
@@ -15,6 +17,7 @@ from luthier.model.edits import Edit, LearnedPrompt
 from luthier.model.executor import Entry
 from luthier.model.task_executor import run_task, task_head_of
 from luthier.model.tasks import Task
+from luthier.recipes.opened import require_room
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
 
@@ -91,6 +94,58 @@ def test_answers_share_the_work_of_the_encoder_and_nothing_else() -> None:
     model.token_outputs(Forest((tree,)))
     handle.remove()
     assert read == [len(tree.segments[0].tokens)]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("mpnet", 2), ("roberta", 2), ("bert", 0), ("bart", 0), ("deberta", 0)])
+def test_positions_that_stand_for_padding_are_no_room(name: str, kept: int) -> None:
+    """Breaks when a row is let in that is longer than the positions it is given, and a lookup fails midway."""
+    task = ANSWERS if name == "bart" else WORDS
+    model = task_models.language_model(name, task)
+    rows = model.context_tokens
+    assert rows == 128 and model.executor.entry.first_position == kept
+    require_room(np.array([rows - kept]), model)
+    if kept:
+        with pytest.raises(RecipeError, match="126 positions"):
+            require_room(np.array([rows - kept + 1]), model)
+    if name in ("mpnet", "roberta", "bert"):
+        for size in (rows - kept, rows - kept + 1):
+            labels, ones = np.zeros(size, np.int32), np.ones(size, np.float32)
+            row = Tree((Segment(np.full(size, 7, np.int32), ones, labels=labels),))
+            if size <= rows - kept:
+                model.token_outputs(Forest((row,)))
+            else:
+                with pytest.raises((IndexError, RuntimeError)):
+                    model.token_outputs(Forest((row,)))
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple) else (out,)
+        self.found |= {tuple(each.shape) for each in made if torch.is_tensor(each)}
+        return out
+
+
+def test_no_tensor_is_made_for_all_pairs_of_answers_and_texts() -> None:
+    """Breaks when the decoder's reading takes a bias of zeros from the zoo, which grows with the square of a batch."""
+    model = task_models.language_model("t5", ANSWERS)
+    trees = task_models.trees(ANSWERS, both_ways=True)
+    read = sum(len(tree.segments[0].tokens) for tree in trees)
+    said = sum(len(segment.tokens) for tree in trees for segment in tree.segments[1:])
+    with Shapes() as shapes:
+        model.token_outputs(Forest(tuple(trees)))
+    assert (1, said, forests.HIDDEN) in shapes.found
+    assert not [shape for shape in shapes.found if len(shape) == 4 and shape[2:] == (said, read)]
+    own = [name for name, module in model.module.named_modules() if "compute_bias" in module.__dict__]
+    assert not own
+    readers = [module for name, module in model.module.named_modules() if name.endswith("EncDecAttention")]
+    assert not any(reader.has_relative_attention_bias for reader in readers)
 
 
 class Prompt(LearnedPrompt):

@@ -4,8 +4,10 @@ Idea: a token's work is that of the matrix products it goes through. Each is mad
 gradient of its input if anything that is trained lies below, and once more for its own gradient if it is trained. So a
 frozen base costs 4 FLOPs a parameter where full tuning costs 6, and layers below the lowest adapter cost 2.
 Equation: linear layer: 2 in out (1 + below + trained); low-rank term: 2 r (2 in + 3 out + below in); attention:
-    4 c q (1 + 2.5 below) for c attended positions and q, heads times head size; the head: as a linear layer, for the
-    share of tokens that are predicted. Limit: tokens / max(FLOPs / matrix rate, bytes / bandwidth).
+    4 c q (1 + 2.5 below) for c attended positions and q, heads times head size; all of it for the share of tokens that
+    goes there: the head sees those that are predicted, an encoder texts, a decoder above it answers. A token attends to
+    half of its text from left to right, to all of it both ways, and an answer's to all of the text it reads. Limit:
+    tokens / max(FLOPs / matrix rate, bytes / bandwidth).
 Source: multiplication and addition count as 2; the backward pass of flash attention computes its products anew, hence
     2.5 (arXiv 2205.14135). What recomputation, padding or logits without a label would add need not be done.
 """
@@ -43,19 +45,23 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Attention of one layer: `width` is heads times head size, `context` the mean of positions a token attends to."""
+    """Attention of one layer: `width` is heads times head size, `context` the mean of positions a token attends to.
+
+    `share` is the part of all tokens that attend here.
+    """
 
     width: int
     context: float
     below: bool = True
+    share: float = 1.0
 
     def flops(self) -> float:
         """FLOPs of a token, forward and backward."""
-        return 4 * self.context * self.width * (1 + 2.5 * self.below)
+        return self.forward() * (1 + 2.5 * self.below)
 
     def forward(self) -> float:
         """FLOPs of a token in a forward pass."""
-        return 4 * self.context * self.width
+        return self.share * 4 * self.context * self.width
 
 
 def flops_per_token(linears: Sequence[Linear], attentions: Sequence[Attention]) -> float:

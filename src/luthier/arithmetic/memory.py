@@ -2,7 +2,8 @@
 
 Idea: what a backward pass needs is decided by the shapes of a decoder block, so the peak of a step can be told before
 it is made. Counted is what autograd keeps until a layer's backward pass, tensor by tensor, for a block of attention and
-feed-forward, run by our operations (kernels/blocks.py) or as the zoo writes it, with flash attention over segments.
+feed-forward, run by our operations (kernels/blocks.py), or as the zoo writes it where an edit sends half of such a
+block there, with flash attention over segments. Blocks of any other shape have counts instead (counted.py).
 Equation: a fused block keeps for each token 2 d (the residual stream before each half) + 2 q + 2 kv (queries, keys,
     values and the attention's output) + 2 f (gate and up), one number a norm and head, and the ranks of its adapters;
     the last block's feed-forward does for the tokens that predict something; a recomputed block keeps d. The zoo's
@@ -50,11 +51,12 @@ class Decoder:
 @dataclass(frozen=True, kw_only=True)
 class Output:
     """How the head works: whether its slopes replace its logits, how many rows of it are trained where it is frozen,
-    whether it shares its weight with the embedding, and whether the norm before it is ours though blocks are not, so
-    that it sees only the rows that are predicted."""
+    whether something is done to its logits, in float32, whether it shares its weight with the embedding, and whether
+    the norm before it is ours though blocks are not, so that it sees only the rows that are predicted."""
 
     in_place: bool = False
     rows: int = 0
+    wide: bool = False
     tied: bool = False
     own_norm: bool = False
 
@@ -124,7 +126,7 @@ def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
     """
     everything, layers, again = kept(decoder, work), decoder.layers, work.recomputed
     block, last = _block(decoder, work), _last_block(decoder, work)
-    yield Peak(kept=everything, working=_head(decoder, work))
+    yield Peak(kept=everything, working=head_at_work(decoder, work))
     made = last if again == layers else 0
     below = everything + made - _states(decoder, work)
     yield Peak(kept=below, working=_feed_forward_backward(decoder, work, work.last_tokens))
@@ -195,15 +197,19 @@ def _states(decoder: Decoder, work: Work) -> int:
 
 
 def _feed_forward_backward(decoder: Decoder, work: Work, tokens: int) -> int:
-    """Beside what a block keeps: the gradients of gate and up, of the stream and of the norm, the norm made again.
-
-    Weights that are trained have their own gradients there before they are added to those of earlier passes; that of a
-    tied head waits for the embedding's.
-    """
+    """Beside what a block keeps: the gradients of gate and up, of the stream and of the norm, the norm made again."""
     number = decoder.bytes
     wide = 2 * decoder.inner + 3 * decoder.hidden if work.fused else 3 * decoder.inner + 2 * decoder.hidden
-    own = (3 * decoder.inner + work.output.tied * decoder.vocabulary) * decoder.hidden * number * work.trains_base
-    return tokens * wide * number + own
+    return tokens * wide * number + own_gradients(decoder, work)
+
+
+def own_gradients(decoder: Decoder, work: Work) -> int:
+    """Gradients of a feed-forward's weights where they are trained, before they are added to those of earlier passes.
+
+    That of a tied head waits for the embedding's.
+    """
+    weights = 3 * decoder.inner + work.output.tied * decoder.vocabulary
+    return weights * decoder.hidden * decoder.bytes * work.trains_base
 
 
 def _attention_backward(decoder: Decoder, work: Work) -> int:
@@ -213,18 +219,18 @@ def _attention_backward(decoder: Decoder, work: Work) -> int:
     return work.tokens * (max(decoder.query + heads, 3 * decoder.hidden) + decoder.hidden + joined) * number
 
 
-def _head(decoder: Decoder, work: Work) -> int:
+def head_at_work(decoder: Decoder, work: Work) -> int:
     """A chunk of logits at work beside the one before it, and the states that it is made from.
 
     Slopes take the place of logits where `in_place`; that of float32 logits, beside the rounded ones, where rows are
-    trained; else they are float32 with exponentials beside them. A head that is trained keeps the slopes of whole
-    chunks in as much memory as its gradient takes, and adds that gradient and a chunk's part of it before and after
-    scaling.
+    trained or the logits are changed (a bias, a factor, a cap); else they are float32 with exponentials beside them. A
+    head that is trained keeps the slopes of whole chunks in as much memory as its gradient takes, and adds that
+    gradient and a chunk's part of it before and after scaling.
     """
     rows, number = min(HEAD_ROWS, work.predicted), decoder.bytes
     chunks = 2 if work.predicted > rows else 1
     rounded = number if number < _WIDE else 0
-    each = chunks * number if not work.output.rows else chunks * _WIDE + rounded
+    each = chunks * _WIDE + rounded if work.output.rows or work.output.wide else chunks * number
     passing = rows * decoder.vocabulary * (each if work.output.in_place else (chunks + 1) * _WIDE + rounded)
     states = work.predicted * decoder.hidden * number
     if not work.trains_base:

@@ -93,10 +93,7 @@ def generate(
         from luthier.recipes.opened import open_named
 
     prompts = _prompts(prompt or [])
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
-    if adapter and beside:
-        raise RecipeError("--adapter and --beside were given", do="name a run that has the adapter in place of both")
+    _check(precision, adapter, beside or [])
     form = _Form(_schema(schema), regex, tuple(one_of or ()))
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -117,6 +114,17 @@ def generate(
         answers.append([[(opened.text(one.tokens, sampling.stop), one) for one in own] for own in spoken])
     show = _print_json if json else _print_beside if len(names) > 1 else _print
     show(names, prompts, answers)
+
+
+def _check(precision: str, adapter: str | None, beside: Sequence[str]) -> None:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
+    if adapter and beside:
+        raise RecipeError(
+            f"--adapter {adapter} and --beside {beside[0]} were given",
+            allowed="one of them",
+            do="name a run that has the adapter",
+        )
 
 
 def _prompts(given: Sequence[str]) -> list[str]:

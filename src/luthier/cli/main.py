@@ -26,6 +26,7 @@ from luthier.cli import (
     evaluate,
     generate,
     init,
+    lint,
     quantize,
     resume,
     serve,
@@ -52,6 +53,7 @@ app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("lint")(lint.lint)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)

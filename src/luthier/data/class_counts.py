@@ -59,6 +59,16 @@ class ClassCounts:
         return found
 
 
+def classes_of_rows(store: TokenStore) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and a class of each, in the order of rows; a row with several classes comes once for each of them."""
+    labels = np.asarray(store.labels)
+    places = np.flatnonzero(labels >= 0)
+    views = np.searchsorted(store.offsets, places, side="right") - 1
+    count = len(store.classes)
+    pairs = np.unique(np.asarray(store.rows)[views].astype(np.int64) * count + labels[places])
+    return pairs // count, pairs % count
+
+
 def demand_classes(store: TokenStore, held: NDArray[np.bool_], where: Callable[[int], str]) -> None:
     """Raise DataError where training rows have a single class, or a held-out row (`held`, by view) has one of its own.
 
@@ -93,7 +103,6 @@ def _unknown(count: int, first: str, trained: Sequence[str], where: str) -> Data
         f"{count:,} held-out {'row has a class' if count == 1 else 'rows have classes'} that no training row has, "
         f"first {first!r}",
         allowed=shown(trained),
-        do="add training rows of this class or take these rows out; where rows are drawn for evaluation "
-        "(evaluation.fraction), another seed may leave one of them in training",
+        do="add training rows of this class or take these rows out",
         where=where,
     )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from luthier.core.errors import CorruptError, DataError, RecipeError
 from luthier.core.paths import cache_folder
 from luthier.data import findings
-from luthier.data.class_counts import demand_classes
+from luthier.data.class_counts import classes_of_rows, demand_classes
 from luthier.data.conversation import WORDS, Meaning
 from luthier.data.intake import Intake
 from luthier.data.reading.rows import OnBadRow, SourceFile, Stamp, find_sources
@@ -330,4 +330,5 @@ def _split(report: RowReport, store: TokenStore, train_files: int, how: Holding)
         seed=how.seed,
         reserve=how.reserve,
         alike="copies" if how.together == "copies" else "copies or answers to the prompts",
+        classes=None if store.labels is None else classes_of_rows(store),
     )

@@ -4,6 +4,8 @@ Idea: rows are drawn in an order that depends on the seed alone. Where rows have
 them, so that nothing the model is judged by has been trained on; where there are none, it is a plain draw.
 Rows that are reserved are drawn first, and are those that a split without a reserve would hold out: what is chosen by
 one run's held-out rows can be judged by another's.
+Where rows have classes, a class of which the draw would leave no row in training gets one back: it could not be
+learned, and rows of it could not be judged.
 """
 
 from __future__ import annotations
@@ -56,18 +58,28 @@ def split(
     seed: int,
     reserve: float = 0.0,
     alike: str = "copies",
+    classes: tuple[Ids, Ids] | None = None,
 ) -> Split:
     """Hold out a `fraction` of the rows, at least one where that is possible; `groups` says which are `alike`.
 
-    A share `reserve` is set aside before: neither trained nor held out.
+    A share `reserve` is set aside before: neither trained nor held out. `classes` are rows and a class of each, where
+    rows have some: a row comes as often as it has classes.
     """
+
+    def draw(some: Ids, some_groups: NDArray[np.int64] | None, share: float) -> tuple[Ids, tuple[str, ...]]:
+        chosen, notices = _draw(some, some_groups, share, seed=seed, alike=alike)
+        back = _given_back(some, some_groups, chosen, classes) if classes is not None else chosen[:0]
+        if len(back) == 0:
+            return chosen, notices
+        told = f"{len(back):,} rows that were drawn for evaluation stay in training: no other row there has their class"
+        return np.setdiff1d(chosen, back), (*notices, told)
+
     if reserve == 0:
-        chosen, notices = _draw(rows, groups, fraction, seed=seed, alike=alike)
+        chosen, notices = draw(rows, groups, fraction)
         return Split.of(rows, view_rows, chosen, notices=notices)
-    reserved, _ = _draw(rows, groups, reserve, seed=seed, alike=alike)
+    reserved, _ = draw(rows, groups, reserve)
     left = np.flatnonzero(~np.isin(rows, reserved))
-    left_groups = None if groups is None else groups[left]
-    chosen, notices = _draw(rows[left], left_groups, fraction, seed=seed, alike=alike)
+    chosen, notices = draw(rows[left], None if groups is None else groups[left], fraction)
     told = f"{len(reserved):,} rows are reserved: neither trained nor evaluated (evaluation.reserve)"
     return Split.of(rows, view_rows, chosen, reserved=reserved, notices=(told, *notices))
 
@@ -91,6 +103,23 @@ def _draw(
     elif held != count:
         notice += f", so {held:,} rows are held out instead of {count:,}"
     return rows[np.isin(groups, chosen)], (notice,)
+
+
+def _given_back(
+    rows: Ids, groups: NDArray[np.int64] | None, chosen: Ids, classes: tuple[Ids, Ids]
+) -> Ids:
+    """Of the `chosen` of these rows the first of each class that no other has, each with those of its group."""
+    owners, numbers = classes
+    drawn = np.isin(owners, chosen)
+    trained = set(numbers[np.isin(owners, rows) & ~drawn].tolist())
+    found: set[int] = set()
+    for owner, number in zip(owners[drawn].tolist(), numbers[drawn].tolist(), strict=True):
+        if number in trained:
+            continue
+        together = np.array([owner]) if groups is None else rows[groups == groups[np.searchsorted(rows, owner)]]
+        found.update(together.tolist())
+        trained.update(numbers[np.isin(owners, together)].tolist())
+    return np.array(sorted(found), dtype=np.int64)
 
 
 def _share(count: int, fraction: float) -> int:

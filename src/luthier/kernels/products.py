@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -24,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.kernels.backend import Backend
-from luthier.kernels.thin_pass import ThinTerm
+from luthier.kernels.thin_pass import Around
 
 
 @final
@@ -41,11 +42,11 @@ class Share:
 @final
 @dataclass(frozen=True)
 class Factor:
-    """What goes with the tensors of a product: the scale of its term, whose rows it is for, and terms of many."""
+    """What goes with the tensors of a product: the scale of its term, whose rows it is for, and what is around it."""
 
     scale: float = 1.0
     shares: tuple[Share, ...] | None = None
-    thin: ThinTerm | None = None
+    around: Around | None = None
 
 
 @final
@@ -65,12 +66,12 @@ class LowRankTerm:
 @final
 @dataclass(frozen=True)
 class Product:
-    """A linear layer, and what an adapter adds to it; or many do, where there is no backward pass (`thin`)."""
+    """A linear layer, and what an adapter adds to it; or many do `around` it, where there is no backward pass."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
     term: LowRankTerm | None = None
-    thin: ThinTerm | None = None
+    around: Around | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Its tensors, `STRIDE` of them, as an autograd function takes them."""
@@ -79,7 +80,8 @@ class Product:
     @property
     def factor(self) -> Factor:
         """What is not a tensor of it."""
-        return Factor(thin=self.thin) if self.term is None else Factor(self.term.scale, self.term.shares, self.thin)
+        term = self.term
+        return Factor(around=self.around) if term is None else Factor(term.scale, term.shares, self.around)
 
 
 STRIDE = 4
@@ -118,14 +120,12 @@ class Products:
         low = self._thin(x)
         outputs = []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            y = self.backend.product(x, weight, bias)
+            around, layer = self.factors[index].around, partial(self.backend.product, weight=weight, bias=bias)
+            y = layer(x) if around is None else around.through(x, layer)
             up = self.ups[index]
             if low is not None and up is not None:
                 for rows, own, ranks in self._shares(index):
                     y[rows].addmm_(low[rows, own], up[:, ranks].t())
-            thin = self.factors[index].thin
-            if thin is not None:
-                thin.add(x, y)
             outputs.append(y)
         return outputs, low
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -13,15 +14,35 @@ from torch import Tensor
 from luthier.kernels.backend import Backend
 from luthier.kernels.thin import ThinRows, ThinTerms, add_range
 
+Layer = Callable[[Float[Tensor, "n in"]], Float[Tensor, "n out"]]
+
+
+class Around(ABC):
+    """What adapters do around a linear layer, each in rows of its own, without a backward pass."""
+
+    @abstractmethod
+    def through(self, x: Float[Tensor, "n in"], layer: Layer) -> Float[Tensor, "n out"]:
+        """What comes out of the layer with all of it around. The layer's own output may be written to."""
+
 
 @final
 @dataclass(frozen=True)
-class ThinTerm:
+class ThinTerm(Around):
     """The terms at one site and whose rows are whose: what is added to the output of a linear layer."""
 
     terms: ThinTerms
     rows: ThinRows
     backend: Backend
+
+    def through(self, x: Float[Tensor, "n in"], layer: Layer) -> Float[Tensor, "n out"]:
+        y = layer(x)
+        self.add(x, y)
+        return y
+
+    def without(self, ranges: Container[tuple[int, int]]) -> ThinTerm:
+        """The same for all rows but those of some ranges."""
+        left = tuple(each for each in self.rows.ranges if each[:2] not in ranges)
+        return self if len(left) == len(self.rows.ranges) else replace(self, rows=ThinRows(left))
 
     def add(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"]) -> None:
         """Add to the rows of `y` the terms of those of `x`."""

@@ -16,13 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.products import LowRankTerm
-from luthier.kernels.thin_pass import ThinTerm
+from luthier.kernels.thin_pass import Around, Layer, ThinTerm
 from luthier.model.routes import Parts, Routes
 from luthier.model.sites import Site
 
@@ -216,44 +217,70 @@ class EditedModule(nn.Module):
         y: Tensor = self.base(seen[-1], *args)
         return _outwards(seen, y, edits)
 
+    def around(self, routes: Routes, dtype: torch.dtype) -> Around | None:
+        """What is around rows of `dtype` that belong to adapters, in a pass without gradients; None for nothing."""
+        terms, site = routes.thin, self.site_name
+        thin = None if terms is None or dtype != terms.dtype else terms.at(site)
+        if thin is not None and terms is not None and terms.only_terms(site):
+            return thin
+        ranges, apart = [], set()
+        for run in routes.runs:
+            parts = routes.parts(run.adapter)
+            edits = self.own(parts)
+            terms_here = sum(thin is not None and terms is not None and terms.has(site, name) for name, _ in parts)
+            if terms_here < len(edits):
+                # Beside other edits a term has to see what they make of the rows.
+                ranges.append((slice(run.start, run.stop), edits))
+                apart.add((run.start, run.stop))
+        thin = None if thin is None else thin.without(apart)
+        return RowEdits(tuple(ranges), thin) if ranges else thin
+
     def _by_rows(self, x: Tensor, routes: Routes, *args: object) -> Tensor:
         """The module once over all rows, each edit around its own."""
         axis = routes.axis_of(x)
+        if routes.thin is not None and axis == 1:
+            around = self.around(routes, x.dtype)
+            if around is None:
+                return self.base(x, *args)  # type: ignore[no-any-return]
+            # A copy: whoever watches the module inside keeps what it has said.
+            return around.through(x[0], lambda rows: self.base(rows[None], *args)[0].clone())[None]
         own = [self.own(routes.parts(run.adapter)) for run in routes.runs]
         if not any(own):
             return self.base(x, *args)  # type: ignore[no-any-return]
-        thin, own = self._thin(routes, own, x.dtype)
-        if not any(own) and thin is not None:
-            y: Tensor = self.base(x, *args).clone()
-            thin.add(x[0], y[0])
-            return y
         # split, not slicing: its backward is one concatenation.
         parts = torch.split(x, routes.sizes, axis)
         seen = [_inwards(part, edits) for part, edits in zip(parts, own, strict=True)]
         changed = any(inner[-1] is not part for inner, part in zip(seen, parts, strict=True))
         y = self.base(torch.cat([inner[-1] for inner in seen], axis) if changed else x, *args)
         made = zip(seen, torch.split(y, routes.sizes, axis), own, strict=True)
-        y = torch.cat([_outwards(inner, out, edits) for inner, out, edits in made], axis)
-        if thin is not None:
-            thin.add(x[0], y[0])
-        return y
+        return torch.cat([_outwards(inner, out, edits) for inner, out, edits in made], axis)
 
-    def _thin(
-        self, routes: Routes, own: list[list[Weighted]], dtype: torch.dtype
-    ) -> tuple[ThinTerm | None, list[list[Weighted]]]:
-        """What adds the low-rank terms of all rows at once, and the edits that are left then."""
-        site, terms_of = self.site_name, routes.thin
-        thin = None if terms_of is None or routes.width is not None else terms_of.at(site)
-        if terms_of is None or thin is None or dtype != terms_of.dtype:
-            return None, own
-        left = []
-        for run, edits in zip(routes.runs, own, strict=True):
-            terms = [terms_of.has(site, name) for name, _ in routes.parts(run.adapter)]
-            if any(terms) and sum(terms) < len(edits):
-                # Its terms would have to see what its other edits make of the rows.
-                return None, own
-            left.append([] if any(terms) else edits)
-        return thin, left
+
+@final
+@dataclass(frozen=True)
+class RowEdits(Around):
+    """Edits around ranges of rows, and terms that are added to others."""
+
+    ranges: tuple[tuple[slice, list[Weighted]], ...]
+    thin: ThinTerm | None
+
+    def through(self, x: Tensor, layer: Layer) -> Tensor:
+        parts = [x[rows] for rows, _ in self.ranges]
+        seen = [_inwards(part, edits) for part, (_, edits) in zip(parts, self.ranges, strict=True)]
+        inner = x
+        for part, own, (rows, _) in zip(parts, seen, self.ranges, strict=True):
+            if own[-1] is not part:
+                inner = x.clone() if inner is x else inner
+                inner[rows] = own[-1]
+        y = layer(inner)
+        for own, (rows, edits) in zip(seen, self.ranges, strict=True):
+            out = y[rows]
+            made = _outwards(own, out, edits)
+            if made is not out:
+                out.copy_(made)
+        if self.thin is not None:
+            self.thin.add(x, y)
+        return y
 
 
 def _inwards(x: Tensor, edits: Sequence[Weighted]) -> list[Tensor]:

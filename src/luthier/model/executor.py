@@ -211,7 +211,7 @@ def _pair(both: Float[Tensor, "2 heads root size"], dtype: torch.dtype) -> tuple
 
 def flat_hidden(
     module: PreTrainedModel,
-    tokens: Int[Tensor, " T"] | Float[Tensor, "T d"],
+    tokens: Int[Tensor, " T"] | Float[Tensor, "T e"],
     positions: Int[Tensor, " T"],
     plan: ForestPlan,
     *,

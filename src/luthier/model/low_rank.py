@@ -2,7 +2,8 @@
 
 Of several adapters in one batch the thin factors stand side by side in one term, and each range of rows has its own
 columns of it; so one operation has all of them, and the weight is multiplied once. In passes without gradients, where
-rows are few and adapters may be many, terms that are kept for that (thin_terms.py) are added instead.
+rows are few and adapters may be many, terms that are kept for that (thin_terms.py) are added instead, and any other
+edit works on its rows.
 """
 
 from __future__ import annotations
@@ -23,22 +24,24 @@ from luthier.model.routes import Routes
 @final
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer and the low-rank terms on it by the names of their attachments; `site` has those that are kept."""
+    """A linear layer and the low-rank terms on it by the names of their attachments, or all that is `edited` at it."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
     terms: Mapping[str, LowRankTerm]
-    site: str = ""
+    edited: EditedModule | None = None
 
     def product(self, routes: Routes | None) -> Product:
         """The layer over rows that are all alike, or that belong to adapters as `routes` say."""
         term = next(iter(self.terms.values()), None) if routes is None else _side_by_side(self.terms, routes)
-        thin = None if routes is None or routes.thin is None else routes.thin.at(self.site)
-        return Product(self.weight, self.bias, term, thin)
+        around = None
+        if self.edited is not None and routes is not None and routes.thin is not None:
+            around = self.edited.around(routes, routes.thin.dtype)
+        return Product(self.weight, self.bias, term, around)
 
 
 def low_rank_layers(holder: nn.Module, names: Iterable[str], routes: Routes | None) -> tuple[Layer, ...] | None:
-    """The linear layers `names` of a module, or None when something is on them that is no low-rank term.
+    """The linear layers `names` of a module, or None when something is on them that a product cannot take.
 
     Without `routes` all edits count that are switched on, and there may be one at a layer; with them those of the
     adapters that have rows.
@@ -60,8 +63,7 @@ def _plain(module: nn.Module | None) -> Layer | None:
 def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:
     weight, bias = module.base.get_parameter("weight"), module.base._parameters.get("bias")
     if routes is not None and routes.thin is not None:
-        site = module.site_name
-        return Layer(weight, bias, {}, site) if routes.thin.only_terms(site) else None
+        return Layer(weight, bias, {}, module)
     if routes is None:
         disabled = module.disabled
         active = {key: edit for key, edit in module.edits.items() if key not in disabled}

@@ -22,6 +22,8 @@ from luthier.core.errors import UndrivableAttentionError
 
 TABLE = "relative_attention_bias"
 """The embedding of a zoo module that has such biases: a row for each bucket, a column for each head."""
+_HAS = "has_relative_attention_bias"
+"""What a zoo module with or without them says of itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,18 +57,31 @@ class RelativeBias:
 
 @contextmanager
 def by_segment(stack: nn.Module) -> Iterator[None]:
-    """For the length of a `with` block, the modules below `stack` hand on a `RelativeBias` instead of a tensor."""
+    """For the length of a `with` block, the modules below `stack` hand on a `RelativeBias` instead of a tensor.
+
+    Those without biases would make zeros for all pairs of tokens of answers and texts; they hand on an empty tensor.
+    """
     found = [module for module in stack.modules() if isinstance(module._modules.get(TABLE), nn.Module)]
     if not found:
         raise UndrivableAttentionError(f"{type(stack).__name__} has no biases by distance, so positions are its own")
+    without = [module for module in stack.modules() if getattr(module, _HAS, None) is False]
     for module in found:
         module.compute_bias = _maker(module)  # type: ignore[assignment]
+    for module in without:
+        setattr(module, _HAS, True)
+        module.compute_bias = _nothing  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module in found:
+        for module in without:
+            setattr(module, _HAS, False)
+        for module in [*found, *without]:
             # The method of the class is what is called again from here on.
             del module.compute_bias
+
+
+def _nothing(*sizes: object, **settings: object) -> Tensor:
+    return torch.empty(0)
 
 
 def _maker(module: nn.Module) -> Callable[..., RelativeBias]:

@@ -34,6 +34,9 @@ _ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
 }
 
 
+_LAYER_COUNTS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+
+
 @dataclass(frozen=True)
 class Site:
     """A place in a model. `in_features` and `out_features` are 0 where they have no meaning (norms, blocks)."""
@@ -210,13 +213,17 @@ def _stop_ids(config: object) -> tuple[int, ...]:
 
 
 def _block_lists(model: nn.Module) -> set[str]:
-    """The names of the transformer blocks: the children of module lists with one entry for each layer."""
-    layers = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+    """The names of the transformer blocks: the children of module lists with one entry for each layer of a stack.
+
+    A list within a block is none of these, though it may be as long: a block of T5 is a list of two or three parts.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    stacks = {int(getattr(config, name, None) or config.num_hidden_layers) for name in _LAYER_COUNTS}
     names: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            names.update(f"{name}.{index}" for index in range(layers))
-    return names
+        if isinstance(module, nn.ModuleList) and len(module) in stacks and not name.startswith(tuple(names)):
+            names.update(f"{name}.{index}." for index in range(len(module)))
+    return {name.removesuffix(".") for name in names}
 
 
 def _site(

@@ -137,7 +137,7 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
             if isinstance(each, PreTrainedModel):
                 each.config._attn_implementation = "eager"
     padded = Executor(
-        "unrolled", own_head=task.name == "seq2seq_lm", backend=backend,
+        "unrolled", own_head=task.name == "seq2seq_lm", backend=backend, entry=Entry(_kept_for_padding(module)),
         reason=reason or "segments do not reproduce the model's own logits",
     )  # fmt: skip
     if not _error(module, forest, task, padded, truth)[0] <= tolerance(module.dtype):
@@ -146,6 +146,13 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
             do="report the model type; it cannot be trained with this version",
         )
     return padded
+
+
+def _kept_for_padding(module: PreTrainedModel) -> int:
+    """The first positions of a table that stand for padding, as RoBERTa and MPNet have them: no row comes to these."""
+    named = {name.rpartition(".")[2]: each for name, each in module.named_modules()}
+    padding = getattr(named.get("position_embeddings"), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def task_head_of(module: PreTrainedModel, task: Task, backend: Backend) -> AnyHead:

@@ -51,14 +51,13 @@ def plan(
     `pooled` is whether CPU tensors come from the pool (kernels/pool.py).
     """
     steps = total_steps(recipe.budget, source)
-    needed = memory.plan_memory(recipe, data, model, attachment, source, steps, pooled=pooled)
+    needed = memory.plan_memory(recipe, model, attachment, source, steps, pooled=pooled)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
     tokens = data.store.token_count
     speed = limits.plan_speed(
         model,
         attachment,
-        [int(length) for length in data.train.lengths],
-        share=data.store.trained_count / max(1, tokens),
+        limits.flow_of(model, source, data.store.trained_count / max(1, tokens)),
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.arithmetic import memory as bytes_of
-from luthier.arithmetic.memory import Decoder, Output, Work
 from luthier.core.errors import DiskFullError, RecipeError
 from luthier.core.units import bytes_text, count_text, percent_text
+from luthier.data.forest import Forest
 from luthier.data.prepare import Prepared
 from luthier.kernels import pool
-from luthier.kernels.backend import Seen
-from luthier.kernels.head import Head
 from luthier.kernels.native_backend import NativeBackend
-from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.attachment import Attachment
-from luthier.model.edits import SiteEdit, TrainedParameters, base_parameters
+from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import stored_bytes
-from luthier.model.sites import Site
 from luthier.optimizers import Optimizer
 from luthier.recipes.files import place_of
 from luthier.recipes.room import free_disk, free_memory
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.sizes import decoder_of, work_of
+from luthier.recipes.zoo_memory import Counted
 from luthier.train.source import DataSource, MicroBatch
 
 PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working", "libraries", "saving")
@@ -37,7 +33,6 @@ PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working
 
 def plan_memory(
     recipe: FinetuneRecipe,
-    data: Prepared,
     model: LanguageModel,
     attachment: Attachment,
     source: DataSource,
@@ -50,11 +45,8 @@ def plan_memory(
     `tokens` and `longest` are those of the largest micro-batch, from the lengths of the rows. `recomputed` is how many
     blocks are recomputed, by the recipe or because it takes so many to fit; `without` is the total if none were.
     """
-    share = data.store.trained_count / max(1, data.store.token_count)
-    works = [
-        work_of(model, attachment, batch, share)
-        for batch in source.largest_micro_batches(recipe.batch.micro_tokens, steps)
-    ]
+    largest = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
+    batches = {batch: Forest(tuple(source.trees_of(batch))) for batch in largest}
     parts = lasting(model, attachment, recipe.optimizer)
     if model.device.type == "cpu":
         # The copy that a checkpoint is written from lies on the host, wherever the model is.
@@ -62,7 +54,7 @@ def plan_memory(
     available = free_memory(model.device) + parts["weights"] + parts["trained"]
     room = available - sum(parts.values())
     tried = _recomputed(recipe, model)
-    passes = {count: largest_pass(model, works, count, pooled=pooled) for count in (*tried, 0)}
+    passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled)
     # As few as fit; if none do, as few as save most.
     least = min(tried, key=lambda count: passes[count].bytes)
     count = next((count for count in tried if passes[count].bytes <= room), least)
@@ -180,24 +172,6 @@ def require_disk(disk: Mapping[str, int], folder: Path) -> None:
         )
 
 
-def decoder_of(model: LanguageModel) -> Decoder:
-    """The sizes of a model, read off its sites."""
-    sites = model.sites
-    down = [site.in_features for site in sites.role("down")]
-    config = model.module.config.get_text_config()
-    return Decoder(
-        layers=sites.layers,
-        hidden=sites.hidden,
-        inner=max(down) if down else int(getattr(config, "intermediate_size", None) or 4 * sites.hidden),
-        query=sites.heads * sites.head_size,
-        key_value=sites.key_value_heads * sites.head_size,
-        heads=sites.heads,
-        vocabulary=model.vocabulary_size,
-        gated=bool(sites.role("gate")),
-        bytes=torch.finfo(model.dtype).bits // 8,
-    )
-
-
 @dataclass(frozen=True)
 class Pass:
     """The largest micro-batch: its tokens and longest row, and what is kept and at work at its widest moment."""
@@ -213,6 +187,36 @@ class Pass:
         return self.kept + self.working
 
 
+def passes_of(
+    model: LanguageModel,
+    attachment: Attachment,
+    batches: Mapping[MicroBatch, Forest],
+    recomputed: Iterable[int],
+    *,
+    pooled: bool,
+) -> dict[int, Pass]:
+    """For each count of blocks that are recomputed the pass of these that needs most, as this device's memory holds it.
+
+    Of blocks that we run ourselves formulas say what they keep; of the zoo's it is counted.
+    """
+    decoder = decoder_of(model)
+    works = {batch: work_of(model, attachment, batch, forest.trained_count) for batch, forest in batches.items()}
+    counted = Counted.of(model, attachment) if model.executor.blocks is None else None
+    apart = model.device.type == "cpu" and not pooled
+    found = {}
+    for count in recomputed:
+        passes = []
+        for batch, work in works.items():
+            if counted is None:
+                widest = bytes_of.peak(decoder, replace(work, recomputed=count))
+            else:
+                widest = counted.peak(model, decoder, work, batches[batch])
+            kept, working = (bytes_of.on_heap(each) if apart else each for each in (widest.kept, widest.working))
+            passes.append(Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest))
+        found[count] = max(passes, key=lambda one: one.bytes)
+    return found
+
+
 def use_pool(model: LanguageModel) -> str:
     """Take large CPU tensors from the pool from now on, where kernels are C++ anyway; else why not."""
     if model.device.type != "cpu":
@@ -222,126 +226,11 @@ def use_pool(model: LanguageModel) -> str:
     return pool.install()
 
 
-def largest_pass(model: LanguageModel, works: Sequence[Work], recomputed: int, *, pooled: bool) -> Pass:
-    """The pass that needs most of these, with so many blocks recomputed, as this device's memory holds it."""
-    decoder, found = decoder_of(model), []
-    for work in works:
-        widest = bytes_of.peak(decoder, replace(work, recomputed=recomputed))
-        kept, working = widest.kept, widest.working
-        if model.device.type == "cpu" and not pooled:
-            kept, working = bytes_of.on_heap(kept), bytes_of.on_heap(working)
-        found.append(Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest))
-    return max(found, key=lambda one: one.bytes)
-
-
-def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, share: float) -> Work:
-    """What one micro-batch, of whose tokens a `share` is predicted, is for the formulas."""
-    head = model.head
-    return Work(
-        # Unrolled rows are padded to the longest.
-        tokens=batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest,
-        predicted=max(1, math.ceil(share * batch.tokens)),
-        longest=batch.longest,
-        edits=_edits(model, attachment),
-        untouched=_untouched(model, attachment),
-        trains_base=attachment.trains_base,
-        squares=_squares(model, decoder_of(model)),
-        masked=_masks_a_root(model),
-        fused=_runs_fused(model),
-        ranks=_ranks(model, attachment),
-        output=Output(
-            in_place=isinstance(head, Head) and not isinstance(head.backend, TorchBackend),
-            rows=sum(len(change.ids) for change in head.changes) if isinstance(head, Head) else 0,
-            tied=model.sites.tied,
-            own_norm=model.executor.blocks is not None,
-        ),
-    )
-
-
 def _weights(model: LanguageModel) -> int:
     parameters = {id(each): each for each in base_parameters(model.module).values()}.values()
     # Of packed weights one is unpacked at a time.
     unpacked = max((each.nbytes for each in parameters if stored_bytes(each) != each.nbytes), default=0)
     return sum(map(stored_bytes, parameters)) + unpacked
-
-
-def _edits(model: LanguageModel, attachment: Attachment) -> float:
-    """Numbers that edits and trained layers keep of a token, the mean over blocks; an input of several counts once."""
-    sites = {site.name: site for site in model.sites if site.layer is not None}
-    inputs: dict[tuple[int | None, str], int] = {}
-    own = 0
-    for edit in attachment.edits:
-        if isinstance(edit, TrainedParameters):
-            # A block that is trained trains all linear layers in it.
-            below = [site for site in sites.values() if f"{site.name}.".startswith(f"{edit.site_name}.")]
-            inputs.update({_reads(site): site.in_features for site in below if site.is_linear})
-        elif isinstance(edit, SiteEdit) and edit.site_name in sites:
-            site, kept = sites[edit.site_name], edit.keeps()
-            if kept.input:
-                inputs[_reads(site)] = site.in_features or model.sites.hidden
-            own += kept.own + kept.output * (site.out_features or model.sites.hidden)
-    return (own + sum(inputs.values())) / max(1, model.sites.layers)
-
-
-def _untouched(model: LanguageModel, attachment: Attachment) -> int:
-    """How many of the first blocks lie below everything that is trained; their insides need no backward pass."""
-    sites = {site.name: site for site in model.sites}
-    lowest = model.sites.layers
-    for edit in attachment.edits:
-        site = sites.get(edit.site_name) if isinstance(edit, (SiteEdit, TrainedParameters)) else None
-        if site is None or (site.layer is None and "embed" in site.roles):
-            return 0
-        if site.layer is not None:
-            # What changes the end of a block leaves its inside below it.
-            lowest = min(lowest, site.layer + bool({"down", "feed"} & set(site.roles)))
-    return lowest
-
-
-def _reads(site: Site) -> tuple[int | None, str]:
-    """What a site reads, as a name that is the same for sites that read the same tensor."""
-    for name, roles in (("attention", {"q", "k", "v"}), ("feed-forward", {"gate", "up", "feed"})):
-        if roles & set(site.roles):
-            return site.layer, name
-    return site.layer, site.name
-
-
-def _runs_fused(model: LanguageModel) -> bool:
-    """Whether our operations run all blocks in training, dropout considered."""
-    blocks = model.executor.blocks
-    if blocks is None:
-        return False
-    was_training = model.module.training
-    model.train()
-    try:
-        return blocks.take_everything
-    finally:
-        model.train(was_training)
-
-
-def _masks_a_root(model: LanguageModel) -> bool:
-    """Whether a learned root makes attention build a mask for each row: not where the backend takes it as it is."""
-    if model.active_root is None:
-        return False
-    if not _runs_fused(model):
-        return True
-    query = torch.empty(1, model.sites.heads, model.sites.head_size, dtype=model.dtype, device=model.device)
-    return not model.executor.backend.attends(query, Seen((((0, 1),),), outside=1))
-
-
-def _ranks(model: LanguageModel, attachment: Attachment) -> int:
-    """The sum of the ranks of one block's adapters, the mean over blocks."""
-    terms = [edit.low_rank() for edit in attachment.edits if isinstance(edit, SiteEdit)]
-    return sum(len(term.down) for term in terms if term is not None) // max(1, model.sites.layers)
-
-
-def _squares(model: LanguageModel, decoder: Decoder) -> int:
-    """How many n x n tensors attention keeps for each head: none where it is flash attention."""
-    config = model.module.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None):
-        return 3
-    # On a GPU, torch has no kernel without n x n for float32 with grouped heads.
-    grouped = decoder.key_value != decoder.query
-    return 2 if model.device.type == "cuda" and model.dtype == torch.float32 and grouped else 0
 
 
 def _saves(recipe: FinetuneRecipe, steps: int) -> int:

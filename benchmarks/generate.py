@@ -1,0 +1,205 @@
+"""Making text in luthier and in its peers: tokens per second and time to the first tokens, interleaved in one run.
+
+    python benchmarks/setup_peers.py --home bench-home
+    python benchmarks/generate.py --home bench-home --repetitions 3
+    python benchmarks/generate.py --home bench-home --workloads m2-1,m2-16 --systems luthier,transformers
+
+Each repetition of each system is a process of its own (A B C A B C) that loads, answers all requests once for a few
+tokens, then once in earnest, with the machine's speed probed before and after. One JSON line a process goes to
+HOME/generate.jsonl; one that fails is told and the others go on. The table at the end holds medians of this run.
+The workloads and the systems are tables in `generate_work.py`. Run it with luthier's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import procfs
+from generate_work import ADAPTERS, ALPHA, OURS, RANK, SYSTEMS, WORKLOADS, Job, System
+from sft import commit
+from workloads import MODELS
+
+HERE = Path(__file__).resolve().parent
+Line = Mapping[str, Any]
+
+
+def interpreter(system: System, home: Path) -> Path:
+    """The Python that runs a system."""
+    if system.environment is None:
+        return Path(sys.executable)
+    return home / f"venv-{system.environment}" / "bin" / "python"
+
+
+def environment(home: Path, threads: int) -> dict[str, str]:
+    """Offline, on the CPU, with a fixed number of threads, writing nowhere but in HOME."""
+    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def run(job: Job, *, threads: int, limit: float) -> dict[str, Any]:
+    """One process to its end: its line, or why there is none under "failure"."""
+    system = SYSTEMS[job.system]
+    parts = [str(interpreter(system, job.home)), str(HERE / system.script), "--system", job.system]
+    parts += ["--home", str(job.home), "--workload", job.workload, "--precision", job.precision]
+    parts += ["--settings", json.dumps(dict(job.settings))]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            parts, capture_output=True, text=True, timeout=limit, env=environment(job.home, threads), check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"failure": f"it took longer than {limit} s; see --limit"}
+    except OSError as failure:
+        return {"failure": f"it cannot be started: {failure}"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        return {"failure": f"it ended with {done.returncode} and said: {done.stderr[-2000:]}"}
+    return {**json.loads(lines[-1]), "process_wall_s": round(time.perf_counter() - started, 1)}
+
+
+def write_adapters(home: Path, model: str) -> None:
+    """LoRA of rank 16 at every linear layer of a model, in PEFT's format, with random factors; written once."""
+    folder = home / model / "adapters"
+    if (folder / "done").exists():
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    shape = MODELS[model]
+    homes = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
+    names = {name: f"{homes.get(name, 'mlp')}.{name}_proj" for name in shape.blocks}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0,
+        "bias": "none", "target_modules": sorted(f"{name}_proj" for name in shape.blocks), "inference_mode": True,
+        "base_model_name_or_path": str(home / model / "model"),
+    }  # fmt: skip
+    for number in range(ADAPTERS):
+        draw = torch.Generator().manual_seed(number)
+        tensors = {}
+        for layer in range(shape.layers):
+            for name, (inputs, outputs) in shape.blocks.items():
+                prefix = f"base_model.model.model.layers.{layer}.{names[name]}"
+                tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, inputs, generator=draw) / inputs**0.5
+                tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, RANK, generator=draw) * 0.01
+        own = folder / f"a{number:02d}"
+        own.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, own / "adapter_model.safetensors")
+        (own / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+    (folder / "done").write_text("", "utf-8")
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """All processes of all workloads; their lines, and whether each process gave one."""
+    # Imported late: preparing needs torch and transformers, and --help does not.
+    from prepare import prepare
+
+    began, lines, good = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), [], True
+    for workload in args.workloads:
+        work = WORKLOADS[workload]
+        digest = prepare(args.home, work.model)
+        if work.adapters:
+            write_adapters(args.home, work.model)
+        systems = [name for name in args.systems or work.systems if interpreter(SYSTEMS[name], args.home).exists()]
+        for repetition in range(args.repetitions):
+            for name in systems:
+                job = Job(args.home, name, workload, args.precision, SYSTEMS[name].settings)
+                load = round(procfs.load_average(), 2)
+                line = run(job, threads=args.threads, limit=args.limit)
+                about = {"run": began, "commit": commit(), "data_digest": digest, "repetition": repetition}
+                line = {"workload": workload, "system": name, **line, **about, "load_before": load}
+                with (args.home / "generate.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                good = good and "failure" not in line
+                print(told(line), file=sys.stderr, flush=True)
+                lines.append(line)
+    return lines, good
+
+
+def told(line: Line) -> str:
+    """A line of progress."""
+    head = f"{line['workload']} {line['repetition']} {line['system']}: "
+    if "failure" in line:
+        return head + line["failure"]
+    contended = "  [contended]" if line["contended"] else ""
+    return f"{head}{line['tokens_per_second']} tokens/s, first tokens after {line['first_tokens_s']} s{contended}"
+
+
+def table(lines: Sequence[Line]) -> list[list[str]]:
+    """Medians of each system of each workload; ratios are to the first peer. Contended lines stand for themselves only
+    where there are no others."""
+    rows = [["workload", "system", "runs", "tokens/s", "ratio", "after the first", "ratio", "first tokens s", "GB"]]
+    for workload in dict.fromkeys(line["workload"] for line in lines):
+        own = [line for line in lines if line["workload"] == workload and "failure" not in line]
+        quiet = {name: [line for line in own if line["system"] == name and not line["contended"]] for name in SYSTEMS}
+        used = {name: quiet[name] or [line for line in own if line["system"] == name] for name in SYSTEMS}
+        used = {name: some for name, some in used.items() if some}
+        peer = next((name for name in used if not name.startswith(OURS)), next(iter(used), ""))
+
+        def median(name: str, key: str, used: Mapping[str, Sequence[Line]] = used) -> float:
+            return statistics.median(line[key] or 0 for line in used[name])
+
+        for name, some in used.items():
+            cells = [workload, name, f"{len(some)}{'' if quiet[name] else ' contended'}"]
+            for key in ("tokens_per_second", "later_tokens_per_second"):
+                cells += [f"{median(name, key):.1f}", f"{median(name, key) / (median(peer, key) or 1):.2f}"]
+            cells += [f"{median(name, 'first_tokens_s'):.3f}", f"{median(name, 'peak_memory_bytes') / 1e9:.2f}"]
+            rows.append(cells)
+    return rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--systems", help=f"instead of the workload's: of {', '.join(SYSTEMS)}")
+    parser.add_argument("--repetitions", type=int, default=1, help="processes of each system")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto",
+                        help="of weights and products; auto is what the processor multiplies natively")
+    parser.add_argument("--threads", type=int, default=procfs.available_cores(), help="OMP_NUM_THREADS")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a process is ended")
+    args = parser.parse_args(arguments)
+    args.home = args.home.resolve()
+    args.workloads = args.workloads.split(",")
+    args.systems = args.systems.split(",") if args.systems else None
+    for word, names, known in (("workload", args.workloads, WORKLOADS), ("system", args.systems or [], SYSTEMS)):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"unknown {word} {unknown[0]!r}; there are {', '.join(known)}")
+    if args.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.precision == "auto":
+        from probes import native
+
+        args.precision = native("cpu")
+    lines, good = measure(args)
+    rows = table(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

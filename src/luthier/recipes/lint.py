@@ -1,0 +1,147 @@
+"""What other servers will refuse in an adapter, or compute otherwise, told before it is deployed.
+
+A server that refuses an adapter tells so when it is loaded; one that reads a key of its config and ignores another
+computes something else and tells nobody. Only the config and the shapes of the tensors are read.
+Sources: vLLM: `vllm/lora/peft_helper.py` and `vllm/config/lora.py`; SGLang: `srt/lora/lora_config.py`; llama.cpp:
+    `convert_lora_to_gguf.py` (as they stood in autumn 2026).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, final
+
+from luthier.core.errors import RecipeError
+from luthier.core.nearest import did_you_mean
+from luthier.model.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.tensor_files import tensor_shapes
+from luthier.store.runs import RunDirectory, is_run
+from luthier.train.result import ADAPTER
+
+SERVERS: Final = ("vllm", "sglang", "llama.cpp")
+VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be."""
+
+
+@final
+@dataclass(frozen=True)
+class Finding:
+    """A server `refuses` an adapter, or computes it `otherwise`: what it is about, and what can be done."""
+
+    server: str
+    kind: Literal["refuses", "otherwise"]
+    what: str
+    do: str
+
+
+def lint(name: str, servers: tuple[str, ...] = SERVERS, *, max_rank: int = 16) -> list[Finding]:
+    """What is found in the adapter of a run, or in a folder; `max_rank` is what vLLM is started with.
+
+    Raises RecipeError for a folder without an adapter, and for unknown servers.
+    """
+    for server in servers:
+        if server not in SERVERS:
+            raise RecipeError(
+                f"there are no rules for a server {server!r}",
+                allowed=", ".join(SERVERS),
+                do=did_you_mean(server, SERVERS),
+            )
+    folder = RunDirectory.open(Path(name)).folder / ADAPTER if is_run(Path(name)) else Path(name)
+    if missing := [file for file in (CONFIG, TENSORS) if not (folder / file).is_file()]:
+        raise RecipeError(f"{folder} holds no {missing[0]}", do="name a run with an adapter, or its adapter folder")
+    adapter = _Adapter(read_config(folder), tensor_shapes(folder / TENSORS))
+    return [finding for server in servers for finding in _findings(adapter, server, max_rank)]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.get("peft_type", "")).upper()
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module, by its name."""
+        return {
+            name.removeprefix("base_model.model.").partition(".lora_")[0]: shape[0]
+            for name, shape in self.shapes.items()
+            if ".lora_A" in name or ".lora_embedding_A" in name
+        }
+
+    def scale(self, module: str) -> float:
+        """What PEFT multiplies the product of a module's factors by."""
+        rank = _of_pattern(self.config.get("rank_pattern"), module, self.config.get("r", 1))
+        alpha = _of_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 1))
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def named(self, *parts: str) -> list[str]:
+        """Tensors whose names hold one of these."""
+        return sorted(name for name in self.shapes if any(part in name for part in parts))
+
+
+def _findings(adapter: _Adapter, server: str, max_rank: int) -> list[Finding]:
+    if adapter.kind != "LORA":
+        do = "serve it with luthier serve, or merge it into the base where it can be merged"
+        what = f"an adapter of type {adapter.kind or 'unknown'}: LoRA is all it serves"
+        return [Finding(server, "refuses", what, do)]
+    found = [Finding(server, "refuses", what, do) for what, do in _refused(adapter, server, max_rank)]
+    return found + [Finding(server, "otherwise", what, do) for what, do in _otherwise(adapter, server)]
+
+
+def _refused(adapter: _Adapter, server: str, max_rank: int) -> list[tuple[str, str]]:
+    config, merge = adapter.config, "merge it into the base, and serve that"
+    found: list[tuple[str, str]] = []
+    if config.get("use_dora") or adapter.named("lora_magnitude_vector"):
+        found.append(("DoRA: a magnitude for each output", merge))
+    whole = config.get("modules_to_save") or adapter.named("modules_to_save")
+    if whole:
+        found.append((f"whole modules beside LoRA: {', '.join(map(str, whole))[:120]}", merge))
+    if config.get("bias", "none") != "none":
+        found.append((f"trained biases (bias is {config['bias']!r})", merge))
+    if config.get("trainable_token_indices"):
+        found.append(("trained rows of the embedding", merge))
+    # llama.cpp reads those of embeddings.
+    ends = adapter.named("lm_head", *(() if server == "llama.cpp" else ("embed_tokens", "lora_embedding")))
+    if ends:
+        found.append((f"LoRA on the embedding or the head: {ends[0]}", merge))
+    most = max(adapter.ranks.values(), default=0)
+    if server == "vllm" and most > max_rank:
+        least = next((rank for rank in VLLM_RANKS if rank >= most), None)
+        do = f"start it with --max-lora-rank {least}" if least else merge
+        found.append((f"rank {most}, above --max-lora-rank {max_rank}", do))
+    return found
+
+
+def _otherwise(adapter: _Adapter, server: str) -> list[tuple[str, str]]:
+    """Modules whose scale the server takes for another one."""
+    config = adapter.config
+    wrong = []
+    for module, rank in adapter.ranks.items():
+        alpha, common = float(config.get("lora_alpha", 1)), int(config.get("r", 1))
+        if server == "llama.cpp":
+            theirs = alpha / rank
+        else:
+            root = server == "vllm" and config.get("use_rslora")
+            theirs = alpha / (math.sqrt(common) if root else common)
+        if not math.isclose(theirs, adapter.scale(module), rel_tol=1e-6):
+            wrong.append((module, theirs, adapter.scale(module)))
+    if not wrong:
+        return []
+    module, theirs, ours = wrong[0]
+    what = f"{len(wrong)} of {len(adapter.ranks)} modules at another scale: {module} at {theirs:g}, trained at {ours:g}"
+    return [(what, "train with one rank and alpha and without rank-stabilised scaling, or merge it into the base")]
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: float) -> float:
+    """The value of the first pattern that a module's name ends with, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(default)

@@ -1,0 +1,95 @@
+"""What is told of an adapter before another server gets it, with PEFT's own scales as what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from transformers import AutoModelForCausalLM
+
+from luthier.core.errors import RecipeError
+from luthier.recipes.lint import _Adapter, lint
+from tests.cli.commands import luthier
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+Save = Callable[..., Path]
+ALL = ("vllm", "sglang", "llama.cpp")
+
+
+@pytest.fixture
+def save(tmp_path: Path, tiny_path: Callable[[str], Path]) -> Save:
+    """A folder with an adapter as PEFT writes it."""
+
+    def made(config: peft.PeftConfig) -> Path:
+        config.task_type = "CAUSAL_LM"
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_path("llama")), config)
+        folder = tmp_path / "adapter"
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return folder
+
+    return made
+
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({}, set()),
+        ({"r": 64}, {("vllm", "refuses")}),
+        ({"use_dora": True}, {(server, "refuses") for server in ALL}),
+        ({"use_rslora": True}, {("sglang", "otherwise"), ("llama.cpp", "otherwise")}),
+        ({"alpha_pattern": {"v_proj": 3}}, {(server, "otherwise") for server in ALL}),
+        ({"rank_pattern": {"v_proj": 4}}, {("vllm", "otherwise"), ("sglang", "otherwise")}),
+        ({"alpha_pattern": {"v_proj": 16}}, set()),
+        ({"target_modules": [*TARGETS, "embed_tokens"]}, {("vllm", "refuses"), ("sglang", "refuses")}),
+        ({"modules_to_save": ["norm"]}, {("vllm", "refuses"), ("sglang", "refuses"), ("llama.cpp", "refuses")}),
+        ({"bias": "lora_only"}, {("vllm", "refuses"), ("sglang", "refuses"), ("llama.cpp", "refuses")}),
+    ],
+)
+def test_each_server_is_told_what_it_takes_amiss(
+    save: Save, knobs: dict[str, Any], expected: set[tuple[str, str]]
+) -> None:
+    """Breaks when a server's rule is forgotten, or told of an adapter that it does not concern."""
+    folder = save(peft.LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, **knobs}))
+    found = lint(str(folder))
+    assert {(finding.server, finding.kind) for finding in found} == expected, found
+    if knobs == {"r": 64}:
+        assert found[0].do == "start it with --max-lora-rank 64" and not lint(str(folder), max_rank=64)
+
+
+def test_the_scale_of_a_module_is_pefts(tiny_path: Callable[[str], Path]) -> None:
+    """Breaks when a pattern is matched in another way than PEFT matches it."""
+    config = peft.LoraConfig(
+        r=8, lora_alpha=12, target_modules=[*TARGETS, "up_proj"], use_rslora=True,
+        rank_pattern={"layers.0.self_attn.q_proj": 2, "up_proj": 4}, alpha_pattern={"v_proj": 5, "q_proj": 7},
+    )  # fmt: skip
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_path("llama")), config)
+    adapter = _Adapter(config.to_dict(), {})
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            seen += 1
+            assert adapter.scale(name.removeprefix("base_model.model.")) == pytest.approx(module.scaling["default"])
+    assert seen == 6
+
+
+def test_what_is_no_lora_is_refused_by_all_and_told_by_the_command(save: Save) -> None:
+    """Breaks when a script that asks takes an adapter for servable."""
+    folder = save(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    told = luthier("lint", folder, "--for", "vllm").must(65)
+    assert "an adapter of type IA3" in told.out and "sglang" not in told.out
+    assert len(luthier("lint", folder, "--json").must(65).json["findings"]) == 3
+    luthier("lint", folder, "--for", "vlm").must(2, "did you mean vllm?")
+    with pytest.raises(RecipeError, match="holds no adapter_config.json"):
+        lint(str(folder.parent))
+
+
+def test_an_adapter_that_all_take_is_told_so(save: Save) -> None:
+    """Breaks when the command finds fault with plain LoRA."""
+    folder = save(peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    assert luthier("lint", folder).must(0).out.count("takes it as it is") == 3
