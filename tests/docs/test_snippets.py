@@ -57,6 +57,7 @@ def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     return tiny_path("llama")
 
 
+@pytest.mark.timeout(600)  # one page trains, in a process of its own
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_snippet_of_a_page_works(
     page: Path, stand_in: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, tmp_path_factory: pytest.TempPathFactory,

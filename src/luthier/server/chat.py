@@ -18,7 +18,7 @@ from luthier.server.bodies import ChatBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
 from luthier.server.stream import EventStream, whole
-from luthier.server.telling import chat_log_probs, usage, voices_of
+from luthier.server.telling import chat_log_probs, merged, usage, voices_of
 from luthier.server.tool_calls import CLOSE, OPEN, Called, CallReader
 from luthier.server.worker import Ticket
 
@@ -83,7 +83,7 @@ class _Answer:
         try:
             while news := await ticket.news():
                 self.clock.heard()
-                made = [chunk for each in news for chunk in self._grown(each)]
+                made = [chunk for each in merged(news) for chunk in self._grown(each)]
                 if made:
                     yield made
         finally:

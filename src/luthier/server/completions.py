@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -19,7 +19,7 @@ from luthier.server.bodies import CompletionBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
 from luthier.server.stream import EventStream, whole
-from luthier.server.telling import text_log_probs, usage, voices_of
+from luthier.server.telling import merged, text_log_probs, usage, voices_of
 from luthier.server.worker import Ticket
 
 Part = Mapping[str, Any]
@@ -125,6 +125,23 @@ class _Answer:
 
     async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[Part]]:
         """The answers as they grow, those of several prompts side by side."""
+        grown = self._one(*tickets) if len(tickets) == 1 else self._several(tickets)
+        try:
+            async for prompt, news in grown:
+                prompt.clock.heard()
+                yield [chunk for each in merged(news) for chunk in self._grown(prompt, each)]
+        finally:
+            await grown.aclose()
+            self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
+        options = self.body.stream_options
+        if options is not None and options.include_usage:
+            yield [{**self.head, "choices": [], "usage": self.usage()}]
+
+    async def _one(self, ticket: Ticket) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
+        while news := await ticket.news():
+            yield self.prompts[0], news
+
+    async def _several(self, tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
         waiting = {
             asyncio.ensure_future(ticket.news()): (prompt, ticket)
             for prompt, ticket in zip(self.prompts, tickets, strict=True)
@@ -135,16 +152,11 @@ class _Answer:
                 for task in done:
                     prompt, ticket = waiting.pop(task)
                     if news := task.result():
-                        prompt.clock.heard()
-                        yield [chunk for each in news for chunk in self._grown(prompt, each)]
+                        yield prompt, news
                         waiting[asyncio.ensure_future(ticket.news())] = (prompt, ticket)
         finally:
             for task in waiting:
                 task.cancel()
-            self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
-        options = self.body.stream_options
-        if options is not None and options.include_usage:
-            yield [{**self.head, "choices": [], "usage": self.usage()}]
 
     def _grown(self, prompt: _Prompt, news: News) -> list[Part]:
         text = prompt.heard(news)

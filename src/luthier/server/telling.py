@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
 from luthier.data.tokenizer import Tokenizer
@@ -54,6 +54,19 @@ def voices_of(serving: Serving, request: Request, *, loud: frozenset[int] = froz
         Voice(TextStream(decode, stop, skip=frozenset(silent), after=request.prompt), frozenset(silent))
         for _ in range(request.choices)
     ]
+
+
+def merged(news: Sequence[News]) -> Sequence[News]:
+    """One piece of news for each choice: what came while nobody looked is told at once."""
+    if len(news) == 1:
+        return news
+    found: dict[int, News] = {}
+    for each in news:
+        old = found.get(each.choice)
+        if old is not None:
+            each = replace(old, said=old.said + each.said, ended=each.ended, prompt=old.prompt or each.prompt)
+        found[each.choice] = each
+    return list(found.values())
 
 
 def chat_log_probs(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]:

@@ -43,12 +43,17 @@ class CallReader:
         self._forced = forced
         self._single = single
         self._held = ""
+        self._behind_call = False
 
     def push(self, text: str) -> list[str | Called]:
         """What is certain by now."""
         self._held += text
         found: list[str | Called] = []
         while not self._forced:
+            if self._behind_call:
+                # White space behind a call belongs to its form.
+                self._held = self._held.lstrip()
+                self._behind_call = not self._held
             start = self._held.find(OPEN)
             if start < 0:
                 keep = max((n for n in range(1, len(OPEN)) if self._held.endswith(OPEN[:n])), default=0)
@@ -64,7 +69,7 @@ class CallReader:
             whole, self._held = self._held[: end - start + len(CLOSE)], self._held[end - start + len(CLOSE) :]
             piece = self._read(whole[len(OPEN) : -len(CLOSE)], whole)
             if isinstance(piece, Called):
-                self._held = self._held.lstrip()
+                self._behind_call = True
                 self.calls += 1
             if isinstance(piece, str) or self.calls == 1 or not self._single:
                 found.append(piece)
