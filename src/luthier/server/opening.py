@@ -9,7 +9,6 @@ from typing import final
 
 from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
-from luthier.infer.adapter_pool import AdapterPool
 from luthier.infer.cache import widths_of
 from luthier.infer.engine import Engine
 from luthier.infer.reader import Counts, default_room
@@ -18,7 +17,8 @@ from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, kind_of_source, resolve_source
 from luthier.model.tasks import kind_of
-from luthier.recipes.opened import Opened, open_encoder, open_named, put_on, result_of
+from luthier.recipes.opened import Opened, open_encoder, open_named, result_of
+from luthier.recipes.pooled import pool_of
 from luthier.server.names import Names
 from luthier.server.pooling import Pooling
 from luthier.server.serving import Serving
@@ -86,7 +86,7 @@ def serve_opened(
     if model.task.speaks:
         pooled = model.executor.kind == "segments" and model.task.name == "causal_lm"
         if pooled:
-            pool = AdapterPool(model, lambda folder, name: put_on(model, folder, name=name, named_only=True))
+            pool = pool_of(model)
             room = _room(model, tokens)
         model.train(False)
         engine = Engine(model, room=room, decode=opened.tokenizer.decode, pool=pool)
