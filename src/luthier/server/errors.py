@@ -110,7 +110,8 @@ def unexpected() -> JSONResponse:
 
 def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]]) -> JSONResponse:
     """A body or a query that does not fit; `known` are the parameters of each body by the path that takes it."""
-    problems = failure.errors()
+    # A required name that is misspelt is missing, and unknown: the second says what to do.
+    problems = sorted(failure.errors(), key=lambda problem: problem["type"] == "missing")
     first: Mapping[str, Any] = problems[0] if problems else {"type": "", "loc": (), "msg": "it cannot be read"}
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = ".".join(place) or None
