@@ -31,7 +31,7 @@ def make(job: Job) -> Engine:
         str(job.folder / "model"), precision="bfloat16" if job.precision == "bfloat16" else "float32", device="cpu"
     )
     if "quantizer" in job.settings:
-        quantize(model, choose("quantizers", Quantizer, str(job.settings["quantizer"])))
+        quantize(model, choose("quantizers", Quantizer, str(job.settings["quantizer"])), head=True)
     model.train(False)
     adapters = {f"a{number:02d}": job.adapter(number) for number in range(job.work.adapters)}
     return Engine(model, pool=pool_of(model, adapters) if adapters else None)

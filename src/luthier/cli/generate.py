@@ -54,6 +54,9 @@ OneOf = Annotated[
 Drafts = Annotated[
     int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
 ]
+Quantize = Annotated[
+    str, typer.Option("--quantizer", metavar="NAME", help="Pack the weights, head included: int8, nf4, ...")
+]
 Precision = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
 
 
@@ -78,6 +81,7 @@ def generate(
     regex: Regex = "",
     one_of: OneOf = None,
     drafts: Drafts = 0,
+    quantizer: Quantize = "none",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
@@ -91,6 +95,7 @@ def generate(
     with uncollected():
         from luthier.model.speaker import Sampling
         from luthier.recipes.opened import open_named
+        from luthier.recipes.quantized import quantizer_named
 
     prompts = _prompts(prompt or [])
     _check(precision, adapter, beside or [])
@@ -103,7 +108,9 @@ def generate(
     answers: Answers = []
     for each in names:
         require_no_lost_run(each)
-        opened = open_named(each, adapter=adapter, precision=precision)  # type: ignore[arg-type]  # checked above
+        opened = open_named(
+            each, adapter=adapter, precision=precision, quantizer=quantizer_named(quantizer)  # type: ignore[arg-type]
+        )
         requests = _requests(
             opened, prompts, sampling, form, system=system, raw=raw, choices=choices, beams=beams, drafts=drafts
         )

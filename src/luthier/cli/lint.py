@@ -23,8 +23,7 @@ def lint(
     ] = 16,
     json: Json = False,
 ) -> None:
-    """Tell what other servers will refuse in an adapter; exits with 65 when one of them refuses it or computes it
-    otherwise.
+    """Tell what other servers refuse in an adapter, or compute otherwise; exits with 65 when there is something.
 
     \b
     Examples:

@@ -45,6 +45,7 @@ Kept = Annotated[
 ]
 Drain = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long answers may take when it ends.")]
 Access = Annotated[bool, typer.Option("--access-log", help="Write a line for each request.")]
+Packed = Annotated[str, typer.Option("--quantizer", metavar="NAME", help="Pack the weights: int8, nf4, ...")]
 Precise = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfloat16.")]
 
 
@@ -64,6 +65,7 @@ def serve(
     cache_tokens: Kept = None,
     drain: Drain = 30.0,
     access_log: Access = False,
+    quantizer: Packed = "none",
     precision: Precise = "auto",
     json: Json = False,
 ) -> None:
@@ -94,7 +96,8 @@ def serve(
         limits=Limits(new_tokens=max_new_tokens), drain_seconds=drain,
     )  # fmt: skip
     kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
-    wanted = Wanted(name=name, adapter=adapter, precision=kept, tokens=cache_tokens, waiting=waiting)
+    wanted = Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=cache_tokens,
+                    waiting=waiting)  # fmt: skip
     _log(access=access_log)
     _serve(wanted, settings, certified, told=token if made else "", json=json)
 

@@ -12,13 +12,14 @@ from luthier.model.sites import Site
 
 
 @torch.no_grad()
-def pack_weights(model: LanguageModel, pack: Pack) -> int:
-    """Pack the weight of every linear layer but the head; how many there were.
+def pack_weights(model: LanguageModel, pack: Pack, *, head: bool = False) -> int:
+    """Pack the weight of every linear layer in the blocks, and with `head` of the output head; how many there were.
 
+    A head that is the table of embeddings too gets a packed copy; the table stays as it is.
     Raises RecipeError when something is attached, or there is nothing to pack.
     """
     _require_bare(model)
-    sites = packed_sites(model)
+    sites = packed_sites(model) + (model.sites.role("head") if head else [])
     if not sites:
         raise RecipeError(
             f"{model.source} has no linear layer in its blocks, so there is nothing to quantize",

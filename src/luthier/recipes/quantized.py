@@ -59,8 +59,11 @@ def _packed(quantizer: Quantizer, backend: Backend, weight: Float[Tensor, "out i
     return packing
 
 
-def quantize(model: LanguageModel, quantizer: Quantizer) -> None:
-    """Pack the weights of the model's blocks, and note what that saves; nothing happens with the quantizer `none`."""
+def quantize(model: LanguageModel, quantizer: Quantizer, *, head: bool = False) -> None:
+    """Pack the weights of the model's blocks, and note what that saves; nothing happens with the quantizer `none`.
+
+    With `head` the output head is packed too, for a model that only speaks: it is read whole for every token.
+    """
     if "packed-weights" not in quantizer.provides:
         return
     parameters = list(model.module.parameters())
@@ -72,12 +75,18 @@ def quantize(model: LanguageModel, quantizer: Quantizer) -> None:
         )
     before = sum(map(stored_bytes, parameters))
 
-    count = pack_weights(model, partial(_packed, quantizer, model.executor.backend))
+    count = pack_weights(model, partial(_packed, quantizer, model.executor.backend), head=head)
     after = sum(map(stored_bytes, model.module.parameters()))
     model.notices.append(
         f"quantizer: {quantizer.method_name()} holds {count} matrices; weights {bytes_text(before)}, now "
         f"{bytes_text(after)}"
     )
+
+
+def quantizer_named(name: str) -> Quantizer | None:
+    """The quantizer of this name with its defaults, None for `none`. Raises RecipeError for an unknown one."""
+    chosen = choose("quantizers", Quantizer, name)
+    return chosen if "packed-weights" in chosen.provides else None
 
 
 def kept_quantizer(extras: Mapping[str, object]) -> Quantizer:

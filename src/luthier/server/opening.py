@@ -19,6 +19,7 @@ from luthier.model.load import Precision, kind_of_source, resolve_source
 from luthier.model.tasks import kind_of
 from luthier.recipes.opened import Opened, open_encoder, open_named, result_of
 from luthier.recipes.pooled import pool_of
+from luthier.recipes.quantized import quantizer_named
 from luthier.server.names import Names
 from luthier.server.pooling import Pooling
 from luthier.server.serving import Serving
@@ -56,6 +57,7 @@ class Wanted:
     name: str
     adapter: str | None = None
     precision: Precision = "auto"
+    quantizer: str = "none"
     tokens: int | None = None
     waiting: int = 256
 
@@ -65,7 +67,8 @@ def open_serving(wanted: Wanted, settings: Settings) -> Serving:
     if _is_encoder(wanted):
         opened = open_encoder(wanted.name, precision=wanted.precision)
     else:
-        opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision)
+        packed = quantizer_named(wanted.quantizer)
+        opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision, quantizer=packed)
     return serve_opened(opened, settings, base=base_name(wanted.name), own=own_names(wanted), tokens=wanted.tokens,
                         waiting=wanted.waiting)  # fmt: skip
 
