@@ -17,6 +17,7 @@ from probes import probe
 from luthier.core.chosen import choose
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
+from luthier.kernels import pool
 from luthier.kernels.pool import bound_caches
 from luthier.model.load import load_model
 from luthier.model.speaker import Sampling
@@ -27,6 +28,8 @@ from luthier.recipes.quantized import quantize
 
 def make(job: Job) -> Engine:
     """The engine over the prepared model, packed where that is asked for, its adapters registered."""
+    # As `open_named` does it.
+    pool.install()
     model = load_model(
         str(job.folder / "model"), precision="bfloat16" if job.precision == "bfloat16" else "float32", device="cpu"
     )

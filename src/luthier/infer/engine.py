@@ -65,11 +65,18 @@ class _Asked:
 @final
 @dataclass(frozen=True)
 class _Turn:
-    """A continuation that may speak: the logits after its text, and after each token of its draft."""
+    """A continuation that may speak: row `row` of the logits of a pass is what comes after its text, and the next ones
+    what comes after each token of its draft."""
 
     continuation: Continuation
-    logits: Float[Tensor, "n V"]
+    passed: Float[Tensor, "n V"]
+    row: int
     draft: tuple[int, ...] = ()
+
+    @property
+    def logits(self) -> Float[Tensor, "d V"]:
+        """Its own rows."""
+        return self.passed[self.row : self.row + 1 + len(self.draft)]
 
 
 @final
@@ -234,8 +241,8 @@ class Engine:
                 self._news.append(News(each.number, each.choice, prompt=tuple(each.prompt_said)))
                 asked.told = True
             running = [twin for twin in twins if self._reader is not None and self._reader.fork(each, twin)]
-            logits = reading.logits[rows]
-            turns += [_Turn(each, logits, draft), *(_Turn(twin, logits) for twin in running)]
+            turns.append(_Turn(each, reading.logits, rows.start, draft))
+            turns += [_Turn(twin, reading.logits, rows.start) for twin in running]
         return turns
 
     def _say(self, turns: Sequence[_Turn]) -> None:
@@ -256,7 +263,7 @@ class Engine:
         """Whether its guide has said what may come next; one that fails ends its own request and no other."""
         each = turn.continuation
         try:
-            each.chooser.bound(turn.logits.shape[-1])
+            each.chooser.bound(turn.passed.shape[-1])
         except LuthierError as failure:
             self._fail(each, failure)
             return False
@@ -267,7 +274,9 @@ class Engine:
         turns = [turn for turn in turns if turn.continuation.number in self._asked]
         if not turns:
             return
-        logits = torch.cat([turn.logits for turn in turns])
+        rows, logits = [turn.row for turn in turns], turns[0].passed
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
         try:
             said = choose([turn.continuation.chooser for turn in turns], logits)
         except LuthierError as failure:

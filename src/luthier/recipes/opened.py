@@ -24,6 +24,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.infer.text import TextStream
+from luthier.kernels import pool
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
@@ -154,6 +155,9 @@ def open_named(
     Its weights are packed as they were when it was trained, or by `quantizer`, the head included, to speak faster in
     less memory. Raises RecipeError when an adapter is named beside a run, which has its own.
     """
+    if device != "cuda":
+        # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
+        pool.install()
     if is_run(Path(name)):
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
