@@ -10,7 +10,7 @@ import torch
 from luthier.arithmetic.compute import flops_per_token
 from luthier.core import catalog
 from luthier.model.load import load_model
-from luthier.recipes.limits import work
+from luthier.recipes.products import Flow, Stream, work
 from tests.benchmarks.lines import line_of, module
 
 WORKLOADS = ("m1-lora", "m1-full", "m2-lora", "m2-fixed", "m2-qlora")
@@ -80,7 +80,7 @@ def test_flops_agree_with_those_read_off_a_model(family: str, method: str, tmp_p
     assert sum(item.numel() for item in model.module.parameters()) == shape.parameters
     knobs = {"rank": 4} if method == "lora" else {}
     attachment = model.attach(catalog.load("adapters", method)(**knobs).attach(model.sites))
-    found = flops_per_token(*work(model, attachment, context=10.0, share=0.25))
+    found = flops_per_token(*work(model, attachment, Flow(texts=Stream(context=10.0), predicted=0.25)))
     assert module("limits").token_flops(shape, method, rank=4, share=0.25, context=10.0) == pytest.approx(found)
 
 

@@ -182,6 +182,8 @@ def test_what_cannot_be_done_is_refused_by_name(client: OpenAI, more: dict[str, 
 def test_models_tokens_and_numbers(client: OpenAI, server: Running, opened: Opened) -> None:
     assert [model.id for model in client.models.list()] == ["seedling"]
     assert client.models.retrieve("seedling").owned_by == "luthier"
+    more = {"ignore_eos": True}
+    client.completions.create(model="seedling", prompt=["The ship"] * 12, max_tokens=10, extra_body=more)
     with server.client() as plain:
         tokens = plain.post("/tokenize", json={"prompt": "The ship", "return_token_strs": True}).json()
         assert tokens["tokens"] == opened.prompt("The ship", raw=True).tolist()

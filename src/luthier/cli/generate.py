@@ -108,9 +108,8 @@ def generate(
     answers: Answers = []
     for each in names:
         require_no_lost_run(each)
-        opened = open_named(
-            each, adapter=adapter, precision=precision, quantizer=quantizer_named(quantizer)  # type: ignore[arg-type]
-        )
+        packed = quantizer_named(quantizer)
+        opened = open_named(each, adapter=adapter, precision=precision, quantizer=packed)  # type: ignore[arg-type]
         requests = _requests(
             opened, prompts, sampling, form, system=system, raw=raw, choices=choices, beams=beams, drafts=drafts
         )

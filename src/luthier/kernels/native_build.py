@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from luthier.core.child import start_child
 from luthier.core.errors import MissingError
 from luthier.core.paths import cache_folder
 
@@ -79,10 +80,25 @@ def _compile(compiler: str, sources: list[Path], place: Path, flags: tuple[str, 
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=place.parent) as folder:
             made = Path(folder) / place.name
             command = [compiler, *flags, *wide, "-o", str(made), *map(str, sources)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-            if done.returncode != 0:
-                words = done.stderr.strip().splitlines()[:1] or [f"exit {done.returncode}"]
+            code, said = _run(command)
+            if code != 0:
+                words = said.strip().splitlines()[:1] or [f"exit {code}"]
                 raise MissingError(f"{compiler} does not compile the C++ kernels: {words[0]}")
             made.replace(place)
     except (OSError, subprocess.SubprocessError) as failure:
         raise MissingError(f"the C++ kernels cannot be compiled into {place.parent}: {failure}") from failure
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """The exit code of a compiler and what it said; nothing that it has started lives longer than we do."""
+    with tempfile.TemporaryFile() as words:
+        child = start_child("luthier.core.guarded", command, stderr=words.fileno())
+        try:
+            code = child.wait(timeout=SECONDS)
+        finally:
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    pipe.close()
+            child.wait()
+        words.seek(0)
+        return code, words.read().decode("utf-8", "replace")
