@@ -41,14 +41,17 @@ TARGETS = ["q_proj", "v_proj"]
     [
         ({}, set()),
         ({"r": 64}, {("vllm", "refuses")}),
-        ({"use_dora": True}, {(server, "refuses") for server in ALL}),
+        ({"use_dora": True}, {("vllm", "refuses"), ("sglang", "otherwise"), ("llama.cpp", "refuses")}),
         ({"use_rslora": True}, {("sglang", "otherwise"), ("llama.cpp", "otherwise")}),
         ({"alpha_pattern": {"v_proj": 3}}, {(server, "otherwise") for server in ALL}),
         ({"rank_pattern": {"v_proj": 4}}, {("vllm", "otherwise"), ("sglang", "otherwise")}),
         ({"alpha_pattern": {"v_proj": 16}}, set()),
-        ({"target_modules": [*TARGETS, "embed_tokens"]}, {("vllm", "refuses"), ("sglang", "refuses")}),
-        ({"modules_to_save": ["norm"]}, {("vllm", "refuses"), ("sglang", "refuses"), ("llama.cpp", "refuses")}),
-        ({"bias": "lora_only"}, {("vllm", "refuses"), ("sglang", "refuses"), ("llama.cpp", "refuses")}),
+        ({"target_modules": [*TARGETS, "embed_tokens"]}, {("vllm", "refuses")}),
+        ({"target_modules": [*TARGETS, "lm_head"]}, {("vllm", "refuses"), ("llama.cpp", "refuses")}),
+        ({"modules_to_save": ["norm"]}, {("vllm", "refuses"), ("sglang", "otherwise"), ("llama.cpp", "otherwise")}),
+        ({"modules_to_save": ["up_proj"]}, {("vllm", "refuses"), ("sglang", "otherwise"), ("llama.cpp", "refuses")}),
+        ({"trainable_token_indices": [3]}, {("vllm", "otherwise"), ("sglang", "otherwise"), ("llama.cpp", "refuses")}),
+        ({"bias": "lora_only"}, {("vllm", "refuses"), ("sglang", "otherwise"), ("llama.cpp", "refuses")}),
     ],
 )
 def test_each_server_is_told_what_it_takes_amiss(

@@ -2,8 +2,9 @@
 
 A server that refuses an adapter tells so when it is loaded; one that reads a key of its config and ignores another
 computes something else and tells nobody. Only the config and the shapes of the tensors are read.
-Sources: vLLM: `vllm/lora/peft_helper.py` and `vllm/config/lora.py`; SGLang: `srt/lora/lora_config.py`; llama.cpp:
-    `convert_lora_to_gguf.py` (as they stood in autumn 2026).
+Sources: what was read of each server's code, which changes: vLLM's `lora/peft_helper.py` (0214369), its issues 9280,
+    32599 and 33234; SGLang's `srt/lora/lora_config.py` (0ceb81f), whose loader reads no key for what stands beside
+    LoRA; llama.cpp's `convert_lora_to_gguf.py` (0b03ada) and `llama-adapter.cpp`, which skips norms.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from luthier.model.tensor_files import tensor_shapes
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER
 
+Kind = Literal["refuses", "otherwise"]
+MERGE: Final = "merge it into the base, and serve that"
 SERVERS: Final = ("vllm", "sglang", "llama.cpp")
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
@@ -30,10 +33,11 @@ VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 @final
 @dataclass(frozen=True)
 class Finding:
-    """A server `refuses` an adapter, or computes it `otherwise`: what it is about, and what can be done."""
+    """A server `refuses` an adapter, or computes it `otherwise` where it does not refuse it: what it is about, and what
+    can be done."""
 
     server: str
-    kind: Literal["refuses", "otherwise"]
+    kind: Kind
     what: str
     do: str
 
@@ -85,36 +89,50 @@ class _Adapter:
         """Tensors whose names hold one of these."""
         return sorted(name for name in self.shapes if any(part in name for part in parts))
 
+    def low_rank_at(self, *modules: str) -> list[str]:
+        """Low-rank factors of these modules."""
+        return [name for name in self.named(*modules) if ".lora_" in name]
+
 
 def _findings(adapter: _Adapter, server: str, max_rank: int) -> list[Finding]:
     if adapter.kind != "LORA":
         do = "serve it with luthier serve, or merge it into the base where it can be merged"
         what = f"an adapter of type {adapter.kind or 'unknown'}: LoRA is all it serves"
         return [Finding(server, "refuses", what, do)]
-    found = [Finding(server, "refuses", what, do) for what, do in _refused(adapter, server, max_rank)]
+    found = [Finding(server, kind, what, MERGE) for kind, what in _beside(adapter, server)]
+    found += [Finding(server, "refuses", what, do) for what, do in _refused(adapter, server, max_rank)]
     return found + [Finding(server, "otherwise", what, do) for what, do in _otherwise(adapter, server)]
 
 
-def _refused(adapter: _Adapter, server: str, max_rank: int) -> list[tuple[str, str]]:
-    config, merge = adapter.config, "merge it into the base, and serve that"
-    found: list[tuple[str, str]] = []
+def _beside(adapter: _Adapter, server: str) -> list[tuple[Kind, str]]:
+    """What an adapter has beside low-rank terms, and what becomes of it."""
+    config = adapter.config
+    kind: Kind = "otherwise" if server == "sglang" else "refuses"
+    found: list[tuple[Kind, str]] = []
     if config.get("use_dora") or adapter.named("lora_magnitude_vector"):
-        found.append(("DoRA: a magnitude for each output", merge))
-    whole = config.get("modules_to_save") or adapter.named("modules_to_save")
-    if whole:
-        found.append((f"whole modules beside LoRA: {', '.join(map(str, whole))[:120]}", merge))
+        found.append((kind, "DoRA: a magnitude for each output"))
+    if whole := config.get("modules_to_save") or adapter.named("modules_to_save"):
+        norms = server == "llama.cpp" and all("norm" in name for name in adapter.shapes if ".lora_" not in name)
+        what = f"whole modules beside LoRA: {', '.join(map(str, whole))[:120]}"
+        found.append(("otherwise" if norms else kind, what))
     if config.get("bias", "none") != "none":
-        found.append((f"trained biases (bias is {config['bias']!r})", merge))
+        found.append((kind, f"trained biases (bias is {config['bias']!r})"))
     if config.get("trainable_token_indices"):
-        found.append(("trained rows of the embedding", merge))
-    # llama.cpp reads those of embeddings.
-    ends = adapter.named("lm_head", *(() if server == "llama.cpp" else ("embed_tokens", "lora_embedding")))
-    if ends:
-        found.append((f"LoRA on the embedding or the head: {ends[0]}", merge))
+        # Some versions of vLLM read them.
+        found.append(("otherwise" if server == "vllm" else kind, "trained rows of the embedding"))
+    return found
+
+
+def _refused(adapter: _Adapter, server: str, max_rank: int) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if server == "vllm" and (ends := adapter.low_rank_at("lm_head", "embed_tokens")):
+        found.append((f"LoRA on the embedding or the head: {ends[0]}", MERGE))
+    if server == "llama.cpp" and (heads := adapter.low_rank_at("lm_head")):
+        found.append((f"LoRA on a head that is the embedding too: {heads[0]}", f"{MERGE}; it takes a head of its own"))
     most = max(adapter.ranks.values(), default=0)
     if server == "vllm" and most > max_rank:
         least = next((rank for rank in VLLM_RANKS if rank >= most), None)
-        do = f"start it with --max-lora-rank {least}" if least else merge
+        do = f"start it with --max-lora-rank {least}" if least else MERGE
         found.append((f"rank {most}, above --max-lora-rank {max_rank}", do))
     return found
 
