@@ -19,6 +19,13 @@ def test_what_grows_on_the_terminal_is_what_json_tells(finished: Path) -> None:
     assert drafted == shown
 
 
+def test_equal_prompts_draw_answers_of_their_own(finished: Path) -> None:
+    """Breaks when the second choice of one prompt is the first of the next."""
+    ask = ("generate", finished, "-p", "x", "-p", "x", "--choices", 2, "--temperature", 1.5, "--max-new-tokens", 12)
+    told = luthier(*ask, "--json").must(0).json["answers"]
+    assert len({tuple(answer["tokens"]) for answer in told}) == 4
+
+
 def test_choices_are_listed_and_models_stand_side_by_side(finished: Path, llama: Path) -> None:
     """Breaks when several answers are streamed into each other, or a column has another's answers."""
     drawn = ("--temperature", 1.0, "--max-new-tokens", 3)

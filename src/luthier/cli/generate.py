@@ -116,7 +116,7 @@ def generate(
         if max(len(requests), choices, len(names)) == 1 and not json:
             _stream(opened, requests[0])
             return
-        spoken = opened.engine.answer(requests, draws=range(len(requests)))
+        spoken = opened.engine.answer(requests, draws=range(0, len(requests) * choices, choices))
         answers.append([[(opened.text(one.tokens, sampling.stop), one) for one in own] for own in spoken])
     show = _print_json if json else _print_beside if len(names) > 1 else _print
     show(names, prompts, answers)

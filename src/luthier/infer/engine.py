@@ -160,8 +160,9 @@ class Engine:
     def answer(self, requests: Sequence[Request], *, draws: Sequence[int] | None = None) -> list[list[Spoken]]:
         """All choices of each of these requests, by an engine with nothing else to do.
 
-        Those of request i draw from `draws[i]` on. Raises what a request has failed with. The cache is let go at the
-        end: whoever trains needs the memory, and with other weights it is of no use.
+        Choice c of request i draws with number `draws[i]` + c, and with c without `draws`. Raises what a request has
+        failed with. The cache is let go at the end: whoever trains needs the memory, and with other weights it is of no
+        use.
         """
         if self.busy:
             raise RecipeError(

@@ -122,6 +122,10 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
         names = known.get(".".join(place[:-1]), ())
         near = f"; {did_you_mean(place[-1][:80], names)}" if names else ""
         return JSONResponse(told(f"unknown parameter {param!r:.200}{near}", code="unknown_parameter", param=param), 400)
+    if first["type"] == "json_invalid":
+        why = dict(first.get("ctx", {})).get("error", first["msg"])
+        message = f"the body is no JSON: {why} at character {place[-1] if place else '?'}"
+        return JSONResponse(told(message, code="invalid_parameter"), 400)
     if first["type"] == "missing":
         return JSONResponse(told(f"{param or 'the body'} is missing", code="missing_parameter", param=param), 400)
     what = f"{param}: " if param else ""
