@@ -6,7 +6,8 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -98,8 +99,8 @@ def serve(
     kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
     wanted = Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=cache_tokens,
                     waiting=waiting)  # fmt: skip
-    _log(access=access_log)
-    _serve(wanted, settings, certified, told=token if made else "", json=json)
+    with _logged(access=access_log):
+        _serve(wanted, settings, certified, told=token if made else "", json=json)
 
 
 def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:
@@ -176,12 +177,17 @@ def _certified(host: str, chain: Path | None, key: Path | None, *, insecure: boo
     return None
 
 
-def _log(*, access: bool) -> None:
-    """Errors of the server on stderr, and requests where they are wanted."""
+@contextmanager
+def _logged(*, access: bool) -> Iterator[None]:
+    """Errors of the server on stderr, and requests where they are wanted, until the server has ended."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    for name in ("luthier.server", "luthier.access", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO if access and name == "luthier.access" else logging.ERROR)
-        if not logger.handlers:
-            logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("luthier.server", "luthier.access", "uvicorn.error")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO if access and logger.name == "luthier.access" else logging.ERROR)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

@@ -296,14 +296,15 @@ class Worker:
         known = isinstance(failure, (DataError, RecipeError))
         words = str(failure) if known else type(failure).__name__
         tickets, self._tickets = self._tickets, {}
-        self._tell(partial(self._all_failed, list(tickets.values()),
-                           EngineFailedError(f"the engine broke off: {words}")))  # fmt: skip
+        # The engine first: who is told "failed" may ask again at once, and finds the places of the failed free.
         try:
             for number in tickets:
                 self.engine.cancel(number)
         except _BREAKS as second:
             _LOG.error("cancelling failed too", exc_info=second)
             self._failures = MOST_FAILURES
+        self._tell(partial(self._all_failed, list(tickets.values()),
+                           EngineFailedError(f"the engine broke off: {words}")))  # fmt: skip
         if self._failures >= MOST_FAILURES:
             self.dead = self._ending = True
             self._tell(self._give_up)
