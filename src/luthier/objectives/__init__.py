@@ -2,7 +2,8 @@
 
 The contract: `task` says what the model is loaded for, `trees` turns a rendered row into trees whose tokens carry
 weights, `loss` turns per-token outputs into a `LossReport`, a sum and its weight. An objective that needs more than
-log-probabilities says so in `requires`.
+log-probabilities says so: a `reference` (what the model says without the adapter, in `outputs.notes`), a policy at
+another `policy_temperature`, or trainable parts of its `own`, such as a value head.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
+
 from luthier.core.knobs import Method
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import CAUSAL, Task
 
@@ -32,6 +36,20 @@ class Objective(Method):
 
     separable: ClassVar[bool] = True
     """Whether the loss of a tree is the sum of the losses of its branches, so that a large tree may run in parts."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether `outputs.notes["reference"]` shall have the tokens' log-probabilities without the adapter."""
+        return False
+
+    @property
+    def policy_temperature(self) -> float:
+        """The temperature of the policy that is trained: that at which it was sampled."""
+        return 1.0
+
+    def own(self, size: int, device: torch.device) -> list[Edit]:
+        """Trainable parts beside the adapter's, for a model with states of `size`; they are in no adapter file."""
+        return []
 
     @property
     def meanings(self) -> tuple[Meaning, ...] | None:

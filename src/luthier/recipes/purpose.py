@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from luthier.adapters import Adapter
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.conversation import Meaning
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.adapter_files import TENSORS
+from luthier.model.edits import Edit
 from luthier.model.encoder_decoder import start_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import config_of, kind_of_source, start_token
@@ -34,6 +36,12 @@ def bound(objective: Objective, source: str, tokenizer: Tokenizer) -> Objective:
     class_for(config_of(source), objective.task(SOME), source)
     mask = tokenizer.raw.mask_token_id
     return objective.with_vocabulary(Vocabulary(tokenizer.vocabulary_size, None if mask is None else int(mask)))
+
+
+def edits_for(adapter: Adapter, objective: Objective, model: LanguageModel) -> list[Edit]:
+    """What is trained on a model: the adapter's edits, and parts that the objective has of its own."""
+    size = int(model.config.get_text_config().hidden_size)
+    return [*adapter.attach(model.sites), *objective.own(size, model.device)]
 
 
 def read_for(reading: Reading, objective: Objective, source: str) -> Reading:
