@@ -10,6 +10,13 @@ template <typename Kind, typename T> struct Plain {
     const T* weight;
     const T* bias;
     int64_t size, outs;
+    static constexpr bool LINES = sizeof(T) == sizeof(Number);
+    struct Line {
+        const Number* from;
+        Vector at(int64_t k) const { return Kind::load(from + k); }
+        void fetch(int64_t k) const { fetch_once(reinterpret_cast<const char*>(from + k) + AHEAD); }
+    };
+    Line line(int64_t out) const { return {reinterpret_cast<const Number*>(weight + out * size)}; }
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const T* own = weight + first * size + from;
@@ -27,7 +34,10 @@ template <typename Kind, typename T> struct Plain {
         }
         return {room, PIECE, nullptr};
     }
-    float finish(int64_t out, float sum) const { return bias == nullptr ? sum : sum + widen(bias[out]); }
+    Four finish(int64_t first, int64_t count, Four sums) const {
+        for (int64_t o = 0; bias != nullptr && o < count; o++) sums.at[o] += widen(bias[first + o]);
+        return sums;
+    }
 };
 
 // Up to three products of the same rows; the first that has no weight is the end.

@@ -4,7 +4,11 @@
 // vector of sums, which is added up at the end; several rows of both at once only fill the registers. So each number of
 // y is summed in an order that depends on nothing but the length of a row: neither on how many rows there are, nor on
 // the number of threads. Weights that are kept in fewer bits are unpacked a few rows at a time into the cache of the
-// core that multiplies them.
+// core that multiplies them, or vector by vector where few rows of x leave the time for it.
+//
+// What comes next is fetched past the outer caches (the hint for data that are used once): on the machine this was
+// measured on the same loops read 30 to 50 % more bytes a second than with the hint for the second cache, and one row of
+// W after another, with long stretches for each thread, 50 % more than four rows at once. docs/performance.md has both.
 
 #pragma once
 
@@ -90,11 +94,16 @@ template <typename Kind, typename T> struct FewRows {
     FewRows(const FewRows&) = delete;
 };
 
-constexpr int64_t OUTS = 4;          // rows of W at once
-constexpr int64_t GROUP = 4;         // rows of x at once
-constexpr int64_t PIECE = 1024;      // numbers of a row at once: with OUTS rows they stay in the nearest cache
-constexpr int64_t CHUNK = 64 << 10;  // bytes of W that a thread takes at once
-constexpr int64_t ALONE = 96 << 10;  // bytes of W below which a second thread is not worth waking
+constexpr int64_t OUTS = 4;           // rows of W at once
+constexpr int64_t GROUP = 4;          // rows of x at once
+constexpr int64_t PIECE = 1024;       // numbers of a row at once: with OUTS rows they stay in the nearest cache
+constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once, and the most where there is much of it
+constexpr int64_t MOST = 512 << 10;
+constexpr int64_t SHARES = 6;         // parts that a weight is at least taken in, if these are not too small
+constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread is not worth waking
+constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
+
+static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
 
 // A piece of each of some rows of W, and where the same piece of the rows after them lies, if that is in memory.
 template <typename Number> struct Piece {
@@ -103,17 +112,18 @@ template <typename Number> struct Piece {
     const Number* next;
 };
 
-// Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS). Meanwhile
-// FETCHED rows from `next` on come nearer. A function of its own, so that all sums stay in registers.
-template <typename Kind, int ROWS, int FETCHED>
+// Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
+// there when they are the FIRST. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that all
+// sums stay in registers.
+template <typename Kind, int ROWS, int FETCHED, bool FIRST>
 __attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w, const typename Kind::Number* x,
                                            int64_t x_stride, int64_t count, const typename Kind::Number* next,
                                            Vector* sums) {
     Vector own[OUTS][ROWS];
     for (int o = 0; o < OUTS; o++)
-        for (int r = 0; r < ROWS; r++) own[o][r] = sums[r * OUTS + o];
+        for (int r = 0; r < ROWS; r++) own[o][r] = FIRST ? Vector{} : sums[r * OUTS + o];
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
-        for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * w.stride + k, 0, 2);
+        for (int o = 0; o < FETCHED; o++) fetch_once(next + o * w.stride + k);
         Vector left[ROWS];
         for (int r = 0; r < ROWS; r++) left[r] = Kind::load(x + r * x_stride + k);
         for (int o = 0; o < OUTS; o++) {
@@ -125,18 +135,18 @@ __attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w,
         for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = own[o][r];
 }
 
-template <typename Kind, int FETCHED>
+template <typename Kind, int FETCHED, bool FIRST>
 static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
                              int64_t rows, int64_t count, const typename Kind::Number* next, Vector* sums) {
-    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, count, next, sums);
-    else if (rows == 2) dots<Kind, 2, FETCHED>(w, x, x_stride, count, next, sums);
-    else if (rows == 3) dots<Kind, 3, FETCHED>(w, x, x_stride, count, next, sums);
-    else dots<Kind, 4, FETCHED>(w, x, x_stride, count, next, sums);
+    if (rows == 1) dots<Kind, 1, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
+    else if (rows == 2) dots<Kind, 2, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
+    else if (rows == 3) dots<Kind, 3, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
+    else dots<Kind, 4, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
 }
 
 // A piece of OUTS rows of W with that of all rows of x, which begins at `x`. What comes next is fetched evenly over the
 // time that this takes.
-template <typename Kind>
+template <typename Kind, bool FIRST>
 static inline void piece_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
                               int64_t rows, int64_t count, Vector* sums) {
     const int64_t groups = (rows + GROUP - 1) / GROUP;
@@ -147,27 +157,85 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const typen
         const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
         const typename Kind::Number* from = x + row * x_stride;
         Vector* own = sums + row * OUTS;
-        if (share == 0) some_dots<Kind, 0>(w, from, x_stride, take, count, next, own);
-        else if (share == 1) some_dots<Kind, 1>(w, from, x_stride, take, count, next, own);
-        else if (share == 2) some_dots<Kind, 2>(w, from, x_stride, take, count, next, own);
-        else some_dots<Kind, OUTS>(w, from, x_stride, take, count, next, own);
+        if (share == 0) some_dots<Kind, 0, FIRST>(w, from, x_stride, take, count, next, own);
+        else if (share == 1) some_dots<Kind, 1, FIRST>(w, from, x_stride, take, count, next, own);
+        else if (share == 2) some_dots<Kind, 2, FIRST>(w, from, x_stride, take, count, next, own);
+        else some_dots<Kind, OUTS, FIRST>(w, from, x_stride, take, count, next, own);
         row += take;
         left -= share;
         next += share * w.stride;
     }
 }
 
+// A row of W with ROWS rows of x, into every OUTS-th of `sums`. `line.at(k)` is a vector of the row.
+template <typename Kind, int ROWS, typename Line>
+static inline void line_dots(const Line& line, const typename Kind::Number* x, int64_t x_stride, int64_t count,
+                             Vector* sums) {
+    Vector own[ROWS];
+    for (int r = 0; r < ROWS; r++) own[r] = Vector{};
+    for (int64_t k = 0; k < count; k += Kind::WIDE) {
+        line.fetch(k);
+        const Vector right = line.at(k);
+        for (int r = 0; r < ROWS; r++) own[r] = Kind::dot(own[r], right, Kind::load(x + r * x_stride + k));
+    }
+    for (int r = 0; r < ROWS; r++) sums[r * OUTS] = own[r];
+}
+
+// OUTS rows of W from `first` on, the first `count` of which are there, one after another with a group of rows of x.
+template <typename Kind, int ROWS, typename T, typename Source>
+__attribute__((noinline)) static void lines_dots(const Source& source, const FewRows<Kind, T>& x, int64_t first,
+                                                 int64_t count, Vector* sums) {
+    for (int64_t o = 0; o < count; o++)
+        line_dots<Kind, ROWS>(source.line(first + o), x.at, x.stride, x.whole, sums + o);
+    for (int64_t o = count; o < OUTS; o++)
+        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = Vector{};
+}
+
+template <typename Kind, typename T, typename Source>
+static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count, Vector* sums) {
+    if (x.rows == 1) lines_dots<Kind, 1>(source, x, first, count, sums);
+    else if (x.rows == 2) lines_dots<Kind, 2>(source, x, first, count, sums);
+    else if (x.rows == 3) lines_dots<Kind, 3>(source, x, first, count, sums);
+    else lines_dots<Kind, 4>(source, x, first, count, sums);
+}
+
+// The sums of all rows of x with OUTS rows of W, piece by piece.
+template <typename Kind, typename T, typename Source>
+static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
+                          typename Kind::Number* room, Vector* sums) {
+    const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
+    for (int64_t from = 0, until; from < padded; from = until) {
+        until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
+        const auto piece = source.piece(first, count, from, until, room);
+        if (from == 0) piece_dots<Kind, true>(piece, x.at, x.stride, x.rows, until, sums);
+        else piece_dots<Kind, false>(piece, x.at + from, x.stride, x.rows, until - from, sums);
+    }
+}
+
+// Numbers of a row of y, rounded: all OUTS of them at once, or some.
+template <typename T> static inline void put(Four found, int64_t count, T* to) {
+    for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found.at[o]);
+}
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+template <> inline void put<bf16>(Four found, int64_t count, bf16* to) {
+    if (count == OUTS) _mm_storel_epi64((__m128i*)to, (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(found.at)));
+    else for (int64_t o = 0; o < count; o++) to[o] = narrow<bf16>(found.at[o]);
+}
+#endif
+
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
 // OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
-// behind the end of a row. `source.finish(out, sum)` is a number of y from its sum. Returns 1 when there is no memory.
+// behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES`.
+// `source.finish(first, sums)` are numbers of y from their sums. Returns 1 when there is no memory.
 template <typename Kind, typename T, typename Source>
 static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t outs) {
     typedef typename Kind::Number Number;
-    const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
     const Rooms rooms(sizeof(Number) * OUTS * PIECE + sizeof(Vector) * OUTS * x.rows + 64 * 3);
     if (rooms.at == nullptr || x.failed) return 1;
     const int64_t blocks = (outs + OUTS - 1) / OUTS, row_bytes = source.row_bytes();
-    const int64_t share = std::max<int64_t>(1, CHUNK / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
+    const int64_t taken = std::min(MOST, std::max(LEAST, outs * row_bytes / SHARES));
+    const int64_t share = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
+    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= GROUP;
 #pragma omp parallel if (outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE)
     {
         auto shelf = rooms.own();
@@ -177,17 +245,14 @@ static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t ou
         for (int64_t part = 0; part < parts; part++)
             for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
                 const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
-                std::memset(static_cast<void*>(sums), 0, sizeof(Vector) * OUTS * x.rows);
-                for (int64_t from = 0, until; from < padded; from = until) {
-                    until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
-                    const Piece<Number> piece = source.piece(first, count, from, until, room);
-                    piece_dots<Kind>(piece, x.at + from, x.stride, x.rows, until - from, sums);
+                if constexpr (Source::LINES) {
+                    if (by_line) lines<Kind, T>(source, x, first, count, sums);
                 }
+                if (!by_line) pieces<Kind, T>(source, x, first, count, room, sums);
                 for (int64_t row = 0; row < x.rows; row++) {
                     const Vector* own = sums + row * OUTS;
-                    const Four found = totals(own[0], own[1], own[2], own[3]);
-                    for (int64_t o = 0; o < count; o++)
-                        y[row * outs + first + o] = narrow<T>(source.finish(first + o, found.at[o]));
+                    const Four found = source.finish(first, count, totals(own[0], own[1], own[2], own[3]));
+                    put<T>(found, count, y + row * outs + first);
                 }
             }
     }

@@ -28,14 +28,38 @@ template <typename Number> static inline void filled_up(Number* to, int64_t from
 
 // What is read for the block after this one should be on its way.
 static inline void fetch(const void* from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += 64) fetch_once(static_cast<const char*>(from) + at);
 }
+
+// A vector of numbers as they are multiplied.
+template <typename Kind> static inline Vector vector_of(const int8_t* from) {
+    Vector found;
+    for (int i = 0; i < LANES; i++) found[i] = float(from[i]);
+    return found;
+}
+#if defined(__AVX512BF16__)
+template <> inline Vector vector_of<Halves>(const int8_t* from) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16))));
+    return (Vector)_mm512_cvtne2ps_pbh(high, low);
+}
+#endif
 
 template <typename Kind> struct Bytes {
     typedef typename Kind::Number Number;
     const int8_t* codes;
     const float* scales;
     int64_t size, outs;
+    static constexpr bool LINES = true;
+    struct Line {
+        const int8_t* from;
+        Vector at(int64_t k) const { return vector_of<Kind>(from + k); }
+        void fetch(int64_t k) const {
+            // Two vectors of them lie in one line of the cache.
+            if (k % 64 == 0) fetch_once(from + k + AHEAD);
+        }
+    };
+    Line line(int64_t out) const { return {codes + out * size}; }
     int64_t row_bytes() const { return size; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const int64_t there = std::min(until, size) - from;
@@ -47,7 +71,10 @@ template <typename Kind> struct Bytes {
         }
         return {room, PIECE, nullptr};
     }
-    float finish(int64_t out, float sum) const { return scales[out] * sum; }
+    Four finish(int64_t first, int64_t count, Four sums) const {
+        for (int64_t o = 0; o < count; o++) sums.at[o] *= scales[first + o];
+        return sums;
+    }
 };
 
 // Codes of four bits and the scale of each block of numbers, which may be kept as a code with a scale and a mean.
@@ -68,6 +95,7 @@ template <typename Kind> struct Coded {
     Scales scales;
     const float* levels;
     int64_t each, size, outs;  // numbers of a block of codes, numbers of a row, rows
+    static constexpr bool LINES = false;
     int64_t row_bytes() const { return size / 2; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const int64_t there = std::min(until, size) - from;
@@ -86,7 +114,7 @@ template <typename Kind> struct Coded {
         }
         return {room, PIECE, nullptr};
     }
-    float finish(int64_t, float sum) const { return sum; }
+    Four finish(int64_t, int64_t, Four sums) const { return sums; }
 };
 
 template <typename T>
