@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
-from luthier.kernels.backend import Backend, Paged
+from luthier.kernels.backend import Backend, BareBlock, KeptRows, Paged
 from luthier.model.attention import ForestPlan, Root, soft_capped
 from luthier.model.executor import flat_hidden
 from luthier.model.kept import AttentionCall, KeptKeys
@@ -91,6 +91,21 @@ class PassKeys(KeptKeys):
         if call.softcap is None and key.shape[-1] == value.shape[-1]:
             return self.backend.attend_pages(query.contiguous(), keys, values, self.texts, scale, call.window)
         return _by_text(query, keys, values, self.texts, scale, call)
+
+
+    def block(
+        self,
+        layer: int,
+        x: Float[Tensor, "n d"],
+        block: BareBlock,
+        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
+        call: AttentionCall,
+    ) -> Float[Tensor, "n d"] | None:
+        if call.softcap is not None:
+            return None
+        kept = KeptRows(self.cache.keys[layer], self.cache.values[layer], self.rows, self.texts)
+        scale = block.head_size**-0.5 if call.scale is None else call.scale
+        return self.backend.token_block(x, block, angles, kept, scale, call.window)
 
 
 def paged(pages: Sequence[Sequence[int]], counts: Sequence[int], news: Sequence[int], cache: Cache) -> Paged:

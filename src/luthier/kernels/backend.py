@@ -74,6 +74,44 @@ class BlockScales:
         return self.levels.index_select(0, self.codes.int()) * own + self.mean
 
 
+@final
+@dataclass(frozen=True)
+class RowCodes:
+    """A weight as whole numbers of -127 to 127 and a scale for each row of them."""
+
+    codes: Int8[Tensor, "out in"]
+    scales: Float[Tensor, " out"]
+
+
+Bare = tuple[Tensor | RowCodes, Tensor | None]
+"""A linear layer with nothing on it: its weight (out, in) and its bias."""
+Norm = tuple[Tensor, float]
+"""The weight of a root-mean-square norm, and what it adds to the mean of the squares."""
+
+
+@final
+@dataclass(frozen=True)
+class BareBlock:
+    """A block of the common shape as it stands, with nothing on its layers: those of queries, keys, values, output,
+    gate, up and down, and its norms; `head_norms` are those of each head of queries and of keys, where it has them."""
+
+    layers: tuple[Bare, Bare, Bare, Bare, Bare, Bare, Bare]
+    norms: tuple[Norm, Norm]
+    head_norms: tuple[Norm, Norm] | None
+    head_size: int
+
+
+@final
+@dataclass(frozen=True)
+class KeptRows:
+    """The keys and values of a layer that stay, and where those of new tokens go: row i to `rows[i]`."""
+
+    keys: Float[Tensor, "kept groups size"]
+    values: Float[Tensor, "kept groups size"]
+    rows: Int[Tensor, " n"]
+    texts: Paged
+
+
 class Backend(ABC):
     """The operations, on one kind of device. Numbers are summed in float32 at least, whatever they are kept in."""
 
@@ -204,6 +242,19 @@ class Backend(ABC):
 
         With a `window` a token sees that many keys at most, itself included.
         """
+
+    def token_block(
+        self,
+        x: Float[Tensor, "n d"],
+        block: BareBlock,
+        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
+        kept: KeptRows,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n d"] | None:
+        """A whole block over kept keys, without a graph: what the operations above and below give one by one, bit for
+        bit. None, with nothing written, where there is no shorter way than these."""
+        return None
 
     @abstractmethod
     def product(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 
 from luthier.kernels import native_build
-from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
+from luthier.kernels.backend import Backend, BareBlock, BlockScales, KeptRows, Paged, RowCodes, Run, Seen
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
@@ -40,6 +40,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
+    "token_block": (*[_POINTER] * 12, *[_WHOLE] * 3, *[_REAL] * 4, _WHOLE),
     "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
@@ -48,7 +49,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _EVERYTHING: Final = 2**62
 """The window of a token that sees all that is before it."""
-_TELLS: Final = ("attend", "product")
+_TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 FEW: Final = 32
 """Rows up to which our products are faster than the library's, or as fast."""
@@ -223,6 +224,35 @@ class NativeBackend(Backend):
         self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or _EVERYTHING)
         return out
 
+    def token_block(
+        self,
+        x: Float[Tensor, "n d"],
+        block: BareBlock,
+        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
+        kept: KeptRows,
+        scale: float,
+        window: int | None,
+    ) -> Float[Tensor, "n d"] | None:
+        if not 0 < x.shape[0] <= FEW or not _fits(x, block, angles, kept):
+            return None
+        (norm, eps), (inner_norm, inner_eps) = block.norms
+        head_norms = block.head_norms or ((None, 0.0), (None, 0.0))
+        linear = [each for weight, bias in block.layers for each in _linear(weight, bias)]
+        parts = (ctypes.c_void_p * 25)(
+            *(None if each is None else each.data_ptr()
+              for each in (*linear, norm, inner_norm, head_norms[0][0], head_norms[1][0]))
+        )  # fmt: skip
+        (rows, width), groups, size = x.shape, kept.keys.shape[1], block.head_size
+        outs = [_outs(weight) for weight, _ in block.layers]
+        sizes = (ctypes.c_int64 * 6)(rows, width, outs[0] // size, groups, size, outs[4])
+        out, texts = torch.empty_like(x), kept.texts
+        self._call(
+            "token_block", x.dtype, x, out, ctypes.addressof(parts), ctypes.addressof(sizes), *angles, kept.keys,
+            kept.values, kept.rows, texts.pages, texts.counts, texts.starts, *texts.pages.shape, texts.size, eps,
+            inner_eps, head_norms[0][1], scale, window or _EVERYTHING,
+        )  # fmt: skip
+        return out
+
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "n out"]:
@@ -307,6 +337,36 @@ def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: 
     dtype = x.dtype
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
     return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+
+
+def _fits(
+    x: Float[Tensor, "n d"], block: BareBlock, angles: tuple[Tensor, Tensor], kept: KeptRows
+) -> bool:
+    """Whether the C++ of a whole block takes these: numbers of one precision, as they lie."""
+    dtype = x.dtype
+    norms = [weight for weight, _ in (*block.norms, *(block.head_norms or ()))]
+    same = all(each.dtype == dtype and each.is_contiguous() for each in (x, *angles, *norms, kept.keys, kept.values))
+    eps = {own for _, own in block.head_norms or ()}
+    return (
+        same and dtype in _PRECISIONS and len(eps) < 2 and block.head_size % 2 == 0
+        and kept.keys.shape == kept.values.shape and all(_is_bare(dtype, *each) for each in block.layers)
+    )  # fmt: skip
+
+
+def _is_bare(dtype: torch.dtype, weight: Tensor | RowCodes, bias: Tensor | None) -> bool:
+    if bias is not None and bias.dtype != dtype:
+        return False
+    if isinstance(weight, RowCodes):
+        return weight.codes.is_contiguous() and weight.scales.is_contiguous()
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.dtype == dtype
+
+
+def _linear(weight: Tensor | RowCodes, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (weight.codes, weight.scales, bias) if isinstance(weight, RowCodes) else (weight, None, bias)
+
+
+def _outs(weight: Tensor | RowCodes) -> int:
+    return (weight.codes if isinstance(weight, RowCodes) else weight).shape[0]
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

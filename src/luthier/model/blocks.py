@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from luthier.kernels.backend import Backend
+from luthier.kernels.backend import Backend, Bare, BareBlock
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
@@ -33,6 +33,7 @@ from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.edits import EditedModule, base_modules, routed
 from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer, low_rank_layers
+from luthier.model.packed import packing_of
 from luthier.model.routes import Routes
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -136,6 +137,10 @@ class Blocks:
         outer = _attention_layers(attention, plan.routes)
         inner = _feed_layers(layer, plan.routes)
         routes = plan.routes
+        if plan.kept is not None and outer is not None and inner is not None and not torch.is_grad_enabled():
+            made = self._kept_block(layer, x, (*outer, *inner), halves, plan)
+            if made is not None:
+                return made if rows is None else made.index_select(0, rows)
         if outer is None:
             with routed(attention, routes):
                 attended = attention(
@@ -153,6 +158,34 @@ class Blocks:
             x = added_product(x, heads, outer[3].product(routes), self.backend)
         x = self._fed_forward(layer, x, inner, routes)
         return x if rows is None else x.index_select(0, rows)
+
+    def _kept_block(
+        self,
+        layer: nn.Module,
+        x: Float[Tensor, "T d"],
+        layers: tuple[Layer, ...],
+        halves: tuple[Tensor, ...],
+        plan: ForestPlan,
+    ) -> Float[Tensor, "T d"] | None:
+        """The whole block over kept keys at once; None where something is on it, or nothing takes it at once."""
+        if plan.kept is None or any(each.terms or each.edited is not None for each in layers):
+            return None
+        attention = _inner(layer, "self_attn")
+        norms = [_norm(_inner(layer, name)) for name in ("input_layernorm", "post_attention_layernorm")]
+        head_norms = [_inner(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
+        if not all(_is_plain_norm(each) for each in head_norms):
+            return None
+        query, key, value, output, gate, up, down = (_bare(each) for each in layers)
+        first, second = (_norm(each) for each in head_norms) if head_norms else (None, None)
+        block = BareBlock(
+            (query, key, value, output, gate, up, down), (norms[0], norms[1]),
+            None if first is None or second is None else (first, second), self.head_size,
+        )  # fmt: skip
+        index = int(attention.layer_idx)  # type: ignore[arg-type]
+        made = plan.kept.block(index, x, block, (halves[0], halves[1]), self.calls[index])
+        if made is not None:
+            plan.calls += 1
+        return made
 
     def _attended(
         self,
@@ -206,6 +239,17 @@ class Blocks:
         weight, eps = _norm(norm)
         gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
+
+
+def _bare(layer: Layer) -> Bare:
+    """A layer with nothing on it, its weight as whole numbers where it is kept so."""
+    packing = packing_of(layer.weight)
+    codes = None if packing is None else packing.row_codes()
+    return (layer.weight if codes is None else codes), layer.bias
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return not isinstance(module, EditedModule) and "variance_epsilon" in vars(module)
 
 
 def _attention_layers(attention: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from luthier.kernels.backend import BareBlock
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -31,3 +33,14 @@ class KeptKeys(ABC):
         call: AttentionCall,
     ) -> Float[Tensor, "n H E"]:
         """The attention of the new tokens of all texts, which lie end to end, each over its text's keys so far."""
+
+    def block(
+        self,
+        layer: int,
+        x: Float[Tensor, "n d"],
+        block: BareBlock,
+        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
+        call: AttentionCall,
+    ) -> Float[Tensor, "n d"] | None:
+        """A whole block with nothing on it, keys kept and all, where there is a shorter way than its operations."""
+        return None

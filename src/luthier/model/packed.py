@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
+from luthier.kernels.backend import RowCodes
+
 
 @dataclass(frozen=True)
 class Packing(ABC):
@@ -39,6 +41,10 @@ class Packing(ABC):
 
         The gradient of x is always that with the matrix.
         """
+        return None
+
+    def row_codes(self) -> RowCodes | None:
+        """It as whole numbers with a scale for each row, where it is that and its product is theirs."""
         return None
 
     def to(self, device: torch.device) -> Packing:

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int8
 from pydantic import Field
 from torch import Tensor
 
-from luthier.kernels.backend import Backend
+from luthier.kernels.backend import Backend, RowCodes
 from luthier.model.packed import Packing
 from luthier.quantizers import Quantizer
 
@@ -72,6 +72,9 @@ class Int8Packing(Packing):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return torch.mul(self.codes, self.scales[:, None]).to(dtype)
+
+    def row_codes(self) -> RowCodes | None:
+        return RowCodes(self.codes, self.scales) if self.outlier_threshold is None else None
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if self.outlier_threshold is None:
