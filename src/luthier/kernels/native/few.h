@@ -16,6 +16,7 @@
 #include <new>
 
 #include "packing.h"
+#include "team.h"
 
 // What a vector holds and how two of them are multiplied: floats, or bfloat16 numbers in pairs where the processor
 // has them.
@@ -236,25 +237,23 @@ static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t ou
     const int64_t taken = std::min(MOST, std::max(LEAST, outs * row_bytes / SHARES));
     const int64_t share = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
     const bool by_line = Source::LINES && x.rest == 0 && x.rows <= GROUP;
-#pragma omp parallel if (outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE)
-    {
-        auto shelf = rooms.own();
+    const auto work = [&](int64_t part, int member) {
+        auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);
         Vector* sums = shelf.template take<Vector>(OUTS * x.rows);
-#pragma omp for schedule(dynamic, 1) nowait
-        for (int64_t part = 0; part < parts; part++)
-            for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
-                const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
-                if constexpr (Source::LINES) {
-                    if (by_line) lines<Kind, T>(source, x, first, count, sums);
-                }
-                if (!by_line) pieces<Kind, T>(source, x, first, count, room, sums);
-                for (int64_t row = 0; row < x.rows; row++) {
-                    const Vector* own = sums + row * OUTS;
-                    const Four found = source.finish(first, count, totals(own[0], own[1], own[2], own[3]));
-                    put<T>(found, count, y + row * outs + first);
-                }
+        for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
+            const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
+            if constexpr (Source::LINES) {
+                if (by_line) lines<Kind, T>(source, x, first, count, sums);
             }
-    }
+            if (!by_line) pieces<Kind, T>(source, x, first, count, room, sums);
+            for (int64_t row = 0; row < x.rows; row++) {
+                const Vector* own = sums + row * OUTS;
+                const Four found = source.finish(first, count, totals(own[0], own[1], own[2], own[3]));
+                put<T>(found, count, y + row * outs + first);
+            }
+        }
+    };
+    Team::run(parts, work, outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE);
     return 0;
 }

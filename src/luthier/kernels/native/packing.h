@@ -28,7 +28,8 @@ struct Rooms {
             return reinterpret_cast<Word*>(own);
         }
     };
-    Shelf own() const { return Shelf{at + each * omp_get_thread_num()}; }
+    Shelf own() const { return of(omp_get_thread_num()); }
+    Shelf of(int member) const { return Shelf{at + each * member}; }
 };
 
 // Word number `step` of a row.

@@ -257,9 +257,8 @@ int attend(const T* query, const T* keys, const T* values, T* out, const Call& c
     const Rooms rooms(4 * (3 * most_keys * lanes + 2 * rows * most_keys + rows * (steps + lanes)) +
                       4 * (2 * runs * wide + share * (RUN + wide) + wide) + 64 * 13);
     if (rooms.at == nullptr) return 1;
-#pragma omp parallel if (plan.work > ALONE)
-    {
-        auto shelf = rooms.own();
+    const auto work = [&](int64_t i, int member) {
+        auto shelf = rooms.of(member);
         PartRoom<Step, T> part;
         part.keys = shelf.template take<Word>(steps * most_keys);
         part.values = shelf.template take<Word>(most_keys * lanes);
@@ -274,19 +273,16 @@ int attend(const T* query, const T* keys, const T* values, T* out, const Call& c
         room.values = shelf.template take<Number>(runs * wide);
         room.scores = shelf.template take<float>(share * RUN);
         room.sums = shelf.template take<float>(share * wide);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < tasks; i++) {
-            const Task& task = plan.tasks[i];
-            if (task.slot < 0) attend_part<Step, T>(call, task, query, keys, values, out, part);
-            else attend_run<Kind, T>(call, task, query, keys, values, room, wide, kept.data() + task.slot * apart);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < tokens; i++) {
-            const Plan::Token& token = plan.tokens[i];
-            for (int64_t h = 0; h < share; h++) {
-                T* to = out + (token.row * call.heads + token.group * share + h) * size;
-                put_together(kept.data() + token.slot * apart + h * (wide + 2), token.runs, apart, size, to);
-            }
+        const Task& task = plan.tasks[i];
+        if (task.slot < 0) attend_part<Step, T>(call, task, query, keys, values, out, part);
+        else attend_run<Kind, T>(call, task, query, keys, values, room, wide, kept.data() + task.slot * apart);
+    };
+    Team::run(tasks, work, plan.work > ALONE);
+    for (int64_t i = 0; i < tokens; i++) {
+        const Plan::Token& token = plan.tokens[i];
+        for (int64_t h = 0; h < share; h++) {
+            T* to = out + (token.row * call.heads + token.group * share + h) * size;
+            put_together(kept.data() + token.slot * apart + h * (wide + 2), token.runs, apart, size, to);
         }
     }
     return 0;

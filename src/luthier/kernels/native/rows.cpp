@@ -9,9 +9,11 @@
 
 namespace {
 
+constexpr int64_t ALONE = 64 << 10;  // numbers below which a second thread is not worth waking
+
 template <typename T> void norm_rows(const T* x, const T* weight, T* out, float* inverse, int64_t n, int64_t d,
                                      float eps, bool known) {
-#pragma omp parallel for
+#pragma omp parallel for if (n * d > ALONE)
     for (int64_t row = 0; row < n; row++) {
         const T* from = x + row * d;
         T* to = out + row * d;
@@ -30,7 +32,7 @@ template <typename T> void norm_rows(const T* x, const T* weight, T* out, float*
 
 template <typename T, bool Adds> void norm_back(const T* grad, const T* x, const T* weight, const float* inverse,
                                                 const T* added, T* out, int64_t n, int64_t d) {
-#pragma omp parallel for
+#pragma omp parallel for if (n * d > ALONE)
     for (int64_t row = 0; row < n; row++) {
         const T* g = grad + row * d;
         const T* from = x + row * d;
@@ -48,7 +50,7 @@ template <typename T, bool Adds> void norm_back(const T* grad, const T* x, const
 }
 
 template <typename T> void gate_rows(const T* gate, const T* up, T* out, int64_t count) {
-#pragma omp parallel for simd
+#pragma omp parallel for simd if (parallel : count > ALONE)
     for (int64_t i = 0; i < count; i++) {
         float z = widen(gate[i]);
         out[i] = narrow<T>(z * sigmoid(z) * widen(up[i]));
@@ -57,7 +59,7 @@ template <typename T> void gate_rows(const T* gate, const T* up, T* out, int64_t
 
 template <typename T> void gate_back(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up,
                                      int64_t count) {
-#pragma omp parallel for simd
+#pragma omp parallel for simd if (parallel : count > ALONE)
     for (int64_t i = 0; i < count; i++) {
         float g = widen(grad[i]), z = widen(gate[i]), u = widen(up[i]);
         float s = sigmoid(z);
@@ -69,7 +71,7 @@ template <typename T> void gate_back(const T* grad, const T* gate, const T* up, 
 // x and out may be the same: a pair of numbers is read before it is written.
 template <typename T> void rotate(const T* x, const T* cosines, const T* sines, T* out, int64_t n, int64_t heads,
                                   int64_t half, float sign) {
-#pragma omp parallel for
+#pragma omp parallel for if (n * heads * half > ALONE)
     for (int64_t row = 0; row < n; row++) {
         const T* cosine = cosines + row * half;
         const T* sine = sines + row * half;
@@ -89,7 +91,7 @@ template <typename T> void rotate(const T* x, const T* cosines, const T* sines, 
 
 // log p(label), and in place of the logits 1_label - p if slopes are asked for.
 template <typename T> void labels_of(T* logits, const int64_t* labels, float* log_probs, int64_t n, int64_t size, bool slopes) {
-#pragma omp parallel for
+#pragma omp parallel for if (n * size > ALONE)
     for (int64_t row = 0; row < n; row++) {
         T* own = logits + row * size;
         float most = widen(own[0]), sum = 0.0f;

@@ -1,0 +1,88 @@
+"""The threads behind products of a few rows: they change no number, survive a fork, and let two callers at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from luthier.kernels.backend import Backend
+from luthier.kernels.chosen import backend_for
+
+
+@pytest.fixture(scope="module")
+def native() -> Backend:
+    backend, missing = backend_for("auto", torch.device("cpu"), torch.float32)
+    if backend.name != "native":
+        pytest.skip(f"no C++ kernels here: {missing}")
+    return backend
+
+
+def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(3, 512, generator=generator).to(dtype),
+        torch.randn(1201, 512, generator=generator).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(native: Backend, dtype: torch.dtype) -> None:
+    """Breaks when a sum is cut between threads, or a piece is done twice or never."""
+    x, weight = operands(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [native.product(x, weight, None) for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], each) for each in found)
+    assert torch.allclose(found[0].float(), x.float() @ weight.float().t(), atol=0.5 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_several_threads_may_call_at_once(native: Backend) -> None:
+    """Breaks when two callers share pieces, or wait for each other's helpers for ever."""
+    x, weight = operands(torch.float32)
+    expected, wrong = native.product(x, weight, None), []
+
+    def call() -> None:
+        for _ in range(200):
+            if not torch.equal(native.product(x, weight, None), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
+def test_a_fork_has_a_team_of_its_own() -> None:
+    """Breaks when a forked process waits for helpers that only its parent has."""
+    script = (
+        "import os, sys, torch\n"
+        "torch.set_num_threads(2)\n"
+        "from luthier.kernels.chosen import backend_for\n"
+        "b, _ = backend_for('auto', torch.device('cpu'), torch.float32)\n"
+        "if b.name != 'native': sys.exit(77)\n"
+        "x, w = torch.ones(2, 512), torch.ones(1200, 512)\n"
+        "b.product(x, w, None)\n"
+        "child = os.fork()\n"
+        "fine = bool((b.product(x, w, None) == 512).all())\n"
+        "if child == 0: os._exit(0 if fine else 1)\n"
+        "code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "sys.exit(0 if fine and code == 0 else 1)\n"
+    )
+    source = str(Path(__file__).resolve().parents[2] / "src")
+    environment = {**os.environ, "PYTHONPATH": source}
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, check=False, env=environment)
+    if done.returncode == 77:
+        pytest.skip("no C++ kernels here")
+    assert done.returncode == 0
