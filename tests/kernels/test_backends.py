@@ -119,6 +119,21 @@ def test_label_slopes(backend: Backend, dtype: torch.dtype, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("size", [1, 5, 40_000])
+def test_the_best_of_each_row(backend: Backend, dtype: torch.dtype, size: int) -> None:
+    """Breaks when not the first of equal ones is taken, or what is not finite goes unseen."""
+    logits = draw(6, size, dtype=dtype, spread=6.0)
+    logits[3] = 2.0
+    places, normalisers = backend.best(logits)
+    assert torch.equal(logits.gather(1, places[:, None])[:, 0], logits.amax(-1)) and int(places[3]) == 0
+    torch.testing.assert_close(normalisers, logits.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-5)
+    logits[1, -1], logits[2, -1] = float("nan"), float("inf")
+    if size > 1:
+        logits[4, 0] = float("-inf")
+    assert torch.isfinite(backend.best(logits)[1]).tolist() == [True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(("size", "outs"), [(1, 1), (31, 3), (33, 6), (64, 4), (96, 130), (513, 41)])
 def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
     """Breaks when the end of a row that is no whole vector is left out, or rows of the weight beyond the last block."""

@@ -279,7 +279,7 @@ class Engine:
         if rows != list(range(len(logits))):
             logits = logits[rows]
         try:
-            said = choose([turn.continuation.chooser for turn in turns], logits)
+            said = choose([turn.continuation.chooser for turn in turns], logits, backend=self.model.executor.backend)
         except LuthierError as failure:
             if len(turns) == 1:
                 self._fail(turns[0].continuation, failure)
@@ -296,7 +296,7 @@ class Engine:
         if number not in self._asked:
             return
         try:
-            for said in choose_drafted(each.chooser, turn.logits, turn.draft):
+            for said in choose_drafted(each.chooser, turn.logits, turn.draft, backend=self.model.executor.backend):
                 self._tell(each, said)
                 if number not in self._asked or each.choice not in self._asked[number].open:
                     return

@@ -278,4 +278,6 @@ class PagedReader(Reader):
             labels = self._there(each.tokens(told, last + 1))
             for some, own in zip(states.split(PROMPT_ROWS), labels.split(PROMPT_ROWS), strict=True):
                 logits = self._logits(some, [each.request.adapter] * len(some))
-                each.prompt_said += log_probs_of(logits, own, each.request.sampling.likeliest)
+                each.prompt_said += log_probs_of(
+                    logits, own, each.request.sampling.likeliest, backend=self.model.executor.backend
+                )

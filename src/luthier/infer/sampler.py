@@ -28,6 +28,8 @@ from luthier.core.errors import NumericError, RecipeError
 from luthier.data.forest import Floats, Ints
 from luthier.infer.guides import Guide
 from luthier.infer.request import Said
+from luthier.kernels.backend import Backend
+from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.speaker import Sampling
 
 _WIDTHS: Final = (256, 4096, None)
@@ -37,6 +39,7 @@ _BLOCK: Final = 16
 _COLDEST: Final = 1e-30
 """A temperature that float32 can divide by; below it nothing changes any more."""
 _NEVER: Final = float("-inf")
+TWIN: Final = TorchBackend()
 
 
 @final
@@ -112,32 +115,34 @@ def require_possible(sampling: Sampling, vocabulary: int) -> None:
     _require_likeliest(sampling.likeliest, vocabulary)
 
 
-def choose(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> list[Said]:
+def choose(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"], *, backend: Backend = TWIN) -> list[Said]:
     """The next token of each continuation, which takes it; row i of `logits` is what the model says after its text."""
     for chooser in choosers:
         if not chooser.said:
             require_possible(chooser.sampling, logits.shape[1])
     if not choosers:
         return []
-    own = logits.float()
-    steered = _steered(choosers, own)
+    best, normalisers = backend.best(logits)
+    steered = _steered(choosers, logits)
     drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
     if len(drawn) == len(choosers):
-        tokens = _drawn(choosers, steered)
+        tokens = _drawn(choosers, steered.float())
     else:
-        tokens = steered.argmax(-1)
+        tokens = best if steered is logits else steered.argmax(-1)
         if drawn:
-            tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn])
-    told = _told(own, tokens, [chooser.sampling.likeliest for chooser in choosers])
+            tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn].float())
+    told = _told(logits, tokens, normalisers, [chooser.sampling.likeliest for chooser in choosers])
     for row, said in enumerate(told):
         if not math.isfinite(said.log_prob):
-            raise _not_finite(own[row], said.token)
+            raise _not_finite(logits[row], said.token)
     for chooser, said in zip(choosers, told, strict=True):
         chooser.take(said)
     return told
 
 
-def choose_drafted(chooser: Chooser, logits: Float[Tensor, "N V"], draft: Sequence[int]) -> Iterator[Said]:
+def choose_drafted(
+    chooser: Chooser, logits: Float[Tensor, "N V"], draft: Sequence[int], *, backend: Backend = TWIN
+) -> Iterator[Said]:
     """The next tokens of one continuation, given the logits after its text and after each token of a draft.
 
     Each token is chosen as ever; while it is the one that the draft foresaw, the next row of logits is that of the text
@@ -147,7 +152,7 @@ def choose_drafted(chooser: Chooser, logits: Float[Tensor, "N V"], draft: Sequen
     A token is chosen when it is asked for: stop asking where the text ends.
     """
     for row, foreseen in enumerate([*draft, None]):
-        (said,) = choose([chooser], logits[row : row + 1])
+        (said,) = choose([chooser], logits[row : row + 1], backend=backend)
         yield said
         if said.token != foreseen:
             return
@@ -162,10 +167,12 @@ def distribution(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> F
     return chances / chances.sum(-1, keepdim=True)
 
 
-def log_probs_of(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], likeliest: int = 0) -> list[Said]:
+def log_probs_of(
+    logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], likeliest: int = 0, *, backend: Backend = TWIN
+) -> list[Said]:
     """What the model says of tokens that are given, as those of a prompt; row i of `logits` is what comes before i."""
     _require_likeliest(likeliest, logits.shape[1])
-    return _told(logits.float(), tokens.to(logits.device, torch.long), [likeliest] * len(tokens))
+    return _told(logits, tokens.to(logits.device, torch.long), backend.best(logits)[1], [likeliest] * len(tokens))
 
 
 def _require_likeliest(likeliest: int, vocabulary: int) -> None:
@@ -173,16 +180,15 @@ def _require_likeliest(likeliest: int, vocabulary: int) -> None:
         raise RecipeError(f"likeliest is {likeliest}", allowed=f"0 to {vocabulary}, the model's tokens")
 
 
-def _told(logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], likeliest: Sequence[int]) -> list[Said]:
-    """Each token with its log-probability, and the likeliest in its place."""
-    # log sum exp, by the softmax, which is one pass: the best token's chance is exp(best) / sum.
-    normaliser = logits.amax(-1, keepdim=True) - logits.softmax(-1).amax(-1, keepdim=True).log()
-    log_probs = (logits.gather(1, tokens[:, None]) - normaliser)[:, 0].tolist()
-    most = max(likeliest, default=0)
+def _told(
+    logits: Float[Tensor, "N V"], tokens: Int[Tensor, " N"], normalisers: Tensor, likeliest: Sequence[int]
+) -> list[Said]:
+    """Each token with its log-probability, and the likeliest in its place; `normalisers` are log sum exp of a row."""
+    log_probs = (logits.gather(1, tokens[:, None])[:, 0].float() - normalisers).tolist()
     best: list[list[tuple[int, float]]] = [[] for _ in log_probs]
-    if most:
+    if most := max(likeliest, default=0):
         values, ids = logits.topk(most)
-        pairs = zip(ids.tolist(), (values - normaliser).tolist(), strict=True)
+        pairs = zip(ids.tolist(), (values.float() - normalisers[:, None]).tolist(), strict=True)
         best = [list(zip(*row, strict=True)) for row in pairs]
     return [
         Said(token, log_prob, tuple(row[:count]))
@@ -208,7 +214,7 @@ def _steered(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float
     guided = [row for row, mask in enumerate(masks) if mask is not None]
     if guided:
         mask = torch.stack([mask for mask in masks if mask is not None]).to(logits.device)
-        steered = steered.clone() if steered is logits else steered
+        steered = logits.to(torch.float32, copy=True) if steered is logits else steered
         steered[guided] = torch.where(mask, steered[guided], _NEVER)
     return steered
 
@@ -229,7 +235,7 @@ def _penalised(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Flo
             added.append(_Edits.of(row, tokens, biases))
     if not repeated and not added:
         return logits
-    steered = logits.clone()
+    steered = logits.to(torch.float32, copy=True)
     if repeated:
         at, penalty = _joined(repeated, logits.device)
         steered[at] = torch.where(steered[at] > 0, steered[at] / penalty, steered[at] * penalty)

@@ -177,6 +177,18 @@ class Backend(ABC):
         The slopes are in the precision of the logits, whose memory may be used for them.
         """
 
+    def best(self, logits: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """The place of the greatest logit of each row, and log sum exp of the row in float32 or wider, without a graph.
+
+        Where a logit is not finite, and not minus infinity, the second number is not.
+        """
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        if not wide.numel():
+            return wide.new_empty(len(wide), dtype=torch.int64), wide.new_empty(len(wide))
+        most, places = wide.max(-1)
+        # By the softmax, which is one pass: the best one's chance is exp(most) / sum.
+        return places, most - wide.softmax(-1).amax(-1).log()
+
     @abstractmethod
     def unpacked(
         self,

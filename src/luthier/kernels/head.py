@@ -71,8 +71,12 @@ def head_log_probs(
 
 
 def head_logits(hidden: Float[Tensor, "n d"], head: Head) -> Float[Tensor, "n V"]:
-    """The logits of a few rows, in float32 or wider, without a graph."""
-    logits = head.backend.product(hidden, head.weight, None).to(wide(hidden))
+    """The logits of a few rows, without a graph: as the product gives them where there is nothing else to be done, or
+    in float32 or wider."""
+    logits = head.backend.product(hidden, head.weight, None)
+    if not head.changes and head.scale == 1.0 and head.bias is None and head.cap is None:
+        return logits
+    logits = logits.to(wide(hidden))
     for change in head.changes:
         added = (change.trained - change.start).to(hidden.dtype)
         logits.index_add_(1, change.ids, (hidden @ added.t()).to(logits.dtype))

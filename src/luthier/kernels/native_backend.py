@@ -37,6 +37,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "unpacked": (*[_POINTER] * 4, _WHOLE, _WHOLE),
     "thin": (*[_POINTER] * 8, _WHOLE, _WHOLE, _WHOLE),
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
+    "best": (*[_POINTER] * 3, _WHOLE, _WHOLE),
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
@@ -143,6 +144,15 @@ class NativeBackend(Backend):
         log_probs = torch.empty(len(logits), dtype=torch.float32)
         self._call("label_slopes", logits.dtype, logits, labels.contiguous(), log_probs, *logits.shape, slopes)
         return log_probs, logits if slopes else None
+
+    def best(self, logits: Float[Tensor, "n V"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        if logits.dtype not in _PRECISIONS or not logits.numel():
+            return super().best(logits)
+        logits = logits.contiguous()
+        places = torch.empty(len(logits), dtype=torch.int64)
+        normalisers = torch.empty(len(logits), dtype=torch.float32)
+        self._call("best", logits.dtype, logits, places, normalisers, *logits.shape)
+        return places, normalisers
 
     def unpacked(
         self,

@@ -349,7 +349,8 @@ def score(
 
 
 def logits_of(module: PreTrainedModel, hidden: Float[Tensor, "n d"], head: AnyHead) -> Float[Tensor, "n V"]:
-    """The logits of a few rows in float32, without a graph, by our head or the zoo's output layer."""
+    """The logits of a few rows, without a graph, by our head or the zoo's output layer: in float32, or rounded as the
+    product gives them."""
     if isinstance(head, FeatureHead):
         hidden, head = head.features(hidden), head.plain
     if isinstance(head, Head):

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "numbers.h"
+#include "team.h"
 
 namespace {
 
@@ -108,6 +109,24 @@ template <typename T> void labels_of(T* logits, const int64_t* labels, float* lo
     }
 }
 
+// The place of the greatest logit of each row, the first of equal ones, and log sum exp of the row. A row is one piece:
+// who waits for a token waits for all rows. Not-a-number ends in the second number, as infinity does.
+template <typename T> void best_rows(const T* logits, int64_t* best, float* normalisers, int64_t n, int64_t size) {
+    const auto work = [&](int64_t row, int) {
+        const T* own = logits + row * size;
+        float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) most = widen(own[i]) > most ? widen(own[i]) : most;
+        int64_t place = 0;
+        while (place < size - 1 && widen(own[place]) != most) place++;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; i++) sum += exponential(widen(own[i]) - most);
+        best[row] = place;
+        normalisers[row] = most + std::log(sum);
+    };
+    Team::run(n, work, n * size > ALONE);
+}
+
 }  // namespace
 
 #define FOR_BOTH(T, NAME)                                                                                              \
@@ -132,6 +151,9 @@ template <typename T> void labels_of(T* logits, const int64_t* labels, float* lo
     extern "C" void label_slopes_##NAME(T* logits, const int64_t* labels, float* log_probs, int64_t n, int64_t size,   \
                                         int64_t slopes) {                                                              \
         labels_of(logits, labels, log_probs, n, size, slopes != 0);                                                    \
+    }                                                                                                                  \
+    extern "C" void best_##NAME(const T* logits, int64_t* best, float* normalisers, int64_t n, int64_t size) {         \
+        best_rows(logits, best, normalisers, n, size);                                                                 \
     }
 
 FOR_BOTH(float, float32)
