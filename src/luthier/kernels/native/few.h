@@ -8,7 +8,7 @@
 //
 // What comes next is fetched past the outer caches (the hint for data that are used once): on the machine this was
 // measured on the same loops read 30 to 50 % more bytes a second than with the hint for the second cache, and one row of
-// W after another, with long stretches for each thread, 50 % more than four rows at once. docs/performance.md has both.
+// W after another, with long stretches for each thread, 50 % more than four rows at once. docs/generation.md has both.
 
 #pragma once
 
