@@ -367,7 +367,7 @@ def test_what_cannot_be_mixed_is_an_error() -> None:
     with pytest.raises(RecipeError, match="'nobody'.*half"):
         model.routes([("nobody", 2)])
     model.switch("french", on=True)
-    with pytest.raises(RecipeError, match="'half' is to be trained in parts"):
+    with pytest.raises(RecipeError, match="the mix 'half', in parts"):
         next(iter(model.backward_in_parts(replace(forests.branching(), adapter="half"),
                                           lambda outputs, _: LossReport(outputs.log_probs.sum(), 1.0), max_tokens=9)))
     model.attach(Full().attach(model.sites), name="whole")
