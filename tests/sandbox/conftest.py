@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class Outside:
     def _state(self) -> object:
         about = self.file.stat() if self.file.exists() else None
         kept = (about.st_mode, about.st_uid, about.st_size, about.st_mtime_ns, about.st_nlink) if about else None
-        return kept, sorted(os.listdir(self.folder)), self.file.read_text() if about else ""
+        return kept, sorted(path.name for path in self.folder.iterdir()), self.file.read_text() if about else ""
 
     def close(self) -> None:
         for one in self._sockets:

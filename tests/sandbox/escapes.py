@@ -1,4 +1,4 @@
-"""Programs that try to get out, by category. Each is run as a script after PRELUDE; see test_escapes.py for the verdict.
+"""Programs that try to get out, by category. Each is run as a script after PRELUDE; the verdict is in test_escapes.py.
 
 What is read outside is printed: the secret of the canary file in any output is an escape. What cannot be seen from
 outside (a file of /proc/sys that opens for writing) is told by `escaped()`; nothing is ever written to it.

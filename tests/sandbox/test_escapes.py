@@ -59,7 +59,10 @@ def processes(sandbox: Sandbox) -> set[int]:
 
 
 @pytest.mark.parametrize("way", [
-    "bubblewrap", "bare", pytest.param("namespaces", marks=pytest.mark.slow), pytest.param("root", marks=pytest.mark.slow),
+    "bubblewrap",
+    "bare",
+    pytest.param("namespaces", marks=pytest.mark.slow),
+    pytest.param("root", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_no_program_gets_out(way: str, outside: Outside) -> None:
     """Breaks when one wall is missing: each program tries one way out."""
@@ -93,8 +96,10 @@ def test_nothing_of_one_candidate_reaches_the_next(walled: Sandbox, outside: Out
     assert got == {}
 
 
-CHEAP = ("a fork bomb", "forks that leave", "zombies", "memory bit by bit", "memory at once", "a flood of output",
-         "no signals", "fill the folder", "many files", "a deep parse", "a crash", "descriptors", "threads")  # fmt: skip
+CHEAP = (
+    "a fork bomb", "forks that leave", "zombies", "memory bit by bit", "memory at once", "no signals", "threads",
+    "a flood of output", "fill the folder", "many files", "a deep parse", "a crash", "descriptors",
+)  # fmt: skip
 
 
 def test_resources_are_bounded(outside: Outside) -> None:
@@ -167,7 +172,8 @@ def test_without_walls_programs_that_connect_do_get_out(name: str, outside: Outs
 @pytest.mark.parametrize("name", ["a nameless program", "shared memory that stays", "adopt orphans"])
 def test_without_walls_programs_that_ask_the_kernel_do_get_out(name: str, outside: Outside) -> None:
     code = {**escapes.KERNEL, **escapes.REACH}[name]
-    assert "ESCAPED" in unwalled(whole(code, outside) + "\nos.path.exists('/dev/shm/stays') and os.unlink('/dev/shm/stays')", outside)
+    tidy = "\nos.path.exists('/dev/shm/stays') and os.unlink('/dev/shm/stays')"
+    assert "ESCAPED" in unwalled(whole(code, outside) + tidy, outside)
 
 
 def test_the_host_is_who_it_was() -> None:

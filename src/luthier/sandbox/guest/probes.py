@@ -101,7 +101,7 @@ def _others(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "become root": lambda: os.setuid(0) is None,
         "have capabilities": _capable,
         "see the environment of the host": lambda: set(os.environ) - set(facts["environment"]) - {"LC_CTYPE", "PWD"},
-        "find a descriptor of the host": lambda: [number for number in range(4, 1024) if _got(lambda n=number: _open(n))],
+        "find a descriptor of the host": lambda: any(_got(lambda n=number: _open(n)) for number in range(4, 1024)),
         "signal the host": lambda: os.kill(facts["process"], 0) is None,
         "signal the parent": lambda: os.getppid() > 1 and os.kill(os.getppid(), 0) is None,
         "read the memory of the parent": lambda: os.getppid() > 1 and _opens(f"/proc/{os.getppid()}/mem", os.O_RDONLY),
