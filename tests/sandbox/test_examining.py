@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from luthier.sandbox.program import Examination, Limits, Program, Status
@@ -60,6 +62,12 @@ def test_honest_programs_get_what_plain_python_says(
     assert (found.status, found.passed, found.total) == (Status.ENDED, passed, total), found
 
 
+@pytest.fixture(scope="module")
+def short() -> Iterator[Sandbox]:
+    with strongest(Limits(seconds=1.0, output_bytes=1 << 18)) as found:
+        yield found
+
+
 ONE = "assert f(1) == 'expected'\nassert f(2) == 'other'"
 
 
@@ -92,10 +100,9 @@ ONE = "assert f(1) == 'expected'\nassert f(2) == 'other'"
     "f = 3",
     "def f(x): return f",
 ])  # fmt: skip
-def test_cheats_pass_no_test(source: str) -> None:
+def test_cheats_pass_no_test(short: Sandbox, source: str) -> None:
     """Breaks when a program that computes nothing passes a test."""
-    with strongest(Limits(seconds=1.0, output_bytes=1 << 18)) as short:
-        found = examined(short, source, ONE)
+    found = examined(short, source, ONE)
     assert found.passed == 0 and found.total == 2 and not found.all_passed, found
     assert found.status is Status.ENDED and all(case.reason for case in found.cases)
 

@@ -237,6 +237,10 @@ class GuestProcess:
         killed = -ended.status in (signal.SIGKILL, signal.SIGXCPU)
         if ended.cpu_seconds > self._limits.cpu_seconds * (_NEARLY if killed else 1):
             return OverError(Status.TIMED_OUT, f"more than {self._limits.cpu_seconds:g} s of processor time")
+        if -ended.status == signal.SIGKILL:
+            # It cannot do that to itself: the first process of a namespace is spared, and where there is none the
+            # filter refuses the signal.
+            raise LostError("somebody else killed the process: a hand, or the kernel for want of memory")
         if ended.status < 0:
             return OverError(Status.KILLED, f"ended by signal {-ended.status}")
         return OverError(Status.EXITED, f"left by itself with exit code {ended.status}")
