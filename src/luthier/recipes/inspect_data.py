@@ -205,6 +205,9 @@ def _tokens(view: Rendered, renderer: Renderer) -> dict[str, Any]:
     if view.labels is not None:
         for place in np.flatnonzero(view.labels >= 0).tolist():
             tokens[place]["class"] = renderer.classes.names[int(view.labels[place])]
+    if view.answers is not None:
+        for token, number in zip(tokens, view.answers.tolist(), strict=True):
+            token["answer"] = number
     return {"row": view.row, "tokens": tokens}
 
 

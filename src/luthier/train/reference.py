@@ -11,7 +11,7 @@ Cost: one forward pass over the tokens of the micro-batch, for trees that bear n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,23 @@ def noted(model: LanguageModel, forest: Forest, wanted: Callable[[Tree], bool], 
         trees[place] = _with(trees[place], said[start : start + count])
         start += count
     return Forest(tuple(trees))
+
+
+@torch.no_grad()
+def mean_log_ratio(model: LanguageModel, forests: Iterable[Forest], *, temperature: float) -> float:
+    """The mean over trees of how much more likely the policy finds them than the reference does, without dropout."""
+    total, count = 0.0, 0
+    training = model.module.training
+    for bare in forests:
+        forest = noted(model, bare, lambda tree: True, temperature=temperature)
+        model.train(False)
+        try:
+            outputs = model.token_outputs(forest, temperature=temperature)
+        finally:
+            model.train(training)
+        total += float((outputs.log_probs - outputs.notes["reference"]).double().sum())
+        count += len(forest.trees)
+    return total / count
 
 
 def _has_reference(tree: Tree) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.data.conversation import Conversation, Judged, Message, Preference
 from luthier.data.formats._chat import turns_or_text
-from luthier.data.formats._fields import FieldError, Path, dotted, kind_of, listed, number_at
+from luthier.data.formats._fields import FieldError, Path, column, dotted, kind_of, listed, number_at
 
 Answer = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
@@ -159,12 +159,14 @@ def good_or_bad(value: object, path: Path, where: str) -> bool:
     )
 
 
-def judged(prompt: object, reply: object, good: object, paths: tuple[Path, Path, Path], where: str,
-           *, before: Sequence[Message] = ()) -> Judged:
-    """A prompt, an answer to it, and whether that is good; `before` is what stands in front of both."""
-    turns = [*before, *turns_or_text(prompt, paths[0], where, role="user", what="the prompt")]
-    asked = conversation_so_far(turns, paths[0], where)
-    return Judged(asked, answer(reply, paths[1], where), good_or_bad(good, paths[2], where))
+def judged(
+    values: Mapping[str, object], names: tuple[str, str, str], where: str, *, before: Sequence[Message] = ()
+) -> Judged:
+    """What the columns of the prompt, of an answer to it and of the judgement say, after the messages `before`."""
+    prompt, reply, good = ((column(values, name, where), (name,)) for name in names)
+    turns = [*before, *turns_or_text(*prompt, where, role="user", what="the prompt")]
+    asked = conversation_so_far(turns, prompt[1], where)
+    return Judged(asked, answer(*reply, where), good_or_bad(*good, where))
 
 
 def several(value: object, path: Path, where: str) -> list[Answer]:

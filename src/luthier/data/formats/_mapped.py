@@ -97,8 +97,7 @@ class Mapped(Format):
         if meaning == "preference":
             return pair(values, (names.get("prompt"), names["chosen"], names["rejected"]), where, scores=None)
         if meaning == "judged":
-            given = [column(values, names[key], where) for key in ("prompt", "answer", "good")]
-            return judged(*given, ((names["prompt"],), (names["answer"],), (names["good"],)), where)
+            return judged(values, (names["prompt"], names["answer"], names["good"]), where)
         if meaning == "asked":
             return asked(values, names["prompt"], where, system=names.get("system"))
         question, answered = column(values, names["prompt"], where), column(values, names["answer"], where)

@@ -12,7 +12,7 @@ from luthier.data.conversation import Judged, Meaning
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import system_message
 from luthier.data.formats._compared import judged
-from luthier.data.formats._fields import column, is_preference, pick
+from luthier.data.formats._fields import is_preference, pick
 
 PROMPTS = ("prompt", "question", "instruction", "query")
 ANSWERS = ("completion", "response", "output", "answer")
@@ -34,12 +34,10 @@ class JudgedAnswer(Format):
         return all(pick(record_values, names) is not None for names in parts) and not is_preference(record_values)
 
     def columns(self, values: Values) -> tuple[str, ...]:
-        names = (*(pick(values, known) for known in (PROMPTS, ANSWERS, LABELS)), "system" if "system" in values else None)
-        return tuple(name for name in names if name is not None)
+        names = [pick(values, known) for known in (PROMPTS, ANSWERS, LABELS)]
+        return (*(name for name in names if name is not None), *(("system",) if "system" in values else ()))
 
     def read(self, values: Values, where: str) -> Judged:
         prompt, reply, label = (pick(values, known) or known[0] for known in (PROMPTS, ANSWERS, LABELS))
-        given = (column(values, name, where) for name in (prompt, reply, label))
         before = system_message(values.get("system"), ("system",), where)
-        asked, said, good = given
-        return judged(asked, said, good, ((prompt,), (reply,), (label,)), where, before=before)
+        return judged(values, (prompt, reply, label), where, before=before)

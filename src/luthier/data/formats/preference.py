@@ -63,9 +63,8 @@ def pair(
     chosen, rejected = column(values, one, where), column(values, two, where)
     before = system_message(values.get("system"), ("system",), where)
     if is_turns(chosen) and is_turns(rejected):
-        turns = [
-            read_turns(value, (name,), where, expected=MESSAGE_ROLES) for value, name in ((chosen, one), (rejected, two))
-        ]
+        sides = ((chosen, one), (rejected, two))
+        turns = [read_turns(value, (name,), where, expected=MESSAGE_ROLES) for value, name in sides]
         if turns[0][0].role != "assistant" or prompt is None:
             asked, better, worse = parted([*before, *turns[0]], [*before, *turns[1]], where, tools=tools)
             _repeats(asked.messages, None if prompt is None else values[prompt], prompt, where)

@@ -39,8 +39,8 @@ class HumanAssistant(Format):
 
     def read(self, values: Values, where: str) -> Preference:
         before = text_at(values["prompt"], ("prompt",), where) if values.get("prompt") is not None else ""
-        sides = [_turns(values, name, before, where) for name in ("chosen", "rejected")]
-        asked, chosen, rejected = parted(*sides, where)
+        one, two = (_turns(values, name, before, where) for name in ("chosen", "rejected"))
+        asked, chosen, rejected = parted(one, two, where)
         return preference(asked, (chosen, rejected), ("rejected",), where, scores=scores_of_pair(values, where))
 
 
