@@ -39,7 +39,6 @@ def classify(
     \b
     Examples:
       luthier classify runs/2026-11-28-topics "The ship left the harbour at dawn."
-      luthier classify runs/2026-11-28-topics - < lines.txt
       luthier classify runs/2026-11-28-reward "Who are you?" --pair "A ship's carpenter."
     """
     with uncollected():
