@@ -3,12 +3,14 @@
 The contract: `task` says what the model is loaded for, `trees` turns a rendered row into trees whose tokens carry
 weights, `loss` turns per-token outputs into a `LossReport`, a sum and its weight. An objective that needs more than
 log-probabilities says so: a `reference` (what the model says without the adapter, in `outputs.notes`), a policy at
-another `policy_temperature`, or trainable parts of its `own`, such as a value head.
+another `policy_temperature`, trainable parts of its `own`, such as a value head, or something that is found out about
+the trees of a whole step before its first pass: `probes`, and how trees are `informed` by them.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -63,6 +65,14 @@ class Objective(Method):
     def with_vocabulary(self, vocabulary: Vocabulary) -> Self:
         """The objective with what it needs of a tokenizer. Raises RecipeError where the tokenizer lacks it."""
         return self
+
+    def probes(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Trees whose likelihood, under the policy and the reference, all `trees` of a step depend on; none mostly."""
+        return []
+
+    def informed(self, trees: Sequence[Tree], log_ratio: float) -> list[Tree]:
+        """The trees of a step, told the mean over its probes of log policy - log reference."""
+        return list(trees)
 
     @abstractmethod
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:

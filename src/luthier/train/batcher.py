@@ -25,7 +25,7 @@ from luthier.objectives import Objective
 from luthier.train.in_backward import InBackward
 from luthier.train.pass_report import PassReport, add_up, report_of
 from luthier.train.random_state import RandomState
-from luthier.train.reference import noted
+from luthier.train.reference import mean_log_ratio, noted
 from luthier.train.shortage import Split, exhausted, release, shortage
 
 Group = tuple[Tree, ...]
@@ -182,7 +182,7 @@ class Batcher:
 
     def _add_gradients(self, trees: Sequence[Tree]) -> Reports:
         found: dict[str, list[PassReport]] = {}
-        for forest in self._one_by_one(trees):
+        for forest in self._one_by_one(self._informed(trees)):
             for name, (_, outputs, loss) in self.run(forest):
                 own = report_of(loss, 0, outputs)
                 found.setdefault(name, []).append(own)
@@ -192,13 +192,27 @@ class Batcher:
 
     def _losses(self, trees: Sequence[Tree]) -> Reports:
         found: dict[str, list[PassReport]] = {}
-        for bare in self._one_by_one(trees):
+        for bare in self._one_by_one(self._informed(trees)):
             forest, temperature = self._prepared(bare)
             for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest, temperature=temperature)):
                 report = self.learners[name].objective.loss(outputs, own)
                 made = report_of(report, own.token_count, outputs)
                 found.setdefault(name, []).append(made)
         return {name: add_up(reports) for name, reports in found.items()}
+
+    def _informed(self, trees: Sequence[Tree]) -> list[Tree]:
+        """The trees of a step, with what their learners' objectives want to know of all of them together."""
+        told: list[Tree] = []
+        for name in dict.fromkeys(tree.adapter for tree in trees):
+            own = [tree for tree in trees if tree.adapter == name]
+            objective = self.learners[name].objective
+            if probes := objective.probes(own):
+                forests = self._one_by_one(probes)
+                own = objective.informed(
+                    own, mean_log_ratio(self.model, forests, temperature=objective.policy_temperature)
+                )
+            told += own
+        return told
 
     def _prepared(self, forest: Forest) -> tuple[Forest, float]:
         """A micro-batch with what its learners' objectives want noted of it, and the temperature of their policy."""

@@ -11,7 +11,7 @@ Cost: one forward pass over the tokens of the micro-batch, for trees that bear n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +21,23 @@ from luthier.data.forest import Floats, Forest, Tree
 from luthier.model.language_model import LanguageModel
 
 
-def noted(model: LanguageModel, forest: Forest, wanted: Callable[[Tree], bool], *, temperature: float) -> Forest:
-    """The forest with the note "reference" on those trees that are `wanted` and do not bear it yet."""
+def noted(
+    model: LanguageModel,
+    forest: Forest,
+    wanted: Callable[[Tree], bool],
+    *,
+    temperature: float,
+    reference: LanguageModel | None = None,
+) -> Forest:
+    """The forest with the note "reference" on those trees that are `wanted` and do not bear it yet.
+
+    A `reference` is given where the model has no adapter that could be switched off: it was saved as a whole.
+    """
     places = [index for index, tree in enumerate(forest.trees) if wanted(tree) and not _has_reference(tree)]
     if not places:
         return forest
     bare = Forest(tuple(replace(forest.trees[place], adapter="") for place in places))
+    model = model if reference is None else reference
     training = model.module.training
     # Without dropout: a reference that wavers is none.
     model.train(False)
@@ -41,6 +52,25 @@ def noted(model: LanguageModel, forest: Forest, wanted: Callable[[Tree], bool], 
         trees[place] = _with(trees[place], said[start : start + count])
         start += count
     return Forest(tuple(trees))
+
+
+@torch.no_grad()
+def mean_log_ratio(
+    model: LanguageModel, forests: Iterable[Forest], *, temperature: float, reference: LanguageModel | None = None
+) -> float:
+    """The mean over trees of how much more likely the policy finds them than the reference does, without dropout."""
+    total, count = 0.0, 0
+    training = model.module.training
+    for bare in forests:
+        forest = noted(model, bare, lambda tree: True, temperature=temperature, reference=reference)
+        model.train(False)
+        try:
+            outputs = model.token_outputs(forest, temperature=temperature)
+        finally:
+            model.train(training)
+        total += float((outputs.log_probs - outputs.notes["reference"]).double().sum())
+        count += len(forest.trees)
+    return total / count
 
 
 def _has_reference(tree: Tree) -> bool:
