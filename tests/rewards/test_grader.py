@@ -12,7 +12,9 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.model.scorer import Asked, Likely, Said
 from luthier.rewards import Score, Tools
 from luthier.rewards.grader import Grader
-from tests.rewards.samples import failure, sample, score
+from luthier.sandbox.program import Outcome, Returned, Status
+from tests.rewards.samples import failure, sample, sandbox_tools, score
+from tests.rewards.test_compiles import Broken
 
 CHECK = {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
          "operation": "eq"}  # fmt: skip
@@ -184,3 +186,30 @@ def test_a_model_that_is_not_there_is_told() -> None:
     with pytest.raises(RecipeError, match="judge"):
         Grader(grader=grader).score([GOOD], Tools())
     assert isinstance(score(Grader(grader=CHECK), GOOD, Tools()), Score)
+
+
+PYTHON = {"type": "python", "source": "def grade(sample, item):\n    return len(sample['output_text']) / item['most']"}
+
+
+def test_a_python_grader_runs_in_the_sandbox_on_sample_and_item() -> None:
+    assert Grader(grader=PYTHON).needs == {"sandbox"}
+    assert score(Grader(grader=PYTHON), sample("Paris", most=10), sandbox_tools()).value == 0.5
+    multi = {"type": "multi", "graders": {"same": CHECK, "long": PYTHON}, "calculate_output": "same + long"}
+    assert score(Grader(grader=multi), sample("Paris", answer="Paris", most=10), sandbox_tools()).value == 1.5
+
+
+@pytest.mark.parametrize(
+    "source", ["def grade(sample, item):\n    return item['none']", "def grade(sample, item):\n    return 'good'",
+               "x = 1", "def grade(sample, item):\n    return True",
+               "import os\ndef grade(sample, item):\n    os._exit(0)"]
+)  # fmt: skip
+def test_a_python_grader_that_fails_has_not_graded(source: str) -> None:
+    """Breaks when a grader's own error becomes 0."""
+    assert not failure(Grader(grader={**PYTHON, "source": source}), GOOD, sandbox_tools()).again
+
+
+def test_a_broken_sandbox_is_no_grade() -> None:
+    broken = Broken([Outcome(Status.BROKEN, reason="no zygote")]).tools()
+    assert failure(Grader(grader=PYTHON), sample("Paris", most=10), broken).again
+    ended = Broken([Outcome(Status.ENDED, returned=(Returned(0.25),))]).tools()
+    assert score(Grader(grader=PYTHON), sample("Paris", most=10), ended).value == 0.25

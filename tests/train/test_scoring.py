@@ -10,10 +10,11 @@ from typing import final
 import pytest
 from pydantic import Field
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError, RecipeError, RefusedError, SandboxUnavailableError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
-from luthier.train.scoring import Scoring
+from luthier.sandbox.program import Limits, Program, Status
+from luthier.train.scoring import Sandboxes, Scoring
 
 ASKED: Counter[str] = Counter()
 BATCHES: list[int] = []
@@ -110,3 +111,16 @@ def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
 
     with pytest.raises(RecipeError, match="0 verdicts on 1"):
         Scoring(Short()).score(samples("1"))
+
+
+def test_sandboxes_are_opened_once_for_their_limits_and_end_together() -> None:
+    """Breaks when each batch opens one, or one outlives its run."""
+    with Sandboxes() as sandboxes:
+        try:
+            first = sandboxes(Limits(seconds=2.0))
+        except SandboxUnavailableError as failure:
+            pytest.skip(f"no sandbox stands here: {failure}")
+        assert sandboxes(Limits(seconds=2.0)) is first
+        assert first.run(Program("print(1)")).status is Status.ENDED
+    with pytest.raises(RefusedError, match="closed"):
+        first.run(Program("print(1)"))

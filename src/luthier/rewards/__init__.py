@@ -22,6 +22,8 @@ from luthier.core.knobs import Method
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.model.scorer import TextModel, TextScorer
+from luthier.sandbox.program import Limits
+from luthier.sandbox.sandbox import Sandbox
 
 Numbers = Mapping[str, float]
 
@@ -68,7 +70,7 @@ class Tools:
 
     judge: TextModel | None = None
     reward_model: TextScorer | None = None
-    sandbox: Callable[[Any], Any] | None = None
+    sandbox: Callable[[Limits], Sandbox] | None = None
     step: int = 0
     steps: int = 0
     seed: int = 0

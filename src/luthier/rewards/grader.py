@@ -35,6 +35,7 @@ from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
 from luthier.model.scorer import Asked
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
 _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "string_check": ("input", "reference", "operation"),
@@ -196,7 +197,23 @@ def _message(given: Mapping[str, Any], names: Mapping[str, Any]) -> Message:
 
 
 def _in_sandbox(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
-    raise RecipeError(f"the grader {grader['type']} needs the sandbox", allowed="a machine with one")
+    """What `grade(sample, item)` gives; a grader that fails has not graded."""
+    if tools.sandbox is None:
+        raise RecipeError(f"the grader {grader['type']} needs the sandbox", allowed="a machine that has one")
+    names = [_names(sample) for sample in samples]
+    programs = [Program(grader["source"], (Call("grade", (each["sample"], each["item"])),)) for each in names]
+    outcomes = tools.sandbox(Limits()).run_all(programs) if programs else []
+    return [_graded(outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)]
+
+
+def _graded(outcome: Outcome, sample: Sample) -> Verdict:
+    if outcome.status is Status.BROKEN:
+        return RewardError(f"the sandbox broke: {outcome.reason}").of(sample)
+    said = outcome.returned[0] if outcome.returned else Returned(error=f"{outcome.status}: {outcome.reason}")
+    if said.error is not None or isinstance(said.value, bool) or not isinstance(said.value, int | float):
+        told = f"the grader's program gave {said.error or repr(said.value)[:80]}"
+        return RewardError(told, allowed="a number from grade(sample, item)").of(sample, again=False)
+    return Score(float(said.value))
 
 
 # ----------------------------------------------------------------------------------------------- templates, formulas

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import final
 
 from luthier.core.errors import RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.sandbox.program import Limits
+from luthier.sandbox.sandbox import Sandbox, open_sandbox
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,32 @@ class Scored:
         """What happened to those that failed, the most frequent first."""
         reasons = Counter(failure.received for failure in self.failures)
         return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+
+
+@final
+class Sandboxes:
+    """Sandboxes by their limits: each is opened when it is first asked for, and all end together."""
+
+    def __init__(self) -> None:
+        self._open: dict[Limits, Sandbox] = {}
+
+    def __call__(self, limits: Limits) -> Sandbox:
+        if limits not in self._open:
+            self._open[limits] = open_sandbox(limits)
+        return self._open[limits]
+
+    def close(self) -> None:
+        """End them all."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Sandboxes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @final
