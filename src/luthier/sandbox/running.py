@@ -64,7 +64,7 @@ class Begun:
         status, reason = over.status, over.reason
         raised = ""
         if status is Status.EXITED and self._said.get("is") in ("raised", "uncompiled"):
-            status, reason, raised = Status.RAISED, _line(self._said.get("error")), _line(self._said.get("raised"))
+            status, reason, raised = Status.RAISED, line(self._said.get("error")), line(self._said.get("raised"))
         elif status is Status.EXITED and self._ready and len(returned) == asked and over.reason.endswith(" 0"):
             status, reason = Status.ENDED, ""
         last = returned[-1].raised if returned else raised
@@ -95,7 +95,7 @@ def returned_from(answer: Mapping[str, Any], seconds: float) -> Returned:
     """An answer, read strictly."""
     if "error" in answer:
         crosses = answer.get("crosses", True) is True
-        return Returned(None, _line(answer["error"]), _line(answer.get("raised")), crosses, seconds)
+        return Returned(None, line(answer["error"]), line(answer.get("raised")), crosses, seconds)
     try:
         return Returned(unpack_parsed(answer.get("value")), seconds=seconds)
     except BorderError as failure:
@@ -132,7 +132,7 @@ def check(program: Program, *, writable: bool) -> None:
             raise BorderError(f"{name[:80]!r} is no name of a file in the working folder")
 
 
-def _line(text: object) -> str:
-    """What the guest said, short and in one line."""
+def line(text: object) -> str:
+    """What a guest said, short and in one line."""
     shown = " ".join(str(text or "").split())[:_SHOWN]
     return shown.encode("utf-8", "replace").decode("utf-8")

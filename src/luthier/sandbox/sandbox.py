@@ -20,8 +20,10 @@ from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RefusedError, SandboxUnavailableError
 from luthier.sandbox.guest.kernel import LOOK, READ, WRITE, landlock_version
-from luthier.sandbox.program import Limits, Outcome, Program, Status
+from luthier.sandbox.examining import examine_program
+from luthier.sandbox.program import Examination, Limits, Outcome, Program, Status
 from luthier.sandbox.running import run_program
+from luthier.sandbox.self_test import must_hold
 from luthier.sandbox.tiers import (
     FIX,
     Steps,
@@ -41,6 +43,7 @@ WORK: Final = "/work"
 _FILES: Final = 1024
 _OTHERS: Final = 3
 """Processes besides those of the candidate that count against its user: the zygote and what started it."""
+_PROBING: Final = Limits(seconds=30.0, cpu_seconds=30.0)
 _DEVICES: Final = ("null", "zero", "random", "urandom")
 _Result = TypeVar("_Result")
 
@@ -124,7 +127,12 @@ class Sandbox:
     def proved(self) -> Sandbox:
         """This, with the walls of its first worker built and proved. Raises LostError where they cannot be built."""
         try:
-            self._workers[0].zygote(examiner=False)
+            zygote = self._workers[0].zygote(examiner=False)
+            must_hold(
+                lambda program: run_program(zygote, program, _PROBING, writable=False),
+                str(self.steps),
+                self._settings["environment"],
+            )
         except BaseException:
             self.close()
             raise
@@ -143,6 +151,25 @@ class Sandbox:
         """Run many, as many at a time as there are workers; the outcomes are in their order."""
         with ThreadPoolExecutor(self._count, "sandbox") as pool:
             return list(pool.map(self.run, programs))
+
+    def examine(self, program: Program, tests: str, *, entry: str = "") -> Examination:
+        """Run tests against a program that they never share a process with.
+
+        Names that the tests use and do not define are the program's functions. `entry` is the one that a
+        `check(candidate)` of the tests is about.
+        """
+        return self._tried(
+            lambda worker: examine_program(
+                worker.zygote(examiner=False), worker.zygote(examiner=True), program, tests, entry, self.limits,
+                writable=self.steps.own_processes,
+            ),
+            lambda reason: Examination(Status.BROKEN, reason=reason),
+        )  # fmt: skip
+
+    def examine_all(self, asked: Iterable[tuple[Program, str, str]]) -> list[Examination]:
+        """As `examine`, of many (program, tests, entry) on all workers; in their order."""
+        with ThreadPoolExecutor(self._count, "sandbox") as pool:
+            return list(pool.map(lambda each: self.examine(each[0], each[1], entry=each[2]), asked))
 
     def close(self) -> None:
         """End every process of the sandbox. Nothing is left of it."""
