@@ -119,6 +119,38 @@ def test_a_call_that_was_never_answered_has_failed() -> None:
     assert found.parts["status/exited"] == 1.0
 
 
+ADD = "def add(a, b):\n    return a + b"
+ASSERTIONS = "assert add(2, 3) == 5\nassert add('a', 'b') == 'ab'"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "share"),
+    [
+        (ADD, ASSERTIONS, 1.0),
+        (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(1, 3) == 4", 1.0),
+        ("def add(a, b):\n    return b + a", ASSERTIONS, 0.5),
+        ("class Same:\n    __eq__ = lambda *both: True\n\ndef add(a, b):\n    return Same()", ASSERTIONS, 0.0),
+        ("import os\ndef add(a, b):\n    os._exit(0)", ASSERTIONS, 0.0),
+        ("def sub(a, b):\n    return a - b", ASSERTIONS, 0.0),
+        ("def add(:", ASSERTIONS, 0.0),
+        ("x = '\ud800'", ASSERTIONS, 0.0),
+        ("# " + "x" * 300_000, ASSERTIONS, 0.0),
+    ],
+)
+def test_assertions_reach_the_program_by_questions_only(program: str, tests: str, share: float) -> None:
+    """Breaks when tests and program share a process, or a program that cannot cross ends the run."""
+    found = score(PassesTests(function="add", partial=True), sample(program, tests=tests), sandbox_tools())
+    assert found.value == share == found.parts["passed"]
+    found = score(PassesTests(function="add"), sample(program, tests=tests), sandbox_tools())
+    assert found.value == float(share == 1.0)
+
+
+@pytest.mark.parametrize("tests", ["x = 1", "assert (", "# nothing"])
+def test_a_text_without_an_assertion_is_the_fault_of_the_row(tests: str) -> None:
+    with pytest.raises(DataError, match="has no test"):
+        score("passes_tests", sample(ADD, tests=tests), sandbox_tools())
+
+
 @pytest.mark.parametrize(
     "tests", [[], "", " ", None, {}, [1], [{"arguments": [1]}], [{"expected": 1}], [{"expected": 1, "function": ""}],
               [{"function": "f", "arguments": 1, "expected": 1}], [{"function": "f", "expected": 1, "weight": 2}]]
