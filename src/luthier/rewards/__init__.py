@@ -22,7 +22,6 @@ from luthier.core.knobs import Method
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.model.scorer import TextModel, TextScorer
-from luthier.sandbox.program import Limits
 from luthier.sandbox.sandbox import Sandbox
 
 Numbers = Mapping[str, float]
@@ -65,12 +64,12 @@ Verdict = Score | RewardError | None
 class Tools:
     """What rewards may use; `step` of `steps` is how far training is, `seed` what hidden inputs are drawn with.
 
-    `sandbox` opens one for the limits it is given, and keeps it open for the next who ask.
+    `sandbox` opens one for the limits (and modules) it is given, and keeps it open for the next who ask.
     """
 
     judge: TextModel | None = None
     reward_model: TextScorer | None = None
-    sandbox: Callable[[Limits], Sandbox] | None = None
+    sandbox: Callable[..., Sandbox] | None = None
     step: int = 0
     steps: int = 0
     seed: int = 0

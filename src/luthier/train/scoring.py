@@ -60,15 +60,19 @@ class Scored:
 
 @final
 class Sandboxes:
-    """Sandboxes by their limits: each is opened when it is first asked for, and all end together."""
+    """Sandboxes by their limits and modules: each is opened when it is first asked for, and all end together."""
 
     def __init__(self) -> None:
-        self._open: dict[Limits, Sandbox] = {}
+        self._open: dict[tuple[object, ...], Sandbox] = {}
 
-    def __call__(self, limits: Limits) -> Sandbox:
-        if limits not in self._open:
-            self._open[limits] = open_sandbox(limits)
-        return self._open[limits]
+    def __call__(
+        self, limits: Limits, *, preload: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()
+    ) -> Sandbox:
+        """The sandbox with these limits; `preload` and `environment` are those of `open_sandbox`."""
+        asked = (limits, preload, environment)
+        if asked not in self._open:
+            self._open[asked] = open_sandbox(limits, preload=preload, environment=dict(environment))
+        return self._open[asked]
 
     def close(self) -> None:
         """End them all."""
