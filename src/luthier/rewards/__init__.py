@@ -100,7 +100,10 @@ class Reward(Method):
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment answers: messages to add, whether that was all, and the score when it is known."""
+    """What an environment answers: messages to add, whether that was all, and a score.
+
+    At the end a score of None leaves the last answer to the reward itself, with all that was said before as its prompt.
+    """
 
     messages: tuple[Message, ...] = ()
     done: bool = False
