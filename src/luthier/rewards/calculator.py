@@ -50,7 +50,7 @@ class Calculator(Reward):
     """Problems with a calculator at hand."""
 
     column: str = Field("question", min_length=1, description="the column with the problem")
-    reward: Annotated[Reward, Chosen("rewards")] = Field(description="what judges the final answer, by method and knobs")
+    reward: Annotated[Reward, Chosen("rewards")] = Field(description="what judges the final answer")
     most_turns: int = Field(6, ge=1, description="how often the model may speak")
     system: str = Field("", description="what the model is told first")
 

@@ -88,7 +88,7 @@ class Outcome:
     stderr: str = ""
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Of all its processes, by the kernel's account."""
+    """By the kernel's account: of its first process, and of those that this one waited for."""
     reason: str = ""
     raised: str = ""
     """The builtin exception that ended it, as it claims; empty when none did."""

@@ -56,6 +56,7 @@ class Begun:
             self._compiled = True
             self._said = self.process.hear()
         if self._said.get("is") != "ready":
+            self.process.say({"do": "end"})  # to whoever is left there and listens
             raise self.process.finish()
         self._ready = True
 

@@ -19,8 +19,8 @@ from contextlib import suppress
 from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RefusedError, SandboxUnavailableError
-from luthier.sandbox.guest.kernel import LOOK, READ, WRITE, landlock_version
 from luthier.sandbox.examining import examine_program
+from luthier.sandbox.guest.kernel import LOOK, READ, WRITE, landlock_version
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Status
 from luthier.sandbox.running import run_program
 from luthier.sandbox.self_test import must_hold

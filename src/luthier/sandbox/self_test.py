@@ -42,7 +42,7 @@ def must_hold(run: Callable[[Program], Outcome], name: str, environment: Mapping
 
 @contextmanager
 def _outside() -> Iterator[dict[str, Any]]:
-    """Things that every user of this machine may reach, and no guest; at the end, whether one did."""
+    """Things that every user of this machine may reach, and no guest."""
     with tempfile.TemporaryDirectory(prefix="luthier-probes-") as made:
         folder = Path(made)
         folder.chmod(0o777)
@@ -50,18 +50,18 @@ def _outside() -> Iterator[dict[str, Any]]:
         file.write_text("outside")
         file.chmod(0o666)
         abstract = f"luthier-{secrets.token_hex(8)}"
-        with socket.create_server(("127.0.0.1", 0)) as port, _listening(f"\0{abstract}"):
-            with _listening(str(folder / "socket")):
-                (folder / "socket").chmod(0o777)
-                yield {
-                    "file": str(file),
-                    "folder": made,
-                    "home": str(Path.home()),
-                    "port": port.getsockname()[1],
-                    "abstract": abstract,
-                    "socket": str(folder / "socket"),
-                    "process": os.getpid(),
-                }
+        path = folder / "socket"
+        with socket.create_server(("127.0.0.1", 0)) as port, _listening(f"\0{abstract}"), _listening(str(path)):
+            path.chmod(0o777)
+            yield {
+                "file": str(file),
+                "folder": made,
+                "home": str(Path.home()),
+                "port": port.getsockname()[1],
+                "abstract": abstract,
+                "socket": str(path),
+                "process": os.getpid(),
+            }
 
 
 def _listening(address: str) -> socket.socket:

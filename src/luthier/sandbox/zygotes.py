@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final, final
@@ -16,6 +17,7 @@ MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "examine
 """Modules of guest/ in the order in which they need each other."""
 START_SECONDS: Final = 120.0
 """For a machine that is very busy, and modules that take long to import."""
+_MOST_BOOK: Final = 1 << 24
 _BOOT: Final = """
 import json, os, sys, types
 book = json.loads(os.pread(int(sys.argv[1]), int(sys.argv[2]), 0))
@@ -48,29 +50,24 @@ class Zygote:
 
     def __init__(self, interpreter: str, settings: Mapping[str, Any]) -> None:
         command = [interpreter, "-s", "-P", "-S", "-c", _BOOT]
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control = ours
-        book = os.memfd_create("book", 0)
-        self._words = os.memfd_create("words", os.MFD_CLOEXEC)
-        try:
-            text = _book({**settings, "again": [*command, str(book), "16777216"]})
-            os.write(book, text)
+        with ExitStack() as kept, ExitStack() as given:
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            kept.callback(self.control.close)
+            given.callback(theirs.close)
+            self._words = os.memfd_create("words", os.MFD_CLOEXEC)
+            kept.callback(os.close, self._words)
+            book = os.memfd_create("book", 0)
+            given.callback(os.close, book)
+            command += [str(book), str(_MOST_BOOK)]
+            os.write(book, _book({**settings, "again": command}))
             self._process = subprocess.Popen(
-                [*command, str(book), "16777216"], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._words,
-                env=dict(settings["environment"]), pass_fds=(book,), cwd="/", start_new_session=True,
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=self._words, pass_fds=(book,),
+                env=dict(settings["environment"]), cwd="/", start_new_session=True,
             )  # fmt: skip
-        except OSError:
-            ours.close()
-            os.close(self._words)
-            raise
-        finally:
-            os.close(book)
-            theirs.close()
-        try:
+            given.close()  # or the end of the other side would not be seen
+            kept.callback(self._reap)
             self._expect(b"W", START_SECONDS)
-        except LostError:
-            self.close()
-            raise
+            self._open = kept.pop_all()
 
     @property
     def pid(self) -> int:
@@ -108,13 +105,15 @@ class Zygote:
 
     def close(self) -> None:
         """End it and all it started, and wait for that."""
+        self._open.close()
+
+    def _reap(self) -> None:
         self.control.close()
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        os.close(self._words)
 
     def _expect(self, letter: bytes, seconds: float) -> None:
         if not _readable(self.control, seconds):

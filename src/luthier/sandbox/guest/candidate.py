@@ -32,6 +32,7 @@ def serve(channel: int) -> None:
     for name, text in asked["files"].items():
         _write(name, text)
     script = asked["script"]
+    owner = os.getpid()
     module = types.ModuleType("__main__" if script else "candidate")
     sys.modules[module.__name__] = module
     sys.argv = ["program.py"]
@@ -49,8 +50,10 @@ def serve(channel: int) -> None:
     except SystemExit as wish:
         _leave(wish)
     except BaseException as failure:
-        _tell(channel, failure, "raised")
+        _tell(channel if os.getpid() == owner else None, failure, "raised")
         return
+    if os.getpid() != owner:
+        return  # a process that the program forked, and that came to the end of the program
     send(channel, {"is": "ready"})
     _answer(channel, module)
 
@@ -117,7 +120,7 @@ def _write(name: str, text: str) -> None:
         file.write(text)
 
 
-def _tell(channel: int, failure: BaseException, what: str) -> None:
+def _tell(channel: int | None, failure: BaseException, what: str) -> None:
     """Say how the program ended, and to standard error what Python would have said."""
     try:
         # Without our own line, which comes first.
@@ -125,7 +128,8 @@ def _tell(channel: int, failure: BaseException, what: str) -> None:
         traceback.print_exception(type(failure), failure, where.tb_next if where else None)
         _flush()
     finally:
-        send(channel, {"is": what, **description(failure)})
+        if channel is not None:
+            send(channel, {"is": what, **description(failure)})
 
 
 def _leave(wish: SystemExit) -> None:

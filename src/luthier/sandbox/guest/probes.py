@@ -56,7 +56,7 @@ def _files(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "look through /proc/1/root": lambda: os.listdir("/proc/1/root"),
         "read the memory of process 1": lambda: os.getpid() != 1 and _opens("/proc/1/mem", os.O_RDONLY),
         "read the memory of the host": lambda: _opens("/dev/mem", os.O_RDONLY),
-        "read a disk": lambda: any(_got(lambda n=name: _opens(n, os.O_RDONLY)) for name in ("/dev/sda", "/dev/vda")),
+        "read a disk": lambda: _opens("/dev/vda" if os.path.exists("/dev/vda") else "/dev/sda", os.O_RDONLY),
         "share memory in /dev/shm": lambda: _opens("/dev/shm/probe", os.O_RDWR | os.O_CREAT),
         "open a container socket": lambda: _opens("/var/run/docker.sock", os.O_RDONLY),
     }
@@ -98,12 +98,12 @@ def _kernel() -> dict[str, Callable[[], object]]:
 def _others(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
     return {
         "be root": lambda: 0 in (os.getuid(), os.geteuid(), os.getgid()),
-        "become root": lambda: os.setuid(0) is None,
+        "become root": lambda: _does(os.setuid, 0),
         "have capabilities": _capable,
         "see the environment of the host": lambda: set(os.environ) - set(facts["environment"]) - {"LC_CTYPE", "PWD"},
-        "find a descriptor of the host": lambda: [number for number in range(4, 1024) if _got(lambda n=number: _open(n))],
-        "signal the host": lambda: os.kill(facts["process"], 0) is None,
-        "signal the parent": lambda: os.getppid() > 1 and os.kill(os.getppid(), 0) is None,
+        "find a descriptor of the host": lambda: any(_open(number) for number in range(4, 1024)),
+        "signal the host": lambda: _does(os.kill, facts["process"], 0),
+        "signal the parent": lambda: os.getppid() > 1 and _does(os.kill, os.getppid(), 0),
         "read the memory of the parent": lambda: os.getppid() > 1 and _opens(f"/proc/{os.getppid()}/mem", os.O_RDONLY),
         "hold on to the host": lambda: _call("pidfd_open", facts["process"], 0) != -1,
     }
@@ -115,7 +115,15 @@ def _opens(path: str, flags: int) -> bool:
 
 
 def _open(descriptor: int) -> bool:
-    return fcntl.fcntl(descriptor, fcntl.F_GETFD) >= 0
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETFD) >= 0
+    except OSError:
+        return False
+
+
+def _does(call: Callable[..., object], *arguments: int) -> bool:
+    call(*arguments)
+    return True
 
 
 def _reaches(address: str) -> bool:

@@ -10,7 +10,9 @@ socket ends everything.
 
 from __future__ import annotations
 
+import _sitebuiltins
 import array
+import builtins
 import fcntl
 import gc
 import importlib
@@ -44,6 +46,9 @@ def serve(control: socket.socket, settings: dict[str, Any]) -> None:
     sys.path[:] = settings["path"]
     for name in (*WARM, *settings["preload"]):
         importlib.import_module(name)
+    # What Python's `site` gives to every program; the rest of it reads files that are not there.
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     zygote = _Zygote(control, settings)
     gc.collect()
     gc.freeze()
