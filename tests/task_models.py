@@ -6,6 +6,7 @@ The references know nothing of the engine: they call the zoo's whole model on on
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.tasks import AUTO, CAUSAL, Task, with_classes
+from luthier.model.tasks import AUTO, CAUSAL, SCORES, Task, with_classes
 from luthier.objectives import Objective, Vocabulary
 from tests import forests
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY
@@ -187,17 +188,49 @@ def model_for(
     task = objective.task(CLASSES)
     if task == CAUSAL:
         return forests.language_model(architecture, dtype=dtype)
-    return language_model("t5" if task == ANSWERS else "bert", task, dtype=dtype)
+    kinds = {ANSWERS: "t5", SCORES: "llama"}
+    return language_model(kinds.get(task, "bert"), task, dtype=dtype)
 
 
 def views_for(objective: Objective, count: int = 5, *, seed: int = 4) -> list[Rendered]:
     """Random rendered rows as an objective wants them."""
     task = objective.task(CLASSES)
     plain = forests.views(count, seed=seed)
+    rng = np.random.default_rng(seed)
+    if "preference" in (objective.meanings or ()):
+        return [answered(each, rng, answers=2 + each.row % 3) for each in plain]
+    if "judged" in (objective.meanings or ()):
+        return [answered(each, rng, answers=1, good=bool(each.row % 2)) for each in plain]
     if task == CAUSAL:
         return plain
-    rng = np.random.default_rng(seed)
     return [_view(each, task, rng) for each in plain]
+
+
+def answered(
+    prompt: Rendered, rng: np.random.Generator, *, answers: int, good: bool = True, scores: Sequence[float] = ()
+) -> Rendered:
+    """The tokens of a row as a prompt, with random answers to it, of which the first is a good one."""
+    sizes = rng.integers(2, 7, answers).tolist()
+    numbers = np.repeat(np.arange(answers + 1, dtype=np.uint8), [len(prompt.tokens), *sizes])
+    tokens = np.concatenate([prompt.tokens, forests.tokens(rng, sum(sizes))])
+    names = ["user", "assistant" if good else "wrong", *["wrong"] * answers]
+    roles = [TOKEN_ROLES.index(names[number]) for number in numbers]
+    view = forests.view(prompt.row, tokens, weights=(numbers > 0).astype(np.float32), roles=roles)
+    marks = np.array([0.0, *scores], np.float32)[numbers] if scores else None
+    return replace(view, answers=numbers, scores=marks)
+
+
+def with_reference(trees: Sequence[Tree], *, seed: int = 0) -> list[Tree]:
+    """Trees that bear the note of a reference, which are random log-probabilities."""
+    rng = np.random.default_rng(seed)
+    return [
+        replace(tree, segments=tuple(
+            each.noting("reference", -rng.exponential(2.0, int(each.weighted.sum())).astype(np.float32))
+            if each.weighted.any() else each
+            for each in tree.segments
+        ))
+        for tree in trees
+    ]  # fmt: skip
 
 
 def _view(plain: Rendered, task: Task, rng: np.random.Generator) -> Rendered:

@@ -121,7 +121,8 @@ class Life:
         self.stepper = Stepper(model, attachment, objective, optimizer, **cut)  # type: ignore[arg-type]
         self.schedule = choose("schedules", Schedule, setup.schedule)
         self.trace = Trace()
-        views = VIEWS if model.task == CAUSAL else task_models.views_for(objective, len(VIEWS), seed=2)
+        plain = model.task == CAUSAL and objective.meanings is None
+        views = VIEWS if plain else task_models.views_for(objective, len(VIEWS), seed=2)
         lengths = forests.lengths(views)
         self.source = NotedSource(
             DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP), self.trace.rows

@@ -24,12 +24,12 @@ def trees_of(method: Objective, count: int = 5) -> list[Tree]:
     rng = np.random.default_rng(3)
     made = []
     for view in task_models.views_for(method, count):
-        if method.task(task_models.CLASSES) == CAUSAL:
+        if method.task(task_models.CLASSES) == CAUSAL and view.answers is None:
             weights = rng.choice([0.0, 0.5, 1.0], len(view.tokens)).astype(np.float32)
             weights[-1] = 1.0
             view = replace(view, weights=weights)
         made.extend(method.trees(view))
-    return made
+    return task_models.with_reference(made) if method.reference else made
 
 
 @each

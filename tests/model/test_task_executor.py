@@ -16,7 +16,7 @@ from luthier.data.forest import Forest, Segment, Tree
 from luthier.model.edits import Edit, LearnedPrompt
 from luthier.model.executor import Entry
 from luthier.model.task_executor import run_task, task_head_of
-from luthier.model.tasks import Task
+from luthier.model.tasks import SCORES, Task
 from luthier.recipes.opened import require_room
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
@@ -249,3 +249,42 @@ def test_a_new_head_is_trained_whole_whatever_part_of_it_an_adapter_takes() -> N
     attachment = model.attach(Full(parts="biases").attach(model.sites))
     trained = [name for name in attachment.named_parameters() if name.startswith("classifier")]
     assert sorted(trained) == ["classifier.bias", "classifier.weight"] and attachment.trains_base
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_scores_are_the_zoos_raw_outputs(name: str) -> None:
+    """Breaks when a score is normalised away, since one class has always all of the probability, or is another's."""
+    model = task_models.language_model(name, SCORES)
+    assert model.executor.kind == "segments", model.executor.reason
+    made = [
+        replace(tree, segments=tuple(replace(each, labels=np.zeros_like(each.tokens)) for each in tree.segments))
+        for tree in rows(name, TEXTS)
+    ]
+    zoo = []
+    for [segment] in (tree.segments for tree in made):
+        given = {"input_ids": torch.from_numpy(segment.tokens.astype(np.int64))[None]}
+        if segment.types is not None:
+            given["token_type_ids"] = torch.from_numpy(segment.types.astype(np.int64))[None]
+        zoo.append(model.module(**given).logits[:, 0])
+    expected = torch.cat(zoo)
+    found = model.token_outputs(Forest(tuple(made)))
+    assert found.scores is not None and found.classes is None and not found.log_probs.any()
+    assert forests.relative_error(found.scores, expected) < 1e-5 and float(expected.std()) > 0
+    padded = replace(model.executor, kind="unrolled", entry=Entry())
+    again = run_task(model.module, Forest(tuple(made)), task=SCORES, executor=padded, head=model.head)
+    assert again.scores is not None and forests.relative_error(again.scores, expected) < 1e-5
+
+
+def test_two_answers_are_scored_with_one_prompt() -> None:
+    """Breaks when an answer's score sees the other answer, or a prompt is read for each of its answers."""
+    model = task_models.language_model("llama", SCORES)
+    ids = (np.arange(14) * 5 % 50 + 3).astype(np.int32)
+    end = np.array([0, 0, 0, 1], dtype=np.float32)
+    prompt = Segment(ids[:6], np.zeros(6, np.float32))
+    leaves = [Segment(ids[start : start + 4], end, 0, labels=np.zeros(4, np.int32)) for start in (6, 10)]
+    together = model.token_outputs(Forest((Tree((prompt, *leaves)),))).scores
+    alone = []
+    for leaf in leaves:
+        whole = torch.from_numpy(np.concatenate([prompt.tokens, leaf.tokens]).astype(np.int64))
+        alone.append(model.module(whole[None]).logits[0, 0])
+    assert together is not None and forests.relative_error(together, torch.stack(alone)) < 1e-5

@@ -155,11 +155,11 @@ def test_when_memory_runs_out_the_step_of_all_is_done_again(llama: Path, monkeyp
     model = type(tight.batcher.model)
     real, passes = model.token_outputs, []
 
-    def failing(self: Any, forest: Any) -> Any:
+    def failing(self: Any, forest: Any, *, temperature: float = 1.0) -> Any:
         passes.append(forest.token_count)
         if len(passes) == 2:
             raise MemoryError("no more")
-        return real(self, forest)
+        return real(self, forest, temperature=temperature)
 
     monkeypatch.setattr(model, "token_outputs", failing)
     reports = tight.forward_backward({name: ROWS[name] for name in names})

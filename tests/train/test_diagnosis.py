@@ -125,7 +125,7 @@ def test_a_log_probability_is_named_as_the_heads() -> None:
     made = stepper()
     real = made.model.token_outputs
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         found = real(forest)
         guilty = torch.isin(found.rows, torch.tensor(GUILTY))
         bad = torch.where(guilty, torch.tensor(-math.inf), found.log_probs)
@@ -207,7 +207,7 @@ def test_dropout_is_drawn_again_as_in_the_bad_step() -> None:
     seen: list[float] = []
     real = made.model.token_outputs
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         found = real(forest)
         seen.append(float(-(found.log_probs * found.weights).detach().sum()))
         return found

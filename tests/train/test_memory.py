@@ -77,7 +77,7 @@ def failing(made: Stepper, failure: Exception, *, at: int, where: str, times: in
     def now() -> bool:
         return at <= len(tried) < at + times
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         tried.append(forest.token_count)
         if now() and where == "forward":
             raise failure
@@ -183,7 +183,7 @@ def test_low_precision_gradients_that_had_not_reached_their_master_are_cleared(w
     with failing(made, MemoryError(), at=2, where=where) as tried:
         real = made.model.token_outputs
 
-        def outputs(forest: Forest) -> TokenOutputs:
+        def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
             if len(tried) == 1:
                 stuck.grad = torch.ones_like(stuck)  # as when memory runs out while it is added to its master
             return real(forest)

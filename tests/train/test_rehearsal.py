@@ -63,7 +63,7 @@ def test_what_is_rehearsed_is_the_largest_of_the_run() -> None:
     tried: list[int] = []
     real = made.model.token_outputs
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         tried.append(forest.token_count)
         return real(forest)
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_split_before_the_first_step(largest: int) -> None:
     made, source = bench(LoRA(rank=4))
     real = made.model.token_outputs
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         if forest.token_count > largest:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(forest)
@@ -97,7 +97,7 @@ def test_room_for_gradients_and_optimizer_is_taken_meanwhile(monkeypatch: pytest
     seen: list[bool] = []
     real = made.model.token_outputs
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         seen.append(all(master.grad is not None for master in made.masters.values()))
         return real(forest)
 
@@ -117,7 +117,7 @@ def test_a_row_that_never_fits_ends_it_at_once() -> None:
     """Breaks when the rehearsal goes on to the first step with a row that cannot be trained on."""
     made, source = bench(LoRA(rank=4))
 
-    def outputs(forest: Forest) -> TokenOutputs:
+    def outputs(forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
         raise MemoryError
 
     made.model.token_outputs = outputs  # type: ignore[method-assign]

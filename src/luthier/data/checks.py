@@ -6,18 +6,31 @@ and asks the tokenizer and the template anew. A problem is never repaired here: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.data.conversation import Content, Conversation, Labelled, Message, Row, Tagged, Text
+from luthier.data.conversation import (
+    Asked,
+    Content,
+    Conversation,
+    Judged,
+    Labelled,
+    Message,
+    Preference,
+    Row,
+    Tagged,
+    Text,
+)
 from luthier.data.forest import Ints
 from luthier.data.kind_checks import (
     Finding,
     Invariant,
+    asked_findings,
     class_findings,
+    compared_findings,
     encoder_findings,
     runs,
     seq2seq_findings,
@@ -57,6 +70,11 @@ def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem
     elif isinstance(content, Labelled | Tagged):
         found = [*class_findings(view, renderer, row), text_finding(view, renderer)]
         found += [_bos(view, renderer, row)] if renderer.kind == "causal" else []
+    elif isinstance(content, Preference | Judged):
+        found = [*compared_findings(view, renderer, row), _bos(view, renderer, row)]
+        found += [_text(path, renderer) for path in _paths(view)]
+    elif isinstance(content, Asked):
+        found = [*asked_findings(view, renderer, row), _bos(view, renderer, row), _text(view, renderer)]
     elif renderer.kind == "encoder":
         found = [*encoder_findings(view, renderer), text_finding(view, renderer)]
     else:
@@ -66,6 +84,27 @@ def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem
         else:
             found.append(_last(view, renderer))
     return [Problem(row.where, *problem) for problem in found if problem is not None]
+
+
+def _paths(view: Rendered) -> Iterator[Rendered]:
+    """The prompt with each of its answers, as if there were no other."""
+    numbers = np.zeros(len(view.tokens), np.uint8) if view.answers is None else view.answers
+    for number in range(1, int(numbers.max(initial=0)) + 1):
+        keep = (numbers == 0) | (numbers == number)
+        prompt, spans = int(np.count_nonzero(numbers == 0)), view.spans[keep].copy()
+        if prompt == len(spans):
+            continue
+        # The words of other answers stand between: the text without them.
+        end, start = int(view.spans[:prompt, 1].max(initial=0)), int(spans[prompt:, 0].min())
+        spans[prompt:] -= start - end
+        yield replace(
+            view,
+            text=view.text[:end] + view.text[start:],
+            tokens=view.tokens[keep],
+            weights=view.weights[keep],
+            roles=view.roles[keep],
+            spans=spans,
+        )
 
 
 def _trained(view: Rendered) -> Finding:
@@ -137,6 +176,13 @@ def _words(content: Content) -> Sequence[str]:
         return [content.text]
     if isinstance(content, Labelled):
         return [content.text, content.pair]
+    if isinstance(content, Preference):
+        answers = [message.content for answer in content.answers for message in answer]
+        return [*_words(content.asked), *answers]
+    if isinstance(content, Judged):
+        return [*_words(content.asked), *(message.content for message in content.answer)]
+    if isinstance(content, Asked):
+        return _words(content.asked)
     return content.words if isinstance(content, Tagged) else [content.prompt, *content.answers]
 
 

@@ -1,4 +1,5 @@
-"""What a row of a data file means: a conversation, a text, a text with its class, words with tags, or a choice.
+"""What a row of a data file means: a conversation, a text, a text with its class, words with tags, a choice, answers
+that were compared or judged, or only what is asked.
 
 Formats turn rows into these; the renderer turns these into tokens. Nothing here knows files, templates or tokenizers.
 """
@@ -74,8 +75,41 @@ class Choices:
     right: int
 
 
-Content = Conversation | Text | Labelled | Tagged | Choices
-Meaning = Literal["conversation", "text", "labelled", "tagged", "choices"]
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A conversation so far, and answers to it, the best first: two, or a ranking of more.
+
+    `scores` say of each how good it is, in the same order; equal scores say that neither is better. Without them each
+    answer is better than all that follow.
+    """
+
+    asked: Conversation
+    answers: tuple[tuple[Message, ...], ...]
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A conversation so far, an answer to it, and whether that is a good one."""
+
+    asked: Conversation
+    answer: tuple[Message, ...]
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A conversation that waits for an answer, and the `facts` by which answers are checked: the row's other columns.
+
+    Facts are what JSON can hold, such as the right result or tests.
+    """
+
+    asked: Conversation
+    facts: Mapping[str, Any]
+
+
+Content = Conversation | Text | Labelled | Tagged | Choices | Preference | Judged | Asked
+Meaning = Literal["conversation", "text", "labelled", "tagged", "choices", "preference", "judged", "asked"]
 """The kinds of content by name: what a recipe may want its rows to be."""
 WORDS: tuple[Meaning, ...] = ("conversation", "text")
 """What a language model learns to say."""

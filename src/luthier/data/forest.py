@@ -8,6 +8,9 @@ Each token carries a loss weight: 0 means context only. The token after a parent
 child, so one position can predict several tokens; `Layout.predictors` therefore holds (position, label) *pairs* and no
 label is lost.
 
+A token may carry `notes` beside its weight: numbers that were found out before the pass and that a loss needs, such as
+what a reference model says of it, or with what probability it was sampled.
+
 A segment may have `labels`: what each position says is then not the next token but what stands there, a class or a
 token that was masked. It may see `both_ways`: each of its tokens sees all of them. In an encoder all segments do; an
 encoder-decoder reads roots that do with its encoder, and their children with its decoder.
@@ -17,9 +20,10 @@ This file knows numpy only: what is in a forest is decided before any tensor exi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +32,10 @@ from luthier.core.errors import DataError
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
+
+Note = Literal["reference", "sampled", "advantage", "value", "return"]
+"""What may be noted of a token: its log-probability under the reference model and under the policy that sampled it, its
+advantage, and the value of the state it was chosen in, as it was then and as it turned out."""
 
 ROOT = -1
 """The parent of a segment that has none."""
@@ -39,6 +47,7 @@ class Segment:
 
     `labels` (n,) is what each position predicts, where that is not the next token; `weights` are then theirs. `types`
     (n,) are the token types of an encoder that tells two texts apart. `both_ways` lets each token see all others.
+    `notes` have a number for each token, (n,), of which those of weighted ones are looked at.
     """
 
     tokens: Ints
@@ -47,9 +56,11 @@ class Segment:
     labels: Ints | None = None
     types: NDArray[np.uint8] | None = None
     both_ways: bool = False
+    notes: Mapping[Note, Floats] | None = None
 
     def __post_init__(self) -> None:
-        for name, each in (("weights", self.weights), ("labels", self.labels), ("types", self.types)):
+        noted = (self.notes or {}).items()
+        for name, each in (("weights", self.weights), ("labels", self.labels), ("types", self.types), *noted):
             if each is not None and len(each) != len(self.tokens):
                 raise DataError(f"a segment has {len(self.tokens)} tokens but {len(each)} {name}")
         if len(self.tokens) == 0:
@@ -62,6 +73,12 @@ class Segment:
         if self.labels is None and self.parent == ROOT:
             weighted[0] = False
         return weighted
+
+    def noting(self, note: Note, values: Floats) -> Segment:
+        """The segment with one more note, of its weighted tokens (w,); an earlier one of that name is replaced."""
+        whole = np.zeros(len(self.tokens), dtype=np.float32)
+        whole[self.weighted] = values
+        return replace(self, notes={**(self.notes or {}), note: whole})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +147,7 @@ class Layout:
 
     `tokens`, `positions` and `types` are (T,); `predictors`, `labels`, `weights`, `rows` and `trees` are (N,), one
     entry for each token with weight: the flat position whose hidden state predicts it, the token (or the class), its
-    weight, the data row and the index of its tree.
+    weight, the data row and the index of its tree. `notes` are (N,) too.
     """
 
     tokens: Ints
@@ -142,6 +159,7 @@ class Layout:
     weights: Floats
     rows: Ints
     trees: Ints
+    notes: Mapping[Note, Floats]
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,28 @@ def _lay_out(trees: Sequence[Tree]) -> Layout:
         weights=_join(weights, np.float32),
         rows=_join(rows, np.int32),
         trees=_join(tree_ids, np.int32),
+        notes=_joined_notes(trees),
     )
+
+
+def _joined_notes(trees: Sequence[Tree]) -> dict[Note, Floats]:
+    """Each note of all weighted tokens; NaN in trees without it. Raises DataError where a tree has it in part."""
+    told = [[segment for segment in tree.segments if segment.weighted.any()] for tree in trees]
+    names = dict.fromkeys(name for segments in told for segment in segments for name in segment.notes or {})
+    for name in names:
+        for tree, segments in zip(trees, told, strict=True):
+            if 0 < (lacking := sum(name not in (segment.notes or {}) for segment in segments)) < len(segments):
+                raise DataError(
+                    f"{lacking} of {len(segments)} segments with weight of row {tree.row} have no note {name!r}",
+                    allowed="a note on all trained tokens of a tree, or on none",
+                )
+    return {name: _join([_note(each, name) for segments in told for each in segments], np.float32) for name in names}
+
+
+def _note(segment: Segment, name: Note) -> Floats:
+    kept = segment.weighted
+    noted = (segment.notes or {}).get(name)
+    return np.full(int(kept.sum()), np.nan, dtype=np.float32) if noted is None else noted[kept]
 
 
 def _predictors(segment: Segment, start: int, before: int) -> Ints:

@@ -16,7 +16,7 @@ from typing import final
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.checks import check_rendered
-from luthier.data.conversation import Choices, Conversation, Labelled, Row, Tagged
+from luthier.data.conversation import Asked, Choices, Content, Conversation, Judged, Labelled, Preference, Row, Tagged
 from luthier.data.reading.rows import SourceFile, open_source
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer, Staged
@@ -159,7 +159,14 @@ def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[
 
 def _size(row: Row) -> int:
     """About how many characters a row has."""
-    content = row.content
+    return _characters(row.content)
+
+
+def _characters(content: Content) -> int:
+    if isinstance(content, Preference | Judged | Asked):
+        answers = content.answers if isinstance(content, Preference) else ()
+        answers = (content.answer,) if isinstance(content, Judged) else answers
+        return _characters(content.asked) + sum(len(message.content) for answer in answers for message in answer)
     if isinstance(content, Conversation):
         return sum(len(message.content) for message in content.messages)
     if isinstance(content, Tagged):

@@ -1,4 +1,5 @@
-"""What must hold of rows with classes, of an encoder's rows and of an encoder-decoder's; `checks.py` calls it.
+"""What must hold of rows with classes, of an encoder's rows, of an encoder-decoder's, and of answers to one prompt;
+`checks.py` calls it.
 
 Idea: as there: only the finished tokens are looked at, and the row and the tokenizer are asked anew. A tokenizer that
 folds capitals and accents cannot say a text to the letter, so texts are compared as its own normalizer shows them.
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.conversation import Choices, Conversation, Labelled, Row, Tagged
+from luthier.data.conversation import Asked, Choices, Conversation, Judged, Labelled, Preference, Row, Tagged
+from luthier.data.forest import Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.seq2seq import Seq2SeqRenderer
@@ -81,6 +83,55 @@ def seq2seq_findings(view: Rendered, renderer: Seq2SeqRenderer, row: Row) -> Ite
         if ends.tolist() != [stop - start - 1]:
             yield "stop", "an answer does not end in one stop token", "use a tokenizer that ends texts, as </s> does"
     yield _source(view, renderer, row, turns[0][0] - 1)
+
+
+def compared_findings(view: Rendered, renderer: Renderer, row: Row) -> Iterator[Finding]:
+    """The broken promises of a prompt with its answers."""
+    yield _whole(view)
+    content, numbers = row.content, view.answers
+    if numbers is None or not isinstance(content, Preference | Judged):
+        yield "trained", "the row has no answers that are told apart", _DEFECT
+        return
+    count = len(content.answers) if isinstance(content, Preference) else 1
+    if (np.diff(numbers) < 0).any() or np.unique(numbers).tolist() != list(range(count + 1)):
+        yield "trained", f"the row has not its {count} answers in order behind a prompt", _DEFECT
+        return
+    if view.weights[numbers == 0].any():
+        yield "trained", "a token of the prompt has weight", _DEFECT
+    stops = list(renderer.stop_ids)
+    for number in range(1, count + 1):
+        of_it = numbers == number
+        good = number == 1 if isinstance(content, Preference) else content.good
+        if (view.roles[of_it] == (_WRONG if good else _ASSISTANT)).any():
+            yield "trained", f"answer {number} is taken for a {'bad' if good else 'good'} one", _DEFECT
+        trained = view.weights[of_it] > 0
+        if not trained[-1] or int(view.tokens[of_it][-1]) not in stops:
+            yield "stop", f"answer {number} does not end in a trained stop token", "choose another data.template"
+        for start, stop in runs(trained):
+            ends = np.flatnonzero(np.isin(view.tokens[of_it][start:stop], stops))
+            if ends.tolist() != [stop - start - 1]:
+                yield "stop", f"answer {number} has not one stop token at its end", "choose another data.template"
+    fed = renderer.prompt_ids(content.asked.messages, content.asked.tools)
+    yield _fed(view.tokens[numbers == 0], fed, renderer)
+
+
+def asked_findings(view: Rendered, renderer: Renderer, row: Row) -> Iterator[Finding]:
+    """The broken promises of a prompt alone."""
+    yield _whole(view)
+    if view.weights.any():
+        yield "trained", "a token of the prompt has weight", _DEFECT
+    if isinstance(row.content, Asked):
+        fed = renderer.prompt_ids(row.content.asked.messages, row.content.asked.tools)
+        yield _fed(view.tokens, fed, renderer)
+
+
+def _fed(prompt: Ints, fed: Ints, renderer: Renderer) -> Finding:
+    """A prompt is what inference feeds, token for token, or the end of it where the beginning was cut away."""
+    head = 1 if renderer.tokenizer.adds_bos and len(prompt) and int(prompt[0]) == renderer.tokenizer.bos_id else 0
+    cut = renderer.over_length == "truncate" and len(prompt) < len(fed)
+    kept = prompt[head:]
+    same = np.array_equal(fed[len(fed) - len(kept) :], kept) if cut else np.array_equal(fed, prompt)
+    return None if same else ("prompt", "inference would feed other tokens than the row has", _DEFECT)
 
 
 def text_finding(view: Rendered, renderer: Renderer) -> Finding:

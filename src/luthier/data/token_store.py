@@ -41,7 +41,12 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "rows": (np.int32, ()),
     "offsets": (np.int64, ()),
 }
-_OPTIONAL: Final[Mapping[str, tuple[type[np.generic], int]]] = {"labels": (np.int32, -1), "types": (np.uint8, 0)}
+_OPTIONAL: Final[Mapping[str, tuple[type[np.generic], int]]] = {
+    "labels": (np.int32, -1),
+    "types": (np.uint8, 0),
+    "answers": (np.uint8, 0),
+    "scores": (np.float32, 0),
+}
 """Arrays that only some rows need, one value a token, and what stands for the tokens of rows without."""
 _HEADER_BYTES: Final = 128
 _AT_ONCE: Final = 64
@@ -75,6 +80,7 @@ def store_key(sources: Sequence[Path], renderer: Renderer, *, reading: Mapping[s
 class TokenStore:
     """All views of a data set. `counts` and `stop_ids` are the renderer's, from when the store was made.
 
+    `more` are the arrays that only some data sets have, by name: see `Rendered`.
     `classes` are the names of the numbers in `labels`, in order; there are none where rows have no classes.
     """
 
@@ -87,8 +93,7 @@ class TokenStore:
     offsets: NDArray[np.int64]
     counts: RenderCounts
     stop_ids: frozenset[int]
-    labels: NDArray[np.int32] | None = None
-    types: NDArray[np.uint8] | None = None
+    more: Mapping[str, NDArray[Any]]
     classes: tuple[str, ...] = ()
 
     @classmethod
@@ -138,7 +143,8 @@ class TokenStore:
             classes = tuple(str(name) for name in about.get("classes", ()))
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        return cls(folder=place, counts=counts, stop_ids=stop_ids, classes=classes, **arrays)
+        more = {name: arrays.pop(name) for name in _OPTIONAL if name in arrays}
+        return cls(folder=place, counts=counts, stop_ids=stop_ids, classes=classes, more=more, **arrays)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -155,9 +161,13 @@ class TokenStore:
             weights=self.weights[part],
             roles=self.roles[part],
             spans=self.spans[part],
-            labels=None if self.labels is None else self.labels[part],
-            types=None if self.types is None else self.types[part],
+            **{name: array[part] for name, array in self.more.items()},
         )
+
+    @property
+    def labels(self) -> NDArray[np.int32] | None:
+        """The class at each token, where rows have classes."""
+        return self.more.get("labels")
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ from luthier.model.guests import Guest, first_positions, mixes_of, side_by_side
 from luthier.model.head import EditedHead
 from luthier.model.outputs import TokenOutputs
 from luthier.model.routes import Mixes, Routes, padded_routes, predicted_routes, routes_of, whole
+from luthier.model.value_head import ValueHead
 from luthier.model.zoo_head import FeatureHead
 
 AnyHead = Head | EditedHead | FeatureHead | None
@@ -73,17 +74,19 @@ def run_segments(
     blocks: Blocks | None = None,
     by_mask: MaskedAttention | None = None,
     guests: Mapping[str, Guest] | None = None,
+    values: ValueHead | None = None,
 ) -> TokenOutputs:
     """One flat pass over the forest, attention by segment or `by_mask`, with `blocks` by our own operations.
 
-    `guests` are the adapters that trees name; where they do, `head` and `root` are those of the guests.
+    `guests` are the adapters that trees name; where they do, `head`, `root` and `values` are those of the guests.
     """
     mixes = mixes_of(guests or {})
     layout, routes = forest.layout, routes_of(forest, mixes)
     labels = long(layout.labels, module)
     if routes is None:
         predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
-        return outputs_of(layout, score(module, predicting, head, labels), module)
+        worth = None if values is None else values.values(predicting)
+        return outputs_of(layout, score(module, predicting, head, labels), module, values=worth)
     roots = _seen_roots(module, routes.names, guests or {}, blocks)
     rows = predicted_routes(forest, mixes)
     plan = ForestPlan(
@@ -92,7 +95,8 @@ def run_segments(
     positions = long(layout.positions, module) + long(first_positions(forest, roots), module)
     tokens, predictors = long(layout.tokens, module), long(layout.predictors, module)
     predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
-    return outputs_of(layout, _scored(module, predicting, head, labels, rows, guests or {}), module)
+    log_probs = _scored(module, predicting, head, labels, rows, guests or {})
+    return outputs_of(layout, log_probs, module, values=_valued(predicting, rows, guests or {}))
 
 
 def predicting_states(
@@ -166,6 +170,21 @@ def _scored(
         return score(module, hidden, heads[routes.names[0]], labels)
     parts = zip(routes.runs, hidden.split(routes.sizes), labels.split(routes.sizes), strict=True)
     return torch.cat([score(module, states, heads[run.adapter], own) for run, states, own in parts])
+
+
+def _valued(
+    hidden: Float[Tensor, "N d"], routes: Routes | None, guests: Mapping[str, Guest]
+) -> Float[Tensor, " N"] | None:
+    """The values of rows of several adapters; 0 for those of an adapter without a value head, None without any."""
+    if routes is None or all(guest.values is None for guest in guests.values()):
+        return None
+    heads = [guests[run.adapter].values for run in routes.runs]
+    parts = zip(heads, hidden.split(routes.sizes), strict=True)
+    found = [
+        states.new_zeros(len(states), dtype=torch.float32) if head is None else head.values(states)
+        for head, states in parts
+    ]
+    return torch.cat(found)
 
 
 def seen_root(
@@ -249,6 +268,7 @@ def run_unrolled(
     head: AnyHead,
     root: LearnedRoot | None = None,
     guests: Mapping[str, Guest] | None = None,
+    values: ValueHead | None = None,
 ) -> TokenOutputs:
     """Every path of every tree as a row of a right-padded batch."""
     if root is not None or any(guest.root is not None for guest in (guests or {}).values()):
@@ -276,8 +296,11 @@ def run_unrolled(
     row_routes = None if routes is None else predicted_routes(unrolled)
     log_probs = _scored(module, predicting, head, long(layout.labels, module), row_routes, guests or {})
     original = forest.layout
+    worth = _valued(predicting, row_routes, guests or {}) if values is None else values.values(predicting)
     # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
-    return outputs_of(original, log_probs.index_select(0, long(np.argsort(order, kind="stable"), module)), module)
+    back = long(np.argsort(order, kind="stable"), module)
+    ordered = None if worth is None else worth.index_select(0, back)
+    return outputs_of(original, log_probs.index_select(0, back), module, values=ordered)
 
 
 def paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
@@ -336,7 +359,13 @@ def logits_of(module: PreTrainedModel, hidden: Float[Tensor, "n d"], head: AnyHe
     return logits.float()
 
 
-def outputs_of(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTrainedModel) -> TokenOutputs:
+def outputs_of(
+    layout: Layout,
+    log_probs: Float[Tensor, " N"],
+    module: PreTrainedModel,
+    *,
+    values: Float[Tensor, " N"] | None = None,
+) -> TokenOutputs:
     """What objectives see of the weighted tokens of a forest."""
     return TokenOutputs(
         log_probs=log_probs,
@@ -344,6 +373,8 @@ def outputs_of(layout: Layout, log_probs: Float[Tensor, " N"], module: PreTraine
         weights=torch.from_numpy(layout.weights).to(module.device),
         rows=long(layout.rows, module),
         trees=long(layout.trees, module),
+        values=values,
+        notes={name: torch.from_numpy(each).to(module.device) for name, each in layout.notes.items()},
     )
 
 

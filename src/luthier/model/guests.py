@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from luthier.model.attention import Root
 from luthier.model.edits import LearnedRoot
 from luthier.model.head import EditedHead
 from luthier.model.routes import Mixes, Parts, parts_of
+from luthier.model.value_head import ValueHead
 from luthier.model.zoo_head import FeatureHead
+
+Found = TypeVar("Found")
 
 
 @final
@@ -30,6 +33,7 @@ class Guest:
     root: LearnedRoot | None
     head: Head | EditedHead | FeatureHead | None
     parts: Parts
+    values: ValueHead | None = None
 
 
 def require_guests(names: Iterable[str], attachments: Mapping[str, Attachment], mixes: Mixes) -> None:
@@ -86,3 +90,11 @@ def first_positions(forest: Forest, roots: Mapping[str, Root]) -> Ints:
     """For each token of a forest the position at which its tree starts: after the root of its adapter."""
     counts = [roots[tree.adapter].token_count if tree.adapter in roots else 0 for tree in forest.trees]
     return np.repeat(np.array(counts, dtype=np.int32), [tree.token_count for tree in forest.trees])
+
+
+def sole(found: Iterable[Found | None], kind: str) -> Found | None:
+    """The one there is, if any. Raises RecipeError where there are several."""
+    there = [each for each in found if each is not None]
+    if len(there) > 1:
+        raise RecipeError(f"{len(there)} adapters with a {kind} are switched on", allowed="one at a time")
+    return there[0] if there else None

@@ -26,7 +26,7 @@ from luthier.model.attachment import Attachment
 from luthier.model.attention import Root
 from luthier.model.edits import Edit, EditedModule, LearnedRoot
 from luthier.model.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
-from luthier.model.guests import Guest, require_guests
+from luthier.model.guests import Guest, require_guests, sole
 from luthier.model.head import edited_head, head_of
 from luthier.model.merging import Merged, Rounding
 from luthier.model.mixes import checked_mix, root_of
@@ -40,7 +40,8 @@ from luthier.model.task_executor import probe_task, run_task, task_head_of
 from luthier.model.tasks import CAUSAL, Task
 from luthier.model.thin_terms import TermKeeper
 from luthier.model.token_rows import ADD_ROWS
-from luthier.model.zoo_head import head_modules, new_parts
+from luthier.model.value_head import ValueHead, value_head_of
+from luthier.model.zoo_head import head_modules, new_parts, tempered
 
 
 @final
@@ -125,42 +126,44 @@ class LanguageModel:
                 do=f"use the tokenizer and template this model was trained with. {ADD_ROWS}",
             )
 
-    def token_outputs(self, forest: Forest) -> TokenOutputs:
-        """Log-probabilities of all tokens with weight, differentiable in whatever is trained."""
-        guests = self._guests(forest.trees)
+    def token_outputs(self, forest: Forest, *, temperature: float = 1.0) -> TokenOutputs:
+        """What comes out for all tokens with weight, differentiable in whatever is trained.
+
+        Log-probabilities are those of the policy at `temperature`.
+        """
+        guests = self._guests(forest.trees, temperature)
         root = None if guests else self.active_root
+        head = tempered(self.head, temperature)
         if self.task != CAUSAL:
             if guests:
                 raise RecipeError(
                     f"several adapters in one batch of a model that was loaded for {self.task.name}",
                     allowed="models that go on with a text",
                 )
-            return run_task(
-                self.module, forest, task=self.task, executor=self.executor, head=self.head, root=root
-            )
-        if self.executor.kind == "segments":
-            ways = self.executor
-            return run_segments(
-                self.module, forest, head=self.head, root=root, blocks=ways.blocks, by_mask=ways.by_mask, guests=guests
-            )
-        return run_unrolled(self.module, forest, head=self.head, root=root, guests=guests)
+            return run_task(self.module, forest, task=self.task, executor=self.executor, head=head, root=root)
+        ways, values = self.executor, None if guests else self.active_values
+        if ways.kind == "segments":
+            return run_segments(self.module, forest, head=head, root=root, blocks=ways.blocks, by_mask=ways.by_mask,
+                                guests=guests, values=values)  # fmt: skip
+        return run_unrolled(self.module, forest, head=head, root=root, guests=guests, values=values)
 
-    def backward_in_parts(self, tree: Tree, loss: Loss, *, max_tokens: int) -> Iterator[Part]:
+    def backward_in_parts(
+        self, tree: Tree, loss: Loss, *, max_tokens: int, temperature: float = 1.0
+    ) -> Iterator[Part]:
         """Forward and backward of one tree, its root once and its branches in parts; the same gradient as at once."""
-        guest = self._guests((tree,)).get(tree.adapter)
+        guest = self._guests((tree,), temperature).get(tree.adapter)
         if tree.adapter in self.mixes:
-            raise RecipeError(
-                f"a tree of the mix {tree.adapter!r} is to be trained in parts", allowed="trees of single adapters"
-            )
+            raise RecipeError(f"a tree of the mix {tree.adapter!r}, in parts", allowed="trees of single adapters")
         return backward_in_parts(
             self.module,
             tree,
             loss,
-            head=self.head if guest is None else guest.head,
+            head=tempered(self.head, temperature) if guest is None else guest.head,
             max_tokens=max_tokens,
             root=self.active_root if guest is None else guest.root,
             blocks=self.executor.blocks,
             by_mask=self.executor.by_mask,
+            values=self.active_values if guest is None else guest.values,
         )
 
     @property
@@ -181,14 +184,17 @@ class LanguageModel:
         head = edited_head(self.module, only) or head_of(self.module)
         return replace(head, backend=self.executor.backend) if isinstance(head, Head) else head
 
-    def _guests(self, trees: Sequence[Tree]) -> dict[str, Guest]:
+    def _guests(self, trees: Sequence[Tree], temperature: float) -> dict[str, Guest]:
         """The adapters that trees name. Raises RecipeError for those that cannot compute in one batch."""
         names = tuple(dict.fromkeys(tree.adapter for tree in trees if tree.adapter))
         if not names:
             return {}
         self._require(names)
+        heads = {name: tempered(self.head_with(name), temperature) for name in names}
+        values = {name: value_head_of(own.edits) for name, own in self.attachments.items()}
         return {
-            name: Guest(self.root_with(name), self.head_with(name), parts_of(name, self.mixes)) for name in names
+            name: Guest(self.root_with(name), head, parts_of(name, self.mixes), values.get(name))
+            for name, head in heads.items()
         }
 
     def _require(self, names: Iterable[str]) -> None:
@@ -218,10 +224,12 @@ class LanguageModel:
     @property
     def active_root(self) -> LearnedRoot | None:
         """The learned root that is switched on, if any."""
-        roots = [a.root for a in self.attachments.values() if a.active.always and a.root is not None]
-        if len(roots) > 1:
-            raise RecipeError("two adapters with a learned root are switched on", allowed="one at a time")
-        return roots[0] if roots else None
+        return sole([a.root for a in self.attachments.values() if a.active.always], "learned root")
+
+    @property
+    def active_values(self) -> ValueHead | None:
+        """The value head that is switched on, if any."""
+        return sole([value_head_of(a.edits) for a in self.attachments.values() if a.active.always], "value head")
 
     def seen_root(self) -> Root | None:
         """The learned root that is switched on as attention sees it, if any."""

@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from luthier.data.forest import Note
+
 
 @dataclass(frozen=True)
 class TokenOutputs:
     """One entry for each token with weight, in the order of `Layout`.
 
     `log_probs` are differentiable and in float32; `rows` and `trees` say where a token comes from. A task that has C
-    classes gives the log-probabilities of all of them in `classes`, differentiable too.
+    classes gives the log-probabilities of all of them in `classes`, differentiable too; one that scores texts gives
+    `scores`, and its log-probabilities are 0. `values` are those of a value head: of the state in which each token was
+    chosen. `notes` are what the forest has noted of the tokens.
     """
 
     log_probs: Float[Tensor, " N"]
@@ -23,6 +27,9 @@ class TokenOutputs:
     rows: Int[Tensor, " N"]
     trees: Int[Tensor, " N"]
     classes: Float[Tensor, "N C"] | None = None
+    scores: Float[Tensor, " N"] | None = None
+    values: Float[Tensor, " N"] | None = None
+    notes: Mapping[Note, Float[Tensor, " N"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,10 @@ class LossReport:
 
     The loop divides once, by the weight of the whole optimizer step, so cutting a step into micro-batches, packing it
     or splitting it over devices cannot change a gradient. `metrics` are sums too, each with its own weight.
+    `tree_losses` are those of single trees, where a row's loss is something else than its tokens' log-probabilities.
     """
 
     sum: Float[Tensor, ""]
     weight: float
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tree_losses: Float[Tensor, " trees"] | None = None

@@ -26,9 +26,10 @@ from luthier.model.attention import ForestPlan
 from luthier.model.block_mask import MaskedAttention
 from luthier.model.blocks import Blocks
 from luthier.model.edits import LearnedRoot
-from luthier.model.executor import AnyHead, flat_hidden, score, seen_root
+from luthier.model.executor import AnyHead, flat_hidden, long, outputs_of, score, seen_root
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.routes import Routes, whole
+from luthier.model.value_head import ValueHead
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
 Part = tuple[Forest, TokenOutputs, LossReport]
@@ -59,6 +60,7 @@ def backward_in_parts(
     root: LearnedRoot | None = None,
     blocks: Blocks | None = None,
     by_mask: MaskedAttention | None = None,
+    values: ValueHead | None = None,
 ) -> Iterator[Part]:
     """Run `tree` forward and backward in parts of at most `max_tokens` new tokens, and yield what each part found.
 
@@ -67,14 +69,16 @@ def backward_in_parts(
     """
     trunk = _run_trunk(module, tree, root, blocks)
     for part in _parts(tree, max_tokens):
-        outputs = _run_branches(module, part, trunk, head, root, blocks, by_mask)
+        first, hidden = _run_branches(module, part, trunk, root, blocks, by_mask)
+        outputs = _score(module, part, hidden, head, values, first=first)
         report = loss(outputs, part)
         if report.sum.requires_grad:
             report.sum.backward()
         yield part, outputs, report
     own = Forest((replace(tree, segments=(tree.segments[0],)),))
-    outputs = _score(module, own, trunk.hidden, head, first=0)
-    report = loss(outputs, own)
+    outputs = _score(module, own, trunk.hidden, head, values, first=0)
+    # A prompt that carries no weight is nothing to an objective.
+    report = loss(outputs, own) if own.trained_count else LossReport(outputs.log_probs.sum(), 0.0)
     _backward_trunk(trunk, report.sum)
     yield own, outputs, report
 
@@ -93,12 +97,11 @@ def _run_branches(
     module: PreTrainedModel,
     part: Forest,
     trunk: _Trunk,
-    head: AnyHead,
     root: LearnedRoot | None,
     blocks: Blocks | None,
     by_mask: MaskedAttention | None,
-) -> TokenOutputs:
-    """The branches of a part, seeing the trunk through its leaves."""
+) -> tuple[int, Float[Tensor, "n d"]]:
+    """The states of the branches of a part, seeing the trunk through its leaves, and the flat position of the first."""
     layout = part.layout
     length = layout.spans[0].length
     # The trunk is no span of this pass: every branch loses it as an ancestor and gets it from outside instead.
@@ -110,7 +113,7 @@ def _run_branches(
     routes = _routes(tree, spans[-1].stop)
     plan = ForestPlan(spans=spans, root=seen, outer=trunk.leaves, by_mask=by_mask, routes=routes)
     hidden = _hidden(module, layout.tokens[length:], length, plan, blocks, positions=layout.positions[length:])
-    return _score(module, part, torch.cat([trunk.last_leaf, hidden]), head, first=length - 1)
+    return length - 1, torch.cat([trunk.last_leaf, hidden])
 
 
 def _routes(tree: Tree, count: int) -> Routes | None:
@@ -134,20 +137,19 @@ def _hidden(
 
 
 def _score(
-    module: PreTrainedModel, forest: Forest, hidden: Float[Tensor, "n d"], head: AnyHead, *, first: int
+    module: PreTrainedModel,
+    forest: Forest,
+    hidden: Float[Tensor, "n d"],
+    head: AnyHead,
+    values: ValueHead | None,
+    *,
+    first: int,
 ) -> TokenOutputs:
-    """Log-probabilities of a forest's weighted tokens; `hidden` starts at the flat position `first`."""
+    """What comes out for a forest's weighted tokens; `hidden` starts at the flat position `first`."""
     layout = forest.layout
-    device = module.device
-    predictors = torch.from_numpy(layout.predictors.astype(np.int64)).to(device) - first
-    labels = torch.from_numpy(layout.labels.astype(np.int64)).to(device)
-    return TokenOutputs(
-        log_probs=score(module, hidden.index_select(0, predictors), head, labels),
-        labels=labels,
-        weights=torch.from_numpy(layout.weights).to(device),
-        rows=torch.from_numpy(layout.rows.astype(np.int64)).to(device),
-        trees=torch.from_numpy(layout.trees.astype(np.int64)).to(device),
-    )
+    predicting = hidden.index_select(0, long(layout.predictors, module) - first)
+    worth = None if values is None else values.values(predicting)
+    return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module, values=worth)
 
 
 def _backward_trunk(trunk: _Trunk, loss_sum: Tensor) -> None:
@@ -181,10 +183,7 @@ def _parts(tree: Tree, max_tokens: int) -> Iterator[Forest]:
         room -= size
     for indices in kept:
         place = {0: 0, **{old: new + 1 for new, old in enumerate(indices)}}
-        moved = [
-            Segment(tree.segments[old].tokens, tree.segments[old].weights, place[tree.segments[old].parent])
-            for old in indices
-        ]
+        moved = [replace(tree.segments[old], parent=place[tree.segments[old].parent]) for old in indices]
         yield Forest((replace(tree, segments=(silent, *moved)),))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ from luthier.model.zoo_head import FeatureHead, task_head, zoo_logits
 
 _FAILS = (UndrivableAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a model of the zoo raises that cannot be driven by segment."""
+
+
+_OF_TEXTS: Final = ("sequence_classes", "scores")
+"""Tasks that say one thing of a whole text."""
 
 
 def run_task(
@@ -60,25 +65,27 @@ def run_task(
     labels = long(layout.labels, module)
     if executor.kind == "unrolled":
         logits = _padded_logits(module, forest, task)
-        return _of_logits(forest, logits, labels, module, classifies=task.classifies)
+        return _of_logits(forest, logits, labels, module, task)
     hidden = predicting_states(
         module, layout, root=root, blocks=executor.blocks, by_mask=executor.by_mask, entry=executor.entry
     )
     if isinstance(head, FeatureHead) and isinstance(head.plain, Head) and task.classifies:
         features = head.features(hidden)
         logits = torch.nn.functional.linear(features, head.plain.weight, head.plain.bias)
-        return _of_logits(forest, logits, labels, module, classifies=True)
+        return _of_logits(forest, logits, labels, module, task)
     return outputs_of(layout, score(module, hidden, head, labels), module)
 
 
 def _of_logits(
-    forest: Forest, logits: Float[Tensor, "N C"], labels: Tensor, module: PreTrainedModel, *, classifies: bool
+    forest: Forest, logits: Float[Tensor, "N C"], labels: Tensor, module: PreTrainedModel, task: Task
 ) -> TokenOutputs:
-    if classifies and len(labels) and int(labels.max()) >= logits.shape[1]:
+    if task.classifies and len(labels) and int(labels.max()) >= logits.shape[1]:
         raise DataError(f"a row has class {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}")
     log_probs = torch.log_softmax(logits.float(), -1)
     outputs = outputs_of(forest.layout, log_probs.gather(1, labels[:, None])[:, 0], module)
-    return replace(outputs, classes=log_probs) if classifies else outputs
+    if task.name == "scores":
+        return replace(outputs, scores=logits.float()[:, 0])
+    return replace(outputs, classes=log_probs) if task.classifies else outputs
 
 
 def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float[Tensor, "N out"]:
@@ -101,7 +108,7 @@ def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float
     trees = long(forest.layout.trees, module)
     starts = np.array([span.start for span in forest.layout.spans])
     columns = long(forest.layout.predictors - starts[forest.layout.trees], module)
-    if len(forest.trees) > 1 and task.name == "sequence_classes" and kind_of(module.config) == "causal":
+    if len(forest.trees) > 1 and task.name in _OF_TEXTS and kind_of(module.config) == "causal":
         # The zoo looks for the last token that is no padding, and would take an end that is that token for it.
         states = module.get_submodule(module.base_model_prefix)(**tensors, use_cache=False).last_hidden_state
         return zoo_logits(module, states[trees, columns])
@@ -182,10 +189,10 @@ def _error(
     if head is None and executor.kind == "segments":
         return math.inf, "its head is none that luthier can compute"
     try:
-        found = run_task(module, forest, task=task, executor=executor, head=head).log_probs
+        outputs = run_task(module, forest, task=task, executor=executor, head=head)
     except _FAILS as failure:
         return math.inf, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-    return apart(found, truth), ""
+    return apart(outputs.log_probs if outputs.scores is None else outputs.scores, truth), ""
 
 
 def _with_blocks(module: PreTrainedModel, forest: Forest, task: Task, executor: Executor, truth: Tensor) -> Executor:
@@ -212,7 +219,7 @@ def _probe_forest(module: PreTrainedModel, task: Task) -> Forest:
         count = stop - start
         weights = np.zeros(count, dtype=np.float32)
         labels = (np.arange(count) % (len(task.classes) or size)).astype(np.int32)
-        where = slice(None) if task.name != "sequence_classes" else slice(0, 1) if both_ways else slice(count - 1, None)
+        where = slice(None) if task.name not in _OF_TEXTS else slice(0, 1) if both_ways else slice(count - 1, None)
         weights[where] = 1
         types = (np.arange(count) > 2).astype(np.uint8) if _takes_types(module) else None
         trees.append(Tree((Segment(ids[start:stop], weights, labels=labels, types=types, both_ways=both_ways),)))
@@ -222,8 +229,8 @@ def _probe_forest(module: PreTrainedModel, task: Task) -> Forest:
 def _plain(module: PreTrainedModel, tree: Forest, task: Task) -> Tensor:
     """The zoo's own log-probabilities of one tree, one row at a time."""
     if task.name != "seq2seq_lm":
-        labels = long(tree.layout.labels, module)
-        log_probs = torch.log_softmax(_padded_logits(module, tree, task).float(), -1)
+        labels, logits = long(tree.layout.labels, module), _padded_logits(module, tree, task).float()
+        log_probs = logits if task.name == "scores" else torch.log_softmax(logits, -1)
         return log_probs.gather(1, labels[:, None])[:, 0]
     read, *answers = tree.trees[0].segments
     found = []

@@ -31,12 +31,13 @@ from transformers import (
 from luthier.core.errors import RecipeError
 from luthier.data.rendering.renderer import Kind
 
-TaskName = Literal["causal_lm", "masked_lm", "sequence_classes", "token_classes", "seq2seq_lm"]
+TaskName = Literal["causal_lm", "masked_lm", "sequence_classes", "token_classes", "scores", "seq2seq_lm"]
 _ZOO: Final[Mapping[TaskName, Any]] = MappingProxyType({
     "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
     "masked_lm": MODEL_FOR_MASKED_LM_MAPPING,
     "sequence_classes": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token_classes": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "scores": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "seq2seq_lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 })  # fmt: skip
 AUTO: Final[Mapping[TaskName, Any]] = MappingProxyType({
@@ -44,6 +45,7 @@ AUTO: Final[Mapping[TaskName, Any]] = MappingProxyType({
     "masked_lm": AutoModelForMaskedLM,
     "sequence_classes": AutoModelForSequenceClassification,
     "token_classes": AutoModelForTokenClassification,
+    "scores": AutoModelForSequenceClassification,
     "seq2seq_lm": AutoModelForSeq2SeqLM,
 })  # fmt: skip
 PEFT_TYPES: Final[Mapping[TaskName, str]] = MappingProxyType({
@@ -51,6 +53,7 @@ PEFT_TYPES: Final[Mapping[TaskName, str]] = MappingProxyType({
     "masked_lm": "FEATURE_EXTRACTION",
     "sequence_classes": "SEQ_CLS",
     "token_classes": "TOKEN_CLS",
+    "scores": "SEQ_CLS",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
 })  # fmt: skip
 """PEFT's names. It has none for masked language modelling; what it calls feature extraction adds nothing to a model."""
@@ -60,6 +63,7 @@ _DOES: Final[Mapping[TaskName, str]] = MappingProxyType({
     "masked_lm": "masked language model",
     "sequence_classes": "model that classifies texts",
     "token_classes": "model that classifies words",
+    "scores": "model that scores texts",
     "seq2seq_lm": "encoder-decoder",
 })  # fmt: skip
 _FITS: Final[Mapping[Kind, str]] = MappingProxyType({
@@ -72,6 +76,7 @@ _KINDS: Final[Mapping[TaskName, tuple[Kind, ...]]] = MappingProxyType({
     "masked_lm": ("encoder",),
     "sequence_classes": ("causal", "encoder"),
     "token_classes": ("causal", "encoder"),
+    "scores": ("causal", "encoder"),
     "seq2seq_lm": ("seq2seq",),
 })  # fmt: skip
 
@@ -90,11 +95,14 @@ class Task:
 
     @property
     def classifies(self) -> bool:
-        return self.name in ("sequence_classes", "token_classes")
+        """Whether a layer of its own makes the outputs, one for each of its classes."""
+        return self.name in ("sequence_classes", "token_classes", "scores")
 
 
 CAUSAL: Final = Task()
 """Going on with a text: what a model is loaded for unless something else is asked for."""
+SCORES: Final = Task("scores", ("score",))
+"""Saying with one number how good a text is: a reward model, kept as a classifier with a single class."""
 
 
 def kind_of(config: PretrainedConfig) -> Kind:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -42,6 +42,31 @@ class FeatureHead:
         if len(hidden) == 0:
             return hidden
         return zoo_logits(_with(self.module, self.last, nn.Identity()), hidden)
+
+
+def tempered(
+    head: Head | EditedHead | FeatureHead | None, temperature: float
+) -> Head | EditedHead | FeatureHead | None:
+    """The head of the policy at a temperature: its logits divided by it. A cap is divided as what it caps is.
+
+    Raises RecipeError for a head that only the zoo can compute.
+    """
+    if temperature == 1.0:
+        return head
+    if isinstance(head, FeatureHead):
+        return replace(head, plain=_divided(head.plain, temperature))
+    if head is None:
+        raise RecipeError(
+            f"a policy at temperature {temperature}, and the model zoo computes the output head here",
+            allowed="temperature 1 for this model",
+            do="set the temperature to 1",
+        )
+    return _divided(head, temperature)
+
+
+def _divided(head: Head | EditedHead, temperature: float) -> Head | EditedHead:
+    cap = None if head.cap is None else head.cap / temperature
+    return replace(head, scale=head.scale / temperature, cap=cap)
 
 
 def task_head(module: PreTrainedModel, task: Task) -> FeatureHead | Head:

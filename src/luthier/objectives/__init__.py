@@ -2,19 +2,25 @@
 
 The contract: `task` says what the model is loaded for, `trees` turns a rendered row into trees whose tokens carry
 weights, `loss` turns per-token outputs into a `LossReport`, a sum and its weight. An objective that needs more than
-log-probabilities says so in `requires`.
+log-probabilities says so: a `reference` (what the model says without the adapter, in `outputs.notes`), a policy at
+another `policy_temperature`, trainable parts of its `own`, such as a value head, or something that is found out about
+the trees of a whole step before its first pass: `probes`, and how trees are `informed` by them.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
+
+import torch
 
 from luthier.core.knobs import Method
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import CAUSAL, Task
 
@@ -34,6 +40,20 @@ class Objective(Method):
     """Whether the loss of a tree is the sum of the losses of its branches, so that a large tree may run in parts."""
 
     @property
+    def reference(self) -> bool:
+        """Whether `outputs.notes["reference"]` shall have the tokens' log-probabilities without the adapter."""
+        return False
+
+    @property
+    def policy_temperature(self) -> float:
+        """The temperature of the policy that is trained: that at which it was sampled."""
+        return 1.0
+
+    def own(self, size: int, device: torch.device) -> list[Edit]:
+        """Trainable parts beside the adapter's, for a model with states of `size`; they are in no adapter file."""
+        return []
+
+    @property
     def meanings(self) -> tuple[Meaning, ...] | None:
         """What rows have to be for it, such as texts with a label; None where whatever the model reads will do."""
         return None
@@ -45,6 +65,14 @@ class Objective(Method):
     def with_vocabulary(self, vocabulary: Vocabulary) -> Self:
         """The objective with what it needs of a tokenizer. Raises RecipeError where the tokenizer lacks it."""
         return self
+
+    def probes(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Trees whose likelihood, under the policy and the reference, all `trees` of a step depend on; none mostly."""
+        return []
+
+    def informed(self, trees: Sequence[Tree], log_ratio: float) -> list[Tree]:
+        """The trees of a step, told the mean over its probes of log policy - log reference."""
+        return list(trees)
 
     @abstractmethod
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:

@@ -26,7 +26,7 @@ from luthier.recipes.control_tokens import control_tokens, require_rows, with_to
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
-from luthier.recipes.purpose import bound, read_for
+from luthier.recipes.purpose import bound, edits_for, read_for
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.batcher import Batcher
@@ -84,7 +84,7 @@ def lay_out(
     recipe = recipe.model_copy(update={"adapter": with_token_ids(recipe.adapter, tokenizer, data.store.stop_ids)})
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
-    attachment = model.attach(recipe.adapter.attach(model.sites), name=name or "default")
+    attachment = model.attach(edits_for(recipe.adapter, recipe.objective, model), name=name or "default")
     stepper = Stepper(
         model,
         attachment,

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from luthier.adapters import Adapter
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.conversation import Meaning
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.adapter_files import TENSORS
+from luthier.model.edits import Edit
 from luthier.model.encoder_decoder import start_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import config_of, kind_of_source, start_token
-from luthier.model.tasks import CAUSAL, PEFT_TYPES, Task, TaskName, class_for, kind_of
+from luthier.model.tasks import CAUSAL, PEFT_TYPES, SCORES, Task, TaskName, class_for, kind_of
 from luthier.model.tensor_files import tensor_shapes
 from luthier.objectives import Objective, Vocabulary
 
@@ -34,6 +36,12 @@ def bound(objective: Objective, source: str, tokenizer: Tokenizer) -> Objective:
     class_for(config_of(source), objective.task(SOME), source)
     mask = tokenizer.raw.mask_token_id
     return objective.with_vocabulary(Vocabulary(tokenizer.vocabulary_size, None if mask is None else int(mask)))
+
+
+def edits_for(adapter: Adapter, objective: Objective, model: LanguageModel) -> list[Edit]:
+    """What is trained on a model: the adapter's edits, and parts that the objective has of its own."""
+    size = int(model.config.get_text_config().hidden_size)
+    return [*adapter.attach(model.sites), *objective.own(size, model.device)]
 
 
 def read_for(reading: Reading, objective: Objective, source: str) -> Reading:
@@ -52,6 +60,9 @@ def read_as(reading: Reading, model: LanguageModel) -> Reading:
     task, kind = model.task, kind_of(model.config)
     start = start_of(model.module) if kind == "seq2seq" else None
     wanted: tuple[Meaning, ...] | None = None
+    if task == SCORES:
+        # Its one class is the score, which no row names.
+        return replace(reading, kind=kind, start_id=start, wanted=("preference", "judged"), classes=None)
     if task.classifies:
         wanted = ("labelled",) if task.name == "sequence_classes" else ("tagged",)
     return replace(reading, kind=kind, start_id=start, wanted=wanted, classes=task.classes or None)

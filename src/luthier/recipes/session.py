@@ -34,7 +34,7 @@ from luthier.quantizers import Quantizer
 from luthier.recipes import purpose
 from luthier.recipes.control_tokens import save_stops, with_token_ids
 from luthier.recipes.opened import kept_precision
-from luthier.recipes.purpose import bound, kept_task, read_as
+from luthier.recipes.purpose import bound, edits_for, kept_task, read_as
 from luthier.recipes.quantized import KEY, kept_quantizer, load_base, quantize
 from luthier.train.batcher import Batcher
 from luthier.train.first_look import look
@@ -69,7 +69,7 @@ class Session:
         self.renderer = renderer
         self.adapter = with_token_ids(adapter, tokenizer, renderer.stop_ids)
         self.objective = objective
-        self.attachment = model.attach(self.adapter.attach(model.sites), name=name)
+        self.attachment = model.attach(edits_for(self.adapter, objective, model), name=name)
         self.stepper = Stepper(
             model, self.attachment, objective, optimizer, micro_tokens=micro_tokens, batcher=batcher
         )

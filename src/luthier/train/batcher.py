@@ -25,6 +25,7 @@ from luthier.objectives import Objective
 from luthier.train.in_backward import InBackward
 from luthier.train.pass_report import PassReport, add_up, report_of
 from luthier.train.random_state import RandomState
+from luthier.train.reference import mean_log_ratio, noted
 from luthier.train.shortage import Split, exhausted, release, shortage
 
 Group = tuple[Tree, ...]
@@ -138,14 +139,17 @@ class Batcher:
     def run(self, forest: Forest) -> Iterator[tuple[str, Part]]:
         """Run one micro-batch forward and backward, in parts when it is one tree that is too large."""
         first = forest.trees[0].adapter
-        if self._can_run_in_parts(forest) and forest.token_count > self.micro_tokens:
-            loss = self.learners[first].objective.loss
-            for part in self.model.backward_in_parts(forest.trees[0], loss, max_tokens=self.micro_tokens):
+        in_parts = self._can_run_in_parts(forest) and forest.token_count > self.micro_tokens
+        forest, temperature = self._prepared(forest)
+        if in_parts:
+            loss, room = self.learners[first].objective.loss, self.micro_tokens
+            tree = forest.trees[0]
+            for part in self.model.backward_in_parts(tree, loss, max_tokens=room, temperature=temperature):
                 yield first, part
             return
         parts = [
             (name, (own, outputs, self.learners[name].objective.loss(outputs, own)))
-            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest))
+            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest, temperature=temperature))
         ]
         total = parts[0][1][2].sum
         for _, (_, _, report) in parts[1:]:
@@ -178,7 +182,7 @@ class Batcher:
 
     def _add_gradients(self, trees: Sequence[Tree]) -> Reports:
         found: dict[str, list[PassReport]] = {}
-        for forest in self._one_by_one(trees):
+        for forest in self._one_by_one(self._informed(trees)):
             for name, (_, outputs, loss) in self.run(forest):
                 own = report_of(loss, 0, outputs)
                 found.setdefault(name, []).append(own)
@@ -188,12 +192,41 @@ class Batcher:
 
     def _losses(self, trees: Sequence[Tree]) -> Reports:
         found: dict[str, list[PassReport]] = {}
-        for forest in self._one_by_one(trees):
-            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest)):
+        for bare in self._one_by_one(self._informed(trees)):
+            forest, temperature = self._prepared(bare)
+            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest, temperature=temperature)):
                 report = self.learners[name].objective.loss(outputs, own)
                 made = report_of(report, own.token_count, outputs)
                 found.setdefault(name, []).append(made)
         return {name: add_up(reports) for name, reports in found.items()}
+
+    def _informed(self, trees: Sequence[Tree]) -> list[Tree]:
+        """The trees of a step, with what their learners' objectives want to know of all of them together."""
+        told: list[Tree] = []
+        for name in dict.fromkeys(tree.adapter for tree in trees):
+            own = [tree for tree in trees if tree.adapter == name]
+            objective = self.learners[name].objective
+            if probes := objective.probes(own):
+                forests = self._one_by_one(probes)
+                own = objective.informed(
+                    own, mean_log_ratio(self.model, forests, temperature=objective.policy_temperature)
+                )
+            told += own
+        return told
+
+    def _prepared(self, forest: Forest) -> tuple[Forest, float]:
+        """A micro-batch with what its learners' objectives want noted of it, and the temperature of their policy."""
+        own = {tree.adapter: self.learners[tree.adapter].objective for tree in forest.trees}
+        temperatures = {objective.policy_temperature for objective in own.values()}
+        if len(temperatures) > 1:
+            raise RecipeError(
+                f"policies at the temperatures {', '.join(map(str, sorted(temperatures)))} in one batch",
+                allowed="one temperature for all adapters that are trained together",
+            )
+        [temperature] = temperatures
+        return noted(
+            self.model, forest, lambda tree: own[tree.adapter].reference, temperature=temperature
+        ), temperature
 
     def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
         for forest in self.micro_batches(trees):
@@ -258,6 +291,8 @@ def _by_learner(forest: Forest, outputs: TokenOutputs) -> list[tuple[str, Forest
             weights=outputs.weights[kept],
             rows=outputs.rows[kept],
             trees=trees[kept],
+            values=None if outputs.values is None else outputs.values.index_select(0, kept),
+            notes={note: values[kept] for note, values in outputs.notes.items()},
         )
         found.append((name, Forest(tuple(forest.trees[place] for place in places)), own))
     return found

@@ -63,7 +63,14 @@ def report_of(loss: LossReport, tokens: int, outputs: TokenOutputs) -> PassRepor
     """The report of one pass with this loss and these outputs."""
     rows = outputs.rows.cpu().numpy()
     weights = outputs.weights.cpu().numpy().astype(np.float64)
-    losses = -outputs.log_probs.detach().cpu().numpy().astype(np.float64) * weights
+    if loss.tree_losses is None:
+        losses = -outputs.log_probs.detach().cpu().numpy().astype(np.float64) * weights
+    else:
+        of_tree = loss.tree_losses.detach().cpu().numpy().astype(np.float64)
+        trees = outputs.trees.cpu().numpy()
+        # A tree's loss lies on its tokens by their weight: those of a row then add up to it.
+        whole = np.bincount(trees, weights, minlength=len(of_tree))
+        losses = (of_tree / np.where(whole == 0, 1, whole))[trees] * weights
     by_row = _by_row(rows, losses, weights)
     return PassReport(float(loss.sum.detach()), loss.weight, tokens, len(rows), by_row, metrics=loss.metrics)
 

@@ -110,7 +110,8 @@ def detect(samples: Sequence[Values], *, wanted: Sequence[Meaning] = WORDS, wher
             unused = sorted({column for values in hits for column in values} - set(used))
             why = f"{len(hits)} of the first {len(head)} rows have {', '.join(used)}"
             return Detection(format, why + (f"; not used: {', '.join(unused)}" if unused else ""))
-    other = next((format for format in formats() if _hits(format, head)), None)
+    # A format without any specificity fits almost everything, so that it fits says nothing.
+    other = next((format for format in formats() if format.specificity and _hits(format, head)), None)
     raise _unknown_shape(head, wanted, where) if other is None else unwanted(other, wanted, where=where)
 
 
@@ -118,10 +119,17 @@ def unwanted(format: Format, wanted: Sequence[Meaning], *, where: str) -> DataEr
     """The error for rows that mean something else than what is wanted."""
     fitting = [other for other in formats() if other.meaning in wanted]
     shapes = "".join(f"\n  {other.name}: {other.example}" for other in fitting)
+    learn = (
+        "choose an objective that compares answers (dpo, orpo, simpo, reward_model); to train on the chosen answers "
+        "alone, set data.columns {prompt: ..., answer: chosen} in a recipe, --column prompt=... --column answer=chosen "
+        "on the command line"
+    )
     return DataError(
         f"the rows are read as {format.name} ({format.title}), which this work cannot use",
         allowed=f"rows of one of these shapes{shapes}\n",
-        do="choose an objective that learns from such rows, or name the columns to read: data.columns in a recipe, "
+        do=learn
+        if format.meaning == "preference"
+        else "choose an objective that learns from such rows, or name the columns to read: data.columns in a recipe, "
         "--column on the command line",
         where=where,
     )
@@ -137,21 +145,15 @@ def _unknown_shape(head: Sequence[Values], wanted: Sequence[Meaning], where: str
     found = sorted({str(column)[:40] for values in head for column in values})
     fitting = [format for format in formats() if format.meaning in wanted]
     closest = sorted(fitting, key=lambda format: -_closeness(format, found))[:3]
-    if {"chosen", "rejected"} <= set(found):
-        do = (
-            "these are preference pairs; to train on the chosen answers, set data.columns "
-            "{prompt: ..., answer: chosen} in a recipe, --column prompt=... --column answer=chosen on the command line"
-        )
-    else:
-        do = (
-            "or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN} in a recipe, "
-            "--column prompt=COLUMN --column answer=COLUMN on the command line"
-        )
     shapes = "".join(f"\n  {format.name}: {format.example}" for format in closest)
     return DataError(
         f"no known format has the columns {', '.join(found[:20]) or '(none)'}",
         allowed=f"the closest shapes are{shapes}\n",
-        do=do,
+        do="these are preference pairs; name their prompt: data.columns {prompt: COLUMN, chosen: chosen, rejected: "
+        "rejected}, or train on the chosen answers alone: {prompt: COLUMN, answer: chosen}"
+        if {"chosen", "rejected"} <= set(found)
+        else "or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN} in a recipe, "
+        "--column prompt=COLUMN --column answer=COLUMN on the command line",
         where=where,
     )
 

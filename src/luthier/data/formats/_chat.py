@@ -52,8 +52,8 @@ def conversation(messages: Sequence[Message], path: Path, where: str, *, tools: 
 
 def exchange(prompt: object, answer: object, paths: tuple[Path, Path], where: str, *, system: object) -> Conversation:
     """A prompt and its answer, each a string, a message or a list of messages, after an optional system message."""
-    asked = _turns_or_text(prompt, paths[0], where, role="user", what="the prompt")
-    answered = _turns_or_text(answer, paths[1], where, role="assistant", what="the answer")
+    asked = turns_or_text(prompt, paths[0], where, role="user", what="the prompt")
+    answered = turns_or_text(answer, paths[1], where, role="assistant", what="the answer")
     if answered[-1].role != "assistant":
         raise FieldError(
             f"{dotted(paths[1])} ends with a {answered[-1].role} message",
@@ -70,7 +70,8 @@ def system_message(value: object, path: Path, where: str) -> list[Message]:
     return [Message("system", text)] if text.strip() else []
 
 
-def _turns_or_text(value: object, path: Path, where: str, *, role: Role, what: str) -> list[Message]:
+def turns_or_text(value: object, path: Path, where: str, *, role: Role, what: str) -> list[Message]:
+    """A string as a message of `role`, a message, or a list of messages."""
     if isinstance(value, Mapping):
         return [read_turn(value, path, where, expected=MESSAGE_ROLES)]
     if is_list(value):

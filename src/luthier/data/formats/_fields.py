@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
@@ -126,6 +127,14 @@ def pick_pair(values: Mapping[str, object], pairs: Sequence[tuple[str, str]]) ->
 def is_preference(values: Mapping[str, object]) -> bool:
     """Whether the row holds two answers: read as one conversation, it would lose them."""
     return "chosen" in values and "rejected" in values
+
+
+def number_at(value: object, path: Path, where: str) -> float:
+    """A value that must be a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        came = f"{dotted(path)} is {value if isinstance(value, float) else kind_of(value)}"
+        raise FieldError(came, path=path, allowed="expected a finite number", where=where)
+    return float(value)
 
 
 def json_at(text: str, path: Path, where: str) -> object:

@@ -11,9 +11,12 @@ from luthier.core.nearest import did_you_mean
 from luthier.data.conversation import Content, Meaning, Text
 from luthier.data.formats import Format, Values
 from luthier.data.formats._chat import exchange
+from luthier.data.formats._compared import judged
 from luthier.data.formats._fields import column, filled
+from luthier.data.formats.asked import asked
 from luthier.data.formats.choices import choices
 from luthier.data.formats.labelled import labelled
+from luthier.data.formats.preference import pair
 from luthier.data.formats.tagged import tagged
 
 SHAPES: Mapping[frozenset[str], Meaning] = {
@@ -24,9 +27,17 @@ SHAPES: Mapping[frozenset[str], Meaning] = {
     frozenset({"text", "pair", "label"}): "labelled",
     frozenset({"words", "tags"}): "tagged",
     frozenset({"prompt", "choices", "answer"}): "choices",
+    frozenset({"prompt", "chosen", "rejected"}): "preference",
+    frozenset({"chosen", "rejected"}): "preference",
+    frozenset({"prompt", "answer", "good"}): "judged",
+    frozenset({"prompt"}): "asked",
+    frozenset({"prompt", "system"}): "asked",
 }
 """The roles that columns may have together, and what rows then mean."""
-KEYS = ("prompt", "answer", "system", "text", "label", "pair", "words", "tags", "choices")
+KEYS = (
+    "prompt", "answer", "system", "text", "label", "pair", "words", "tags", "choices", "chosen", "rejected",
+    "good",
+)  # fmt: skip
 
 
 @final
@@ -53,7 +64,7 @@ class Mapped(Format):
             raise RecipeError(
                 f"data.columns names {', '.join(columns) or 'nothing'}",
                 allowed="prompt and answer (and system), or text alone; text (and pair) and label; words and tags; "
-                "prompt, choices and answer",
+                "prompt, choices and answer; chosen and rejected (and prompt); prompt, answer and good; prompt alone",
             )
         return cls({key: columns[key] for key in KEYS if key in columns})
 
@@ -83,6 +94,12 @@ class Mapped(Format):
             return tagged(values, names["words"], names["tags"], where)
         if meaning == "choices":
             return choices(values, (names["prompt"], names["choices"], names["answer"]), where)
-        asked, answered = column(values, names["prompt"], where), column(values, names["answer"], where)
+        if meaning == "preference":
+            return pair(values, (names.get("prompt"), names["chosen"], names["rejected"]), where, scores=None)
+        if meaning == "judged":
+            return judged(values, (names["prompt"], names["answer"], names["good"]), where)
+        if meaning == "asked":
+            return asked(values, names["prompt"], where, system=names.get("system"))
+        question, answered = column(values, names["prompt"], where), column(values, names["answer"], where)
         system = column(values, names["system"], where) if "system" in names else None
-        return exchange(asked, answered, ((names["prompt"],), (names["answer"],)), where, system=system)
+        return exchange(question, answered, ((names["prompt"],), (names["answer"],)), where, system=system)

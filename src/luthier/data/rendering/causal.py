@@ -18,14 +18,27 @@ from typing import Any, final
 
 import numpy as np
 
-from luthier.core.errors import DataError, TemplateError
-from luthier.data.conversation import WORDS, Content, Conversation, Labelled, Message, Row, Tagged, Text
+from luthier.core.errors import DataError, RecipeError, TemplateError
+from luthier.data.conversation import (
+    WORDS,
+    Asked,
+    Content,
+    Conversation,
+    Judged,
+    Labelled,
+    Message,
+    Preference,
+    Row,
+    Tagged,
+    Text,
+)
 from luthier.data.forest import Ints
 from luthier.data.rendering.classified import ClassRenderer
+from luthier.data.rendering.compared import MOST_ANSWERS, Part, joined, longest, shortened
 from luthier.data.rendering.document import document
 from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
-from luthier.data.rendering.renderer import OverLength, Staged, TrainOn, refused
+from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
 from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
@@ -49,7 +62,7 @@ class CausalRenderer(ClassRenderer):
     """Rows to tokens for a causal decoder: one tokenizer, one template."""
 
     kind = "causal"
-    takes = (*WORDS, "labelled", "tagged")
+    takes = (*WORDS, "labelled", "tagged", "preference", "judged", "asked")
     at_last = True
 
     def __init__(
@@ -71,10 +84,18 @@ class CausalRenderer(ClassRenderer):
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
         told: list[tuple[str, str]] = []
+
+        def notice(text: str, example: str = "") -> None:
+            told.append((text, example))
+
         content = row.content
         try:
             if isinstance(content, Conversation):
-                return Staged(row, self._stage(content, lambda text, example="": told.append((text, example))), told)
+                return Staged(row, (self._stage(content, notice),), told)
+            if isinstance(content, Preference | Judged):
+                return Staged(row, self._stages(content, notice), told)
+            if isinstance(content, Asked):
+                return Staged(row, (self._stage(content.asked, notice, answered=False),), told)
             return Staged(row, content, told)
         except DataError as error:
             return Staged(row, placed(error, row.where), told)
@@ -85,8 +106,8 @@ class CausalRenderer(ClassRenderer):
         for one in staged:
             if isinstance(one.ready, Text):
                 texts[one.ready.text] = None
-            elif isinstance(one.ready, Stage):
-                texts.update(dict.fromkeys(one.ready.known_texts()))
+            for stage in one.stages:
+                texts.update(dict.fromkeys(stage.known_texts()))
         self._ahead = {}
         self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
 
@@ -98,28 +119,54 @@ class CausalRenderer(ClassRenderer):
 
     # Conversations
 
-    def _stage(self, conversation: Conversation, notice: Notice) -> Stage:
+    def _stages(self, content: Preference | Judged, notice: Notice) -> Stages:
+        """The prompt with each of its answers; of these the assistant's turns are trained."""
+        if self.train_on == "all":
+            raise RecipeError("data.train_on is 'all'", allowed="answers or last, where answers are compared or judged")
+        answers = content.answers if isinstance(content, Preference) else (content.answer,)
+        if len(answers) > MOST_ANSWERS:
+            raise DataError(f"{len(answers)} answers to one prompt", allowed=f"at most {MOST_ANSWERS}")
+        if any(message.weight not in (None, 0, 1) for answer in answers for message in answer):
+            raise DataError(
+                "a message of an answer has a weight of its own", allowed="0 or 1: answers are compared as wholes"
+            )
+        asked = content.asked
+        whole = [Conversation((*asked.messages, *answer), asked.tools) for answer in answers]
+        # As shown: the results of several tools may have become one message.
+        given = len(show(asked, self.template, _quiet))
+        return tuple(self._stage(each, notice, given=given) for each in whole)
+
+    def _stage(
+        self, conversation: Conversation, notice: Notice, *, given: int = 0, answered: bool = True
+    ) -> Stage:
+        """A conversation; what follows the first `given` shown messages may be trained, if it is `answered`."""
         if not conversation.messages:
             raise DataError("the conversation has no message")
         for message in conversation.messages:
             if len(self.tokenizer.specials.split(message.content)) > 1:
                 notice("a message contains the text of a control token, which is read as that token")
         shown = show(conversation, self.template, notice)
-        return Stage(shown, self._write, conversation.tools, self._turn_weights(shown))
+        weights = {index: weight for index, weight in self._turn_weights(shown).items() if index >= given}
+        return Stage(shown, self._write, conversation.tools, weights if answered else {})
 
     def _write(self, wanted: Wanted) -> str:
         """The one place where the template is asked, but for what was asked of it ahead."""
-        if self._now is not None and isinstance(self._now.ready, Stage):
-            known = self._now.ready.prompt_like(wanted)
-            if known is not None:
+        for stage in self._now.stages if self._now is not None else ():
+            if (known := stage.prompt_like(wanted)) is not None:
                 return known
         ask = wanted.add_generation_prompt
         return self.template.render(wanted.messages, tools=wanted.tools, add_generation_prompt=ask)
 
-    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+    def _views(self, row: Row, ready: Stages | Content) -> list[Rendered]:
         self._encoded.clear()
-        if isinstance(ready, Stage):
-            return self._talk(row, ready)
+        if isinstance(ready, tuple):
+            content = row.content
+            if isinstance(content, Preference):
+                right = [place == 0 for place in range(len(content.answers))]
+                return self._compared(row, ready, right, content.scores)
+            if isinstance(content, Judged):
+                return self._compared(row, ready, [content.good], None)
+            return self._asked(row, ready[0]) if isinstance(content, Asked) else self._talk(row, ready[0])
         if isinstance(ready, Text):
             return self._document(row, ready)
         if isinstance(ready, Labelled):
@@ -138,6 +185,45 @@ class CausalRenderer(ClassRenderer):
             for rendered, trained in self._tokens(row, view, stage.shown):
                 made.extend(self._fit(row, rendered, trained))
         return made
+
+    def _compared(
+        self, row: Row, stages: Stages, right: Sequence[bool], scores: Sequence[float] | None
+    ) -> list[Rendered]:
+        """One view of a prompt with its answers."""
+        parts = []
+        for stage in stages:
+            views = lay_out(stage, self._notice)
+            made = [each for view in views for each in self._tokens(row, view, stage.shown)]
+            if len(made) != 1 or not made[0][1]:
+                raise TemplateError(
+                    f"an answer becomes {len(made)} texts",
+                    allowed="answers of one assistant message, or a template that shows turns alike once others follow",
+                )
+            rendered, trained = made[0]
+            parts.append(Part(rendered, trained[0].start, trained[-1].stop, views[0].answers[0].start))
+        view = joined(row.number, parts, right, scores)
+        fate = self._fate(row, longest(view), "the prompt with its longest answer")
+        if fate == "cut" and self.max_tokens is not None:
+            cut = shortened(view, self.max_tokens, self.tokenizer.bos_id if self.tokenizer.adds_bos else None)
+            if cut is None:
+                self.counts.answers_too_long += 1
+                return []
+            self.counts.truncated += 1
+            return [cut]
+        return [view] if fate == "fits" else []
+
+    def _asked(self, row: Row, stage: Stage) -> list[Rendered]:
+        """One view of a prompt alone. One that is too long is dropped where others are truncated: half a question is
+        another one."""
+        text, bounds = stage.prompt()
+        tokens, spans = self._encode(text, self._notice)
+        fate = self._fate(row, len(tokens), "the prompt")
+        if fate == "cut":
+            self.counts.dropped += 1
+        if fate != "fits":
+            return []
+        roles = role_of_each(spans, View(text, (), bounds), stage.shown)
+        return [Rendered(row.number, text, tokens, np.zeros(len(tokens), np.float32), roles, spans)]
 
     def _turn_weights(self, shown: Sequence[Shown]) -> dict[int, float]:
         """The trained turns and their weights; a weight in the row goes before `train_on`."""

@@ -18,10 +18,9 @@ from luthier.data.forest import Ints
 from luthier.data.rendering.classified import ClassRenderer
 from luthier.data.rendering.marked import NOBODY, Marked, mark, mark_words
 from luthier.data.rendering.rendered import Rendered
-from luthier.data.rendering.renderer import OverLength, Staged, refused
+from luthier.data.rendering.renderer import OverLength, Staged, Stages, refused
 from luthier.data.rendering.spans import whole_character
 from luthier.data.rendering.template import Template
-from luthier.data.rendering.turns import Stage
 from luthier.data.tokenizer import Tokenizer
 
 
@@ -62,7 +61,7 @@ class EncoderRenderer(ClassRenderer):
             "an encoder says nothing, so it cannot be prompted", allowed="a causal decoder or an encoder-decoder"
         )
 
-    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+    def _views(self, row: Row, ready: Stages | Content) -> list[Rendered]:
         if isinstance(ready, Labelled):
             return self._labelled(row, ready, self._begun(self._marked(ready.text, ready.pair)))
         if isinstance(ready, Tagged):

@@ -41,6 +41,9 @@ MIN_TOKENS = 16
 """The least that `max_tokens` may be: BOS, and two whole characters of four bytes each, with some room."""
 
 
+Stages = tuple[Stage, ...]
+
+
 class TooLongError(DataError):
     """A row of too many tokens under `over_length: raise`."""
 
@@ -50,13 +53,18 @@ class Staged:
     """A row on its way: ready to be finished, or the error that stands for it, and the notices given so far."""
 
     row: Row
-    ready: Stage | Content | DataError
+    ready: Stages | Content | DataError
     told: Sequence[tuple[str, str]]
+
+    @property
+    def stages(self) -> Stages:
+        """What the template will be asked for: one conversation, one for each answer to a prompt, or none."""
+        return self.ready if isinstance(self.ready, tuple) else ()
 
     @property
     def asks(self) -> bool:
         """Whether the template will be asked for it."""
-        return isinstance(self.ready, Stage)
+        return bool(self.stages)
 
 
 class Renderer(ABC):
@@ -134,7 +142,7 @@ class Renderer(ABC):
 
     def foresee(self, staged: Sequence[Staged]) -> None:
         """Have the template asked once, ahead, for what these rows will need."""
-        stages = [one.ready for one in staged if isinstance(one.ready, Stage)]
+        stages = [stage for one in staged for stage in one.stages]
         slots = [(stage, slot, wanted) for stage in stages for slot, wanted in stage.foreseen()]
         try:
             outcomes = self.template.render_many([wanted for _, _, wanted in slots]) if slots else []
@@ -178,7 +186,7 @@ class Renderer(ABC):
         """What inference feeds to get the answer that follows `messages`."""
 
     @abstractmethod
-    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+    def _views(self, row: Row, ready: Stages | Content) -> list[Rendered]:
         """The views of a row that was staged. Raises DataError where there can be none."""
 
     def _notice(self, text: str, example: str = "") -> None:

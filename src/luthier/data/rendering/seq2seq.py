@@ -19,9 +19,8 @@ from luthier.data.conversation import Choices, Content, Conversation, Labelled, 
 from luthier.data.forest import Ints
 from luthier.data.rendering.marked import JOINT, NOBODY, Marked, mark
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.renderer import OverLength, Renderer, Staged, TrainOn, refused
+from luthier.data.rendering.renderer import OverLength, Renderer, Staged, Stages, TrainOn, refused
 from luthier.data.rendering.template import Template
-from luthier.data.rendering.turns import Stage
 from luthier.data.tokenizer import Tokenizer
 
 BETWEEN = "\n\n"
@@ -100,7 +99,7 @@ class Seq2SeqRenderer(Renderer):
         parts = _turns(messages, tools)
         return self._marked(BETWEEN.join(text for text, _ in parts)).ids
 
-    def _views(self, row: Row, ready: Stage | Content) -> list[Rendered]:
+    def _views(self, row: Row, ready: Stages | Content) -> list[Rendered]:
         task = task_of(row, self)
         if isinstance(row.content, Conversation):
             self._notice_turns(row.content)

@@ -210,6 +210,12 @@ class Stage:
     def _changed(self, index: int, change: Mapping[str, Any]) -> Wanted:
         return Wanted([*self._fields[:index], {**self._fields[index], **change}], self._tools)
 
+    def prompt(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """What inference shows after the whole conversation, and whose words stand where in it."""
+        count = len(self.shown)
+        text = self._rendered(("prompt", count), lambda: self._prompt(count))
+        return text, self.bounds(text, count)
+
     def turn(self, index: int, weight: float, notice: Notice) -> _Turn:
         """The answer at message `index`, after what inference shows before it."""
         try:
