@@ -10,17 +10,22 @@ import pytest
 import torch
 
 from luthier.core.errors import RecipeError
-from luthier.data.conversation import Message
+from luthier.data.conversation import Conversation, Message, Preference, Row
+from luthier.data.forest import Forest
+from luthier.data.rendering.causal import CausalRenderer
 from luthier.infer.engine import Engine
-from luthier.model.scorer import Asked
-from luthier.model.text_model import LocalTextModel
+from luthier.model.compared import compared_tree
+from luthier.model.scorer import Begun
+from luthier.model.tasks import SCORES
+from luthier.model.text_model import LocalTextModel, LocalTextScorer
 from luthier.recipes.session import Session, load
-from luthier.rewards import Score, Tools
+from luthier.rewards import RewardError, Score, Tools
 from luthier.rewards.judge import Judge
-from tests import forests
+from luthier.rewards.learned import Learned
+from tests import forests, task_models
 from tests.rewards.samples import sample
 
-ASKED = [Asked((Message("user", text),), begun) for text, begun in (("cat", ""), ("a longer one", "It is"), ("x", ""))]
+ASKED = [Begun((Message("user", text),), begun) for text, begun in (("cat", ""), ("a longer one", "It is"), ("x", ""))]
 TEXTS = ["1", " 1", "10", "two words"]
 
 
@@ -59,6 +64,41 @@ def test_it_goes_on_behind_what_was_begun(session: Session) -> None:
     again = model_of(session).go_on([ASKED[1]], most_tokens=5, temperature=0.0, seed=0)
     assert again[0] == said[1]
     assert model_of(session).go_on([], most_tokens=5, temperature=0.0, seed=0) == []
+
+
+@pytest.fixture
+def renderer(session: Session) -> CausalRenderer:
+    return CausalRenderer(session.tokenizer, session.renderer.template)
+
+
+PROMPT = (Message("user", "Which?"),)
+ANSWERS = ("this one", "that one, and more", "neither")
+
+
+@pytest.mark.parametrize("most_tokens", [8192, 1])
+def test_an_answer_gets_the_score_that_it_had_in_training(renderer: CausalRenderer, most_tokens: int) -> None:
+    """Breaks when an answer is read otherwise than beside its rival: other tokens, another last one, another prompt."""
+    model = task_models.language_model("llama", SCORES)
+    rivals = Preference(Conversation(PROMPT), tuple((Message("assistant", said),) for said in ANSWERS))
+    tree = compared_tree(renderer.render(Row(0, "row", rivals))[0], at_end=True)
+    together = model.token_outputs(Forest((tree,))).scores
+    assert together is not None
+    conversations = [(*PROMPT, Message("assistant", said)) for said in ANSWERS]
+    found = LocalTextScorer(model, renderer, most_tokens=most_tokens).scores(conversations)
+    assert found == pytest.approx(together.tolist(), abs=1e-5) and len(set(found)) == 3
+
+
+def test_a_learned_reward_takes_it_and_what_cannot_be_read_is_no_number(renderer: CausalRenderer) -> None:
+    """Breaks when an answer that is too long for the reward model ends the run, or is scored without its end."""
+    model = task_models.language_model("llama", SCORES)
+    short = CausalRenderer(renderer.tokenizer, renderer.template, max_tokens=64)
+    tools = Tools(reward_model=LocalTextScorer(model, short))
+    asked = [sample("yes"), sample("yes " * 200), sample("no")]
+    first, long, last = Learned().score(asked, tools)
+    assert isinstance(first, Score) and isinstance(last, Score) and isinstance(long, RewardError)
+    assert LocalTextScorer(model, short).scores([]) == []
+    with pytest.raises(RecipeError, match="causal_lm"):
+        LocalTextScorer(forests.language_model("llama"), short)
 
 
 def test_dropout_is_as_it_was(session: Session) -> None:

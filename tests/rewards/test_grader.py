@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Asked, Likely, Said
+from luthier.model.scorer import Begun, Likely, Said
 from luthier.rewards import Score, Tools
 from luthier.rewards.grader import Grader
 from luthier.sandbox.program import Outcome, Returned, Status
@@ -28,14 +28,14 @@ class Model:
     """A judge that says what it is told to, and remembers what it was asked."""
 
     def __init__(self, *answers: str, likely: Sequence[float] = ()) -> None:
-        self.answers, self.odds, self.asked = answers, likely, list[Asked]()
+        self.answers, self.odds, self.asked = answers, likely, list[Begun]()
 
-    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
         self.asked += asked
         self.how = (most_tokens, temperature, seed)
         return [Said(self.answers[at % len(self.answers)]) for at in range(len(asked))]
 
-    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
         return [[Likely(odds) for odds in self.odds] for _ in asked]
 
 

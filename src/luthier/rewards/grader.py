@@ -33,7 +33,7 @@ from luthier.data.conversation import ROLES, Message
 from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
-from luthier.model.scorer import Asked
+from luthier.model.scorer import Begun
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
@@ -162,7 +162,7 @@ def _by_text(grader: Mapping[str, Any], sample: Sample) -> Verdict:
 def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
     if tools.judge is None:
         raise RecipeError(f"the grader {grader['type']} needs a model to ask", allowed="a recipe with a judge")
-    asked = [Asked(tuple(_message(one, _names(sample)) for one in grader["input"])) for sample in samples]
+    asked = [Begun(tuple(_message(one, _names(sample)) for one in grader["input"])) for sample in samples]
     if grader["type"] == "label_model":
         labels, passing = list(grader["labels"]), set(grader["passing_labels"])
         found = tools.judge.likely(asked, labels)
