@@ -95,6 +95,18 @@ def test_without_retries_and_without_samples() -> None:
     assert Scoring(Fragile()).score([]).scores == () and Scoring(Fragile()).score([]).means == {}
 
 
+def test_rewards_are_told_the_step() -> None:
+    """Breaks when a reward that changes with training sees its beginning for ever."""
+
+    class Step(Reward):
+        def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+            return [Score(tools.step / tools.steps) for _ in samples]
+
+    scoring = Scoring(Step(), Tools(step=2, steps=10))
+    assert scoring.score(samples("1")).means == {"reward": 0.2}
+    assert scoring.score(samples("1"), step=5).means == {"reward": 0.5}
+
+
 def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
     """Breaks when a missing column excludes every sample in silence."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import final
 
@@ -113,16 +113,17 @@ class Scoring:
                 allowed=f"its columns: {', '.join(facts) or 'none'}", where=where,
             )  # fmt: skip
 
-    def score(self, samples: Sequence[Sample]) -> Scored:
-        """A score for each sample that can have one."""
-        verdicts: dict[int, Verdict] = dict(enumerate(self._ask(samples)))
+    def score(self, samples: Sequence[Sample], *, step: int | None = None) -> Scored:
+        """A score for each sample that can have one. Rewards are told the `step` of training where it is given."""
+        tools = self.tools if step is None else replace(self.tools, step=step)
+        verdicts: dict[int, Verdict] = dict(enumerate(self._ask(samples, tools)))
         retried = 0
         for attempt in range(self.retries):
             again = [at for at, verdict in verdicts.items() if isinstance(verdict, RewardError) and verdict.again]
             last = attempt == self.retries - 1
             for group in [[at] for at in again] if last else [again] * bool(again):
                 retried += len(group)
-                verdicts |= zip(group, self._ask([samples[at] for at in group]), strict=True)
+                verdicts |= zip(group, self._ask([samples[at] for at in group], tools), strict=True)
         found = list(verdicts.values())
         return Scored(
             tuple(verdict if isinstance(verdict, Score) else None for verdict in found),
@@ -131,11 +132,11 @@ class Scoring:
             retried,
         )
 
-    def _ask(self, samples: Sequence[Sample]) -> list[Verdict]:
+    def _ask(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if not samples:
             return []
         try:
-            verdicts = self.reward.score(samples, self.tools)
+            verdicts = self.reward.score(samples, tools)
         except RewardError as failure:
             return [_again(failure, sample) for sample in samples]
         if len(verdicts) != len(samples):
