@@ -86,7 +86,7 @@ def exit_codes() -> str:
 
 
 def error_kinds() -> list[type[errors.LuthierError]]:
-    """Every error class with a code of its own, wherever it is defined, by exit code."""
+    """Every error class with a code of its own, wherever it is defined, by exit code; whatever was imported first."""
     for found in pkgutil.walk_packages(luthier.__path__, "luthier."):
         importlib.import_module(found.name)
 
@@ -96,7 +96,8 @@ def error_kinds() -> list[type[errors.LuthierError]]:
             yield from below(each)
 
     ours = (kind for kind in below(errors.LuthierError) if kind.__module__.startswith("luthier."))
-    return sorted((kind for kind in ours if "code" in vars(kind)), key=lambda kind: kind.exit_code)
+    own = [kind for kind in ours if "code" in vars(kind)]
+    return sorted(own, key=lambda kind: (kind.exit_code, kind.__module__ != errors.__name__, kind.__module__))
 
 
 def error_walk() -> str:

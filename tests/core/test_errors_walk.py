@@ -43,6 +43,7 @@ CODES = {
     "busy": 69,
     "engine": 1,
     "draining": 75,
+    "remote": 69,
 }
 """The interface: a code may be added, never changed or taken away."""
 

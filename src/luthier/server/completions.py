@@ -51,7 +51,7 @@ class _Prompt:
         self.body = body
         self.asked = asked
         self.first = first
-        self.voices = voices_of(serving, asked)
+        self.voices = voices_of(serving, asked, every=bool(body.return_tokens_as_token_ids))
         # The mark that begins a text is ours where the prompt came as text: neither it nor its place is told.
         ours = _is_text(body) and serving.tokenizer.adds_bos
         self.scores: list[Said | int] = [] if ours else [int(token) for token in asked.prompt[:1]]
@@ -59,6 +59,7 @@ class _Prompt:
         self.clock = Clock(serving.metrics)
         self.echo = serving.tokenizer.decode(asked.prompt[int(ours) :]) if body.echo else ""
         self.begun = [False] * len(self.voices)
+        self.ids: list[list[int]] = [[] for _ in self.voices]
 
     @property
     def said(self) -> int:
@@ -69,20 +70,30 @@ class _Prompt:
         """The text that news make certain."""
         if news.prompt is not None:
             self.scores += news.prompt
+        if self.body.return_token_ids and self.body.max_tokens != 0:
+            self.ids[news.choice] += [each.token for each in news.said]
         text = self.voices[news.choice].push(news)
         return "" if self.body.max_tokens == 0 else text
 
     def choice(self, index: int, text: str, *, ended: bool) -> Part:
         """A choice, or a piece of one, with the tokens since the last."""
-        voice, known = self.voices[index], self.body.logprobs
+        voice, known, first = self.voices[index], self.body.logprobs, not self.begun[index]
         said: list[Said | int] = [] if self.body.max_tokens == 0 else list(voice.taken())
-        if not self.begun[index] and self.echo:
+        if first and self.body.echo:
             text, said = self.echo + text, [*self.scores, *said]
         self.begun[index] = True
         at, self.lengths[index] = self.lengths[index], self.lengths[index] + len(text)
-        told = None if known is None else text_log_probs(self.serving.tokenizer, said, at=at, top=known > 0)
+        told = None if known is None else text_log_probs(
+            self.serving.tokenizer, said, at=at, top=known > 0, as_ids=bool(self.body.return_tokens_as_token_ids)
+        )  # fmt: skip
         reason = "length" if self.body.max_tokens == 0 else voice.ended
-        return {"index": self.first + index, "text": text, "logprobs": told, "finish_reason": reason if ended else None}
+        made = {"index": self.first + index, "text": text, "logprobs": told, "finish_reason": reason if ended else None}
+        return {**made, **self._ids(index, first=first)} if self.body.return_token_ids else made
+
+    def _ids(self, index: int, *, first: bool) -> Part:
+        """The ids since the last piece, and before the first one those of the prompt."""
+        found, self.ids[index] = self.ids[index], []
+        return {"prompt_token_ids": self.asked.prompt.tolist() if first else None, "token_ids": found}
 
 
 @final
