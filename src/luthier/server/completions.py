@@ -18,9 +18,9 @@ from luthier.server.asking import completion_requests
 from luthier.server.bodies import CompletionBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
-from luthier.server.stream import EventStream, whole
+from luthier.server.stream import EventStream, Frame, whole
 from luthier.server.telling import merged, text_log_probs, usage, voices_of
-from luthier.server.worker import Ticket
+from luthier.server.ticket import Ticket
 
 Part = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def routes(serving: Serving) -> APIRouter:
         """Continue one text or several."""
         asked = await completion_requests(serving, body)
         answer = _Answer(serving, body, asked)
-        tickets = await serving.worker.submit(asked)
+        tickets = await serving.worker.submit(asked, whole=not body.stream)
         if body.stream:
             return EventStream(answer.chunks(tickets), tickets)
         return await whole(request, tickets, partial(answer.whole, tickets))
@@ -128,25 +128,26 @@ class _Answer:
     async def _read(self, prompt: _Prompt, ticket: Ticket) -> list[str]:
         texts = [""] * len(prompt.voices)
         while news := await ticket.news():
-            prompt.clock.heard()
-            for each in news:
+            for each in merged(news):
                 texts[each.choice] += prompt.heard(each)
+        prompt.clock.began(ticket.first)
         self.serving.metrics.said += prompt.said
         return texts
 
-    async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[Part]]:
+    async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[bytes]]:
         """The answers as they grow, those of several prompts side by side."""
+        frame = Frame(self.head)
         grown = self._one(*tickets) if len(tickets) == 1 else self._several(tickets)
         try:
             async for prompt, news in grown:
                 prompt.clock.heard()
-                yield [chunk for each in merged(news) for chunk in self._grown(prompt, each)]
+                yield [frame(choice) for each in merged(news) if (choice := self._grown(prompt, each))]
         finally:
             await grown.aclose()
             self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
         options = self.body.stream_options
         if options is not None and options.include_usage:
-            yield [{**self.head, "choices": [], "usage": self.usage()}]
+            yield [frame.last(self.usage())]
 
     async def _one(self, ticket: Ticket) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
         while news := await ticket.news():
@@ -169,11 +170,11 @@ class _Answer:
             for task in waiting:
                 task.cancel()
 
-    def _grown(self, prompt: _Prompt, news: News) -> list[Part]:
+    def _grown(self, prompt: _Prompt, news: News) -> Part | None:
         text = prompt.heard(news)
         if not text and not news.ended and (self.body.logprobs is None or not news.said):
-            return []
-        return [{**self.head, "choices": [prompt.choice(news.choice, text, ended=bool(news.ended))]}]
+            return None
+        return prompt.choice(news.choice, text, ended=bool(news.ended))
 
 
 def _is_text(body: CompletionBody) -> bool:

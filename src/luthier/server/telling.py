@@ -33,12 +33,10 @@ class Voice:
 
     def push(self, news: News) -> str:
         """The new text; `said` then holds the new tokens that are part of it."""
-        text = ""
-        for each in news.said:
-            self.tokens += 1
-            if self.stream.stopped is None and (self.every or each.token not in self.silent):
-                self.said.append(each)
-            text += self.stream.push(each.token)
+        self.tokens += len(news.said)
+        if self.stream.stopped is None:
+            self.said += [each for each in news.said if self.every or each.token not in self.silent]
+        text = self.stream.push_all([each.token for each in news.said])
         if news.ended:
             text += self.stream.end()
             self.ended = "stop" if self.stream.stopped is not None else news.ended
@@ -66,13 +64,17 @@ def merged(news: Sequence[News]) -> Sequence[News]:
     """One piece of news for each choice: what came while nobody looked is told at once."""
     if len(news) == 1:
         return news
-    found: dict[int, News] = {}
+    by_choice: dict[int, list[News]] = {}
     for each in news:
-        old = found.get(each.choice)
-        if old is not None:
-            each = replace(old, said=old.said + each.said, ended=each.ended, prompt=old.prompt or each.prompt)
-        found[each.choice] = each
-    return list(found.values())
+        by_choice.setdefault(each.choice, []).append(each)
+    return [
+        replace(
+            found[-1],
+            said=tuple(said for each in found for said in each.said),
+            prompt=next((each.prompt for each in found if each.prompt is not None), None),
+        )
+        for found in by_choice.values()
+    ]
 
 
 def chat_log_probs(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]:
