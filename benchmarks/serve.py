@@ -1,11 +1,15 @@
 """Serving over HTTP: time to the first token under load, and what HTTP costs beside the engine's own time.
 
     python benchmarks/serve.py --model seedling --clients 64 --requests 512
+    python benchmarks/serve.py --no-engine                  # what HTTP alone costs: on a busy machine too
 
 The same requests (prompts of many lengths, streamed answers of many lengths) go to the engine alone, all there is at
 once, and through HTTP from `clients` connections of another process, after a warm-up each. Both run `clients` requests
-at a time. Prints one JSON object: seconds of each, tokens per second, the overhead, and times to the first token and
-between tokens at 50, 90 and 99 %. Run it on a quiet machine.
+at a time. Prints one JSON object: seconds of each, tokens per second, the overhead,
+times to the first token and between pieces at 50, 90 and 99 %, and processor time a token: of the thread that speaks
+HTTP, of the rest of the server, and of the clients, who take the same cores on a small machine. `overhead` is of wall
+time and has the clients in it; `overhead_of_server` is the processor time of the HTTP thread by the engine's seconds:
+what it would be if nothing of it ran beside the engine. Run it on a quiet machine; processor times bear a busy one.
 """
 
 from __future__ import annotations
@@ -23,18 +27,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
-from luthier.infer.request import Request
+from luthier.infer.reader import Counts
+from luthier.infer.request import News, Request, Said
 from luthier.model.speaker import Sampling
 from luthier.recipes.opened import open_named
 from luthier.server.listen import listen
+from luthier.server.names import Names
 from luthier.server.opening import serve_opened
 from luthier.server.serving import Serving
 from luthier.server.settings import Settings
-from luthier.server.worker import Steps
+from luthier.server.worker import Steps, Worker
 
 Work = tuple[list[int], int]
 """A prompt and the tokens of its answer."""
@@ -90,21 +96,22 @@ def _clients(port: int, token: str, work: list[Work], clients: int, model: str) 
                 begun = time.perf_counter()
                 writer.write(_bytes(token, {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
                                             "ignore_eos": True, "stream": True}))  # fmt: skip
-                last = 0.0
-                while not (line := await reader.readline()).startswith(b"data: [DONE]"):
-                    if line.startswith(b"data: {"):
+                last, tail = 0.0, b""
+                # A client that costs next to nothing: blocks as they come, of which only the end is looked for.
+                while not tail.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                    block = await reader.read(65536)
+                    tail = tail[-64:] + block
+                    if b"data: {" in block:
                         now = time.perf_counter()
                         (between if last else first).append(now - (last or begun))
                         last = now
                 said += tokens
-                while (await reader.readline()).strip() != b"0":
-                    pass
-                await reader.readline()
             writer.close()
 
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(client() for _ in range(clients)))
-        return {"seconds": time.perf_counter() - start, "first": first, "between": between, "said": said}
+        return {"seconds": time.perf_counter() - start, "first": first, "between": between, "said": said,
+                "cpu": time.process_time() - cpu}  # fmt: skip
 
     return asyncio.run(all_of())
 
@@ -117,36 +124,89 @@ def _bytes(token: str, body: dict[str, Any]) -> bytes:
 
 def shares(values: Sequence[float]) -> dict[str, float]:
     """Milliseconds at 50, 90 and 99 %."""
-    found = np.percentile(np.array(values) * 1000, [50, 90, 99])
+    found = np.percentile(np.array(values or [0.0]) * 1000, [50, 90, 99])
     return {f"p{share}": round(float(each), 2) for share, each in zip((50, 90, 99), found, strict=True)}
 
 
-def measure(model: str, clients: int, requests: int, repetitions: int) -> dict[str, Any]:
-    """Engine and HTTP by turns; the medians of some repetitions."""
+@final
+class Nothing:
+    """An engine that computes nothing: a token for each request and step, and `pause` seconds a step."""
+
+    def __init__(self, vocabulary: int, pause: float) -> None:
+        self._draws = random.Random(0)
+        self._left: dict[int, int] = {}
+        self._next = 0
+        self.vocabulary = vocabulary
+        self.pause = pause
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._left)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(0, len(self._left))
+
+    def add(self, request: Request) -> int:
+        self._next += 1
+        self._left[self._next] = request.sampling.max_new_tokens
+        return self._next
+
+    def step(self) -> list[News]:
+        time.sleep(self.pause)
+        self._left = {number: left - 1 for number, left in self._left.items()}
+        said = [News(number, 0, (Said(self._draws.randrange(3, self.vocabulary), -1.0),), "" if left else "length")
+                for number, left in self._left.items()]  # fmt: skip
+        self._left = {number: left for number, left in self._left.items() if left}
+        return said
+
+    def cancel(self, request: int) -> bool:
+        return self._left.pop(request, None) is not None
+
+
+def measure(model: str, clients: int, requests: int, repetitions: int, *, pause: float | None = None) -> dict[str, Any]:
+    """Engine and HTTP by turns; the medians of some repetitions. With `pause` an engine of nothing takes its place."""
     opened = open_named(model)
     token = secrets.token_hex(16)
     vocabulary = opened.tokenizer.vocabulary_size
     work, warm = work_of(requests, vocabulary), work_of(2 * clients, vocabulary, seed=1)
     own: list[float] = []
     over: list[dict[str, Any]] = []
+
+    def made(state: str) -> Serving:
+        settings = Settings(token=token, port=0, state=Path(state))
+        if pause is None:
+            return serve_opened(opened, settings, base="base", waiting=requests)
+        return Serving(opened, Worker(Nothing(vocabulary, pause), waiting=requests), Names("base"), settings)
+
     with TemporaryDirectory() as state:
         for _ in range(repetitions):
-            settings = Settings(token=token, port=0, state=Path(state))
-            serving = serve_opened(opened, settings, base="base", waiting=requests)
-            alone(serving.worker.engine, warm, clients)
-            own.append(alone(serving.worker.engine, work, clients))
-            serving = serve_opened(opened, settings, base="base", waiting=requests)
-            over.append(_served(serving, token, warm, work, clients))
-    seconds = float(np.median([each["seconds"] for each in over]))
+            engine = made(state).worker.engine
+            alone(engine, warm, clients)
+            own.append(alone(engine, work, clients))
+            over.append(_served(made(state), token, warm, work, clients))
+    return {"model": model, "engine": pause is None, "clients": clients, "requests": requests,
+            "repetitions": repetitions, **figures(own, over, work)}  # fmt: skip
+
+
+def figures(own: Sequence[float], over: Sequence[dict[str, Any]], work: Sequence[Work]) -> dict[str, Any]:
+    """The medians: seconds, what HTTP costs, and times as clients see them."""
     tokens = sum(each for _, each in work)
+
+    def middle(name: str) -> float:
+        return float(np.median([each[name] for each in over]))
+
+    seconds, engine = middle("seconds"), float(np.median(own))
     return {
-        "model": model, "clients": clients, "requests": requests, "repetitions": repetitions, "tokens_said": tokens,
-        "tokens_read": sum(len(prompt) for prompt, _ in work),
-        "engine_seconds": round(float(np.median(own)), 3), "http_seconds": round(seconds, 3),
-        "overhead": round(seconds / float(np.median(own)) - 1, 4),
+        "tokens_said": tokens, "tokens_read": sum(len(prompt) for prompt, _ in work),
+        "engine_seconds": round(engine, 3), "http_seconds": round(seconds, 3),
+        "overhead": round(seconds / engine - 1, 4),
+        "overhead_of_server": round(middle("http_cpu") / engine, 4),
+        "microseconds_a_token": {name: round(middle(f"{name}_cpu") / tokens * 1e6, 1) for name in
+                                 ("http", "engine", "other", "client")},
         "tokens_per_second": round(tokens / seconds, 1),
         "first_token_ms": shares([each for one in over for each in one["first"]]),
-        "between_tokens_ms": shares([each for one in over for each in one["between"]]),
+        "between_pieces_ms": shares([each for one in over for each in one["between"]]),
     }  # fmt: skip
 
 
@@ -163,10 +223,20 @@ def _served(serving: Serving, token: str, warm: Sequence[Work], work: Sequence[W
     there.wait()
     try:
         through_http(ports[0], token, warm, clients, "base")
-        return through_http(ports[0], token, work, clients, "base")
+        before = _spent(thread)
+        found = through_http(ports[0], token, work, clients, "base")
+        return {**found, **{name: after - before[name] for name, after in _spent(thread).items()},
+                "client_cpu": found["cpu"]}  # fmt: skip
     finally:
         serving.worker.loop.call_soon_threadsafe(serving.worker.on_end)
         thread.join()
+
+
+def _spent(http: threading.Thread) -> dict[str, float]:
+    """Processor seconds so far: of the HTTP thread, of the engine's, and of all other threads (products, words)."""
+    engine = next(each for each in threading.enumerate() if each.name == "engine" and each.is_alive())
+    http_cpu, engine_cpu = (time.clock_gettime(time.pthread_getcpuclockid(each.ident or 0)) for each in (http, engine))
+    return {"http_cpu": http_cpu, "engine_cpu": engine_cpu, "other_cpu": time.process_time() - http_cpu - engine_cpu}
 
 
 def main() -> None:
@@ -175,8 +245,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="connections, and requests of the engine at a time")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--no-engine", action="store_true", help="say tokens without computing them, a step of --pause")
+    parser.add_argument("--pause", type=float, default=0.008, help="seconds a step takes with --no-engine")
     chosen = parser.parse_args()
-    print(json.dumps(measure(chosen.model, chosen.clients, chosen.requests, chosen.repetitions), indent=1))
+    pause = chosen.pause if chosen.no_engine else None
+    found = measure(chosen.model, chosen.clients, chosen.requests, chosen.repetitions, pause=pause)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

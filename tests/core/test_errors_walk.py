@@ -45,6 +45,7 @@ CODES = {
     "engine": 1,
     "reward": 1,
     "draining": 75,
+    "remote": 69,
 }
 """The interface: a code may be added, never changed or taken away."""
 

@@ -110,7 +110,7 @@ def _run(command: Command, where: str, folder: Path, capsys: Any) -> str:
         return ""
     if command.words[0] != "luthier":
         return bash(command, folder)
-    if command.words[1] == "serve":
+    if command.words[1] == "serve" and "--engine" not in command.words:
         return _served(command)
     capsys.readouterr()
     code = run(command.words[1:])
@@ -123,6 +123,7 @@ def _run(command: Command, where: str, folder: Path, capsys: Any) -> str:
 def _serving(monkeypatch: Any, request: pytest.FixtureRequest) -> Path:
     """What `luthier serve` of a page needs: a token, a port that is free, and an end. The port is what is returned."""
     monkeypatch.setenv("LUTHIER_TOKEN", "my-own-token")
+    monkeypatch.setenv("LUTHIER_ENGINE_TOKEN", "my-own-token")
     made: list[Serving] = []
 
     def noted(*arguments: Any, **more: Any) -> Serving:

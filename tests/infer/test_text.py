@@ -111,6 +111,13 @@ def test_any_tokens_come_out_as_they_read_together(name: str, data: some.DataObj
         told += stream.push(token)
         assert whole.startswith(told)
     assert told + stream.end() == whole and stream.end() == ""
+    told, stream, left = "", TextStream(reader(backend)), list(tokens)
+    while left:
+        count = data.draw(some.integers(1, len(left)))
+        told += stream.push_all(left[:count])
+        left = left[count:]
+        assert whole.startswith(told)
+    assert told + stream.end() == whole
 
 
 @pytest.mark.parametrize("name", ["seedling", "llama", "mistral", "t5", "bert", "roberta"])
@@ -135,6 +142,8 @@ def test_a_stop_string_ends_the_text_wherever_it_lies_in_the_tokens(name: str, d
         met = met or any(each in so_far for each in stop)
         assert (stream.stopped is not None) == met
     assert told + stream.end() == wanted and stream.stopped == which
+    at_once = TextStream(reader(backend), stop)
+    assert at_once.push_all(tokens) + at_once.end() == wanted and at_once.stopped == which
     assert stream.end() == "" and (which is None or stream.push(tokens[0]) == "")
 
 

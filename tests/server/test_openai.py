@@ -109,6 +109,35 @@ def test_a_tool_that_has_to_be_called_is_called(client: OpenAI) -> None:
         assert more.choices[0].message.role == "assistant"
 
 
+def test_tokens_are_told_as_ids_where_that_is_asked_for(client: OpenAI, opened: Opened) -> None:
+    """Breaks when a program that trains on what was said gets texts for tokens, or not all of them."""
+    prompt = opened.prompt("The ship left", raw=True).tolist()
+    stop = opened.engine.speak([np.array(prompt, np.int32)], Sampling(max_new_tokens=4))[0].tokens.tolist()
+    more: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True, "stop_token_ids": [stop[3]],
+                            "ignore_eos": True}  # fmt: skip
+    made = client.completions.create(
+        model="seedling", prompt=prompt, echo=True, logprobs=2, max_tokens=9, temperature=0, extra_body=more
+    )
+    choice: Any = made.choices[0]
+    end = stop.index(stop[3]) + 1
+    told = choice.logprobs.tokens
+    # The token that ended it is told too, though nothing of it can be read.
+    assert told == [f"token_id:{each}" for each in [*prompt, *stop[:end]]] and choice.finish_reason == "stop"
+    assert choice.prompt_token_ids == prompt and choice.token_ids == stop[:end]
+    assert choice.logprobs.token_logprobs[0] is None and len(choice.logprobs.token_logprobs) == len(told)
+    assert all(token in top for token, top in zip(told[1:], choice.logprobs.top_logprobs[1:], strict=True))
+    stream: Any = client.completions.create(
+        model="seedling", prompt=prompt, max_tokens=5, temperature=0, stream=True,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )  # fmt: skip
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert [each.prompt_token_ids for each in chunks] == [prompt, *[None] * (len(chunks) - 1)]
+    assert [token for each in chunks for token in each.token_ids][:4] == stop
+    assert not {"token_ids", "prompt_token_ids"} & set(
+        client.completions.create(model="seedling", prompt=prompt, max_tokens=1).choices[0].model_dump()
+    )
+
+
 @torch.no_grad()
 def test_prompts_are_scored_as_the_model_scores_them(client: OpenAI, opened: Opened) -> None:
     text = "The ship left the harbour at dawn."

@@ -12,7 +12,8 @@ import pytest
 from luthier.core.errors import DataError, RecipeError
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError, DrainingError, EngineFailedError
-from luthier.server.worker import Ticket, Worker
+from luthier.server.ticket import Ticket
+from luthier.server.worker import Worker
 from tests.server.fakes import FakeEngine
 
 
@@ -46,6 +47,48 @@ def test_news_come_in_order_and_each_to_its_own_ticket() -> None:
                 said = [one.token for each in news if each.choice == choice for one in each.said]
                 assert said == [first + place for place in range(5)]
         assert worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_a_reader_is_woken_at_once_and_then_now_and_then() -> None:
+    """Breaks when each token of each answer wakes somebody again, or when the first one or the last waits."""
+    engine = FakeEngine(lambda _: range(100), pause=0.002)
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        begun, heard = worker.loop.time(), [len(await ticket.news())]
+        assert heard == [1] and worker.loop.time() - begun < 0.04 and ticket.first is not None
+        while news := await ticket.news():
+            heard.append(len(news))
+            assert worker.open == (0 if ticket.over else 1)
+        assert sum(heard) == 100 and len(heard) < 25 and ticket.over and ticket.read
+
+    within(Worker(engine, gather=0.02), work)
+
+
+def test_a_whole_answer_wakes_its_reader_at_its_end() -> None:
+    engine = FakeEngine(lambda request: range(int(request.prompt[0])))
+
+    async def work(worker: Worker) -> None:
+        short, long = await worker.submit([asked(40, choices=2), asked(5000)], whole=True)
+        assert [len(await short.news()), len(await short.news())] == [80, 0]
+        heard = []
+        while news := await long.news():
+            heard.append(len(news))
+        # What is kept is bounded, and a whole answer is never too long for its reader.
+        assert sum(heard) == 5000 and all(each % 256 == 0 for each in heard[:-1])
+
+    within(Worker(engine, buffer=50), work)
+
+
+def test_a_whole_answer_that_fails_says_so() -> None:
+    engine = FakeEngine(lambda _: range(40), fail=lambda: RuntimeError("x") if engine.steps == 20 else None)
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()], whole=True)
+        with pytest.raises(EngineFailedError):
+            await ticket.news()
 
     within(Worker(engine), work)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from luthier.cli.hand_over import As, Engine, Rank, Replace, There, Tolerance, Url, hand_over, hands_over
 from luthier.cli.options import Json, require_no_lost_run
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError, RefusedError
@@ -51,6 +52,7 @@ Precise = Annotated[str, typer.Option(metavar="NAME", help="auto, float32 or bfl
 
 
 def serve(
+    ctx: typer.Context,
     name: Name,
     port: Port = 8000,
     adapter: On = None,
@@ -68,39 +70,58 @@ def serve(
     access_log: Access = False,
     quantizer: Packed = "none",
     precision: Precise = "auto",
+    engine: Engine = None,
+    url: Url = "",
+    as_name: As = "",
+    path: There = "",
+    max_rank: Rank = 16,
+    tolerance: Tolerance = 0.05,
+    replace: Replace = False,
     json: Json = False,
 ) -> None:
     """Serve a run or a model over HTTP, as programs written for OpenAI's API expect it.
 
-    The token is LUTHIER_TOKEN, or is made and printed once.
+    The token is LUTHIER_TOKEN, or is made and printed once. With --engine and --url it is handed over to an engine that
+    runs already: its adapter is loaded there, and the engine's log-probabilities are compared with ours.
 
     \b
     Examples:
       luthier serve runs/2026-11-20-my-first --port 8000
-      luthier serve seedling --port 0 --adapters adapters
+      luthier serve runs/2026-11-20-my-first --engine vllm --url http://127.0.0.1:8000
     """
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
+    require_no_lost_run(name)
+    if hands_over(ctx):
+        hand_over(ctx.params)
+        return
+    wanted = _wanted(name, adapter, precision, quantizer=quantizer, tokens=cache_tokens, waiting=waiting)
     if adapters is not None and not adapters.is_dir():
         raise RecipeError(f"--adapters {adapters} is no folder", do="make it, or name another one")
     certified = _certified(listen, tls_cert, tls_key, insecure=insecure_http)
-    require_no_lost_run(name)
-    for module in ("fastapi", "uvicorn", "python_multipart"):
-        require(module, extra="serve", purpose="luthier serve")
     token, made = _token()
     with uncollected():
-        from luthier.server.opening import Wanted
         from luthier.server.settings import Limits, Settings
 
     settings = Settings(
         token=token, port=port, listen=listen, names=_names(listen, host_name or []), adapters=adapters, state=state,
         limits=Limits(new_tokens=max_new_tokens), drain_seconds=drain,
     )  # fmt: skip
-    kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
-    wanted = Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=cache_tokens,
-                    waiting=waiting)  # fmt: skip
     with _logged(access=access_log):
         _serve(wanted, settings, certified, told=token if made else "", json=json)
+
+
+def _wanted(
+    name: str, adapter: str | None, precision: str, *, quantizer: str, tokens: int | None, waiting: int
+) -> Wanted:
+    """What is served. Raises MissingError without the extra that serves."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
+    for module in ("fastapi", "uvicorn", "python_multipart"):
+        require(module, extra="serve", purpose="luthier serve")
+    with uncollected():
+        from luthier.server.opening import Wanted
+
+    kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
+    return Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=tokens, waiting=waiting)
 
 
 def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:

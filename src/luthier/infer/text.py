@@ -3,7 +3,7 @@
 Idea: what tokens read as depends on their neighbours (half a character, a leading space, a joining mark), so the newest
 are read together with the few before them, and only what that adds is told. Held back is what may still change: half of
 a character, and an ending that a stop string could begin with. What was told stays as it is.
-Cost: a token costs two readings of a few tokens, however long the text is.
+Cost: a token, or some tokens at once, cost two readings of a few tokens, however long the text is.
 """
 
 from __future__ import annotations
@@ -60,25 +60,35 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that is certain with `token` and was not told before."""
-        if self.stopped is not None or token in self._skip:
+        return self.push_all((token,))
+
+    def push_all(self, tokens: Sequence[int]) -> str:
+        """The same of some tokens at once, which are read together: two readings, however many there are."""
+        new = [token for token in tokens if token not in self._skip]
+        if self.stopped is not None or not new:
             return ""
-        self._window.append(token)
-        text = self._read(self._window)
+        text = self._read([*self._window, *new])
+        odd = _HALF in text or not text.startswith(self._told)
+        if len(new) > 1 and (odd or len(self._window) + len(new) > _WINDOW):
+            # A window at a time, and bytes one by one: some decoders read none of them while one is missing.
+            middle = len(new) // 2
+            return self.push_all(new[:middle]) + self.push_all(new[middle:])
+        self._window += new
         if not text.startswith(self._told):
             # Bytes that were read as characters before are none together with the new one: it stands alone.
-            self._window, self._whole, self._told = [token], 0, ""
+            self._window, self._whole, self._told = new, 0, ""
             text = self._read(self._window)
         certain = _certain(text)
-        new = text[len(self._told) : certain]
-        if certain == len(text) and new:
+        told = text[len(self._told) : certain]
+        if certain == len(text) and told:
             self._window = self._window[self._whole :]
             self._whole = len(self._window)
             self._told = self._read(self._window)
-        elif new:
+        elif told:
             self._told = text[:certain]
         if len(self._window) > _WINDOW:
             self._shorten(text)
-        return self._until_stop(new)
+        return self._until_stop(told)
 
     def end(self) -> str:
         """The rest of the text, when no token comes any more."""

@@ -90,6 +90,8 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogProbs | None
     finish_reason: Literal["stop", "length"]
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionAnswer(BaseModel):

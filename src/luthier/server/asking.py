@@ -43,7 +43,9 @@ async def completion_requests(serving: Serving, body: CompletionBody) -> list[Re
     if body.stream and (body.best_of or 1) > 1:
         raise RecipeError(f"best_of is {body.best_of} and stream is on", allowed="best_of without stream")
     adapter = serving.names.engine_name(body.model, body.lora)
-    prompts = await serving.in_words(lambda: _prompts(serving, body))
+    # Ids are looked at here: to go to another thread and back costs as much as the rest of a request.
+    texts = isinstance(body.prompt, str) or any(isinstance(one, str) for one in body.prompt[:1])
+    prompts = await serving.in_words(lambda: _prompts(serving, body)) if texts else _prompts(serving, body)
     count = max(body.n or 1, body.best_of or 1)
     if len(prompts) * count > serving.settings.limits.prompts:
         raise RecipeError(f"{len(prompts)} prompts with {count} answers each",
@@ -52,7 +54,9 @@ async def completion_requests(serving: Serving, body: CompletionBody) -> list[Re
     for prompt in prompts:
         sampling = sampling_of(serving, body, len(prompt), limit=max(1, body.limit or 0), likeliest=body.logprobs or 0,
                                of_prompt=bool(body.echo and body.logprobs is not None))  # fmt: skip
-        guide = await serving.in_words(lambda prompt=prompt: _guide(serving.grammars, body, prompt))  # type: ignore[misc]
+        guide = None
+        if _is_given_form(body):
+            guide = await serving.in_words(lambda prompt=prompt: _guide(serving.grammars, body, prompt))  # type: ignore[misc]
         requests.append(Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1,
                                 best_of=body.best_of or 0, guide=guide))  # fmt: skip
     return requests
@@ -148,9 +152,13 @@ def _biases(body: Drawn, vocabulary: int) -> tuple[tuple[int, float], ...]:
     return tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
 
 
+def _is_given_form(body: Drawn) -> bool:
+    asked = (body.guided_json, body.guided_regex, body.guided_choice, body.structured_outputs)
+    return any(one is not None for one in asked)
+
+
 def _bound(body: ChatBody) -> bool:
-    asked = (body.response_format, body.guided_json, body.guided_regex, body.guided_choice, body.structured_outputs)
-    return any(one is not None for one in asked) or body.tool_choice not in (None, "none", "auto")
+    return _is_given_form(body) or body.response_format is not None or body.tool_choice not in (None, "none", "auto")
 
 
 def _chat_guide(grammars: Grammars, body: ChatBody, prompt: Ints) -> MakeGuide | None:

@@ -203,6 +203,8 @@ class CompletionBody(Drawn):
     logprobs: int | None = Field(None, ge=0, le=20)
     prompt_logprobs: None = None
     best_of: int | None = Field(None, ge=1, le=16)
+    return_token_ids: bool | None = Field(None, description="the ids of prompt and answer beside the text")
+    return_tokens_as_token_ids: bool | None = Field(None, description="token_id:ID in logprobs, every token of them")
     suffix: None = None
 
     @property

@@ -17,10 +17,10 @@ from luthier.server.asking import chat_request, forced_tools
 from luthier.server.bodies import ChatBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
-from luthier.server.stream import EventStream, whole
+from luthier.server.stream import EventStream, Frame, whole
 from luthier.server.telling import chat_log_probs, merged, usage, voices_of
+from luthier.server.ticket import Ticket
 from luthier.server.tool_calls import CLOSE, OPEN, Called, CallReader
-from luthier.server.worker import Ticket
 
 Part = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def routes(serving: Serving) -> APIRouter:
         """Answer a conversation."""
         asked = await chat_request(serving, body)
         answer = _Answer(serving, body, asked)
-        [ticket] = await serving.worker.submit([asked])
+        [ticket] = await serving.worker.submit([asked], whole=not body.stream)
         if body.stream:
             return EventStream(answer.chunks(ticket), [ticket])
         return await whole(request, [ticket], partial(answer.whole, ticket))
@@ -70,28 +70,28 @@ class _Answer:
         """The whole answer, once it is there."""
         parts: list[list[str | Called]] = [[] for _ in self.voices]
         while news := await ticket.news():
-            self.clock.heard()
-            for each in news:
+            for each in merged(news):
                 parts[each.choice] += self._heard(each)
+        self.clock.began(ticket.first)
         self.serving.metrics.said += self.said
         choices = [self._choice(index, found) for index, found in enumerate(parts)]
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": usage(self.prompt, self.said)}
 
-    async def chunks(self, ticket: Ticket) -> AsyncIterator[Sequence[Part]]:
+    async def chunks(self, ticket: Ticket) -> AsyncIterator[Sequence[bytes]]:
         """The answer as it grows."""
-        yield [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self.voices))]
+        frame = Frame({**self.head, "object": "chat.completion.chunk"})
+        yield [frame(_piece(index, {"role": "assistant", "content": ""})) for index in range(len(self.voices))]
         try:
             while news := await ticket.news():
                 self.clock.heard()
-                made = [chunk for each in merged(news) for chunk in self._grown(each)]
+                made = [frame(choice) for each in merged(news) for choice in self._grown(each)]
                 if made:
                     yield made
         finally:
             self.serving.metrics.said += self.said
         options = self.body.stream_options
         if options is not None and options.include_usage:
-            yield [{**self.head, "object": "chat.completion.chunk", "choices": [],
-                    "usage": usage(self.prompt, self.said)}]  # fmt: skip
+            yield [frame.last(usage(self.prompt, self.said))]
 
     def _heard(self, news: News) -> list[str | Called]:
         """The pieces that news of a choice make certain."""
@@ -108,18 +108,14 @@ class _Answer:
             if isinstance(piece, Called):
                 delta = {"tool_calls": [piece.as_plain(self.told[news.choice])]}
                 self.told[news.choice] += 1
-            made.append(self._chunk(news.choice, delta))
+            made.append(_piece(news.choice, delta))
         said = voice.taken()
         if self.body.logprobs and said:
-            made = made or [self._chunk(news.choice, {})]
-            made[-1]["choices"][0]["logprobs"] = chat_log_probs(self.serving.tokenizer, said)
+            made = made or [_piece(news.choice, {})]
+            made[-1]["logprobs"] = chat_log_probs(self.serving.tokenizer, said)
         if voice.ended:
-            made.append(self._chunk(news.choice, {}, self._reason(news.choice)))
+            made.append(_piece(news.choice, {}, self._reason(news.choice)))
         return made
-
-    def _chunk(self, index: int, delta: Part, reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return {**self.head, "object": "chat.completion.chunk", "choices": [choice]}
 
     def _choice(self, index: int, found: Sequence[str | Called]) -> Part:
         calls = [one.as_plain() for one in found if isinstance(one, Called)]
@@ -137,3 +133,8 @@ class _Answer:
     def _reason(self, index: int) -> str:
         reader, voice = self.readers[index], self.voices[index]
         return "tool_calls" if reader is not None and reader.calls and voice.ended == "stop" else voice.ended
+
+
+def _piece(index: int, delta: Part, reason: str | None = None) -> dict[str, Any]:
+    """A piece of a choice."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

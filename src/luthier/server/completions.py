@@ -18,9 +18,9 @@ from luthier.server.asking import completion_requests
 from luthier.server.bodies import CompletionBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
-from luthier.server.stream import EventStream, whole
+from luthier.server.stream import EventStream, Frame, whole
 from luthier.server.telling import merged, text_log_probs, usage, voices_of
-from luthier.server.worker import Ticket
+from luthier.server.ticket import Ticket
 
 Part = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ def routes(serving: Serving) -> APIRouter:
         """Continue one text or several."""
         asked = await completion_requests(serving, body)
         answer = _Answer(serving, body, asked)
-        tickets = await serving.worker.submit(asked)
+        tickets = await serving.worker.submit(asked, whole=not body.stream)
         if body.stream:
             return EventStream(answer.chunks(tickets), tickets)
         return await whole(request, tickets, partial(answer.whole, tickets))
@@ -51,7 +51,7 @@ class _Prompt:
         self.body = body
         self.asked = asked
         self.first = first
-        self.voices = voices_of(serving, asked)
+        self.voices = voices_of(serving, asked, every=bool(body.return_tokens_as_token_ids))
         # The mark that begins a text is ours where the prompt came as text: neither it nor its place is told.
         ours = _is_text(body) and serving.tokenizer.adds_bos
         self.scores: list[Said | int] = [] if ours else [int(token) for token in asked.prompt[:1]]
@@ -59,6 +59,7 @@ class _Prompt:
         self.clock = Clock(serving.metrics)
         self.echo = serving.tokenizer.decode(asked.prompt[int(ours) :]) if body.echo else ""
         self.begun = [False] * len(self.voices)
+        self.ids: list[list[int]] = [[] for _ in self.voices]
 
     @property
     def said(self) -> int:
@@ -69,20 +70,30 @@ class _Prompt:
         """The text that news make certain."""
         if news.prompt is not None:
             self.scores += news.prompt
+        if self.body.return_token_ids and self.body.max_tokens != 0:
+            self.ids[news.choice] += [each.token for each in news.said]
         text = self.voices[news.choice].push(news)
         return "" if self.body.max_tokens == 0 else text
 
     def choice(self, index: int, text: str, *, ended: bool) -> Part:
         """A choice, or a piece of one, with the tokens since the last."""
-        voice, known = self.voices[index], self.body.logprobs
+        voice, known, first = self.voices[index], self.body.logprobs, not self.begun[index]
         said: list[Said | int] = [] if self.body.max_tokens == 0 else list(voice.taken())
-        if not self.begun[index] and self.echo:
+        if first and self.body.echo:
             text, said = self.echo + text, [*self.scores, *said]
         self.begun[index] = True
         at, self.lengths[index] = self.lengths[index], self.lengths[index] + len(text)
-        told = None if known is None else text_log_probs(self.serving.tokenizer, said, at=at, top=known > 0)
+        told = None if known is None else text_log_probs(
+            self.serving.tokenizer, said, at=at, top=known > 0, as_ids=bool(self.body.return_tokens_as_token_ids)
+        )  # fmt: skip
         reason = "length" if self.body.max_tokens == 0 else voice.ended
-        return {"index": self.first + index, "text": text, "logprobs": told, "finish_reason": reason if ended else None}
+        made = {"index": self.first + index, "text": text, "logprobs": told, "finish_reason": reason if ended else None}
+        return {**made, **self._ids(index, first=first)} if self.body.return_token_ids else made
+
+    def _ids(self, index: int, *, first: bool) -> Part:
+        """The ids since the last piece, and before the first one those of the prompt."""
+        found, self.ids[index] = self.ids[index], []
+        return {"prompt_token_ids": self.asked.prompt.tolist() if first else None, "token_ids": found}
 
 
 @final
@@ -117,25 +128,26 @@ class _Answer:
     async def _read(self, prompt: _Prompt, ticket: Ticket) -> list[str]:
         texts = [""] * len(prompt.voices)
         while news := await ticket.news():
-            prompt.clock.heard()
-            for each in news:
+            for each in merged(news):
                 texts[each.choice] += prompt.heard(each)
+        prompt.clock.began(ticket.first)
         self.serving.metrics.said += prompt.said
         return texts
 
-    async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[Part]]:
+    async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[bytes]]:
         """The answers as they grow, those of several prompts side by side."""
+        frame = Frame(self.head)
         grown = self._one(*tickets) if len(tickets) == 1 else self._several(tickets)
         try:
             async for prompt, news in grown:
                 prompt.clock.heard()
-                yield [chunk for each in merged(news) for chunk in self._grown(prompt, each)]
+                yield [frame(choice) for each in merged(news) if (choice := self._grown(prompt, each))]
         finally:
             await grown.aclose()
             self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
         options = self.body.stream_options
         if options is not None and options.include_usage:
-            yield [{**self.head, "choices": [], "usage": self.usage()}]
+            yield [frame.last(self.usage())]
 
     async def _one(self, ticket: Ticket) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
         while news := await ticket.news():
@@ -158,11 +170,11 @@ class _Answer:
             for task in waiting:
                 task.cancel()
 
-    def _grown(self, prompt: _Prompt, news: News) -> list[Part]:
+    def _grown(self, prompt: _Prompt, news: News) -> Part | None:
         text = prompt.heard(news)
         if not text and not news.ended and (self.body.logprobs is None or not news.said):
-            return []
-        return [{**self.head, "choices": [prompt.choice(news.choice, text, ended=bool(news.ended))]}]
+            return None
+        return prompt.choice(news.choice, text, ended=bool(news.ended))
 
 
 def _is_text(body: CompletionBody) -> bool:

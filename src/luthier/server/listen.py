@@ -67,7 +67,8 @@ def listen(serving: Serving, *, certificate: Certificate | None = None, ready: C
 def bound(host: str, port: int) -> socket.socket:
     """A socket that is bound. Raises StorageError when the port is taken."""
     kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(kind, socket.SOCK_STREAM)
+    # By its protocol asyncio knows connections whose small writes must not wait for an ACK (40 ms of each first token).
+    made = socket.socket(kind, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host.strip("[]"), port))

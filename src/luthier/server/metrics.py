@@ -53,6 +53,11 @@ class Clock:
         self._last = time.monotonic()
         self._first = True
 
+    def began(self, at: float | None) -> None:
+        """A whole answer had its first token then."""
+        if at is not None:
+            self._metrics.first.add(at - self._last)
+
     def heard(self) -> None:
         """Something came."""
         now = time.monotonic()

@@ -13,10 +13,11 @@ from fastapi.responses import JSONResponse
 from luthier.core.errors import LuthierError
 from luthier.server.errors import body_of, refuse
 from luthier.server.guard import Message, Receive, Send
-from luthier.server.worker import Ticket
+from luthier.server.ticket import Ticket
 
 T = TypeVar("T")
-Chunks = AsyncIterator[Sequence[Mapping[str, Any]]]
+Chunks = AsyncIterator[Sequence[bytes]]
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @final
@@ -39,17 +40,38 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ready: list[bytes] = []
         try:
             async for chunks in self._chunks:
-                await send({"type": "http.response.body", "body": b"".join(map(event, chunks)), "more_body": True})
+                ready += chunks
+                if not all(ticket.read for ticket in self._tickets):
+                    await send({"type": "http.response.body", "body": b"".join(ready), "more_body": True})
+                    ready.clear()
         except LuthierError as error:
-            await send({"type": "http.response.body", "body": event(body_of(error)), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            ready.append(event(body_of(error)))
+        # What comes last goes out in one piece: each write costs as much as some tokens.
+        await send({"type": "http.response.body", "body": b"".join([*ready, b"data: [DONE]\n\n"]), "more_body": False})
 
 
 def event(values: Mapping[str, Any]) -> bytes:
     """Values as one server-sent event."""
-    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_dump(values)}\n\n".encode()
+
+
+@final
+class Frame:
+    """The events of one answer: what is the same in all of them is written once."""
+
+    def __init__(self, head: Mapping[str, Any]) -> None:
+        self._start = f'data: {_dump(head)[:-1]},"choices":['
+
+    def __call__(self, choice: Mapping[str, Any]) -> bytes:
+        """A piece of one choice."""
+        return f"{self._start}{_dump(choice)}]}}\n\n".encode()
+
+    def last(self, usage: Mapping[str, Any]) -> bytes:
+        """What was used, after all pieces."""
+        return f'{self._start}],"usage":{_dump(usage)}}}\n\n'.encode()
 
 
 async def whole(

@@ -19,22 +19,24 @@ LOWEST: Final = -9999.0
 @final
 @dataclass
 class Voice:
-    """One choice as it grows: `push` takes its news and gives the text that is certain with them."""
+    """One choice as it grows: `push` takes its news and gives the text that is certain with them.
+
+    Log-probabilities are told of tokens that can be heard, or of `every` one.
+    """
 
     stream: TextStream
     silent: frozenset[int]
+    every: bool = False
     said: list[Said] = field(default_factory=list)
     tokens: int = 0
     ended: str = ""
 
     def push(self, news: News) -> str:
         """The new text; `said` then holds the new tokens that are part of it."""
-        text = ""
-        for each in news.said:
-            self.tokens += 1
-            if self.stream.stopped is None and each.token not in self.silent:
-                self.said.append(each)
-            text += self.stream.push(each.token)
+        self.tokens += len(news.said)
+        if self.stream.stopped is None:
+            self.said += [each for each in news.said if self.every or each.token not in self.silent]
+        text = self.stream.push_all([each.token for each in news.said])
         if news.ended:
             text += self.stream.end()
             self.ended = "stop" if self.stream.stopped is not None else news.ended
@@ -46,12 +48,14 @@ class Voice:
         return said
 
 
-def voices_of(serving: Serving, request: Request, *, loud: frozenset[int] = frozenset()) -> list[Voice]:
+def voices_of(
+    serving: Serving, request: Request, *, loud: frozenset[int] = frozenset(), every: bool = False
+) -> list[Voice]:
     """A voice for each choice of a request. Control tokens are not heard, but for those of `loud`."""
     silent = (serving.tokenizer.special_ids | set(request.sampling.stop_ids)) - loud
     stop, decode = request.sampling.stop, serving.tokenizer.decode
     return [
-        Voice(TextStream(decode, stop, skip=frozenset(silent), after=request.prompt), frozenset(silent))
+        Voice(TextStream(decode, stop, skip=frozenset(silent), after=request.prompt), frozenset(silent), every)
         for _ in range(request.choices)
     ]
 
@@ -60,13 +64,17 @@ def merged(news: Sequence[News]) -> Sequence[News]:
     """One piece of news for each choice: what came while nobody looked is told at once."""
     if len(news) == 1:
         return news
-    found: dict[int, News] = {}
+    by_choice: dict[int, list[News]] = {}
     for each in news:
-        old = found.get(each.choice)
-        if old is not None:
-            each = replace(old, said=old.said + each.said, ended=each.ended, prompt=old.prompt or each.prompt)
-        found[each.choice] = each
-    return list(found.values())
+        by_choice.setdefault(each.choice, []).append(each)
+    return [
+        replace(
+            found[-1],
+            said=tuple(said for each in found for said in each.said),
+            prompt=next((each.prompt for each in found if each.prompt is not None), None),
+        )
+        for found in by_choice.values()
+    ]
 
 
 def chat_log_probs(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]:
@@ -82,8 +90,13 @@ def chat_log_probs(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]
     return {"content": content, "refusal": None}
 
 
-def text_log_probs(tokenizer: Tokenizer, said: Sequence[Said | int], *, at: int = 0, top: bool) -> dict[str, Any]:
-    """Log-probabilities as completions tell them; a bare number is a token of which none is known, the first one."""
+def text_log_probs(
+    tokenizer: Tokenizer, said: Sequence[Said | int], *, at: int = 0, top: bool, as_ids: bool = False
+) -> dict[str, Any]:
+    """Log-probabilities as completions tell them; a bare number is a token of which none is known, the first one.
+
+    Tokens are texts, or `token_id:ID`, which no two of them share.
+    """
     texts = [tokenizer.token_text(each if isinstance(each, int) else each.token) for each in said]
     offsets = []
     for text in texts:
@@ -91,9 +104,9 @@ def text_log_probs(tokenizer: Tokenizer, said: Sequence[Said | int], *, at: int 
         at += len(text)
     tops: list[dict[str, float] | None] | None = None
     if top:
-        tops = [None if isinstance(each, int) else _top(tokenizer, each) for each in said]
+        tops = [None if isinstance(each, int) else _top(tokenizer, each, as_ids=as_ids) for each in said]
     return {
-        "tokens": texts,
+        "tokens": [_id(each) for each in said] if as_ids else texts,
         "token_logprobs": [None if isinstance(each, int) else finite(each.log_prob) for each in said],
         "top_logprobs": tops,
         "text_offset": offsets,
@@ -110,8 +123,14 @@ def usage(prompt: int, said: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
 
 
-def _top(tokenizer: Tokenizer, said: Said) -> dict[str, float]:
+def _top(tokenizer: Tokenizer, said: Said, *, as_ids: bool) -> dict[str, float]:
+    if as_ids:
+        return {_id(token): finite(log_prob) for token, log_prob in (*said.likeliest, (said.token, said.log_prob))}
     # Two tokens may read alike; the likelier one stays. The token that was said is always among them.
     found = {tokenizer.token_text(token): finite(log_prob) for token, log_prob in reversed(said.likeliest)}
     found.setdefault(tokenizer.token_text(said.token), finite(said.log_prob))
     return found
+
+
+def _id(token: Said | int) -> str:
+    return f"token_id:{token if isinstance(token, int) else token.token}"

@@ -1,9 +1,8 @@
-"""The thread that owns the engine, and the tickets by which the async side hears from it.
+"""The thread that owns the engine.
 
 Idea: one thread adds requests, runs steps while there is something to do, and tells what came of each step to the event
-loop in one call. A request is a ticket: its news wait there until they are read. A reader that does not keep up loses
-its request when `buffer` news wait: generation never pauses for one client, and what waits is bounded. A ticket that is
-closed early cancels its request before the next step.
+loop in one call. A request is a ticket (ticket.py), from which its reader hears of it; generation never pauses for one
+client. A ticket that is closed early cancels its request before the next step.
 When a step raises, every request under way is told so and cancelled, and the thread goes on; after three such steps in
 a row, or when cancelling raises too, it ends, and says so to whoever asks from then on. Nothing waits for ever.
 Use when: async code wants text. What else touches the model goes through `do`.
@@ -15,6 +14,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -24,6 +24,7 @@ from luthier.core.errors import DataError, LuthierError, RecipeError
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError, DrainingError, EngineFailedError
+from luthier.server.ticket import Ticket, due
 
 T = TypeVar("T")
 MOST_FAILURES: Final = 3
@@ -58,79 +59,14 @@ class Steps(Protocol):
 
 
 @final
-class Ticket:
-    """One request under way. One reader asks for `news` until it is over, and closes the ticket in any case."""
-
-    def __init__(self, worker: Worker, request: Request) -> None:
-        self.request = request
-        self.weight = max(request.choices, request.best_of, request.beams)
-        self.number: int | None = None
-        self.closed = False
-        self.accepted: asyncio.Future[None] = worker.loop.create_future()
-        self._worker = worker
-        self._news: list[News] = []
-        self._left = self.unended = request.choices
-        self._error: LuthierError | None = None
-        self._wake = asyncio.Event()
-
-    async def news(self) -> list[News]:
-        """All that came since the last call, at least one; an empty list when the request is over. Raises its error."""
-        while not self._news:
-            if self._error is not None:
-                raise type(self._error)(self._error.received, allowed=self._error.allowed, do=self._error.do)
-            if self._left <= 0:
-                return []
-            self._wake.clear()
-            await self._wake.wait()
-        news, self._news = self._news, []
-        return news
-
-    def close(self) -> None:
-        """Nobody reads any more: what is still under way is cancelled."""
-        if not self.closed:
-            self.closed = True
-            self._worker.leave(self)
-
-    def take(self, news: Sequence[News], buffer: int) -> None:
-        """Keep news for the reader; on the event loop."""
-        if self._error is not None or self.closed:
-            return
-        failure = next((each.failure for each in news if each.failure is not None), None)
-        if failure is not None:
-            self._left = 0
-            self.fail(failure)
-            return
-        self._news.extend(news)
-        self._left -= sum(1 for each in news if each.ended)
-        if len(self._news) > buffer:
-            self._news.clear()
-            self.fail(BusyError(
-                f"{buffer:,} pieces of the answer waited to be read; the request was cancelled",
-                do="read faster, or ask without stream",
-            ))  # fmt: skip
-            self._worker.leave(self)
-        self._wake.set()
-
-    def fail(self, error: LuthierError) -> None:
-        """The request is over, and why; on the event loop."""
-        self._error = self._error or error
-        if not self.accepted.done():
-            self.accepted.set_exception(self._error)
-            self.accepted.exception()
-        self._wake.set()
-
-    @property
-    def over(self) -> bool:
-        """Whether everything was said."""
-        return self._left <= 0
-
-
-@final
 class Worker:
     """One engine in a thread of its own. At most `waiting` continuations beyond what runs at once are taken."""
 
-    def __init__(self, engine: Steps, *, rows: int = 64, waiting: int = 256, buffer: int = 1024) -> None:
+    def __init__(
+        self, engine: Steps, *, rows: int = 64, waiting: int = 256, buffer: int = 1024, gather: float = 0.02
+    ) -> None:
         self.engine = engine
+        self.gather = gather
         self.most = rows + waiting
         self.buffer = buffer
         self.counts = engine.counts
@@ -141,6 +77,7 @@ class Worker:
         self._tickets: dict[int, Ticket] = {}
         self._held: dict[Ticket, int] = {}
         self._waiting: set[asyncio.Future[Any]] = set()
+        self._later: list[Ticket] = []
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ending = False
@@ -163,13 +100,13 @@ class Worker:
         """Continuations that are under way or wait."""
         return sum(self._held.values())
 
-    async def submit(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Tickets for requests that are taken together or not at all.
+    async def submit(self, requests: Sequence[Request], *, whole: bool = False) -> list[Ticket]:
+        """Tickets for requests that are taken together or not at all; `whole` answers are not heard while they grow.
 
         Raises BusyError when too many wait, and whatever the engine says of requests that can never run.
         """
         self.require_open()
-        tickets = [Ticket(self, request) for request in requests]
+        tickets = [Ticket(self, request, whole=whole) for request in requests]
         wanted = sum(ticket.weight for ticket in tickets)
         if self._held and self.open + wanted > self.most:
             raise BusyError(f"{self.open} continuations are under way and {wanted} more were asked for",
@@ -218,6 +155,12 @@ class Worker:
         self._held.pop(ticket, None)
         if not ticket.over:
             self._actions.put(partial(self._cancel, ticket))
+
+    def wake_later(self, ticket: Ticket) -> None:
+        """Wake a reader with the others that wait for it; on the event loop."""
+        if not self._later:
+            self.loop.call_later(self.gather, self._wake_all)
+        self._later.append(ticket)
 
     # ------------------------------------------------------------------------------------------- on the engine's thread
 
@@ -274,17 +217,20 @@ class Worker:
 
     def _deliver(self, news: Sequence[News]) -> None:
         by_ticket: dict[Ticket, list[News]] = {}
+        now = time.monotonic()
         for each in news:
             ticket = self._tickets.get(each.request)
             if ticket is None:
                 continue
+            ticket.first = ticket.first or now
             by_ticket.setdefault(ticket, []).append(each)
             ticket.unended -= bool(each.ended)
             if not ticket.unended:
                 del self._tickets[each.request]
         self.counts = self.engine.counts
-        if by_ticket:
-            self._tell(partial(self._hand_out, by_ticket))
+        told = {ticket: found for ticket, news in by_ticket.items() if (found := due(ticket, news))}
+        if told:
+            self._tell(partial(self._hand_out, told))
 
     def _publish(self) -> None:
         self.counts = self.engine.counts
@@ -323,6 +269,12 @@ class Worker:
             ticket.take(news, self.buffer)
             if ticket.over:
                 self._held.pop(ticket, None)
+
+    def _wake_all(self) -> None:
+        tickets, self._later = self._later, []
+        now = self.loop.time()
+        for ticket in tickets:
+            ticket.wake(now)
 
     def _all_failed(self, tickets: Sequence[Ticket], error: LuthierError) -> None:
         for ticket in tickets:

@@ -1,0 +1,65 @@
+"""A speaker that is an engine somewhere else: tokens go out, tokens and their log-probabilities come back.
+
+Idea: whoever trains on what was said has to know that the model that said it is the one that is trained. So a remote
+speaker is made of a probe that found it so, and of nothing else; other weights need another probe (`renewed`).
+Cost: a request for each prompt, `at_once` of them under way at a time.
+Use when: rollouts come from vLLM, SGLang or llama.cpp. Not when: the model fits beside the trainer; `infer/engine.py`
+shares its weights and needs no probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import final
+
+from luthier.core.errors import GateError
+from luthier.data.forest import Ints
+from luthier.infer.dialects import Dialect
+from luthier.infer.sync import Score, Sync, probe
+from luthier.model.speaker import Sampling, Spoken
+
+
+@final
+@dataclass(frozen=True)
+class RemoteSpeaker:
+    """Speaks as the model of a probe. Raises GateError for a probe that failed."""
+
+    engine: Dialect
+    sync: Sync
+    at_once: int = 16
+
+    def __post_init__(self) -> None:
+        self.sync.require()
+        if self.at_once < 1:
+            raise GateError(f"{self.at_once} requests at a time", allowed="at least 1")
+
+    def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
+        """One continuation for each prompt, in the order of the prompts; each draws with a seed of its own."""
+        if not prompts:
+            return []
+        drawn = [replace(sampling, seed=(sampling.seed * 1_000_003 + place) % 2**31) for place in range(len(prompts))]
+        with ThreadPoolExecutor(min(self.at_once, len(prompts))) as pool:
+            asked = [
+                pool.submit(self.engine.speak, prompt, each, self.sync.model)
+                for prompt, each in zip(prompts, drawn, strict=True)
+            ]
+            try:
+                return [each.result() for each in asked]
+            finally:
+                for each in asked:
+                    each.cancel()
+
+    def renewed(
+        self, path: str, texts: Sequence[Ints], *, ours: Score, base: Score | None, before: Score | None = None
+    ) -> RemoteSpeaker:
+        """The speaker with the weights that lie at `path` now, as the engine sees it. Raises GateError when the engine
+        does not compute them: it may go on with those from `before`, or with their cache."""
+        name = self.sync.model
+        if name in self.engine.models():
+            self.engine.unload(name)
+        self.engine.load(name, path)
+        found = probe(self.engine, name, texts, ours=ours, base=base, before=before,
+                      tolerance=self.sync.tolerance)  # fmt: skip
+        return RemoteSpeaker(self.engine, found, self.at_once)

@@ -1,0 +1,124 @@
+"""A request under way, as the async side sees it: its news wait here until they are read.
+
+Idea: the reader of a ticket is woken for the first news at once, and then at most each `gather` seconds, for to wake it
+and to write what it makes costs as much as several tokens; one that wants the `whole` answer is woken at its end. What
+waits is bounded: a reader that does not keep up loses its request when `buffer` news wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, final
+
+from luthier.core.errors import LuthierError
+from luthier.infer.request import News, Request
+from luthier.server.errors import BusyError
+
+if TYPE_CHECKING:
+    from luthier.server.worker import Worker
+
+KEPT: Final = 256
+"""News that are kept at most before they are read."""
+
+
+@final
+class Ticket:
+    """One request under way. One reader asks for `news` until it is over, and closes the ticket in any case.
+
+    `first` is when its first news came. `kept` is the engine's thread's own.
+    """
+
+    def __init__(self, worker: Worker, request: Request, *, whole: bool = False) -> None:
+        self.request = request
+        self.whole = whole
+        self.first: float | None = None
+        self.kept: list[News] = []
+        self.weight = max(request.choices, request.best_of, request.beams)
+        self.number: int | None = None
+        self.closed = False
+        self.accepted: asyncio.Future[None] = worker.loop.create_future()
+        self._worker = worker
+        self._news: list[News] = []
+        self._left = self.unended = request.choices
+        self._error: LuthierError | None = None
+        self._wake = asyncio.Event()
+        self._woken = 0.0
+
+    async def news(self) -> list[News]:
+        """All that came since the last call, at least one; an empty list when the request is over. Raises its error."""
+        while not self._news:
+            if self._error is not None:
+                raise type(self._error)(self._error.received, allowed=self._error.allowed, do=self._error.do)
+            if self._left <= 0:
+                return []
+            self._wake.clear()
+            await self._wake.wait()
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Nobody reads any more: what is still under way is cancelled."""
+        if not self.closed:
+            self.closed = True
+            self._worker.leave(self)
+
+    def take(self, news: Sequence[News], buffer: int) -> None:
+        """Keep news for the reader; on the event loop."""
+        if self._error is not None or self.closed:
+            return
+        failure = next((each.failure for each in news if each.failure is not None), None)
+        if failure is not None:
+            self._left = 0
+            self.fail(failure)
+            return
+        self._news.extend(news)
+        self._left -= sum(1 for each in news if each.ended)
+        # A whole answer is read by us, and no client keeps that waiting.
+        if len(self._news) > buffer and not self.whole:
+            self._news.clear()
+            self.fail(BusyError(
+                f"{buffer:,} pieces of the answer waited to be read; the request was cancelled",
+                do="read faster, or ask without stream",
+            ))  # fmt: skip
+            self._worker.leave(self)
+        now = self._worker.loop.time()
+        much = len(self._news) >= KEPT
+        if self.over or self._error is not None or much or now - self._woken >= self._worker.gather:
+            self.wake(now)
+        else:
+            self._worker.wake_later(self)
+
+    def wake(self, now: float) -> None:
+        """Let the reader see what there is; on the event loop."""
+        self._woken = now
+        self._wake.set()
+
+    def fail(self, error: LuthierError) -> None:
+        """The request is over, and why; on the event loop."""
+        self._error = self._error or error
+        if not self.accepted.done():
+            self.accepted.set_exception(self._error)
+            self.accepted.exception()
+        self._wake.set()
+
+    @property
+    def over(self) -> bool:
+        """Whether everything was said."""
+        return self._left <= 0
+
+    @property
+    def read(self) -> bool:
+        """Whether everything was said, and heard."""
+        return self.over and not self._news
+
+
+def due(ticket: Ticket, news: list[News]) -> list[News]:
+    """What is to be told now: of a whole answer, all at its end, or when much is kept."""
+    if not ticket.whole:
+        return news
+    ticket.kept += news
+    if ticket.unended and len(ticket.kept) < KEPT and not any(each.failure for each in news):
+        return []
+    found, ticket.kept = ticket.kept, []
+    return found
