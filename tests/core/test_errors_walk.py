@@ -42,6 +42,7 @@ CODES = {
     "not-served": 2,
     "busy": 69,
     "engine": 1,
+    "reward": 1,
     "draining": 75,
 }
 """The interface: a code may be added, never changed or taken away."""

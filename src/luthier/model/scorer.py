@@ -1,0 +1,55 @@
+"""Models as judges: what a reward may ask of a model, in texts.
+
+The protocols live here, below the families, so that a judge or a learned reward knows neither engine nor tokenizer, and
+a test can plant a bias that no real model has in such purity. A prompt may end in the beginning of an answer (`begun`),
+which is how a rationale is said first and a verdict scored behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from luthier.data.conversation import Message
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Messages to answer, and how the answer begins."""
+
+    messages: tuple[Message, ...]
+    begun: str = ""
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a model went on, and why it ended: "stop" or "length"."""
+
+    text: str
+    ended: str = "stop"
+
+
+@dataclass(frozen=True)
+class Likely:
+    """The log-probability of a whole continuation, and how many tokens it is."""
+
+    log_prob: float
+    tokens: int = 1
+
+
+class TextModel(Protocol):
+    """Goes on with texts, and says how likely continuations of them are."""
+
+    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+        """One continuation of each."""
+
+    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+        """For each, how likely every one of the continuations is, under the model itself (temperature 1)."""
+
+
+class TextScorer(Protocol):
+    """Says of answered conversations how good they are: a reward model."""
+
+    def scores(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """One number for each; its last message is the answer."""

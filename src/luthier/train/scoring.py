@@ -1,0 +1,124 @@
+"""Scoring: rewards asked about samples, again where they failed, and what cannot be scored left out and counted.
+
+Idea: a reward that raises, or gives a number that is not finite, has not said that an answer is bad. Samples whose
+reward failed are asked about again together, the last time one by one, so that one sample cannot take the others of
+its batch with it. What fails then is left out: it is no 0, it is in no mean, and it is counted by what happened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+from luthier.core.errors import RecipeError
+from luthier.data.sample import Sample
+from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score for each sample, in order; None where it is to be left out.
+
+    `failures` are the errors of those that failed, `unasked` is how many the reward does not apply to, `retried` how
+    often a sample was asked about again.
+    """
+
+    scores: tuple[Score | None, ...]
+    failures: tuple[RewardError, ...] = ()
+    unasked: int = 0
+    retried: int = 0
+
+    @property
+    def means(self) -> Mapping[str, float]:
+        """The mean of each part over the samples that have it, and of the value as "reward"."""
+        there = [{"reward": score.value, **score.parts} for score in self.scores if score is not None]
+        names = dict.fromkeys(name for numbers in there for name in numbers)
+        columns = {name: [numbers[name] for numbers in there if name in numbers] for name in names}
+        return {name: sum(column) / len(column) for name, column in columns.items()}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many samples came, were left out because the reward failed or does not apply, and how many retries."""
+        return {
+            "samples": len(self.scores),
+            "failed": len(self.failures),
+            "unasked": self.unasked,
+            "retried": self.retried,
+        }
+
+    @property
+    def told(self) -> str:
+        """What happened to those that failed, the most frequent first."""
+        reasons = Counter(failure.received for failure in self.failures)
+        return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+
+
+@final
+@dataclass
+class Scoring:
+    """A reward with its tools. `retries` is how often a sample that failed is asked about again."""
+
+    reward: Reward
+    tools: Tools = field(default_factory=Tools)
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        there = {"judge": self.tools.judge, "reward-model": self.tools.reward_model, "sandbox": self.tools.sandbox}
+        if missing := sorted(name for name in self.reward.needs if there[name] is None):
+            raise RecipeError(
+                f"the reward {self.reward.method_name()} needs a {missing[0]}, and there is none",
+                allowed=f"a recipe that says which {missing[0]} to use",
+            )
+
+    def check(self, facts: Mapping[str, object], where: str) -> None:
+        """Raise RecipeError for a data row without a column that the reward reads."""
+        if missing := [column for column in self.reward.columns if column not in facts]:
+            raise RecipeError(
+                f"the reward {self.reward.method_name()} reads the column {missing[0]!r}, and the row has none",
+                allowed=f"its columns: {', '.join(facts) or 'none'}", where=where,
+            )  # fmt: skip
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        """A score for each sample that can have one."""
+        verdicts: dict[int, Verdict] = dict(enumerate(self._ask(samples)))
+        retried = 0
+        for attempt in range(self.retries):
+            again = [at for at, verdict in verdicts.items() if isinstance(verdict, RewardError) and verdict.again]
+            last = attempt == self.retries - 1
+            for group in [[at] for at in again] if last else [again] * bool(again):
+                retried += len(group)
+                verdicts |= zip(group, self._ask([samples[at] for at in group]), strict=True)
+        found = list(verdicts.values())
+        return Scored(
+            tuple(verdict if isinstance(verdict, Score) else None for verdict in found),
+            tuple(verdict for verdict in found if isinstance(verdict, RewardError)),
+            sum(verdict is None for verdict in found),
+            retried,
+        )
+
+    def _ask(self, samples: Sequence[Sample]) -> list[Verdict]:
+        if not samples:
+            return []
+        try:
+            verdicts = self.reward.score(samples, self.tools)
+        except RewardError as failure:
+            return [_again(failure, sample) for sample in samples]
+        if len(verdicts) != len(samples):
+            told = f"{self.reward.method_name()} gave {len(verdicts)} verdicts on {len(samples)} samples"
+            raise RecipeError(told, allowed="one for each")
+        return [_finite(verdict, sample) for verdict, sample in zip(verdicts, samples, strict=True)]
+
+
+def _again(failure: RewardError, sample: Sample) -> RewardError:
+    """An error about a batch, as one about a sample of it."""
+    error = RewardError(failure.received, allowed=failure.allowed, do=failure.do, where=failure.where).of(sample)
+    error.__cause__ = failure
+    return error
+
+
+def _finite(verdict: Verdict, sample: Sample) -> Verdict:
+    if isinstance(verdict, Score) and not verdict.finite:
+        return RewardError(f"the reward is {verdict.value} of {dict(verdict.parts)}", allowed="finite").of(sample)
+    return verdict

@@ -1,0 +1,33 @@
+"""Samples for tests of rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.core.chosen import choose
+from luthier.data.conversation import Message
+from luthier.data.sample import Sample
+from luthier.rewards import Reward, RewardError, Score, Tools
+
+QUESTION = (Message("user", "What is asked?"),)
+
+
+def sample(said: str, /, *, ended: str = "stop", tokens: int | None = None, **facts: Any) -> Sample:
+    """An answer to a question, with columns of its row; as many tokens as letters unless told."""
+    count = len(said) if tokens is None else tokens
+    return Sample(prompt=QUESTION, answer=said, tokens=tuple(range(count)), ended=ended, facts=facts)
+
+
+def score(reward: Reward | dict[str, Any] | str, one: Sample, tools: Tools | None = None) -> Score:
+    """The score of one sample, which has to have one."""
+    [verdict] = choose("rewards", Reward, reward).score([one], tools or Tools())
+    assert isinstance(verdict, Score), verdict
+    return verdict
+
+
+def failure(reward: Reward | dict[str, Any] | str, one: Sample, tools: Tools | None = None) -> RewardError:
+    """The error of one sample, which has to fail."""
+    [verdict] = choose("rewards", Reward, reward).score([one], tools or Tools())
+    assert isinstance(verdict, RewardError), verdict
+    assert verdict.sample is one
+    return verdict

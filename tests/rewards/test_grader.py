@@ -1,0 +1,186 @@
+"""Graders of OpenAI's API: each type, its templates, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from luthier.core.errors import DataError, RecipeError
+from luthier.model.scorer import Asked, Likely, Said
+from luthier.rewards import Score, Tools
+from luthier.rewards.grader import Grader
+from tests.rewards.samples import failure, sample, score
+
+CHECK = {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+         "operation": "eq"}  # fmt: skip
+SIMILAR = {"type": "text_similarity", "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
+           "evaluation_metric": "fuzzy_match"}  # fmt: skip
+KNOBS: dict[str, Any] = {"grader": CHECK}
+GOOD, BAD = sample("Paris", answer="Paris"), sample("Rome", answer="Paris")
+
+
+class Model:
+    """A judge that says what it is told to, and remembers what it was asked."""
+
+    def __init__(self, *answers: str, likely: Sequence[float] = ()) -> None:
+        self.answers, self.odds, self.asked = answers, likely, list[Asked]()
+
+    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+        self.asked += asked
+        self.how = (most_tokens, temperature, seed)
+        return [Said(self.answers[at % len(self.answers)]) for at in range(len(asked))]
+
+    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+        return [[Likely(odds) for odds in self.odds] for _ in asked]
+
+
+@pytest.mark.parametrize(
+    ("operation", "said", "known", "value"),
+    [
+        ("eq", "Paris", "Paris", 1.0), ("eq", "paris", "Paris", 0.0), ("ne", "Rome", "Paris", 1.0),
+        ("ne", "Paris", "Paris", 0.0), ("like", "In Paris.", "Paris", 1.0), ("like", "In paris.", "Paris", 0.0),
+        ("ilike", "In paris.", "Paris", 1.0), ("ilike", "Par", "Paris", 0.0),
+    ],
+)  # fmt: skip
+def test_string_check(operation: str, said: str, known: str, value: float) -> None:
+    assert score(Grader(grader={**CHECK, "operation": operation}), sample(said, answer=known)).value == value
+
+
+def test_text_similarity_and_its_threshold() -> None:
+    near = sample("Pariz", answer="Paris")
+    assert score(Grader(grader=SIMILAR), near).value == pytest.approx(0.8)
+    for threshold, passed in ((0.7, 1.0), (0.9, 0.0)):
+        assert score(Grader(grader={**SIMILAR, "pass_threshold": threshold}), near).parts == {"passed": passed}
+    for metric in ("gleu", "rouge_1", "rouge_5", "rouge_l"):
+        long = sample("a b c d e f", answer="a b c d e f")
+        assert score(Grader(grader={**SIMILAR, "evaluation_metric": metric}), long).value == 1.0
+
+
+def test_bleu_is_that_of_sacrebleu() -> None:
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
+    bleu = Grader(grader={**SIMILAR, "evaluation_metric": "bleu"})
+    assert score(bleu, sample("a b c d e", answer="a b c d e")).value == pytest.approx(1.0)
+    assert score(bleu, sample("x", answer="a b c d e")).value < 0.1
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "value"),
+    [
+        ("{{sample.output_text}}", "x", "x"),
+        ("<{{item.answer}}|{{ item.nested.deep[1] }}|{{item.nested.deep}}>", "x", "<{{item.secret}}|2|[1, 2]>"),
+        ("{{sample.output_json.a.b}}", '{"a": {"b": 3}}', "3"),
+        ("{{sample.choices[0].message.content}}", "x", "x"),
+        ("{{sample.output_text}}", "{{item.secret}}", "{{item.secret}}"),
+        ("{{sample.output_text}}", "<think>no</think>yes", "yes"),
+    ],
+)
+def test_templates_are_filled_in_once_and_strictly(template: str, said: str, value: str) -> None:
+    """Breaks when an answer can write a template that is filled in too, and so read what it must not."""
+    row = {"answer": "{{item.secret}}", "secret": "s", "nested": {"deep": [1, 2]}}
+    grader = {**CHECK, "input": template, "reference": "{{item.expected}}"}
+    assert score(Grader(grader=grader), sample(said, **row, expected=value)).value == 1.0
+
+
+def test_a_template_with_a_name_that_is_not_there() -> None:
+    """Breaks when an unknown column is empty, or an answer that is no JSON ends the run."""
+    with pytest.raises(DataError, match="other"):
+        score(Grader(grader={**CHECK, "input": "{{item.other}}"}), GOOD)
+    assert score(Grader(grader={**CHECK, "input": "{{sample.output_json.a}}"}), GOOD).value == 0.0
+    for wrong in ("{{answer}}", "{{item.answer | upper}}", "{{item.__class__()}}", "{{}}", "{{ item }}"):
+        with pytest.raises((RecipeError, ValueError), match="template"):
+            Grader(grader={**CHECK, "input": wrong})
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [('{"steps": [], "result": 0.7}', 0.7), ("I think it is 0.25", 0.25), ("Score: 1.", 1.0), ("0.5/1: so, 0", 0.0)],
+)
+def test_score_model(said: str, value: float) -> None:
+    grader = {"type": "score_model", "model": "gpt", "range": [0, 1], "input": [
+        {"role": "developer", "content": "Judge."},
+        {"role": "user", "content": {"type": "input_text", "text": "{{sample.output_text}} for {{item.answer}}?"}},
+    ], "sampling_params": {"temperature": 0.5, "seed": 3}}  # fmt: skip
+    model = Model(said)
+    assert score(Grader(grader=grader), GOOD, Tools(judge=model)).value == value
+    assert [message.role for message in model.asked[0].messages] == ["system", "user"]
+    assert model.asked[0].messages[1].content == "Paris for Paris?" and model.how == (1024, 0.5, 3)
+
+
+@pytest.mark.parametrize("said", ["", "good", '{"result": 7}', "-1", "nan"])
+def test_a_score_that_cannot_be_read_is_an_error_and_no_zero(said: str) -> None:
+    grader = {"type": "score_model", "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
+    assert failure(Grader(grader=grader), GOOD, Tools(judge=Model(said))).again
+
+
+def test_label_model_takes_the_likeliest_label() -> None:
+    grader = {"type": "label_model", "labels": ["good", "bad"], "passing_labels": ["good"],
+              "input": [{"role": "user", "content": "{{sample.output_text}}"}]}  # fmt: skip
+    for odds, value in (((-0.1, -2.0), 1.0), ((-2.0, -0.1), 0.0)):
+        found = score(Grader(grader=grader), GOOD, Tools(judge=Model(likely=odds)))
+        assert found.value == value and found.parts == {f"label/{'good' if value else 'bad'}": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [("same", 1.0), ("0.5 * same + 0.5 * near", 0.9), ("near ^ 2", 0.64), ("-near + max(same, near, 2)", 1.2),
+     ("min(same, near) / 2", 0.4), ("sqrt(near * near) + floor(near) + ceil(near) + abs(-1)", 2.8),
+     ("exp(0) + log(1)", 1.0)],
+)  # fmt: skip
+def test_multi_computes_with_the_others(formula: str, value: float) -> None:
+    near = {**SIMILAR, "input": "Pariz"}
+    multi = {"type": "multi", "graders": {"same": CHECK, "near": near}, "calculate_output": formula}
+    found = score(Grader(grader=multi), GOOD)
+    assert found.value == pytest.approx(value) and found.parts == pytest.approx({"same": 1.0, "near": 0.8})
+
+
+def test_a_formula_that_has_no_value_is_an_error_and_no_zero() -> None:
+    """Breaks when a division by zero is 0, and when a part that failed is left out of the sum."""
+    multi = {"type": "multi", "graders": {"same": CHECK}, "calculate_output": "1 / same"}
+    assert score(Grader(grader=multi), GOOD).value == 1.0
+    assert not failure(Grader(grader=multi), BAD).again
+    asked = {"type": "score_model", "input": [{"role": "user", "content": "?"}]}
+    multi = {"type": "multi", "graders": {"same": CHECK, "asked": asked}, "calculate_output": "same + asked"}
+    assert failure(Grader(grader=multi), GOOD, Tools(judge=Model("good"))).again
+    assert Grader(grader=multi).needs == {"judge"}
+
+
+@pytest.mark.parametrize(
+    ("grader", "part"),
+    [
+        ({"type": "endpoint"}, "endpoint"),
+        ({**CHECK, "operation": "regex"}, "regex"),
+        ({**SIMILAR, "evaluation_metric": "meteor"}, "meteor"),
+        ({**SIMILAR, "evaluation_metric": "cosine"}, "cosine"),
+        ({**CHECK, "weight": 2}, "weight"),
+        ({"type": "string_check", "operation": "eq", "input": "a"}, "reference"),
+        ({"type": "score_model", "input": [], "sampling_params": {"top_p": 0.5}}, "top_p"),
+        ({"type": "label_model", "input": [], "labels": ["a"], "passing_labels": ["b"]}, "passing_labels"),
+        ({"type": "multi", "graders": {"a": CHECK}, "calculate_output": "__import__('os')"}, "import"),
+        ({"type": "multi", "graders": {"a": CHECK}, "calculate_output": "a.__class__"}, "class"),
+        ({"type": "multi", "graders": {"a": CHECK}, "calculate_output": "b"}, "graders a"),
+        ({"type": "multi", "graders": {"a": CHECK}, "calculate_output": "a +"}, "calculate_output"),
+        ({"type": "multi", "graders": {"a": {"type": "x"}}, "calculate_output": "a"}, "graders.a"),
+    ],
+)
+def test_what_is_not_done_to_the_letter_is_refused(grader: dict[str, Any], part: str) -> None:
+    with pytest.raises((RecipeError, ValueError), match=part):
+        Grader(grader=grader)
+
+
+def test_a_grader_comes_from_a_file(tmp_path: Any) -> None:
+    (tmp_path / "grader.json").write_text(json.dumps(CHECK))
+    made = Grader(file=f"{tmp_path}/grader.json")
+    assert score(made, GOOD).value == 1.0 and made.columns == ("answer",)
+    for knobs in ({}, {"file": "nowhere.json"}, {"file": f"{tmp_path}/grader.json", "grader": CHECK}):
+        with pytest.raises((RecipeError, ValueError), match=r"grader|file"):
+            Grader(**knobs)
+
+
+def test_a_model_that_is_not_there_is_told() -> None:
+    grader = {"type": "score_model", "input": [{"role": "user", "content": "?"}]}
+    with pytest.raises(RecipeError, match="judge"):
+        Grader(grader=grader).score([GOOD], Tools())
+    assert isinstance(score(Grader(grader=CHECK), GOOD, Tools()), Score)

@@ -1,0 +1,112 @@
+"""Scoring: what fails is asked about again, then left out and counted; it is never a 0."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import final
+
+import pytest
+from pydantic import Field
+
+from luthier.core.errors import DataError, RecipeError
+from luthier.data.sample import Sample
+from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.train.scoring import Scoring
+
+ASKED: Counter[str] = Counter()
+BATCHES: list[int] = []
+
+
+@final
+class Fragile(Reward):
+    """Answers are numbers that it gives back, "broken" fails, "flaky" fails `times` times, "poison" takes all along."""
+
+    times: int = Field(1, description="how often a flaky sample fails")
+
+    def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+        BATCHES.append(len(samples))
+        ASKED.update(sample.answer for sample in samples)
+        if any(sample.answer == "poison" for sample in samples):
+            raise RewardError("the service is down")
+        return [self._one(sample) for sample in samples]
+
+    def _one(self, sample: Sample) -> Verdict:
+        if sample.answer == "none":
+            return None
+        if sample.answer == "final":
+            return RewardError("it cannot be").of(sample, again=False)
+        if sample.answer == "broken" or (sample.answer == "flaky" and ASKED["flaky"] <= self.times):
+            return RewardError("the sandbox broke").of(sample)
+        value = 5.0 if sample.answer == "flaky" else float(sample.answer)
+        return Score(value, {"half": value / 2})
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    ASKED.clear()
+    BATCHES.clear()
+
+
+def samples(*answers: str) -> list[Sample]:
+    return [Sample(prompt="?", answer=answer) for answer in answers]
+
+
+def test_a_failure_that_passes_costs_nothing() -> None:
+    """Breaks when one failure excludes a sample, or the others are asked about again."""
+    for times in (1, 2):
+        ASKED.clear()
+        found = Scoring(Fragile(times=times)).score(samples("1", "flaky", "2"))
+        assert [score and score.value for score in found.scores] == [1.0, 5.0, 2.0]
+        assert {"1": 1, "flaky": times + 1, "2": 1} == ASKED and not found.failures
+
+
+def test_what_stays_broken_is_left_out_and_counted_and_never_a_zero() -> None:
+    """Breaks when an infrastructure error becomes a reward: means and scores would show it."""
+    asked = samples("1", "broken", "3", "none", "final")
+    found = Scoring(Fragile()).score(asked)
+    assert [score and score.value for score in found.scores] == [1.0, None, 3.0, None, None]
+    assert found.means == {"reward": 2.0, "half": 1.0}
+    assert found.counts == {"samples": 5, "failed": 2, "unasked": 1, "retried": 2}
+    assert [failure.sample for failure in found.failures] == [asked[1], asked[4]]
+    assert ASKED["broken"] == 3 and ASKED["1"] == ASKED["final"] == ASKED["none"] == 1
+    assert found.told == "1 x the sandbox broke; 1 x it cannot be"
+
+
+def test_one_sample_cannot_take_its_batch_with_it() -> None:
+    """Breaks when a reward that raises for a batch excludes all of it."""
+    found = Scoring(Fragile()).score(samples("1", "poison", "2"))
+    assert [score and score.value for score in found.scores] == [1.0, None, 2.0]
+    assert BATCHES == [3, 3, 1, 1, 1] and len(found.failures) == 1
+    assert found.failures[0].sample == samples("poison")[0]
+
+
+@pytest.mark.parametrize("said", ["nan", "inf", "-inf"])
+def test_a_number_that_is_not_finite_is_a_failure(said: str) -> None:
+    """Breaks when NaN is trained on, or made 0."""
+    found = Scoring(Fragile()).score(samples("1", said))
+    assert found.scores[1] is None and len(found.failures) == 1 and not math.isnan(found.means["reward"])
+
+
+def test_without_retries_and_without_samples() -> None:
+    assert Scoring(Fragile(), retries=0).score(samples("flaky")).counts["retried"] == 0
+    assert Scoring(Fragile()).score([]).scores == () and Scoring(Fragile()).score([]).means == {}
+
+
+def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
+    """Breaks when a missing column excludes every sample in silence."""
+
+    class Blind(Reward):
+        def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+            return [samples[0].fact("tests")]
+
+    with pytest.raises(DataError, match="tests"):
+        Scoring(Blind()).score(samples("1"))
+
+    class Short(Reward):
+        def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+            return []
+
+    with pytest.raises(RecipeError, match="0 verdicts on 1"):
+        Scoring(Short()).score(samples("1"))
