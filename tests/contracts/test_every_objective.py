@@ -12,8 +12,8 @@ import torch
 from luthier.core import catalog
 from luthier.data.forest import Forest, Tree
 from luthier.model.tasks import CAUSAL
-from luthier.objectives import Objective
-from tests import task_models
+from luthier.objectives import Objective, RolloutObjective
+from tests import rollouts, task_models
 from tests.contracts.resumption import Setup, assert_resumes
 
 each = pytest.mark.parametrize("name", catalog.names("objectives"))
@@ -21,6 +21,8 @@ each = pytest.mark.parametrize("name", catalog.names("objectives"))
 
 def trees_of(method: Objective, count: int = 5) -> list[Tree]:
     """The trees of a few rendered rows, with weights of 0, 0.5 and 1 where an objective does not set them itself."""
+    if isinstance(method, RolloutObjective):
+        return rollouts.random_trees(method, count)
     rng = np.random.default_rng(3)
     made = []
     for view in task_models.views_for(method, count):

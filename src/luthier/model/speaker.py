@@ -26,7 +26,9 @@ class Sampling:
     logit of each token that was said, `frequency_penalty` as often as it was; `logit_bias` is added to logits of single
     tokens. Generation of a row ends at a token of `stop_ids` (not among the first `min_new_tokens`), at a string of
     `stop`, or after `max_new_tokens`. `likeliest` is how many of the likeliest tokens are told with each that was said;
-    with `prompt_log_probs` the same is told of the prompt's tokens.
+    with `prompt_log_probs` the same is told of the prompt's tokens. With `policy_log_probs` the log-probabilities told
+    are those with which tokens are drawn, at this temperature; nothing may then be cut off or steered, for the policy
+    that is trained on them is the whole softmax.
     """
 
     max_new_tokens: int = 128
@@ -44,6 +46,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     likeliest: int = 0
     prompt_log_probs: bool = False
+    policy_log_probs: bool = False
 
     def __post_init__(self) -> None:
         limits = {
@@ -61,12 +64,29 @@ class Sampling:
         for name, (fine, allowed) in limits.items():
             if not fine:
                 raise RecipeError(f"{name} is {getattr(self, name)}", allowed=allowed)
+        if self.policy_log_probs:
+            self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Raise RecipeError unless tokens are drawn from the whole softmax at some temperature."""
+        plain = Sampling(temperature=1.0, policy_log_probs=False)
+        names = ("min_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty", "logit_bias")  # fmt: skip
+        found = next((name for name in names if getattr(self, name) != getattr(plain, name)), None)
+        if found is not None or self.temperature == 0:
+            name = found or "temperature"
+            raise RecipeError(
+                f"{name} is {getattr(self, name)}, and the tokens' log-probabilities are to be trained on",
+                allowed="sampling from the whole softmax at a temperature above 0: a policy that is cut off or steered "
+                "is another than the one that is trained",
+            )
 
 
 @dataclass(frozen=True)
 class Spoken:
     """A continuation: its tokens (the stop token included), the log-probability of each under the model itself
-    (before temperature, penalties and cuts), and why it ended: "stop" or "length".
+    (before temperature, penalties and cuts, unless `policy_log_probs` was asked for), and why it ended: "stop" or
+    "length".
 
     `likeliest` has, for each token, the likeliest ones in its place, if they were asked for.
     """

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
 from luthier.core.events import Event, Recorder
@@ -214,8 +214,10 @@ class Loop:
             "tokens": passed.tokens,
             "trained_tokens": passed.trained_tokens,
             "seconds": seconds,
+            **passed.figures,
         }
         self.recorder.record(Event("step", values, step=state.step))
+        self._tell([replace(event, step=state.step) for event in self.source.told(passed)])
 
     def _evaluate(self, state: LoopState) -> bool:
         """The loss on held-out rows; whether it is the best so far."""
