@@ -13,12 +13,12 @@ from luthier.adapters import Adapter
 from luthier.adapters.lora import LoRA
 from luthier.core.events import Event
 from luthier.data.forest import Forest, Ints, Note, Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Group, Prompt, noting
 from luthier.data.sample import Sample
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import TokenOutputs
 from luthier.model.speaker import Sampling, Spoken
-from luthier.objectives import RolloutObjective
 from luthier.optimizers.adamw import AdamW
 from luthier.rewards import Score
 from luthier.train.recall import recall
@@ -71,7 +71,7 @@ def random_group(rng: np.random.Generator, *, answers: int = 3, row: int = 0, fo
     return Group(forests.tokens(rng, int(rng.integers(2, 6))), tuple(made), row=row)
 
 
-def random_trees(objective: RolloutObjective, count: int = 5, *, seed: int = 3, foreign: bool = True) -> list[Tree]:
+def random_trees(objective: RolloutLearner, count: int = 5, *, seed: int = 3, foreign: bool = True) -> list[Tree]:
     """The trees of random groups, with all notes that the objective wants, found by nobody."""
     rng = np.random.default_rng(seed)
     groups = [random_group(rng, answers=2 + row % 3, row=row, foreign=foreign) for row in range(count)]
@@ -102,7 +102,7 @@ def outputs_of(tree: Tree, log_probs: Sequence[float], **more: Any) -> tuple[Tok
 
 
 def stepper_for(
-    objective: RolloutObjective,
+    objective: RolloutLearner,
     *,
     architecture: str = "llama",
     rate: float = 1e-2,
@@ -144,7 +144,7 @@ def source_for(
     """A source of rollouts of a tiny model."""
     rng = np.random.default_rng(5)
     objective = stepper.objective
-    assert isinstance(objective, RolloutObjective)
+    assert isinstance(objective, RolloutLearner)
     made = prompts or [Prompt(forests.tokens(rng, 3 + row % 3), row=row) for row in range(5)]
     made_plan = Plan(prompts=2, answers=4, max_new_tokens=5, stop_ids=(1, 2, 3))
     return RolloutSource(

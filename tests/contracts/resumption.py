@@ -24,8 +24,9 @@ from luthier.adapters import Adapter
 from luthier.core.chosen import choose
 from luthier.core.events import Event
 from luthier.data.forest import Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.model.tasks import CAUSAL
-from luthier.objectives import Objective, RolloutObjective, Vocabulary
+from luthier.objectives import Objective, Vocabulary
 from luthier.optimizers import Optimizer
 from luthier.schedules import Schedule
 from luthier.train.first_look import look
@@ -132,10 +133,11 @@ class Life:
         self.stepper = Stepper(model, attachment, objective, optimizer, **cut)  # type: ignore[arg-type]
         self.schedule = choose("schedules", Schedule, setup.schedule)
         self.trace = Trace()
-        views = VIEWS if model.task == CAUSAL and objective.meanings is None else task_models.views_for(objective, len(VIEWS), seed=2)
+        plain = model.task == CAUSAL and objective.meanings is None
+        views = VIEWS if plain else task_models.views_for(objective, len(VIEWS), seed=2)
         lengths = forests.lengths(views)
         rows: Source = DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP)
-        if isinstance(objective, RolloutObjective):
+        if isinstance(objective, RolloutLearner):
             rows = rollouts.source_for(self.stepper, lambda sample: float(sample.tokens[0] % 5))
         self.source = NotedSource(rows, self.trace.rows)
         data = self.source.inner
@@ -143,7 +145,7 @@ class Life:
             # A life that goes on has what an earlier one found.
             adapter.settle(attachment.edits, lambda: look(self.stepper, data.first_rows(adapter.first_look)))
         self.held_out = [tree for view in views[:2] for tree in objective.trees(view)]
-        if isinstance(objective, RolloutObjective):
+        if isinstance(objective, RolloutLearner):
             self.held_out = rollouts.random_trees(objective, 2)
         self.row_excess: dict[int, float] = {}
         self.snapshots = dict(snapshots or {})

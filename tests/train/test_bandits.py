@@ -13,12 +13,12 @@ import transformers
 
 from luthier.adapters.full import Full
 from luthier.data.forest import Ints
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Prompt
 from luthier.data.sample import Sample
 from luthier.model import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
-from luthier.objectives import RolloutObjective
 from luthier.objectives.grpo import GRPO
 from luthier.objectives.ppo import PPO
 from luthier.train.stepper import Stepper
@@ -53,7 +53,8 @@ def policy(model: LanguageModel, arms: int, count: int) -> dict[tuple[int, ...],
     answers = list(itertools.product(range(arms), repeat=count))
     rows = torch.tensor([[*PROMPT, *answer] for answer in answers])
     before = len(PROMPT) - 1
-    told = torch.log_softmax(model.module(rows).logits.double(), -1)[:, before:-1].gather(2, rows[:, before + 1 :, None])
+    log_probs = torch.log_softmax(model.module(rows).logits.double(), -1)[:, before:-1]
+    told = log_probs.gather(2, rows[:, before + 1 :, None])
     return dict(zip(answers, told.sum((1, 2)).exp().tolist(), strict=True))
 
 
@@ -78,7 +79,7 @@ class Arms:
 
 
 def learn(
-    objective: RolloutObjective, worth: dict[tuple[int, ...], float], *, arms: int, steps: int, rate: float, answers: int
+    objective: RolloutLearner, worth: dict[tuple[int, ...], float], *, arms: int, steps: int, rate: float, answers: int
 ) -> tuple[Stepper, LanguageModel]:
     """Train on one prompt, at a rate that falls to nothing."""
     model = bandit(arms)

@@ -12,10 +12,10 @@ import torch
 
 from luthier.core.errors import RecipeError
 from luthier.core.events import Event
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import as_arrays, from_arrays, leaf_notes
 from luthier.data.sample import Sample
-from luthier.model.speaker import Sampling
-from luthier.objectives import RolloutObjective
+from luthier.model.speaker import PolicySampling, Sampling
 from luthier.objectives.grpo import GRPO
 from luthier.objectives.ppo import PPO
 from luthier.rewards import RewardError
@@ -29,7 +29,7 @@ from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 from tests import forests, rollouts
 
-METHODS: dict[str, RolloutObjective] = {
+METHODS: dict[str, RolloutLearner] = {
     "grpo, once": GRPO(preset="grpo"),
     "grpo, twice in halves": GRPO(preset="dapo", passes=2, minibatches=2, temperature=0.7),
     "ppo": PPO(passes=3, target_kl=2.0, temperature=1.3),
@@ -135,9 +135,12 @@ def test_answers_that_were_cut_off_are_kept_or_masked(cut: str) -> None:
 
 def test_nothing_that_is_cut_off_or_steered_is_trained_on() -> None:
     """Breaks when answers of another policy are trained as if they were the model's own."""
-    for more in ({"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"min_new_tokens": 2}, {"temperature": 0.0}):
+    steered: list[Any] = [
+        {"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"min_new_tokens": 2}, {"temperature": 0.0}
+    ]  # fmt: skip
+    for more in steered:
         with pytest.raises(RecipeError, match="is to be trained on|are to be trained on"):
-            Sampling(**{"temperature": 1.0, "policy_log_probs": True, **more})  # type: ignore[arg-type]
+            PolicySampling(**more)
 
 
 def test_a_sampler_that_says_something_else_is_told_once() -> None:
@@ -166,7 +169,7 @@ def test_the_same_seed_rolls_out_the_same_and_another_does_not() -> None:
 
 
 @pytest.mark.parametrize("objective", [GRPO(preset="grpo", passes=2), PPO()], ids=["grpo", "ppo"])
-def test_trees_come_back_from_arrays_to_the_bit(objective: RolloutObjective) -> None:
+def test_trees_come_back_from_arrays_to_the_bit(objective: RolloutLearner) -> None:
     """Breaks when a note, a row or a token is lost on the way to a checkpoint."""
     made = rollouts.random_trees(objective)
     for tree, back in zip(made, from_arrays(as_arrays(made)), strict=True):
@@ -182,7 +185,7 @@ def test_trees_come_back_from_arrays_to_the_bit(objective: RolloutObjective) -> 
 class Life:
     """A run of a few steps that may be cut short: recorder and keeper in one."""
 
-    def __init__(self, objective: RolloutObjective, folder: Path | None, *, at: int = 0) -> None:
+    def __init__(self, objective: RolloutLearner, folder: Path | None, *, at: int = 0) -> None:
         torch.manual_seed(3)
         self.stepper: Stepper = rollouts.stepper_for(objective)
         self.source: RolloutSource = rollouts.source_for(self.stepper, even, plan={"redraws": 1})
@@ -254,7 +257,7 @@ def test_the_engine_tells_log_probabilities_at_its_temperature() -> None:
     prompt = forests.tokens(np.random.default_rng(0), 5)
     plain: Any = {"max_new_tokens": 6, "temperature": 0.5, "seed": 4}
     [itself] = Engine(model).speak([prompt], Sampling(**plain))
-    [drawn] = Engine(model).speak([prompt], Sampling(**plain, policy_log_probs=True))
+    [drawn] = Engine(model).speak([prompt], PolicySampling(**plain))
     assert itself.tokens.tolist() == drawn.tokens.tolist()
     row = torch.from_numpy(np.concatenate([prompt, drawn.tokens]).astype(np.int64))
     with torch.no_grad():

@@ -128,21 +128,15 @@ def choose(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> list[Sa
         tokens = steered.argmax(-1)
         if drawn:
             tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn])
-    told = _told(_as_drawn(choosers, own), tokens, [chooser.sampling.likeliest for chooser in choosers])
+    heats = [chooser.sampling.told_at for chooser in choosers]
+    own = own if set(heats) == {1.0} else own / own.new_tensor(heats)[:, None]
+    told = _told(own, tokens, [chooser.sampling.likeliest for chooser in choosers])
     for row, said in enumerate(told):
         if not math.isfinite(said.log_prob):
             raise _not_finite(own[row], said.token)
     for chooser, said in zip(choosers, told, strict=True):
         chooser.take(said)
     return told
-
-
-def _as_drawn(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-    """The logits whose softmax is told: the model's own, or at the temperature of the draw where that is asked for."""
-    asked = [chooser.sampling.temperature if chooser.sampling.policy_log_probs else 1.0 for chooser in choosers]
-    if all(temperature == 1.0 for temperature in asked):
-        return logits
-    return logits / torch.tensor(asked, device=logits.device)[:, None]
 
 
 def choose_drafted(chooser: Chooser, logits: Float[Tensor, "N V"], draft: Sequence[int]) -> Iterator[Said]:

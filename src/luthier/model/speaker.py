@@ -26,9 +26,7 @@ class Sampling:
     logit of each token that was said, `frequency_penalty` as often as it was; `logit_bias` is added to logits of single
     tokens. Generation of a row ends at a token of `stop_ids` (not among the first `min_new_tokens`), at a string of
     `stop`, or after `max_new_tokens`. `likeliest` is how many of the likeliest tokens are told with each that was said;
-    with `prompt_log_probs` the same is told of the prompt's tokens. With `policy_log_probs` the log-probabilities told
-    are those with which tokens are drawn, at this temperature; nothing may then be cut off or steered, for the policy
-    that is trained on them is the whole softmax.
+    with `prompt_log_probs` the same is told of the prompt's tokens.
     """
 
     max_new_tokens: int = 128
@@ -46,7 +44,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
     likeliest: int = 0
     prompt_log_probs: bool = False
-    policy_log_probs: bool = False
 
     def __post_init__(self) -> None:
         limits = {
@@ -64,12 +61,23 @@ class Sampling:
         for name, (fine, allowed) in limits.items():
             if not fine:
                 raise RecipeError(f"{name} is {getattr(self, name)}", allowed=allowed)
-        if self.policy_log_probs:
-            self._require_whole()
 
-    def _require_whole(self) -> None:
-        """Raise RecipeError unless tokens are drawn from the whole softmax at some temperature."""
-        plain = Sampling(temperature=1.0, policy_log_probs=False)
+    @property
+    def told_at(self) -> float:
+        """The temperature of the softmax whose log-probabilities are told."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySampling(Sampling):
+    """Sampling of what a policy is trained on: log-probabilities are told at the temperature of the draw, and nothing
+    is cut off or steered, for the policy that is trained is the whole softmax."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        plain = Sampling()
         names = ("min_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty", "logit_bias")  # fmt: skip
         found = next((name for name in names if getattr(self, name) != getattr(plain, name)), None)
@@ -81,12 +89,15 @@ class Sampling:
                 "is another than the one that is trained",
             )
 
+    @property
+    def told_at(self) -> float:
+        return self.temperature
+
 
 @dataclass(frozen=True)
 class Spoken:
     """A continuation: its tokens (the stop token included), the log-probability of each under the model itself
-    (before temperature, penalties and cuts, unless `policy_log_probs` was asked for), and why it ended: "stop" or
-    "length".
+    (before temperature, penalties and cuts, save for a PolicySampling), and why it ended: "stop" or "length".
 
     `likeliest` has, for each token, the likeliest ones in its place, if they were asked for.
     """

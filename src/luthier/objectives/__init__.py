@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 
 from luthier.core.knobs import Method
 from luthier.data.conversation import Meaning
-from luthier.data.forest import Forest, Note, Segment, Tree
+from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.data.rollouts import Group
 from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import CAUSAL, Task
@@ -86,47 +84,3 @@ class Objective(Method):
     @abstractmethod
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:
         """The loss over a forest, as a sum and the weight it is to be divided by."""
-
-
-class RolloutObjective(Objective):
-    """An objective that learns from what the model itself has answered, and from what that was worth.
-
-    A rollout is used for `passes` rounds of `minibatches` steps each. What is `recalled` is noted on its trees before
-    the first of them, by the model as it is then; from that, and from rewards, answers get their `credited` advantages.
-    """
-
-    requires: ClassVar[frozenset[str]] = frozenset({"rollouts"})
-
-    passes: int
-    minibatches: int
-    temperature: float
-
-    @property
-    def meanings(self) -> tuple[Meaning, ...] | None:
-        return ("asked",)
-
-    @property
-    def policy_temperature(self) -> float:
-        return self.temperature
-
-    @property
-    def recalled(self) -> frozenset[Note]:
-        """What trees have to bear before advantages are known, out of "old", "reference" and "value"."""
-        return frozenset()
-
-    @property
-    def leash(self) -> float:
-        """The factor of a penalty that is adapted from rollout to rollout, as it is at first."""
-        return 0.0
-
-    @abstractmethod
-    def grow(self, group: Group) -> Tree:
-        """The tree of a group, with the weights of its tokens."""
-
-    @abstractmethod
-    def credited(self, groups: Sequence[Group], trees: Sequence[Tree], *, leash: float) -> tuple[list[Tree], float]:
-        """The trees of a rollout, one for each of its groups, with notes of advantages; and the leash from then on."""
-
-    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
-        # A prompt alone, which trains nothing: answers are yet to come.
-        return [Tree((Segment(view.tokens, np.zeros(len(view.tokens), np.float32)),), row=view.row)]

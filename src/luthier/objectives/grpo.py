@@ -27,12 +27,13 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.data.forest import Forest, Note, Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Group, grown, noting
 from luthier.maths.advantages import Baseline, Scale, group_advantages
 from luthier.maths.policies import clipped_losses, is_clipped, k3
 from luthier.model.compared import Answers
 from luthier.model.outputs import LossReport, TokenOutputs
-from luthier.objectives import RolloutObjective
+from luthier.objectives import Objective
 
 Preset = Literal["dr_grpo", "grpo", "dapo", "gspo", "rloo"]
 
@@ -63,7 +64,7 @@ KIN: Final[Mapping[Preset, Kin]] = {
 
 
 @final
-class GRPO(RolloutObjective):
+class GRPO(RolloutLearner, Objective):
     """Clipped policy gradients with the group as the baseline."""
 
     separable: ClassVar[bool] = True

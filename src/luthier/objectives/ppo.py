@@ -25,6 +25,7 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Note, Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Group, grown, leaf_notes, noting
 from luthier.maths.advantages import whitened
 from luthier.maths.gae import gae
@@ -32,14 +33,14 @@ from luthier.maths.policies import adapted_leash, clipped_losses, is_clipped, va
 from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.value_head import ValueHead
-from luthier.objectives import RolloutObjective
+from luthier.objectives import Objective
 
 _RATE = 0.1
 """How fast the leash adapts, for each rollout."""
 
 
 @final
-class PPO(RolloutObjective):
+class PPO(RolloutLearner, Objective):
     """Clipped policy gradients with values, and a penalty on the way from the reference."""
 
     separable: ClassVar[bool] = True

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.events import Event
 from luthier.data.forest import Ints, Note, Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Arrays, Group, Prompt, as_arrays, from_arrays
 from luthier.data.sample import Sample
-from luthier.model.speaker import Sampling, Speaker, Spoken
-from luthier.objectives import RolloutObjective
+from luthier.model.speaker import PolicySampling, Sampling, Speaker, Spoken
 from luthier.train.pass_report import PassReport
 from luthier.train.rollout_report import RolloutReport
 from luthier.train.scoring import Scored
@@ -57,10 +57,9 @@ class Plan:
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
         """How answers are drawn: from the very policy that is trained, so nothing is cut off or steered."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, stop_ids=self.stop_ids,
-            policy_log_probs=True,
-        )  # fmt: skip
+        return PolicySampling(
+            max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, stop_ids=self.stop_ids
+        )
 
 
 @final
@@ -70,7 +69,7 @@ class RolloutSource(Source):
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        objective: RolloutObjective,
+        objective: RolloutLearner,
         speaker: Speaker,
         score: Score,
         *,
@@ -181,7 +180,7 @@ class RolloutSource(Source):
             groups = self._groups(self._take(self.plan.prompts - len(kept)), attempt, report)
             last = attempt == self.plan.redraws
             kept += groups if last else [group for group in groups if not group.alike]
-            report.redrawn += 0 if last else sum(group.alike for group in groups)
+            report.counts["redrawn"] += 0 if last else sum(group.alike for group in groups)
             if len(kept) >= self.plan.prompts:
                 break
         kept = [group for group in kept if group.trained]
