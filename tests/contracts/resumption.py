@@ -24,17 +24,19 @@ from luthier.adapters import Adapter
 from luthier.core.chosen import choose
 from luthier.core.events import Event
 from luthier.data.forest import Tree
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective, Vocabulary
 from luthier.optimizers import Optimizer
 from luthier.schedules import Schedule
 from luthier.train.first_look import look
 from luthier.train.loop import Cadence, Loop
+from luthier.train.pass_report import PassReport
 from luthier.train.signals import StopRequest
 from luthier.train.source import Cursor, DataSource, Source
 from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
-from tests import forests, task_models
+from tests import forests, rollouts, task_models
 from tests.tiny import VOCABULARY
 
 STEPS = 7
@@ -46,7 +48,7 @@ BREAKS = {"first step": 1, "mid epoch": 2, "epoch end": 3, "bad step": BAD_STEP}
 FEW_BREAKS = {when: BREAKS[when] for when in ("mid epoch", "bad step")}
 FORGETTABLE = ("optimizer", "random", "cursor", "bad_steps")
 RATE = 1e-2
-_TIMES = ("seconds", "time")
+_TIMES = ("seconds", "sampling_seconds", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,15 @@ class NotedSource(Source):
     def seek(self, cursor: Cursor) -> None:
         self.inner.seek(cursor)
 
+    def held(self) -> Mapping[str, Any]:
+        return self.inner.held()
+
+    def hold(self, arrays: Mapping[str, Any]) -> None:
+        self.inner.hold(arrays)
+
+    def told(self, passed: PassReport) -> list[Event]:
+        return self.inner.told(passed)
+
 
 class Life:
     """One life of a run: everything in it is made anew. It is its own recorder and keeper."""
@@ -114,7 +125,8 @@ class Life:
         model = task_models.model_for(objective, architecture=setup.architecture, dtype=setup.dtype)
         # The weights an adapter begins with are the run's, not the life's: a resumed life draws others.
         adapter = with_dropout("adapters", Adapter, setup.adapter)
-        attachment = model.attach(adapter.attach(model.sites))
+        size = int(model.config.get_text_config().hidden_size)
+        attachment = model.attach([*adapter.attach(model.sites), *objective.own(size, model.device)])
         model.recompute(setup.recomputed)
         optimizer = choose("optimizers", Optimizer, _with(setup.optimizer, "learning_rate", RATE))
         cut = {"micro_tokens": 4096, "max_grad_norm": None} if setup.at_once else {"micro_tokens": 20}
@@ -124,14 +136,17 @@ class Life:
         plain = model.task == CAUSAL and objective.meanings is None
         views = VIEWS if plain else task_models.views_for(objective, len(VIEWS), seed=2)
         lengths = forests.lengths(views)
-        self.source = NotedSource(
-            DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP), self.trace.rows
-        )
+        rows: Source = DataSource(views, objective, lengths=lengths, seed=3, rows=ROWS_A_STEP)
+        if isinstance(objective, RolloutLearner):
+            rows = rollouts.source_for(self.stepper, lambda sample: float(sample.tokens[0] % 5))
+        self.source = NotedSource(rows, self.trace.rows)
         data = self.source.inner
         if not goes_on and isinstance(data, DataSource):
             # A life that goes on has what an earlier one found.
             adapter.settle(attachment.edits, lambda: look(self.stepper, data.first_rows(adapter.first_look)))
         self.held_out = [tree for view in views[:2] for tree in objective.trees(view)]
+        if isinstance(objective, RolloutLearner):
+            self.held_out = rollouts.random_trees(objective, 2)
         self.row_excess: dict[int, float] = {}
         self.snapshots = dict(snapshots or {})
         self.state = LoopState(total_steps=STEPS)
@@ -151,11 +166,11 @@ class Life:
     def write_snapshot(self, folder: Path) -> None:
         """Everything a resumed run needs, in files."""
         folder.mkdir(parents=True)
-        take_snapshot(self.state, self.stepper, self.row_excess).write(folder)
+        take_snapshot(self.state, self.stepper, self.row_excess, held=self.source.held()).write(folder)
 
     def load_snapshot(self, folder: Path) -> None:
         """Become what was saved there."""
-        self.state, self.row_excess = load_state(folder, self.stepper)
+        self.state, self.row_excess = load_state(folder, self.stepper, self.source)
 
     # ------------------------------------------------------------------------------------------ recorder and keeper
 

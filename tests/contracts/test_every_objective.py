@@ -11,16 +11,21 @@ import torch
 
 from luthier.core import catalog
 from luthier.data.forest import Forest, Tree
+from luthier.data.rollout_learner import RolloutLearner
+from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective
-from tests import task_models
+from tests import rollouts, task_models
 from tests.contracts.resumption import Setup, assert_resumes
+from tests.tiny import HIDDEN
 
 each = pytest.mark.parametrize("name", catalog.names("objectives"))
 
 
 def trees_of(method: Objective, count: int = 5) -> list[Tree]:
     """The trees of a few rendered rows, with weights of 0, 0.5 and 1 where an objective does not set them itself."""
+    if isinstance(method, RolloutLearner):
+        return rollouts.random_trees(method, count)
     rng = np.random.default_rng(3)
     made = []
     for view in task_models.views_for(method, count):
@@ -32,11 +37,19 @@ def trees_of(method: Objective, count: int = 5) -> list[Tree]:
     return task_models.with_reference(made) if method.reference else made
 
 
+def whole_model(method: Objective) -> LanguageModel:
+    """The tiny model with what the objective has of its own."""
+    model = task_models.model_for(method)
+    if own := method.own(HIDDEN, model.device):
+        model.attach(own)
+    return model
+
+
 @each
 def test_the_loss_is_a_sum_so_that_micro_batches_add_up(name: str) -> None:
     """Breaks when an objective takes a mean over what happens to share a forest."""
     method = task_models.fitting(name)
-    model = task_models.model_for(method)
+    model = whole_model(method)
     trees = trees_of(method)
     whole = method.loss(model.token_outputs(Forest(tuple(trees))), Forest(tuple(trees)))
     parts = [method.loss(model.token_outputs(Forest((tree,))), Forest((tree,))) for tree in trees]
@@ -51,7 +64,7 @@ def test_the_loss_is_a_sum_so_that_micro_batches_add_up(name: str) -> None:
 def test_the_weight_is_known_before_the_first_pass(name: str) -> None:
     """Breaks when the divisor of a step is found out on the way, where devices would have to agree on it."""
     method = task_models.fitting(name)
-    model = task_models.model_for(method)
+    model = whole_model(method)
     forest = Forest(tuple(trees_of(method)))
     assert method.loss(model.token_outputs(forest), forest).weight == forest.weight
 

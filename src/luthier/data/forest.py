@@ -33,9 +33,10 @@ from luthier.core.errors import DataError
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
-Note = Literal["reference", "sampled", "advantage", "value", "return"]
-"""What may be noted of a token: its log-probability under the reference model and under the policy that sampled it, its
-advantage, and the value of the state it was chosen in, as it was then and as it turned out."""
+Note = Literal["reference", "sampled", "old", "advantage", "value", "return"]
+"""What may be noted of a token: its log-probability under the reference model, under the policy that sampled it, and
+under that policy as the trainer computes it; its advantage, and the value of the state it was chosen in, as it was then
+and as it turned out."""
 
 ROOT = -1
 """The parent of a segment that has none."""

@@ -131,7 +131,10 @@ def choose(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"], *, backend
         tokens = best if steered is logits else steered.argmax(-1)
         if drawn:
             tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn].float())
-    told = _told(logits, tokens, normalisers, [chooser.sampling.likeliest for chooser in choosers])
+    heats = [chooser.sampling.told_at for chooser in choosers]
+    own = logits if set(heats) == {1.0} else logits.float() / logits.new_tensor(heats, dtype=torch.float32)[:, None]
+    normalisers = normalisers if own is logits else backend.best(own)[1]
+    told = _told(own, tokens, normalisers, [chooser.sampling.likeliest for chooser in choosers])
     for row, said in enumerate(told):
         if not math.isfinite(said.log_prob):
             raise _not_finite(logits[row], said.token)

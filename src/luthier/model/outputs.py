@@ -39,9 +39,11 @@ class LossReport:
     The loop divides once, by the weight of the whole optimizer step, so cutting a step into micro-batches, packing it
     or splitting it over devices cannot change a gradient. `metrics` are sums too, each with its own weight.
     `tree_losses` are those of single trees, where a row's loss is something else than its tokens' log-probabilities.
+    `most` are metrics of which the largest counts.
     """
 
     sum: Float[Tensor, ""]
     weight: float
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     tree_losses: Float[Tensor, " trees"] | None = None
+    most: Mapping[str, float] = field(default_factory=dict)

@@ -62,11 +62,42 @@ class Sampling:
             if not fine:
                 raise RecipeError(f"{name} is {getattr(self, name)}", allowed=allowed)
 
+    @property
+    def told_at(self) -> float:
+        """The temperature of the softmax whose log-probabilities are told."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySampling(Sampling):
+    """Sampling of what a policy is trained on: log-probabilities are told at the temperature of the draw, and nothing
+    is cut off or steered, for the policy that is trained is the whole softmax."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        Sampling.__post_init__(self)
+        plain = Sampling()
+        names = ("min_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty", "logit_bias")  # fmt: skip
+        found = next((name for name in names if getattr(self, name) != getattr(plain, name)), None)
+        if found is not None or self.temperature == 0:
+            name = found or "temperature"
+            raise RecipeError(
+                f"{name} is {getattr(self, name)}, and the tokens' log-probabilities are to be trained on",
+                allowed="sampling from the whole softmax at a temperature above 0: a policy that is cut off or steered "
+                "is another than the one that is trained",
+            )
+
+    @property
+    def told_at(self) -> float:
+        return self.temperature
+
 
 @dataclass(frozen=True)
 class Spoken:
     """A continuation: its tokens (the stop token included), the log-probability of each under the model itself
-    (before temperature, penalties and cuts), and why it ended: "stop" or "length".
+    (before temperature, penalties and cuts, save for a PolicySampling), and why it ended: "stop" or "length".
 
     `likeliest` has, for each token, the likeliest ones in its place, if they were asked for.
     """

@@ -18,6 +18,7 @@ from luthier.model.attachment import Attachment
 from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.recipes import limits, memory
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import BudgetKnobs, FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.train.source import DataSource
@@ -37,6 +38,15 @@ def total_steps(budget: BudgetKnobs, source: DataSource) -> int:
     return max(1, int(min(by_epochs, budget.steps or math.inf)))
 
 
+def rollout_steps(recipe: ReinforceRecipe, prompts: int) -> int:
+    """Optimizer steps of a run of rollouts: the smaller of what epochs over the prompts and steps allow."""
+    by_epochs = math.inf
+    if recipe.budget.epochs is not None or recipe.budget.steps is None:
+        rollouts = max(1, round((recipe.budget.epochs or DEFAULT_EPOCHS) * prompts / recipe.rollouts.prompts))
+        by_epochs = rollouts * recipe.learner.passes * recipe.learner.minibatches
+    return max(1, int(min(by_epochs, recipe.budget.steps or math.inf)))
+
+
 def plan(
     recipe: FinetuneRecipe,
     data: Prepared,
@@ -51,13 +61,15 @@ def plan(
     `pooled` is whether CPU tensors come from the pool (kernels/pool.py).
     """
     steps = total_steps(recipe.budget, source)
+    if isinstance(recipe, ReinforceRecipe):
+        steps = rollout_steps(recipe, len(data.train))
     needed = memory.plan_memory(recipe, model, attachment, source, steps, pooled=pooled)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
     tokens = data.store.token_count
     speed = limits.plan_speed(
         model,
         attachment,
-        limits.flow_of(model, source, data.store.trained_count / max(1, tokens)),
+        limits.flow_of(model, source, _trained_share(recipe, data, source)),
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],
@@ -81,6 +93,14 @@ def plan(
             *model.notices, *data.notices, *memory.notices(needed, written, speed),
         ],
     }  # fmt: skip
+
+
+def _trained_share(recipe: FinetuneRecipe, data: Prepared, source: DataSource) -> float:
+    """The part of all tokens that the head is asked about; of prompts, that of the answers that stand in for all."""
+    if isinstance(recipe, ReinforceRecipe):
+        answers = recipe.rollouts.answers * recipe.rollouts.max_new_tokens
+        return answers / float(source.lengths.mean())
+    return data.store.trained_count / max(1, data.store.token_count)
 
 
 def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:

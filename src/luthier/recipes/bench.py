@@ -5,7 +5,7 @@ What `--dry-run` shows is laid out here, and so is what a run trains: there is o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,29 @@ from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import context_tokens, resolve_source
 from luthier.model.tasks import CAUSAL, Task
-from luthier.recipes import accounts
+from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, edits_for, read_for
 from luthier.recipes.quantized import load_base, quantize
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.batcher import Batcher
 from luthier.train.in_backward import cut
-from luthier.train.source import DataSource
+from luthier.train.pass_report import PassReport
+from luthier.train.source import DataSource, Source
 from luthier.train.stepper import Stepper
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything on the table before the first step; `pooled` is whether CPU tensors come from the pool."""
+    """Everything on the table before the first step; `pooled` is whether CPU tensors come from the pool.
+
+    `planned` are the rows of the `source`, or, where it makes them itself, as large ones as it can make. What is held
+    out may be `rewarded`, where it has no loss.
+    """
 
     recipe: FinetuneRecipe
     tokenizer: Tokenizer
@@ -45,9 +51,11 @@ class Bench:
     model: LanguageModel
     attachment: Attachment
     stepper: Stepper
-    source: DataSource
+    source: Source
     plan: dict[str, Any]
     pooled: bool
+    planned: DataSource
+    rewarded: Callable[[], PassReport] | None = None
 
 
 def lay_out(
@@ -94,11 +102,20 @@ def lay_out(
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
     )
-    source = _source(recipe, data)
+    source: Source
+    rewarded = None
+    if isinstance(recipe, ReinforceRecipe):
+        reading = reading_of(found)
+        planned = reinforce.stand_in(recipe, data)
+        source = reinforce.rollout_source(_located(recipe, found), data, reading, tokenizer, stepper)
+        held = reinforce.HeldOut.of(_located(recipe, found), data, reading, tokenizer, model)
+        rewarded = _rewards(held, attachment.name) if held.prompts else None
+    else:
+        planned = source = _source(recipe, data)
     unpooled = use_pool(model)
     with model.only(attachment.name):
         require_room(data.store.lengths, model)
-        plan = accounts.plan(recipe, data, model, attachment, source, pooled=not unpooled)
+        plan = accounts.plan(recipe, data, model, attachment, planned, pooled=not unpooled)
         plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
@@ -106,7 +123,22 @@ def lay_out(
     model.recompute(max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0))
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
-    return Bench(recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled)
+    return Bench(
+        recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded
+    )
+
+
+def _located(recipe: ReinforceRecipe, found: FinetuneRecipe) -> ReinforceRecipe:
+    """The recipe with data where they are found from here."""
+    return recipe.model_copy(update={"data": found.data})
+
+
+def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:
+    def rewarded() -> PassReport:
+        with held.model.only(name):
+            return held.rewarded()
+
+    return rewarded
 
 
 def _require_one_of_several(name: str, task: Task, adapter: Adapter) -> None:

@@ -25,6 +25,7 @@ from luthier.recipes.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.first_look import settle
 from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
+from luthier.recipes.reinforce_recipe import kind_of_recipe
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
@@ -86,7 +87,8 @@ def _resume(run: RunDirectory, stop: StopRequest, *, recorder: Recorder, accept_
     with run.lock():
         if run.status().state == "finished":
             return RunResult(run.folder, run.read_json(SUMMARY))
-        recipe = validate(FinetuneRecipe, run.read_recipe())
+        values = run.read_recipe()
+        recipe = validate(kind_of_recipe(values), values)
         place = started_in(run)
 
         def train() -> RunResult:
@@ -175,7 +177,7 @@ def set_up(
     recipe, data, model = bench.recipe, bench.data, bench.model
     start_digest = bench.attachment.trained_digest()
     facts = {**accounts.facts(recipe, data, model, bench.tokenizer), **(more_facts or {})}
-    keeper = CheckpointKeeper(run, bench.stepper, keep=recipe.checkpoint.keep, facts=facts)
+    keeper = CheckpointKeeper(run, bench.stepper, keep=recipe.checkpoint.keep, facts=facts, source=bench.source)
     state = keeper.recover(accept_drift=accept_drift) if resuming else LoopState()
     state.total_steps = bench.plan["steps"]
     if data.report.rejects:
@@ -193,7 +195,8 @@ def set_up(
         recorder=everyone,
         keeper=keeper,
         stop=stop,
-        eval_trees=accounts.held_out_trees(recipe, data),
+        eval_trees=accounts.held_out_trees(recipe, data) if bench.rewarded is None else (),
+        evaluate=bench.rewarded,
         sample=_sampler(bench, run),
         wants_save=wants_save,
         diagnose=partial(find_bad_number, bench.stepper),
@@ -207,7 +210,7 @@ def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
     """The largest micro-batch first: what does not fit shows now, and is cut smaller for the whole run."""
     if state.step >= state.total_steps:
         return
-    rehearsal = rehearse(bench.stepper, bench.source, state.total_steps)
+    rehearsal = rehearse(bench.stepper, bench.planned, state.total_steps)
     for split in rehearsal.splits:
         recorder.record(Event("micro_batch_split", asdict(split), step=state.step))
         state.micro_tokens = split.to_tokens

@@ -17,5 +17,5 @@ def settle(bench: Bench, state: LoopState, recorder: Recorder) -> None:
         return
     began = time.perf_counter()
     rows = min(adapter.first_look, len(bench.data.train))
-    adapter.settle(bench.attachment.edits, lambda: look(bench.stepper, bench.source.first_rows(rows)))
+    adapter.settle(bench.attachment.edits, lambda: look(bench.stepper, bench.planned.first_rows(rows)))
     recorder.record(Event("first_look", {"rows": rows, "seconds": time.perf_counter() - began}, step=state.step))

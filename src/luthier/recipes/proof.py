@@ -30,6 +30,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
 from luthier.model.tensor_files import each_tensor
 from luthier.recipes.accounts import LIBRARIES
+from luthier.recipes.bench import reading_of
 from luthier.recipes.claims import changes, data_facts, fingerprint, recipe_digest
 from luthier.recipes.control_tokens import with_token_ids
 from luthier.recipes.evaluate import held_out_of, mean_loss
@@ -37,6 +38,8 @@ from luthier.recipes.opened import result_of
 from luthier.recipes.places import located, started_in
 from luthier.recipes.purpose import bound, kept_task
 from luthier.recipes.quantized import load_base, quantize
+from luthier.recipes.reinforce import HeldOut
+from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.store.runs import RunDirectory
@@ -60,7 +63,8 @@ def prove(run: RunDirectory) -> dict[str, Any]:
     folder, manifest = result_of(run)
     facts = manifest.facts
     _check_claims(run, folder, facts)
-    recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
+    values = run.read_recipe()
+    recipe = located(validate(kind_of_recipe(values), values), started_in(run))
     tokenizer = Tokenizer.load(resolve_source(recipe.model))
     _check_tokenizer(folder, tokenizer, facts)
     named = with_token_ids(recipe.adapter, tokenizer, facts["stop_ids"])
@@ -291,7 +295,12 @@ def _check_loss(
     sizes = dict.fromkeys([int(facts["micro_tokens"]), recipe.batch.micro_tokens])
     losses = []
     for size in sizes:
-        losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)[0])
+        if isinstance(recipe, ReinforceRecipe):
+            # What was held out has rewards, not a loss: its prompts are answered again.
+            held = HeldOut.of(recipe, data, reading_of(recipe), data.renderer.tokenizer, model)
+            losses.append(held.rewarded().loss)
+        else:
+            losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)[0])
         if math.isclose(losses[-1], recorded, rel_tol=LOSS_TOLERANCE, abs_tol=NEAR_ZERO):
             return losses[-1]
     other = _environment(facts, model)

@@ -7,7 +7,7 @@ method's file; what is here belongs to the run.
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -108,6 +108,9 @@ class CheckpointKnobs(Knobs):
 class FinetuneRecipe(Knobs):
     """A fine-tune: one base model, one data set, one adapter, one objective."""
 
+    offers: ClassVar[frozenset[str]] = frozenset()
+    """What objectives may require beside the data."""
+
     recipe: Literal["finetune"] = Field("finetune", description="which story of recipes/ this file tells")
     model: str = Field(description="base model: hub id, folder, seedling, or fresh:FOLDER for new weights")
     data: DataKnobs = Field(description="where the rows come from")
@@ -170,9 +173,10 @@ class FinetuneRecipe(Knobs):
     @field_validator("objective", mode="after")
     @classmethod
     def _composes(cls, value: Objective) -> Objective:
-        if value.requires:
+        if lacking := value.requires - cls.offers:
+            recipe = " or a recipe: reinforce" if "rollouts" in lacking else ""
             raise RecipeError(
-                f"objective {value.method_name()} needs {', '.join(sorted(value.requires))}",
-                allowed="objectives that need nothing but the data",
+                f"objective {value.method_name()} needs {', '.join(sorted(lacking))}",
+                allowed=f"objectives that need nothing but the data{recipe}",
             )
         return value

@@ -205,7 +205,7 @@ def _steps(
 def _rehearse(going: Mapping[str, Work], recorder: Recorder) -> None:
     """The largest micro-batches of all first, as a single run has it."""
     rehearsal = rehearse_together({
-        name: (work.bench.stepper, work.bench.source, work.state.total_steps) for name, work in going.items()
+        name: (work.bench.stepper, work.bench.planned, work.state.total_steps) for name, work in going.items()
     })  # fmt: skip
     for split in rehearsal.splits:
         recorder.record(Event("micro_batch_split", asdict(split)))

@@ -12,6 +12,7 @@ from luthier.core.events import Event
 from luthier.store.manifest import read_manifest
 from luthier.store.runs import RunDirectory
 from luthier.train.saving import FIRST_PAUSE, Saver
+from luthier.train.source import Source
 from luthier.train.state import LoopState, Snapshot, load_parameters, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 
@@ -31,11 +32,13 @@ class CheckpointKeeper:
         *,
         keep: int,
         facts: Mapping[str, Any],
+        source: Source | None = None,
         first_pause: float = FIRST_PAUSE,
     ) -> None:
         self.run = run
         self.stepper = stepper
         self.keep = keep
+        self.source = source
         self.facts = dict(facts)
         self.row_excess: dict[int, float] = {}
         self._saver = Saver(self._write, first_pause=first_pause)
@@ -47,11 +50,12 @@ class CheckpointKeeper:
         """
         # The log is cut back to these lengths on resume, so that no line is there twice.
         state.events_bytes, state.samples_bytes = self.run.events.length, self.run.samples.length
+        held = {} if self.source is None else self.source.held()
         try:
-            snapshot = take_snapshot(state, self.stepper, self.row_excess)
+            snapshot = take_snapshot(state, self.stepper, self.row_excess, held=held)
         except (MemoryError, torch.OutOfMemoryError):
             # No memory for a copy: the live tensors are written, and training waits.
-            live = take_snapshot(state, self.stepper, self.row_excess, copied=False)
+            live = take_snapshot(state, self.stepper, self.row_excess, held=held, copied=False)
             return self._saver.write_now(live, best=best)
         return self._saver.start(snapshot, best=best)
 
@@ -87,7 +91,7 @@ class CheckpointKeeper:
             return LoopState()
         saved = read_manifest(place).facts.get("facts")
         self._check_drift(place.name, saved if isinstance(saved, dict) else {}, accept_drift=accept_drift)
-        state, self.row_excess = load_state(place, self.stepper)
+        state, self.row_excess = load_state(place, self.stepper, self.source)
         if state.micro_tokens:
             # Cut smaller once, for want of memory, and from then on: other cuts would round differently.
             self.stepper.micro_tokens = state.micro_tokens

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
 from luthier.core.events import Event, Recorder
@@ -87,6 +87,7 @@ class Loop:
         keeper: Keeper,
         stop: Stop,
         eval_trees: Sequence[Tree] = (),
+        evaluate: Callable[[], PassReport] | None = None,
         sample: Callable[[int], None] | None = None,
         wants_save: Callable[[], bool] | None = None,
         diagnose: Diagnose | None = None,
@@ -99,6 +100,7 @@ class Loop:
         self.keeper = keeper
         self.stop = stop
         self.eval_trees = eval_trees
+        self.evaluate = evaluate
         self.sample = sample
         self.wants_save = wants_save
         self.watch = Watch(recorder, keeper.pin, max_bad_steps=cadence.max_bad_steps, diagnose=diagnose)
@@ -214,19 +216,25 @@ class Loop:
             "tokens": passed.tokens,
             "trained_tokens": passed.trained_tokens,
             "seconds": seconds,
+            **passed.figures,
         }
+        # What was answered comes before what was learned from it.
+        self._tell([replace(event, step=state.step) for event in self.source.told(passed)])
         self.recorder.record(Event("step", values, step=state.step))
 
     def _evaluate(self, state: LoopState) -> bool:
         """The loss on held-out rows; whether it is the best so far."""
-        if not self.eval_trees:
+        if self.evaluate is not None:
+            report = self.evaluate()
+        elif self.eval_trees:
+            report = self.stepper.evaluate(self.eval_trees)
+        else:
             return False
-        report = self.stepper.evaluate(self.eval_trees)
         self._tell_splits(state, report)
         state.eval_loss = report.loss
         if state.first_eval_loss is None:
             state.first_eval_loss = report.loss
-        metrics = {name: total / weight for name, (total, weight) in report.metrics.items() if weight}
+        metrics = report.figures
         state.metrics.setdefault("first", metrics)
         gain = state.best_eval_loss is None or report.loss < state.best_eval_loss
         better = state.step > 0 and math.isfinite(report.loss) and gain

@@ -18,7 +18,7 @@ class PassReport:
     """What a forward (and backward) pass over some trees found: sums, not means.
 
     `splits` says how often micro-batches were made smaller on the way; `metrics` are an objective's own, each a sum and
-    its weight.
+    its weight, and `most` those of which the largest counts.
     """
 
     loss_sum: float
@@ -28,6 +28,13 @@ class PassReport:
     row_losses: dict[int, tuple[float, float]]
     splits: tuple[Split, ...] = ()
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    most: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The objective's own metrics as single numbers."""
+        means = {name: total / weight for name, (total, weight) in self.metrics.items() if weight}
+        return {**means, **self.most}
 
     @property
     def loss(self) -> float:
@@ -50,7 +57,13 @@ def add_up(reports: Sequence[PassReport]) -> PassReport:
         row_losses=rows,
         splits=tuple(split for report in reports for split in report.splits),
         metrics=_summed([report.metrics for report in reports]),
+        most=_largest([report.most for report in reports]),
     )
+
+
+def _largest(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: max(each[name] for each in found if name in each) for name in names}
 
 
 def _summed(found: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
@@ -72,7 +85,8 @@ def report_of(loss: LossReport, tokens: int, outputs: TokenOutputs) -> PassRepor
         whole = np.bincount(trees, weights, minlength=len(of_tree))
         losses = (of_tree / np.where(whole == 0, 1, whole))[trees] * weights
     by_row = _by_row(rows, losses, weights)
-    return PassReport(float(loss.sum.detach()), loss.weight, tokens, len(rows), by_row, metrics=loss.metrics)
+    total = float(loss.sum.detach())
+    return PassReport(total, loss.weight, tokens, len(rows), by_row, metrics=loss.metrics, most=loss.most)
 
 
 def _sum(losses: Sequence[float]) -> float:

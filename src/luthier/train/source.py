@@ -8,17 +8,19 @@ out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, final
+from typing import Any, Final, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.errors import DataError
+from luthier.core.errors import CorruptError, DataError
+from luthier.core.events import Event
 from luthier.data.forest import Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.objectives import Objective
+from luthier.train.pass_report import PassReport
 
 FULL: Final = 0.99
 """A micro-batch as full as this is not worth a search through a million rows for a fuller one."""
@@ -66,6 +68,22 @@ class Source(ABC):
     @abstractmethod
     def seek(self, cursor: Cursor) -> None:
         """Go on from a saved place."""
+
+    def held(self) -> Mapping[str, NDArray[Any]]:
+        """What has to be saved beside the cursor to go on from here: arrays by name; none where the cursor says all."""
+        return {}
+
+    def hold(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `held` gave."""
+        if arrays:
+            raise CorruptError(
+                f"the checkpoint holds {', '.join(sorted(arrays)[:3])} of its source",
+                allowed="nothing but a cursor, as rows of a data set have it",
+            )
+
+    def told(self, passed: PassReport) -> list[Event]:
+        """What is to be recorded of the trees of the last step, now that their pass is done."""
+        return []
 
 
 @final

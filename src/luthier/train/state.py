@@ -16,14 +16,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.core.errors import CorruptError, NumericError, RecipeError
 from luthier.core.events import plain
-from luthier.train.source import Cursor
+from luthier.train.source import Cursor, Source
 from luthier.train.stepper import Stepper
 
 TENSORS = "state.safetensors"
@@ -93,10 +95,17 @@ class Snapshot:
 
 
 def take_snapshot(
-    state: LoopState, stepper: Stepper, row_excess: Mapping[int, float], *, copied: bool = True
+    state: LoopState,
+    stepper: Stepper,
+    row_excess: Mapping[int, float],
+    *,
+    held: Mapping[str, NDArray[Any]] | None = None,
+    copied: bool = True,
 ) -> Snapshot:
-    """What a run is now. Without `copied` its tensors may be the live ones: training must wait until it is written."""
+    """What a run is now; `held` is what its source holds. Without `copied` its tensors may be the live ones: training
+    must wait until it is written."""
     tensors: dict[str, Tensor] = {f"master/{name}": tensor for name, tensor in stepper.masters.items()}
+    tensors |= {f"source/{name}": torch.from_numpy(np.array(each)) for name, each in (held or {}).items()}
     # They do not change while it is written, so the live ones do.
     constants = {f"constant/{name}": _apart(tensor, False) for name, tensor in stepper.constants.items()}
     numbers: dict[str, dict[str, object]] = {}
@@ -120,8 +129,8 @@ def take_snapshot(
     return Snapshot(state.step, {**own, **constants}, content)
 
 
-def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, float]]:
-    """Restore parameters, optimizer and random generators; give back the loop's numbers.
+def load_state(folder: Path, stepper: Stepper, source: Source | None = None) -> tuple[LoopState, dict[int, float]]:
+    """Restore parameters, optimizer, random generators, and what the `source` held; give back the loop's numbers.
 
     Strict: every tensor of the file is used and every expected one must be there. Raises CorruptError otherwise.
     """
@@ -138,6 +147,10 @@ def load_state(folder: Path, stepper: Stepper) -> tuple[LoopState, dict[int, flo
             numbers = content.optimizer.get(name, {})
             if found or numbers:
                 stepper.optimizer.state[master] = {**{k: _place(k, v, master) for k, v in found.items()}, **numbers}
+        if source is not None:
+            own = sorted(key for key in unused if key.startswith("source/"))
+            source.hold({key.removeprefix("source/"): file.get_tensor(key).numpy() for key in own})
+            unused -= set(own)
     if unused:
         raise CorruptError(f"{folder / TENSORS} holds tensors that nothing expects: {', '.join(sorted(unused)[:3])}")
     _restore_groups(stepper, content, folder / NUMBERS)

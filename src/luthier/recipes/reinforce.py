@@ -1,0 +1,190 @@
+"""Reinforce: prompts and a reward become a better model, by what it answers itself.
+
+Read top to bottom: prompts with their facts, the source that answers and scores them with the live model, a stand-in of
+the largest rollout (by which memory is planned and rehearsed), and the reward of held-out prompts, which takes the
+place of a held-out loss: in the loop, and again in the fresh process that proves the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from luthier.core.errors import CorruptError
+from luthier.data.conversation import Asked, Row
+from luthier.data.forest import Ints, Note, Tree
+from luthier.data.intake import Intake, Kept
+from luthier.data.prepare import Prepared, Reading, Views, sources_of
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rollouts import Answer, Group, Prompt, noting
+from luthier.data.sample import Sample
+from luthier.data.tokenizer import Tokenizer
+from luthier.infer.engine import Engine
+from luthier.infer.groups import GroupSpeaker
+from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.schema import Paths
+from luthier.rewards import Tools
+from luthier.train.pass_report import PassReport
+from luthier.train.recall import recall
+from luthier.train.rollouts import Plan, RolloutSource
+from luthier.train.scoring import Scoring
+from luthier.train.source import DataSource
+from luthier.train.stepper import Stepper
+
+_LARGEST: Final = 32
+"""Prompts, the longest, that stand in for all when the largest rollout is planned."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The rows of a data set as they were read, by number: what is asked, and how answers are checked."""
+
+    rows: dict[int, Row]
+
+    @classmethod
+    def of(cls, paths: Paths, reading: Reading, evaluation: Paths | None) -> Facts:
+        """Read all files once more; no token is made."""
+        sources = [*sources_of(paths, reading), *(sources_of(evaluation, reading) if evaluation is not None else [])]
+        return cls({item.row.number: item.row for item in Intake(sources, None) if isinstance(item, Kept)})
+
+    def prompts(self, views: Views, scoring: Scoring, *, most: int | None = None) -> list[Prompt]:
+        """Prompts of rendered rows. Raises RecipeError for a row without a column that the reward reads."""
+        found = []
+        for index in range(len(views) if most is None else min(most, len(views))):
+            view = views[index]
+            row = self.rows.get(view.row)
+            if row is None or not isinstance(row.content, Asked):
+                raise CorruptError(f"row {view.row} of the data is not the prompt it was", do="read the data again")
+            scoring.check(row.content.facts, row.where)
+            found.append(Prompt(view.tokens, row.content.asked.messages, row.content.facts, view.row))
+        return found
+
+
+def scoring_of(recipe: ReinforceRecipe) -> Scoring:
+    """The reward of a recipe with its tools. Raises RecipeError for a reward that needs what there is not."""
+    return Scoring(recipe.reward, Tools(seed=recipe.seed))
+
+
+def rollout_source(
+    recipe: ReinforceRecipe, data: Prepared, reading: Reading, tokenizer: Tokenizer, stepper: Stepper
+) -> RolloutSource:
+    """Steps from what the model answers to training prompts while it is trained."""
+    scoring = scoring_of(recipe)
+    facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
+    knobs = recipe.rollouts
+    plan = Plan(
+        prompts=knobs.prompts, answers=knobs.answers, max_new_tokens=knobs.max_new_tokens, cut=knobs.cut,
+        redraws=knobs.redraws, stop_ids=tuple(sorted(data.store.stop_ids)),
+    )  # fmt: skip
+    return RolloutSource(
+        facts.prompts(data.train, scoring), recipe.learner,
+        GroupSpeaker(Engine(stepper.model, decode=tokenizer.decode)), scoring.score,
+        recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
+        plan=plan, seed=recipe.seed,
+    )  # fmt: skip
+
+
+def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
+    """A data set of rollouts as large as they can become: the prompts, each with answers of the greatest length."""
+    knobs = recipe.rollouts
+
+    def grown(view: Rendered) -> Tree:
+        answer = _filler(view, knobs.max_new_tokens)
+        group = Group(view.tokens, (answer,) * knobs.answers, view.row)
+        tree = recipe.learner.grow(group)
+        returned: list[Note] = ["return"] if "value" in recipe.learner.recalled else []
+        notes: list[Note] = ["advantage", *recipe.learner.recalled, *returned]
+        for note in notes:
+            tree = noting(tree, note, [np.zeros(knobs.max_new_tokens)] * knobs.answers)
+        return tree
+
+    order = np.argsort(-data.train.lengths, kind="stable")[:_LARGEST]
+    views = [data.train[int(index)] for index in order]
+    trees = {view.row: grown(view) for view in views}
+    lengths = np.array([trees[view.row].token_count for view in views], dtype=np.int64)
+    return DataSource(
+        views, _Grown(trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
+        rows=min(len(views), max(1, knobs.prompts // recipe.learner.minibatches)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """Gives trees that were made before."""
+
+    grown: dict[int, Tree]
+
+    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
+        return [self.grown[view.row]]
+
+
+def _filler(view: Rendered, count: int) -> Answer:
+    tokens: Ints = np.resize(view.tokens, count).astype(np.int32)
+    return Answer(tokens, np.ones(count, np.bool_), np.zeros(count, np.float32), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- held out
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts, which are answered greedily and scored: the loss of an evaluation is minus the mean reward."""
+
+    model: LanguageModel
+    prompts: Sequence[Prompt]
+    scoring: Scoring
+    tokenizer: Tokenizer
+    data: Prepared
+    max_new_tokens: int
+
+    @classmethod
+    def of(
+        cls, recipe: ReinforceRecipe, data: Prepared, reading: Reading, tokenizer: Tokenizer, model: LanguageModel
+    ) -> HeldOut:
+        """Those of a recipe."""
+        scoring = scoring_of(recipe)
+        facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
+        prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
+        return cls(model, prompts, scoring, tokenizer, data, recipe.rollouts.max_new_tokens)
+
+    def rewarded(self) -> PassReport:
+        """What the model's answers are worth now."""
+        sampling = Sampling(max_new_tokens=self.max_new_tokens, stop_ids=tuple(sorted(self.data.store.stop_ids)))
+        spoken = Engine(self.model, decode=self.tokenizer.decode).speak([one.tokens for one in self.prompts], sampling)
+        decode = _decoder(self.tokenizer, self.data)
+        samples = [
+            Sample(
+                prompt=prompt.messages, answer=decode(said.tokens), tokens=tuple(said.tokens.tolist()),
+                ended="length" if said.ended == "length" else "stop", facts=prompt.facts,
+            )
+            for prompt, said in zip(self.prompts, spoken, strict=True)
+        ]  # fmt: skip
+        scored = self.scoring.score(samples)
+        metrics: dict[str, tuple[float, float]] = {}
+        rows: dict[int, tuple[float, float]] = {}
+        for prompt, said, score in zip(self.prompts, spoken, scored.scores, strict=True):
+            if score is None:
+                continue
+            rows[prompt.row] = (-score.value, 1.0)
+            for name, value in {"reward": score.value, **score.parts, "answer_tokens": len(said.tokens)}.items():
+                total, count = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (total + value, count + 1)
+        tokens = sum(len(said.tokens) for said in spoken)
+        return PassReport(
+            sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics
+        )
+
+
+def _decoder(tokenizer: Tokenizer, data: Prepared) -> Any:
+    """Tokens as rewards read them: without control tokens."""
+    silent = tokenizer.special_ids | data.store.stop_ids
+
+    def decode(tokens: Ints) -> str:
+        return tokenizer.decode([int(token) for token in tokens if int(token) not in silent])
+
+    return decode

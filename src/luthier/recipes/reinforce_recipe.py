@@ -1,0 +1,100 @@
+"""The recipe of reinforcement learning: a fine-tune whose data are prompts, with a reward, and how rollouts are made.
+
+Everything else is as in a fine-tune (schema.py), so that one bench, one loop and one ending serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from luthier.core.chosen import Chosen, choose
+from luthier.core.errors import RecipeError
+from luthier.core.knobs import Knobs
+from luthier.data.rollout_learner import RolloutLearner
+from luthier.objectives import Objective
+from luthier.recipes.schema import FinetuneRecipe
+from luthier.rewards import Reward
+from luthier.rewards.ladder import ladder_of
+
+REINFORCE: Final = "reinforce"
+
+
+class RolloutKnobs(Knobs):
+    """What is sampled before each round of steps."""
+
+    prompts: int = Field(8, ge=1, description="prompts of a rollout")
+    answers: int = Field(8, ge=1, description="answers to each of them")
+    max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens; longer ones are cut off")
+    cut: Literal["keep", "mask"] = Field(
+        "keep", description="what becomes of answers that were cut off: trained like others, or not trained"
+    )
+    redraws: int = Field(
+        0, ge=0, description="attempts to replace groups whose answers were all worth the same by other prompts'"
+    )
+
+
+class ReinforceRecipe(FinetuneRecipe):
+    """Reinforcement learning: one base model, prompts, a reward, one adapter."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"rollouts"})
+
+    recipe: Literal["reinforce"] = Field(  # type: ignore[assignment]
+        "reinforce", description="which story of recipes/ this file tells"
+    )
+    reward: Annotated[Reward, Chosen("rewards")] = Field(
+        description="what an answer is worth: a reward, or a list of them, lowest first, which becomes a ladder"
+    )
+    rollouts: RolloutKnobs = Field(default_factory=RolloutKnobs, description="how answers are sampled")
+    objective: Annotated[Objective, Chosen("objectives")] = Field(
+        default_factory=lambda: choose("objectives", Objective, "grpo"), description="what is optimised"
+    )
+
+    @field_validator("rollouts", mode="before")
+    @classmethod
+    def _none_given(cls, value: object) -> object:
+        return {} if value is None else value
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return ladder_of(value) if isinstance(value, list) else value
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _learns_from_rollouts(cls, value: Objective) -> Objective:
+        if not isinstance(value, RolloutLearner):
+            raise RecipeError(
+                f"objective {value.method_name()} learns from rows, and recipe reinforce has none",
+                allowed="an objective that learns from rollouts, such as grpo or ppo",
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _has_prompts_for_minibatches(self) -> ReinforceRecipe:
+        learner = self.learner
+        if learner.minibatches > self.rollouts.prompts:
+            raise RecipeError(
+                f"objective.minibatches is {learner.minibatches}, and a rollout has {self.rollouts.prompts} prompts",
+                allowed="at most rollouts.prompts",
+            )
+        if self.optimizer.steps_in_backward:
+            raise RecipeError(
+                f"optimizer {self.optimizer.method_name()} steps in the backward pass, where a group is in parts",
+                do="set optimizer.per_layer to false",
+            )
+        return self
+
+    @property
+    def learner(self) -> RolloutLearner:
+        """The objective, as one that learns from rollouts."""
+        if not isinstance(self.objective, RolloutLearner):
+            raise RecipeError(f"objective {self.objective.method_name()} does not learn from rollouts")
+        return self.objective
+
+
+def kind_of_recipe(values: Mapping[str, Any]) -> type[FinetuneRecipe]:
+    """What a recipe in plain values is a recipe of."""
+    return ReinforceRecipe if values.get("recipe") == REINFORCE else FinetuneRecipe

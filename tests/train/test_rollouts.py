@@ -1,0 +1,267 @@
+"""Rollouts as a source: what is sampled is what is trained, what fails is left out, and a replay survives a kill."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.core.errors import RecipeError
+from luthier.core.events import Event
+from luthier.data.rollout_learner import RolloutLearner
+from luthier.data.rollouts import as_arrays, from_arrays, leaf_notes
+from luthier.data.sample import Sample
+from luthier.model.speaker import PolicySampling, Sampling
+from luthier.objectives.grpo import GRPO
+from luthier.objectives.ppo import PPO
+from luthier.rewards import RewardError
+from luthier.schedules.constant import Constant
+from luthier.train.loop import Cadence, Loop
+from luthier.train.rollouts import RolloutSource
+from luthier.train.scoring import Scored
+from luthier.train.signals import StopRequest
+from luthier.train.source import Cursor
+from luthier.train.state import LoopState, load_state, take_snapshot
+from luthier.train.stepper import Stepper
+from tests import forests, rollouts
+
+METHODS: dict[str, RolloutLearner] = {
+    "grpo, once": GRPO(preset="grpo"),
+    "grpo, twice in halves": GRPO(preset="dapo", passes=2, minibatches=2, temperature=0.7),
+    "ppo": PPO(passes=3, target_kl=2.0, temperature=1.3),
+}
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def even(sample: Sample) -> float:
+    """The share of even tokens."""
+    return sum(token % 2 == 0 for token in sample.tokens) / len(sample.tokens)
+
+
+@each_method
+def test_ratios_begin_at_one_and_nothing_is_clipped(name: str) -> None:
+    """Breaks when what is trained is not what was sampled, or at another temperature, or with dropout between."""
+    stepper = rollouts.stepper_for(METHODS[name])
+    source = rollouts.source_for(stepper, even)
+    report = stepper.forward_backward(source.next_step())
+    assert report.figures["ratio"] == pytest.approx(1.0, abs=1e-5) and report.figures["clipped"] == 0.0
+    # The sampler is the zoo's own forward pass of whole rows, the trainer ours over a shared prompt.
+    assert report.figures["mismatch_most"] < 1e-4
+    stepper.optim_step()
+    again = stepper.forward_backward(source.next_step())
+    if METHODS[name].passes > 1:
+        assert abs(again.figures["ratio"] - 1) > 1e-6
+
+
+def test_the_very_tokens_that_were_sampled_are_trained() -> None:
+    """Breaks when answers go through text, lose their stop token, or their rewards go to others."""
+    stepper = rollouts.stepper_for(GRPO())
+    source = rollouts.source_for(stepper, lambda sample: float(sample.tokens[0]))
+    trees = source.next_step()
+    [asked] = source.speaker.asked  # type: ignore[attr-defined]
+    prompts = [np.asarray(tree.segments[0].tokens) for tree in trees]
+    spoken = rollouts.FakeSpeaker(stepper.model).speak([each for each in prompts for _ in range(4)], asked)
+    leaves = [leaf for tree in trees for leaf in tree.segments[1:]]
+    for said, leaf in zip(spoken, leaves, strict=True):
+        assert said.tokens.tolist() == leaf.tokens.tolist() and (leaf.weights > 0).all()
+    for tree in trees:
+        first = np.array([float(leaf.tokens[0]) for leaf in tree.segments[1:]])
+        assert np.allclose([own[0] for own in leaf_notes(tree, "advantage")], first - first.mean(), atol=1e-4)
+
+
+def test_what_could_not_be_scored_is_in_no_group() -> None:
+    """Breaks when a failed reward counts as 0: it would lower the baseline, and teach that the answer was bad."""
+    stepper = rollouts.stepper_for(GRPO())
+    source = rollouts.source_for(stepper, lambda sample: None if sample.tokens[0] % 3 == 0 else 1.0 + even(sample))
+    trees = source.next_step()
+    assert all(leaf.tokens[0] % 3 for tree in trees for leaf in tree.segments[1:])
+    assert source.report is not None
+    values = source.report.values()
+    assert values["answers"] == 8 and sum(len(tree.segments) - 1 for tree in trees) < 8
+    assert values["reward"] >= 1.0 and min(np.concatenate(leaf_notes(trees[0], "advantage"))) > -0.9
+
+
+def test_a_rollout_without_any_score_ends_the_run() -> None:
+    """Breaks when a sandbox that is down trains on nothing, in silence."""
+    stepper = rollouts.stepper_for(GRPO())
+    source = rollouts.source_for(stepper, even)
+    source.score = lambda samples: Scored(
+        (None,) * len(samples), tuple(RewardError("the sandbox is down").of(one) for one in samples)
+    )
+    with pytest.raises(RecipeError, match=r"8 could not be scored \(8 x the sandbox is down\)"):
+        source.next_step()
+
+
+def test_groups_that_teach_nothing_are_drawn_again() -> None:
+    """Breaks when redrawing has no end, or takes prompts that were asked already."""
+    stepper = rollouts.stepper_for(GRPO())
+    useless = {0, 3}
+    source = rollouts.source_for(
+        stepper, lambda sample: 1.0 if sample.facts["row"] in useless else even(sample), plan={"redraws": 3}
+    )
+    source.prompts = [replace(prompt, facts={"row": prompt.row}) for prompt in source.prompts]
+    rows = {tree.row for tree in source.next_step()}
+    assert not rows & useless and len(rows) == 2
+    source.score = rollouts.scorer(lambda sample: 1.0)
+    before = source.cursor
+    trees = source.next_step()
+    assert source.report is not None
+    values = source.report.values()
+    assert len(trees) == 2 and values["redrawn"] == 6 and values["alike"] == 8
+    assert (source.cursor.epoch - before.epoch) * 5 + source.cursor.used - before.used == 8
+    assert all((np.concatenate(leaf_notes(tree, "advantage")) == 0).all() for tree in trees)
+
+
+@pytest.mark.parametrize("cut", ["keep", "mask"])
+def test_answers_that_were_cut_off_are_kept_or_masked(cut: str) -> None:
+    """Breaks when a masked answer is trained, or its worth is forgotten in the baseline of the others."""
+    stepper = rollouts.stepper_for(GRPO())
+    source = rollouts.source_for(
+        stepper, lambda sample: float(sample.ended == "stop"), plan={"cut": cut, "stop_ids": tuple(range(1, 128, 4))}
+    )
+    trees = source.next_step()
+    leaves = [leaf for tree in trees for leaf in tree.segments[1:]]
+    stopped = [int(leaf.tokens[-1]) % 4 == 1 for leaf in leaves]
+    assert all(stopped) if cut == "mask" else not all(stopped)
+    if cut == "mask":
+        # Where all of a group have stopped, none is better.
+        own = np.concatenate([each for tree in trees for each in leaf_notes(tree, "advantage")])
+        assert own.min() >= 0 and own.max() > 0
+
+
+def test_nothing_that_is_cut_off_or_steered_is_trained_on() -> None:
+    """Breaks when answers of another policy are trained as if they were the model's own."""
+    steered: list[Any] = [
+        {"top_p": 0.9}, {"top_k": 5}, {"repetition_penalty": 1.2}, {"min_new_tokens": 2}, {"temperature": 0.0}
+    ]  # fmt: skip
+    for more in steered:
+        with pytest.raises(RecipeError, match="is to be trained on|are to be trained on"):
+            PolicySampling(**more)
+
+
+def test_a_sampler_that_says_something_else_is_told_once() -> None:
+    """Breaks when answers of other weights, or of another precision, are trained on without a word."""
+    stepper = rollouts.stepper_for(GRPO())
+    source = rollouts.source_for(stepper, even, off=-0.3)
+    warned = []
+    for _ in range(3):
+        report = stepper.forward_backward(source.next_step())
+        assert report.figures["mismatch"] == pytest.approx(0.3, abs=1e-4)
+        warned += rollouts.of_kind(source.told(report), "warning")
+        stepper.optim_step()
+    [warning] = warned
+    assert "differ by 0.300" in warning.values["message"]
+
+
+def test_the_same_seed_rolls_out_the_same_and_another_does_not() -> None:
+    """Breaks when a draw depends on what else runs, or answers of a group are copies."""
+    found = []
+    for seed in (7, 7, 8):
+        source = rollouts.source_for(rollouts.stepper_for(GRPO()), even)
+        source.seed = seed
+        found.append([leaf.tokens.tolist() for tree in source.next_step() for leaf in tree.segments[1:]])
+    assert found[0] == found[1] != found[2]
+    assert len({tuple(each) for each in found[0][:4]}) > 1
+
+
+@pytest.mark.parametrize("objective", [GRPO(preset="grpo", passes=2), PPO()], ids=["grpo", "ppo"])
+def test_trees_come_back_from_arrays_to_the_bit(objective: RolloutLearner) -> None:
+    """Breaks when a note, a row or a token is lost on the way to a checkpoint."""
+    made = rollouts.random_trees(objective)
+    for tree, back in zip(made, from_arrays(as_arrays(made)), strict=True):
+        assert back.row == tree.row and len(back.segments) == len(tree.segments)
+        for one, two in zip(tree.segments, back.segments, strict=True):
+            assert one.tokens.tobytes() == two.tokens.tobytes() and one.weights.tobytes() == two.weights.tobytes()
+            assert one.parent == two.parent and set(one.notes or {}) == set(two.notes or {})
+            for name, note in (one.notes or {}).items():
+                assert note.tobytes() == (two.notes or {})[name].tobytes()
+    assert from_arrays(as_arrays([])) == []
+
+
+class Life:
+    """A run of a few steps that may be cut short: recorder and keeper in one."""
+
+    def __init__(self, objective: RolloutLearner, folder: Path | None, *, at: int = 0) -> None:
+        torch.manual_seed(3)
+        self.stepper: Stepper = rollouts.stepper_for(objective)
+        self.source: RolloutSource = rollouts.source_for(self.stepper, even, plan={"redraws": 1})
+        self.folder, self.at = folder, at
+        self.row_excess: dict[int, float] = {}
+        self.logged: list[tuple[int | None, str, str]] = []
+
+    def go(self, state: LoopState) -> dict[str, bytes]:
+        Loop(
+            source=self.source, stepper=self.stepper, schedule=Constant(), cadence=Cadence(save_every=1),
+            recorder=self, keeper=self, stop=StopRequest(),
+        ).run(state)  # fmt: skip
+        return {name: master.detach().numpy().tobytes() for name, master in self.stepper.masters.items()}
+
+    def record(self, event: Event) -> None:
+        values = {key: each for key, each in event.values.items() if "seconds" not in key}
+        self.logged.append((event.step, event.kind, repr(sorted(values.items()))))
+
+    def save(self, state: LoopState, *, best: bool) -> bool:
+        if self.folder is not None and state.step == self.at:
+            self.folder.mkdir()
+            take_snapshot(state, self.stepper, self.row_excess, held=self.source.held()).write(self.folder)
+        return True
+
+    def poll(self) -> list[Event]:
+        return []
+
+    def finish(self) -> list[Event]:
+        return []
+
+    def abandon(self, *, at_once: bool) -> None:
+        """Nothing is in flight."""
+
+    def pin(self) -> str:
+        return ""
+
+
+@each_method
+@pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4))])
+def test_killed_in_the_middle_of_a_replay_it_goes_on_to_the_bit(name: str, at: int, tmp_path: Path) -> None:
+    """Breaks when a note of the replay, the order of minibatches, the leash or the next prompts are forgotten."""
+    objective = METHODS[name]
+    whole = Life(objective, tmp_path / "state", at=at)
+    expected = whole.go(LoopState(total_steps=7))
+    torch.manual_seed(99)
+    life = Life(objective, None)
+    state, life.row_excess = load_state(tmp_path / "state", life.stepper, life.source)
+    assert state.step == at
+    assert life.go(state) == expected
+    assert life.logged == [event for event in whole.logged if (event[0] or 0) > at]
+
+
+def test_a_replay_that_is_not_taken_back_is_noticed(tmp_path: Path) -> None:
+    """Breaks when the test above would pass without what the source holds."""
+    whole = Life(METHODS["ppo"], tmp_path / "state", at=2)
+    expected = whole.go(LoopState(total_steps=5))
+    life = Life(METHODS["ppo"], None)
+    state, _ = load_state(tmp_path / "state", life.stepper, life.source)
+    life.source.hold({**life.source.held(), "numbers": np.array([0, 2, 0, 0])})
+    life.source.seek(Cursor())
+    assert life.go(state) != expected
+
+
+def test_the_engine_tells_log_probabilities_at_its_temperature() -> None:
+    """Breaks when a policy at another temperature is trained on the log-probabilities of the model itself."""
+    from luthier.infer.engine import Engine
+
+    model = forests.language_model("llama")
+    prompt = forests.tokens(np.random.default_rng(0), 5)
+    plain: Any = {"max_new_tokens": 6, "temperature": 0.5, "seed": 4}
+    [itself] = Engine(model).speak([prompt], Sampling(**plain))
+    [drawn] = Engine(model).speak([prompt], PolicySampling(**plain))
+    assert itself.tokens.tolist() == drawn.tokens.tolist()
+    row = torch.from_numpy(np.concatenate([prompt, drawn.tokens]).astype(np.int64))
+    with torch.no_grad():
+        logits = model.module(row[None]).logits[0, 4:-1]
+    for said, heat in ((itself, 1.0), (drawn, 0.5)):
+        told = torch.log_softmax(logits / heat, -1).gather(1, row[5:, None])[:, 0]
+        assert np.allclose(said.log_probs, told, atol=1e-4)
