@@ -2,13 +2,11 @@
 
 Idea: a `Chooser` is what one continuation remembers: its settings, what it said, its own random numbers. `choose` takes
 the logits of many at once. What steers (penalties, biases, grammars) touches single logits; what cuts (top-k, nucleus,
-min-p) is one threshold a row, so that tokens that tie with the last one kept stay whatever the order of a sort. A token
-is drawn with one number from [0, 1) by the inverse of the cumulative distribution. That number is a hash of the seed,
-the choice and the place in the text: the draw depends on nothing else that runs, and needs no state.
+min-p) and the draw itself are in drawing.py. A token is drawn with one number from [0, 1), a hash of the seed, the choice
+and the place in the text: the draw depends on nothing else that runs, and needs no state.
 Equation: with z the model's logits, c how often a token was said: z' = (z / r if z > 0 else z r) - c frequency -
     [c > 0] presence + bias; p = softmax(z' / temperature) over what the cuts leave. What is told is log softmax z.
-Source: top-k: Fan et al., arXiv 1805.04833; nucleus: Holtzman et al., arXiv 1904.09751; min-p: Nguyen et al.,
-    arXiv 2407.01082; repetition penalty: Keskar et al., arXiv 1909.05858, section 4.1; presence and frequency: the
+Source: repetition penalty: Keskar et al., arXiv 1909.05858, section 4.1; presence and frequency: the
     OpenAI API reference; the hash is splitmix64: Steele, Lea and Flood, OOPSLA 2014.
 """
 
@@ -26,18 +24,13 @@ from torch import Tensor
 
 from luthier.core.errors import NumericError, RecipeError
 from luthier.data.forest import Floats, Ints
+from luthier.infer import drawing
 from luthier.infer.guides import Guide
 from luthier.infer.request import Said
 from luthier.kernels.backend import Backend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.speaker import Sampling
 
-_WIDTHS: Final = (256, 4096, None)
-"""How many of the likeliest tokens a cut is looked for among, one after the other; at last among all."""
-_BLOCK: Final = 16
-"""Tokens whose best stands for them while the likeliest are looked for."""
-_COLDEST: Final = 1e-30
-"""A temperature that float32 can divide by; below it nothing changes any more."""
 _NEVER: Final = float("-inf")
 TWIN: Final = TorchBackend()
 
@@ -126,11 +119,11 @@ def choose(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"], *, backend
     steered = _steered(choosers, logits)
     drawn = [row for row, chooser in enumerate(choosers) if chooser.sampling.temperature > 0]
     if len(drawn) == len(choosers):
-        tokens = _drawn(choosers, steered.float())
+        tokens = _drawn(choosers, steered)
     else:
         tokens = best if steered is logits else steered.argmax(-1)
         if drawn:
-            tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn].float())
+            tokens[drawn] = _drawn([choosers[row] for row in drawn], steered[drawn])
     heats = [chooser.sampling.told_at for chooser in choosers]
     own = logits if set(heats) == {1.0} else logits.float() / logits.new_tensor(heats, dtype=torch.float32)[:, None]
     normalisers = normalisers if own is logits else backend.best(own)[1]
@@ -164,7 +157,7 @@ def choose_drafted(
 def distribution(choosers: Sequence[Chooser], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """The probabilities with which `choose` would take each token next, of continuations that are not greedy."""
     chances = torch.zeros(logits.shape, device=logits.device)
-    for share in _shares(choosers, _steered(choosers, logits.float())):
+    for share in drawing.shares([chooser.sampling for chooser in choosers], _steered(choosers, logits.float())):
         at = torch.arange(logits.shape[1], device=logits.device) if share.ids is None else share.ids
         chances[torch.tensor(share.rows, device=logits.device)[:, None], at] = share.weights
     return chances / chances.sum(-1, keepdim=True)
@@ -267,131 +260,9 @@ def _joined(edits: list[_Edits], device: torch.device) -> tuple[tuple[Tensor, Te
     return (rows, tokens), values
 
 
-# ------------------------------------------------------------------------------------------------------------ drawing
-
-
-@final
-class _Share(NamedTuple):
-    """Rows of a batch with what each of some tokens weighs in them: of those that `ids` names, ascending, or of all."""
-
-    rows: list[int]
-    weights: Float[Tensor, "R W"]
-    ids: Int[Tensor, "R W"] | None
-
-
 def _drawn(choosers: Sequence[Chooser], scores: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
-    """A token for each row by the inverse of its cumulative distribution."""
-    drawn = torch.empty(len(choosers), dtype=torch.long, device=scores.device)
-    for share in _shares(choosers, scores):
-        found = _inverse(share.weights, [choosers[row].uniform() for row in share.rows])
-        drawn[share.rows] = (found if share.ids is None else share.ids.gather(1, found))[:, 0]
-    return drawn
-
-
-def _inverse(weights: Float[Tensor, "R W"], numbers: Sequence[float]) -> Int[Tensor, "R 1"]:
-    """Where the sum of the weights goes past a share of the whole."""
-    cumulative = weights.cumsum(-1)
-    found = torch.searchsorted(cumulative, _column(weights, numbers) * cumulative[:, -1:], right=True)
-    found = found.clamp(max=weights.shape[1] - 1)
-    hit = weights.gather(1, found) > 0
-    if bool(hit.all()):
-        return found
-    # The number may round up to the whole sum, and a sum made in parallel may waver: take the nearest one before that
-    # has a weight, or the first.
-    place = torch.arange(weights.shape[1], device=weights.device)
-    before = torch.where((weights > 0) & (place <= found), place, -1).amax(-1, keepdim=True)
-    first = (weights > 0).to(torch.uint8).argmax(-1, keepdim=True)
-    return torch.where(hit, found, torch.where(before >= 0, before, first))
-
-
-def _shares(choosers: Sequence[Chooser], scores: Float[Tensor, "B V"]) -> Iterator[_Share]:
-    """What the tokens weigh after temperature and cuts.
-
-    A row that is cut is looked at among its likeliest tokens, and among more of them while the cut lies beyond. How
-    many is a matter of the row alone, so that its sums are the same in any company.
-    """
-    vocabulary, settings = scores.shape[1], [chooser.sampling for chooser in choosers]
-    cut = [row for row, each in enumerate(settings) if 0 < each.top_k < vocabulary or each.top_p < 1 or each.min_p]
-    whole = sorted(set(range(len(settings))) - set(cut))
-    if whole:
-        yield _Share(whole, _chances(_rows(scores, whole), [settings[row] for row in whole]), None)
-    for width in _WIDTHS:
-        if not cut:
-            return
-        width = vocabulary if width is None else min(width, vocabulary)
-        best, ids = _best(_rows(scores, cut), width)
-        mine = [settings[row] for row in cut]
-        scaled = (best - best[:, :1]) / _temperatures(best, mine)
-        edge, certain = _edge(scaled, mine, _rows(scores, cut))
-        sure = [at for at, fine in enumerate(certain.tolist()) if fine]
-        if sure:
-            ascending, order = ids[sure].sort(-1)
-            kept = scaled[sure].exp() * (scaled[sure] >= edge[sure])
-            yield _Share([cut[at] for at in sure], kept.gather(1, order), ascending)
-        cut = [row for at, row in enumerate(cut) if at not in set(sure)]
-
-
-def _edge(
-    scaled: Float[Tensor, "R W"], settings: Sequence[Sampling], scores: Float[Tensor, "R V"]
-) -> tuple[Float[Tensor, "R 1"], Bool[Tensor, " R"]]:
-    """The least score that each row keeps, and whether nothing beyond these tokens, best first, could be kept too."""
-    width, vocabulary = scaled.shape[1], scores.shape[1]
-    edge = _column(scaled, [math.log(each.min_p) if each.min_p else _NEVER for each in settings])
-    counts = [each.top_k if 0 < each.top_k < vocabulary else 0 for each in settings]
-    counted = torch.tensor([[count > 0] for count in counts]).to(scaled.device)
-    place = torch.tensor([[min(max(count, 1), width) - 1] for count in counts]).to(scaled.device)
-    least = torch.where(counted, scaled.gather(1, place), _NEVER)
-    edge = torch.maximum(edge, least)
-    if any(each.top_p < 1 for each in settings):
-        inside = scaled.exp() * (scaled >= least)
-        total = inside.sum(-1, keepdim=True)
-        free = [row for row, each in enumerate(settings) if each.top_p < 1 and not counts[row]]
-        if free and width < vocabulary:
-            # The best token weighs 1 here, and its chance is 1 / total.
-            chances = _chances(_rows(scores, free), [settings[row] for row in free])
-            total[free] = 1 / chances.amax(-1, keepdim=True)
-        before = (inside.cumsum(-1) - inside) / total
-        share = _column(scaled, [each.top_p if each.top_p < 1 else math.inf for each in settings])
-        last = ((before < share).sum(-1, keepdim=True) - 1).clamp(min=0)
-        edge = torch.maximum(edge, torch.where(share < 1, scaled.gather(1, last), _NEVER))
-    end = scaled[:, -1:]
-    certain = (end < edge) & ~(counted & (end >= least)) | (end == _NEVER)
-    return edge, certain[:, 0] | (width == vocabulary)
-
-
-def _best(scores: Float[Tensor, "R V"], width: int) -> tuple[Float[Tensor, "R W"], Int[Tensor, "R W"]]:
-    """The best scores of each row and their tokens, best first."""
-    blocks = scores.shape[1] // _BLOCK
-    if blocks < 2 * width:
-        best = scores.topk(width)
-        return best.values, best.indices
-    # The best are in the blocks whose own best are best. A block is every so manyth token, to be compared side by side.
-    apart = scores[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks))
-    at = apart.amax(1).topk(width).indices[:, None].expand(-1, _BLOCK, -1)
-    ids = at + blocks * torch.arange(_BLOCK, device=scores.device)[:, None]
-    rest = torch.arange(blocks * _BLOCK, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    found = torch.cat([apart.gather(2, at).flatten(1), scores[:, blocks * _BLOCK :]], 1)
-    best = found.topk(width)
-    return best.values, torch.cat([ids.flatten(1), rest], 1).gather(1, best.indices)
-
-
-def _chances(scores: Float[Tensor, "R V"], settings: Sequence[Sampling]) -> Float[Tensor, "R V"]:
-    """The probabilities at each row's temperature."""
-    if all(each.temperature == 1 for each in settings):
-        return scores.softmax(-1)
-    return ((scores - scores.amax(-1, keepdim=True)) / _temperatures(scores, settings)).softmax(-1)
-
-
-def _temperatures(like: Float[Tensor, "R W"], settings: Sequence[Sampling]) -> Float[Tensor, "R 1"]:
-    return _column(like, [max(each.temperature, _COLDEST) for each in settings])
-
-
-def _rows(scores: Float[Tensor, "B V"], rows: list[int]) -> Float[Tensor, "R V"]:
-    return scores if len(rows) == len(scores) else scores[rows]
-
-
-def _column(like: Float[Tensor, "R W"], values: Sequence[float]) -> Float[Tensor, "R 1"]:
-    return torch.tensor(values, dtype=like.dtype).to(like.device)[:, None]
+    settings, numbers = zip(*((chooser.sampling, chooser.uniform()) for chooser in choosers), strict=True)
+    return drawing.drawn(settings, numbers, scores.float())
 
 
 def _hashed(number: int) -> int:
