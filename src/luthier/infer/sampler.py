@@ -2,8 +2,8 @@
 
 Idea: a `Chooser` is what one continuation remembers: its settings, what it said, its own random numbers. `choose` takes
 the logits of many at once. What steers (penalties, biases, grammars) touches single logits; what cuts (top-k, nucleus,
-min-p) and the draw itself are in drawing.py. A token is drawn with one number from [0, 1), a hash of the seed, the choice
-and the place in the text: the draw depends on nothing else that runs, and needs no state.
+min-p) and the draw itself are in drawing.py. A token is drawn with one number from [0, 1), a hash of the seed, the
+choice and the place in the text: the draw depends on nothing else that runs, and needs no state.
 Equation: with z the model's logits, c how often a token was said: z' = (z / r if z > 0 else z r) - c frequency -
     [c > 0] presence + bias; p = softmax(z' / temperature) over what the cuts leave. What is told is log softmax z.
 Source: repetition penalty: Keskar et al., arXiv 1909.05858, section 4.1; presence and frequency: the
