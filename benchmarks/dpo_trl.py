@@ -1,4 +1,4 @@
-"""TRL's DPO with PEFT's LoRA as one process of `pairs.py`. Runs in the peer's own virtual environment.
+"""TRL's DPO with PEFT's LoRA as one process of `preference.py`. Runs in the peer's own virtual environment.
 
 The rows are given as ids, as its collator takes them. What is set beside the system's own settings makes the work equal
 (LoRA, beta, learning rate, order) and keeps the trainer from writing; all else is at DPOConfig's defaults.
@@ -17,7 +17,7 @@ import trl
 from datasets import Dataset
 from devices import Device
 from hf_peer import set_start
-from pairs_work import ALPHA, BETA, LEARNING_RATE, RANK, Clock, Job, job_from_arguments, pairs
+from preference_work import ALPHA, BETA, LEARNING_RATE, RANK, Clock, Job, job_from_arguments, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
@@ -38,13 +38,13 @@ class Ended(TrainerCallback):
         self.clock.step_ended()
 
 
-def trainer_of(job: Job, settings: dict[str, Any], clock: Clock, scratch: str) -> OfIds:
+def trainer_of(job: Job, clock: Clock, scratch: str) -> OfIds:
     rows = [
         {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected} for pair in pairs(job)
     ]
     config = trl.DPOConfig(
         output_dir=scratch,
-        per_device_train_batch_size=job.pairs,
+        per_device_train_batch_size=job.rows,
         max_steps=job.steps,
         max_length=512,
         beta=BETA,
@@ -56,7 +56,7 @@ def trainer_of(job: Job, settings: dict[str, Any], clock: Clock, scratch: str) -
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **settings,
+        **job.settings,
     )
     made = OfIds(
         model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=torch.bfloat16),
@@ -73,16 +73,18 @@ def trainer_of(job: Job, settings: dict[str, Any], clock: Clock, scratch: str) -
 
 
 def main() -> int:
-    job, settings = job_from_arguments()
+    job = job_from_arguments()
     device, clock = Device("cpu"), Clock(job)
     device.forget_peak()
     with tempfile.TemporaryDirectory(dir=job.home) as scratch:
-        trainer = trainer_of(job, settings, clock, scratch)
+        trainer = trainer_of(job, clock, scratch)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     shown = {"gradient_checkpointing": trainer.args.gradient_checkpointing, "bf16": trainer.args.bf16}
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    line = clock.line(pairs(job), losses=losses, peak=device.peak(), packages=packages, settings=shown)
+    used = pairs(job)
+    tokens = [sum(pair.tokens for pair in used[step * job.rows : (step + 1) * job.rows]) for step in range(job.steps)]
+    line = clock.line(tokens, losses=losses, peak=device.peak(), packages=packages, settings=shown)
     print(json.dumps(line), flush=True)
     return 0
 

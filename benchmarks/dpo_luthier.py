@@ -1,4 +1,4 @@
-"""luthier as one process of `pairs.py`: DPO with LoRA, each prompt computed once for its two answers."""
+"""luthier as one process of `preference.py`: DPO with LoRA, each prompt computed once for its two answers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 import numpy as np
 import torch
 from devices import Device
-from pairs_work import ALPHA, BETA, LEARNING_RATE, RANK, Clock, Pair, job_from_arguments, pairs
+from preference_work import ALPHA, BETA, LEARNING_RATE, RANK, Clock, Job, Pair, job_from_arguments, pairs
 from safetensors.torch import load_file
 
 from luthier.adapters.lora import LoRA
 from luthier.data.forest import Segment, Tree
 from luthier.kernels.pool import bound_caches
 from luthier.model.load import load_model
+from luthier.objectives import Objective
 from luthier.objectives.dpo import DPO
 from luthier.optimizers.adamw import AdamW
 from luthier.recipes.memory import use_pool
@@ -31,11 +32,8 @@ def tree_of(pair: Pair, row: int) -> Tree:
     return Tree((prompt, *leaves), row=row)
 
 
-def main() -> int:
-    job, _ = job_from_arguments()
-    bound_caches()
-    device, clock = Device("cpu"), Clock(job)
-    device.forget_peak()
+def stepper_of(job: Job, objective: Objective) -> Stepper:
+    """The prepared model with LoRA on it, laid out as a run is."""
     model = load_model(str(job.folder / "model"), precision="bfloat16")
     use_pool(model)
     torch.manual_seed(0)
@@ -44,17 +42,26 @@ def main() -> int:
     with torch.no_grad():
         for site, start in load_file(job.folder / "lora.safetensors").items():
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
-    stepper = Stepper(model, attachment, DPO(beta=BETA), AdamW(learning_rate=LEARNING_RATE), micro_tokens=4096)
+    return Stepper(model, attachment, objective, AdamW(learning_rate=LEARNING_RATE), micro_tokens=4096)
+
+
+def main() -> int:
+    job = job_from_arguments()
+    bound_caches()
+    device, clock = Device("cpu"), Clock(job)
+    device.forget_peak()
+    stepper = stepper_of(job, DPO(beta=BETA))
     used, losses = pairs(job), []
     for step in range(job.steps):
-        chosen = used[step * job.pairs : (step + 1) * job.pairs]
+        chosen = used[step * job.rows : (step + 1) * job.rows]
         report = stepper.forward_backward([tree_of(pair, row) for row, pair in enumerate(chosen)])
         stepper.optim_step()
         clock.step_ended()
         losses.append(report.loss)
     settings = {"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()}
     packages = ("torch", "transformers", "safetensors")
-    line = clock.line(used, losses=losses, peak=device.peak(), packages=packages, settings=settings)
+    tokens = [sum(pair.tokens for pair in used[step * job.rows : (step + 1) * job.rows]) for step in range(job.steps)]
+    line = clock.line(tokens, losses=losses, peak=device.peak(), packages=packages, settings=settings)
     print(json.dumps(line), flush=True)
     return 0
 
