@@ -103,8 +103,8 @@ class _Hearing:
         """The answer to a call of the tests."""
         if self._gone is None:
             try:
-                self._process.say({"do": "call", "watch": True, **{key: said[key] for key in _ASKED}})
-                return self._clean(self._process.hear(), said["arguments"])
+                answer = self._process.ask({"do": "call", "watch": True, **{key: said[key] for key in _ASKED}})
+                return self._clean(answer, said["arguments"])
             except OverError as over:
                 self._gone = over
         return {"gone": f"the candidate is gone: {self._gone.reason}"}
