@@ -52,6 +52,8 @@ def test_calls_are_answered_one_by_one_in_one_process(sandbox: Sandbox) -> None:
     ("def f(:", Status.RAISED, "SyntaxError"),
     ("import numpy_is_not_there", Status.RAISED, "ModuleNotFoundError"),
     ("import sys\nsys.exit(3)", Status.EXITED, ""),
+    ("import sys\nsys.exit(0)", Status.ENDED, ""),
+    ("exit()", Status.ENDED, ""),
     ("import os\nos._exit(0)", Status.EXITED, ""),
     ("import ctypes\nctypes.string_at(0)", Status.KILLED, ""),
     ("x = bytearray(1 << 36)", Status.OUT_OF_MEMORY, "MemoryError"),

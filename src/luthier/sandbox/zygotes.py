@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final, final
 
-MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "examiner", "zygote", "launch")
+MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "stand_ins", "examiner", "zygote", "launch")
 """Modules of guest/ in the order in which they need each other."""
 START_SECONDS: Final = 120.0
 """For a machine that is very busy, and modules that take long to import."""
