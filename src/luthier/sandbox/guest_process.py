@@ -96,6 +96,15 @@ class GuestProcess:
         body = json.dumps(message, separators=(",", ":")).encode()
         self._outbox = memoryview(bytes(self._outbox) + len(body).to_bytes(_HEAD, "big") + body)
 
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a question and wait for the answer, which nobody can have written before. Raises as `hear` does."""
+        if self._over is None and self._ended is None:
+            self._read_channel()
+        if self._inbox:
+            raise self._over or self.stop(Status.KILLED, "it answered before it was asked")
+        self.say(question)
+        return self.hear()
+
     def hear(self) -> dict[str, Any]:
         """The next message. Raises OverError where there will be none, LostError where the sandbox failed."""
         while True:
@@ -233,6 +242,8 @@ class GuestProcess:
         return message
 
     def _how(self, ended: Ended) -> OverError:
+        if ended.out_of_memory:
+            return OverError(Status.OUT_OF_MEMORY, "its processes together hold more memory than they may")
         # The kernel kills at its own ticks, which may come a little before the account is full.
         killed = -ended.status in (signal.SIGKILL, signal.SIGXCPU)
         if ended.cpu_seconds > self._limits.cpu_seconds * (_NEARLY if killed else 1):

@@ -101,6 +101,7 @@ class Sandbox:
     ) -> None:
         self.limits = limits
         self.steps = steps
+        self._owner = os.getpid()
         self.passed_over: tuple[str, ...] = ()
         """Stronger walls that were tried first, and why they do not stand here."""
         self._settings = _settings(limits, steps, view(preload), preload, environment)
@@ -132,7 +133,7 @@ class Sandbox:
             must_hold(
                 lambda program: run_program(zygote, program, _PROBING, writable=False),
                 str(self.steps),
-                self._settings["environment"],
+                self._settings,
             )
         except BaseException:
             self.close()
@@ -185,6 +186,8 @@ class Sandbox:
     def _tried(self, work: Callable[[_Worker], _Result], broken: Callable[[str], _Result]) -> _Result:
         if not self._end.alive:
             raise RefusedError("the sandbox is closed", allowed="one that is open", do="open another one")
+        if os.getpid() != self._owner:
+            raise RefusedError("a sandbox of the parent process", allowed="one of this process", do="open another one")
         worker = self._idle.get()
         try:
             reason = ""
