@@ -200,7 +200,7 @@ def test_a_python_grader_runs_in_the_sandbox_on_sample_and_item() -> None:
 
 @pytest.mark.parametrize(
     "source", ["def grade(sample, item):\n    return item['none']", "def grade(sample, item):\n    return 'good'",
-               "x = 1", "def grade(sample, item):\n    return True",
+               "x = 1", "def grade(sample, item):\n    return True", "def grade(sample, item):\n    return 10 ** 5000",
                "import os\ndef grade(sample, item):\n    os._exit(0)"]
 )  # fmt: skip
 def test_a_python_grader_that_fails_has_not_graded(source: str) -> None:

@@ -31,7 +31,7 @@ def test_all_or_each_case_counts() -> None:
     found = score("passes_tests", BAD, tools)
     assert found.value == 0.0 and found.parts["passed"] == pytest.approx(1 / 3)
     assert score(PassesTests(partial=True), BAD, tools).value == pytest.approx(1 / 3)
-    assert "case 1: gave yx" in found.reason and "xy" not in found.feedback
+    assert "case 1: gave 'yx'" in found.reason and "xy" not in found.feedback
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,8 @@ def test_all_or_each_case_counts() -> None:
         ("None", 0, 0.0),
         ("object()", None, 0.0),
         ("10 ** 30", 10**30, 1.0),
+        ("10 ** 5000", 1, 0.0),
+        ("{10 ** 5000: [10 ** 5000]}", {}, 0.0),
         ("'\\ud800'", "?", 0.0),
     ],
 )

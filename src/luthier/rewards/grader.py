@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.optional import require
+from luthier.data.cases import shown
 from luthier.data.conversation import ROLES, Message
 from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
@@ -122,6 +123,7 @@ def _check(grader: object, where: str) -> None:
         _filled(text, {}, check=True)
 
 
+_MOST: Final = 1e300
 _ROOM: Final = ("max_completions_tokens", "max_completion_tokens", "max_tokens")
 
 
@@ -210,10 +212,11 @@ def _graded(outcome: Outcome, sample: Sample) -> Verdict:
     if outcome.status is Status.BROKEN:
         return RewardError(f"the sandbox broke: {outcome.reason}").of(sample)
     said = outcome.returned[0] if outcome.returned else Returned(error=f"{outcome.status}: {outcome.reason}")
-    if said.error is not None or isinstance(said.value, bool) or not isinstance(said.value, int | float):
-        told = f"the grader's program gave {said.error or repr(said.value)[:80]}"
+    value = said.value
+    if said.error is not None or isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MOST:
+        told = f"the grader's program gave {said.error or shown(value)}"
         return RewardError(told, allowed="a number from grade(sample, item)").of(sample, again=False)
-    return Score(float(said.value))
+    return Score(float(value))
 
 
 # ----------------------------------------------------------------------------------------------- templates, formulas
