@@ -147,15 +147,15 @@ KERNEL: Final = {
     "the namespace of another": "for n in ('mnt', 'net', 'pid', 'user'):\n"
     "    try: f = os.open(f'/proc/1/ns/{n}', os.O_RDONLY)\n    except OSError: continue\n"
     "    allowed(syscall(308, 268, f, 0), n)",
-    "mount": "allowed(syscall(165, 40, b'tmpfs', b'/work', b'tmpfs', 0, None))",
+    "mount": "allowed(syscall(165, 40, b'tmpfs', b'/guest', b'tmpfs', 0, None))",
     "mount proc": "os.mkdir('p'); allowed(syscall(165, 40, b'proc', b'p', b'proc', 0, None))",
     "bind the root": "os.mkdir('r'); allowed(syscall(165, 40, b'/', b'r', None, 0x1000, None))",
     "make a mount writable": "allowed(syscall(165, 40, None, b'/usr', None, 0x1000 | 0x20, None))",
     "make a mount writable anew": "allowed(syscall(442, 442, -100, b'/usr', 0x8000, struct.pack('=QQQQ', 0, 1, 0, 0), 32))",
-    "unmount": "[allowed(_libc.umount2(p, 2), p) for p in (b'/proc', b'/work', b'/usr', b'/dev/null')]",
+    "unmount": "[allowed(_libc.umount2(p, 2), p) for p in (b'/proc', b'/guest', b'/usr', b'/dev/null')]",
     "open a tree": "allowed(syscall(428, 428, -100, b'/', 1))",
     "open a file system": "allowed(syscall(430, 430, b'tmpfs', 0)); allowed(syscall(433, 433, -100, b'/', 0))",
-    "move a mount": "allowed(syscall(429, 429, -100, b'/usr', -100, b'/work', 0))",
+    "move a mount": "allowed(syscall(429, 429, -100, b'/usr', -100, b'/guest', 0))",
     "another root": "allowed(syscall(155, 41, b'.', b'.'))",
     "chroot": "os.mkdir('x'); allowed(syscall(161, 51, b'x'))",
     "trace myself": "allowed(syscall(101, 117, 0, 0, 0, 0))",
@@ -192,7 +192,7 @@ KERNEL: Final = {
     "load a module": "allowed(syscall(313, 273, 0, b'', 0)); allowed(syscall(175, 105, None, 0, b''))",
     "load a kernel": "allowed(syscall(246, 104, 0, 0, None, 0)); allowed(syscall(320, 294, 0, 0, 0, None, 0))",
     "reboot": "allowed(syscall(169, 142, 0xfee1dead, 672274793, 0, None))",
-    "swap": "allowed(syscall(167, 224, b'/work/s', 0)); allowed(syscall(168, 225, b'/work/s'))",
+    "swap": "allowed(syscall(167, 224, b'/guest/s', 0)); allowed(syscall(168, 225, b'/guest/s'))",
     "set the clock": "allowed(syscall(227, 112, 0, struct.pack('=qq', 0, 0))); allowed(syscall(159, 171, bytes(208)))",
     "set the name of the host": "tried(lambda: socket.sethostname('mine'))",
     "read the log of the kernel": "allowed(syscall(103, 116, 3, ctypes.create_string_buffer(99), 99))",
@@ -289,7 +289,7 @@ CROSS: Final = {
     "a thread that stays": "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
     "the memory of the zygote": "secret = 'LEFT-' + 'IN-MEMORY' * 3",
     "a lock on a library": "f = open(json.__file__); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(0.01)",
-    "modules of the path": "sys.path.insert(0, '/work'); sys.meta_path.clear()",
+    "modules of the path": "sys.path.insert(0, '/guest'); sys.meta_path.clear()",
 }  # fmt: skip
 
 LOOKS: Final = '''

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from luthier.sandbox.program import Examination, Limits, Program, Status
@@ -51,6 +53,18 @@ def check(candidate):
     ("class S:\n    def g(self, x): return x + 1", "assert True", "", 1, 1),
     ("def f(n): return n / 3", "assert abs(f(1) - 1 / 3) < 1e-9", "", 1, 1),
     ("def f(): return float('nan')", "assert f() != f()", "", 1, 1),
+    ("class S:\n    def g(self, x): return x + 1", "assert S().g(1) == 2\ns = S()\nassert s.g(1) == 2", "", 2, 2),
+    ("class P:\n    def __init__(s, *v): s.v = list(v)\n    def push(s, x): s.v.append(x)\n    def pop(s): return s.v.pop()\n"
+     "    def __len__(s): return len(s.v)\n    def __iter__(s): return iter(s.v)\n    def __getitem__(s, i): return s.v[i]",
+     "p = P(1)\np.push(2)\nassert len(p) == 2 and p.v == [1, 2]\nassert p.pop() == 2\nassert list(p) == [1] and 1 in p and p[0] == 1\n"
+     "try:\n    p[5]\n    assert False\nexcept IndexError:\n    pass", "", 4, 4),
+    ("class N:\n    def __init__(s, v, n=None): s.v, s.n = v, n\ndef total(n):\n    return n.v + total(n.n) if n else 0",
+     "assert total(N(1, N(2))) == 3\nassert N(1, N(2)).n.v == 2", "", 2, 2),
+    ("import itertools\ndef f(): return itertools.count()", "import itertools\nassert list(itertools.islice(f(), 3)) == [0, 1, 2]\n"
+     "g = f()\nassert next(g) == 0 and next(g) == 1", "", 2, 2),
+    ("def f(n): return lambda x: x + n", "assert f(1)(2) == 3", "", 1, 1),
+    ("class C:\n    @staticmethod\n    def make(n): return n", "assert C.make(3) == 3", "", 1, 1),
+    ("def f(): return iter([1])", "assert sum(f()) == 1\ni = f()\nnext(i)\nassert next(i, 7) == 7", "", 2, 2),
     ("def f(): return 1", "def same(a): assert a == 1\nsame(f())\nsame(2)", "", 1, 2),
 ])  # fmt: skip
 def test_honest_programs_get_what_plain_python_says(
@@ -60,11 +74,19 @@ def test_honest_programs_get_what_plain_python_says(
     assert (found.status, found.passed, found.total) == (Status.ENDED, passed, total), found
 
 
+@pytest.fixture(scope="module")
+def short() -> Iterator[Sandbox]:
+    with strongest(Limits(seconds=1.0, output_bytes=1 << 18)) as found:
+        yield found
+
+
 ONE = "assert f(1) == 'expected'\nassert f(2) == 'other'"
 
 
 @pytest.mark.parametrize("source", [
     "class A:\n    def __eq__(s, o): return True\ndef f(x): return A()",
+    "class A:\n    def __eq__(s, o): return True\n    def __contains__(s, o): return True\n    def __bool__(s): return True\n"
+    "    def __class_getitem__(c, x): return c\n    def __instancecheck__(s, o): return True\ndef f(x): return A()",
     "class A(str):\n    def __eq__(s, o): return True\n    __hash__ = str.__hash__\ndef f(x): return A('x')",
     "import sys\nsys.exit(0)",
     "import os\nos._exit(0)",
@@ -92,10 +114,9 @@ ONE = "assert f(1) == 'expected'\nassert f(2) == 'other'"
     "f = 3",
     "def f(x): return f",
 ])  # fmt: skip
-def test_cheats_pass_no_test(source: str) -> None:
+def test_cheats_pass_no_test(short: Sandbox, source: str) -> None:
     """Breaks when a program that computes nothing passes a test."""
-    with strongest(Limits(seconds=1.0, output_bytes=1 << 18)) as short:
-        found = examined(short, source, ONE)
+    found = examined(short, source, ONE)
     assert found.passed == 0 and found.total == 2 and not found.all_passed, found
     assert found.status is Status.ENDED and all(case.reason for case in found.cases)
 
@@ -127,8 +148,22 @@ def test_tests_that_hand_over_a_function_are_told_apart(sandbox: Sandbox) -> Non
     """Breaks when an honest program is failed for what only the border cannot carry."""
     found = examined(sandbox, "def f(g): return g(1)", "assert f(lambda x: x) == 1")
     assert (found.passed, found.total, found.not_plain) == (0, 1, 1)
-    found = examined(sandbox, "class A: pass\ndef f(): return A()", "assert f()")
-    assert found.not_plain == 1
+    found = examined(sandbox, "class A: pass\ndef f(): return A()", "assert f() == 3")
+    assert (found.passed, found.not_plain) == (0, 1)
+
+
+@pytest.mark.parametrize("tests", [
+    "assert 3 in f()", "assert f() == f()", "assert f() == A()", "assert len(f()) == 3", "assert f() in [1, 2]", "assert f() < 4",
+    "assert str(f()) == 'x'", "assert isinstance(f(), int)", "assert f() + 1 == 2", "assert f()[0] == 1", "assert {f(): 1} == {1: 1}",
+    "assert f().x == 1", "assert not f()",
+])  # fmt: skip
+def test_an_object_of_the_candidate_is_never_asked_for_a_verdict(sandbox: Sandbox, tests: str) -> None:
+    """Breaks when `==` or `in` of a candidate decide a test."""
+    source = "class A:\n    def __eq__(s, o): return True\n    __lt__ = __contains__ = __eq__\n    def __hash__(s): return hash(1)\n"
+    source += "    def __len__(s): return True\n    def __str__(s): return s\n    def __getattr__(s, n): return s\n"
+    source += "    def __getitem__(s, i): return s if i < 9 else [][0]\n    __add__ = __eq__\ndef f(): return A()"
+    found = examined(sandbox, source, tests)
+    assert (found.status, found.passed, found.total) == (Status.ENDED, 0, 1), found
 
 
 def test_tests_that_do_not_end_are_ended() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +52,8 @@ def test_calls_are_answered_one_by_one_in_one_process(sandbox: Sandbox) -> None:
     ("def f(:", Status.RAISED, "SyntaxError"),
     ("import numpy_is_not_there", Status.RAISED, "ModuleNotFoundError"),
     ("import sys\nsys.exit(3)", Status.EXITED, ""),
+    ("import sys\nsys.exit(0)", Status.ENDED, ""),
+    ("exit()", Status.ENDED, ""),
     ("import os\nos._exit(0)", Status.EXITED, ""),
     ("import ctypes\nctypes.string_at(0)", Status.KILLED, ""),
     ("x = bytearray(1 << 36)", Status.OUT_OF_MEMORY, "MemoryError"),
@@ -82,9 +86,50 @@ def test_processor_time_ends(source: str) -> None:
 
 def test_a_call_that_exits_did_not_answer(sandbox: Sandbox) -> None:
     for leave in ("os._exit(0)", "sys.exit(0)", "exit(0)", "raise SystemExit", "os.abort()", "builtins.quit()",
-                  "os.execv('/bin/true', ['true']) if os.path.exists('/bin/true') else os._exit(0)"):  # fmt: skip
-        outcome = called(sandbox, f"import os, sys, builtins\ndef f(): {leave}")
+                  "os.execv('/bin/true', ['true']) if own else os._exit(0)"):  # fmt: skip
+        outcome = called(sandbox, f"import os, sys, builtins\nown = {sandbox.steps.own_processes}\ndef f(): {leave}")
         assert outcome.status is not Status.ENDED and not [one for one in outcome.returned if one.error is None], leave
+
+
+SPEAK = "import json, os\nb = json.dumps({'is': 'answer', 'value': 5}).encode()\nb = len(b).to_bytes(4, 'big') + b\n"
+
+
+@pytest.mark.parametrize(("source", "answers"), [
+    ("os.write(3, b * 2)\ndef f(): return 1", 0),
+    ("def f():\n    os.write(3, b * 2)\n    return 1", 1),
+    ("def f():\n    os.write(3, b)\n    os._exit(0)", 1),
+])  # fmt: skip
+def test_who_answers_before_the_question_is_not_heard(sandbox: Sandbox, source: str, answers: int) -> None:
+    """Breaks when answers can be written ahead, so that a call seems to take no time."""
+    outcome = sandbox.run(Program(SPEAK + source, (Call("f"), Call("f"))))
+    assert outcome.status in (Status.KILLED, Status.EXITED) and len(outcome.returned) == answers, outcome
+
+
+def test_memory_of_several_processes_is_one_limit() -> None:
+    """Breaks when each of them may use all of it."""
+    source = "import os, time\nfor _ in range(6):\n    if os.fork() == 0: break\nx = bytearray(b'x' * (40 << 20))\ntime.sleep(9)"
+    with strongest(Limits(seconds=8.0, memory_bytes=128 << 20)) as small:
+        if not small.steps.own_processes or not small.steps.bubblewrap:
+            pytest.skip("this way allows no new processes, or has no /proc to look into")
+        outcome = small.run(Program(source))
+    assert outcome.status is Status.OUT_OF_MEMORY and "together" in outcome.reason and outcome.seconds < 5
+
+
+def test_a_fork_of_the_host_leaves_the_sandbox_alone(sandbox: Sandbox) -> None:
+    """Breaks when a worker that was forked ends or uses the walls of its parent."""
+    sandbox.run(Program("x = 1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of forks where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            sandbox.run(Program("x = 1"))
+        except RefusedError:
+            sandbox.close()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert sandbox.run(Program("x = 1")).status is Status.ENDED
 
 
 def test_a_script_reads_its_input_and_its_files(sandbox: Sandbox) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from luthier.sandbox.guest.candidate import PLACE
+from luthier.sandbox.guest.stand_ins import KINDS
 from luthier.sandbox.guest.values import BorderError, unpack_parsed
 from luthier.sandbox.guest_process import GuestProcess, OverError
 from luthier.sandbox.program import Case, Examination, Limits, Outcome, Program, Status
@@ -103,8 +104,8 @@ class _Hearing:
         """The answer to a call of the tests."""
         if self._gone is None:
             try:
-                self._process.say({"do": "call", "watch": True, **{key: said[key] for key in _ASKED}})
-                return self._clean(self._process.hear(), said["arguments"])
+                answer = self._process.ask({"do": "call", "watch": True, **{key: said[key] for key in _ASKED}})
+                return self._clean(answer, said["arguments"])
             except OverError as over:
                 self._gone = over
         return {"gone": f"the candidate is gone: {self._gone.reason}"}
@@ -116,12 +117,16 @@ class _Hearing:
             try:
                 if not isinstance(changed, dict) or not set(changed) <= {str(n) for n in range(len(arguments))}:
                     raise BorderError("it changed arguments that it was not given")
+                if answer.get("is") not in KINDS:
+                    raise BorderError("it gave no answer")
                 for tree in (answer.get("value"), *changed.values()):
                     unpack_parsed(tree)
+                if answer["is"] == "thing" and type(answer.get("value")) is not int:
+                    raise BorderError("it gave a thing without a number")
             except BorderError as failure:
                 self._not_plain += 1
                 return {"error": f"TypeError: {failure}", "raised": "TypeError"}
-            return {"value": answer.get("value"), "changed": changed}
+            return {"is": answer["is"], "value": answer.get("value"), "changed": changed}
         self._not_plain += answer.get("crosses", True) is not True
         return {"error": line(answer["error"]), "raised": line(answer.get("raised"))}
 
@@ -133,4 +138,4 @@ class _Hearing:
         return begun.outcome(self._process.finish(), (), asked=0)
 
 
-_ASKED = ("function", "arguments", "keywords")
+_ASKED = ("how", "function", "of", "arguments", "keywords")

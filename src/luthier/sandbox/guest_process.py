@@ -96,6 +96,15 @@ class GuestProcess:
         body = json.dumps(message, separators=(",", ":")).encode()
         self._outbox = memoryview(bytes(self._outbox) + len(body).to_bytes(_HEAD, "big") + body)
 
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a question and wait for the answer, which nobody can have written before. Raises as `hear` does."""
+        if self._over is None and self._ended is None:
+            self._read_channel()
+        if self._inbox:
+            raise self._over or self.stop(Status.KILLED, "it answered before it was asked")
+        self.say(question)
+        return self.hear()
+
     def hear(self) -> dict[str, Any]:
         """The next message. Raises OverError where there will be none, LostError where the sandbox failed."""
         while True:
@@ -233,10 +242,16 @@ class GuestProcess:
         return message
 
     def _how(self, ended: Ended) -> OverError:
+        if ended.out_of_memory:
+            return OverError(Status.OUT_OF_MEMORY, "its processes together hold more memory than they may")
         # The kernel kills at its own ticks, which may come a little before the account is full.
         killed = -ended.status in (signal.SIGKILL, signal.SIGXCPU)
         if ended.cpu_seconds > self._limits.cpu_seconds * (_NEARLY if killed else 1):
             return OverError(Status.TIMED_OUT, f"more than {self._limits.cpu_seconds:g} s of processor time")
+        if -ended.status == signal.SIGKILL:
+            # It cannot do that to itself: the first process of a namespace is spared, and where there is none the
+            # filter refuses the signal.
+            raise LostError("somebody else killed the process: a hand, or the kernel for want of memory")
         if ended.status < 0:
             return OverError(Status.KILLED, f"ended by signal {-ended.status}")
         return OverError(Status.EXITED, f"left by itself with exit code {ended.status}")

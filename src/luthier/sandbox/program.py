@@ -29,7 +29,7 @@ class Limits:
     """Wall time from the moment it is locked up, all its calls together."""
     cpu_seconds: float = 10.0
     memory_bytes: int = 512 * 1024 * 1024
-    """Memory of each of its processes, beyond what the interpreter itself needs."""
+    """Memory of each of its processes, and soon after that of all together, beyond what the interpreter needs."""
     output_bytes: int = 1024 * 1024
     """Bytes of standard output, of standard error, and of each answer."""
     processes: int = 16

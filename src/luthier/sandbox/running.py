@@ -55,6 +55,8 @@ class Begun:
         if self._said.get("is") == "compiled":
             self._compiled = True
             self._said = self.process.hear()
+        if self._said.get("is") not in ("ready", "raised", "uncompiled"):
+            raise self.process.stop(Status.KILLED, "it spoke before it was asked")
         if self._said.get("is") != "ready":
             self.process.say({"do": "end"})  # to whoever is left there and listens
             raise self.process.finish()
@@ -87,8 +89,7 @@ class Begun:
 def answered(process: GuestProcess, asked: Mapping[str, Any]) -> Returned:
     """Ask for one call and take the answer; the time between is measured here."""
     began = time.monotonic()
-    process.say(asked)
-    answer = process.hear()
+    answer = process.ask(asked)
     return returned_from(answer, time.monotonic() - began)
 
 

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RefusedError, SandboxUnavailableError
@@ -38,8 +39,8 @@ from luthier.sandbox.tiers import (
 )
 from luthier.sandbox.zygotes import LostError, Zygote
 
-WORK: Final = "/work"
-"""The folder of a candidate: its own, in memory, gone with it."""
+HOMES: Final = ("/guest", "/luthier-guest")
+"""The folder of a candidate: its own, in memory, gone with it. The first that covers nothing that it must see."""
 _FILES: Final = 1024
 _OTHERS: Final = 3
 """Processes besides those of the candidate that count against its user: the zygote and what started it."""
@@ -100,6 +101,7 @@ class Sandbox:
     ) -> None:
         self.limits = limits
         self.steps = steps
+        self._owner = os.getpid()
         self.passed_over: tuple[str, ...] = ()
         """Stronger walls that were tried first, and why they do not stand here."""
         self._settings = _settings(limits, steps, view(preload), preload, environment)
@@ -184,6 +186,8 @@ class Sandbox:
     def _tried(self, work: Callable[[_Worker], _Result], broken: Callable[[str], _Result]) -> _Result:
         if not self._end.alive:
             raise RefusedError("the sandbox is closed", allowed="one that is open", do="open another one")
+        if os.getpid() != self._owner:
+            raise RefusedError("a sandbox of the parent process", allowed="one of this process", do="open another one")
         worker = self._idle.get()
         try:
             reason = ""
@@ -224,29 +228,34 @@ def _settings(
     if root and not may_mount():
         must_be_reachable(seen)
     version = landlock_version()
+    home = next(name for name in HOMES if not _below(name, seen)) if steps.own_processes else ""
     devices = [(f"/dev/{name}", READ | WRITE) for name in _DEVICES]
     return {
         "view": [list(pair) for pair in seen.folders],
-        "links": {**seen.links, **({"/tmp": WORK} if steps.own_processes else {})},
+        "links": {**seen.links, **({"/tmp": home} if home and not _below("/tmp", seen) else {})},
         "path": list(seen.path),
         "interpreter": seen.interpreter,
         "bubblewrap": steps.bubblewrap,
         "walls": steps.walls,
         "lend": lend,
-        "work": WORK if steps.own_processes else "",
+        "work": home,
         "own_processes": steps.own_processes,
         "counted": steps.own_processes or root,
         "landlock": version,
         "places": [(target, LOOK) for _, target in seen.folders] + devices if version else [],
         "statm": None,
         "preload": list(preload),
-        "environment": {**_environment(steps), **environment},
+        "environment": {**_environment(home or "/"), **environment},
         "limits": {**dataclasses.asdict(limits), "files": _FILES, "others": _OTHERS},
     }
 
 
-def _environment(steps: Steps) -> dict[str, str]:
-    home = WORK if steps.own_processes else "/"
+def _below(folder: str, seen: View) -> bool:
+    """Whether something of the view lies in this folder."""
+    return any(Path(target).is_relative_to(folder) for _, target in seen.folders)
+
+
+def _environment(home: str) -> dict[str, str]:
     loader = {"LD_LIBRARY_PATH": os.environ["LD_LIBRARY_PATH"]} if "LD_LIBRARY_PATH" in os.environ else {}
     return {
         **loader,

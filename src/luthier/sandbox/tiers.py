@@ -12,6 +12,7 @@ import platform
 import pwd
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -94,12 +95,12 @@ def view(preload: Sequence[str]) -> View:
     prefix = os.path.realpath(sys.base_prefix)
     interpreter = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))] if preload else []
-    # What the interpreter itself puts on its path; the folders of the user and of this program are not among it.
-    library = [path for path in sys.path if path.startswith((sys.base_prefix, prefix)) and path not in packages
-               and not path.endswith(("site-packages", "dist-packages"))]  # fmt: skip
+    # Of a prefix only what holds the interpreter and its libraries: it may be somebody's home.
+    library = os.path.realpath(sysconfig.get_path("stdlib"))
+    needed = ("/usr", f"{prefix}/lib", f"{prefix}/lib64", library, str(Path(interpreter).parent))
     folders: list[str] = []
     links: dict[str, str] = {}
-    for name in ("/usr", prefix, str(Path(interpreter).parent), *packages, *_SETTINGS):
+    for name in (*needed, *packages, *_SETTINGS):
         if Path(name).exists() and not any(Path(name).is_relative_to(other) for other in folders):
             folders.append(name)
     for name in _LIBRARIES:
@@ -107,7 +108,8 @@ def view(preload: Sequence[str]) -> View:
             links[name] = str(Path(name).readlink())
         elif Path(name).is_dir():
             folders.append(name)
-    return View(tuple((name, name) for name in folders), links, (*library, *packages), interpreter)
+    path = (library, f"{library}/lib-dynload", *packages)
+    return View(tuple((name, name) for name in folders), links, path, interpreter)
 
 
 def lesser_user(number: int) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final, final
 
-MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "examiner", "zygote", "launch")
+MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "stand_ins", "examiner", "zygote", "launch")
 """Modules of guest/ in the order in which they need each other."""
 START_SECONDS: Final = 120.0
 """For a machine that is very busy, and modules that take long to import."""
@@ -38,10 +38,11 @@ class LostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a process of a candidate ended: exit code, or minus the signal; and its processor time."""
+    """How a process of a candidate ended: exit code, or minus the signal; its processor time; for want of memory?"""
 
     status: int
     cpu_seconds: float
+    out_of_memory: bool = False
 
 
 @final
@@ -49,6 +50,7 @@ class Zygote:
     """One zygote. Start it from a thread that lives as long as it shall: bubblewrap is bound to that thread."""
 
     def __init__(self, interpreter: str, settings: Mapping[str, Any]) -> None:
+        self._owner = os.getpid()
         command = [interpreter, "-s", "-P", "-S", "-c", _BOOT]
         with ExitStack() as kept, ExitStack() as given:
             self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -95,7 +97,7 @@ class Zygote:
         if said[:1] != b"E":
             raise LostError(f"the zygote ended; {self._last_words() or 'it left no words'}")
         how = json.loads(said[1:])
-        return Ended(how["status"], how["cpu"])
+        return Ended(how["status"], how["cpu"], how["over"])
 
     def wait(self, seconds: float) -> Ended:
         """As `ended`, once it is said."""
@@ -109,6 +111,9 @@ class Zygote:
 
     def _reap(self) -> None:
         self.control.close()
+        if os.getpid() != self._owner:
+            self._process.returncode = 0  # a fork of ours; what our parent started goes on
+            return
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:

@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 import types
+from collections.abc import Iterator
 from typing import Any, Final
 
 from luthier.sandbox.guest.frames import receive, send
@@ -48,7 +49,8 @@ def serve(channel: int) -> None:
         if script:
             _wait_for_threads()
     except SystemExit as wish:
-        _leave(wish)
+        if not script or wish.code not in (None, 0):
+            _leave(wish)
     except BaseException as failure:
         _tell(channel if os.getpid() == owner else None, failure, "raised")
         return
@@ -69,33 +71,61 @@ def description(failure: BaseException) -> dict[str, str]:
 
 
 def _answer(channel: int, module: types.ModuleType) -> None:
+    things: list[Any] = []
     while True:
         asked = receive(channel)
         if asked["do"] == "end":
             _flush()
             return
         try:
-            answer = _called(asked, module)
+            answer = _called(asked, module, things)
         except SystemExit as wish:
             _leave(wish)
         except BorderError as failure:
             answer = {"error": str(failure), "raised": "TypeError", "crosses": False}
         except BaseException as failure:
             answer = description(failure)
-        send(channel, {"is": "answer", **answer})
+        send(channel, {"is": "answer"} | answer)
 
 
-def _called(asked: dict[str, Any], module: types.ModuleType) -> dict[str, Any]:
-    arguments = [unpack_parsed(tree) for tree in asked["arguments"]]
-    keywords = {name: unpack_parsed(tree) for name, tree in asked["keywords"].items()}
-    value = _found(asked["function"], module)(*arguments, **keywords)
-    answer = {"value": packable(value)}
-    if asked["watch"]:
-        # A function that changes what it was given: the caller's own must change too.
-        after = {str(number): packable(argument) for number, argument in enumerate(arguments)
-                 if isinstance(argument, (list, dict, set, bytearray))}  # fmt: skip
-        answer["changed"] = {number: tree for number, tree in after.items() if tree != asked["arguments"][int(number)]}
-    return answer
+def _called(asked: dict[str, Any], module: types.ModuleType, things: list[Any]) -> dict[str, Any]:
+    arguments = [_received(tree, things) for tree in asked["arguments"]]
+    keywords = {name: _received(tree, things) for name, tree in asked["keywords"].items()}
+    if asked.get("of") is None:
+        function = _found(asked["function"], module)
+    else:
+        function = getattr(things[asked["of"]], asked["function"])
+        if asked["how"] == "get":
+            return {"is": "callable"} if callable(function) else _kept(function, things)
+    value = function(*arguments, **keywords)
+    if not asked["watch"]:
+        return {"value": packable(value)}
+    # A function that changes what it was given: the caller's own must change too.
+    changed: dict[str, Any] = {}
+    for number, (argument, before) in enumerate(zip(arguments, asked["arguments"], strict=True)):
+        if isinstance(argument, (list, dict, set, bytearray)) and not _is_thing(before):
+            after = packable(argument)
+            changed |= {str(number): after} if after != before else {}
+    return {"changed": changed, **_kept(value, things)}
+
+
+def _received(tree: Any, things: list[Any]) -> Any:
+    return things[tree["of"]] if _is_thing(tree) else unpack_parsed(tree)
+
+
+def _is_thing(tree: Any) -> bool:
+    return isinstance(tree, dict) and tree.get("!") == "thing"
+
+
+def _kept(value: Any, things: list[Any]) -> dict[str, Any]:
+    """A value that is plain data; anything else stays here and gets a number. Iterators too: they may have no end."""
+    try:
+        if not isinstance(value, Iterator):
+            return {"is": "value", "value": packable(value)}
+    except BorderError:
+        pass
+    things.append(value)
+    return {"is": "thing", "value": len(things) - 1}
 
 
 def _found(place: str, module: types.ModuleType) -> Any:

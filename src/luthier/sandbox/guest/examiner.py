@@ -1,8 +1,8 @@
 """The examiner: runs tests against functions that are elsewhere. It runs in a process that no candidate ever enters.
 
-Idea: where a test names a function of the candidate, it finds a stand-in. A call of it travels through the host to the
-candidate's process, and what comes back is plain data built anew here. So the candidate meets neither the tests nor
-the expected values, and `==` is that of builtin types.
+Idea: where a test names a function of the candidate, it finds a stand-in (stand_ins.py). A call of it travels through
+the host to the candidate's process, and what comes back is plain data built anew here, or a stand-in for an object
+that stays there. So the candidate meets neither the tests nor the expected values, and `==` is that of builtin types.
 A test is a statement of the tests that asserts something, at the top, in `check(candidate)`, or as a whole a function
 `test_...` or a method of a `unittest.TestCase`. After one that fails the next is run.
 """
@@ -15,19 +15,15 @@ import sys
 import types
 import unittest
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Final
 
 from luthier.sandbox.guest.candidate import description
 from luthier.sandbox.guest.frames import receive, send
-from luthier.sandbox.guest.values import BorderError, packable, unpack_parsed
+from luthier.sandbox.guest.stand_ins import GoneError, Name, Questions
 
 CHECK: Final = "check"
 _HELD, _FAILED, _WHY = "__test_held__", "__test_failed__", "__test_failure__"
 _SHOWN: Final = 200
-
-
-class GoneError(BaseException):
-    """The candidate is not there any more: no test can go on."""
 
 
 def serve(channel: int) -> None:
@@ -44,15 +40,16 @@ def serve(channel: int) -> None:
 class _Examiner:
     def __init__(self, channel: int, tests: str, entry: str) -> None:
         self._channel = channel
+        self._questions = Questions(channel)
         self._entry = entry
         self._tree = ast.parse(tests)
         self._plan: list[str] = []
         self._failed: set[int] = set()
         self._module = types.ModuleType("__main__")
         names = self._module.__dict__
-        names.update({name: self._stand_in(name) for name in _foreign(self._tree)})
+        names.update({name: Name(self._questions, name) for name in _foreign(self._tree)})
         if entry and "candidate" not in _bound(self._tree):
-            names["candidate"] = self._stand_in(entry)
+            names["candidate"] = Name(self._questions, entry)
         names.update({_HELD: self._held, _FAILED: self._failure})
         self._marked()
 
@@ -66,7 +63,7 @@ class _Examiner:
         try:
             exec(compile(ast.fix_missing_locations(self._tree), "tests.py", "exec"), self._module.__dict__)
             if self._entry and self._has(CHECK) and CHECK not in _called(self._tree):
-                self._module.__dict__[CHECK](self._stand_in(self._entry))
+                self._module.__dict__[CHECK](Name(self._questions, self._entry))
             for number, name in enumerate(functions, len(self._plan) - len(functions)):
                 self._one(number, self._module.__dict__[name])
             for name in methods:
@@ -153,54 +150,6 @@ class _Examiner:
 
     def _tell(self, number: int, passed: bool, reason: str) -> None:
         send(self._channel, {"is": "case", "number": number, "passed": passed, "why": reason[:_SHOWN]})
-
-    # -------------------------------------------------------------------------------- functions that are elsewhere
-    def _stand_in(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return self._ask(name, arguments, keywords)
-
-        call.__name__ = call.__qualname__ = name
-        return call
-
-    def _ask(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        try:
-            asked = {"arguments": [packable(argument) for argument in arguments],
-                     "keywords": {key: packable(value) for key, value in keywords.items()}}  # fmt: skip
-        except BorderError as failure:
-            send(self._channel, {"is": "not-plain", "function": name})
-            raise TypeError(f"{name}: an argument of the test {failure}") from None
-        send(self._channel, {"is": "call", "function": name, **asked})
-        answer = receive(self._channel)
-        if "gone" in answer:
-            raise GoneError(answer["gone"])
-        if "error" in answer:
-            raise _known(answer)
-        for number, tree in answer.get("changed", {}).items():
-            _change(arguments[int(number)], unpack_parsed(tree))
-        return unpack_parsed(answer["value"])
-
-
-def _known(answer: dict[str, Any]) -> Exception:
-    """The exception of the candidate, as the builtin one that it is."""
-    kind = getattr(builtins, answer["raised"], Exception)
-    words = answer["error"].partition(": ")[2]
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        return RuntimeError(answer["error"])
-    try:
-        return kind(words)
-    except TypeError:
-        return RuntimeError(answer["error"])  # one that is made of more than words
-
-
-def _change(own: Any, new: Any) -> None:
-    """What the candidate did to an argument happens to the test's own object."""
-    if type(own) is not type(new):
-        return
-    if isinstance(own, (list, bytearray)):
-        own[:] = new
-    elif isinstance(own, (dict, set)):
-        own.clear()
-        own.update(new)
 
 
 def _tests(node: ast.stmt, asserting: set[str]) -> bool:

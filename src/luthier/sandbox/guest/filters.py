@@ -87,12 +87,13 @@ def program(machine: str, *, own_files: bool, own_processes: bool, process: int)
         number = line.split()[1 + column]
         if number != "-":
             made += [(_EQUAL, 0, 1, int(number)), (_RETURN, 0, 0, _PASS)]
-    signalling = [(_RETURN, 0, 0, _PASS)] if own_processes else _one_of(0, (process,))
     judged = {
         # The flags of clone3 lie in memory, where no filter sees them; libc then takes clone.
         _CLONE3: [(_RETURN, 0, 0, _UNKNOWN)],
         _CLONE: _cloning(own_processes),
-        **dict.fromkeys((_KILL, _TGKILL, _TKILL), signalling),
+        _KILL: [(_RETURN, 0, 0, _PASS)] if own_processes else _signalling(process, 1),
+        _TKILL: [(_RETURN, 0, 0, _PASS)] if own_processes else _signalling(process, 1),
+        _TGKILL: [(_RETURN, 0, 0, _PASS)] if own_processes else _signalling(process, 2),
         _FCNTL: _one_of(1, _FCNTL_COMMANDS),
         _IOCTL: _one_of(1, _IOCTL_REQUESTS),
         _PRCTL: _one_of(0, _PRCTL_OPTIONS),
@@ -121,6 +122,12 @@ def _one_of(argument: int, values: tuple[int, ...]) -> list[Instruction]:
     for value in values:
         block += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _PASS)]
     return [*block, (_RETURN, 0, 0, _REFUSE)]
+
+
+def _signalling(process: int, argument: int) -> list[Instruction]:
+    """To oneself, and not the one signal that ends a process from outside: so that who is ended by it was."""
+    return [(_LOAD, 0, 0, 16), (_EQUAL, 1, 0, process), (_RETURN, 0, 0, _REFUSE), (_LOAD, 0, 0, 16 + 8 * argument),
+            (_EQUAL, 0, 1, 9), (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _PASS)]  # fmt: skip
 
 
 def _cloning(own_processes: bool) -> list[Instruction]:

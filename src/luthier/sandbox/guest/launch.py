@@ -7,6 +7,7 @@ B): with namespaces where the kernel lets an ordinary user have them, bare where
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -124,7 +125,12 @@ def _make_root(settings: dict[str, Any], view: list[list[str]]) -> None:
     for name, target in settings["links"].items():
         os.makedirs(os.path.dirname(root + name), exist_ok=True)
         os.symlink(target, root + name)
-    os.makedirs(root + (settings["work"] or "/proc"), exist_ok=True)
+    for name in ("/proc", settings["work"]):
+        os.makedirs(root + name, exist_ok=True)
+    if settings["walls"] == "user":
+        # A container hides parts of /proc, and then gives no other. Only the sum of memory needs it.
+        with contextlib.suppress(OSError):
+            k.mount_processes(root + "/proc")
     k.make_root(root)
     k.restrict_mount("/", k.READ_ONLY)
 

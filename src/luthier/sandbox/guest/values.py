@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Final
 
-MOST_DEPTH: Final = 64
+MOST_DEPTH: Final = 150
 """Values inside values."""
 MOST_ITEMS: Final = 100_000
 """Values that an iterator is asked for; one that has more does not cross."""
+MOST_WHOLE: Final = 10**4300
+"""As far as Python itself writes whole numbers out: beyond it, showing one is an error that a program could choose."""
 _LONG: Final = 1 << 62
 _MOST_TOGETHER: Final = 500
 """Keys with the same hash; of honest ones there are hardly two."""
@@ -64,7 +66,7 @@ def _packed(value: Any, depth: int) -> Any:
     if isinstance(value, str):
         return _text(str.__str__(value))
     if isinstance(value, int):
-        whole = int.__int__(value)
+        whole = _bounded(int.__int__(value))
         return whole if -_LONG < whole < _LONG else {_KIND: "int", "of": hex(whole)}
     if isinstance(value, float):
         real = float.__float__(value)
@@ -123,6 +125,19 @@ def _unpacked(tree: Any, depth: int) -> Any:
         return build([_unpacked(item, depth + 1) for item in held] if isinstance(held, list) else held)
     except (TypeError, ValueError, OverflowError) as failure:
         raise BorderError(f"no {tree[_KIND]}: {str(failure)[:200]}") from None
+
+
+def _bounded(whole: int) -> int:
+    if not -MOST_WHOLE < whole < MOST_WHOLE:
+        raise BorderError("a whole number of more than 4,300 digits does not cross")
+    return whole
+
+
+def _range(parts: list[Any]) -> range:
+    found = range(*parts)
+    if len(found[: MOST_ITEMS + 1]) > MOST_ITEMS:
+        raise BorderError(f"a range of more than {MOST_ITEMS:,} numbers does not cross")
+    return found
 
 
 def _text(text: str) -> str:
@@ -189,9 +204,9 @@ _BUILT: Final[Mapping[str, Callable[[Any], Any]]] = {
     "frozenset": _list_of(_keyed(frozenset)),
     "dict": _list_of(_keyed(dict, lambda pair: pair[0])),
     "iterator": _list_of(iter),
-    "range": _list_of(lambda parts: range(*parts), 3),
+    "range": _list_of(_range, 3),
     "complex": _list_of(lambda parts: complex(*parts), 2),
-    "int": _text_of(lambda text: int(text, 16)),
+    "int": _text_of(lambda text: _bounded(int(text, 16))),
     "float": _text_of(_infinite),
     "bytes": _text_of(bytes.fromhex),
     "bytearray": _text_of(bytearray.fromhex),

@@ -37,6 +37,8 @@ WARM: Final = (
     "typing", "unittest",
 )  # fmt: skip
 """Modules that programs like to import: read once, shared by all."""
+_LOOK_MILLISECONDS: Final = 50
+"""How often the memory of a candidate that has many processes is added up."""
 _HIGH: Final = 32
 _DESCRIPTORS: Final = 256
 
@@ -90,10 +92,16 @@ class _Zygote:
         waiting = select.poll()
         waiting.register(handle, select.POLLIN)
         waiting.register(self._control, select.POLLIN)
+        over = False
         while True:
-            ready = {descriptor for descriptor, _ in waiting.poll()}
+            ready = {descriptor for descriptor, _ in waiting.poll(_LOOK_MILLISECONDS if self._own else None)}
             if handle in ready:
                 break
+            if not ready:
+                over = over or self._held_by_others() > self._settings["limits"]["memory_bytes"]
+                if over:
+                    os.kill(process, signal.SIGKILL)
+                continue
             said, _ = _packet(self._control)
             if not said or said[:1] == b"K":
                 os.kill(process, signal.SIGKILL)
@@ -102,8 +110,17 @@ class _Zygote:
                     os._exit(0)
         os.close(handle)
         _, status, used = os.wait4(process, 0)
-        ended = {"status": os.waitstatus_to_exitcode(status), "cpu": used.ru_utime + used.ru_stime}
+        ended = {"status": os.waitstatus_to_exitcode(status), "cpu": used.ru_utime + used.ru_stime, "over": over}
         self._control.send(b"E" + json.dumps(ended).encode())
+
+    def _held_by_others(self) -> int:
+        """Bytes of memory that all processes of the candidate hold together, beyond what each got from us."""
+        own = _own_pages("self")
+        pages = 0
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) not in (1, os.getpid()):
+                pages += max(_own_pages(name) - own, 0)
+        return pages * resource.getpagesize()
 
     def _become(self, descriptors: list[int]) -> None:
         """In the new process: give up everything, then serve. Never returns."""
@@ -173,6 +190,16 @@ def _limit(limits: dict[str, Any], size: int, *, counted: bool) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def _own_pages(process: str) -> int:
+    """Pages of a process that are no file's; 0 when it is gone, or there is no /proc to look into."""
+    try:
+        with open(f"/proc/{process}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return 0
+    return resident - shared
 
 
 def _address_space(statm: int | None) -> int:
