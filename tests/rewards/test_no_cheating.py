@@ -11,6 +11,7 @@ from luthier.core.errors import DataError
 from luthier.rewards.no_cheating import KINDS, NoCheating
 from tests.rewards.samples import sample, score
 
+SILENCE_IS_FINE = True
 KNOBS: dict[str, Any] = {}
 GOOD = sample("```python\ndef add(a, b):\n    return a + b\n```")
 BAD = sample("```python\nimport os\n\n\ndef add(a, b):\n    os._exit(0)\n```")
