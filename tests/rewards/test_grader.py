@@ -122,7 +122,7 @@ def test_label_model_takes_the_likeliest_label() -> None:
               "input": [{"role": "user", "content": "{{sample.output_text}}"}]}  # fmt: skip
     for odds, value in (((-0.1, -2.0), 1.0), ((-2.0, -0.1), 0.0)):
         found = score(Grader(grader=grader), GOOD, Tools(judge=Model(likely=odds)))
-        assert found.value == value and found.parts == {f"label/{'good' if value else 'bad'}": 1.0}
+        assert found.value == value and found.parts == {"label/good": value, "label/bad": 1.0 - value}
 
 
 @pytest.mark.parametrize(

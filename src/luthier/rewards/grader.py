@@ -169,7 +169,10 @@ def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools
         labels, passing = list(grader["labels"]), set(grader["passing_labels"])
         found = tools.judge.likely(asked, labels)
         best = [max(zip(row, labels, strict=True), key=lambda pair: pair[0].log_prob)[1] for row in found]
-        return [Score(float(label in passing), {f"label/{label}": 1.0}, f"labelled {label}") for label in best]
+        return [
+            Score(float(said in passing), {f"label/{each}": float(each == said) for each in labels}, f"labelled {said}")
+            for said in best
+        ]
     how = grader.get("sampling_params") or {}
     room = next((int(how[name]) for name in _ROOM if name in how), 1024)
     answers = tools.judge.go_on(

@@ -26,6 +26,8 @@ from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Returned, Status
 
+_STATUSES = tuple(status for status in Status if status is not Status.BROKEN)
+
 
 @final
 class PassesTests(Reward):
@@ -121,7 +123,8 @@ class PassesTests(Reward):
 
     def _score(self, passed: int, total: int, told: str, status: Status) -> Score:
         share = passed / total
-        parts = {"passed": share, f"status/{status}": 1.0}
+        # All of them, so that a mean over answers is the share of those that ended so.
+        parts = {"passed": share} | {f"status/{each}": float(each is status) for each in _STATUSES}
         return Score(share if self.partial else float(passed == total), parts, told, told)
 
 
