@@ -86,6 +86,13 @@ def test_templates_are_filled_in_once_and_strictly(template: str, said: str, val
     assert score(Grader(grader=grader), sample(said, **row, expected=value)).value == 1.0
 
 
+def test_the_prompt_is_told_under_its_usual_name() -> None:
+    """Breaks when a grader that shows the judge what was asked finds no such column."""
+    grader = Grader(grader={**CHECK, "input": "{{item.prompt}}", "reference": "What is asked?"})
+    assert grader.columns == () and score(grader, sample("x")).value == 1.0
+    assert score(Grader(grader={**CHECK, "input": "{{item.prompt}}"}), sample("x", prompt="p", answer="p")).value == 1.0
+
+
 def test_a_template_with_a_name_that_is_not_there() -> None:
     """Breaks when an unknown column is empty, or an answer that is no JSON ends the run."""
     with pytest.raises(DataError, match="other"):

@@ -77,7 +77,8 @@ class Grader(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         found = re.findall(r"\{\{\s*item\.(\w+)", json.dumps(self._known()))
-        return tuple(dict.fromkeys(found))
+        # What was asked is no column of its own any more; it is told under its usual name.
+        return tuple(name for name in dict.fromkeys(found) if name != "prompt")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -262,7 +263,8 @@ def _names(sample: Sample) -> dict[str, Any]:
                             "choices": [{"message": {"role": "assistant", "content": sample.said}}]}  # fmt: skip
     with suppress(DataError):  # a template that asks for what is not there says so
         told["output_json"] = parse(sample.said, Place("answer"))
-    return {"item": dict(sample.facts), "sample": told}
+    asked = sample.prompt if isinstance(sample.prompt, str) else "\n\n".join(each.content for each in sample.prompt)
+    return {"item": {"prompt": asked, **sample.facts}, "sample": told}
 
 
 def _computed(grader: Mapping[str, Any], verdicts: Mapping[str, Verdict], sample: Sample) -> Verdict:
