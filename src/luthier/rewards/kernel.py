@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 from pydantic import Field
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.data.cases import Sameness, shown
 from luthier.data.programs import parsed, program_in
 from luthier.data.sample import Sample
@@ -109,6 +110,11 @@ class Kernel(Reward):
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:
             raise RecipeError("the reward kernel needs the sandbox", allowed="a machine that has one")
+        if importlib.util.find_spec("triton") is None:
+            raise MissingError(
+                "the reward kernel needs the package triton, which is not installed",
+                allowed="Linux, where its interpreter runs", do='install it with: pip install "luthier[gpu]"',
+            )  # fmt: skip
         limits = Limits(self.seconds, self.seconds, self.memory_megabytes << 20)
         sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=(("TRITON_INTERPRET", "1"),))
         return [self._one(sample, sandbox.run_all, tools) for sample in samples]
