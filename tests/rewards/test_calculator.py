@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luthier.core.errors import DataError
 from luthier.data.conversation import Message, ToolCall
 from luthier.rewards import Environment, Score, Tools
 from luthier.rewards.calculator import Calculator, calculated
-from tests.rewards.samples import sample, score
+from tests.rewards.samples import QUESTION, sample, score
 
 KNOBS: dict[str, Any] = {"reward": "numeric"}
-GOOD = sample("#### 1058", question="What is 23 * 46?", answer="1058")
-BAD = sample("#### 1048", question="What is 23 * 46?", answer="1058")
+GOOD = sample("#### 1058", answer="1058")
+BAD = sample("#### 1048", answer="1058")
 
 
 def calls(*expressions: str, name: str = "calculate") -> Message:
@@ -29,7 +28,7 @@ def test_an_episode_answers_calls_until_there_is_an_answer() -> None:
     """Breaks when a result is wrong, the end is not seen, or the final answer is not the reward's to judge."""
     made = Calculator(system="Use the tool.", **KNOBS)
     assert isinstance(made, Environment)
-    episode = made.reset(GOOD.facts, seed=0)
+    episode = made.reset(QUESTION, GOOD.facts, seed=0)
     assert [message.role for message in episode.messages] == ["system", "user"] and len(episode.tools) == 1
     turn = episode.step(calls("23 * 46", "1/0", "1/8"))
     assert [message.content for message in turn.messages] == ["1058", "error: division by zero", "0.125"]
@@ -42,7 +41,7 @@ def test_an_episode_answers_calls_until_there_is_an_answer() -> None:
 
 def test_an_episode_ends_when_the_turns_run_out() -> None:
     """Breaks when a model that calls for ever is never told to stop."""
-    episode = Calculator(most_turns=3, **KNOBS).reset(GOOD.facts, seed=0)
+    episode = Calculator(most_turns=3, **KNOBS).reset(QUESTION, GOOD.facts, seed=0)
     turns = [episode.step(calls("1 + 1")) for _ in range(3)]
     assert [turn.done for turn in turns] == [False, False, True]
     assert isinstance(turns[-1].score, Score) and turns[-1].score.value == 0.0
@@ -50,7 +49,7 @@ def test_an_episode_ends_when_the_turns_run_out() -> None:
 
 def test_episodes_are_alike_and_apart() -> None:
     made = Calculator(most_turns=2, **KNOBS)
-    one, two = made.reset(GOOD.facts, seed=1), made.reset(GOOD.facts, seed=1)
+    one, two = made.reset(QUESTION, GOOD.facts, seed=1), made.reset(QUESTION, GOOD.facts, seed=1)
     assert one.messages == two.messages
     one.step(calls("1"))
     assert one.step(calls("1")).done and not two.step(calls("1")).done
@@ -59,9 +58,7 @@ def test_episodes_are_alike_and_apart() -> None:
 def test_another_reward_may_judge_and_its_columns_are_needed() -> None:
     made = Calculator(reward={"method": "exact_match"})  # type: ignore[arg-type]
     assert score(made, replace(GOOD, answer="1058")).value == 1.0 and score(made, GOOD).value == 0.0
-    assert made.columns == ("question", "answer") and made.needs == frozenset()
-    with pytest.raises(DataError, match="question"):
-        made.reset({}, seed=0)
+    assert made.columns == ("answer",) and made.needs == frozenset()
     assert made.score([], Tools()) == []
 
 
@@ -72,7 +69,7 @@ def test_another_reward_may_judge_and_its_columns_are_needed() -> None:
 )  # fmt: skip
 def test_what_is_no_sum_is_told_and_never_run(expression: str) -> None:
     """Breaks when an expression holds up or ends the run, or reaches anything but numbers."""
-    episode = Calculator(**KNOBS).reset(GOOD.facts, seed=0)
+    episode = Calculator(**KNOBS).reset(QUESTION, GOOD.facts, seed=0)
     [told] = episode.step(calls(expression)).messages
     assert told.content.startswith("error: ") or expression.startswith("-")
     [unknown] = episode.step(calls("1", name="shell")).messages

@@ -86,6 +86,13 @@ def test_templates_are_filled_in_once_and_strictly(template: str, said: str, val
     assert score(Grader(grader=grader), sample(said, **row, expected=value)).value == 1.0
 
 
+def test_the_prompt_is_told_under_its_usual_name() -> None:
+    """Breaks when a grader that shows the judge what was asked finds no such column."""
+    grader = Grader(grader={**CHECK, "input": "{{item.prompt}}", "reference": "What is asked?"})
+    assert grader.columns == () and score(grader, sample("x")).value == 1.0
+    assert score(Grader(grader={**CHECK, "input": "{{item.prompt}}"}), sample("x", prompt="p", answer="p")).value == 1.0
+
+
 def test_a_template_with_a_name_that_is_not_there() -> None:
     """Breaks when an unknown column is empty, or an answer that is no JSON ends the run."""
     with pytest.raises(DataError, match="other"):
@@ -122,7 +129,7 @@ def test_label_model_takes_the_likeliest_label() -> None:
               "input": [{"role": "user", "content": "{{sample.output_text}}"}]}  # fmt: skip
     for odds, value in (((-0.1, -2.0), 1.0), ((-2.0, -0.1), 0.0)):
         found = score(Grader(grader=grader), GOOD, Tools(judge=Model(likely=odds)))
-        assert found.value == value and found.parts == {f"label/{'good' if value else 'bad'}": 1.0}
+        assert found.value == value and found.parts == {"label/good": value, "label/bad": 1.0 - value}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,7 @@ def test_a_python_grader_runs_in_the_sandbox_on_sample_and_item() -> None:
 
 @pytest.mark.parametrize(
     "source", ["def grade(sample, item):\n    return item['none']", "def grade(sample, item):\n    return 'good'",
-               "x = 1", "def grade(sample, item):\n    return True",
+               "x = 1", "def grade(sample, item):\n    return True", "def grade(sample, item):\n    return 10 ** 5000",
                "import os\ndef grade(sample, item):\n    os._exit(0)"]
 )  # fmt: skip
 def test_a_python_grader_that_fails_has_not_graded(source: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Tools
 from luthier.rewards.kernel import Kernel
@@ -97,8 +97,15 @@ def test_the_form_has_partial_credit_and_is_a_gate() -> None:
     assert score(Kernel(form=0.0), cheating("no-launch"), tools).value == 0.0
 
 
+def test_without_triton_the_command_that_brings_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="pip install"):
+        Kernel().score([GOOD], Tools(sandbox=lambda limits, **more: Broken([])))  # type: ignore[arg-type,return-value]
+
+
 def test_the_sandbox_and_the_row_are_told_from_the_answer() -> None:
     """Breaks when a broken sandbox or a broken reference is scored."""
+    pytest.importorskip("triton", reason="triton is not installed: no wheel for this platform")
     broken = Broken([Outcome(Status.BROKEN, reason="no zygote")])
     tools = Tools(sandbox=lambda limits, **more: broken)  # type: ignore[arg-type,return-value]
     assert failure("kernel", GOOD, tools).again

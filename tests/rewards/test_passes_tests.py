@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.rewards import RewardError, Tools
+from luthier.rewards import RewardError, Score, Tools
 from luthier.rewards.passes_tests import PassesTests
 from luthier.sandbox.program import Outcome, Returned, Status
 from tests.rewards.samples import failure, sample, sandbox_tools, score
@@ -25,13 +25,20 @@ BAD = sample("```python\ndef add(a, b):\n    return b + a\n```", tests=CASES)
 make_tools = sandbox_tools
 
 
+def ends(found: Score) -> list[str]:
+    """How the program ended, out of the parts; each part is there, so that means over answers are shares."""
+    statuses = {name.removeprefix("status/"): value for name, value in found.parts.items() if name != "passed"}
+    assert set(statuses) == {str(status) for status in Status} - {"broken"}
+    return [name for name, value in statuses.items() if value]
+
+
 def test_all_or_each_case_counts() -> None:
     tools = sandbox_tools()
-    assert score("passes_tests", GOOD, tools).parts == {"passed": 1.0, "status/ended": 1.0}
+    assert ends(score("passes_tests", GOOD, tools)) == ["ended"]
     found = score("passes_tests", BAD, tools)
     assert found.value == 0.0 and found.parts["passed"] == pytest.approx(1 / 3)
     assert score(PassesTests(partial=True), BAD, tools).value == pytest.approx(1 / 3)
-    assert "case 1: gave yx" in found.reason and "xy" not in found.feedback
+    assert "case 1: gave 'yx'" in found.reason and "xy" not in found.feedback
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,8 @@ def test_all_or_each_case_counts() -> None:
         ("None", 0, 0.0),
         ("object()", None, 0.0),
         ("10 ** 30", 10**30, 1.0),
+        ("10 ** 5000", 1, 0.0),
+        ("{10 ** 5000: [10 ** 5000]}", {}, 0.0),
         ("'\\ud800'", "?", 0.0),
     ],
 )
@@ -177,4 +186,4 @@ def test_a_broken_sandbox_is_no_verdict() -> None:
 @pytest.mark.parametrize("status", [status for status in Status if status not in (Status.ENDED, Status.BROKEN)])
 def test_every_end_of_a_program_but_the_sandbox_s_own_is_its_own_fault(status: Status) -> None:
     found = score("passes_tests", GOOD, Broken([Outcome(status)]).tools())
-    assert found.parts == {"passed": 0.0, f"status/{status}": 1.0}
+    assert found.parts["passed"] == 0.0 and ends(found) == [str(status)]

@@ -72,6 +72,14 @@ def _are_numbers(*values: object) -> bool:
     )
 
 
+def shown(value: object) -> str:
+    """The beginning of a value that a program gave, for people. A number too long for Python to write is told so."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a whole number of thousands of digits"
+
+
 def same_text(said: str, known: str) -> bool:
     """Whether a program has printed what is expected: line by line, without the blanks that end a line or the text."""
     return list(_lines(said)) == list(_lines(known))

@@ -124,5 +124,5 @@ class Episode(Protocol):
 class Environment(Protocol):
     """What a reward file has besides, when answers are part of a longer exchange."""
 
-    def reset(self, facts: Mapping[str, Any], *, seed: int) -> Episode:
+    def reset(self, prompt: tuple[Message, ...], facts: Mapping[str, Any], *, seed: int) -> Episode:
         """A new episode for a data row; the same seed begins the same one."""

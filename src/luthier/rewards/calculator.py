@@ -49,7 +49,6 @@ _BITS: Final = 512
 class Calculator(Reward):
     """Problems with a calculator at hand."""
 
-    column: str = Field("question", min_length=1, description="the column with the problem")
     reward: Annotated[Reward, Chosen("rewards")] = Field(description="what judges the final answer")
     most_turns: int = Field(6, ge=1, description="how often the model may speak")
     system: str = Field("", description="what the model is told first")
@@ -61,23 +60,19 @@ class Calculator(Reward):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.column, *self.reward.columns)
+        return self.reward.columns
 
     @property
     def needs(self) -> frozenset[str]:
         return self.reward.needs
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
-        for sample in samples:
-            sample.fact(self.column)
         asked = self.reward.score(samples, tools)
         return [self._with_calls(sample, verdict) for sample, verdict in zip(samples, asked, strict=True)]
 
-    def reset(self, facts: Mapping[str, Any], *, seed: int) -> Episode:
+    def reset(self, prompt: tuple[Message, ...], facts: Mapping[str, Any], *, seed: int) -> Episode:
         """An episode about one problem. Nothing in it is drawn, so the seed changes nothing."""
-        question = Message("user", str(Sample(prompt="", answer="", facts=facts).fact(self.column)))
-        opening = (Message("system", self.system), question) if self.system else (question,)
-        return _Episode(opening, self.most_turns)
+        return _Episode((*[Message("system", self.system)] * bool(self.system), *prompt), self.most_turns)
 
     def _with_calls(self, sample: Sample, verdict: Verdict) -> Verdict:
         if not isinstance(verdict, Score):

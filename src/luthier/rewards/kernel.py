@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 from pydantic import Field
 
-from luthier.core.errors import DataError, RecipeError
-from luthier.data.cases import Sameness
+from luthier.core.errors import DataError, MissingError, RecipeError
+from luthier.data.cases import Sameness, shown
 from luthier.data.programs import parsed, program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
@@ -109,6 +110,11 @@ class Kernel(Reward):
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:
             raise RecipeError("the reward kernel needs the sandbox", allowed="a machine that has one")
+        if importlib.util.find_spec("triton") is None:
+            raise MissingError(
+                "the reward kernel needs the package triton, which is not installed",
+                allowed="Linux, where its interpreter runs", do='install it with: pip install "luthier[gpu]"',
+            )  # fmt: skip
         limits = Limits(self.seconds, self.seconds, self.memory_megabytes << 20)
         sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=(("TRITON_INTERPRET", "1"),))
         return [self._one(sample, sandbox.run_all, tools) for sample in samples]
@@ -134,7 +140,7 @@ class Kernel(Reward):
         given = drawn.returned[0].value if drawn.returned and drawn.returned[0].error is None else None
         if not isinstance(given, list) or not given or not all(isinstance(each, list) for each in given):
             why = drawn.returned[0].error if drawn.returned else drawn.reason or drawn.raised
-            raise DataError(f"{self.inputs} drew {str(given)[:80]} ({why})", allowed="a list of lists of arguments")
+            raise DataError(f"{self.inputs} drew {shown(given)} ({why})", allowed="a list of lists of arguments")
         return tuple(Call(f"call_{seed}", tuple(each)) for each in given)
 
     def _verdict(self, calls: tuple[Call, ...], known: Outcome, said: Outcome, without: Outcome) -> Verdict:

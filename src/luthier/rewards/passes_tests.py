@@ -20,11 +20,13 @@ from typing import final
 from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.cases import Case, Sameness, cases_of, same_text
+from luthier.data.cases import Case, Sameness, cases_of, same_text, shown
 from luthier.data.programs import LONGEST, program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Returned, Status
+
+_STATUSES = tuple(status for status in Status if status is not Status.BROKEN)
 
 
 @final
@@ -117,11 +119,12 @@ class PassesTests(Reward):
         if not said.crosses:
             return "gave a value that is no plain data"
         form = Sameness(self.absolute, self.relative, self.loose_numbers, self.strict_tuples)
-        return "" if form.same(said.value, case.expected) else f"gave {str(said.value)[:80]}"
+        return "" if form.same(said.value, case.expected) else f"gave {shown(said.value)}"
 
     def _score(self, passed: int, total: int, told: str, status: Status) -> Score:
         share = passed / total
-        parts = {"passed": share, f"status/{status}": 1.0}
+        # All of them, so that a mean over answers is the share of those that ended so.
+        parts = {"passed": share} | {f"status/{each}": float(each is status) for each in _STATUSES}
         return Score(share if self.partial else float(passed == total), parts, told, told)
 
 

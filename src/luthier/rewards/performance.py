@@ -23,7 +23,7 @@ from typing import Any, final
 from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.cases import Sameness
+from luthier.data.cases import Sameness, shown
 from luthier.data.programs import program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
@@ -84,7 +84,7 @@ class Performance(Reward):
         given = drawn.returned[0].value if drawn.returned and drawn.returned[0].error is None else None
         if not isinstance(given, list) or not given or not all(isinstance(each, list | tuple) for each in given):
             why = drawn.returned[0].error if drawn.returned else drawn.reason or drawn.raised
-            raise DataError(f"{self.inputs} drew {str(given)[:80]} ({why})", allowed="a list of lists of arguments")
+            raise DataError(f"{self.inputs} drew {shown(given)} ({why})", allowed="a list of lists of arguments")
         return tuple(Call(self.function, tuple(each)) for each in given)
 
     def _race(self, sandbox: Sandbox, baseline: Program, program: Program) -> _Race:

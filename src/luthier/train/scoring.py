@@ -88,6 +88,20 @@ class Sandboxes:
         self.close()
 
 
+def with_sandbox(reward: Reward, tools: Tools) -> Tools:
+    """The tools, with a sandbox where the reward needs one and has none.
+
+    Raises SandboxUnavailableError where no walls stand here: now, and not after the first answers were made.
+    """
+    if "sandbox" not in reward.needs or tools.sandbox is not None:
+        return tools
+    sandboxes = Sandboxes()
+    sandboxes(Limits())
+    # What rewards ask for has other limits.
+    sandboxes.close()
+    return replace(tools, sandbox=sandboxes)
+
+
 @final
 @dataclass
 class Scoring:
