@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,12 +63,19 @@ def test_an_engine_that_computes_ours_is_let_pass(models: dict[str, Opened], kin
     sync.require()
 
 
+def slowly(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "has", "told"),
-    [*((kind, "base", "ignores the adapter") for kind in KINDS),
-     *((kind, "half", "differ|from ours") for kind in ("sglang", "llama.cpp")),
-     ("vllm", "half", "as with another lora_alpha"), ("vllm", "twice", "differ|from ours"),
-     ("vllm", "stale", "another step"), ("vllm", "other", "differ|from ours")],
+    [
+        ("vllm", "base", "ignores the adapter"), ("llama.cpp", "base", "ignores the adapter"),
+        slowly("sglang", "base", "ignores the adapter"), ("vllm", "half", "as with another lora_alpha"),
+        slowly("sglang", "half", "differ|from ours"), slowly("llama.cpp", "half", "differ|from ours"),
+        slowly("vllm", "twice", "differ|from ours"), ("vllm", "stale", "another step"),
+        slowly("vllm", "other", "differ|from ours"),
+    ],
 )  # fmt: skip
 def test_what_is_wrong_is_told(models: dict[str, Opened], kind: str, has: str, told: str) -> None:
     sync = found(models, kind, has)
@@ -77,7 +85,7 @@ def test_what_is_wrong_is_told(models: dict[str, Opened], kind: str, has: str, t
     assert caught.value.exit_code == 78
 
 
-@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("kind", ["vllm", slowly("llama.cpp")])
 def test_another_base_is_told_first(models: dict[str, Opened], kind: str) -> None:
     assert "its base is not ours" in found(models, kind, "good", base="other").wrong
 

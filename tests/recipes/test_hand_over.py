@@ -104,7 +104,7 @@ def test_a_server_of_another_base_does_not_keep_it(finished: Path, llama: Path, 
         assert not engine.loaded
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama.cpp"])
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=pytest.mark.slow), "sglang", "llama.cpp"])
 def test_each_engine_in_its_dialect(kind: str, finished: Path, llama: Path) -> None:
     models = {"": open_named(str(llama), precision="float32"), "finished": open_named(str(finished))}
     engine = Foreign(kind, models, loaded=["finished"] if kind == "llama.cpp" else [], token=TOKEN)
@@ -121,6 +121,7 @@ def test_each_engine_in_its_dialect(kind: str, finished: Path, llama: Path) -> N
             luthier(*command).must(69, "--enable-lora")
 
 
+@pytest.mark.slow
 def test_an_engine_that_ignores_it_is_told_from_one_that_rounds(finished: Path, llama: Path) -> None:
     base = open_named(str(llama), precision="float32")
     with foreign(Foreign("vllm", {"": base, "finished": base})) as engine:

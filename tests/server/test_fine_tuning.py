@@ -12,7 +12,10 @@ import openai
 import pytest
 from openai import OpenAI
 
+from luthier.core.errors import RecipeError
 from luthier.recipes.opened import open_named
+from luthier.server import fine_tuning
+from luthier.server.fine_tuning import JobBody, ways
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests.server.fakes import TOKEN, Running, running
@@ -51,6 +54,28 @@ def over(client: OpenAI, name: str, seconds: float = 400) -> Any:
             return job
         time.sleep(0.2)
     raise AssertionError(f"{name} is {job.status}")
+
+
+def test_a_method_of_the_api_is_an_entry_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a hyperparameter does not reach the recipe, or a method is offered that the trainer lacks."""
+    there = ("sft",)
+    monkeypatch.setattr(fine_tuning.catalog, "names", lambda _family: there)
+
+    def body(**method: Any) -> JobBody:
+        return JobBody.model_validate({"model": "m", "training_file": "f", "method": method or None})
+
+    way, hyper = body().way()
+    assert way.recipe(hyper) == {"objective": {"method": "sft"}} and list(ways()) == ["supervised"]
+    for kind in ("dpo", "reinforcement", "ppo"):
+        with pytest.raises(RecipeError, match="supervised"):
+            body(type=kind).way()
+    there = ("sft", "dpo")
+    way, hyper = body(type="dpo", dpo={"hyperparameters": {"beta": 0.3, "n_epochs": 2}}).way()
+    assert way.recipe(hyper) == {"objective": {"method": "dpo", "beta": 0.3}} and hyper.n_epochs == 2
+    way, hyper = body(type="dpo").way()
+    assert way.recipe(hyper) == {"objective": {"method": "dpo"}}, "auto is luthier's own default"
+    with pytest.raises(RecipeError, match="method has supervised"):
+        body(type="dpo", supervised={}).way()
 
 
 def test_files_come_and_go(client: OpenAI) -> None:
@@ -126,6 +151,10 @@ def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
         assert time.monotonic() < latest
         time.sleep(0.2)
     assert client.fine_tuning.jobs.retrieve(waiting.id).status == "queued"
+    assert client.fine_tuning.jobs.pause(waiting.id).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="is paused"):
+        client.fine_tuning.jobs.pause(waiting.id)
+    assert client.fine_tuning.jobs.resume(waiting.id).status == "queued"
     assert client.fine_tuning.jobs.cancel(waiting.id).status == "cancelled"
     assert client.fine_tuning.jobs.cancel(long.id).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="is over"):
@@ -134,13 +163,45 @@ def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
     assert over(client, small.id).status == "succeeded"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_rested_ends_as_one_that_did_not(client: OpenAI, tuning: Running) -> None:
+    """Breaks when a pause loses a step, repeats one, or changes what follows."""
+    file = client.files.create(file=("rows.jsonl", rows(32)), purpose="fine-tune")
+    asked: Any = {"model": "seedling", "training_file": file.id, "seed": 5,
+                  "hyperparameters": {"n_epochs": 10, "batch_size": 8}}  # fmt: skip
+
+    def losses(name: str) -> list[tuple[int, float]]:
+        events = client.fine_tuning.jobs.list_events(name, limit=1000).data[::-1]
+        told: list[Any] = [each.data for each in events if each.type == "metrics"]
+        return [(each["step"], each["train_loss"]) for each in told]
+
+    job = client.fine_tuning.jobs.create(**asked)
+    latest = time.monotonic() + 120
+    while len(losses(job.id)) < 5:
+        assert time.monotonic() < latest
+        time.sleep(0.05)
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    while tuning.serving.jobs._child is not None:
+        time.sleep(0.05)
+    before = losses(job.id)
+    assert 5 <= len(before) < 40
+    client.fine_tuning.jobs.resume(job.id)
+    assert over(client, job.id).status == "succeeded"
+    whole = client.fine_tuning.jobs.create(**asked)
+    assert over(client, whole.id).status == "succeeded"
+    assert losses(job.id) == losses(whole.id) and losses(job.id)[: len(before)] == before
+
+
 @pytest.mark.timeout(600)
 def test_what_cannot_be_trained_says_why(client: OpenAI) -> None:
     bad = client.files.create(file=("rows.jsonl", b'{"x": 1}\n{"x": 2}'), purpose="fine-tune")
     job = over(client, client.fine_tuning.jobs.create(model="seedling", training_file=bad.id).id)
     assert job.status == "failed" and job.error and job.error.code == "data" and "x" in job.error.message
-    for more in ({"model": "gpt-4o"}, {"training_file": "file-" + "0" * 24}, {"method": {"type": "dpo"}},
-                 {"suffix": "../x"}, {"hyperparameters": {"n_epochs": 0}}):  # fmt: skip
+    for more in ({"model": "gpt-4o"}, {"training_file": "file-" + "0" * 24}, {"method": {"type": "reinforcement"}},
+                 {"method": {"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.1}}}},
+                 {"method": {"type": "dpo", "supervised": {}}}, {"suffix": "../x"},
+                 {"hyperparameters": {"n_epochs": 0}}):  # fmt: skip
         body = {"model": "seedling", "training_file": bad.id, **more}
         with pytest.raises(openai.APIStatusError) as caught:
             client.post("/fine_tuning/jobs", body=body, cast_to=object)

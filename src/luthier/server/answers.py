@@ -210,7 +210,7 @@ class TuningJob(BaseModel):
     object: Literal["fine_tuning.job"]
     created_at: int
     finished_at: int | None
-    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
     model: str
     fine_tuned_model: str | None
     training_file: str

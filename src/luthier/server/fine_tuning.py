@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, final
 
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
+from luthier.core.nearest import did_you_mean
 from luthier.optimizers import Optimizer
 from luthier.server.answers import ERRORS, CheckpointList, EventList, JobList, TuningJob
 from luthier.server.bodies import Body, Number
@@ -35,17 +38,59 @@ class Hyper(Body):
     learning_rate_multiplier: Annotated[Number, Field(gt=0, le=1000)] | Auto = "auto"
 
 
+class PairHyper(Hyper):
+    """The same, and how short the leash to the base is."""
+
+    beta: Annotated[Number, Field(gt=0, le=1000)] | Auto = "auto"
+
+
 class Supervised(Body):
     """Supervised fine-tuning."""
 
     hyperparameters: Hyper = Field(default_factory=Hyper)
 
 
-class TuningMethod(Body):
-    """What is optimised."""
+class Pairs(Body):
+    """Learning from pairs of answers."""
 
-    type: Literal["supervised"] = "supervised"
+    hyperparameters: PairHyper = Field(default_factory=PairHyper)
+
+
+class TuningMethod(Body):
+    """What is optimised: `type` names one of the others."""
+
+    type: str = Field("supervised", max_length=64)
     supervised: Supervised | None = None
+    dpo: Pairs | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class Way:
+    """What a `method` of the API is here: its hyperparameters when none are given, and its objective, of which some
+    hyperparameters are knobs. The name of the objective says whether the trainer can do it."""
+
+    hyper: type[Hyper]
+    objective: str
+    knobs: tuple[str, ...] = ()
+
+    def recipe(self, hyper: Hyper) -> dict[str, Any]:
+        """What it adds to the recipe."""
+        given = {name: value for name in self.knobs if (value := getattr(hyper, name)) != "auto"}
+        return {"objective": {"method": self.objective, **given}}
+
+
+WAYS: Final[Mapping[str, Way]] = {
+    "supervised": Way(Hyper, "sft"),
+    "dpo": Way(PairHyper, "dpo", ("beta",)),
+}
+
+
+def ways() -> dict[str, Way]:
+    """The methods that the trainer can do."""
+    there = catalog.names("objectives")
+    return {name: way for name, way in WAYS.items() if way.objective in there}
 
 
 class JobBody(Body):
@@ -62,10 +107,24 @@ class JobBody(Body):
     integrations: None = None
 
     @property
-    def hyper(self) -> Hyper:
-        """The hyperparameters, wherever they stand."""
-        new = self.method.supervised.hyperparameters if self.method is not None and self.method.supervised else None
-        return new or self.hyperparameters or Hyper()
+    def type(self) -> str:
+        """The method's name."""
+        return self.method.type if self.method is not None else "supervised"
+
+    def way(self) -> tuple[Way, Hyper]:
+        """The method and its hyperparameters, wherever they stand. Raises RecipeError for what is not done here."""
+        known = ways()
+        if self.type not in known:
+            raise RecipeError(f"method.type is {self.type!r:.80}", allowed=", ".join(known),
+                              do=did_you_mean(self.type, list(known)))  # fmt: skip
+        given = {"supervised": self.method.supervised, "dpo": self.method.dpo} if self.method is not None else {}
+        odd = [name for name, one in given.items() if one is not None and name != self.type]
+        if odd or (self.method is not None and self.method.reinforcement is not None):
+            raise RecipeError(f"method has {(odd or ['reinforcement'])[0]} and its type is {self.type}",
+                              allowed=f"method.{self.type}")  # fmt: skip
+        way, chosen = known[self.type], given.get(self.type)
+        plain = way.hyper.model_validate(self.hyperparameters.model_dump()) if self.hyperparameters else way.hyper()
+        return way, chosen.hyperparameters if chosen is not None else plain
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -77,8 +136,8 @@ def routes(serving: Serving) -> APIRouter:
     async def create_fine_tuning_job(body: JobBody) -> Response:
         """Train an adapter on an uploaded file."""
         recipe = recipe_of(serving, body)
-        asked = {"training_file": body.training_file, "validation_file": body.validation_file,
-                 "hyperparameters": body.hyper.model_dump(), "seed": body.seed or 0,
+        asked = {"training_file": body.training_file, "validation_file": body.validation_file, "type": body.type,
+                 "hyperparameters": body.way()[1].model_dump(), "seed": body.seed or 0,
                  "metadata": body.metadata}  # fmt: skip
         name = f"ft:{serving.names.base}:{body.suffix or 'luthier'}"
         job = await asyncio.to_thread(jobs.create, serving.names.base, name, asked, recipe)
@@ -98,6 +157,16 @@ def routes(serving: Serving) -> APIRouter:
     async def cancel_fine_tuning_job(job_id: Id) -> Response:
         """Stop a fine-tune."""
         return JSONResponse(plain(await asyncio.to_thread(jobs.cancel, job_id)))
+
+    @router.post("/{job_id}/pause", response_model=TuningJob, responses=ERRORS)
+    async def pause_fine_tuning_job(job_id: Id) -> Response:
+        """Let a fine-tune rest after the step at hand, with everything saved."""
+        return JSONResponse(plain(await asyncio.to_thread(jobs.pause, job_id)))
+
+    @router.post("/{job_id}/resume", response_model=TuningJob, responses=ERRORS)
+    async def resume_fine_tuning_job(job_id: Id) -> Response:
+        """Go on with a fine-tune that rests, exactly where it was."""
+        return JSONResponse(plain(await asyncio.to_thread(jobs.resume, job_id)))
 
     @router.get("/{job_id}/events", response_model=EventList, responses=ERRORS)
     async def list_fine_tuning_events(job_id: Id, after: After = None, limit: Most = 20) -> Response:
@@ -122,7 +191,7 @@ def recipe_of(serving: Serving, body: JobBody) -> dict[str, Any]:
                           do="train on the base; an adapter is not gone on with")  # fmt: skip
     if not serving.opened.model.task.speaks:
         raise RecipeError(f"{serving.names.base} is an encoder", do="train it with: luthier train")
-    hyper = body.hyper
+    way, hyper = body.way()
     source = serving.opened.model.source
     data: dict[str, Any] = {"train": str(serving.files.path(body.training_file).absolute())}
     if body.validation_file is not None:
@@ -133,6 +202,7 @@ def recipe_of(serving: Serving, body: JobBody) -> dict[str, Any]:
         "adapter": {"method": "lora"},
         "budget": {"epochs": 3 if hyper.n_epochs == "auto" else hyper.n_epochs},
         "seed": body.seed or 0,
+        **way.recipe(hyper),
     }
     if body.validation_file is None:
         recipe["evaluation"] = {"fraction": 0.0}
@@ -146,7 +216,7 @@ def recipe_of(serving: Serving, body: JobBody) -> dict[str, Any]:
 
 def plain(job: Job) -> dict[str, Any]:
     """A job as the API tells it."""
-    hyper = job.asked["hyperparameters"]
+    hyper, kind = job.asked["hyperparameters"], job.asked.get("type", "supervised")
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -164,7 +234,7 @@ def plain(job: Job) -> dict[str, Any]:
         "seed": job.asked["seed"],
         "organization_id": "luthier",
         "metadata": job.asked["metadata"],
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyper}},
+        "method": {"type": kind, kind: {"hyperparameters": hyper}},
     }
 
 

@@ -34,6 +34,10 @@ def events_of(job: Job, run: Path) -> list[dict[str, Any]]:
             made.append(_event(job, place, when, f"Step {step}: validation loss={_shown(said.get('loss'))}", data))
         elif kind in _WORDS:
             made.append(_event(job, place, when, _WORDS[kind].format(step=step)))
+    for place, (when, what) in enumerate(job.turns):
+        made.append(_event(job, 10**8 + place, when, f"The job was {what}"))
+    # Stable: what a second holds stays in its order.
+    made.sort(key=lambda each: int(each["created_at"]))
     if job.finished_at is not None:
         words = {"succeeded": f"New fine-tuned model created: {job.name}", "cancelled": "The job was cancelled"}
         failed = str((job.error or {}).get("message", "The job has failed"))

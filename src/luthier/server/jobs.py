@@ -1,7 +1,8 @@
 """Fine-tunes: a queue, one child process of our own trainer at a time, and what became of each on disk.
 
 Idea: a job is a folder with what was asked (`job.json`), a recipe, and the run that `luthier train` makes of it. The
-server that comes up again goes on with what it had begun: the same recipe resumes its run.
+server that comes up again goes on with what it had begun: the same recipe resumes its run. A job that is paused has its
+trainer save after the step at hand and end; resumed, it waits for its turn again and goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -20,16 +22,18 @@ from typing import Any, Final, Literal, final
 import yaml
 
 from luthier.core.child import start_child
-from luthier.core.errors import LuthierError, RecipeError
+from luthier.core.errors import LuthierError, RecipeError, StoppedError
 from luthier.server.errors import NotServedError
 from luthier.store.files import read_json, write_json, write_text
 
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 OVER: Final = ("succeeded", "failed", "cancelled")
 TRAINER: Final = "luthier.server.trainer"
 MOST_QUEUED: Final = 64
 END_SECONDS: Final = 20.0
 """How long a trainer may take to save when the server ends."""
+STOPPED: Final = (StoppedError.exit_code, -signal.SIGTERM)
+"""How a trainer ends that was asked to: with everything saved, or before it had anything to save."""
 
 
 @final
@@ -47,6 +51,8 @@ class Job:
     trained_tokens: int | None = None
     error: Mapping[str, Any] | None = None
     results: tuple[str, ...] = field(default=())
+    turns: tuple[tuple[int, str], ...] = field(default=())
+    """When it was paused and resumed."""
 
 
 @final
@@ -67,9 +73,10 @@ class Jobs:
         """The jobs that are on disk; those that were under way are queued again."""
         for path in sorted(self.folder.glob("ftjob-*/job.json")):
             said = read_json(path)
-            job = Job(**{**said, "results": tuple(said.get("results", ()))})
+            turns = tuple((int(when), str(what)) for when, what in said.get("turns", ()))
+            job = Job(**{**said, "results": tuple(said.get("results", ())), "turns": turns})
             self._jobs[job.id] = job
-        unfinished = [job for job in self.all()[::-1] if job.state not in OVER]
+        unfinished = [job for job in self.all()[::-1] if job.state not in (*OVER, "paused")]
         for job in unfinished:
             self._enqueue(self._set(job, state="queued"))
         return self.all()
@@ -112,6 +119,30 @@ class Jobs:
             job = self._set(job, state="cancelled", finished_at=int(time.time()))
             if self._child is not None and self._child[0] == name:
                 self._child[1].terminate()
+        return job
+
+    def pause(self, name: str) -> Job:
+        """Let a job rest: its trainer saves after the step at hand and ends. Raises RecipeError for one that rests or
+        is over."""
+        with self._lock:
+            job = self.get(name)
+            if job.state not in ("queued", "running"):
+                raise RecipeError(f"the job {name} is {job.state}", allowed="jobs that are queued or run")
+            # A trainer that ends since an earlier pause is not asked twice: that would break off its saving.
+            running = job.state == "running"
+            job = self._set(job, state="paused", turns=(*job.turns, (int(time.time()), "paused")))
+            if running and self._child is not None:
+                self._child[1].terminate()
+        return job
+
+    def resume(self, name: str) -> Job:
+        """Let a job that rests wait for its turn again. Raises RecipeError for any other."""
+        with self._lock:
+            job = self.get(name)
+            if job.state != "paused":
+                raise RecipeError(f"the job {name} is {job.state}", allowed="jobs that are paused")
+            job = self._set(job, state="queued", turns=(*job.turns, (int(time.time()), "resumed")))
+            self._enqueue(job)
         return job
 
     def close(self) -> None:
@@ -163,7 +194,10 @@ class Jobs:
                     pipe.close()
         with self._lock:
             self._child = None
-            if self._ending or self.get(name).state == "cancelled":
+            job = self.get(name)
+            # One that was paused, and perhaps resumed since, may have come to its end all the same.
+            rests = job.state in ("paused", "queued") and code in STOPPED
+            if self._ending or rests or job.state == "cancelled":
                 return
         self._end(job, code, _plain(said))
 
