@@ -14,6 +14,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from luthier.core.errors import RefusedError
 from luthier.sandbox import guest_process, running, zygotes
 from luthier.sandbox import sandbox as machine
 from luthier.sandbox.program import Call, Examination, Limits, Outcome, Program, Status
@@ -216,6 +217,28 @@ def test_walls_outlive_the_thread_that_asked_for_them() -> None:
 
 def opened_here() -> Sandbox:
     return machine.open_sandbox(workers=1)
+
+
+def test_closing_ends_what_runs_and_starts_nothing_anew() -> None:
+    """Breaks when a program whose walls were closed in another thread is tried again behind new ones."""
+    before = psutil.Process().children()
+    sandbox = strongest()
+    said: list[object] = []
+
+    def run() -> None:
+        try:
+            said.append(sandbox.run(Program("import time\ntime.sleep(20)")).status)
+        except RefusedError as failure:
+            said.append(failure)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    sandbox.close()
+    thread.join()
+    assert time.monotonic() - began < 5 and isinstance(said[0], RefusedError)
+    assert psutil.Process().children() == before
 
 
 def test_an_interruption_leaves_a_sandbox_that_works(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

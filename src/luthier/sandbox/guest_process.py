@@ -54,6 +54,7 @@ class GuestProcess:
         self._sources: dict[int, str] = {}
         self._open_channel = True
         self._poll = select.poll()
+        self._control = zygote.control.fileno()  # kept, for it may be closed while we wait
         self._until = time.monotonic() + LOCK_SECONDS
         self._began = time.monotonic()
         self._channel = self._open(stdin)
@@ -153,7 +154,7 @@ class GuestProcess:
             for descriptor in given:
                 os.close(descriptor)
         ours.setblocking(False)
-        for source in (self._zygote.control.fileno(), ours.fileno(), *self._sources):
+        for source in (self._control, ours.fileno(), *self._sources):
             self._poll.register(source, select.POLLIN)
         return ours
 
@@ -175,7 +176,7 @@ class GuestProcess:
                     self._read_channel()
             elif descriptor in self._sources:
                 self._read_text(descriptor)
-        if any(descriptor == self._zygote.control.fileno() for descriptor, _ in ready):
+        if any(descriptor == self._control for descriptor, _ in ready):
             self._ended = self._zygote.ended()
             # Nobody can write any more, so what is left is all there is.
             self._read_channel()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,9 +86,10 @@ class _Worker:
         return self._zygotes[examiner]
 
     def close(self) -> None:
-        for zygote in self._zygotes.values():
-            zygote.close()
-        self._zygotes.clear()
+        # One by one, as another thread may be closing the same.
+        with suppress(KeyError):
+            while True:
+                self._zygotes.popitem()[1].close()
 
 
 @final
@@ -106,14 +106,12 @@ class Sandbox:
         """Stronger walls that were tried first, and why they do not stand here."""
         self._settings = _settings(limits, steps, view(preload), preload, environment)
         self._count = workers
-        self._numbers = 0
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._zygote) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put(worker)
         # Walls are bound to the thread that builds them: to one that lives as long as we do.
         self._starter = ThreadPoolExecutor(1, "sandbox-starter")
-        self._lock = threading.Lock()
         self._end = weakref.finalize(self, _close, self._workers, self._starter)
 
     @property
@@ -184,14 +182,14 @@ class Sandbox:
         self.close()
 
     def _tried(self, work: Callable[[_Worker], _Result], broken: Callable[[str], _Result]) -> _Result:
-        if not self._end.alive:
-            raise RefusedError("the sandbox is closed", allowed="one that is open", do="open another one")
         if os.getpid() != self._owner:
             raise RefusedError("a sandbox of the parent process", allowed="one of this process", do="open another one")
         worker = self._idle.get()
         try:
             reason = ""
             for _ in range(2):
+                if not self._end.alive:
+                    raise RefusedError("the sandbox is closed", allowed="one that is open", do="open another one")
                 try:
                     return work(worker)
                 except (LostError, OSError) as failure:
@@ -207,9 +205,7 @@ class Sandbox:
             self._idle.put(worker)
 
     def _zygote(self, examiner: bool) -> Zygote:
-        with self._lock:
-            self._numbers += 1
-            settings = {**self._settings, "examiner": examiner, "user": lesser_user(self._numbers)}
+        settings = {**self._settings, "examiner": examiner, "user": lesser_user()}
         return self._starter.submit(Zygote, settings["interpreter"], settings).result()
 
 

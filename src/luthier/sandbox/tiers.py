@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import secrets
 import shutil
 import sys
 import sysconfig
@@ -112,13 +113,13 @@ def view(preload: Sequence[str]) -> View:
     return View(tuple((name, name) for name in folders), links, path, interpreter)
 
 
-def lesser_user(number: int) -> int | None:
-    """The user that root becomes, another for each `number`; None where we are an ordinary user already."""
+def lesser_user() -> int | None:
+    """The user that root becomes, hardly ever the same one twice; None where we are an ordinary user already."""
     if os.geteuid() != 0:
         return None
     taken = {entry.pw_uid for entry in pwd.getpwall()}
     free = [user for user in _USERS if user not in taken]
-    return free[(os.getpid() * 7 + number) % len(free)]
+    return secrets.choice(free)
 
 
 def may_mount() -> bool:

@@ -8,7 +8,7 @@ import select
 import socket
 import subprocess
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final, final
@@ -110,10 +110,12 @@ class Zygote:
         self._open.close()
 
     def _reap(self) -> None:
-        self.control.close()
         if os.getpid() != self._owner:
             self._process.returncode = 0  # a fork of ours; what our parent started goes on
             return
+        # Closing alone is not seen by the other side as long as a thread of ours waits here.
+        with suppress(OSError):
+            self.control.shutdown(socket.SHUT_RDWR)
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
