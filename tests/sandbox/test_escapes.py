@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from luthier.sandbox import sandbox as machine
 from luthier.sandbox.program import Limits, Outcome, Program, Status
 from luthier.sandbox.sandbox import Sandbox
 from tests.sandbox import escapes
@@ -83,6 +84,15 @@ def attempt(walled: Sandbox, outside: Outside) -> None:
             before = processes(walled)
     assert got == {}
     assert not outside.switched() and Path("/proc/self/mounts").read_text() == mounts
+
+
+@pytest.mark.slow
+def test_bubblewrap_holds_where_the_kernel_has_no_landlock(outside: Outside, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when the stronger tier leans on what older kernels do not have."""
+    whole = machine._settings
+    monkeypatch.setattr(machine, "_settings", lambda *given: {**whole(*given), "landlock": 0})
+    with opened("bubblewrap") as sandbox:
+        attempt(sandbox, outside)
 
 
 def test_nothing_of_one_candidate_reaches_the_next(walled: Sandbox, outside: Outside) -> None:

@@ -133,7 +133,7 @@ class Sandbox:
             must_hold(
                 lambda program: run_program(zygote, program, _PROBING, writable=False),
                 str(self.steps),
-                self._settings["environment"],
+                self._settings,
             )
         except BaseException:
             self.close()

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -22,11 +22,12 @@ from luthier.sandbox.program import Call, Outcome, Program, Status
 from luthier.sandbox.zygotes import LostError
 
 
-def must_hold(run: Callable[[Program], Outcome], name: str, environment: Mapping[str, str]) -> None:
+def must_hold(run: Callable[[Program], Outcome], name: str, settings: Mapping[str, Any]) -> None:
     """Raises SandboxUnavailableError if one probe gets what it reaches for, LostError if they cannot be run."""
     source = files("luthier.sandbox.guest").joinpath("probes.py").read_text("utf-8")
     with _outside() as facts:
-        facts["environment"] = list(environment)
+        facts["environment"] = list(settings["environment"])
+        facts["names"] = _names(Path.home(), [Path(target) for _, target in settings["view"]])
         outcome = run(Program(source, (Call("succeeded", (facts,)),)))
         if outcome.status is not Status.ENDED or outcome.returned[0].error is not None:
             told = outcome.reason or (outcome.returned[0].error if outcome.returned else "")
@@ -62,6 +63,14 @@ def _outside() -> Iterator[dict[str, Any]]:
                 "socket": str(path),
                 "process": os.getpid(),
             }
+
+
+def _names(home: Path, seen: Sequence[Path]) -> list[str]:
+    """What lies in the home and no guest may know of: all but the way to the interpreter, where that leads there."""
+    try:
+        return [path.name for path in home.iterdir() if not any(other.is_relative_to(path) for other in seen)]
+    except OSError:
+        return []
 
 
 def _listening(address: str) -> socket.socket:

@@ -47,7 +47,7 @@ def _files(facts: dict[str, Any]) -> dict[str, Callable[[], object]]:
         "list a folder of the host": lambda: os.listdir(facts["folder"]) or True,
         "make a file beside it": lambda: _opens(facts["folder"] + "/made", os.O_WRONLY | os.O_CREAT),
         "read /etc/shadow": lambda: _opens("/etc/shadow", os.O_RDONLY),
-        "list the home": lambda: os.listdir(facts["home"]),
+        "list the home": lambda: bool(set(os.listdir(facts["home"])) & set(facts["names"])),
         "write the standard library": lambda: _opens(json.__file__, os.O_RDWR),
         "write the interpreter": lambda: _opens(sys.executable, os.O_RDWR),
         "write core_pattern": lambda: _opens("/proc/sys/kernel/core_pattern", os.O_WRONLY),

@@ -145,6 +145,9 @@ class _Zygote:
         if settings["work"]:
             k.unshare(k.NEW_MOUNTS)
             k.mount_memory(settings["work"], settings["limits"]["file_bytes"], entries=settings["limits"]["files"])
+            # Not even where the kernel has no Landlock shall it look at those who watch over it.
+            k.mount_memory("/proc", 4096, entries=1)
+            k.restrict_mount("/proc", k.READ_ONLY)
             os.chdir(settings["work"])
         self._arrange(descriptors)
         work = os.open(settings["work"], os.O_PATH) if settings["work"] else None
