@@ -352,6 +352,7 @@ def test_a_store_gives_back_what_was_rendered(make_tokenizer: MakeTokenizer, tmp
     for found in (prepared(), prepared()):
         views = [found.store[index] for index in range(3)]
         assert [None if v.answers is None else int(v.answers.max()) for v in views] == [2, 2, 2]
+        assert views[0].scores is None and views[2].scores is None
         marks = views[1].scores
         assert marks is not None and marks.max() == 2.0 and views[1].labels is None
         assert found.counts()["rendered"]["trained_tokens"] == sum(view.trained_count for view in views)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
@@ -15,7 +16,9 @@ from luthier.assets.demo_task import demo_rows
 from luthier.core.errors import RecipeError
 from luthier.data.conversation import Labelled, Message
 from luthier.recipes.opened import open_named
+from luthier.recipes.samples import question
 from luthier.recipes.session import load
+from tests import forests, task_models
 from tests.cli.commands import luthier
 
 
@@ -131,3 +134,28 @@ def test_a_session_takes_preferences_as_rows() -> None:
         session.forward_backward(rows)
         session.optim_step()
     assert session.loss(rows) < 0.69
+
+
+def test_data_commands_know_pairs_unasked(llama: Path, tmp_path: Path) -> None:
+    """Breaks when a file of pairs has to be named as one before it can be looked at, or is taken for chat."""
+    data = preferences(tmp_path / "pairs.json", 6)
+    checked = luthier("data", "check", data, "--model", llama, "--json").must(0).json
+    assert checked["clean"] and checked["files"][0]["format"] == "preference_sharegpt"
+    (row,) = luthier("data", "show", data, "--model", llama, "--rows", "1", "--json").must(0).json["rows"]
+    assert {token["answer"] for token in row["tokens"]} == {0, 1, 2}
+    assert {token["role"] for token in row["tokens"] if token["answer"] == 2} <= {"wrong", "template"}
+    assert luthier("data", "stats", data, "--model", llama, "--json").must(0).json["rendered"]["rows"] == 6
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"prompt": "a", "completion": "b", "label": true}\n', encoding="utf-8")
+    assert luthier("data", "check", chat, "--model", llama, "--json").must(0).json["files"][0]["format"] == (
+        "prompt_completion"
+    )
+
+
+def test_the_reference_answer_of_a_sample_is_the_chosen_one() -> None:
+    """Breaks when people are shown both answers as if they were one."""
+    view = task_models.answered(forests.views(1)[0], np.random.default_rng(0), answers=2)
+    prompt, said = question(view, 8)
+    assert view.answers is not None
+    assert np.array_equal(prompt, view.tokens[view.answers == 0])
+    assert np.array_equal(said, view.tokens[view.answers == 1])

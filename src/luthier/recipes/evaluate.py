@@ -134,7 +134,7 @@ def measured(
     tokens = 0
     sums: dict[str, tuple[float, float]] = {}
     for bare in _cut(trees, micro_tokens):
-        forest = noted(model, bare, lambda _: objective.reference, temperature=heat, reference=reference)
+        forest = noted(model, bare, objective.refers, temperature=heat, reference=reference)
         report = objective.loss(model.token_outputs(forest, temperature=heat), forest)
         total += float(report.sum)
         weight += report.weight
