@@ -12,6 +12,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from luthier.core import catalog
 from luthier.core.errors import RecipeError
 from luthier.recipes.opened import open_named
 from luthier.server import fine_tuning
@@ -191,6 +192,27 @@ def test_a_job_that_rested_ends_as_one_that_did_not(client: OpenAI, tuning: Runn
     whole = client.fine_tuning.jobs.create(**asked)
     assert over(client, whole.id).status == "succeeded"
     assert losses(job.id) == losses(whole.id) and losses(job.id)[: len(before)] == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("dpo" not in catalog.names("objectives"), reason="the trainer has no objective for pairs")
+@pytest.mark.timeout(600)
+def test_pairs_are_learned_from(client: OpenAI) -> None:
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    pairs = [{"input": {"messages": said("user", f"What is {n} + 1?")},
+              "preferred_output": said("assistant", f"arr {n + 1}"),
+              "non_preferred_output": said("assistant", f"well {n + 1}")} for n in range(12)]  # fmt: skip
+    content = "\n".join(map(json.dumps, pairs)).encode()
+    file = client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}
+    job = over(client, client.fine_tuning.jobs.create(model="seedling", training_file=file.id, method=method).id)
+    assert job.status == "succeeded", job.error
+    assert job.method.type == "dpo" and job.method.dpo.hyperparameters.beta == 0.2
+    told = [each.data for each in client.fine_tuning.jobs.list_events(job.id, limit=100).data if each.type == "metrics"]
+    # Before anything is learned, both answers are as likely as under the reference: a coin.
+    assert told[-1]["train_loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
 @pytest.mark.timeout(600)

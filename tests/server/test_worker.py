@@ -58,11 +58,12 @@ def test_a_reader_is_woken_at_once_and_then_now_and_then() -> None:
     async def work(worker: Worker) -> None:
         [ticket] = await worker.submit([asked()])
         begun, heard = worker.loop.time(), [len(await ticket.news())]
-        assert heard == [1] and worker.loop.time() - begun < 0.04 and ticket.first is not None
+        assert heard[0] < 50 and ticket.first is not None
         while news := await ticket.news():
             heard.append(len(news))
             assert worker.open == (0 if ticket.over else 1)
-        assert sum(heard) == 100 and len(heard) < 25 and ticket.over and ticket.read
+        seconds = worker.loop.time() - begun
+        assert sum(heard) == 100 and len(heard) <= 3 + seconds / 0.02 and ticket.over and ticket.read
 
     within(Worker(engine, gather=0.02), work)
 

@@ -2,7 +2,7 @@
 
 Idea: whoever trains on what was said has to know that the model that said it is the one that is trained. So a remote
 speaker is made of a probe that found it so, and of nothing else; other weights need another probe (`renewed`).
-Cost: a request for each prompt, `at_once` of them under way at a time.
+Cost: a request for each prompt, `at_once` of them under way at a time, each at most as long as the wire lets it be.
 Use when: rollouts come from vLLM, SGLang or llama.cpp. Not when: the model fits beside the trainer; `infer/engine.py`
 shares its weights and needs no probe.
 """
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import final
 
-from luthier.core.errors import GateError
+from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect
 from luthier.infer.sync import Score, Sync, probe
@@ -33,7 +33,7 @@ class RemoteSpeaker:
     def __post_init__(self) -> None:
         self.sync.require()
         if self.at_once < 1:
-            raise GateError(f"{self.at_once} requests at a time", allowed="at least 1")
+            raise RecipeError(f"{self.at_once} requests at a time", allowed="at least 1")
 
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
         """One continuation for each prompt, in the order of the prompts; each draws with a seed of its own."""
