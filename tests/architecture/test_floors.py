@@ -22,7 +22,7 @@ FLOORS: dict[str, float] = {
     **dict.fromkeys(("cli", "studio", "api"), 7),
 }  # fmt: skip
 FAMILY, MACHINE = 4, 5
-WITHOUT_TORCH = ("core", "arithmetic", "store", "assets")
+WITHOUT_TORCH = ("core", "arithmetic", "sandbox", "store", "assets")
 HEAVY = ("torch", "transformers", "peft", "jaxtyping")
 
 

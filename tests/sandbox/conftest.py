@@ -149,7 +149,8 @@ def outside() -> Iterator[Outside]:
 def unwalled(source: str, outside: Outside) -> str:
     """What a program prints that is run with no walls at all, as the user that guests are: the negative control."""
     drop = {"user": 65_534, "group": 65_534, "extra_groups": ()} if os.geteuid() == 0 else {}
-    interpreter = sys.executable if _readable(sys.executable) or not drop else "/usr/bin/python3"
+    real = str(Path(sys.executable).resolve())
+    interpreter = real if _readable(real) or not drop else "/usr/bin/python3"
     if not Path(interpreter).exists():
         pytest.skip("no interpreter that another user can run")
     done = subprocess.run(
@@ -160,8 +161,7 @@ def unwalled(source: str, outside: Outside) -> str:
 
 @functools.cache
 def _readable(path: str) -> bool:
-    real = Path(path).resolve()
-    return all(part.stat().st_mode & 0o001 for part in (real, *real.parents))
+    return all(part.stat().st_mode & 0o001 for part in (Path(path), *Path(path).parents))
 
 
 def as_json(facts: dict[str, Any]) -> str:

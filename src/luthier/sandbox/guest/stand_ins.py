@@ -115,7 +115,8 @@ class Thing:
         return self._of("__call__", *arguments, **keywords)
 
     def __len__(self) -> int:
-        return self._of("__len__")
+        length: int = self._of("__len__")
+        return length
 
     def __bool__(self) -> bool:
         return True
@@ -137,10 +138,12 @@ class Thing:
         return self._of("__next__")
 
     def __str__(self) -> str:
-        return self._of("__str__")
+        text: str = self._of("__str__")  # Python itself refuses what is none
+        return text
 
     def __repr__(self) -> str:
-        return self._of("__repr__")
+        text: str = self._of("__repr__")
+        return text
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Thing):
