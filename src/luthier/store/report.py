@@ -159,6 +159,27 @@ def _demo(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------- the curves
 
 
+def _rewards(
+    rollouts: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
+) -> list[tuple[str, list[Line], bool]]:
+    """Curves of reinforcement learning: the reward with that of held-out prompts, its parts one by one, and what tells
+    of collapse and drift."""
+    if not rollouts:
+        return []
+    held = Line(style="held", points=_points(evaluations, "reward"), dots=True)
+    parts = dict.fromkeys(text_of(name) for event in rollouts for name in mapping(event.get("parts")))
+    of_parts = [
+        {"step": event.get("step"), **{f"part {name}": mapping(event.get("parts")).get(name) for name in parts}}
+        for event in rollouts
+    ]
+    named = (("Tokens of an answer", "length"), ("Surprise of a sampled token, nats", "entropy"))
+    return [
+        ("Reward, sampled and held out", [*_noisy(_points(rollouts, "reward")), held], False),
+        *((f"Reward: {name}", _noisy(_points(of_parts, f"part {name}")), False) for name in parts),
+        *((title, _noisy(_points(rollouts, name)), True) for title, name in named),
+    ]
+
+
 def _curves(
     files: RunFiles, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
@@ -184,6 +205,7 @@ def _curves(
         for title, shown, from_zero in (
             ("Learning rate", [Line(style="smooth", points=rates)], True),
             ("Gradient norm before clipping", _noisy(norms), False),
+            *_rewards(files.of_kind("rollout"), evaluations),
         )
         if shown[0].points
     ]
