@@ -44,7 +44,7 @@ def _alike(rollouts: Events) -> str:
     best = {row for each in rollouts for row in each["always_best"]}
     never = {row for each in rollouts for row in each["never"]}
     return (
-        f"{percent_text(alike / groups)} of groups got identical rewards, from which nothing is learned: raise "
+        f"{100 * alike / groups:.0f} % of groups got identical rewards, from which nothing is learned: raise "
         f"objective.temperature or rollouts.answers, or set rollouts.redraws; {len(best - never):,} prompts are always "
         f"answered as well as any, {len(never - best):,} never"
     )

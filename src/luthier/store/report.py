@@ -162,21 +162,15 @@ def _demo(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 def _rewards(
     rollouts: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
 ) -> list[tuple[str, list[Line], bool]]:
-    """Curves of reinforcement learning: the reward with that of held-out prompts, its parts one by one, and what tells
-    of collapse and drift."""
-    if not rollouts:
-        return []
-    held = Line(style="held", points=_points(evaluations, "reward"), dots=True)
+    """Curves of reinforcement learning: the reward, its parts one by one, and what tells of collapse and drift."""
     parts = dict.fromkeys(text_of(name) for event in rollouts for name in mapping(event.get("parts")))
-    of_parts = [
-        {"step": event.get("step"), **{f"part {name}": mapping(event.get("parts")).get(name) for name in parts}}
-        for event in rollouts
-    ]
-    named = (("Tokens of an answer", "length"), ("Surprise of a sampled token, nats", "entropy"))
+    apart = [{**mapping(event.get("parts")), "step": event.get("step")} for event in rollouts]
     return [
-        ("Reward, sampled and held out", [*_noisy(_points(rollouts, "reward")), held], False),
-        *((f"Reward: {name}", _noisy(_points(of_parts, f"part {name}")), False) for name in parts),
-        *((title, _noisy(_points(rollouts, name)), True) for title, name in named),
+        ("Reward", _noisy(_points(rollouts, "reward")), False),
+        ("Reward of held-out prompts", [Line(style="held", points=_points(evaluations, "reward"), dots=True)], False),
+        *((f"Reward: {name}", _noisy(_points(apart, name)), False) for name in parts),
+        ("Tokens of an answer", _noisy(_points(rollouts, "length")), True),
+        ("Surprise of a sampled token, nats", _noisy(_points(rollouts, "entropy")), True),
     ]
 
 
