@@ -102,16 +102,7 @@ def lay_out(
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
     )
-    source: Source
-    rewarded = None
-    if isinstance(recipe, ReinforceRecipe):
-        reading = reading_of(found)
-        planned = reinforce.stand_in(recipe, data)
-        source = reinforce.rollout_source(_located(recipe, found), data, reading, tokenizer, stepper)
-        held = reinforce.HeldOut.of(_located(recipe, found), data, reading, tokenizer, model)
-        rewarded = _rewards(held, attachment.name) if held.prompts else None
-    else:
-        planned = source = _source(recipe, data)
+    source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment.name)
     unpooled = use_pool(model)
     with model.only(attachment.name):
         require_room(data.store.lengths, model)
@@ -128,9 +119,18 @@ def lay_out(
     )
 
 
-def _located(recipe: ReinforceRecipe, found: FinetuneRecipe) -> ReinforceRecipe:
-    """The recipe with data where they are found from here."""
-    return recipe.model_copy(update={"data": found.data})
+def _sources(
+    recipe: FinetuneRecipe, found: FinetuneRecipe, data: Prepared, tokenizer: Tokenizer, stepper: Stepper, name: str
+) -> tuple[Source, DataSource, Callable[[], PassReport] | None]:
+    """Where steps come from, the rows they are planned by, and how what is held out is rewarded, where it is."""
+    if not isinstance(recipe, ReinforceRecipe):
+        rows = _source(recipe, data)
+        return rows, rows, None
+    here = recipe.model_copy(update={"data": found.data})
+    reading = reading_of(found)
+    source = reinforce.rollout_source(here, data, reading, tokenizer, stepper)
+    held = reinforce.HeldOut.of(here, data, reading, tokenizer, stepper.model)
+    return source, reinforce.stand_in(here, data), _rewards(held, name) if held.prompts else None
 
 
 def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:

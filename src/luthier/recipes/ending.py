@@ -15,8 +15,10 @@ from luthier.recipes import accounts, purpose, quantized, verify
 from luthier.recipes.bench import Bench
 from luthier.recipes.claims import claims_of
 from luthier.recipes.control_tokens import save_stops
+from luthier.recipes.lessons import lessons
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
+from luthier.store.report_files import read_run
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.result import release, save_result
@@ -58,8 +60,10 @@ def conclude(ending: Ending) -> dict[str, Any]:
     """Let a fresh process prove what was saved, and tell; the summary. The model is needed no more."""
     bench, run, state = ending.bench, ending.run, ending.state
     proof = verify.proved(run)
+    told = read_run(run.folder)
+    learned = lessons(told.of_kind("rollout"), told.of_kind("evaluation"))
     summary = accounts.summary(
-        bench.plan, run.folder, state, status=ending.status, proof=proof, more=run.checkpoints.notices
+        bench.plan, run.folder, state, status=ending.status, proof=proof, more=[*run.checkpoints.notices, *learned]
     )
     write_json(run.folder / SUMMARY, plain(summary))
     worst = accounts.worst_rows(ending.keeper.row_excess, bench.data, bench.tokenizer)

@@ -57,6 +57,7 @@ class Lines:
         self.console = console
         self.every = 1
         self.steps = 0
+        self.reward = ""
 
     def record(self, event: Event) -> None:
         if event.kind == "start":
@@ -65,7 +66,9 @@ class Lines:
             for line in start_lines(event.values):
                 self.console.print(line)
         elif event.kind == "step" and ((event.step or 0) % self.every == 0 or event.step == self.steps):
-            self.console.print(f"step {event.step}/{self.steps}  {figures(event.values)}")
+            self.console.print(f"step {event.step}/{self.steps}  {self.reward}{figures(event.values)}")
+        elif event.kind == "rollout":
+            self.reward = rewards(event.values)
         elif (told := event_line(event)) is not None:
             self.console.print(told)
 
@@ -77,6 +80,7 @@ class Bar:
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
         self.task: TaskID | None = None
+        self.reward = ""
 
     def record(self, event: Event) -> None:
         if event.kind == "start":
@@ -85,7 +89,9 @@ class Bar:
             self.task = self.bar.add_task("training", total=event.values["steps"], figures="")
             self.bar.update(self.task, completed=event.step or 0)
         elif event.kind == "step" and self.task is not None:
-            self.bar.update(self.task, completed=event.step, figures=figures(event.values))
+            self.bar.update(self.task, completed=event.step, figures=self.reward + figures(event.values))
+        elif event.kind == "rollout":
+            self.reward = rewards(event.values)
         elif (told := event_line(event)) is not None:
             self.bar.console.print(told)
 
@@ -111,6 +117,12 @@ def figures(values: Any) -> str:
     return f"loss {values['loss']:.4f}  {rate:,.0f} tokens/s"
 
 
+def rewards(values: Any) -> str:
+    """The numbers of a rollout: its mean reward, and the parts of it."""
+    parts = "".join(f" {name} {value:.3f}" for name, value in values["parts"].items() if "/" not in name)
+    return f"reward {values['reward']:.3f}{f' ({parts[1:]})' if parts else ''}  "
+
+
 def event_line(event: Event) -> str | None:
     """A line for an event that a person wants to see; None for the others."""
     line = _event_line(event)
@@ -118,6 +130,8 @@ def event_line(event: Event) -> str | None:
 
 
 def _event_line(event: Event) -> str | None:
+    if event.kind == "evaluation" and "reward" in event.values:
+        return f"step {event.step}: held-out reward {event.values['reward']:.4f} over {event.values['rows']} prompts"
     if event.kind == "evaluation":
         return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
     if event.kind == "doing":

@@ -159,6 +159,21 @@ def _demo(summary: Mapping[str, Any]) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------- the curves
 
 
+def _rewards(
+    rollouts: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
+) -> list[tuple[str, list[Line], bool]]:
+    """Curves of reinforcement learning: the reward, its parts one by one, and what tells of collapse and drift."""
+    parts = dict.fromkeys(text_of(name) for event in rollouts for name in mapping(event.get("parts")))
+    apart = [{**mapping(event.get("parts")), "step": event.get("step")} for event in rollouts]
+    return [
+        ("Reward", _noisy(_points(rollouts, "reward")), False),
+        ("Reward of held-out prompts", [Line(style="held", points=_points(evaluations, "reward"), dots=True)], False),
+        *((f"Reward: {name}", _noisy(_points(apart, name)), False) for name in parts),
+        ("Tokens of an answer", _noisy(_points(rollouts, "length")), True),
+        ("Surprise of a sampled token, nats", _noisy(_points(rollouts, "entropy")), True),
+    ]
+
+
 def _curves(
     files: RunFiles, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
@@ -184,6 +199,7 @@ def _curves(
         for title, shown, from_zero in (
             ("Learning rate", [Line(style="smooth", points=rates)], True),
             ("Gradient norm before clipping", _noisy(norms), False),
+            *_rewards(files.of_kind("rollout"), evaluations),
         )
         if shown[0].points
     ]

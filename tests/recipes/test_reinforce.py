@@ -1,0 +1,140 @@
+"""`recipe: reinforce`: a run of rollouts from the command to its proof, cut short and resumed; and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.core.errors import RecipeError
+from luthier.core.knobs import validate
+from luthier.recipes.lessons import lessons
+from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.schema import FinetuneRecipe
+from luthier.train.stepper import Stepper, StepReport
+from tests.cli.commands import events, luthier
+
+STEPS = 6
+RECIPE = """
+recipe: reinforce
+model: {model}
+data: {{train: {data}}}
+reward:
+  - {{method: format, tags: [], pattern: '[a-z ]+', weight: 0.5}}
+  - {{method: length, most_tokens: 6, buffer_tokens: 4, name: short}}
+rollouts: {{prompts: 3, answers: 4, max_new_tokens: 6}}
+objective: {{method: ppo, passes: 2, temperature: 1.2}}
+budget: {{steps: 6}}
+evaluation: {{fraction: 0.3, every: 3, prompts: 1}}
+checkpoint: {{every: 1}}
+precision: float32
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A recipe with a few prompts."""
+    folder = tmp_path_factory.mktemp("asked")
+    rows = [{"prompt": f"What colour has thing {number}?", "answer": "red"} for number in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(model=llama, data=folder / "prompts.jsonl"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, asked: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    luthier("train", asked, "--run", folder, "--json").must(0)
+    return folder
+
+
+def told(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of some kinds, without times."""
+    return [
+        {key: value for key, value in event.items() if "seconds" not in key and key != "time"}
+        for event in events(folder) if event["kind"] in kinds
+    ]  # fmt: skip
+
+
+def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) -> None:
+    """Breaks when the result is proved by nothing, or what is held out is not what was rewarded."""
+    summary = json.loads((unbroken / "summary.json").read_text("utf-8"))
+    assert summary["status"] == "finished" and summary["steps"] == STEPS
+    assert summary["proof"]["reloaded_loss"] == pytest.approx(summary["loss"]["best"])
+    before, after = summary["metrics"]["reward"]
+    held = told(unbroken, "evaluation")
+    assert held[0]["reward"] == before == -held[0]["loss"] and after == max(one["reward"] for one in held[1:])
+    rollouts = told(unbroken, "rollout")
+    assert [one["step"] for one in rollouts] == [1, 3, 5] and [one["version"] for one in rollouts] == [0, 2, 4]
+    assert {"format", "short"} <= set(rollouts[0]["parts"]) and rollouts[0]["answers"] == 12
+    steps = told(unbroken, "step")
+    assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4) and steps[0]["mismatch_most"] < 0.1
+    report = (unbroken / "report.html").read_text("utf-8")
+    assert "Reward: format" in report and "Reward of held-out prompts" in report
+
+
+def test_killed_in_the_middle_of_a_replay_it_comes_to_the_same_bits(
+    asked: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a resumed run samples again what it had sampled, or forgets the notes of its replay."""
+    plain, count = Stepper.optim_step, 0
+
+    def dies(self: Stepper, *, factor: float = 1.0) -> StepReport:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise RuntimeError("the power is gone")
+        return plain(self, factor=factor)
+
+    monkeypatch.setattr(Stepper, "optim_step", dies)
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="power"):
+        luthier("train", asked, "--run", folder)
+    monkeypatch.setattr(Stepper, "optim_step", plain)
+    luthier("resume", folder, "--json").must(0)
+    assert told(folder, "step", "rollout", "evaluation") == told(unbroken, "step", "rollout", "evaluation")
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-000006/state.safetensors", "samples.jsonl"):
+        assert (folder / name).read_bytes() == (unbroken / name).read_bytes(), name
+
+
+def recipe_with(**more: Any) -> dict[str, Any]:
+    return {"recipe": "reinforce", "model": "seedling", "data": "x.jsonl", "reward": {"method": "numeric"}, **more}
+
+
+def test_what_does_not_go_together_is_said_before_anything_is_loaded() -> None:
+    """Breaks when a run begins that has nothing to learn from."""
+    recipe = validate(ReinforceRecipe, recipe_with(reward=[{"method": "format", "json_object": True}, "numeric"]))
+    assert recipe.reward.method_name() == "ladder" and recipe.learner.passes == 1
+    assert kind_of_recipe(recipe_with()) is ReinforceRecipe and kind_of_recipe({}) is FinetuneRecipe
+    with pytest.raises(RecipeError, match="objective sft learns from rows"):
+        validate(ReinforceRecipe, recipe_with(objective={"method": "sft"}))
+    with pytest.raises(RecipeError, match="a recipe: reinforce"):
+        validate(FinetuneRecipe, {"model": "seedling", "data": "x.jsonl", "objective": {"method": "grpo"}})
+    with pytest.raises(RecipeError, match="minibatches is 9"):
+        validate(ReinforceRecipe, recipe_with(objective={"method": "grpo", "minibatches": 9}))
+
+
+def rollout(step: int, **more: Any) -> dict[str, Any]:
+    """A rollout where all is well."""
+    well = {
+        "step": step, "groups": 10, "alike": 1, "always_best": [], "never": [], "answers": 80, "failed": 0, "cut": 0,
+        "reward": 0.5, "entropy": 1.0, "length": 20.0,
+    }  # fmt: skip
+    return {**well, **more}
+
+
+def test_lessons_are_said_where_there_are_any() -> None:
+    """Breaks when a run that learns nothing says nothing, or a healthy one is scolded."""
+    assert lessons([rollout(step) for step in range(8)], []) == []
+    assert lessons([], []) == []
+    [said] = lessons([rollout(1, alike=7, always_best=[1, 2], never=[3])], [])
+    assert said.startswith("70 % of groups got identical rewards") and "2 prompts are always" in said
+    course = [rollout(step, reward=step / 8, entropy=1 / (step + 1), length=10.0 * (step + 1)) for step in range(8)]
+    said_of = " ".join(lessons(course, [{"reward": 0.6}, {"reward": 0.2}]))
+    for part in ("something is exploited", "answers have become one", "answers went from 15 to 75 tokens"):
+        assert part in said_of
+    assert "could not be scored" in lessons([rollout(1, failed=3)], [])[0]
+    assert "cut off" in lessons([rollout(1, cut=40)], [])[0]
