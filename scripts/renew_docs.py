@@ -161,6 +161,8 @@ def _family(field: FieldInfo) -> str | None:
 
 def _values(field: FieldInfo) -> str:
     """The values a field may have, in words: its type and its range."""
+    if (family := _family(field)) is not None:
+        return f"one of `{family}`, with its knobs"
     words = list(dict.fromkeys(_words(field.annotation)))
     marks = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     limits = [

@@ -197,6 +197,9 @@ def views_for(objective: Objective, count: int = 5, *, seed: int = 4) -> list[Re
     task = objective.task(CLASSES)
     plain = forests.views(count, seed=seed)
     rng = np.random.default_rng(seed)
+    if {"preference", "conversation"} <= set(objective.meanings or ()):
+        # Both kinds of rows, in turn.
+        return [answered(each, rng, answers=2) if each.row % 2 else each for each in plain]
     if "preference" in (objective.meanings or ()):
         return [answered(each, rng, answers=2 + each.row % 3) for each in plain]
     if "judged" in (objective.meanings or ()):

@@ -46,8 +46,9 @@ def messages(row: dict[str, Any]) -> tuple[Message, ...]:
 def test_the_folder_is_the_registry_in_order_of_specificity() -> None:
     names = [format.name for format in formats()]
     assert names == [
-        "messages", "sharegpt", "alpaca", "choices", "prompt_completion", "question_answer", "tagged", "labelled",
-        "text",
+        "preference_openai", "preference_sharegpt", "preference_hh", "preference", "messages", "ranking",
+        "judged_chat", "judged", "sharegpt", "alpaca", "choices", "prompt_completion", "question_answer", "tagged",
+        "labelled", "text", "asked",
     ]  # fmt: skip
     assert len({format.specificity for format in formats()}) == len(names)
 
@@ -187,7 +188,7 @@ def test_a_mapping_overrides_detection() -> None:
         mapped({"text": "asks"}).read(row, "x")
 
 
-@pytest.mark.parametrize("columns", [{}, {"prompt": "a"}, {"text": "a", "prompt": "b"}, {"promt": "a"}, {"text": 3},
+@pytest.mark.parametrize("columns", [{}, {"answer": "a"}, {"text": "a", "prompt": "b"}, {"promt": "a"}, {"text": 3},
         {"label": "a"}, {"text": "a", "pair": "b"}, {"words": "a"}, {"prompt": "a", "choices": "b"}])
 def test_a_mapping_that_makes_no_sense_is_a_recipe_error(columns: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\.columns"):

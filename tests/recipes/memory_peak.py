@@ -36,6 +36,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     from luthier.train.stepper import Stepper
     from tests import forests
     from tests.recipes.peak_models import SPECIAL, VOCABULARY, model_for, views_for
+    from tests.task_models import with_reference
 
     torch.set_num_threads(1)
     attention.register()
@@ -52,6 +53,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     small = model_for({**given, "hidden": 64, "layers": 1}, objective)
     small.attach(adapter.attach(small.sites))
     trees = [tree for view in views_for(objective, 2, longest=8) for tree in objective.trees(view)]
+    trees = with_reference(trees) if objective.reference else trees
     objective.loss(small.token_outputs(Forest(tuple(trees))), Forest(tuple(trees))).sum.backward()
     del small
     before = _status("VmRSS")

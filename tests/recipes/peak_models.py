@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,19 @@ def views_for(objective: Objective, count: int, *, longest: int, seed: int = 0) 
     """Random rows as an objective wants them, of a quarter of `longest` tokens and more."""
     plain = forests.views(count, seed=seed, shortest=max(4, longest // 4), longest=longest)
     task = objective.task(CLASSES)
+    if answers := {"preference": 2, "judged": 1}.get(next(iter(objective.meanings or ()), "")):
+        return [_answered(each, answers) for each in plain]
     return [_row(each, task.name, np.random.default_rng([seed, each.row])) for each in plain]
+
+
+def _answered(plain: Rendered, answers: int) -> Rendered:
+    """The beginning of a row as a prompt, and a quarter as each of its answers."""
+    size = len(plain.tokens)
+    sizes = [size - answers * (size // 4), *[size // 4] * answers]
+    numbers = np.repeat(np.arange(answers + 1, dtype=np.uint8), sizes)
+    roles = [TOKEN_ROLES.index(("user", "assistant", "wrong")[number]) for number in numbers]
+    made = forests.view(plain.row, plain.tokens, weights=(numbers > 0).astype(np.float32), roles=roles)
+    return replace(made, answers=numbers)
 
 
 def _row(plain: Rendered, task: str, draw: np.random.Generator) -> Rendered:

@@ -75,14 +75,15 @@ def forward_flops(linears: Sequence[Linear], attentions: Sequence[Attention]) ->
 
 
 def bytes_per_token(
-    linears: Sequence[Linear], *, number: int, at_once: int, parameters: int, step_tokens: int
+    linears: Sequence[Linear], *, number: int, at_once: int, parameters: int, step_tokens: int, looks: float = 0.0
 ) -> float:
     """A token's share of the traffic of weights and optimizer, in bytes; activations stay in caches where they can.
 
     Weights of `number` bytes each are read once forward and once backward for `at_once` tokens, and a step over
     `step_tokens` reads and writes weight and two moments of each of `parameters`, and reads and clears its gradient.
+    Forward passes beside the training, `looks` of them, read the weights once more each.
     """
-    read = sum(number * layer.inputs * layer.outputs * (1 + layer.below) for layer in linears)
+    read = sum(number * layer.inputs * layer.outputs * (1 + layer.below + looks) for layer in linears)
     return read / max(1, at_once) + 32 * parameters / max(1, step_tokens)
 
 

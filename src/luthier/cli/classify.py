@@ -14,7 +14,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
-    from luthier.data.conversation import Content
+    from luthier.data.conversation import Content, Message
     from luthier.recipes.opened import Classes
 
 
@@ -24,7 +24,8 @@ def classify(
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts to classify; - reads one from each line of stdin.")
     ] = None,
     pair: Annotated[
-        str, typer.Option(metavar="TEXT", help="Second text of a pair, where the model compares two.")
+        str,
+        typer.Option(metavar="TEXT", help="Second text of a pair, where the model compares two; the answer to score."),
     ] = "",
     adapter: Annotated[
         str | None, typer.Option(metavar="DIR", help="Adapter folder (PEFT format) to put on a model.")
@@ -33,10 +34,12 @@ def classify(
 ) -> None:
     """Tell the class of texts, and how probable it is; for a model of words, that of each word.
 
+    A reward model is given a prompt and, as --pair, an answer to it, and tells the answer's score.
+
     \b
     Examples:
       luthier classify runs/2026-11-28-topics "The ship left the harbour at dawn."
-      luthier classify runs/2026-11-28-topics - < lines.txt
+      luthier classify runs/2026-11-28-reward "Who are you?" --pair "A ship's carpenter."
     """
     with uncollected():
         from luthier.recipes.opened import open_named
@@ -46,6 +49,9 @@ def classify(
         raise RecipeError("no text was given", allowed="one or more", do="add a text, or - to read lines from stdin")
     require_no_lost_run(name)
     opened = open_named(name, adapter=adapter)
+    if opened.model.task.name == "scores":
+        _tell_scores(asked, pair, opened.scores(_conversations(asked, pair)), json=json)
+        return
     words = opened.model.task.name == "token_classes"
     found = opened.classify(_contents(asked, pair, words=words))
     if json:
@@ -53,6 +59,25 @@ def classify(
         return
     for text, each in zip(asked, found, strict=True):
         _print(text, each, words=words)
+
+
+def _conversations(prompts: Sequence[str], answer: str) -> list[tuple[Message, ...]]:
+    from luthier.data.conversation import Message
+
+    if not answer.strip():
+        raise RecipeError(
+            "the model scores answers, and there is none", allowed="a prompt and an answer", do="add --pair ANSWER"
+        )
+    return [(Message("user", prompt), Message("assistant", answer)) for prompt in prompts]
+
+
+def _tell_scores(prompts: Sequence[str], answer: str, scores: Sequence[float], *, json: bool) -> None:
+    if json:
+        told = zip(prompts, scores, strict=True)
+        print_json({"texts": [{"text": text, "pair": answer, "score": score} for text, score in told]})
+        return
+    for text, score in zip(prompts, scores, strict=True):
+        typer.echo(f"{score:.4f}  {text} -> {answer}")
 
 
 def _lines() -> list[str]:

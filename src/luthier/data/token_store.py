@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -41,11 +42,11 @@ _ARRAYS: Final[Mapping[str, tuple[type[np.generic], tuple[int, ...]]]] = {
     "rows": (np.int32, ()),
     "offsets": (np.int64, ()),
 }
-_OPTIONAL: Final[Mapping[str, tuple[type[np.generic], int]]] = {
+_OPTIONAL: Final[Mapping[str, tuple[type[np.generic], float]]] = {
     "labels": (np.int32, -1),
     "types": (np.uint8, 0),
     "answers": (np.uint8, 0),
-    "scores": (np.float32, 0),
+    "scores": (np.float32, math.nan),
 }
 """Arrays that only some rows need, one value a token, and what stands for the tokens of rows without."""
 _HEADER_BYTES: Final = 128
@@ -161,7 +162,7 @@ class TokenStore:
             weights=self.weights[part],
             roles=self.roles[part],
             spans=self.spans[part],
-            **{name: array[part] for name, array in self.more.items()},
+            **{name: _own(array[part], name) for name, array in self.more.items()},
         )
 
     @property
@@ -318,6 +319,13 @@ class _Arrays:
     def append(self, name: str, values: NDArray[Any]) -> None:
         self._files[name].write(np.ascontiguousarray(values, dtype=_shape(name)[0]).tobytes())
         self.lengths[name] += len(values)
+
+
+def _own(values: NDArray[Any], name: str) -> NDArray[Any] | None:
+    """A row's part of an array that only some rows need; None where it has none of answers or of their scores."""
+    if (name == "answers" and not values.any()) or (name == "scores" and np.isnan(values).all()):
+        return None
+    return values
 
 
 def _shape(name: str) -> tuple[type[np.generic], tuple[int, ...]]:

@@ -33,7 +33,7 @@ def compared_tree(view: Rendered, *, at_end: bool = False) -> Tree:
 
     Raises DataError for rows that are no answers to a prompt.
     """
-    if view.answers is None or not view.weights.any():
+    if view.answers is None or not view.answers.any() or not view.weights.any():
         raise DataError(
             f"row {view.row} has no answers to compare",
             allowed="a prompt with a chosen and a rejected answer, or a ranking",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from luthier.data.forest import Note
+from luthier.data.forest import Forest, Note
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,24 @@ class TokenOutputs:
     scores: Float[Tensor, " N"] | None = None
     values: Float[Tensor, " N"] | None = None
     notes: Mapping[Note, Float[Tensor, " N"]] = field(default_factory=dict)
+
+
+def of_trees(forest: Forest, outputs: TokenOutputs, places: Sequence[int]) -> tuple[Forest, TokenOutputs]:
+    """Some trees of a forest and what came out for them, as if no others had been there."""
+    new = torch.full((len(forest.trees),), -1, dtype=outputs.trees.dtype, device=outputs.trees.device)
+    new[list(places)] = torch.arange(len(places), dtype=new.dtype, device=new.device)
+    trees = new[outputs.trees]
+    kept = (trees >= 0).nonzero()[:, 0]
+    own = TokenOutputs(
+        log_probs=outputs.log_probs.index_select(0, kept),
+        labels=outputs.labels[kept],
+        weights=outputs.weights[kept],
+        rows=outputs.rows[kept],
+        trees=trees[kept],
+        values=None if outputs.values is None else outputs.values.index_select(0, kept),
+        notes={note: values[kept] for note, values in outputs.notes.items()},
+    )
+    return Forest(tuple(forest.trees[place] for place in places)), own
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ class Objective(Method):
         """Whether `outputs.notes["reference"]` shall have the tokens' log-probabilities without the adapter."""
         return False
 
+    def refers(self, tree: Tree) -> bool:
+        """Whether the loss of this tree looks at the reference."""
+        return self.reference
+
     @property
     def policy_temperature(self) -> float:
         """The temperature of the policy that is trained: that at which it was sampled."""

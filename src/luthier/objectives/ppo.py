@@ -102,7 +102,7 @@ class PPO(RolloutLearner, Objective):
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:
         if outputs.values is None:
             raise RecipeError(
-                "ppo is given no values", allowed="a model with a value head", do="attach what own() gives with the adapter"
+                "ppo is given no values", allowed="a model with a value head", do="attach what own() gives"
             )
         notes, log_probs, weights = outputs.notes, outputs.log_probs, outputs.weights
         ratio, advantage = (log_probs - notes["old"]).exp(), notes["advantage"]

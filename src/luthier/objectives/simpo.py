@@ -32,7 +32,6 @@ class SimPO(Objective):
 
     beta: float = Field(2.0, gt=0, description="factor of mean log-probabilities")
     gamma: float = Field(1.0, ge=0, description="the margin that a chosen answer has to be ahead by")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs taken to be the wrong way round")
     sft: float = Field(0.0, ge=0, description="factor of the chosen answers' own mean loss, which keeps them likely")
 
     @property
@@ -45,9 +44,7 @@ class SimPO(Objective):
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:
         pairs = Pairs.of(outputs, forest)
         log_probs = pairs.answers.means(outputs.log_probs)
-        losses = pair_losses(
-            pairs.difference(log_probs), kind="sigmoid", beta=self.beta, margin=self.gamma, flipped=self.label_smoothing
-        )
+        losses = pair_losses(pairs.difference(log_probs), kind="sigmoid", beta=self.beta, margin=self.gamma)
         of_trees = pairs.by_tree(losses)
         if self.sft:
             of_trees = of_trees - self.sft * log_probs[pairs.answers.best]

@@ -73,6 +73,7 @@ def plan(
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],
+        looks=limits.looks_of(source),
     )
     base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
     return {

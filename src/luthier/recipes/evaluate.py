@@ -12,7 +12,7 @@ import torch
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
-from luthier.data.forest import Tree, pack
+from luthier.data.forest import Forest, Tree, pack
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
@@ -26,6 +26,7 @@ from luthier.recipes.purpose import bound
 from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
+from luthier.train.reference import mean_log_ratio, noted
 from luthier.train.result import MODEL
 
 
@@ -39,13 +40,14 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
         raise RecipeError(f"{run.folder} has no held-out rows", do="name a file: --data FILE")
     require_room(prepared.store.lengths, opened.model)
     objective, size = recipe.objective, recipe.batch.micro_tokens
-    tuned = measured(opened.model, objective, trees, micro_tokens=size)
     if (run.folder / MODEL).is_dir():
         base_model = load_base(
             recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=opened.model.task
         )
+        tuned = measured(opened.model, objective, trees, micro_tokens=size, reference=base_model)
         base = measured(base_model, objective, trees, micro_tokens=size)
     else:
+        tuned = measured(opened.model, objective, trees, micro_tokens=size)
         with opened.model.without_attachments():
             base = measured(opened.model, objective, trees, micro_tokens=size)
     return {
@@ -98,24 +100,42 @@ def held_out_of(
 
 
 def mean_loss(
-    model: LanguageModel, objective: Objective, trees: Sequence[Tree], *, micro_tokens: int = 4096
+    model: LanguageModel,
+    objective: Objective,
+    trees: Sequence[Tree],
+    *,
+    micro_tokens: int = 4096,
+    reference: LanguageModel | None = None,
 ) -> tuple[float, int]:
     """The loss over all trees, divided once by their weight, and the number of tokens that carried it."""
-    found = measured(model, objective, trees, micro_tokens=micro_tokens)
+    found = measured(model, objective, trees, micro_tokens=micro_tokens, reference=reference)
     return found.loss, found.tokens
 
 
 @torch.no_grad()
 def measured(
-    model: LanguageModel, objective: Objective, trees: Sequence[Tree], *, micro_tokens: int = 4096
+    model: LanguageModel,
+    objective: Objective,
+    trees: Sequence[Tree],
+    *,
+    micro_tokens: int = 4096,
+    reference: LanguageModel | None = None,
 ) -> Measured:
-    """The loss and the metrics over all trees, each divided once by its weight."""
+    """The loss and the metrics over all trees, each divided once by its weight, with what the objective asks for.
+
+    A `reference` is given for a model that has no adapter which could be switched off.
+    """
     model.train(False)
+    heat = objective.policy_temperature
+    if probes := objective.probes(trees):
+        ratio = mean_log_ratio(model, _cut(probes, micro_tokens), temperature=heat, reference=reference)
+        trees = objective.informed(trees, ratio)
     total = weight = 0.0
     tokens = 0
     sums: dict[str, tuple[float, float]] = {}
-    for forest in pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=micro_tokens):
-        report = objective.loss(model.token_outputs(forest), forest)
+    for bare in _cut(trees, micro_tokens):
+        forest = noted(model, bare, objective.refers, temperature=heat, reference=reference)
+        report = objective.loss(model.token_outputs(forest, temperature=heat), forest)
         total += float(report.sum)
         weight += report.weight
         tokens += forest.trained_count
@@ -124,3 +144,8 @@ def measured(
             sums[name] = (before[0] + one, before[1] + of)
     metrics = {name: one / of for name, (one, of) in sums.items() if of}
     return Measured(total / weight if weight else math.nan, tokens, metrics)
+
+
+def _cut(trees: Sequence[Tree], micro_tokens: int) -> list[Forest]:
+    """Trees in micro-batches, as a run cuts them."""
+    return pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=micro_tokens)

@@ -101,6 +101,7 @@ def reading(
 
 def show_rows(file: str, model: str, how: Reading, *, rows: int) -> dict[str, Any]:
     """The first rows as tokens with role and weight, what was detected, and how the template was chosen."""
+    how = _as_read(file, how)
     renderer, notices = _renderer(model, how)
     shown: list[dict[str, Any]] = []
     detected = []
@@ -121,6 +122,7 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
 
     With an `evaluation` file, its rows are checked too and compared with the others.
     """
+    how = _as_read(file, how)
     renderer, notices = _renderer(model, how)
     sources = sources_of(file, how)
     held_files = sources_of(evaluation, how) if evaluation is not None else []
@@ -160,6 +162,7 @@ def check_file(file: str, model: str, how: Reading, *, evaluation: str | None = 
 
 def measure(file: str, model: str, how: Reading) -> Measured:
     """The lengths of all rows that can be rendered, and the counts. Raises DataError for one that cannot."""
+    how = _as_read(file, how)
     renderer, _ = _renderer(model, how)
     intake = Intake(sources_of(file, how), renderer)
     lengths = array("q")
@@ -169,6 +172,24 @@ def measure(file: str, model: str, how: Reading) -> Measured:
         lengths.extend(len(view.tokens) for view in item.views)
     histogram = LengthHistogram.of(np.frombuffer(lengths, np.int64), trained_count=renderer.counts.trained_tokens)
     return Measured([_detected(opened) for opened in intake.files], histogram, renderer.counts.as_dict())
+
+
+def _as_read(file: str, how: Reading) -> Reading:
+    """How a file is read where nobody has said it: as words to learn or, where its rows are none, as preferences."""
+    if how.wanted is not None or how.kind != "causal" or _opens(file, how):
+        return how
+    wider = replace(how, wanted=("preference", "judged"))
+    return wider if _opens(file, wider) else how
+
+
+def _opens(file: str, how: Reading) -> bool:
+    """Whether the rows of a file are recognised."""
+    try:
+        for source in sources_of(file, how):
+            open_source(source)
+    except DataError:
+        return False
+    return True
 
 
 def _detected(opened: OpenSource | FileReport) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -29,24 +30,29 @@ def plan_speed(
     at_once: int,
     step_tokens: int,
     recomputed: int = 0,
+    looks: float = 0.0,
 ) -> dict[str, Any]:
     """FLOPs and bytes a token, this machine's rates, and the tokens a second that they allow.
 
-    `at_once` are the tokens of a micro-batch. What the first `recomputed` blocks compute again need not be done: it is
-    told apart.
+    `at_once` are the tokens of a micro-batch, and `looks` how many forward passes, those of a reference among them, a
+    token costs beside its training. What the first `recomputed` blocks compute again need not be done: it is told
+    apart.
     """
     linears, attentions = work(model, attachment, flow)
-    flops = flops_per_token(linears, attentions)
+    looked = looks * forward_flops([replace(layer, rank=0) for layer in linears], attentions)
+    flops = flops_per_token(linears, attentions) + looked
     traffic = bytes_per_token(
         linears,
         number=model.dtype.itemsize,
         at_once=min(at_once, step_tokens),
         parameters=attachment.parameter_count,
         step_tokens=step_tokens,
+        looks=looks,
     )
     found = _rates_of(model)
     return {
         "flops_per_token": flops,
+        "looked_flops_per_token": looked,
         "recomputed_flops_per_token": forward_flops(*recomputed_work(model, attachment, flow, recomputed)),
         "bytes_per_token": traffic,
         "flops_per_second": found.flops,
@@ -58,9 +64,17 @@ def plan_speed(
 
 def flow_of(model: LanguageModel, source: DataSource, share: float) -> Flow:
     """Where the tokens of a run go; `share` is the part of its rows' tokens that carries weight."""
-    if model.task == CAUSAL:
+    if model.task == CAUSAL and source.objective.meanings is None:
         return Flow(texts=Stream(context=mean_context(source.lengths.tolist())), predicted=share)
     return flow_through(model, Forest(tuple(tree for trees in source.first_rows(SAMPLED) for tree in trees)))
+
+
+def looks_of(source: DataSource) -> float:
+    """Forward passes that a token costs beside its training: a reference's, and both policies' over probes."""
+    objective = source.objective
+    trees = [tree for each in source.first_rows(SAMPLED) for tree in each]
+    probed = sum(tree.token_count for tree in objective.probes(trees)) / sum(tree.token_count for tree in trees)
+    return objective.reference + 2 * probed
 
 
 def flow_through(model: LanguageModel, forest: Forest) -> Flow:

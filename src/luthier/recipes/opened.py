@@ -15,9 +15,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from luthier.adapters import saved_adapter
-from luthier.core.errors import CorruptError, RecipeError
-from luthier.data.conversation import Content, Labelled, Message, Row, Tagged
-from luthier.data.forest import Ints, pack
+from luthier.core.errors import CorruptError, DataError, RecipeError
+from luthier.data.conversation import Content, Conversation, Judged, Labelled, Message, Row, Tagged
+from luthier.data.forest import Ints, Tree, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
@@ -26,10 +26,11 @@ from luthier.infer.request import Request
 from luthier.infer.text import TextStream
 from luthier.kernels import pool
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
+from luthier.model.compared import compared_tree
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
-from luthier.model.tasks import Task
+from luthier.model.tasks import SCORES, Task
 from luthier.objectives.classification import Classification
 from luthier.quantizers import Quantizer
 from luthier.recipes.places import model_from, started_in, template_from
@@ -105,6 +106,12 @@ class Opened:
         Raises RecipeError for a model that was not trained to classify.
         """
         task = self.model.task
+        if task == SCORES:
+            raise RecipeError(
+                f"{self.model.source} was trained to score answers, and knows no classes",
+                allowed="a run with objective classification",
+                do='score an answer with: luthier classify RUN "PROMPT" --pair "ANSWER"',
+            )
         if not task.classifies:
             raise RecipeError(
                 f"{self.model.source} was not loaded to classify",
@@ -124,6 +131,37 @@ class Opened:
                 for row, scores in zip(outputs.rows.tolist(), outputs.classes.exp().cpu().numpy(), strict=True):
                     found[row].append(scores)
         return [Classes(task.classes, tuple(each)) for each in found]
+
+    def scores(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+        """How good the last message of each conversation is as an answer: what a reward model says of it.
+
+        Raises RecipeError for a model that was not trained to score answers.
+        """
+        if self.model.task != SCORES:
+            raise RecipeError(
+                f"{self.model.source} was not trained to score answers",
+                allowed="a run with objective reward_model",
+                do="train one on preferences with objective reward_model",
+            )
+        trees = [self._scored(index, messages) for index, messages in enumerate(conversations)]
+        require_room(np.array([tree.token_count for tree in trees]), self.model)
+        self.model.train(False)
+        found = [0.0] * len(trees)
+        for forest in pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=AT_ONCE):
+            with torch.no_grad():
+                outputs = self.model.token_outputs(forest)
+            if outputs.scores is not None:
+                for row, score in zip(outputs.rows.tolist(), outputs.scores.tolist(), strict=True):
+                    found[row] = score
+        return found
+
+    def _scored(self, index: int, messages: Sequence[Message]) -> Tree:
+        """A conversation as what is scored at its last token."""
+        content = Judged(Conversation(tuple(messages[:-1])), tuple(messages[-1:]), good=True)
+        views = self.renderer.render(Row(index, f"conversation {index + 1}", content))
+        if not views:
+            raise DataError(f"conversation {index + 1} is longer than the model's context")
+        return compared_tree(views[0], at_end=True)
 
     def text(self, tokens: Ints, stop: Sequence[str] = ()) -> str:
         """What was said, without control tokens, up to the first of the strings `stop`."""

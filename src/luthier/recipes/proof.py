@@ -53,6 +53,10 @@ _CLAIMS = {"base", "base_digest", "data", "eval_loss", "format", "held_out", "la
            "name", "precision", "recipe", "run", "steps", "stop_ids", "trained_tokens"}  # fmt: skip
 
 
+_Opened = tuple[LanguageModel, int, LanguageModel | None]
+"""A result from its files, the number of its tensors, and its reference where that is another model."""
+
+
 def prove(run: RunDirectory) -> dict[str, Any]:
     """All checks, or the first error; see `recipes/verify.py`."""
     began = time.perf_counter()
@@ -69,8 +73,8 @@ def prove(run: RunDirectory) -> dict[str, Any]:
     notices: list[str] = []
     with _as_recorded(facts):
         opened = _whole_model if folder.name == MODEL else _adapted_base
-        model, count = opened(folder, recipe, facts)
-        reloaded = _check_loss(model, recipe, facts, notices)
+        model, count, reference = opened(folder, recipe, facts)
+        reloaded = _check_loss(model, recipe, facts, notices, reference)
     held = facts["held_out"]
     return {
         "run": str(run.folder),
@@ -150,8 +154,8 @@ def _check_tokenizer(folder: Path, base: Tokenizer, facts: Mapping[str, Any]) ->
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> tuple[LanguageModel, int]:
-    """The base with the adapter from its files on it, and the number of its tensors."""
+def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> _Opened:
+    """The base with the adapter from its files on it, and the number of its tensors; it is its own reference."""
     model = _base(folder, recipe, facts)
     torch.manual_seed(recipe.seed)
     start = model.attach(recipe.adapter.attach(model.sites))
@@ -166,7 +170,7 @@ def _adapted_base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]
     fill(attachment, folder)
     if attachment.trained_digest() == fresh:
         raise GateError(f"the adapter in {folder} is exactly what it was at the start", do="train it again")
-    return model, len(found)
+    return model, len(found), None
 
 
 def _check_config(folder: Path, own: Mapping[str, Any], recipe: FinetuneRecipe, base: str) -> None:
@@ -178,8 +182,11 @@ def _check_config(folder: Path, own: Mapping[str, Any], recipe: FinetuneRecipe, 
             raise CorruptError(f"{folder / CONFIG} says {key} = {said.get(key)!r}", allowed=f"{value!r}, by the recipe")
 
 
-def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> tuple[LanguageModel, int]:
-    """The trained model from its files, and the number of its tensors; base and result are never held at once."""
+def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> _Opened:
+    """The trained model from its files, and the number of its tensors.
+
+    Base and result are not held at once, unless one is the reference of the other.
+    """
     base = _base(folder, recipe, facts)
     expected, before = _shapes(base.module.state_dict()), _digests(base)
     # The zoo fuses some weights in memory (experts) and takes them apart again in its files.
@@ -189,7 +196,8 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
     for name, tensor in files.items():
         names.setdefault(tensor.data_ptr(), set()).add(name)
     del files
-    release(base)
+    if not recipe.objective.reference:
+        release(base)
     saved = _saved_tensors(folder)
     # A tied tensor is saved once, under whichever of its names the zoo chose.
     lost = {name for same in names.values() if not same & set(saved) for name in same}
@@ -202,7 +210,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
         raise _other_tensors(folder, expected, found)
     if _digests(model) == before:
         raise GateError(f"the weights in {folder} are exactly those of the base", do="train it again")
-    return model, len(saved)
+    return model, len(saved), base if recipe.objective.reference else None
 
 
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:
@@ -260,7 +268,11 @@ def _other_tensors(
 
 
 def _check_loss(
-    model: LanguageModel, recipe: FinetuneRecipe, facts: Mapping[str, Any], notices: list[str]
+    model: LanguageModel,
+    recipe: FinetuneRecipe,
+    facts: Mapping[str, Any],
+    notices: list[str],
+    reference: LanguageModel | None,
 ) -> float | None:
     """The held-out loss of the files, which must be the one that the run reported; None without held-out rows."""
     recorded = facts["eval_loss"]
@@ -288,7 +300,7 @@ def _check_loss(
             held = HeldOut.of(recipe, data, reading_of(recipe), data.renderer.tokenizer, model)
             losses.append(held.rewarded().loss)
         else:
-            losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size)[0])
+            losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)[0])
         if math.isclose(losses[-1], recorded, rel_tol=LOSS_TOLERANCE, abs_tol=NEAR_ZERO):
             return losses[-1]
     other = _environment(facts, model)

@@ -21,7 +21,7 @@ from luthier.model.edits import Edit
 from luthier.model.encoder_decoder import start_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import config_of, kind_of_source, start_token
-from luthier.model.tasks import CAUSAL, PEFT_TYPES, Task, TaskName, class_for, kind_of
+from luthier.model.tasks import CAUSAL, PEFT_TYPES, SCORES, Task, TaskName, class_for, kind_of
 from luthier.model.tensor_files import tensor_shapes
 from luthier.objectives import Objective, Vocabulary
 
@@ -60,6 +60,9 @@ def read_as(reading: Reading, model: LanguageModel) -> Reading:
     task, kind = model.task, kind_of(model.config)
     start = start_of(model.module) if kind == "seq2seq" else None
     wanted: tuple[Meaning, ...] | None = None
+    if task == SCORES:
+        # Its one class is the score, which no row names.
+        return replace(reading, kind=kind, start_id=start, wanted=("preference", "judged"), classes=None)
     if task.classifies:
         wanted = ("labelled",) if task.name == "sequence_classes" else ("tagged",)
     return replace(reading, kind=kind, start_id=start, wanted=wanted, classes=task.classes or None)

@@ -67,7 +67,12 @@ def asked(view: Rendered) -> tuple[Ints, Ints]:
 
 
 def question(view: Rendered, max_new_tokens: int) -> tuple[Ints, Ints]:
-    """The prompt and the reference answer of a view: what stands before its last trained run, and that run."""
+    """The prompt and the reference answer of a view: what stands before its last trained run, and that run.
+
+    Of several answers to a prompt it is the first.
+    """
+    if view.answers is not None:
+        return view.tokens[view.answers == 0], view.tokens[view.answers == 1]
     trained = np.flatnonzero(view.weights)
     if len(trained) == 0:
         return view.tokens, view.tokens[:0]

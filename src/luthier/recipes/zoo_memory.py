@@ -140,7 +140,7 @@ def _tree(model: LanguageModel, unit: int, text: int, answer: int, answers: int)
         return Tree((read, *(_answer(answer * unit, size) for _ in range(answers))))
     count = text * unit
     weights = np.zeros(count, np.float32)
-    if model.task.name == "sequence_classes":
+    if model.task.name in ("sequence_classes", "scores"):
         weights[0 if kind == "encoder" else -1] = 1
     else:
         weights[: answer + answers] = 1

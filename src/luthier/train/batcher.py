@@ -19,7 +19,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree, pack
 from luthier.model.guests import refuse_trained_base
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
+from luthier.model.outputs import TokenOutputs, of_trees
 from luthier.model.parts import Part, can_split
 from luthier.objectives import Objective
 from luthier.train.in_backward import InBackward
@@ -225,7 +225,7 @@ class Batcher:
             )
         [temperature] = temperatures
         return noted(
-            self.model, forest, lambda tree: own[tree.adapter].reference, temperature=temperature
+            self.model, forest, lambda tree: own[tree.adapter].refers(tree), temperature=temperature
         ), temperature
 
     def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
@@ -281,20 +281,7 @@ def _by_learner(forest: Forest, outputs: TokenOutputs) -> list[tuple[str, Forest
     found = []
     for name in names:
         places = [index for index, tree in enumerate(forest.trees) if tree.adapter == name]
-        new = torch.full((len(forest.trees),), -1, dtype=outputs.trees.dtype, device=outputs.trees.device)
-        new[places] = torch.arange(len(places), dtype=new.dtype, device=new.device)
-        trees = new[outputs.trees]
-        kept = (trees >= 0).nonzero()[:, 0]
-        own = TokenOutputs(
-            log_probs=outputs.log_probs.index_select(0, kept),
-            labels=outputs.labels[kept],
-            weights=outputs.weights[kept],
-            rows=outputs.rows[kept],
-            trees=trees[kept],
-            values=None if outputs.values is None else outputs.values.index_select(0, kept),
-            notes={note: values[kept] for note, values in outputs.notes.items()},
-        )
-        found.append((name, Forest(tuple(forest.trees[place] for place in places)), own))
+        found.append((name, *of_trees(forest, outputs, places)))
     return found
 
 

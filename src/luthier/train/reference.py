@@ -21,12 +21,23 @@ from luthier.data.forest import Floats, Forest, Tree
 from luthier.model.language_model import LanguageModel
 
 
-def noted(model: LanguageModel, forest: Forest, wanted: Callable[[Tree], bool], *, temperature: float) -> Forest:
-    """The forest with the note "reference" on those trees that are `wanted` and do not bear it yet."""
+def noted(
+    model: LanguageModel,
+    forest: Forest,
+    wanted: Callable[[Tree], bool],
+    *,
+    temperature: float,
+    reference: LanguageModel | None = None,
+) -> Forest:
+    """The forest with the note "reference" on those trees that are `wanted` and do not bear it yet.
+
+    A `reference` is given where the model has no adapter that could be switched off: it was saved as a whole.
+    """
     places = [index for index, tree in enumerate(forest.trees) if wanted(tree) and not _has_reference(tree)]
     if not places:
         return forest
     bare = Forest(tuple(replace(forest.trees[place], adapter="") for place in places))
+    model = model if reference is None else reference
     training = model.module.training
     # Without dropout: a reference that wavers is none.
     model.train(False)
@@ -44,12 +55,14 @@ def noted(model: LanguageModel, forest: Forest, wanted: Callable[[Tree], bool], 
 
 
 @torch.no_grad()
-def mean_log_ratio(model: LanguageModel, forests: Iterable[Forest], *, temperature: float) -> float:
+def mean_log_ratio(
+    model: LanguageModel, forests: Iterable[Forest], *, temperature: float, reference: LanguageModel | None = None
+) -> float:
     """The mean over trees of how much more likely the policy finds them than the reference does, without dropout."""
     total, count = 0.0, 0
     training = model.module.training
     for bare in forests:
-        forest = noted(model, bare, lambda tree: True, temperature=temperature)
+        forest = noted(model, bare, lambda tree: True, temperature=temperature, reference=reference)
         model.train(False)
         try:
             outputs = model.token_outputs(forest, temperature=temperature)

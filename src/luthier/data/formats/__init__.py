@@ -149,7 +149,10 @@ def _unknown_shape(head: Sequence[Values], wanted: Sequence[Meaning], where: str
     return DataError(
         f"no known format has the columns {', '.join(found[:20]) or '(none)'}",
         allowed=f"the closest shapes are{shapes}\n",
-        do="or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN} in a recipe, "
+        do="these are preference pairs; name their prompt: data.columns {prompt: COLUMN, chosen: chosen, rejected: "
+        "rejected}, or train on the chosen answers alone: {prompt: COLUMN, answer: chosen}"
+        if {"chosen", "rejected"} <= set(found)
+        else "or name your columns: data.columns {prompt: COLUMN, answer: COLUMN} or {text: COLUMN} in a recipe, "
         "--column prompt=COLUMN --column answer=COLUMN on the command line",
         where=where,
     )

@@ -50,11 +50,15 @@ def joined(row: int, parts: Sequence[Part], right: Sequence[bool], scores: Seque
     known: set[bytes] = set()
     for place, part in enumerate(parts):
         if not np.array_equal(part.view.tokens[: part.start], prompt):
-            raise DataError("the prompt of two answers has other tokens", do="report this as a defect")
+            raise DataError(
+                f"answer {place + 1} stands behind other tokens than the first one", allowed="one prompt for all",
+                do="report this as a defect",
+            )  # fmt: skip
         own = slice(part.start, part.stop)
         if (said := part.view.tokens[own].tobytes()) in known:
             raise DataError(
-                "two of the answers have the same tokens, so that neither is better",
+                f"answer {place + 1} has the same tokens as another one, so that neither is better",
+                allowed="answers that differ",
                 do="take the row out, or set data.on_bad_row to skip",
             )
         known.add(said)
