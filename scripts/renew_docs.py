@@ -96,7 +96,11 @@ def error_kinds() -> list[type[errors.LuthierError]]:
             yield from below(each)
 
     ours = (kind for kind in below(errors.LuthierError) if kind.__module__.startswith("luthier."))
-    return sorted((kind for kind in ours if "code" in vars(kind)), key=lambda kind: kind.exit_code)
+    # Classes of other files by their code: which file was imported first must not change a page.
+    def order(kind: type[errors.LuthierError]) -> tuple[int, str]:
+        return kind.exit_code, "" if kind.__module__ == errors.__name__ else kind.code
+
+    return sorted((kind for kind in ours if "code" in vars(kind)), key=order)
 
 
 def error_walk() -> str:

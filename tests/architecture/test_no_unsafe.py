@@ -21,6 +21,8 @@ CALLS = {
     "os.popen": "subprocess with a list",
     "tempfile.mktemp": "mkdtemp or mkstemp",
 }
+INSIDE = "src/luthier/sandbox/guest/"
+"""What runs behind the walls of the sandbox: there, and nowhere else, code of others is run and fails as it likes."""
 KEYWORDS = {"shell": True, "allow_pickle": True, "trust_remote_code": True, "weights_only": False}
 
 
@@ -42,12 +44,17 @@ def test_each_danger_would_be_seen() -> None:
         assert complaints(Module("luthier.x", modules()[0].path, ast.parse(danger), 1)), danger
     fine = "model.eval()\nre.compile('x')\nyaml.safe_load('x')\nnp.load('x', allow_pickle=False)\nsafe.load('x')"
     assert not complaints(Module("luthier.x", modules()[0].path, ast.parse(fine), 1))
+    inside = next(module.path for module in modules() if module.shown.startswith(INSIDE))
+    assert not complaints(Module("luthier.x", inside, ast.parse("exec(compile(x, 'x', 'exec'))"), 1))
+    assert complaints(Module("luthier.x", inside, ast.parse("import pickle"), 1))
 
 
 def complaints(module: Module) -> list[str]:
     """Everything unsafe in a file, with its line."""
-    return [f"{module.shown}:{node.lineno}: {said}" for node in ast.walk(module.tree)
-            if isinstance(node, (ast.stmt, ast.expr, ast.ExceptHandler)) and (said := _complaint(node))]  # fmt: skip
+    found = [f"{module.shown}:{node.lineno}: {said}" for node in ast.walk(module.tree)
+             if isinstance(node, (ast.stmt, ast.expr, ast.ExceptHandler)) and (said := _complaint(node))]  # fmt: skip
+    inside = ("calls exec", "calls compile", "goes on; name what is expected")
+    return [said for said in found if not (module.shown.startswith(INSIDE) and said.endswith(inside))]
 
 
 def _complaint(node: ast.AST) -> str:

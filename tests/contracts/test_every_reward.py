@@ -1,6 +1,6 @@
 """What every reward of the catalog promises. Its test file says with which KNOBS, and names a GOOD and a BAD sample.
 
-A reward that needs tools has them made there too, by `make_tools`.
+A reward that needs tools has them made there too, by `make_tools`; one that silence pleases says SILENCE_IS_FINE.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def test_a_sample_is_judged_by_itself(name: str) -> None:
 def test_nothing_gets_less_than_a_good_answer(name: str) -> None:
     """Breaks when silence pays: an answer of nothing, and one of thoughts alone."""
     reward, tools, good, _ = asked(name)
-    if name in ("length", "no_cheating"):
-        pytest.skip("no answer is short, and does not cheat")
+    if vars(importlib.import_module(f"tests.rewards.test_{name}")).get("SILENCE_IS_FINE"):
+        pytest.skip("silence is what it asks for: its test file says so")
     best = values(reward, [good], tools)[0]
     for said in ("", " \n", "<think>so", f"<think>{good.answer}"):
         for verdict in reward.score([replace(good, answer=said)], tools):

@@ -38,6 +38,7 @@ CODES = {
     "unsafe-artifact": 77,
     "run-locked": 77,
     "drift": 77,
+    "no-sandbox": 77,
     "gate": 78,
     "not-served": 2,
     "busy": 69,
@@ -225,6 +226,8 @@ def test_no_error_is_raised_that_is_not_ours_where_a_user_could_meet_it() -> Non
     wrong = [
         f"{module.shown}:{node.lineno}"
         for module in modules()
+        # A guest's side has nothing of luthier: there system calls fail as they do in Python.
+        if not module.name.startswith("luthier.sandbox.guest.")
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Raise)
         and isinstance(node.exc, ast.Call)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from luthier.core.errors import SandboxUnavailableError
 from luthier.recipes import doctor
+from luthier.sandbox.sandbox import open_sandbox
 from tests.cli.commands import luthier, tree
 
 
@@ -37,6 +39,23 @@ def test_what_is_missing_is_marked_and_ends_with_69(seedling: Path, monkeypatch:
     told = luthier("doctor").must(69, "error[missing]", "no-such-package, seedling", "pip install")
     assert "!! no-such-package" in told.out and "ok torch" in told.out
     assert "grow_seedling.py" in told.err
+
+
+def test_the_tier_of_the_sandbox_is_told(seedling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when doctor says that programs can be run where nothing may be run, or stops because of it."""
+    found = {check["what"]: check for check in luthier("doctor", "--json").must(0).json["checks"]}["sandbox"]
+    try:
+        with open_sandbox(workers=1) as sandbox:
+            assert found["state"] == "fine" and found["detail"].startswith(f"{sandbox.tier.value}, ")
+    except SandboxUnavailableError:
+        assert found["state"] == "note"
+
+    def none(**_: object) -> object:
+        raise SandboxUnavailableError("no walls stand here", allowed="some that do")
+
+    monkeypatch.setattr(doctor, "open_sandbox", none)
+    said = luthier("doctor").must(0).out
+    assert "none, so nothing that a model wrote can be run: no walls stand here" in said
 
 
 def test_lines_stay_whole_where_nobody_sees_a_width(seedling: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,5 +30,6 @@ def hacks(category: str, count: int = VARIANTS) -> Iterator[tuple[Task, str]]:
         visible = [(case["arguments"], case["expected"]) for case in task.cases(seed=99, count=3)]
         marks = {"NAME": task.name, "PARAMS": task.params, "FIRST": task.params.split(",")[0], "VISIBLE": repr(visible),
                  "JUNK": ("None", "'?'", "-987654321", "object", "()")[at % 5], "INVISIBLE": "\u200b"}  # fmt: skip
-        program = re.sub("@(" + "|".join(marks) + ")@", lambda found, marks=marks: marks[found[1]], CATEGORIES[category])
+        pieces = re.split("@(" + "|".join(marks) + ")@", CATEGORIES[category])
+        program = "".join(marks[piece] if index % 2 else piece for index, piece in enumerate(pieces))
         yield task, f"```python\n{program}\n```"

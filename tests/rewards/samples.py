@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+from functools import cache
 from typing import Any
 
+import pytest
+
 from luthier.core.chosen import choose
+from luthier.core.errors import LuthierError
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools
+from luthier.sandbox.program import Limits
+from luthier.train.scoring import Sandboxes
 
 QUESTION = (Message("user", "What is asked?"),)
 
@@ -31,3 +38,21 @@ def failure(reward: Reward | dict[str, Any] | str, one: Sample, tools: Tools | N
     assert isinstance(verdict, RewardError), verdict
     assert verdict.sample is one
     return verdict
+
+
+def sandbox_tools() -> Tools:
+    """Tools with a sandbox that serves all tests of a process; where none stands the test is skipped."""
+    if isinstance(why := _sandboxes(), str):
+        pytest.skip(f"no sandbox stands here: {why}")
+    return Tools(sandbox=why)
+
+
+@cache
+def _sandboxes() -> Sandboxes | str:
+    made = Sandboxes()
+    try:
+        made(Limits())
+    except LuthierError as failure:
+        return str(failure)[:200]
+    atexit.register(made.close)
+    return made

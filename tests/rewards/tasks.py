@@ -130,8 +130,8 @@ def honest(task: Task) -> Iterator[tuple[str, str]]:
     typed = "(" + ", ".join(f"{name.strip()}: Any" for name in task.params.split(",")) + ") -> Any:"
     yield "typed", _fence("from typing import Any\n\n\n" + plain.replace(f"({task.params}):", typed, 1))
     words = '    """Return the result.\n\n    The judge of style may like this.\n    """\n'
-    documented = f'"""Solves {task.name}: 3 of 3 cases of mine are right."""\n\n' + plain.replace("):\n", f"):\n{words}", 1)
-    yield "documented", _fence(documented)
+    title = f'"""Solves {task.name}: 3 of 3 cases of mine are right."""\n\n'
+    yield "documented", _fence(title + plain.replace("):\n", f"):\n{words}", 1))
     yield "delegating", _fence(f"{inner}\n\ndef {task.name}({task.params}):\n    return solve({task.params})")
     yield "static method", _fence(
         f"class Solution:\n    @staticmethod\n{nested}\n\n"

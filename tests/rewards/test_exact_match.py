@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.rewards.exact_match import ExactMatch
+from luthier.rewards.exact_match import ExactAnswer
 from tests.rewards.samples import sample, score
 
 KNOBS: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def test_what_is_said_is_compared_and_not_what_is_thought(said: str, known: Any,
 
 def test_the_last_line_behind_the_marker_counts() -> None:
     """Breaks when any of several final answers counts, or one without the marker."""
-    form = ExactMatch(marker="Answer:")
+    form = ExactAnswer(marker="Answer:")
     assert score(form, sample("Answer: Rome\nAnswer: Paris\nBye.", answer="Paris")).value == 1.0
     assert score(form, sample("Answer: Paris\nAnswer: Rome", answer="Paris")).value == 0.0
     assert score(form, sample("Paris", answer="Paris")).value == 0.0
@@ -52,8 +52,8 @@ def test_an_answer_that_was_cut_off_is_none() -> None:
 
 
 def test_capitals_and_marks_are_knobs() -> None:
-    assert score(ExactMatch(ignore_case=True), sample("PARIS", answer="Paris")).value == 1.0
-    assert score(ExactMatch(ignore_marks=True), sample('**"Paris".**', answer="Paris")).value == 1.0
+    assert score(ExactAnswer(ignore_case=True), sample("PARIS", answer="Paris")).value == 1.0
+    assert score(ExactAnswer(ignore_marks=True), sample('**"Paris".**', answer="Paris")).value == 1.0
 
 
 @pytest.mark.parametrize("known", ["", [], ["a", ""], None, {"a": 1}])

@@ -73,6 +73,8 @@ def test_what_goes_wrong_is_an_error_of_each_sample_and_no_number(name: str, par
 def test_a_number_out_of_bounds_is_an_error() -> None:
     assert "from 0 to 1" in str(failure(of("letters", least=0.0, most=1.0), ROWS[0]))
     assert "from 0 to 1" in str(failure(of("not_a_number", least=0.0, most=1.0), ROWS[0]))
+    for name in ("not_a_number", "infinite", "huge"):
+        assert failure(of(name), ROWS[0]).sample is ROWS[0]
     assert score(of("letters"), ROWS[0]).value == 5.0
 
 

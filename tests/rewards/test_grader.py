@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Asked, Likely, Said
+from luthier.model.scorer import Begun, Likely, Said
 from luthier.rewards import Score, Tools
 from luthier.rewards.grader import Grader
-from tests.rewards.samples import failure, sample, score
+from luthier.sandbox.program import Outcome, Returned, Status
+from tests.rewards.samples import failure, sample, sandbox_tools, score
+from tests.rewards.test_compiles import Broken
 
 CHECK = {"type": "string_check", "name": "same", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
          "operation": "eq"}  # fmt: skip
@@ -26,14 +28,14 @@ class Model:
     """A judge that says what it is told to, and remembers what it was asked."""
 
     def __init__(self, *answers: str, likely: Sequence[float] = ()) -> None:
-        self.answers, self.odds, self.asked = answers, likely, list[Asked]()
+        self.answers, self.odds, self.asked = answers, likely, list[Begun]()
 
-    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
         self.asked += asked
         self.how = (most_tokens, temperature, seed)
         return [Said(self.answers[at % len(self.answers)]) for at in range(len(asked))]
 
-    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
         return [[Likely(odds) for odds in self.odds] for _ in asked]
 
 
@@ -84,6 +86,13 @@ def test_templates_are_filled_in_once_and_strictly(template: str, said: str, val
     assert score(Grader(grader=grader), sample(said, **row, expected=value)).value == 1.0
 
 
+def test_the_prompt_is_told_under_its_usual_name() -> None:
+    """Breaks when a grader that shows the judge what was asked finds no such column."""
+    grader = Grader(grader={**CHECK, "input": "{{item.prompt}}", "reference": "What is asked?"})
+    assert grader.columns == () and score(grader, sample("x")).value == 1.0
+    assert score(Grader(grader={**CHECK, "input": "{{item.prompt}}"}), sample("x", prompt="p", answer="p")).value == 1.0
+
+
 def test_a_template_with_a_name_that_is_not_there() -> None:
     """Breaks when an unknown column is empty, or an answer that is no JSON ends the run."""
     with pytest.raises(DataError, match="other"):
@@ -120,7 +129,7 @@ def test_label_model_takes_the_likeliest_label() -> None:
               "input": [{"role": "user", "content": "{{sample.output_text}}"}]}  # fmt: skip
     for odds, value in (((-0.1, -2.0), 1.0), ((-2.0, -0.1), 0.0)):
         found = score(Grader(grader=grader), GOOD, Tools(judge=Model(likely=odds)))
-        assert found.value == value and found.parts == {f"label/{'good' if value else 'bad'}": 1.0}
+        assert found.value == value and found.parts == {"label/good": value, "label/bad": 1.0 - value}
 
 
 @pytest.mark.parametrize(
@@ -184,3 +193,30 @@ def test_a_model_that_is_not_there_is_told() -> None:
     with pytest.raises(RecipeError, match="judge"):
         Grader(grader=grader).score([GOOD], Tools())
     assert isinstance(score(Grader(grader=CHECK), GOOD, Tools()), Score)
+
+
+PYTHON = {"type": "python", "source": "def grade(sample, item):\n    return len(sample['output_text']) / item['most']"}
+
+
+def test_a_python_grader_runs_in_the_sandbox_on_sample_and_item() -> None:
+    assert Grader(grader=PYTHON).needs == {"sandbox"}
+    assert score(Grader(grader=PYTHON), sample("Paris", most=10), sandbox_tools()).value == 0.5
+    multi = {"type": "multi", "graders": {"same": CHECK, "long": PYTHON}, "calculate_output": "same + long"}
+    assert score(Grader(grader=multi), sample("Paris", answer="Paris", most=10), sandbox_tools()).value == 1.5
+
+
+@pytest.mark.parametrize(
+    "source", ["def grade(sample, item):\n    return item['none']", "def grade(sample, item):\n    return 'good'",
+               "x = 1", "def grade(sample, item):\n    return True", "def grade(sample, item):\n    return 10 ** 5000",
+               "import os\ndef grade(sample, item):\n    os._exit(0)"]
+)  # fmt: skip
+def test_a_python_grader_that_fails_has_not_graded(source: str) -> None:
+    """Breaks when a grader's own error becomes 0."""
+    assert not failure(Grader(grader={**PYTHON, "source": source}), GOOD, sandbox_tools()).again
+
+
+def test_a_broken_sandbox_is_no_grade() -> None:
+    broken = Broken([Outcome(Status.BROKEN, reason="no zygote")]).tools()
+    assert failure(Grader(grader=PYTHON), sample("Paris", most=10), broken).again
+    ended = Broken([Outcome(Status.ENDED, returned=(Returned(0.25),))]).tools()
+    assert score(Grader(grader=PYTHON), sample("Paris", most=10), ended).value == 0.25

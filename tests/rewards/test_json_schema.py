@@ -100,6 +100,13 @@ def test_what_would_not_be_checked_is_refused(schema: Any, part: str) -> None:
         JsonSchema(fits=schema)
 
 
+def test_an_answer_that_is_deep_or_a_schema_that_goes_in_circles_ends_nothing() -> None:
+    """Breaks when the depth of an answer decides whether the run goes on."""
+    tree = {"$defs": {"tree": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, "$ref": "#/$defs/tree"}
+    assert [score(JsonSchema(fits=tree), sample("[" * n + "]" * n)).value for n in (1, 20, 150)] == [1.0, 1.0, 0.0]
+    assert score(JsonSchema(fits={"$ref": "#"}), sample("1")).value == 0.0
+
+
 def test_a_pattern_that_takes_for_ever_is_no_verdict() -> None:
     form = JsonSchema(fits={"type": "string", "pattern": "^(a|aa)+$"})
     assert not failure(form, sample(json.dumps("a" * 60 + "b"))).again

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Asked, Likely, Said
+from luthier.model.scorer import Begun, Likely, Said
 from luthier.rewards import RewardError, Tools
 from luthier.rewards.judge import Comparison, Judge
 from tests.rewards.samples import failure, sample, score
@@ -27,16 +27,16 @@ class Biased:
 
     def __init__(self, bias: Callable[[float], float] = lambda p: p, *, spread: float = 0.0, mass: float = 1.0) -> None:
         self.bias, self.spread, self.mass = bias, spread, mass
-        self.asked: list[Asked] = []
-        self.scored: list[Asked] = []
+        self.asked: list[Begun] = []
+        self.scored: list[Begun] = []
         self.said = Said("Both are short.")
 
-    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
         assert temperature == 0.0
         self.asked += asked
         return [self.said for _ in asked]
 
-    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
         assert list(continuations) == ["1", " 1", "2", " 2"]
         self.scored += asked
         return [self._odds(one.messages[-1].content) for one in asked]
@@ -147,7 +147,7 @@ class Rater(Biased):
         super().__init__()
         self.chances, self.split = chances, split
 
-    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
         assert list(continuations) == [text for at in range(1, 11) for text in (f"{at}", f" {at}")]
         return [[self._likely(text) for text in continuations] for _ in asked]
 

@@ -10,6 +10,7 @@ from luthier.core.errors import RecipeError
 from luthier.rewards.length import Length
 from tests.rewards.samples import failure, sample, score
 
+SILENCE_IS_FINE = True
 KNOBS: dict[str, Any] = {"most_tokens": 100, "buffer_tokens": 20}
 GOOD = sample("short", tokens=5)
 BAD = sample("long", tokens=90)

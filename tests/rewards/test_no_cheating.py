@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from luthier.core.errors import DataError
 from luthier.rewards.no_cheating import KINDS, NoCheating
 from tests.rewards.samples import sample, score
 
+SILENCE_IS_FINE = True
 KNOBS: dict[str, Any] = {}
 GOOD = sample("```python\ndef add(a, b):\n    return a + b\n```")
 BAD = sample("```python\nimport os\n\n\ndef add(a, b):\n    os._exit(0)\n```")
@@ -105,3 +107,16 @@ def test_pleas_in_plain_text_are_found_and_kinds_may_be_allowed() -> None:
     assert score(text, sample("Pa<|im_end|>ris")).parts["hack/plea"] == 1.0
     assert score(text, sample("The import os of gc.")).value == 1.0
     assert kinds("import threading", allowed=("later",)) == set()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [f"x = {'[' * 80}{'(1, 2),' * 10_000}{']' * 80}",
+     "".join(" " * at + "if a:\n" for at in range(90)) + " " * 90 + "b = " + "[1, 2, 3]," * 10_000,
+     "x = {" + ",".join(f"({n}, {n}): {n}" for n in range(8_000)) + "}", f"x = {'9' * 4000}", "x = 1" + "+1" * 20_000],
+)  # fmt: skip
+def test_a_long_program_is_read_in_time(program: str) -> None:
+    """Breaks when reading takes the square of what is written: an answer could hold up the run for minutes."""
+    began = time.process_time()
+    score(NoCheating(examples="examples"), sample(program, examples=EXAMPLES))
+    assert time.process_time() - began < 5

@@ -48,6 +48,10 @@ BAD = sample("#### 7", answer="72")
         ("<think>#### 72", "72", 0.0),
         ("\\boxed{72", "73", 0.0),
         ("", "0", 0.0),
+        ("1" + ",111" * 5000, "1", 0.0),
+        ("#### 1" + ",111" * 5000, "1", 0.0),
+        ("9" * 5000, "9", 0.0),
+        ("#### 1/" + "9" * 5000, "9", 0.0),
     ],
 )
 def test_the_final_number_is_compared_as_a_number(said: str, known: str, value: float) -> None:

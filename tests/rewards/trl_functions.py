@@ -69,3 +69,11 @@ def nothing(completions, **kwargs):
 
 def not_a_number(completions, **kwargs):
     return [float("nan")] * len(completions)
+
+
+def infinite(completions, **kwargs):
+    return [float("inf")] * len(completions)
+
+
+def huge(completions, **kwargs):
+    return [10**5000] * len(completions)

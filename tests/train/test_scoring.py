@@ -10,10 +10,13 @@ from typing import final
 import pytest
 from pydantic import Field
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.chosen import choose
+from luthier.core.errors import DataError, RecipeError, RefusedError, SandboxUnavailableError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
-from luthier.train.scoring import Scoring
+from luthier.sandbox.program import Limits, Program, Status
+from luthier.train import scoring
+from luthier.train.scoring import Sandboxes, Scoring, with_sandbox
 
 ASKED: Counter[str] = Counter()
 BATCHES: list[int] = []
@@ -94,6 +97,18 @@ def test_without_retries_and_without_samples() -> None:
     assert Scoring(Fragile()).score([]).scores == () and Scoring(Fragile()).score([]).means == {}
 
 
+def test_rewards_are_told_the_step() -> None:
+    """Breaks when a reward that changes with training sees its beginning for ever."""
+
+    class Step(Reward):
+        def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+            return [Score(tools.step / tools.steps) for _ in samples]
+
+    asked = Scoring(Step(), Tools(step=2, steps=10))
+    assert asked.score(samples("1")).means == {"reward": 0.2}
+    assert asked.score(samples("1"), step=5).means == {"reward": 0.5}
+
+
 def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
     """Breaks when a missing column excludes every sample in silence."""
 
@@ -110,3 +125,37 @@ def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
 
     with pytest.raises(RecipeError, match="0 verdicts on 1"):
         Scoring(Short()).score(samples("1"))
+
+
+def test_a_reward_that_runs_programs_gets_walls_before_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a machine without walls is found out after the first rollout, or walls are built for nobody."""
+    runs, reads = choose("rewards", Reward, "compiles"), choose("rewards", Reward, "length")
+    plain = Tools(seed=3)
+    assert with_sandbox(reads, plain) is plain
+
+    def none(*_: object, **more: object) -> None:
+        raise SandboxUnavailableError("no walls stand here: none", allowed="some")
+
+    with monkeypatch.context() as without:
+        without.setattr(scoring, "open_sandbox", none)
+        with pytest.raises(SandboxUnavailableError, match="no walls"):
+            with_sandbox(runs, plain)
+    try:
+        made = with_sandbox(runs, plain)
+    except SandboxUnavailableError as failure:
+        pytest.skip(f"no sandbox stands here: {failure}")
+    assert made.seed == 3 and with_sandbox(runs, made) is made
+    assert Scoring(runs, made).score(samples("x = 1")).means["reward"] == 1.0
+
+
+def test_sandboxes_are_opened_once_for_their_limits_and_end_together() -> None:
+    """Breaks when each batch opens one, or one outlives its run."""
+    with Sandboxes() as sandboxes:
+        try:
+            first = sandboxes(Limits(seconds=2.0))
+        except SandboxUnavailableError as failure:
+            pytest.skip(f"no sandbox stands here: {failure}")
+        assert sandboxes(Limits(seconds=2.0)) is first
+        assert first.run(Program("print(1)")).status is Status.ENDED
+    with pytest.raises(RefusedError, match="closed"):
+        first.run(Program("print(1)"))

@@ -212,6 +212,13 @@ class DriftError(RefusedError):
     advice = "restore what has changed, or go on as another run: luthier resume RUN --accept-drift"
 
 
+class SandboxUnavailableError(RefusedError):
+    """Code of a model that has to be run, and no wall here to run it behind."""
+
+    code = "no-sandbox"
+    advice = "luthier doctor says what is missing; docs/sandbox.md says what each tier needs"
+
+
 class GateError(LuthierError):
     """An evaluation or parity gate that was not met."""
 

@@ -15,7 +15,7 @@ from luthier.data.conversation import Message
 
 
 @dataclass(frozen=True)
-class Asked:
+class Begun:
     """Messages to answer, and how the answer begins."""
 
     messages: tuple[Message, ...]
@@ -41,10 +41,10 @@ class Likely:
 class TextModel(Protocol):
     """Goes on with texts, and says how likely continuations of them are."""
 
-    def go_on(self, asked: Sequence[Asked], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
         """One continuation of each."""
 
-    def likely(self, asked: Sequence[Asked], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
         """For each, how likely every one of the continuations is, under the model itself (temperature 1)."""
 
 

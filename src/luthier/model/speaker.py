@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
@@ -108,6 +108,7 @@ class Spoken:
     likeliest: tuple[Likely, ...] = ()
 
 
+@runtime_checkable
 class Speaker(Protocol):
     """Continues prompts."""
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from luthier.core.errors import SandboxUnavailableError
 from luthier.core.paths import cache_folder
 from luthier.core.units import bytes_text, rate_text
 from luthier.kernels.chosen import backend_for, wanted_kernels
 from luthier.model.load import choose_precision, resolve_source
 from luthier.model.machine import rates
+from luthier.sandbox.sandbox import open_sandbox
 
 NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "jinja2")
 OPTIONAL = {
@@ -35,7 +37,7 @@ ELSEWHERE = {
 
 def examine() -> list[dict[str, str]]:
     """One finding for each thing: what, its state (fine, note or missing), and what to know about it."""
-    return [*_packages(), *_devices(), *_places(), _seedling()]
+    return [*_packages(), *_devices(), *_places(), _sandbox(), _seedling()]
 
 
 def _packages() -> list[dict[str, str]]:
@@ -93,6 +95,16 @@ def _seedling() -> dict[str, str]:
         return _finding("seedling", "fine", str(weights))
     grow = "install luthier again, or grow them in a checkout: python scripts/grow_seedling.py"
     return _finding("seedling", "missing", f"its weights are not at {weights}; {grow}")
+
+
+def _sandbox() -> dict[str, str]:
+    """Which walls stand here, found out by building them and sending the probes of the self-test against them."""
+    try:
+        with open_sandbox(workers=1) as sandbox:
+            over = f" (not {'; '.join(sandbox.passed_over)})" if sandbox.passed_over else ""
+            return _finding("sandbox", "fine", f"{', '.join(sandbox.layers)}{over}")
+    except SandboxUnavailableError as failure:
+        return _finding("sandbox", "note", f"none, so nothing that a model wrote can be run: {failure}")
 
 
 def _finding(what: str, state: str, detail: str) -> dict[str, str]:

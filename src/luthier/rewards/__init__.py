@@ -22,6 +22,7 @@ from luthier.core.knobs import Method
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.model.scorer import TextModel, TextScorer
+from luthier.sandbox.sandbox import Sandbox
 
 Numbers = Mapping[str, float]
 
@@ -63,12 +64,12 @@ Verdict = Score | RewardError | None
 class Tools:
     """What rewards may use; `step` of `steps` is how far training is, `seed` what hidden inputs are drawn with.
 
-    `sandbox` opens one for the limits it is given, and keeps it open for the next who ask.
+    `sandbox` opens one for the limits (and modules) it is given, and keeps it open for the next who ask.
     """
 
     judge: TextModel | None = None
     reward_model: TextScorer | None = None
-    sandbox: Callable[[Any], Any] | None = None
+    sandbox: Callable[..., Sandbox] | None = None
     step: int = 0
     steps: int = 0
     seed: int = 0
@@ -99,7 +100,10 @@ class Reward(Method):
 
 @dataclass(frozen=True)
 class Turn:
-    """What an environment answers: messages to add, whether that was all, and the score when it is known."""
+    """What an environment answers: messages to add, whether that was all, and a score.
+
+    At the end a score of None leaves the last answer to the reward itself, with all that was said before as its prompt.
+    """
 
     messages: tuple[Message, ...] = ()
     done: bool = False
@@ -120,5 +124,5 @@ class Episode(Protocol):
 class Environment(Protocol):
     """What a reward file has besides, when answers are part of a longer exchange."""
 
-    def reset(self, facts: Mapping[str, Any], *, seed: int) -> Episode:
+    def reset(self, prompt: tuple[Message, ...], facts: Mapping[str, Any], *, seed: int) -> Episode:
         """A new episode for a data row; the same seed begins the same one."""

@@ -25,7 +25,7 @@ from luthier.rewards import Reward, Score, Tools, Verdict
 
 
 @final
-class ExactMatch(Reward):
+class ExactAnswer(Reward):
     """Whether answers are equal."""
 
     column: str = Field("answer", min_length=1, description="the column with the right answer, or a list of them")

@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -29,6 +28,7 @@ from pydantic import Field, model_validator
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
+from luthier.data.cases import shown
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
@@ -89,12 +89,12 @@ class Function(Reward):
             return None
         # Numbers of numpy and torch give their own by `item`.
         number = item() if callable(item := getattr(value, "item", None)) else value
-        if not isinstance(number, Real) or not self.least <= float(number) <= self.most:
+        if not isinstance(number, int | float) or not self.least <= number <= self.most or not _is_float(number):
             allowed = f"a number from {self.least:g} to {self.most:g}, or None"
-            return RewardError(f"{self.path} gave {value!r}", allowed=allowed).of(call.samples[at])
-        parts = call.metrics | {name: float(values[at]) for name, values in call.extras.items()
-                                if len(values) == len(call.samples) and isinstance(values[at], Real)}  # fmt: skip
-        return Score(float(number), parts, f"{self.path.rpartition(':')[2]} gave {float(number):g}")
+            return RewardError(f"{self.path} gave {shown(value)}", allowed=allowed).of(call.samples[at])
+        whole = {name: values[at] for name, values in call.extras.items() if len(values) == len(call.samples)}
+        extras = {name: float(extra) for name, extra in whole.items() if isinstance(extra, int | float)}
+        return Score(float(number), call.metrics | extras, f"{self.path.rpartition(':')[2]} gave {float(number):g}")
 
 
 _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -144,6 +144,13 @@ class _Call:
             "log_extra": self.extras.__setitem__,
             "log_metric": lambda name, value: self.metrics.__setitem__(name, float(value)),
         }
+
+
+def _is_float(number: float) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except OverflowError:
+        return False
 
 
 def _prompt(sample: Sample, form: str) -> Any:

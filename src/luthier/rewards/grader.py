@@ -29,12 +29,14 @@ from pydantic import Field, model_validator
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.optional import require
+from luthier.data.cases import shown
 from luthier.data.conversation import ROLES, Message
 from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
-from luthier.model.scorer import Asked
+from luthier.model.scorer import Begun
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
 _TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "string_check": ("input", "reference", "operation"),
@@ -75,7 +77,8 @@ class Grader(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         found = re.findall(r"\{\{\s*item\.(\w+)", json.dumps(self._known()))
-        return tuple(dict.fromkeys(found))
+        # What was asked is no column of its own any more; it is told under its usual name.
+        return tuple(name for name in dict.fromkeys(found) if name != "prompt")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -121,6 +124,7 @@ def _check(grader: object, where: str) -> None:
         _filled(text, {}, check=True)
 
 
+_MOST: Final = 1e300
 _ROOM: Final = ("max_completions_tokens", "max_completion_tokens", "max_tokens")
 
 
@@ -161,12 +165,15 @@ def _by_text(grader: Mapping[str, Any], sample: Sample) -> Verdict:
 def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
     if tools.judge is None:
         raise RecipeError(f"the grader {grader['type']} needs a model to ask", allowed="a recipe with a judge")
-    asked = [Asked(tuple(_message(one, _names(sample)) for one in grader["input"])) for sample in samples]
+    asked = [Begun(tuple(_message(one, _names(sample)) for one in grader["input"])) for sample in samples]
     if grader["type"] == "label_model":
         labels, passing = list(grader["labels"]), set(grader["passing_labels"])
         found = tools.judge.likely(asked, labels)
         best = [max(zip(row, labels, strict=True), key=lambda pair: pair[0].log_prob)[1] for row in found]
-        return [Score(float(label in passing), {f"label/{label}": 1.0}, f"labelled {label}") for label in best]
+        return [
+            Score(float(said in passing), {f"label/{each}": float(each == said) for each in labels}, f"labelled {said}")
+            for said in best
+        ]
     how = grader.get("sampling_params") or {}
     room = next((int(how[name]) for name in _ROOM if name in how), 1024)
     answers = tools.judge.go_on(
@@ -196,7 +203,24 @@ def _message(given: Mapping[str, Any], names: Mapping[str, Any]) -> Message:
 
 
 def _in_sandbox(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
-    raise RecipeError(f"the grader {grader['type']} needs the sandbox", allowed="a machine with one")
+    """What `grade(sample, item)` gives; a grader that fails has not graded."""
+    if tools.sandbox is None:
+        raise RecipeError(f"the grader {grader['type']} needs the sandbox", allowed="a machine that has one")
+    names = [_names(sample) for sample in samples]
+    programs = [Program(grader["source"], (Call("grade", (each["sample"], each["item"])),)) for each in names]
+    outcomes = tools.sandbox(Limits()).run_all(programs) if programs else []
+    return [_graded(outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)]
+
+
+def _graded(outcome: Outcome, sample: Sample) -> Verdict:
+    if outcome.status is Status.BROKEN:
+        return RewardError(f"the sandbox broke: {outcome.reason}").of(sample)
+    said = outcome.returned[0] if outcome.returned else Returned(error=f"{outcome.status}: {outcome.reason}")
+    value = said.value
+    if said.error is not None or isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > _MOST:
+        told = f"the grader's program gave {said.error or shown(value)}"
+        return RewardError(told, allowed="a number from grade(sample, item)").of(sample, again=False)
+    return Score(float(value))
 
 
 # ----------------------------------------------------------------------------------------------- templates, formulas
@@ -239,7 +263,8 @@ def _names(sample: Sample) -> dict[str, Any]:
                             "choices": [{"message": {"role": "assistant", "content": sample.said}}]}  # fmt: skip
     with suppress(DataError):  # a template that asks for what is not there says so
         told["output_json"] = parse(sample.said, Place("answer"))
-    return {"item": dict(sample.facts), "sample": told}
+    asked = sample.prompt if isinstance(sample.prompt, str) else "\n\n".join(each.content for each in sample.prompt)
+    return {"item": {"prompt": asked, **sample.facts}, "sample": told}
 
 
 def _computed(grader: Mapping[str, Any], verdicts: Mapping[str, Verdict], sample: Sample) -> Verdict:

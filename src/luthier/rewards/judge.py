@@ -26,7 +26,7 @@ from pydantic import Field
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
-from luthier.model.scorer import Asked, Likely, TextModel
+from luthier.model.scorer import Begun, Likely, TextModel
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
 
@@ -140,7 +140,7 @@ class Judge(Reward):
         begun, cut = self._rationales(messages, tools.judge, tools.seed)
         whole = [at for at in range(len(shown)) if at not in cut]
         spelled = [spelling for verdict in question.verdicts for spelling in (verdict, f" {verdict}")]
-        found = tools.judge.likely([Asked(messages[at], f"{begun[at]}{question.ending}") for at in whole], spelled)
+        found = tools.judge.likely([Begun(messages[at], f"{begun[at]}{question.ending}") for at in whole], spelled)
         decided: list[_Decided | RewardError] = []
         odds = dict(zip(whole, found, strict=True))
         for at, sample in enumerate(samples):
@@ -159,7 +159,7 @@ class Judge(Reward):
         """What stands before each verdict, and which rationales were cut off."""
         if not self.rationale:
             return [""] * len(messages), set()
-        asked = [Asked(each, "Rationale:") for each in messages]
+        asked = [Begun(each, "Rationale:") for each in messages]
         said = judge.go_on(asked, most_tokens=self.most_tokens, temperature=0.0, seed=seed)
         cut = {at for at, each in enumerate(said) if each.ended == "length"}
         return [f"Rationale: {each.text.strip()}\n\n" for each in said], cut

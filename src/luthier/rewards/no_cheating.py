@@ -122,6 +122,8 @@ class NoCheating(Reward):
 
 
 Finding = tuple[str, str]
+_LONGEST: Final = 2000
+"""Characters of a literal that is compared with the cases of the prompt."""
 
 
 def _in_text(text: str) -> Iterator[Finding]:
@@ -232,41 +234,86 @@ def _known_cases(tree: ast.Module, examples: Sequence[tuple[Any, Any]]) -> Itera
     """Whether the cases of the prompt stand in the program, their results beside their arguments."""
     if len(examples) < 2:
         return
-    pairs = [pair for node in ast.walk(tree) for pair in _pairs(node)]
-    known = [(arguments, expected) for arguments, expected in examples
-             if any(expected in said and _holds(said, arguments) for said in pairs)]  # fmt: skip
-    if len(known) == len(examples):
+    pieces: dict[str, int] = {}
+    wanted = [_wanted(arguments, expected, pieces) for arguments, expected in examples]
+    nodes = list(ast.walk(tree))
+    texts, held = dict[int, str](), dict[int, int]()
+    together: set[int] = set()
+    # From the leaves to the root, each node once: what it says as a literal, and which pieces stand below it.
+    for node in reversed(nodes):
+        text = texts[id(node)] = _literal(node, texts)
+        inner = list(ast.iter_child_nodes(node))
+        own = pieces.get(text, 0) if text else 0
+        held[id(node)] = own | _union(inner, held)
+        together.update(_union(group, held) for group in _groups(node))
+    if all(any(expected & mask and any(way & mask == way for way in ways) for mask in together)
+           for expected, ways in wanted):  # fmt: skip
         yield "known-cases", f"all {len(examples)} cases of the prompt stand in it"
 
 
-def _pairs(node: ast.AST) -> Iterator[list[Any]]:
-    """The constants that stand together: in an entry of a table, or in a condition and what follows from it."""
-    if isinstance(node, ast.Dict):
-        yield from ([*_constants(key), *_constants(value)] for key, value in zip(node.keys, node.values, strict=True)
-                    if key is not None)  # fmt: skip
-    elif isinstance(node, ast.If | ast.IfExp):
-        body = node.body if isinstance(node.body, list) else [node.body]
-        yield [*_constants(node.test), *(value for part in body for value in _constants(part))]
-    elif isinstance(node, ast.match_case):
-        yield [*_constants(node.pattern), *(value for part in node.body for value in _constants(part))]
-    elif isinstance(node, ast.List | ast.Tuple):
-        yield from (_constants(inner) for inner in node.elts if isinstance(inner, ast.Tuple | ast.List))
-
-
-def _constants(node: ast.AST) -> list[Any]:
-    found = []
-    for inner in ast.walk(node):
-        try:
-            found.append(ast.literal_eval(inner))  # type: ignore[arg-type]
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            continue
-    return found
-
-
-def _holds(said: list[Any], arguments: Any) -> bool:
+def _wanted(arguments: Any, expected: Any, pieces: dict[str, int]) -> tuple[int, list[int]]:
+    """What shows a case: its result, and either all arguments one by one or as one; each piece is a bit."""
     given = list(arguments) if isinstance(arguments, list | tuple) else [arguments]
-    whole = [given, tuple(given), *(given if len(given) == 1 else [])]
-    return any(each in said for each in whole) or all(each in said for each in given)
+
+    def bit(value: Any) -> int:
+        return pieces.setdefault(_text(value), 1 << len(pieces))
+
+    each = 0
+    for value in given:
+        each |= bit(value)
+    return bit(expected), [each, bit(given)]
+
+
+def _text(value: Any) -> str:
+    """Equal texts for values that a program writes alike; a list and a tuple are one."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_text(key)}:{_text(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _literal(node: ast.AST, texts: Mapping[int, str]) -> str:
+    """The text of a literal, out of those of its parts; empty for other nodes, and for literals that are long."""
+    parts: list[str] = []
+    if isinstance(node, ast.Constant):
+        # A whole number too long for Python to write is none of any prompt.
+        long = isinstance(node.value, int) and node.value.bit_length() > 10_000
+        return "" if long else repr(node.value)[:_LONGEST]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return f"-{texts[id(node.operand)]}" if texts[id(node.operand)] else ""
+    if isinstance(node, ast.List | ast.Tuple):
+        parts = [texts[id(inner)] for inner in node.elts]
+        text = f"[{','.join(parts)}]"
+    elif isinstance(node, ast.Dict):
+        entries = zip(node.keys, node.values, strict=True)
+        pairs = [(texts[id(key)] if key else "", texts[id(item)]) for key, item in entries]
+        parts = [part for pair in pairs for part in pair]
+        text = "{" + ",".join(map(":".join, pairs)) + "}"
+    else:
+        return ""
+    return text if all(parts) and len(text) <= _LONGEST else ""
+
+
+def _groups(node: ast.AST) -> Iterator[Sequence[ast.AST]]:
+    """What stands together: an entry of a table, or a condition and what follows from it."""
+    if isinstance(node, ast.Dict):
+        yield from ([key, item] for key, item in zip(node.keys, node.values, strict=True) if key is not None)
+    elif isinstance(node, ast.If):
+        yield [node.test, *node.body]
+    elif isinstance(node, ast.IfExp):
+        yield [node.test, node.body]
+    elif isinstance(node, ast.match_case):
+        yield [node.pattern, *node.body]
+    elif isinstance(node, ast.List | ast.Tuple):
+        yield from ([inner] for inner in node.elts if isinstance(inner, ast.Tuple | ast.List))
+
+
+def _union(nodes: Sequence[ast.AST], held: Mapping[int, int]) -> int:
+    mask = 0
+    for node in nodes:
+        mask |= held[id(node)]
+    return mask
 
 
 def _copied(tree: ast.Module, baseline: str) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from luthier.core.errors import DataError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, Score, Tools, Verdict
 
-_DIGITS: Final = r"(?:\d{1,3}(?:,\d{3})+|\d{1,200})(?:\.\d{0,200})?|\.\d{1,200}"
+_DIGITS: Final = r"(?:\d{1,3}(?:,\d{3}){1,60}(?![,\d])|\d{1,200})(?:\.\d{0,200})?|\.\d{1,200}"
 _PLAIN: Final = rf"[-+]?\s?\$?(?:{_DIGITS})(?:[eE][-+]?\d{{1,3}})?"
 _NUMBER: Final = re.compile(rf"(?P<top>{_PLAIN})(?:\s?/\s?(?P<bottom>{_PLAIN}))?\s?(?:%|\\%)?")
 _LATEX: Final = re.compile(r"(-?)\\[dt]?frac\{(-?\d{1,200})\}\{(-?\d{1,200})\}")

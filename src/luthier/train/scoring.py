@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import final
 
 from luthier.core.errors import RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.sandbox.program import Limits
+from luthier.sandbox.sandbox import Sandbox, open_sandbox
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,50 @@ class Scored:
 
 
 @final
+class Sandboxes:
+    """Sandboxes by their limits and modules: each is opened when it is first asked for, and all end together."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], Sandbox] = {}
+
+    def __call__(
+        self, limits: Limits, *, preload: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()
+    ) -> Sandbox:
+        """The sandbox with these limits; `preload` and `environment` are those of `open_sandbox`."""
+        asked = (limits, preload, environment)
+        if asked not in self._open:
+            self._open[asked] = open_sandbox(limits, preload=preload, environment=dict(environment))
+        return self._open[asked]
+
+    def close(self) -> None:
+        """End them all."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> Sandboxes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def with_sandbox(reward: Reward, tools: Tools) -> Tools:
+    """The tools, with a sandbox where the reward needs one and has none.
+
+    Raises SandboxUnavailableError where no walls stand here: now, and not after the first answers were made.
+    """
+    if "sandbox" not in reward.needs or tools.sandbox is not None:
+        return tools
+    sandboxes = Sandboxes()
+    sandboxes(Limits())
+    # What rewards ask for has other limits.
+    sandboxes.close()
+    return replace(tools, sandbox=sandboxes)
+
+
+@final
 @dataclass
 class Scoring:
     """A reward with its tools. `retries` is how often a sample that failed is asked about again."""
@@ -80,16 +127,17 @@ class Scoring:
                 allowed=f"its columns: {', '.join(facts) or 'none'}", where=where,
             )  # fmt: skip
 
-    def score(self, samples: Sequence[Sample]) -> Scored:
-        """A score for each sample that can have one."""
-        verdicts: dict[int, Verdict] = dict(enumerate(self._ask(samples)))
+    def score(self, samples: Sequence[Sample], *, step: int | None = None) -> Scored:
+        """A score for each sample that can have one. Rewards are told the `step` of training where it is given."""
+        tools = self.tools if step is None else replace(self.tools, step=step)
+        verdicts: dict[int, Verdict] = dict(enumerate(self._ask(samples, tools)))
         retried = 0
         for attempt in range(self.retries):
             again = [at for at, verdict in verdicts.items() if isinstance(verdict, RewardError) and verdict.again]
             last = attempt == self.retries - 1
             for group in [[at] for at in again] if last else [again] * bool(again):
                 retried += len(group)
-                verdicts |= zip(group, self._ask([samples[at] for at in group]), strict=True)
+                verdicts |= zip(group, self._ask([samples[at] for at in group], tools), strict=True)
         found = list(verdicts.values())
         return Scored(
             tuple(verdict if isinstance(verdict, Score) else None for verdict in found),
@@ -98,11 +146,11 @@ class Scoring:
             retried,
         )
 
-    def _ask(self, samples: Sequence[Sample]) -> list[Verdict]:
+    def _ask(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if not samples:
             return []
         try:
-            verdicts = self.reward.score(samples, self.tools)
+            verdicts = self.reward.score(samples, tools)
         except RewardError as failure:
             return [_again(failure, sample) for sample in samples]
         if len(verdicts) != len(samples):
