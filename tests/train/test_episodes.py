@@ -10,6 +10,7 @@ import numpy as np
 from luthier.data.conversation import Message
 from luthier.data.forest import Ints
 from luthier.data.rollouts import Prompt
+from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Sampling, Spoken
 from luthier.objectives.grpo import GRPO
 from luthier.rewards import Score, Turn
@@ -31,7 +32,7 @@ def ids(messages: Sequence[Message]) -> Ints:
 class Higher:
     """Says whether a guess is too low, until it is right."""
 
-    def reset(self, facts: Mapping[str, Any], *, seed: int) -> HigherEpisode:
+    def reset(self, prompt: tuple[Message, ...], facts: Mapping[str, Any], *, seed: int) -> HigherEpisode:
         return HigherEpisode(int(facts["number"]))
 
 
@@ -78,7 +79,10 @@ def test_an_exchange_is_one_answer_with_replies_as_context() -> None:
         prompts, speaker, PolicySampling(seed=3, stop_ids=(STOP,)), seeds=[0, 0, 0]
     )
     first, third, lost = (answer for _, answer, _ in played)
-    assert [score.value if isinstance(score, Score) else score for _, _, score in played] == [1.0, 1 / 3, None]
+    assert [score.value for _, _, score in played if isinstance(score, Score)] == [1.0, 1 / 3]
+    left = played[2][2]
+    # Cut off: its last answer is to be scored, after all that was said before it.
+    assert isinstance(left, Sample) and left.answer == "25" and len(left.prompt) == 11 and left.ended == "length"
     assert first.tokens.tolist() == [20, STOP] and first.own.all() and first.ended == "stop"
     reply = [1, 31, 32, STOP, 5]
     assert third.tokens.tolist() == [20, STOP, *reply, 21, STOP, *reply, 22, STOP]
@@ -96,7 +100,7 @@ def test_an_exchange_ends_after_so_many_turns() -> None:
     [(_, answer, score)] = Episodes(Higher(), ids, text, turns=2).play(
         [prompt], Counter(), PolicySampling(stop_ids=(STOP,)), seeds=[0]
     )
-    assert score is None and answer.length == 4 and answer.own[-1] and answer.ended == "length"
+    assert isinstance(score, Sample) and answer.length == 4 and answer.own[-1] and answer.ended == "length"
 
 
 def test_exchanges_are_trained_as_groups() -> None:

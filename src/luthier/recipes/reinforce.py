@@ -26,6 +26,7 @@ from luthier.infer.engine import Engine
 from luthier.infer.groups import GroupSpeaker
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
+from luthier.objectives import Objective
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import Paths
 from luthier.rewards import Tools
@@ -108,16 +109,20 @@ def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
     trees = {view.row: grown(view) for view in views}
     lengths = np.array([trees[view.row].token_count for view in views], dtype=np.int64)
     return DataSource(
-        views, _Grown(trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
+        views, _Grown(recipe.objective, trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
         rows=min(len(views), max(1, knobs.prompts // recipe.learner.minibatches)),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """Gives trees that were made before."""
+    """The objective, which gives trees that were made before."""
 
+    objective: Objective
     grown: dict[int, Tree]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         return [self.grown[view.row]]

@@ -18,6 +18,7 @@ from luthier.core.errors import DataError
 from luthier.data.conversation import Message
 from luthier.data.forest import Ints
 from luthier.data.rollouts import Answer, Ended, Prompt
+from luthier.data.sample import Sample
 from luthier.model.speaker import Sampling, Speaker
 from luthier.rewards import Environment, Episode, Verdict
 
@@ -36,6 +37,8 @@ class _Play:
     own: list[bool] = field(default_factory=list)
     sampled: list[float] = field(default_factory=list)
     ended: Ended = "length"
+    last: tuple[tuple[Message, ...], str] = ((), "")
+    """The messages before the last answer, and that answer."""
     verdict: Verdict = None
     over: bool = False
 
@@ -63,8 +66,11 @@ class Episodes:
 
     def play(
         self, prompts: Sequence[Prompt], speaker: Speaker, sampling: Sampling, *, seeds: Sequence[int]
-    ) -> list[tuple[Prompt, Answer, Verdict]]:
-        """An exchange for each prompt; those of one seed begin alike. What is asked is what the episode begins with."""
+    ) -> list[tuple[Prompt, Answer, Sample | Verdict]]:
+        """An exchange for each prompt; those of one seed begin alike. What is asked is what the episode begins with.
+
+        Where the environment gives no score the last answer is to be scored, after all that was said before it.
+        """
         plays = [self._begun(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         for turn in range(self.turns):
             going = [play for play in plays if not play.over]
@@ -76,16 +82,17 @@ class Episodes:
                 play.add([int(token) for token in spoken.tokens], spoken.log_probs)
                 self._reply(play, spoken.tokens, cut=spoken.ended == "length")
         return [
-            (_asked(prompt, play), self._answer(play), play.verdict)
+            (_asked(prompt, play), self._answer(play), play.verdict or _sample(prompt, play))
             for prompt, play in zip(prompts, plays, strict=True)
         ]
 
     def _begun(self, prompt: Prompt, seed: int) -> _Play:
-        episode = self.environment.reset(prompt.facts, seed=seed)
+        episode = self.environment.reset(prompt.messages, prompt.facts, seed=seed)
         return _Play(episode, list(episode.messages), self.prompt_ids(episode.messages))
 
     def _reply(self, play: _Play, tokens: Ints, *, cut: bool) -> None:
         said = Message("assistant", self.decode(tokens))
+        play.last = tuple(play.history), said.content
         if cut:
             # Whoever is interrupted gets no reply, and the environment may not know how the sentence would have ended.
             play.over = True
@@ -123,3 +130,11 @@ class Episodes:
 def _asked(prompt: Prompt, play: _Play) -> Prompt:
     """The prompt as the episode has it."""
     return replace(prompt, tokens=play.prompt, messages=tuple(play.episode.messages))
+
+
+def _sample(prompt: Prompt, play: _Play) -> Sample:
+    """The last answer, as a reward sees it."""
+    before, said = play.last
+    return Sample(
+        prompt=before, answer=said, tokens=tuple(play.tokens), ended=play.ended, facts=prompt.facts
+    )

@@ -248,13 +248,13 @@ class RolloutSource(Source):
         seeds = [seed_of(sampling.seed, place // self.plan.answers) for place in range(len(asked))]
         prompts: list[Prompt] = []
         answers: list[Answer] = []
-        verdicts: list[Verdict] = []
+        verdicts: list[Sample | Verdict] = []
         for prompt, answer, verdict in episodes.play(asked, self.speaker, sampling, seeds=seeds):
             prompts.append(prompt)
             answers.append(replace(answer, trained=answer.ended == "stop" or self.plan.cut == "keep"))
             verdicts.append(verdict)
-        pending = [place for place, verdict in enumerate(verdicts) if verdict is None]
-        later = self.score([sample_of(prompts[place], answers[place]) for place in pending])
+        pending = {place: sample for place, sample in enumerate(verdicts) if isinstance(sample, Sample)}
+        later = self.score(list(pending.values()))
         scores: dict[int, Score | None] = dict(zip(pending, later.scores, strict=True))
         failures = [verdict for verdict in verdicts if isinstance(verdict, RewardError)]
         every = [scores[at] if at in scores else each if isinstance(each, Score) else None
