@@ -20,7 +20,7 @@ from tests import rollouts
 STOP = 9
 
 
-def ids(messages: Sequence[Message]) -> Ints:
+def ids(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
     """A template: a number for who speaks, the words as numbers, a stop; 5 asks for an answer."""
     said: list[int] = []
     for each in messages:

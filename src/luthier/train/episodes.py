@@ -8,9 +8,9 @@ the environment says so, when an answer is cut off, or after so many turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -20,10 +20,12 @@ from luthier.data.forest import Ints
 from luthier.data.rollouts import Answer, Ended, Prompt
 from luthier.data.sample import Sample
 from luthier.model.speaker import Sampling, Speaker
-from luthier.rewards import Environment, Episode, Verdict
+from luthier.rewards import Environment, Episode, RewardError, Score, Verdict
+from luthier.train.scoring import Scored
 
-PromptIds = Callable[[Sequence[Message]], Ints]
-"""What inference feeds to get the answer that follows messages."""
+Tools = Sequence[Mapping[str, Any]]
+PromptIds = Callable[[Sequence[Message], Tools], Ints]
+"""What inference feeds to get the answer that follows messages, with these tools on offer."""
 
 
 @dataclass
@@ -54,15 +56,21 @@ class _Play:
         return np.concatenate([self.prompt, np.array(self.tokens, np.int32)])
 
 
+def as_said(text: str) -> Message:
+    """What a model has said, as a message without calls of tools."""
+    return Message("assistant", text)
+
+
 @final
 @dataclass(frozen=True)
 class Episodes:
-    """Plays episodes of an environment, `turns` answers at most in each."""
+    """Plays episodes of an environment, `turns` answers at most in each; `heard` makes a message of what was said."""
 
     environment: Environment
     prompt_ids: PromptIds
     decode: Callable[[Ints], str]
     turns: int = 8
+    heard: Callable[[str], Message] = as_said
 
     def play(
         self, prompts: Sequence[Prompt], speaker: Speaker, sampling: Sampling, *, seeds: Sequence[int]
@@ -88,11 +96,12 @@ class Episodes:
 
     def _begun(self, prompt: Prompt, seed: int) -> _Play:
         episode = self.environment.reset(prompt.messages, prompt.facts, seed=seed)
-        return _Play(episode, list(episode.messages), self.prompt_ids(episode.messages))
+        return _Play(episode, list(episode.messages), self.prompt_ids(episode.messages, episode.tools))
 
     def _reply(self, play: _Play, tokens: Ints, *, cut: bool) -> None:
-        said = Message("assistant", self.decode(tokens))
-        play.last = tuple(play.history), said.content
+        text = self.decode(tokens)
+        said = self.heard(text)
+        play.last = tuple(play.history), text
         if cut:
             # Whoever is interrupted gets no reply, and the environment may not know how the sentence would have ended.
             play.over = True
@@ -102,13 +111,14 @@ class Episodes:
         if turn.done:
             play.over, play.ended = True, "stop"
             return
-        play.add([int(token) for token in self._between(play.history, int(tokens[-1]), turn.messages)], None)
+        play.add([int(token) for token in self._between(play, int(tokens[-1]), turn.messages)], None)
         play.history += [said, *turn.messages]
 
-    def _between(self, history: Sequence[Message], stop: int, reply: Sequence[Message]) -> Ints:
+    def _between(self, play: _Play, stop: int, reply: Sequence[Message]) -> Ints:
         """What stands between the stop token of an answer and the next answer: the reply, as the template writes it."""
-        before = self.prompt_ids(history)
-        whole = self.prompt_ids([*history, Message("assistant", "x"), *reply])
+        history, tools = play.history, play.episode.tools
+        before = self.prompt_ids(history, tools)
+        whole = self.prompt_ids([*history, Message("assistant", "x"), *reply], tools)
         rest = whole[len(before) :]
         ends = np.flatnonzero(rest == stop)
         if not np.array_equal(whole[: len(before)], before) or not len(ends):
@@ -125,6 +135,17 @@ class Episodes:
         tokens = np.array(play.tokens[:last], dtype=np.int32)
         told = np.array(play.sampled[:last], dtype=np.float32)
         return Answer(tokens, own[:last], told, reward=float("nan"), ended=play.ended, text=self.decode(tokens))
+
+
+def settled(verdicts: Sequence[Sample | Verdict], score: Callable[[Sequence[Sample]], Scored]) -> Scored:
+    """The scores of episodes: those that are known, and those of samples that are to be scored."""
+    pending = {place: sample for place, sample in enumerate(verdicts) if isinstance(sample, Sample)}
+    later = score(list(pending.values()))
+    scores: dict[int, Score | None] = dict(zip(pending, later.scores, strict=True))
+    scores |= {place: known for place, known in enumerate(verdicts) if isinstance(known, Score)}
+    failures = [verdict for verdict in verdicts if isinstance(verdict, RewardError)]
+    every = tuple(scores.get(place) for place in range(len(verdicts)))
+    return Scored(every, (*failures, *later.failures), later.unasked, later.retried)
 
 
 def _asked(prompt: Prompt, play: _Play) -> Prompt:

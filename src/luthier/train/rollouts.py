@@ -26,8 +26,8 @@ from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Arrays, Group, Prompt, as_arrays, from_arrays
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Sampling, Speaker, Spoken
-from luthier.rewards import RewardError, Score, Verdict
-from luthier.train.episodes import Episodes
+from luthier.rewards import Verdict
+from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
 from luthier.train.rollout_report import RolloutReport
 from luthier.train.scoring import Scored
@@ -253,15 +253,7 @@ class RolloutSource(Source):
             prompts.append(prompt)
             answers.append(replace(answer, trained=answer.ended == "stop" or self.plan.cut == "keep"))
             verdicts.append(verdict)
-        pending = {place: sample for place, sample in enumerate(verdicts) if isinstance(sample, Sample)}
-        later = self.score(list(pending.values()))
-        scores: dict[int, Score | None] = dict(zip(pending, later.scores, strict=True))
-        failures = [verdict for verdict in verdicts if isinstance(verdict, RewardError)]
-        every = [scores[at] if at in scores else each if isinstance(each, Score) else None
-                 for at, each in enumerate(verdicts)]  # fmt: skip
-        return prompts, answers, Scored(
-            tuple(every), (*failures, *later.failures), later.unasked, later.retried
-        )  # fmt: skip
+        return prompts, answers, settled(verdicts, self.score)
 
     def _answer(self, spoken: Spoken) -> Answer:
         ended: Literal["stop", "length"] = "stop" if spoken.ended == "stop" else "length"
