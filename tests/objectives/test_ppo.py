@@ -90,5 +90,5 @@ def test_without_a_value_head_there_is_nothing_to_learn_from() -> None:
     """Breaks when missing values are taken for 0."""
     [tree] = rollouts.random_trees(PPO(), 1)
     outputs, forest = rollouts.outputs_of(tree, [-1.0] * Forest((tree,)).trained_count)
-    with pytest.raises(RecipeError, match="no value head"):
+    with pytest.raises(RecipeError, match="given no values"):
         PPO().loss(outputs, forest)

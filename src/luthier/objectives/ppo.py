@@ -101,7 +101,9 @@ class PPO(RolloutLearner, Objective):
 
     def loss(self, outputs: TokenOutputs, forest: Forest) -> LossReport:
         if outputs.values is None:
-            raise RecipeError("ppo learns from values, and the model has no value head", do="attach what own() gives")
+            raise RecipeError(
+                "ppo is given no values", allowed="a model with a value head", do="attach what own() gives"
+            )
         notes, log_probs, weights = outputs.notes, outputs.log_probs, outputs.weights
         ratio, advantage = (log_probs - notes["old"]).exp(), notes["advantage"]
         policy = clipped_losses(ratio, advantage, low=self.clip, high=self.clip)

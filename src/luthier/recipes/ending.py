@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.core.errors import GateError
 from luthier.core.events import Event, Recorder, plain
 from luthier.recipes import accounts, purpose, quantized, verify
 from luthier.recipes.bench import Bench
@@ -53,18 +54,21 @@ def finish(ending: Ending) -> dict[str, Any]:
 def save(ending: Ending) -> None:
     """Take the best state and save it whole. Raises NumericError or GateError for what cannot be a result."""
     loss = ending.keeper.restore_best(ending.state)
-    _save(ending.bench, ending.run, ending.keeper, ending.state, loss, ending.start_digest)
+    try:
+        _save(ending.bench, ending.run, ending.keeper, ending.state, loss, ending.start_digest)
+    except GateError as error:
+        if learned := _learned(ending.run):
+            # Why nothing was trained is known here: no answer was better than another.
+            raise GateError(f"{error.received}; {learned[0]}", allowed=error.allowed, where=error.where) from error
+        raise
 
 
 def conclude(ending: Ending) -> dict[str, Any]:
     """Let a fresh process prove what was saved, and tell; the summary. The model is needed no more."""
     bench, run, state = ending.bench, ending.run, ending.state
     proof = verify.proved(run)
-    told = read_run(run.folder)
-    learned = lessons(told.of_kind("rollout"), told.of_kind("evaluation"))
-    summary = accounts.summary(
-        bench.plan, run.folder, state, status=ending.status, proof=proof, more=[*run.checkpoints.notices, *learned]
-    )
+    more = [*run.checkpoints.notices, *_learned(run)]
+    summary = accounts.summary(bench.plan, run.folder, state, status=ending.status, proof=proof, more=more)
     write_json(run.folder / SUMMARY, plain(summary))
     worst = accounts.worst_rows(ending.keeper.row_excess, bench.data, bench.tokenizer)
     write_text(run.folder / "worst_rows.json", json.dumps(plain(worst), ensure_ascii=False, indent=1))
@@ -72,6 +76,12 @@ def conclude(ending: Ending) -> dict[str, Any]:
     write_report(run.folder)
     run.write_status("finished", values=summary)
     return summary
+
+
+def _learned(run: RunDirectory) -> list[str]:
+    """What the rollouts of a run say, if it had any."""
+    told = read_run(run.folder)
+    return lessons(told.of_kind("rollout"), told.of_kind("evaluation"))
 
 
 def _save(

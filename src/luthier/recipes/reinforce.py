@@ -26,13 +26,15 @@ from luthier.infer.engine import Engine
 from luthier.infer.groups import GroupSpeaker
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
+from luthier.objectives import Objective
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import Paths
-from luthier.rewards import Tools
+from luthier.rewards import Environment, Tools
+from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
 from luthier.train.recall import recall
-from luthier.train.rollouts import Plan, RolloutSource
-from luthier.train.scoring import Scoring
+from luthier.train.rollouts import Plan, RolloutSource, seed_of
+from luthier.train.scoring import Scored, Scoring
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
 
@@ -85,7 +87,7 @@ def rollout_source(
         facts.prompts(data.train, scoring), recipe.learner,
         GroupSpeaker(Engine(stepper.model, decode=tokenizer.decode)), scoring.score,
         recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
-        plan=plan, seed=recipe.seed,
+        plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer),
     )  # fmt: skip
 
 
@@ -108,16 +110,20 @@ def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
     trees = {view.row: grown(view) for view in views}
     lengths = np.array([trees[view.row].token_count for view in views], dtype=np.int64)
     return DataSource(
-        views, _Grown(trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
+        views, _Grown(recipe.objective, trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
         rows=min(len(views), max(1, knobs.prompts // recipe.learner.minibatches)),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """Gives trees that were made before."""
+    """The objective, which gives trees that were made before."""
 
+    objective: Objective
     grown: dict[int, Tree]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         return [self.grown[view.row]]
@@ -141,6 +147,7 @@ class HeldOut:
     tokenizer: Tokenizer
     data: Prepared
     max_new_tokens: int
+    episodes: Episodes | None = None
 
     @classmethod
     def of(
@@ -150,13 +157,35 @@ class HeldOut:
         scoring = scoring_of(recipe)
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
         prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
-        return cls(model, prompts, scoring, tokenizer, data, recipe.rollouts.max_new_tokens)
+        episodes = _episodes(recipe, data, tokenizer)
+        return cls(model, prompts, scoring, tokenizer, data, recipe.rollouts.max_new_tokens, episodes)
 
     def rewarded(self) -> PassReport:
         """What the model's answers are worth now."""
         sampling = Sampling(max_new_tokens=self.max_new_tokens, stop_ids=tuple(sorted(self.data.store.stop_ids)))
-        spoken = Engine(self.model, decode=self.tokenizer.decode).speak([one.tokens for one in self.prompts], sampling)
-        decode = _decoder(self.tokenizer, self.data)
+        scored, lengths = self._answered(sampling)
+        metrics: dict[str, tuple[float, float]] = {}
+        rows: dict[int, tuple[float, float]] = {}
+        for prompt, length, score in zip(self.prompts, lengths, scored.scores, strict=True):
+            if score is None:
+                continue
+            rows[prompt.row] = (-score.value, 1.0)
+            for name, value in {"reward": score.value, **score.parts, "answer_tokens": length}.items():
+                total, count = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (total + value, count + 1)
+        tokens = sum(lengths)
+        return PassReport(
+            sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics
+        )
+
+    def _answered(self, sampling: Sampling) -> tuple[Scored, list[int]]:
+        """The scores of greedy answers, and their lengths."""
+        engine, decode = Engine(self.model, decode=self.tokenizer.decode), _decoder(self.tokenizer, self.data)
+        if self.episodes is not None:
+            seeds = [seed_of(self.scoring.tools.seed, place) for place in range(len(self.prompts))]
+            played = self.episodes.play(self.prompts, engine, sampling, seeds=seeds)
+            return settled([each for _, _, each in played], self.scoring.score), [each.length for _, each, _ in played]
+        spoken = engine.speak([prompt.tokens for prompt in self.prompts], sampling)
         samples = [
             Sample(
                 prompt=prompt.messages, answer=decode(said.tokens), tokens=tuple(said.tokens.tolist()),
@@ -164,20 +193,14 @@ class HeldOut:
             )
             for prompt, said in zip(self.prompts, spoken, strict=True)
         ]  # fmt: skip
-        scored = self.scoring.score(samples)
-        metrics: dict[str, tuple[float, float]] = {}
-        rows: dict[int, tuple[float, float]] = {}
-        for prompt, said, score in zip(self.prompts, spoken, scored.scores, strict=True):
-            if score is None:
-                continue
-            rows[prompt.row] = (-score.value, 1.0)
-            for name, value in {"reward": score.value, **score.parts, "answer_tokens": len(said.tokens)}.items():
-                total, count = metrics.get(name, (0.0, 0.0))
-                metrics[name] = (total + value, count + 1)
-        tokens = sum(len(said.tokens) for said in spoken)
-        return PassReport(
-            sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics
-        )
+        return self.scoring.score(samples), [len(said.tokens) for said in spoken]
+
+
+def _episodes(recipe: ReinforceRecipe, data: Prepared, tokenizer: Tokenizer) -> Episodes | None:
+    """Exchanges with the reward, where it is an environment."""
+    if not isinstance(recipe.reward, Environment):
+        return None
+    return Episodes(recipe.reward, data.renderer.prompt_ids, _decoder(tokenizer, data))
 
 
 def _decoder(tokenizer: Tokenizer, data: Prepared) -> Any:

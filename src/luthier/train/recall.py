@@ -47,7 +47,11 @@ def _own(stepper: Stepper, forest: Forest, wanted: frozenset[Note], temperature:
     said: dict[Note, Floats] = {"old": outputs.log_probs.float().cpu().numpy()}
     if "value" in wanted:
         if outputs.values is None:
-            raise RecipeError("the objective learns from values, and the model has no value head", do="attach its own")
+            raise RecipeError(
+                f"the objective {stepper.objective.method_name()} is given no values",
+                allowed="a model with a value head",
+                do="attach what own() gives with the adapter",
+            )
         said["value"] = outputs.values.float().cpu().numpy()
     trees, start = [], 0
     for tree in forest.trees:

@@ -26,6 +26,8 @@ from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Arrays, Group, Prompt, as_arrays, from_arrays
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Sampling, Speaker, Spoken
+from luthier.rewards import Verdict
+from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
 from luthier.train.rollout_report import RolloutReport
 from luthier.train.scoring import Scored
@@ -34,7 +36,7 @@ from luthier.train.source import Cursor, Source
 MISMATCH: Final = 0.05
 """A mean difference of log-probabilities between sampler and trainer from which on a run is warned."""
 
-Score = Callable[[Sequence[Sample]], Scored]
+Scorer = Callable[[Sequence[Sample]], Scored]
 Recall = Callable[[Sequence[Tree], frozenset[Note]], list[Tree]]
 Decode = Callable[[Ints], str]
 
@@ -71,15 +73,18 @@ class RolloutSource(Source):
         prompts: Sequence[Prompt],
         objective: RolloutLearner,
         speaker: Speaker,
-        score: Score,
+        score: Scorer,
         *,
         recall: Recall,
         decode: Decode,
         plan: Plan,
         seed: int,
+        episodes: Episodes | None = None,
     ) -> None:
         if not prompts:
-            raise DataError("there is no prompt to answer", do="look at the counts of: luthier data check")
+            raise DataError(
+                "there are 0 prompts to answer", allowed="at least 1", do="look at the counts of: luthier data check"
+            )
         self.prompts = prompts
         self.objective = objective
         self.speaker = speaker
@@ -87,6 +92,7 @@ class RolloutSource(Source):
         self.recall = recall
         self.decode = decode
         self.plan = plan
+        self.episodes = episodes
         self.seed = seed
         self.leash = objective.leash
         self.report: RolloutReport | None = None
@@ -216,13 +222,16 @@ class RolloutSource(Source):
         seed = seed_of(self.seed, self._number, attempt)
         sampling = self.plan.sampling(self.objective.temperature, seed)
         asked = [prompt for prompt in prompts for _ in range(self.plan.answers)]
-        spoken = self.speaker.speak([prompt.tokens for prompt in asked], sampling)
-        drafts = [self._answer(each) for each in spoken]
-        samples = [sample_of(prompt, draft) for prompt, draft in zip(asked, drafts, strict=True)]
-        scored = self.score(samples)
+        if self.episodes is None:
+            spoken = self.speaker.speak([prompt.tokens for prompt in asked], sampling)
+            drafts = [self._answer(each) for each in spoken]
+            scored = self.score([sample_of(prompt, draft) for prompt, draft in zip(asked, drafts, strict=True)])
+        else:
+            asked, drafts, scored = self._played(self.episodes, asked, sampling)
         report.count(scored, drafts)
         groups = []
-        for number, prompt in enumerate(prompts):
+        for number in range(len(prompts)):
+            prompt = asked[number * self.plan.answers]
             own = range(number * self.plan.answers, (number + 1) * self.plan.answers)
             pairs = [(drafts[place], scored.scores[place]) for place in own]
             answers = [
@@ -231,6 +240,20 @@ class RolloutSource(Source):
             groups.append(Group(prompt.tokens, tuple(answers), prompt.row, self._steps))
         report.group(groups, longest=self.plan.max_new_tokens)
         return [group for group in groups if group.answers]
+
+    def _played(
+        self, episodes: Episodes, asked: Sequence[Prompt], sampling: Sampling
+    ) -> tuple[list[Prompt], list[Answer], Scored]:
+        """Exchanges instead of answers. Those that ended without a verdict are scored as a whole."""
+        seeds = [seed_of(sampling.seed, place // self.plan.answers) for place in range(len(asked))]
+        prompts: list[Prompt] = []
+        answers: list[Answer] = []
+        verdicts: list[Sample | Verdict] = []
+        for prompt, answer, verdict in episodes.play(asked, self.speaker, sampling, seeds=seeds):
+            prompts.append(prompt)
+            answers.append(replace(answer, trained=answer.ended == "stop" or self.plan.cut == "keep"))
+            verdicts.append(verdict)
+        return prompts, answers, settled(verdicts, self.score)
 
     def _answer(self, spoken: Spoken) -> Answer:
         ended: Literal["stop", "length"] = "stop" if spoken.ended == "stop" else "length"

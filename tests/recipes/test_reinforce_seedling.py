@@ -1,0 +1,73 @@
+"""The seedling learns to add by what its own answers are worth: hardly one held-out sum right before, most after.
+
+The recipe is `SUMS`, the rows are all sums of a number of two digits and 1 to 4 without a carry; a fifth is held out.
+Measured with one thread on two busy cores of the reference box: see docs/reinforcement.md.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from luthier.model.load import SEEDLING, resolve_source
+from tests.cli.commands import events, luthier
+
+SUMS = """
+recipe: reinforce
+model: seedling
+data: {train: sums.jsonl}
+reward:
+  - {method: numeric, name: right, weight: 0.6}
+  - {method: numeric, name: within_1, absolute: 1, weight: 0.2}
+  - {method: numeric, name: within_3, absolute: 3, weight: 0.2}
+rollouts: {prompts: 16, answers: 16, max_new_tokens: 6}
+objective: {method: grpo, longest: 4, temperature: 1.4, beta: 0.01}
+adapter: {method: lora, rank: 16, alpha: 32}
+optimizer: {method: adamw, learning_rate: 5.0e-4}
+schedule: {method: cosine}
+budget: {steps: 550}
+evaluation: {fraction: 0.2, every: 50, max_rows: 60}
+checkpoint: {every: 0}
+precision: float32
+"""
+
+pytestmark = pytest.mark.skipif(
+    not (Path(resolve_source(SEEDLING)) / "model.safetensors").is_file(), reason="the seedling has no weights"
+)
+
+
+def write_sums(folder: Path, **changed: object) -> Path:
+    """The rows and the recipe."""
+    rows = [
+        {"prompt": f"What is {number} + {more}?", "answer": str(number + more)}
+        for number in range(10, 100) for more in range(1, 5) if number % 10 + more < 10
+    ]  # fmt: skip
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = {**yaml.safe_load(SUMS), "data": {"train": str(folder / "sums.jsonl")}, **changed}
+    (folder / "sums.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "sums.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_seedling_learns_to_add(tmp_path: Path) -> None:
+    """Breaks when reinforcement learning from end to end does not learn what can be learned."""
+    luthier("train", write_sums(tmp_path), "--run", tmp_path / "run", "--json").must(0)
+    held = [event for event in events(tmp_path / "run") if event["kind"] == "evaluation"]
+    assert held[0]["right"] < 0.2
+    assert max(event["right"] for event in held) > 0.8
+
+
+def test_some_of_its_own_sums_are_right_before_it_has_learned_anything(tmp_path: Path) -> None:
+    """Breaks when the task gives nothing to begin with: the few right answers of the first rollout are what is learned
+    from."""
+    recipe = write_sums(
+        tmp_path, budget={"steps": 2}, rollouts={"prompts": 8, "answers": 8, "max_new_tokens": 6},
+        evaluation={"fraction": 0.2, "every": 0, "max_rows": 8},
+    )  # fmt: skip
+    luthier("train", recipe, "--run", tmp_path / "run", "--json").must(0)
+    first = next(event for event in events(tmp_path / "run") if event["kind"] == "rollout")
+    assert 0 < first["parts"]["right"] < 0.2 and first["alike"] < first["groups"]
