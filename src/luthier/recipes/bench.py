@@ -29,6 +29,7 @@ from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, edits_for, read_for
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.reward_tools import scoring_of
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.train.batcher import Batcher
 from luthier.train.in_backward import cut
@@ -126,10 +127,11 @@ def _sources(
     if not isinstance(recipe, ReinforceRecipe):
         rows = _source(recipe, data)
         return rows, rows, None
-    here = recipe.model_copy(update={"data": found.data})
-    reading = reading_of(found)
-    source = reinforce.rollout_source(here, data, reading, tokenizer, stepper)
-    held = reinforce.HeldOut.of(here, data, reading, tokenizer, stepper.model)
+    asked = {"judge": found.judge, "reward_model": found.reward_model} if isinstance(found, ReinforceRecipe) else {}
+    here = recipe.model_copy(update={"data": found.data, **asked})
+    reading, scoring = reading_of(found), scoring_of(here)
+    source = reinforce.rollout_source(here, data, reading, tokenizer, stepper, scoring=scoring)
+    held = reinforce.HeldOut.of(here, data, reading, tokenizer, stepper.model, scoring=scoring)
     return source, reinforce.stand_in(here, data), _rewards(held, name) if held.prompts else None
 
 

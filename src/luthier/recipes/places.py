@@ -12,6 +12,7 @@ from pathlib import Path
 from luthier.core.errors import DataError
 from luthier.data.reading.rows import find_sources
 from luthier.model.load import FRESH, SEEDLING
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe, Paths
 from luthier.store.runs import RunDirectory
 
@@ -25,9 +26,12 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         "evaluation": None if recipe.data.evaluation is None else _data(recipe.data.evaluation, folder),
         "template": template_from(recipe.data.template, folder),
     }
-    return recipe.model_copy(
-        update={"model": model_from(recipe.model, folder), "data": recipe.data.model_copy(update=data)}
-    )
+    models = {"model": recipe.model}
+    if isinstance(recipe, ReinforceRecipe):
+        asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
+        models |= {key: name for key, name in asked.items() if name is not None}
+    there = {key: model_from(name, folder) for key, name in models.items()}
+    return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
 
 
 def started_in(run: RunDirectory) -> Path | None:

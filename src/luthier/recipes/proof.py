@@ -40,6 +40,7 @@ from luthier.recipes.purpose import bound, kept_task
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.reinforce import HeldOut
 from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.reward_tools import scoring_of
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
 from luthier.store.runs import RunDirectory
@@ -297,7 +298,8 @@ def _check_loss(
     for size in sizes:
         if isinstance(recipe, ReinforceRecipe):
             # What was held out has rewards, not a loss: its prompts are answered again.
-            held = HeldOut.of(recipe, data, reading_of(recipe), data.renderer.tokenizer, model)
+            reading, tokenizer = reading_of(recipe), data.renderer.tokenizer
+            held = HeldOut.of(recipe, data, reading, tokenizer, model, scoring=scoring_of(recipe))
             losses.append(held.rewarded().loss)
         else:
             losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)[0])

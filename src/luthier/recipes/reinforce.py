@@ -29,7 +29,7 @@ from luthier.model.speaker import Sampling
 from luthier.objectives import Objective
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import Paths
-from luthier.rewards import Environment, Tools
+from luthier.rewards import Environment
 from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
 from luthier.train.recall import recall
@@ -67,16 +67,16 @@ class Facts:
         return found
 
 
-def scoring_of(recipe: ReinforceRecipe) -> Scoring:
-    """The reward of a recipe with its tools. Raises RecipeError for a reward that needs what there is not."""
-    return Scoring(recipe.reward, Tools(seed=recipe.seed))
-
-
 def rollout_source(
-    recipe: ReinforceRecipe, data: Prepared, reading: Reading, tokenizer: Tokenizer, stepper: Stepper
+    recipe: ReinforceRecipe,
+    data: Prepared,
+    reading: Reading,
+    tokenizer: Tokenizer,
+    stepper: Stepper,
+    *,
+    scoring: Scoring,
 ) -> RolloutSource:
     """Steps from what the model answers to training prompts while it is trained."""
-    scoring = scoring_of(recipe)
     facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
     knobs = recipe.rollouts
     plan = Plan(
@@ -151,10 +151,16 @@ class HeldOut:
 
     @classmethod
     def of(
-        cls, recipe: ReinforceRecipe, data: Prepared, reading: Reading, tokenizer: Tokenizer, model: LanguageModel
+        cls,
+        recipe: ReinforceRecipe,
+        data: Prepared,
+        reading: Reading,
+        tokenizer: Tokenizer,
+        model: LanguageModel,
+        *,
+        scoring: Scoring,
     ) -> HeldOut:
         """Those of a recipe."""
-        scoring = scoring_of(recipe)
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
         prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
         episodes = _episodes(recipe, data, tokenizer)

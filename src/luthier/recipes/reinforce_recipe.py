@@ -47,6 +47,8 @@ class ReinforceRecipe(FinetuneRecipe):
     reward: Annotated[Reward, Chosen("rewards")] = Field(
         description="what an answer is worth: a reward, or a list of them, lowest first, which becomes a ladder"
     )
+    judge: str | None = Field(None, description="run, folder or hub id of the model that judges, if one is asked")
+    reward_model: str | None = Field(None, description="run of objective reward_model, if the reward is learned")
     rollouts: RolloutKnobs = Field(default_factory=RolloutKnobs, description="how answers are sampled")
     objective: Annotated[Objective, Chosen("objectives")] = Field(
         default_factory=lambda: choose("objectives", Objective, "grpo"), description="what is optimised"
@@ -71,6 +73,24 @@ class ReinforceRecipe(FinetuneRecipe):
                 allowed="an objective that learns from rollouts, such as grpo or ppo",
             )
         return value
+
+    @model_validator(mode="after")
+    def _names_who_is_asked(self) -> ReinforceRecipe:
+        asked: dict[str, str | None] = {"judge": self.judge, "reward-model": self.reward_model}
+        for need, name in asked.items():
+            key = need.replace("-", "_")
+            if need in self.reward.needs and name is None:
+                raise RecipeError(
+                    f"{key} is empty, and the reward {self.reward.method_name()} asks one",
+                    allowed="a run, a folder or a hub id",
+                    do=f"set {key}" + ("" if need == "judge" else " to a run with objective reward_model"),
+                )
+            if need not in self.reward.needs and name is not None:
+                raise RecipeError(
+                    f"{key} is {name!r}, and the reward {self.reward.method_name()} asks none",
+                    do=f"leave {key} out, or choose a reward that asks it",
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_prompts_for_minibatches(self) -> ReinforceRecipe:

@@ -44,8 +44,8 @@ class Function(Reward):
     form: Literal["auto", "messages", "text"] = Field(
         "auto", description="prompts and completions as lists of messages or as texts; auto: as the prompt is"
     )
-    least: float = Field(-math.inf, description="the least it may give; less is an error")
-    most: float = Field(math.inf, description="the most it may give; more is an error")
+    least: float | None = Field(None, description="the least it may give, if there is one; less is an error")
+    most: float | None = Field(None, description="the most it may give, if there is one; more is an error")
 
     @model_validator(mode="after")
     def _there(self) -> Function:
@@ -54,7 +54,7 @@ class Function(Reward):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return (self.least, self.most)
+        return (-math.inf if self.least is None else self.least, math.inf if self.most is None else self.most)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -89,8 +89,9 @@ class Function(Reward):
             return None
         # Numbers of numpy and torch give their own by `item`.
         number = item() if callable(item := getattr(value, "item", None)) else value
-        if not isinstance(number, int | float) or not self.least <= number <= self.most or not _is_float(number):
-            allowed = f"a number from {self.least:g} to {self.most:g}, or None"
+        least, most = self.bounds
+        if not isinstance(number, int | float) or not least <= number <= most or not _is_float(number):
+            allowed = f"a number from {least:g} to {most:g}, or None"
             return RewardError(f"{self.path} gave {shown(value)}", allowed=allowed).of(call.samples[at])
         whole = {name: values[at] for name, values in call.extras.items() if len(values) == len(call.samples)}
         extras = {name: float(extra) for name, extra in whole.items() if isinstance(extra, int | float)}

@@ -31,7 +31,7 @@ class Learned(Reward):
 
     shift: float = Field(0.0, description="what is taken off first, such as the mean over demonstrations")
     scale: float = Field(1.0, gt=0, description="what it is divided by then, such as the standard deviation there")
-    most: float = Field(math.inf, gt=0, description="values beyond this, either way, are cut to it")
+    most: float | None = Field(None, gt=0, description="values beyond this, either way, are cut to it; empty: none are")
     cut_off_cost: float = Field(0.0, ge=0, description="what an answer loses that was cut off at the limit of tokens")
 
     thoughts: bool = Field(False, description="whether the model sees what stands between <think> and </think> too")
@@ -40,7 +40,8 @@ class Learned(Reward):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        return (-self.most - self.cut_off_cost, self.most)
+        most = math.inf if self.most is None else self.most
+        return (-most - self.cut_off_cost, most)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.reward_model is None:
@@ -51,7 +52,8 @@ class Learned(Reward):
     def _one(self, sample: Sample, number: float) -> Verdict:
         if not math.isfinite(number):
             return RewardError(f"the reward model gave {number}", allowed="a finite number").of(sample)
-        value = min(max((number - self.shift) / self.scale, -self.most), self.most)
+        most = math.inf if self.most is None else self.most
+        value = min(max((number - self.shift) / self.scale, -most), most)
         cut = sample.ended == "length"
         reason = f"the reward model gave {number:.4g}" + ("; the answer was cut off" if cut else "")
         return Score(value - self.cut_off_cost * cut, {"raw": number, "cut_off": float(cut)}, reason)
