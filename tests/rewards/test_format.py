@@ -112,3 +112,10 @@ def test_an_answer_made_to_take_for_ever_is_left_out_in_time() -> None:
 def test_a_recipe_that_says_no_form_or_several_is_refused(knobs: dict[str, Any], part: str) -> None:
     with pytest.raises((RecipeError, ValueError), match=re.escape(part)):
         AnswerFormat(**knobs)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"pattern": "a+"}, {"json_object": True}, {"tags": ("plan",)}])
+def test_what_was_written_down_is_read_again(knobs: dict[str, object]) -> None:
+    """Breaks when a run cannot be resumed, since defaults that were written down count as another form."""
+    method = AnswerFormat(**knobs)  # type: ignore[arg-type]
+    assert AnswerFormat(**method.model_dump()) == method

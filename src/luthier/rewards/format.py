@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, final
+from typing import Any, Final, final
 
 import regex
 from pydantic import Field, model_validator
@@ -25,14 +25,18 @@ from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
+DEFAULT: Final = ("think", "answer")
+"""The tags where nothing else is asked for."""
+
 
 @final
 class AnswerFormat(Reward):
     """Tags in order, a JSON object, or a regular expression."""
 
-    tags: tuple[str, ...] = Field(
-        ("think", "answer"), strict=False, description="names of tags, each once and in this order; empty: no tags"
-    )
+    tags: tuple[str, ...] | None = Field(
+        None, strict=False, description="names of tags, each once and in this order; empty: think and answer, where no "
+        "other form is given"
+    )  # fmt: skip
     opened: bool = Field(False, description="whether the prompt opens the first tag already")
     outside: bool = Field(False, description="whether other text may stand before, between and after the tags")
     json_object: bool = Field(False, description="whether the answer, apart from what was thought, is a JSON object")
@@ -42,11 +46,10 @@ class AnswerFormat(Reward):
 
     @model_validator(mode="after")
     def _one_form(self) -> AnswerFormat:
-        given = [name for name in ("json_object", "pattern") if getattr(self, name)]
-        given += ["tags"] if self.tags and ("tags" in self.model_fields_set or not given) else []
-        if len(given) != 1:
+        given = [name for name in ("tags", "json_object", "pattern") if getattr(self, name)]
+        if len(given) > 1 or (not given and self.tags is not None):
             raise RecipeError(f"format is told {given}", allowed="one of tags, json_object and pattern")
-        if wrong := [tag for tag in self.tags if not tag.strip() or set(tag) & set("<>/ ")]:
+        if wrong := [tag for tag in self.tags or () if not tag.strip() or set(tag) & set("<>/ ")]:
             raise RecipeError(f"{wrong[0]!r} is no name of a tag", allowed="a word, as in think")
         if self.pattern:
             _compiled(self.pattern)
@@ -59,7 +62,8 @@ class AnswerFormat(Reward):
         if self.json_object:
             return _verdict(_json_trouble(sample.said))
         if not self.pattern:
-            return self._tagged(f"<{self.tags[0]}>" * self.opened + sample.answer)
+            tags = self.tags or DEFAULT
+            return self._tagged(tags, f"<{tags[0]}>" * self.opened + sample.answer)
         try:
             found = _compiled(self.pattern).fullmatch(sample.answer.strip(), timeout=self.seconds)
         except TimeoutError:
@@ -68,11 +72,11 @@ class AnswerFormat(Reward):
             return RewardError(told, do="write the pattern without nested repetition").of(sample, again=False)
         return _verdict("" if found else "the answer does not match the pattern")
 
-    def _tagged(self, answer: str) -> Score:
-        troubles = {tag: _tag_trouble(answer, tag) for tag in self.tags}
-        places = [(answer.find(f"<{tag}>"), answer.find(f"</{tag}>") + len(tag) + 3) for tag in self.tags]
+    def _tagged(self, tags: tuple[str, ...], answer: str) -> Score:
+        troubles = {tag: _tag_trouble(answer, tag) for tag in tags}
+        places = [(answer.find(f"<{tag}>"), answer.find(f"</{tag}>") + len(tag) + 3) for tag in tags]
         order = "" if any(troubles.values()) else _order_trouble(answer, places, outside=self.outside)
-        right = 0.0 if order else sum(not trouble for trouble in troubles.values()) / len(self.tags)
+        right = 0.0 if order else sum(not trouble for trouble in troubles.values()) / len(tags)
         reason = "; ".join(filter(None, [*troubles.values(), order]))
         parts = {f"<{tag}>": float(not trouble) for tag, trouble in troubles.items()}
         return Score(right if self.partial else float(right == 1), parts, reason, reason)
