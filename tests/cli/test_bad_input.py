@@ -51,7 +51,7 @@ def test_an_unknown_method_or_a_wrong_type_is_told_with_its_place(refused: Calla
     luthier("init", "--dry-run", "--set", "adapter.method=loraa").must(2, "--set: adapter: 'loraa' is no method")
     refused(2, ("--set x; --set key=value",), "x")
     refused(2, ("batch has both tokens and rows", "one of the two"), "batch.tokens=64")
-    refused(2, ("objective", "'dpo' is no method"), "objective=dpo")
+    refused(2, ("objective", "'quiet_star' is no method"), "objective=quiet_star")
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path, refused: Callable[..., str]) -> None:

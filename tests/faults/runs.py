@@ -55,7 +55,12 @@ def _of_decoders(family: str) -> list[str]:
     names = list(catalog.names(family))
     if family != "objectives":
         return names
-    return [name for name in names if choose(family, Objective, name).task(("one", "other")) == CAUSAL]
+    methods = {name: choose(family, Objective, name) for name in names}
+    return [name for name, method in methods.items() if method.task(("one", "other")) == CAUSAL and _of_talks(method)]
+
+
+def _of_talks(method: Objective) -> bool:
+    return method.meanings is None or "conversation" in method.meanings
 
 
 @dataclass(frozen=True)

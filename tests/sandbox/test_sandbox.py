@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -297,3 +298,12 @@ def test_a_hundred_candidates_a_second(way: str) -> None:
     print(f"{way}: {rate:.0f} candidates/s, {1000 * used / len(programs):.1f} ms of processor time each")
     assert all(outcome.status is Status.ENDED for outcome in outcomes)
     assert used / len(programs) < 0.020
+
+
+def test_a_host_with_many_open_files_shows_none_of_them() -> None:
+    """Breaks when a descriptor keeps the number that it has in the host, where a guest would find it."""
+    with contextlib.ExitStack() as kept:
+        for _ in range(300):
+            kept.enter_context(Path("/dev/null").open())
+        with strongest() as sandbox:
+            assert sandbox.run(Program("print(1)")).stdout == "1\n"

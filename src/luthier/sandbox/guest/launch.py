@@ -46,6 +46,8 @@ def start(settings: dict[str, Any]) -> None:
         _make_root(settings, view)
     os.chdir("/")
     k.set_dumpable(False)
+    # The sources were read from it. Its number is the host's, and a guest would find it.
+    os.close(int(sys.argv[1]))
     control = socket.socket(fileno=os.dup(CONTROL))
     nothing = os.open("/dev/null", os.O_RDWR)
     os.dup2(nothing, CONTROL)
