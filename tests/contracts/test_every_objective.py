@@ -79,7 +79,7 @@ def test_trees_keep_the_row_they_came_from(name: str) -> None:
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Breaks when an objective remembers what it has seen, or has trained parts that are not saved."""
     assert_resumes(Setup(objective=name, dtype=dtype), tmp_path)

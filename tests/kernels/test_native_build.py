@@ -19,6 +19,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
+    # Nothing here asks how fast it is.
+    hasty = tuple("-O0" if flag == "-O3" else flag for flag in native_build.FLAGS)
+    monkeypatch.setattr(native_build, "FLAGS", hasty)
     return tmp_path / "native"
 
 
