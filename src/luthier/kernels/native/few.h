@@ -6,9 +6,9 @@
 // the number of threads. Weights that are kept in fewer bits are unpacked a few rows at a time into the cache of the
 // core that multiplies them, or vector by vector where few rows of x leave the time for it.
 //
-// What comes next is fetched past the outer caches (the hint for data that are used once): on the machine this was
-// measured on the same loops read 30 to 50 % more bytes a second than with the hint for the second cache, and one row of
-// W after another, with long stretches for each thread, 50 % more than four rows at once. docs/generation.md has both.
+// What comes next is fetched past the outer caches (the hint for data that are used once), and with few rows of x one row
+// of W follows another, in long stretches for each thread: more bytes a second than with the hint for the second cache
+// and four rows at once. benchmarks/few_rows.py measures it.
 
 #pragma once
 

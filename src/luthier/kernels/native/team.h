@@ -1,9 +1,8 @@
 // Many short pieces of work on the threads of OpenMP, which are those that torch uses.
 //
-// Threads of our own, for which nobody waits where they have not come, were tried: on a busy machine a product took a
-// twentieth of the time. But between its own regions torch's threads go on looking for work for some milliseconds, on
-// the cores that ours needed, and on a quiet machine sixteen texts took half as long again. As long as torch computes
-// between our calls, its threads are the ones to use.
+// Threads of our own, for which nobody waits where they have not come, would serve a busy machine better. But between its
+// own regions torch's threads go on looking for work for some milliseconds, on the cores that ours would need. As long
+// as torch computes between our calls, its threads are the ones to use.
 
 #pragma once
 

@@ -1,0 +1,55 @@
+"""Products of a few rows with the matrices of Qwen2.5-0.5B's shape: bytes of weights read and operations a second.
+
+    python benchmarks/few_rows.py
+
+Each product has another matrix than the one before it, so that weights come from memory. The library's own product of
+the same tensors stands beside ours. The best of five looks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from luthier.kernels.chosen import backend_for
+
+SHAPES = ((4864, 896), (896, 4864), (896, 896), (151936, 896))
+ROWS = (1, 4, 16, 32)
+BYTES = 300 << 20
+"""Of all matrices of a shape together: more than any cache holds."""
+
+
+def seconds(product: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
+    """How long one product takes, at best."""
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        for weight in weights:
+            product(weight)
+        best = min(best, (time.perf_counter() - began) / len(weights))
+    return best
+
+
+def main() -> int:
+    backend, missing = backend_for("auto", torch.device("cpu"), torch.bfloat16)
+    print(f"{backend.identity} {missing}, {torch.get_num_threads()} threads, bfloat16")
+    print(f"{'weight':>14} {'rows':>4} {'GB/s':>6} {'GFLOP/s':>8} {'library GB/s':>13}")
+    for outs, size in SHAPES:
+        count = max(1, BYTES // (2 * outs * size))
+        weights = [torch.randn(outs, size).bfloat16() for _ in range(count)]
+        for rows in ROWS:
+            x = torch.randn(rows, size).bfloat16()
+            with torch.no_grad():
+                ours = seconds(lambda weight, x=x: backend.product(x, weight, None), weights)
+                theirs = seconds(lambda weight, x=x: torch.nn.functional.linear(x, weight), weights)
+            moved, work = 2 * outs * size / 1e9, 2 * rows * outs * size / 1e9
+            print(f"{outs:>7}x{size:<6} {rows:>4} {moved / ours:6.1f} {work / ours:8.0f} {moved / theirs:13.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
