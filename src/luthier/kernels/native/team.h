@@ -1,20 +1,147 @@
-// Many short pieces of work on the threads of OpenMP, which are those that torch uses.
+// Threads that help with many short pieces of work, and are never waited for where they have not come.
 //
-// Threads of our own, for which nobody waits where they have not come, would serve a busy machine better. But between its
-// own regions torch's threads go on looking for work for some milliseconds, on the cores that ours would need. As long
-// as torch computes between our calls, its threads are the ones to use.
+// A barrier of OpenMP ends when every thread has passed it. When another program has a core, that is after the scheduler
+// has given the late thread its turn, some milliseconds; a text's token passes hundreds of barriers. Here whoever calls
+// takes piece after piece; a helper that arrives takes some of them; when none is left the door is closed, and only
+// those are waited for who came in and still have a piece in their hands. So a busy machine costs what its busy cores
+// would have added, and no more.
 
 #pragma once
 
 #include <omp.h>
+#include <pthread.h>
 
+#include <algorithm>
+#include <atomic>
+#include <climits>
 #include <cstdint>
+#include <mutex>
+#include <system_error>
+#include <thread>
 
-struct Team {
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+static inline void breathe() { _mm_pause(); }
+#else
+static inline void breathe() { std::this_thread::yield(); }
+#endif
+
+class Team {
+  public:
+    typedef void (*Work)(const void* context, int64_t piece, int member);
+
+    // Members that pieces may be done by: the one who calls is number 0.
+    static int most() { return omp_get_max_threads(); }
+
     // work(piece, member) for each piece, in any order; back when all are done. Unless they are `worth` it the caller
     // does them all.
     template <typename Do> static void run(int64_t pieces, const Do& work, bool worth) {
-#pragma omp parallel for schedule(dynamic, 1) if (worth && pieces > 1)
-        for (int64_t piece = 0; piece < pieces; piece++) work(piece, omp_get_thread_num());
+        const int helpers = worth ? std::min<int64_t>(most(), pieces) - 1 : 0;
+        if (helpers > 0) {
+            Team& team = the();
+            // Two callers at once: the second one does its work alone.
+            if (team.taken.try_lock()) {
+                team.together(pieces, helpers, &work, [](const void* context, int64_t piece, int member) {
+                    (*static_cast<const Do*>(context))(piece, member);
+                });
+                team.taken.unlock();
+                return;
+            }
+        }
+        for (int64_t piece = 0; piece < pieces; piece++) work(piece, 0);
     }
+
+  private:
+    static constexpr int SPINS = 4000;           // looks at the door before a helper sleeps: some 50 microseconds
+    static constexpr uint32_t OPEN = 1u << 31;   // in `door`, beside the number of helpers that are in
+    std::mutex taken;
+    std::atomic<uint32_t> calls{0};              // changes with each call, and what helpers sleep on
+    std::atomic<int> sleeping{0};
+    std::atomic<uint32_t> door{0};
+    std::atomic<int64_t> next{0};
+    int64_t pieces = 0;
+    int wanted = 0, started = 0;
+    const void* context = nullptr;
+    Work work = nullptr;
+
+    // One for a process, never destroyed: its helpers may look at it until the process ends. A fork has none of them.
+    static Team& the() {
+        static std::once_flag once;
+        std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { current().store(nullptr); }); });
+        Team* found = current().load(std::memory_order_acquire);
+        if (found == nullptr) {
+            Team* fresh = new Team;
+            if (current().compare_exchange_strong(found, fresh)) found = fresh;
+            else delete fresh;
+        }
+        return *found;
+    }
+    static std::atomic<Team*>& current() {
+        static std::atomic<Team*> team{nullptr};
+        return team;
+    }
+
+    void together(int64_t count, int helpers, const void* given, Work what) {
+        for (; started < helpers; started++) {
+            try {
+                std::thread(&Team::help, this, started + 1).detach();
+            } catch (const std::system_error&) {
+                break;  // Fewer hands: the work is done all the same.
+            }
+        }
+        pieces = count, wanted = helpers, context = given, work = what;
+        next.store(0, std::memory_order_relaxed);
+        door.store(OPEN, std::memory_order_release);
+        calls.fetch_add(1, std::memory_order_seq_cst);
+        if (sleeping.load(std::memory_order_seq_cst) > 0) wake(helpers);
+        take(0);
+        door.fetch_and(~OPEN, std::memory_order_acq_rel);
+        while (door.load(std::memory_order_acquire) != 0) breathe();
+    }
+
+    void take(int member) {
+        for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) work(context, piece, member);
+    }
+
+    void help(int member) {
+        for (uint32_t seen = 0;;) {
+            seen = after(seen);
+            uint32_t now = door.load(std::memory_order_acquire);
+            while ((now & OPEN) && !door.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {}
+            if (!(now & OPEN)) continue;
+            if (member <= wanted) take(member);
+            door.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    // The number of the call after the one that was `seen`, when it comes.
+    uint32_t after(uint32_t seen) {
+        uint32_t now;
+        for (int spin = 0; spin < SPINS; spin++) {
+            if ((now = calls.load(std::memory_order_acquire)) != seen) return now;
+            breathe();
+        }
+        sleeping.fetch_add(1, std::memory_order_seq_cst);
+        while ((now = calls.load(std::memory_order_seq_cst)) == seen) sleep(seen);
+        sleeping.fetch_sub(1, std::memory_order_seq_cst);
+        return now;
+    }
+
+#if defined(__linux__)
+    void sleep(uint32_t seen) {
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&calls), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    }
+    void wake(int count) {
+        syscall(SYS_futex, reinterpret_cast<uint32_t*>(&calls), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
+    }
+#else
+    void sleep(uint32_t) { std::this_thread::yield(); }
+    void wake(int) {}
+#endif
 };
