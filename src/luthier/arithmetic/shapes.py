@@ -34,6 +34,15 @@ class Matrix:
         return self.count * self.outputs * self.inputs
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Heads of attention: how many of queries, how many of keys and values, and the numbers of each."""
+
+    count: int
+    groups: int
+    size: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A decoder in numbers. `vectors` are norms and biases; `windows` are what layers see of the past, None for all.
@@ -41,13 +50,10 @@ class Shape:
     `positions` are rows of a learned table. `matrices` are those of the blocks.
     """
 
-    family: str
     layers: int
     hidden: int
     inner: int
-    heads: int
-    key_value_heads: int
-    head_size: int
+    heads: Heads
     vocabulary: int
     gated: bool
     tied: bool
@@ -60,12 +66,12 @@ class Shape:
     @property
     def query(self) -> int:
         """Width of queries."""
-        return self.heads * self.head_size
+        return self.heads.count * self.heads.size
 
     @property
     def key_value(self) -> int:
         """Width of keys, and of values."""
-        return self.key_value_heads * self.head_size
+        return self.heads.groups * self.heads.size
 
     @property
     def blocks(self) -> int:
@@ -151,15 +157,11 @@ def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
         return value
 
     layers, hidden, heads = size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads")
-    head_size = size("head_dim", hidden // heads)
     shape = Shape(
-        family=name,
         layers=layers,
         hidden=hidden,
         inner=size("intermediate_size", 4 * hidden),
-        heads=heads,
-        key_value_heads=size("num_key_value_heads", heads),
-        head_size=head_size,
+        heads=Heads(heads, size("num_key_value_heads", heads), size("head_dim", hidden // heads)),
         vocabulary=size("vocab_size"),
         gated=family.gated,
         tied=bool(values.get("tie_word_embeddings", False)),
@@ -206,7 +208,7 @@ def _vectors(shape: Shape, family: Family, values: Mapping[str, Any]) -> int:
     if values.get("attention_bias") is False:
         biases -= {"qkv", "o"}
     norm = shape.hidden * (1 + family.norm_biases)
-    block = family.norms * norm + 2 * shape.head_size * family.head_norms
+    block = family.norms * norm + 2 * shape.heads.size * family.head_norms
     block += (shape.query + 2 * shape.key_value) * ("qkv" in biases) + shape.hidden * ("o" in biases)
     block += ((1 + shape.gated) * shape.inner + shape.hidden) * ("mlp" in biases)
     return shape.layers * block + norm + shape.vocabulary * ("head" in biases)

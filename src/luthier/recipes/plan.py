@@ -177,16 +177,17 @@ class Laid:
 
 
 def lay(config: Path, knobs: PlanKnobs, before: Laid | None = None) -> Laid:
-    """The model of a config file with the adapter on; that of `before` where it is the same model."""
-    checked = read_config(config, quantized=True)
+    """The model of a config file with the adapter on; that of `before`, where there is one."""
     if before is not None:
-        model, shape = before.model, before.shape
-    else:
-        text = checked.config.get_text_config()
-        shape = shape_of(text.to_dict())
-        widest = (shape.hidden, shape.inner)
-        dtype, _ = choose_precision(knobs.precision, widest, torch.device(kind_of_device(knobs)))
-        model = empty_model(checked.config, str(config), dtype=dtype, device=kind_of_device(knobs))
+        on = before.model.attachments.values()
+        if before.knobs.adapter == knobs.adapter and any(each is before.attachment for each in on):
+            return Laid(knobs, before.shape, before.model, before.attachment)
+        return Laid(knobs, before.shape, before.model, attach_empty(before.model, knobs.adapter.attach))
+    checked = read_config(config, quantized=True)
+    shape = shape_of(checked.config.get_text_config().to_dict())
+    kind = kind_of_device(knobs)
+    dtype, _ = choose_precision(knobs.precision, (shape.hidden, shape.inner), torch.device(kind))
+    model = empty_model(checked.config, str(config), dtype=dtype, device=kind)
     return Laid(knobs, shape, model, attach_empty(model, knobs.adapter.attach))
 
 

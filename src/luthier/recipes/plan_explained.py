@@ -38,7 +38,7 @@ def _state(laid: Laid, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("weights", f"blocks {count_text(shape.blocks)} x {bits:.2f} bits ({packing}) + {count_text(rest)} x {number} "
                     f"bytes = {bytes_text(memory['weights'])}{shared}"),
-        ("trained", f"{count_text(trained)} x {memory['trained'] / trained:.2f} bytes = "
+        ("their copies", f"{count_text(trained)} x {memory['trained'] / trained:.2f} bytes = "
                     f"{bytes_text(memory['trained'])}: what computes, and its float32 master"),
         ("gradients", f"{count_text(trained)} x {memory['gradients'] / trained:.2f} bytes, in float32 = "
                       f"{bytes_text(memory['gradients'])}"),
