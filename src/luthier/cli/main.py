@@ -27,6 +27,7 @@ from luthier.cli import (
     generate,
     init,
     lint,
+    plan,
     quantize,
     resume,
     serve,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
