@@ -104,7 +104,7 @@ def by_config(model: Any, adapter: Any, optimizer: Any, recomputed: int, tokens:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config.to_diff_dict(), default=str))
         laid = lay(Path(folder) / "config.json", knobs)
-    needed = laid.needed(tokens // 256, 256, None)
+    needed = laid.needed(max(1, round(tokens / 256)), 256, None)
     # No checkpoint is written here.
     return needed["total"] - needed["saving"]
 

@@ -133,19 +133,18 @@ def test_recomputing_takes_as_few_blocks_as_fit(eight: Path) -> None:
     plenty = lay(eight, knobs("lora", 80e9, sequence=8192))
     needs = [plenty.needed(1, 8192, None)["total"]]
     for count in range(1, 33):
-        needs.append(total(lay(eight, knobs("lora", 80e9, sequence=8192, recompute=count), plenty)))
+        needs.append(total(plenty.asked(recompute=count)))
     for count in (1, 7, 20):
-        tight = lay(eight, knobs("lora", float(needs[count]), sequence=8192), plenty)
-        told = tight.needed(1, 8192, needs[count])
+        told = plenty.needed(1, 8192, needs[count])
         assert told["recomputed"] == next(n for n in range(33) if needs[n] <= needs[count])
         assert told["total"] <= needs[count]
-    again, none = (plan_training(lay(eight, knobs("lora", recompute=each), plenty), RATES) for each in ("all", "none"))
+    again, none = (plan_training(plenty.asked(recompute=each), RATES) for each in ("all", "none"))
     assert again["memory"]["recomputed"] == 32 and none["memory"]["recomputed"] == 0
     # Time counts what is made again, the FLOPs that must be done do not.
     assert again["flops_per_token"] == none["flops_per_token"]
     assert again["seconds_per_1k_tokens"] > 1.2 * none["seconds_per_1k_tokens"]
     with pytest.raises(RecipeError, match="recompute is 99"):
-        lay(eight, knobs("lora", recompute=99), plenty).needed(1, 8, 1e9)
+        plenty.asked(recompute=99).needed(1, 8, 1e9)
 
 
 def test_the_largest_that_fits_is_the_largest(eight: Path) -> None:

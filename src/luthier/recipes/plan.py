@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,18 +82,24 @@ class Machine:
 
 @dataclass(frozen=True)
 class Laid:
-    """A model without memory, with the adapter of a plan on it."""
+    """A model without memory, with the adapter of a plan on it, and the formulas of its passes."""
 
     knobs: PlanKnobs
     shape: Shape
     model: LanguageModel
     attachment: Attachment
+    formulas: Formulas
 
-    @cached_property
-    def formulas(self) -> Formulas:
-        """What tells its passes; on a CPU without C++ tensors lie apart."""
-        apart = self.kind == "cpu" and not isinstance(self.model.executor.backend, NativeBackend)
-        return Formulas.of(self.model, self.attachment, apart=apart)
+    @classmethod
+    def of(cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel) -> Laid:
+        """The model with the adapter put on; on a CPU without C++ tensors lie apart."""
+        attachment = attach_empty(model, knobs.adapter.attach)
+        apart = kind_of_device(knobs) == "cpu" and not isinstance(model.executor.backend, NativeBackend)
+        return cls(knobs, shape, model, attachment, Formulas.of(model, attachment, apart=apart))
+
+    def asked(self, **other: Any) -> Laid:
+        """The same with knobs that change neither the adapter nor the model."""
+        return replace(self, knobs=self.knobs.model_copy(update=other))
 
     @property
     def kind(self) -> str:
@@ -181,14 +187,14 @@ def lay(config: Path, knobs: PlanKnobs, before: Laid | None = None) -> Laid:
     if before is not None:
         on = before.model.attachments.values()
         if before.knobs.adapter == knobs.adapter and any(each is before.attachment for each in on):
-            return Laid(knobs, before.shape, before.model, before.attachment)
-        return Laid(knobs, before.shape, before.model, attach_empty(before.model, knobs.adapter.attach))
+            return replace(before, knobs=knobs)
+        return Laid.of(knobs, before.shape, before.model)
     checked = read_config(config, quantized=True)
     shape = shape_of(checked.config.get_text_config().to_dict())
     kind = kind_of_device(knobs)
     dtype, _ = choose_precision(knobs.precision, (shape.hidden, shape.inner), torch.device(kind))
     model = empty_model(checked.config, str(config), dtype=dtype, device=kind)
-    return Laid(knobs, shape, model, attach_empty(model, knobs.adapter.attach))
+    return Laid.of(knobs, shape, model)
 
 
 def plan_training(laid: Laid, machine: Machine = Machine()) -> dict[str, Any]:

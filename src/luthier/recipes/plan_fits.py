@@ -60,11 +60,14 @@ def advice(config: Path, laid: Laid) -> list[dict[str, Any]]:
     knobs = laid.knobs
     if available is None or laid.needed(knobs.batch, knobs.sequence, available)["total"] <= available:
         return []
-    found = [_told(config, laid, change, available) for kind in _KINDS for change in kind(laid, available)]
+    found, now = [], laid
+    # All of them first: from then on the model has other adapters on.
+    for change in [change for kind in _KINDS for change in kind(laid, available)]:
+        now = lay(config, change.knobs, now)
+        found.append(_told(now, change, available))
+    laid = lay(config, knobs, now)
     if not any(each["fits"] for each in found):
         found += _together(config, laid, available)
-    # What is on the model is what was asked for again.
-    lay(config, knobs, laid)
     return [each for each in found if each["fits"]] + [each for each in found if not each["fits"]]
 
 
@@ -83,15 +86,14 @@ def _together(config: Path, laid: Laid, available: float) -> list[dict[str, Any]
             " and ".join(each.what for each in taken), tuple(sets.values()),
             "; ".join(dict.fromkeys(each.price for each in taken)), change.knobs,
         )  # fmt: skip
-        told = _told(config, now, both, available)
+        told = _told(now, both, available)
         if told["fits"]:
             return [told]
     return []
 
 
-def _told(config: Path, laid: Laid, change: Change, available: float) -> dict[str, Any]:
+def _told(changed: Laid, change: Change, available: float) -> dict[str, Any]:
     """A change, and the total with it."""
-    changed = lay(config, change.knobs, laid)
     total = changed.needed(change.knobs.batch, change.knobs.sequence, available)["total"]
     return {
         "change": change.what, "set": list(change.sets), "price": change.price, "total": total,
@@ -181,8 +183,7 @@ def _devices(laid: Laid, available: float) -> int | None:
     """The fewest devices, doubling, that are enough where they divide weights, gradients and state."""
     knobs, count = laid.knobs, 2
     while count <= MOST_DEVICES:
-        divided = Laid(knobs.model_copy(update={"devices": count, "sharding": "fsdp"}), laid.shape, laid.model,
-                       laid.attachment)  # fmt: skip
+        divided = laid.asked(devices=count, sharding="fsdp")
         if divided.needed(knobs.batch, knobs.sequence, available)["total"] <= available:
             return count
         count *= 2
