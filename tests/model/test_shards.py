@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import CorruptError, DiskFullError, LuthierError, MissingError, UnsafeArtifactError
 from luthier.model import shards
-from luthier.model.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, order_of_bytes, write_shards
+from luthier.model.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, write_shards
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry, verify
 
@@ -34,6 +34,11 @@ TENSORS = {
 
 def slots(tensors: dict[str, torch.Tensor] = TENSORS) -> dict[str, Slot]:
     return {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def beside(folder: Path) -> Path:
+    (folder / "beside").mkdir()
+    return folder / "beside"
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -56,7 +61,10 @@ def test_what_is_written_is_what_safetensors_and_we_read(tmp_path: Path, limit: 
     with Shards(tmp_path) as ours:
         assert ours.slots.keys() == TENSORS.keys() and ours.bytes == sum(slot.bytes for slot in slots().values())
         assert all(same(tensor, TENSORS[name]) for name, tensor in ours.each())
-        assert list(order_of_bytes(slots(), limit)) == list(ours.slots)
+        with ShardWriter(beside(tmp_path), slots(), shard_bytes=limit) as writer:
+            assert list(writer.order) == list(ours.slots)
+            for name, tensor in TENSORS.items():
+                writer.write(name, tensor)
 
 
 def test_rows_are_read_alone_and_into_a_buffer(tmp_path: Path) -> None:

@@ -240,6 +240,11 @@ class ShardWriter:
             self._files.append(file)
             self._owner.update(dict.fromkeys(names, file))
 
+    @property
+    def order(self) -> Sequence[str]:
+        """The names as their bytes lie: what is written in this order need not be read back for its digest."""
+        return [name for file in self._files for name in file.order]
+
     def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Put a tensor, or rows of it from row `first` on, into its file. Raises StorageError, DiskFullError."""
         slot = self._slots[name]
@@ -331,6 +336,10 @@ class _File:
                 raise
         self._put(memoryview(header), 0)
 
+    @property
+    def order(self) -> Sequence[str]:
+        return list(self._begins)
+
     def write(self, name: str, data: memoryview, begin: int) -> None:
         self._put(data, self._begins[name] + begin)
         with self._lock:
@@ -392,8 +401,3 @@ def _header(places: Mapping[str, TensorPlace], metadata: str) -> bytes:
     text = json.dumps({"__metadata__": {"format": metadata}, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
-
-
-def order_of_bytes(slots: Mapping[str, Slot], shard_bytes: int = SHARD_BYTES) -> Sequence[str]:
-    """The names in the order in which their bytes lie in the files: whoever writes in it is never read back."""
-    return [name for names in shards_of(slots, shard_bytes) for name in _laid_out({key: slots[key] for key in names})]
