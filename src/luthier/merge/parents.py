@@ -7,51 +7,19 @@ of its weights. Rows that a parent's vocabulary does not have are filled from th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from luthier.core.errors import CorruptError, RecipeError
+from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
-from luthier.data.reading.strict_json import excerpt
-from luthier.model.json_files import read_object
-from luthier.model.shards import Shards, Slot
-from luthier.model.tensor_files import load_tensors
-
-ADAPTER_CONFIG: Final = "adapter_config.json"
-ADAPTER_TENSORS: Final = "adapter_model.safetensors"
-_PREFIX: Final = "base_model.model."
-_PLAIN: Final = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
-"""What an adapter's config must not have, to be a product of two factors for each tensor."""
-
-
-@final
-@dataclass(frozen=True)
-class Factors:
-    """What LoRA adds to a tensor: `up @ down`, the scale in `up`; as (in, out) where the file keeps it so."""
-
-    down: Float[Tensor, "r in"]
-    up: Float[Tensor, "out r"]
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        shape = (len(self.up), self.down.shape[1])
-        return shape[::-1] if self.transposed else shape
-
-    def add_to(self, rows: Float[Tensor, "rows columns"], first: int) -> None:
-        """Add these rows of the product."""
-        own = slice(first, first + len(rows))
-        if self.transposed:
-            rows.addmm_(self.down[:, own].t(), self.up.t())
-        else:
-            rows.addmm_(self.up[own], self.down)
+from luthier.merge.lora import Factors, factors_of
+from luthier.model.shards import Shards
 
 
 @final
@@ -80,7 +48,7 @@ class Parent:
             )
         shards = Shards(source)
         try:
-            factors = {} if adapter is None else read_factors(adapter, shards.slots)
+            factors = {} if adapter is None else factors_of(adapter, shards.slots)
         except BaseException:
             shards.close()
             raise
@@ -117,63 +85,6 @@ class Parent:
                 found[start : start + len(run)] = self.rows(name, run[0], run[-1] + 1)
             start += len(run)
         return found
-
-
-def read_factors(folder: Path, slots: Mapping[str, Slot]) -> dict[str, Factors]:
-    """What the LoRA adapter in `folder` (PEFT's format) adds to each tensor of `slots`, in float32.
-
-    Raises RecipeError for another kind of adapter, and CorruptError where factors have no tensor or do not fit it.
-    """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise RecipeError(f"{folder} holds no {ADAPTER_CONFIG}", do="name a folder in PEFT's format")
-    config = read_object(folder / ADAPTER_CONFIG)
-    odd = [key for key in _PLAIN if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd:
-        what = f"uses {odd[0]}" if odd else f"is of type {config.get('peft_type')!r:.40}"
-        raise RecipeError(
-            f"the adapter in {folder} {what}",
-            allowed="plain LoRA",
-            do="write the tuned model as a folder of whole weights first, and merge that",
-        )
-    tensors = load_tensors(folder / ADAPTER_TENSORS)
-    stems = {name.partition(".lora_A")[0] for name in tensors if ".lora_A." in name}
-    known = {f"{stem}.lora_{part}.weight" for stem in stems for part in "AB"}
-    if strange := sorted(set(tensors) ^ known):
-        raise CorruptError(f"{excerpt(strange[0])} has no partner or no place", allowed="lora_A and lora_B in pairs",
-                           where=str(folder / ADAPTER_TENSORS))  # fmt: skip
-    found = {}
-    for stem in sorted(stems):
-        module = stem.removeprefix(_PREFIX)
-        name = next((each for each in _names(module) if each in slots), None)
-        if name is None:
-            raise CorruptError(f"the model has no tensor for {excerpt(module)}", where=str(folder),
-                               do="name the model that the adapter was trained on")  # fmt: skip
-        down, up = (tensors[f"{stem}.lora_{part}.weight"].float() for part in "AB")
-        factors = Factors(down, up * scale_of(config, module), bool(config.get("fan_in_fan_out")))
-        if factors.shape != slots[name].shape:
-            raise CorruptError(f"the factors of {excerpt(module)} make {factors.shape}", allowed=str(slots[name].shape),
-                               where=str(folder), do="name the model that the adapter was trained on")  # fmt: skip
-        found[name] = factors
-    return found
-
-
-def scale_of(config: Mapping[str, Any], module: str) -> float:
-    """What the product of a module's factors is multiplied by."""
-    rank, alpha = (
-        next((value for ending, value in (config.get(patterns) or {}).items()
-              if module == ending or module.endswith(f".{ending}")), config.get(key))
-        for patterns, key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )  # fmt: skip
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise CorruptError(f"the adapter has r = {rank!r} and lora_alpha = {alpha!r}", allowed="numbers above 0",
-                           do="save the adapter again")  # fmt: skip
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _names(module: str) -> tuple[str, ...]:
-    """What a file may call the weight of a module: with or without the name of the body around it."""
-    inner = module.partition(".")[2]
-    return f"{module}.weight", f"{inner}.weight", f"model.{module}.weight"
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

@@ -102,7 +102,8 @@ class Plan:
 
 def plan(parents: Sequence[Parent], wanted: Wanted) -> Plan:
     """The jobs of a merge. Raises RecipeError for parents that do not fit each other, or knobs that fit no tensor."""
-    wanted.method.require(len(wanted.models), base=wanted.base is not None)
+    if not wanted.slices:
+        wanted.method.require(len(wanted.models), base=wanted.base is not None)
     unknown = [key for key in wanted.vary if key not in type(wanted.method).model_fields]
     if unknown:
         raise RecipeError(f"{wanted.method.method_name()} has no knob {unknown[0]!r}",

@@ -56,7 +56,7 @@ class Room:
             raise RecipeError(
                 f"memory is {bytes_text(self.memory_bytes)}, and a row of {columns:,} numbers of {models} models needs "
                 f"{bytes_text(2 * (self.threads + WAITING) * each)}",
-                do="give it more: --memory 2GB",
+                do="give it more: --set memory_gb=2",
             )
         return max(1, min(rows, BLOCK // max(columns, 1)))
 
@@ -107,7 +107,7 @@ def _merged(
     slot = job.slot
     height = room.block(len(job.origins), slot.columns)
     firsts = range(0, slot.rows, height)
-    source = _Source(parents, job)
+    source = Source(parents, job)
     raw = sum(parents[origin.parent].shards.slots[origin.name].bytes for origin in job.origins)
     if job.method.passes and len(firsts) > 1 and room.keeps(raw):
         keeping = [partial(source.keep, number) for number in range(len(job.origins))]
@@ -128,7 +128,7 @@ def _merged(
                            based=job.base is not None)  # fmt: skip
 
 
-def _block(source: _Source, job: Job, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
+def _block(source: Source, job: Job, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
     part = source.part(first, height)
     merged = job.method.merge(part, seen)
     found = measured(part, merged, seen)
@@ -141,7 +141,7 @@ def _block(source: _Source, job: Job, first: int, height: int, seen: Sequence[Su
 
 
 @final
-class _Source:
+class Source:
     """The rows of one job, from files or from what was kept of them."""
 
     def __init__(self, parents: Sequence[Parent], job: Job) -> None:
