@@ -1,8 +1,8 @@
 """Several LoRA adapters as one, by their factors: no weight of the model's size is ever made.
 
 Idea: with Q_u and Q_d orthonormal bases of all columns of the second factors and all rows of the first ones, every
-change is Q_u C_i Q_d^T with a small core C_i, and lengths and angles of changes are those of their cores. So methods that
-give a weighted sum (linear, slerp, karcher) are applied to the cores, and are what they would be on whole weights.
+change is Q_u C_i Q_d^T with a small core C_i, and lengths and angles of changes are those of their cores. So methods
+that give a weighted sum (linear, slerp, karcher) are applied to the cores, and are what they would be on whole weights.
 Methods that treat numbers one by one (ties, dare, ...) depend on the basis; they are applied to the parts V_i of the
 shared singular basis [D_1 ... D_n] = U S [V_1 ... V_n]^T, where changes are aligned. The result is cut to a rank by the
 singular values of its core, and what that loses is told.

@@ -1,7 +1,7 @@
 """LoRA factors from files: what an adapter adds to each module, as two thin matrices.
 
-Idea: an adapter in PEFT's format is a pair of factors for each module and a scale. Read here, the scale is in the second
-factor, and everything that would make the sum of base and product wrong (dora, trained heads, biases) is refused.
+Idea: an adapter in PEFT's format is a pair of factors for each module and a scale. Read here, the scale is in the
+second factor, and what would make the sum of base and product wrong (dora, trained heads, biases) is refused.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ def merge_adapters(knobs: AdapterKnobs, out: Path) -> dict[str, Any]:
     if merger is not None:
         merger.require(len(folders), base=True)
     cut = None if knobs.method == CAT and knobs.rank is None else rank
-    found = {module: _joined(module, pairs, knobs, merger, cut) for module in sorted({m for each in pairs for m in each})}
+    modules = sorted({module for each in pairs for module in each})
+    found = {module: _joined(module, pairs, knobs, merger, cut) for module in modules}
     config = {**config_of(folders[0]), "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {},
               "alpha_pattern": {}, "target_modules": _targets(found)}  # fmt: skip
 
