@@ -79,7 +79,8 @@ def test_a_missing_row_is_filled_from_those_that_have_it(tmp_path: Path) -> None
     from tests.mergers_of import merger
 
     opened, found = union(tmp_path, ["<x>"], ["<z>"])
-    wanted = Wanted(merger("linear"), (0, 1), None, (Setting.of(1, "weight"),) * 2, torch.float32, vocabulary=found.rows)
+    even = (Setting.of(1, "weight"),) * 2
+    wanted = Wanted(merger("linear"), (0, 1), None, even, torch.float32, vocabulary=found.rows)
     planned = plan(opened, wanted)
     job = next(job for job in planned.jobs if job.name == "lm_head.weight")
     assert job.slot.shape == (6, WIDTH)
