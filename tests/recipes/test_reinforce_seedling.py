@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier.model.load import SEEDLING, resolve_source
+from luthier.model.sources import SEEDLING, resolve_source
 from tests.cli.commands import events, luthier
 
 SUMS = """

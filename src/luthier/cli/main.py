@@ -28,6 +28,7 @@ from luthier.cli import (
     init,
     lint,
     plan,
+    merge,
     quantize,
     resume,
     serve,
@@ -55,6 +56,7 @@ app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("merge")(merge.merge)
 app.command("lint")(lint.lint)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)

@@ -26,7 +26,7 @@ from luthier.data.conversation import Row, Text
 from luthier.data.forest import Segment, Tree
 from luthier.data.prepare import Prepared
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import SEEDLING
+from luthier.model.sources import SEEDLING
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.accounts import peak_memory_bytes
 from luthier.recipes.answers import answered, questions, trained_prompts, write_answers

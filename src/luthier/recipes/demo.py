@@ -19,7 +19,7 @@ from luthier.core.events import Event, Recorder, plain
 from luthier.core.knobs import validate
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Tree
-from luthier.model.load import SEEDLING
+from luthier.model.sources import SEEDLING
 from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.ending import SUMMARY

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from luthier.core.errors import DataError
 from luthier.data.reading.rows import find_sources
-from luthier.model.load import FRESH, SEEDLING
+from luthier.model.sources import FRESH, SEEDLING
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe, Paths
 from luthier.store.runs import RunDirectory

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 
 from luthier.core.errors import CorruptError, DiskFullError, RefusedError, StorageError
 from luthier.store.disk import FREE_SPACE, NO_SPACE, REAL, Disk, explained, require_space
-from luthier.store.manifest import Manifest, verify, write_manifest
+from luthier.store.manifest import Entry, Manifest, verify, write_manifest
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], Mapping[str, Entry] | None]
+"""Fills a folder. It may tell what it has written by name: size and digest, taken before the disk had the bytes."""
 _BESIDE: Final = ("tmp", "old", "del")
 
 
@@ -68,7 +69,7 @@ def fill_folder(
     """Make the folder `beside`, let `writer` fill it, and make it durable, its manifest last."""
     with explained("write", beside, needed_bytes=needed_bytes):
         disk.make_folder(beside)
-        _call(writer, beside)
+        known = _call(writer, beside)
         readable = beside.stat().st_mode & 0o666
         for path in sorted(beside.rglob("*")):
             if path.is_dir() and not path.is_symlink():
@@ -77,7 +78,7 @@ def fill_folder(
                 # safetensors writes for the owner only; whoever may enter the folder may read what is in it.
                 path.chmod(readable)
                 disk.sync_file(path)
-        manifest = write_manifest(beside, facts, disk=disk)
+        manifest = write_manifest(beside, facts, disk=disk, known=known)
         disk.sync_folder(beside)
     return manifest
 
@@ -129,9 +130,9 @@ def _put_back(place: Path, beside: Path, old: Path, disk: Disk) -> None:
     disk.remove(beside)
 
 
-def _call(writer: Writer, folder: Path) -> None:
+def _call(writer: Writer, folder: Path) -> Mapping[str, Entry]:
     try:
-        writer(folder)
+        return writer(folder) or {}
     except SafetensorError as failure:
         # The Rust side has one kind of error for everything, and the system's number in its text.
         full = any(f"os error {number})" in str(failure) for number in NO_SPACE)

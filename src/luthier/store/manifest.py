@@ -58,10 +58,13 @@ class Manifest:
         return {"format": _FORMAT, "files": files, "facts": dict(self.facts)}
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], *, disk: Disk = REAL) -> Manifest:
-    """Describe the files that lie in `folder`, durably."""
+def write_manifest(
+    folder: Path, facts: Mapping[str, Any], *, disk: Disk = REAL, known: Mapping[str, Entry] | None = None
+) -> Manifest:
+    """Describe the files that lie in `folder`, durably; those that are `known` already are not read."""
+    told = known or {}
     with explained("read", folder):
-        manifest = Manifest({name: _measure(folder / name) for name in _files_in(folder)}, facts)
+        manifest = Manifest({name: told.get(name) or _measure(folder / name) for name in _files_in(folder)}, facts)
     data = manifest.encoded()
     with explained("write", folder / NAME, needed_bytes=len(data)):
         disk.write_new(folder / NAME, data)
