@@ -27,6 +27,7 @@ from luthier.cli import (
     generate,
     init,
     lint,
+    probe,
     quantize,
     resume,
     serve,
@@ -54,6 +55,7 @@ app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("lint")(lint.lint)
+app.command("probe")(probe.probe)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)
