@@ -40,8 +40,9 @@ class Noise:
 
     @property
     def scale(self) -> float | None:
-        """B_simple in rows; None where the gradients say nothing of it, as the signal is not above zero."""
-        return self.noise / self.signal if self.signal > 0 else None
+        """B_simple in rows; None where it is more rows than were seen: the mean of all is then mostly noise."""
+        whole = self.rows * self.micro_batches
+        return self.noise / self.signal if self.signal > 0 and self.noise <= whole * self.signal else None
 
 
 def noise_of(gradients: Iterable[Float[Tensor, " n"]], rows: int) -> Noise:

@@ -25,6 +25,7 @@ from luthier.model.adapter_files import read_config, read_extras, save_adapter
 from luthier.model.edits import Edit
 from luthier.model.language_model import LanguageModel
 from luthier.model.pair import Change, Factors, Pair
+from luthier.model.probing import tolerance
 from luthier.model.sites import Sites
 from luthier.probes import Curves, Report, Table, Value
 from luthier.recipes.opened import put_on
@@ -36,8 +37,6 @@ NAME: Final = "mitigation"
 K: Final = 10
 EPSILON: Final = 0.5
 """The leading directions that are looked at, and below which cosine one is an intruder: the paper's."""
-WRITTEN_TOLERANCE: Final = 1e-3
-"""How much a loss may differ when the written adapter is read back."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def mitigate(
     if out is not None:
         _require_writable(probed, factors)
     if not pair.texts:
-        raise RecipeError("no text is known to measure mitigation on", do="name some: --keep FILE")
+        raise RecipeError(f"{probed.after}: no text is known to measure mitigation on", do="name some: --keep FILE")
     if probed.apart and any(change.factors is None for change in pair.changes):
         raise RecipeError(
             f"{probed.after} is an adapter that is no low-rank update", allowed="low-rank adapters and whole models"
@@ -255,6 +254,6 @@ def _write(probed: Probed, scaled: Sequence[Scaled], losses: Sequence[Value], ou
             model.detach(name)
         for each in old:
             model.attach(each.edits, name=each.name)
-    if any(abs(new - float(was or 0.0)) > WRITTEN_TOLERANCE for new, was in zip(found, losses, strict=True)):
+    if any(abs(new - float(was or 0.0)) > tolerance(model.dtype) for new, was in zip(found, losses, strict=True)):
         raise GateError(f"read back, {out} gives losses {found}, and {list(losses)} were measured",
                         do="report this: it should not happen")  # fmt: skip

@@ -100,19 +100,19 @@ def probed_folders(before: str, after: str, keep: Sequence[str] = (), *, recorde
         raise RecipeError(f"{before} and {after}: one of them is a run, which knows its own base",
                           do="luthier probe RUN")  # fmt: skip
     adapter = Path(after) if (Path(after) / CONFIG).is_file() else None
+    # In float32: what rounding to fewer bits would change is no finding.
     settings: Mapping[str, Any] = {}
     if adapter is not None:
-        opened = open_named(before, adapter=after)
+        opened = open_named(before, adapter=after, precision="float32")
         settings = saved_adapter(adapter, opened.model.sites).as_recipe()
         pair = pair_of_adapter(opened.model, settings=settings, **_more(opened, keep, before, [], [], recorder))
         return Probed(pair, before, after, opened, adapter)
-    # In float32: what rounding to fewer bits would change is no finding.
     opened = open_named(after, precision="float32")
     base = load_base(before, precision="float32", task=opened.model.task)
     pair = pair_of_models(base, opened.model, **_more(opened, keep, before, [], [], recorder))
-    if not pair.changes:
+    if not any(change.linear for change in pair.changes):
         raise RecipeError(
-            f"{before} and {after} have no matrix of one name and shape",
+            f"{before} and {after} have no layer of one name and shape",
             allowed="two models of one architecture",
             do="name a model and what was tuned from it",
         )
