@@ -29,6 +29,7 @@ from luthier.cli import (
     lint,
     plan,
     merge,
+    probe,
     quantize,
     resume,
     serve,
@@ -58,6 +59,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("merge")(merge.merge)
 app.command("lint")(lint.lint)
+app.command("probe")(probe.probe)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)

@@ -207,11 +207,15 @@ def forgetting(recipe: FinetuneRecipe, run: Path, keep: str) -> float | None:
 def _kept_loss(opened: Opened, keep: str) -> float:
     if not keep:
         return forgotten(opened)
+    return mean_loss(opened.model, LanguageModelling(), kept_trees(opened, keep))[0]
+
+
+def kept_trees(opened: Opened, keep: str) -> list[Tree]:
+    """The text of a file in pieces, every token of which is predicted."""
     objective, text = LanguageModelling(), Path(keep).read_text("utf-8")
     pieces = [text[at : at + KEPT_PIECE] for at in range(0, len(text), KEPT_PIECE)]
     rows = [Row(number, f"{keep} piece {number}", Text(piece)) for number, piece in enumerate(pieces) if piece.strip()]
-    trees = [tree for row in rows for view in opened.renderer.render(row) for tree in objective.trees(view)]
-    return mean_loss(opened.model, objective, trees)[0]
+    return [tree for row in rows for view in opened.renderer.render(row) for tree in objective.trees(view)]
 
 
 def _mean_tokens(trees: Sequence[Tree]) -> float:
