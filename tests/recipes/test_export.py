@@ -222,7 +222,8 @@ def test_a_run_that_has_not_ended_is_refused(finished: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("adapter", "words"),
-    [("prefix_tuning", "learned keys and values"), ("prompt_tuning", "a learned prompt"), ("bottleneck", "layers of")],
+    [("prefix_tuning", "learned keys and values"), ("bottleneck", "layers of"),
+     pytest.param("prompt_tuning", "a learned prompt", marks=pytest.mark.slow)],
 )
 def test_what_no_weights_can_hold_is_refused_by_name(
     adapter: str, words: str, llama: Path, rows: Path, tmp_path: Path
