@@ -17,6 +17,7 @@ from tests.cli.commands import environ, luthier
 LEAVES = [
     ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("classify",), ("eval",),
     ("compare",), ("describe",), ("doctor",), ("quantize",), ("plan",), ("lint",), ("serve",), ("merge",), ("probe",),
+    ("export",),
     ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
 ]  # fmt: skip
 

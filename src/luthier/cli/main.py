@@ -24,6 +24,7 @@ from luthier.cli import (
     describe,
     doctor,
     evaluate,
+    export,
     generate,
     init,
     lint,
@@ -58,6 +59,7 @@ app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("lint")(lint.lint)
 app.command("probe")(probe.probe)
 app.command("compare")(compare.compare)
