@@ -23,6 +23,7 @@ EXTRA: Final = "gguf"
 _SUFFIXES: Final = (".weight", ".bias")
 _EMBEDDING: Final = "token_embd.weight"
 OUTPUT: Final = "output.weight"
+_HEAD: Final = "lm_head.weight"
 ROPE_FACTORS: Final = "rope_freqs.weight"
 """Divisors of the rotation's frequencies: computed from the config, no weight of the model."""
 
@@ -83,6 +84,8 @@ class Layout:
 
         Raises RecipeError for a tensor that the family has no place for.
         """
+        if self.tied and name == _HEAD:
+            return None
         found = self.named(name)
         if found is None:
             raise RecipeError(
@@ -90,7 +93,7 @@ class Layout:
                 allowed="the tensors of the plain model",
                 do="merge what was added to the model, or export it with --to merged",
             )
-        return None if found == OUTPUT and self.tied else found
+        return found
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """The numbers as the file has them; `name` is the file's."""
