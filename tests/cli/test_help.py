@@ -16,7 +16,7 @@ from tests.cli.commands import environ, luthier
 
 LEAVES = [
     ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("classify",), ("eval",),
-    ("compare",), ("describe",), ("doctor",), ("quantize",), ("lint",), ("serve",),
+    ("compare",), ("describe",), ("doctor",), ("quantize",), ("export",), ("lint",), ("serve",),
     ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
 ]  # fmt: skip
 

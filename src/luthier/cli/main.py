@@ -24,6 +24,7 @@ from luthier.cli import (
     describe,
     doctor,
     evaluate,
+    export,
     generate,
     init,
     lint,
@@ -53,6 +54,7 @@ app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
 app.command("lint")(lint.lint)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)

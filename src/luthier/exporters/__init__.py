@@ -21,6 +21,7 @@ from luthier.core.knobs import Method
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
+from luthier.model.load import Precision
 from luthier.model.parity import Side, Tolerance, tolerance_for
 
 Told = Callable[[str], None]
@@ -35,10 +36,12 @@ class Subject:
 
     Where an exporter takes weights, `model` is whole and plain: adapter folded in, nothing attached, nothing packed;
     `was_packed` says that its base computed with packed weights until then. Where it takes the adapter, that is on the
-    model, and lies in the folder `adapter` in PEFT's format (None where a model has none).
+    model, and lies in the folder `adapter` in PEFT's format (None where a model has none); `open_adapter` loads the
+    base anew, with the adapter of another folder on it.
 
     `base` is the base model as a config names it. `chat_template` is the one that was trained with, None where there
-    is none; `stop_ids` are where answers end. `reading` says how rows are read for the model.
+    is none; `stop_ids` are where answers end. `reading` says how rows are read for the model, `precision` is
+    what the source computed in: an artefact is asked in the same, so that only its own rounding is seen.
     """
 
     name: str
@@ -48,7 +51,9 @@ class Subject:
     chat_template: str | None
     stop_ids: tuple[int, ...]
     reading: Reading
+    precision: Precision
     adapter: Path | None = None
+    open_adapter: Callable[[Path], LanguageModel] | None = None
     was_packed: bool = False
 
 
