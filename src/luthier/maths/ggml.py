@@ -126,7 +126,7 @@ def _half(numbers: Floats) -> npt.NDArray[np.float16]:
         raise NumericError(
             f"a number of {np.abs(numbers).max():.3g}",
             allowed="at most 65504 in float16",
-            do="choose bf16 or f32 as the format",
+            do="choose BF16 or F32 as the format",
         )
     return made
 

@@ -26,9 +26,10 @@ Messages = Sequence[Mapping[str, str]]
 ROLES: Final = ("system", "user", "assistant")
 START: Final = ""
 ANSWER: Final = "answer"
-_USUAL: Final = (("user",), ("user", "assistant", "user"), ("user", "assistant", "user", "assistant", "user"))
+_USUAL: Final[tuple[tuple[str, ...], ...]] = (("user",), ("user", "assistant", "user"),
+                                              ("user", "assistant", "user", "assistant", "user"))  # fmt: skip
 """Orders that every chat has."""
-_OTHERS: Final = (
+_OTHERS: Final[tuple[tuple[str, ...], ...]] = (
     ("system", "user"),
     ("system", "user", "assistant", "user", "assistant", "user"),
     ("user", "assistant", "system", "user"),
@@ -40,7 +41,7 @@ _OTHERS: Final = (
 """Orders that a template may refuse."""
 CHECKS: Final[tuple[Messages, ...]] = (
     ({"role": "user", "content": "What is 17 + 25?"},),
-    ({"role": "system", "content": "Answer \"briefly\",\nin one line."}, {"role": "user", "content": "Höhe? 日本語 🙂"}),
+    ({"role": "system", "content": "Answer \"briefly\",\nin one line."}, {"role": "user", "content": "Höhe? 日本 🙂"}),
     ({"role": "user", "content": "{{ .System }} and {% if x %}"}, {"role": "assistant", "content": "a\\nb\tc"},
      {"role": "user", "content": "and\n\nthen?"}),
     ({"role": "system", "content": "S"}, {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},

@@ -18,7 +18,9 @@ from typing import Any, Final, final
 from luthier.core.errors import TemplateError
 
 _ACTION: Final = re.compile(r"\{\{(-\s)?\s*(.*?)\s*(\s-)?\}\}", re.S)
-_TOKEN: Final = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+)|(:=|=|\(|\)|,)|(\$?[A-Za-z_]*(?:\.[A-Za-z_]+)+|\$?[A-Za-z_]+|\$|\.))')
+_TOKEN: Final = re.compile(
+    r"""\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+)|(:=|=|\(|\)|,)|(\$?[A-Za-z_]*(?:\.[A-Za-z_]+)+|\$?[A-Za-z_]+|\$|\.))"""
+)
 _NAME: Final = re.compile(r"\$[A-Za-z_]*")
 _LONGEST: Final = 4_000_000
 
@@ -167,9 +169,9 @@ class _Run:
         return "".join(made)
 
     def scope_of(self, name: str) -> dict[str, Any]:
-        for scope in reversed(self.scopes):
-            if name in scope:
-                return scope
+        found: dict[str, Any] | None = next((each for each in reversed(self.scopes) if name in each), None)
+        if found is not None:
+            return found
         raise _broken(f"the variable {name}", "one that was declared with :=")
 
     def value(self, text: str, dot: Any) -> Any:

@@ -3,7 +3,7 @@
 Idea: one choice for a file, and rules for the tensors that need more: what is no matrix stays in float32; the head,
 which every token goes through, gets six bits where the rest has four; rows that are no whole number of blocks fall
 back to the next format whose blocks fit. What fell back is counted and told.
-`q4_k` is the mix that llama.cpp calls Q4_K_M: half of the value and down projections have six bits as well.
+`Q4_K` is the mix that llama.cpp calls Q4_K_M: half of the value and down projections have six bits as well.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from luthier.maths.ggml import FORMATS, Format
 from luthier.model.gguf.families import is_matrix_to_pack, is_outer
 from luthier.model.gguf.writing import Planned
 
-Choice = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k"]
-FILE_TYPES: Final = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 15, "bf16": 32}
+Choice = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K"]
+FILE_TYPES: Final = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 15, "BF16": 32}
 """`general.file_type` by choice; 15 is Q4_K_M."""
 _MORE_BITS: Final = re.compile(r"blk\.(\d+)\.(?:attn_v|ffn_down)\.weight")
 
@@ -27,7 +27,7 @@ def format_for(name: str, shape: tuple[int, ...], choice: Choice, *, layers: int
     """The format of one tensor."""
     if not is_matrix_to_pack(name, shape):
         return FORMATS["F32"]
-    wanted = choice.upper()
+    wanted: str = choice
     if wanted in ("Q4_0", "Q4_K") and is_outer(name, tied=tied):
         wanted = "Q6_K"
     found = _MORE_BITS.fullmatch(name)
@@ -41,9 +41,9 @@ def format_for(name: str, shape: tuple[int, ...], choice: Choice, *, layers: int
 
 def fallbacks(plan: Sequence[Planned], choice: Choice) -> list[str]:
     """A line on what could not have the format that was chosen; empty where all could."""
-    if choice in ("f32", "f16", "bf16"):
+    if choice in ("F32", "F16", "BF16"):
         return []
-    usual = {"q8_0": ("Q8_0",), "q4_0": ("Q4_0", "Q6_K"), "q4_k": ("Q4_K", "Q6_K")}[choice]
+    usual = {"Q8_0": ("Q8_0",), "Q4_0": ("Q4_0", "Q6_K"), "Q4_K": ("Q4_K", "Q6_K")}[choice]
     counted = Counter((each.kind.name, each.shape[-1]) for each in plan
                       if is_matrix_to_pack(each.name, each.shape) and each.kind.name not in usual)  # fmt: skip
     return [f"{count} matrices with rows of {columns} numbers are in {name}: no whole number of {choice} blocks"
