@@ -183,9 +183,9 @@ def _require_factors(file: GgufFile, wanted: Tensor | None) -> None:
         raise _another(file, f"{ROPE_FACTORS} is not what the scaling of the config gives")
 
 
-def _same(found: float, wanted: float | None) -> bool:
+def _same(found: Any, wanted: Any) -> bool:
     """Whether a number of a header, which has 32 bits, is that of a config."""
-    if wanted is None or isinstance(wanted, bool):
+    if type(found) not in (int, float) or type(wanted) not in (int, float):
         return found is wanted
     return found == wanted or math.isclose(found, struct.unpack("<f", struct.pack("<f", wanted))[0], rel_tol=1e-7)
 

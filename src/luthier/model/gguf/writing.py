@@ -53,7 +53,7 @@ def whole(value: int) -> Key:
     return Key(value, U32)
 
 
-def real(value: float) -> Key:
+def real(value: int | float) -> Key:
     """A number."""
     return Key(value, F32)
 
@@ -73,7 +73,7 @@ def texts(values: Sequence[str]) -> Key:
     return Key(values, ARRAY, STRING)
 
 
-def numbers(values: Sequence[float], kind: int) -> Key:
+def numbers(values: Sequence[int | float], kind: int) -> Key:
     """A list of numbers of one type."""
     return Key(values, ARRAY, kind)
 
