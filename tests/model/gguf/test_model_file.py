@@ -125,7 +125,7 @@ def test_the_tokenizer_comes_back(tmp_path: Path) -> None:
     write_model(tmp_path / "m.gguf", models.whole(models.model("qwen2")), "Q8_0")
     own, ends = tokenizer_of_file(GgufFile.open(tmp_path / "m.gguf"))
     before = models.tokenizer()
-    texts = ("Hello, world! It's 12:30.", "  two  spaces\n\nand lines ", "<|start|>user\nhi<|end|>\n", "a<|end|><|end|>b")
+    texts = ("Hello, world! It's 12:30.", "  two  spaces\n\nand lines ", "<|start|>user\nhi<|end|>\n", "<|end|><|end|>")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in texts:
         wanted = before.encode(text)[0].tolist()
@@ -165,10 +165,12 @@ def test_formats_of_tensors() -> None:
     assert [layer for layer in range(16) if named(f"blk.{layer}.attn_v.weight", (9, 256), "Q4_K") == "Q6_K"] == [
         0, 1, 4, 7, 10, 13, 14, 15,
     ]  # fmt: skip
-    assert named("output.weight", (99, 256), "Q4_0") == "Q6_K" and named("token_embd.weight", (9, 256), "Q4_0") == "Q4_0"
+    assert named("output.weight", (99, 256), "Q4_0") == "Q6_K"
     assert named("token_embd.weight", (9, 256), "Q4_K", tied=True) == "Q6_K"
-    assert named("blk.0.ffn_up.weight", (9, 192), "Q4_K") == "Q8_0" and named("output.weight", (9, 48), "Q4_0") == "F16"
-    assert named("blk.0.attn_norm.weight", (256,), "Q4_K") == "F32" and named("blk.0.attn_q.bias", (256,), "F16") == "F32"
+    assert named("token_embd.weight", (9, 256), "Q4_0") == "Q4_0"
+    assert named("blk.0.ffn_up.weight", (9, 192), "Q4_K") == "Q8_0"
+    assert named("output.weight", (9, 48), "Q4_0") == "F16"
+    assert named("blk.0.attn_norm.weight", (256,), "Q4_K") == named("blk.0.attn_q.bias", (256,), "F16") == "F32"
 
 
 def changed(kind: str, **values: Any) -> Any:

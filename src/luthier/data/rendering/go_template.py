@@ -17,7 +17,7 @@ from typing import Any, Final, final
 
 from luthier.core.errors import TemplateError
 
-_ACTION: Final = re.compile(r"\{\{(-\s)?\s*(.*?)\s*(\s-)?\}\}", re.S)
+_ACTION: Final = re.compile(r"""\{\{(-\s)?\s*((?:"(?:[^"\\]|\\.)*"|[^"])*?)\s*(\s-)?\}\}""", re.S)
 _TOKEN: Final = re.compile(
     r"""\s*(?:("(?:[^"\\]|\\.)*")|(-?\d+)|(:=|=|\(|\)|,)|(\$?[A-Za-z_]*(?:\.[A-Za-z_]+)+|\$?[A-Za-z_]+|\$|\.))"""
 )
@@ -67,6 +67,8 @@ def _parsed(source: str) -> list[_Node]:
         text = source[at : found.start()]
         text = text.lstrip() if trim else text
         text = text.rstrip() if found[1] else text
+        if "{{" in text:
+            raise _broken(text[text.index("{{") :][:40], "actions that end")
         if text:
             here.append(_Node("text", text))
         at, trim = found.end(), found[3] is not None
