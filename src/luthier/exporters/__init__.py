@@ -77,7 +77,7 @@ class Exporter(Method):
 
     def tolerance(self, subject: Subject) -> Tolerance:
         """How far the artefact may be from the source."""
-        return tolerance_for(self.dtype(subject), was_packed=subject.was_packed)
+        return tolerance_for(self.dtype(subject), computed=subject.precision)
 
     def needed_bytes(self, subject: Subject) -> int:
         """About what it will take on the disk."""

@@ -29,6 +29,7 @@ from luthier.core.errors import GateError
 from luthier.core.units import percent_text
 from luthier.data.conversation import Row
 from luthier.data.forest import Ints
+from luthier.model.load import Precision
 from luthier.model.sketches import Sketch, sketched
 
 Gives = Literal["logits", "states"]
@@ -36,7 +37,7 @@ Gives = Literal["logits", "states"]
 MOST_FINDINGS: Final = 4
 MOST_TENSORS: Final = 3
 _SHOWN: Final = 48
-_NEXT: Final = "nothing was kept; export it in another form, or report this where all its numbers are out of bounds"
+_NEXT: Final = "nothing was kept; choose a form that rounds less, or report this"
 
 
 @final
@@ -53,10 +54,10 @@ class Tolerance:
     agreement: float
 
 
-EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, agreement=0.999)
-HALF: Final = Tolerance(form="weights in float16", difference=0.05, kl=1e-4, agreement=0.98)
-BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.3, kl=5e-3, agreement=0.95)
-REPACKED: Final = Tolerance(form="weights that were packed, made plain", difference=0.3, kl=5e-3, agreement=0.95)
+EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, agreement=0.995)
+HALF: Final = Tolerance(form="weights in float16", difference=0.03, kl=1e-5, agreement=0.98)
+BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.15, kl=1e-3, agreement=0.97)
+COARSE: Final = Tolerance(form="weights and products in bfloat16", difference=0.5, kl=5e-3, agreement=0.93)
 
 
 class Side(ABC):
@@ -325,7 +326,12 @@ def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side) -> Iterat
         yield f"{len(worst) - MOST_TENSORS} more tensors differ"
 
 
-def tolerance_for(dtype: torch.dtype, *, was_packed: bool = False) -> Tolerance:
-    """What is let pass for weights that are written in `dtype`, from a base that computed with packed ones or not."""
-    known = {torch.float32: REPACKED if was_packed else EXACT, torch.float16: HALF, torch.bfloat16: BRAIN}
-    return known.get(dtype, BRAIN)
+def tolerance_for(dtype: torch.dtype, *, computed: Precision = "float32") -> Tolerance:
+    """What is let pass for weights that are written in `dtype`, where both sides compute in `computed`.
+
+    Measured on the seedling with a LoRA, as shares of the spread: 1e-5, 0.003 (float16), 0.02 (bfloat16), and 0.15
+    where products are in bfloat16 too.
+    """
+    if computed != "float32":
+        return COARSE
+    return {torch.float32: EXACT, torch.float16: HALF}.get(dtype, BRAIN)

@@ -84,8 +84,9 @@ class ModelSide(Side):
         return self._stop_ids if self.model.task.speaks else None
 
     def settings(self) -> Mapping[str, Any]:
-        """What its config says of how it computes."""
-        return settings_of(self.model.config)
+        """What its config says of how it computes, and how many tokens its tokenizer knows."""
+        known = {} if self.renderer is None else {"tokenizer.tokens": self.renderer.tokenizer.vocabulary_size}
+        return {**settings_of(self.model.config), **known}
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """Its weights by their names in the zoo; none while something is attached, or packed, and goes by others."""

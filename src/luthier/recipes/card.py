@@ -52,13 +52,18 @@ def told_of_base(base: str) -> BaseFacts:
     on_hub = base != SEEDLING and not Path(base).exists() and _HUB_ID.fullmatch(base) is not None
     try:
         path = ModelFiles.of(resolve_source(base)).find("README.md")
-        text = "" if path is None else path.open("rb").read(_READ).decode("utf-8", "replace")
+        text = "" if path is None else _beginning(path)
     except LuthierError:
         # A card that cannot be had (no network) is a card that does not say.
         text = ""
     front = text.split("\n---", 1)[0] if text.startswith("---") else ""
     found = _LICENSE.search(front)
     return BaseFacts(found[1] if found else "", on_hub)
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_READ).decode("utf-8", "replace")
 
 
 def card_text(
