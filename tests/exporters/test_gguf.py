@@ -149,6 +149,7 @@ def test_what_has_no_place_is_told_before_anything_is_computed(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # it leaves files of its own open
 def test_llama_cpp_says_the_same(tmp_path: Path) -> None:
     """The peer that the file is for: ids and greedy tokens of the seedling; its cache is in half precision."""
     llama_cpp = pytest.importorskip("llama_cpp")

@@ -83,8 +83,9 @@ class Gguf(Exporter):
         return self._parts(subject).read(place)
 
     def usage(self, subject: Subject) -> str:
-        """With llama.cpp."""
-        return _USE if self.part == "model" else _USE_ADAPTER.format(base=subject.base)
+        """With llama.cpp, and what there is to know of the file."""
+        use = _USE if self.part == "model" else _USE_ADAPTER.format(base=subject.base)
+        return use + self._parts(subject).notices()
 
     def _parts(self, subject: Subject) -> GgufPart:
         return GgufPart(

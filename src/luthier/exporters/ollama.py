@@ -89,7 +89,7 @@ class Ollama(Exporter):
 
     def usage(self, subject: Subject) -> str:
         """With Ollama."""
-        return _USE
+        return _USE + self._parts(subject).notices()
 
     def _modelfile(self, subject: Subject) -> str:
         settings = subject.model.module.generation_config

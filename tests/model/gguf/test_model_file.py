@@ -16,7 +16,14 @@ from luthier.core.errors import CorruptError, RecipeError
 from luthier.model.gguf import families
 from luthier.model.gguf.families import FAMILIES, Layout, turn, turn_back
 from luthier.model.gguf.formats import Choice, format_for
-from luthier.model.gguf.model_file import config_of_file, model_keys, read_weights_back, tokenizer_of_file, write_model
+from luthier.model.gguf.model_file import (
+    config_of_file,
+    model_keys,
+    notices_of,
+    read_weights_back,
+    tokenizer_of_file,
+    write_model,
+)
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.gguf.shape_keys import rope_factors, shape_notices
 from tests.model.gguf import models
@@ -55,7 +62,8 @@ def logits(made: Any, ids: Tensor | None = None) -> Tensor:
 def test_a_model_comes_back(kind: str, tmp_path: Path) -> None:
     """In F32 to the bit (norms of the gemma family lose the last ones beside the 1), by both readers."""
     source = models.model(kind)
-    assert write_model(tmp_path / "m.gguf", models.whole(source), "F32") == ()
+    write_model(tmp_path / "m.gguf", models.whole(source), "F32")
+    assert notices_of(models.whole(source), "F32") == ()
     wanted = logits(source)
     assert float((logits(read(tmp_path / "m.gguf", source.config)) - wanted).abs().max()) < 2e-5
     if kind in UNREAD:
@@ -171,6 +179,15 @@ def test_formats_of_tensors() -> None:
     assert named("blk.0.ffn_up.weight", (9, 192), "Q4_K") == "Q8_0"
     assert named("output.weight", (9, 48), "Q4_0") == "F16"
     assert named("blk.0.attn_norm.weight", (256,), "Q4_K") == named("blk.0.attn_q.bias", (256,), "F16") == "F32"
+
+
+def test_what_fell_back_is_told(tmp_path: Path) -> None:
+    """Counted by format and length of the rows, while writing and for the card."""
+    whole, heard = models.whole(models.model("llama")), list[str]()
+    write_model(tmp_path / "m.gguf", whole, "Q4_K", told=heard.append)
+    found = notices_of(whole, "Q4_K")
+    assert heard[:-1] == list(found) and len(found) == 2
+    assert found[0] == "14 matrices with rows of 32 numbers are in Q8_0: no whole number of Q4_K blocks"
 
 
 def changed(kind: str, **values: Any) -> Any:

@@ -79,30 +79,47 @@ def model_keys(model: Model, choice: Choice) -> tuple[dict[str, Key], tuple[str,
 
 def write_model(
     path: Path, model: Model, choice: Choice, *, told: Callable[[str], None] = lambda _line: None
-) -> tuple[str, ...]:
-    """Write `model` to `path`; what a user should know. Raises as `model_keys` and `write_gguf` do."""
+) -> None:
+    """Write `model` to `path`; `told` hears what a user should know. Raises as `model_keys` and `write_gguf` do."""
     keys, notices = model_keys(model, choice)
     layout, factors = Layout.of(model.config), rope_factors(model.config)
-    names = {name: found for name in model.tensors if (found := layout.name(name)) is not None}
-    layers = int(model.config.num_hidden_layers)
-    plan = [Planned(name, (shape := tuple(model.tensors[own].shape)),
-                    format_for(name, shape, choice, layers=layers, tied=layout.tied))
-            for own, name in names.items()]  # fmt: skip
-    notices = (*notices, *fallbacks(plan, choice))
+    planned = _planned(layout, model.config, model.tensors, choice)
+    plan = list(planned.values())
     if factors is not None:
         plan.insert(0, Planned(ROPE_FACTORS, tuple(factors.shape), FORMATS["F32"]))
 
     def stored() -> Iterator[tuple[str, Tensor]]:
         if factors is not None:
             yield ROPE_FACTORS, factors
-        for own, name in names.items():
-            yield name, layout.stored(name, model.tensors[own].detach())
+        for own, each in planned.items():
+            yield each.name, layout.stored(each.name, model.tensors[own].detach())
 
-    for notice in notices:
+    for notice in (*notices, *fallbacks(plan, choice)):
         told(notice)
     size = write_gguf(path, keys, plan, stored())
     told(f"{path.name}: {len(plan)} tensors, {size:,} bytes")
-    return notices
+
+
+def notices_of(model: Model, choice: Choice) -> tuple[str, ...]:
+    """What a user should know of a model's file; the weights may be gone."""
+    _, notices = model_keys(model, choice)
+    empty = without_weights(model.config, model.name, task=CAUSAL).state_dict()
+    plan = _planned(Layout.of(model.config), model.config, empty, choice)
+    return (*notices, *fallbacks(list(plan.values()), choice))
+
+
+def _planned(
+    layout: Layout, config: Any, tensors: Mapping[str, Tensor], choice: Choice
+) -> dict[str, Planned]:
+    """The tensors of a file by the names they have in the model."""
+    made = {}
+    for own, tensor in tensors.items():
+        name = layout.name(own)
+        if name is not None:
+            shape = tuple(tensor.shape)
+            kind = format_for(name, shape, choice, layers=int(config.num_hidden_layers), tied=layout.tied)
+            made[own] = Planned(name, shape, kind)
+    return made
 
 
 def read_weights_back(file: GgufFile, config: Any) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from luthier.model.gguf.model_file import (
     Model,
     config_of_file,
     model_keys,
+    notices_of,
     read_weights_back,
     tokenizer_of_file,
     write_model,
@@ -85,11 +86,10 @@ class GgufPart:
             require_writable(self._adapter(), self.model.config)
 
     def tolerance(self, source: Tolerance) -> Tolerance:
-        """Of the number format, never less than rounding the source's own weights needs; an adapter is exact."""
-        if self.part == "adapter":
-            return EXACT
-        own = TOLERANCES[self.type]
-        return own if own.difference >= source.difference else source
+        """Of the number format and of the precision that is computed in, whichever rounds more; an adapter is exact."""
+        own = EXACT if self.part == "adapter" else TOLERANCES[self.type]
+        return Tolerance(form=own.form, difference=max(own.difference, source.difference), kl=max(own.kl, source.kl),
+                         agreement=min(own.agreement, source.agreement))  # fmt: skip
 
     def needed_bytes(self) -> int:
         """About what the file takes, from shapes alone."""
@@ -111,6 +111,11 @@ class GgufPart:
         if self.open_adapter is None:
             raise RecipeError(f"{self.name} cannot be opened with another adapter", do="export it from its run")
         return adapter_side(place / ADAPTER_FILE, self.model, self.open_adapter)
+
+    def notices(self) -> str:
+        """What a user should know of the file, as a list in Markdown; empty where there is nothing."""
+        found = notices_of(self._model(), self.type) if self.part == "model" else ()
+        return "".join(f"\n- {line}" for line in found) + ("\n" if found else "")
 
     def _model(self) -> Model:
         return Model(name=self.name, config=self.model.config, tensors=self.model.module.state_dict(),
