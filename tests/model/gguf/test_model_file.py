@@ -190,6 +190,12 @@ def test_what_fell_back_is_told(tmp_path: Path) -> None:
     assert found[0] == "14 matrices with rows of 32 numbers are in Q8_0: no whole number of Q4_K blocks"
 
 
+def test_a_name_that_readers_take_for_another_tokenizer_is_changed() -> None:
+    """By `phi-3` in a name llama.cpp looks for tokens of that model, and fails without them."""
+    keys, _ = model_keys(models.Model(**{**vars(models.whole(models.model("phi3"))), "name": "Phi-3-mine"}), "F32")
+    assert keys["general.name"].value == "phi 3-mine"
+
+
 def changed(kind: str, **values: Any) -> Any:
     config = models.config(kind)
     for name, value in values.items():

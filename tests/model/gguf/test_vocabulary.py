@@ -60,9 +60,8 @@ def sentencepiece(*, prefix: bool) -> Ours:
     ))  # fmt: skip
 
 
-def keys_of(tokenizer: Ours, **more: Any) -> dict[str, Any]:
-    found = vocabulary(tokenizer, size=tokenizer.vocabulary_size + 3, stop_ids=tokenizer.eos_ids, template="{{ x }}",
-                       **more)  # fmt: skip
+def keys_of(tokenizer: Ours) -> dict[str, Any]:
+    found = vocabulary(tokenizer, size=tokenizer.vocabulary_size + 3, stop_ids=tokenizer.eos_ids, template="{{ x }}")
     return {key: value.value for key, value in found.keys.items()}
 
 
@@ -86,8 +85,10 @@ def test_a_sentencepiece_tokenizer_comes_back(prefix: bool) -> None:
     assert keys[f"{PREFIX}model"] == "llama" and keys[f"{PREFIX}add_space_prefix"] is prefix
     assert keys[f"{PREFIX}add_bos_token"] is True and keys[f"{PREFIX}token_type"][3] == 6
     assert keys[f"{PREFIX}bos_token_id"] == 1 and keys[f"{PREFIX}unknown_token_id"] == 0
+    # A score for each token, also for those that fill up: llama.cpp refuses a file with fewer.
+    assert len(keys[f"{PREFIX}scores"]) == len(keys[f"{PREFIX}tokens"]) == tokenizer.vocabulary_size + 3
     read = backend_of(keys)
-    for text in (*PROBES, "the other world is there,  and the word", "<s>the</s> world"):
+    for text in (*PROBES, "the other world is there,  and the word", "<s>the</s> world<unk>the"):
         assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
     assert read.encode("the").ids[0] == 1
     assert read.decode(read.encode("the world", add_special_tokens=False).ids) == "the world"
@@ -125,6 +126,24 @@ def test_other_tokenizers_are_refused() -> None:
         keys_of(stripping)
     with pytest.raises(RecipeError, match="the model 5 rows"):
         vocabulary(sentencepiece(prefix=False), size=5, stop_ids=(), template=None)
+
+
+def test_the_special_tokens_of_phi_3_come_back() -> None:
+    """They swallow the white space behind them, which readers know by the name of the model."""
+    plain = sentencepiece(prefix=False).raw.backend_tokenizer
+    plain.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|user|>", "<|end|>", "<|endoftext|>")])
+    held = json.loads(plain.to_str())
+    for token in held["added_tokens"]:
+        token["rstrip"] = token["content"] in ("</s>", "<|user|>", "<|end|>")
+    tokenizer = Ours.of(PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(held)), eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    ))  # fmt: skip
+    found = vocabulary(tokenizer, size=400, stop_ids={2}, template=None)
+    assert found.strips and found.notices == ()
+    read = backend_of({"general.name": "my Phi-3", **{key: value.value for key, value in found.keys.items()}})
+    for text in ("<|user|>\nthe world<|end|>  <|endoftext|> the", "the</s> \n the"):
+        assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
 
 
 def test_the_ends_of_turns_have_keys_of_their_own() -> None:

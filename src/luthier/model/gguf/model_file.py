@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from luthier.maths.ggml import FORMATS
 from luthier.model.gguf.families import OUTPUT, ROPE_FACTORS, Layout
 from luthier.model.gguf.formats import FILE_TYPES, Choice, fallbacks, format_for
 from luthier.model.gguf.reading import GgufFile
-from luthier.model.gguf.reading_tokens import backend_of
+from luthier.model.gguf.reading_tokens import STRIPPING, backend_of, strips_by_name
 from luthier.model.gguf.shape_keys import rope_factors, shape_keys, shape_notices
 from luthier.model.gguf.vocabulary import PREFIX, TEMPLATE, vocabulary
 from luthier.model.gguf.writing import Key, Planned, text, whole, write_gguf
@@ -62,11 +63,12 @@ class Model:
 def model_keys(model: Model, choice: Choice) -> tuple[dict[str, Key], tuple[str, ...]]:
     """The header of a model's file, and what a user should know. Raises RecipeError for what GGUF has no place for."""
     layout = Layout.of(model.config)
-    phi = layout.family.architecture == "phi3"
-    # By this name llama.cpp knows that special tokens of this family swallow the white space behind them.
-    name = f"{model.name} (phi-3)" if phi and "phi-3" not in model.name.lower() else model.name
     words = vocabulary(model.tokenizer, size=int(model.config.vocab_size), stop_ids=model.stop_ids,
-                       template=model.template, phi=phi)  # fmt: skip
+                       template=model.template)  # fmt: skip
+    # A name decides how special tokens are read: what says otherwise than the tokenizer is changed.
+    name = model.name
+    if strips_by_name(name) != words.strips:
+        name = f"{name} ({STRIPPING})" if words.strips else re.sub(r"(?i)phi-?3", "phi 3", name)
     keys = {
         "general.architecture": text(layout.family.architecture),
         "general.type": text("model"),

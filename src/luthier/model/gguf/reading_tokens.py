@@ -17,8 +17,12 @@ from luthier.core.errors import CorruptError
 from luthier.model.gguf.splits import SPLITS, WHOLE_WORDS
 
 _PREFIX: Final = "tokenizer.ggml."
-_CONTROL, _USER_DEFINED = 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _SPACE: Final = "\u2581"
+STRIPPING: Final = "phi-3"
+"""In a model's name this makes special tokens swallow the white space behind them: llama.cpp has no key for it."""
+KEPT: Final = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+"""Tokens that do not even then. llama.cpp fails where a model of that name lacks one of them, or `</s>`."""
 
 
 def backend_of(keys: Mapping[str, Any]) -> Tokenizer:
@@ -33,17 +37,24 @@ def backend_of(keys: Mapping[str, Any]) -> Tokenizer:
         made = _sentencepiece(keys, tokens)
     else:
         raise _unsound("model", repr(kind), "gpt2 or llama")
+    strips = strips_by_name(str(keys.get("general.name", "")))
     for token, each in zip(tokens, types, strict=True):
-        if each == _CONTROL:
-            made.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        swallows = strips and token not in KEPT
+        if each in (_UNKNOWN, _CONTROL):
+            made.add_special_tokens([AddedToken(token, special=True, normalized=False, rstrip=swallows)])
         elif each == _USER_DEFINED:
-            made.add_tokens([AddedToken(token, special=False, normalized=False)])
+            made.add_tokens([AddedToken(token, special=False, normalized=False, rstrip=swallows)])
     bos = keys.get(f"{_PREFIX}bos_token_id")
     if keys.get(f"{_PREFIX}add_bos_token") and type(bos) is int and bos < len(tokens):
         made.post_processor = processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return made
+
+
+def strips_by_name(name: str) -> bool:
+    """Whether readers let the special tokens of a model of this name swallow white space."""
+    return any(part in name.lower() for part in (STRIPPING, "phi3"))
 
 
 def _byte_level(keys: Mapping[str, Any], tokens: list[Any]) -> Tokenizer:

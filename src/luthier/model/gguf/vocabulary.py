@@ -16,7 +16,7 @@ from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.gguf.reading_tokens import backend_of
+from luthier.model.gguf.reading_tokens import KEPT, STRIPPING, backend_of
 from luthier.model.gguf.splits import SPLITS
 from luthier.model.gguf.writing import F32, I32, Key, flag, numbers, text, texts, whole
 
@@ -45,35 +45,34 @@ PROBES: Final = (
 @final
 @dataclass(frozen=True)
 class Vocabulary:
-    """The keys of a tokenizer and what a user should know of it."""
+    """The keys of a tokenizer, what a user should know of it, and whether its tokens `strip` what is behind them."""
 
     keys: Mapping[str, Key]
     notices: tuple[str, ...]
+    strips: bool = False
 
 
-def vocabulary(
-    tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], template: str | None, phi: bool = False
-) -> Vocabulary:
+def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], template: str | None) -> Vocabulary:
     """The keys for a model with `size` rows of embeddings.
 
     Raises RecipeError for a tokenizer that no reader of GGUF would cut alike.
     """
     held = json.loads(tokenizer.raw.backend_tokenizer.to_str())
-    _require_known(held, phi=phi)
+    strips = _require_known(held)
     keys = _tokens(held, size)
     keys |= _ends(tokenizer, stop_ids)
     if template is not None:
         keys[TEMPLATE] = text(template)
-    options = _byte_level(held) if _is_byte_level(held) else _sentencepiece(held)
-    found = _first_that_fits(tokenizer, keys, options)
+    options = _byte_level(held) if _is_byte_level(held) else _sentencepiece(held, size)
+    found = _first_that_fits(tokenizer, keys, options, name=STRIPPING if strips else "")
     notices = list(found.notices)
     if (held.get("normalizer") or {}).get("type") == "NFC":
         notices.append("readers of GGUF do not normalize texts: one that is not in form NFC gets other tokens there")
-    return Vocabulary(found.keys, tuple(notices))
+    return Vocabulary(found.keys, tuple(notices), strips)
 
 
 def _first_that_fits(
-    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]]
+    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]], *, name: str
 ) -> Vocabulary:
     """The keys with the first option that gives the tokenizer's ids; best one that does so beside special tokens."""
     wanted = [tokenizer.encode(probe)[0].tolist() for probe in PROBES]
@@ -83,7 +82,7 @@ def _first_that_fits(
     worst = ""
     for option in options:
         tried = keys | option
-        read = backend_of({key: value.value for key, value in tried.items()})
+        read = backend_of({"general.name": name, **{key: value.value for key, value in tried.items()}})
         wrong = next((probe for probe, ids in zip(PROBES, wanted, strict=True)
                       if read.encode(probe, add_special_tokens=False).ids != ids), None)  # fmt: skip
         if wrong is not None:
@@ -109,7 +108,8 @@ def _marked(tokenizer: Tokenizer) -> list[str]:
     return [f"{special}user\nHello there{special} and 12 more" for special in specials]
 
 
-def _require_known(held: Mapping[str, Any], *, phi: bool) -> None:
+def _require_known(held: Mapping[str, Any]) -> bool:
+    """Refuse what no reader has; whether the special tokens swallow white space as those of Phi 3 do."""
     model = held["model"]
     kind = model.get("type")
     if kind != "BPE":
@@ -119,12 +119,14 @@ def _require_known(held: Mapping[str, Any], *, phi: bool) -> None:
         raise RecipeError("the tokenizer marks the middle or the end of words, or drops merges at random",
                           allowed="plain merges", do="export the model with --to merged")  # fmt: skip
     stripping = [token["content"] for token in held["added_tokens"] if token["lstrip"] or token["rstrip"]]
-    if stripping and not phi:
+    names = {token["content"] for token in held["added_tokens"]}
+    if stripping and (any(token["lstrip"] for token in held["added_tokens"]) or not names >= KEPT | {"</s>"}):
         raise RecipeError(
             f"the special tokens {', '.join(stripping[:3])} swallow the white space beside them",
-            allowed="special tokens that do not: readers of GGUF have no key for it",
+            allowed="special tokens that do not, or those of Phi 3: readers of GGUF have no key for it",
             do="export the model with --to merged",
         )
+    return bool(stripping)
 
 
 def _is_byte_level(held: Mapping[str, Any]) -> bool:
@@ -181,14 +183,13 @@ def _byte_level(held: Mapping[str, Any]) -> list[dict[str, Key]]:
     return [{f"{PREFIX}model": text("gpt2"), f"{PREFIX}pre": text(name), f"{PREFIX}merges": merges} for name in SPLITS]
 
 
-def _sentencepiece(held: Mapping[str, Any]) -> list[dict[str, Key]]:
+def _sentencepiece(held: Mapping[str, Any], size: int) -> list[dict[str, Key]]:
     """Scores from the ranks of merges; with and without the space that is put before a text."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in held["model"]["merges"]]
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(pairs):
         ranks.setdefault("".join(pair), rank)
     known = {number: token for token, number in held["model"]["vocab"].items()}
-    size = max([*known, *(token["id"] for token in held["added_tokens"])]) + 1
     last = float(len(pairs) + 1)
     scores = [-float(ranks.get(known.get(number, ""), last)) for number in range(size)]
     common = {f"{PREFIX}model": text("llama"), f"{PREFIX}pre": text("default"), f"{PREFIX}scores": numbers(scores, F32)}
