@@ -44,13 +44,18 @@ def print_table(table: Table) -> None:
 
 def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any]) -> None:
     """The resolved recipe with the origin of each value, and what would happen."""
+    print_origins(origins)
+    console = console_of()
+    console.print()
+    _print_plan_numbers(console, plan)
+
+
+def print_origins(origins: Sequence[tuple[str, Any, str]]) -> None:
+    """The resolved recipe with the origin of each value."""
     table = _table("key", "value", "origin", title="recipe")
     for key, value, origin in origins:
         table.add_row(key, Text(str(value)), Text(origin, style="dim" if origin == "default" else "bold"))
     print_table(table)
-    console = console_of()
-    console.print()
-    _print_plan_numbers(console, plan)
 
 
 def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:

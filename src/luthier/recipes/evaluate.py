@@ -21,7 +21,7 @@ from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named, require_one, require_room
-from luthier.recipes.places import located, started_in
+from luthier.recipes.places import located, of_policy, started_in
 from luthier.recipes.purpose import bound
 from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import FinetuneRecipe
@@ -33,6 +33,7 @@ from luthier.train.result import MODEL
 def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, Any]:
     """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file."""
     require_one(run)
+    run = of_policy(run)
     recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
     opened = open_named(str(run.folder))
     prepared, trees = held_out_of(recipe, data=data, classes=opened.model.task.classes or None)

@@ -37,11 +37,11 @@ _STATUS: Final = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into the run directory and return its path. Raises StorageError when it cannot be written."""
+def write_report(run: Path, *, into: Path | None = None) -> Path:
+    """Write `report.html` into the run, or `into` the one that it is a stage of; its path. Raises StorageError."""
     if not run.is_dir():
         raise StorageError("there is no such run directory", do="give the folder of a training run", where=str(run))
-    target = run / REPORT
+    target = (into or run) / REPORT
     # What came from a damaged file may hold half a surrogate pair, which UTF-8 cannot say.
     write_text(target, render_report(run).encode("utf-8", errors="replace").decode("utf-8"))
     return target
