@@ -8,7 +8,7 @@ place of a held-out loss: in the loop, and again in the fresh process that prove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -159,12 +159,17 @@ class HeldOut:
         model: LanguageModel,
         *,
         scoring: Scoring,
+        views: Views | None = None,
     ) -> HeldOut:
-        """Those of a recipe."""
+        """Those of a recipe, or the prompts of other `views`."""
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
-        prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
+        prompts = facts.prompts(views or data.held_out, scoring, most=recipe.evaluation.max_rows)
         episodes = _episodes(recipe, data, tokenizer)
         return cls(model, prompts, scoring, tokenizer, data, recipe.rollouts.max_new_tokens, episodes)
+
+    def by(self, model: LanguageModel) -> HeldOut:
+        """The same prompts, answered by another model."""
+        return replace(self, model=model)
 
     def rewarded(self) -> PassReport:
         """What the model's answers are worth now."""
