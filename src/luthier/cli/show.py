@@ -115,7 +115,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     loss, tokens = summary["loss"], summary["tokens"]
     seconds = duration_text(summary["train_seconds"])
     typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {seconds} of training")
-    if loss["eval"] is not None and loss["eval_first"] is not None:
+    if loss["eval"] is not None and loss["eval_first"] is not None and "reward" in summary["metrics"]:
+        # The held-out loss of rollouts is minus the mean reward.
+        first, last = -loss["eval_first"], -loss["eval"]
+        typer.echo(f"held-out reward {first:.4f} -> {last:.4f} (best at step {loss['best_step']})")
+    elif loss["eval"] is not None and loss["eval_first"] is not None:
         typer.echo(f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f} (best at step {loss['best_step']})")
     typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
     typer.echo(
@@ -130,6 +134,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         typer.echo(f"saved and reloaded ({proof['tensors']} tensors); nothing was held out to compare on")
     typer.echo(f"result  {summary['result']}\nreport  {summary['run']}/report.html")
     for name, (before, after) in summary["metrics"].items():
+        if "/" in name:  # a part of a part of a reward
+            continue
         typer.echo(f"{name} {before:.3f} -> {after:.3f}")
     if verb := _NEXT.get(summary["task"], ""):
         typer.echo(f'next    luthier {verb.format(run=summary["run"])}')
