@@ -10,8 +10,9 @@ import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.lessons import lessons
-from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import events, luthier
@@ -74,6 +75,20 @@ def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) 
     assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4) and steps[0]["mismatch_most"] < 0.1
     report = (unbroken / "report.html").read_text("utf-8")
     assert "Reward: format" in report and "Reward of held-out prompts" in report
+
+
+def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
+    """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
+    found = luthier("eval", unbroken, "--json").must(0).json
+    held = told(unbroken, "evaluation")
+    best = max(one["reward"] for one in held)
+    assert found["base"]["reward"] == held[0]["reward"] and found["tuned"]["reward"] == pytest.approx(best)
+    assert {"format", "short", "answer_tokens"} <= set(found["tuned"])
+    assert found["not_scored"] == {"base": 0, "tuned": 0}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "What is it?"}\n{"prompt": "Which one?"}\n', encoding="utf-8")
+    said = luthier("eval", unbroken, "--data", other).must(0).out
+    assert said.startswith("prompts 2, answered greedily") and "short" in said
 
 
 def test_killed_in_the_middle_of_a_replay_it_comes_to_the_same_bits(

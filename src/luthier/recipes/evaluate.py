@@ -20,10 +20,13 @@ from luthier.model.load import context_tokens, resolve_source
 from luthier.objectives import Objective
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
+from luthier.recipes.evaluate_rewards import evaluate_rewards
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.opened import open_named, require_one, require_room
-from luthier.recipes.places import located, started_in
+from luthier.recipes.places import located, of_policy, started_in
 from luthier.recipes.purpose import bound
 from luthier.recipes.quantized import load_base
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from luthier.train.reference import mean_log_ratio, noted
@@ -31,9 +34,13 @@ from luthier.train.result import MODEL
 
 
 def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, Any]:
-    """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file."""
+    """Loss and perplexity of base and tuned model on the run's held-out rows, or on another file; or rewards."""
     require_one(run)
-    recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
+    run = of_policy(run)
+    values = run.read_recipe()
+    recipe = located(validate(kind_of_recipe(values), values), started_in(run))
+    if isinstance(recipe, ReinforceRecipe):
+        return evaluate_rewards(run, recipe, data=data)
     opened = open_named(str(run.folder))
     prepared, trees = held_out_of(recipe, data=data, classes=opened.model.task.classes or None)
     if not trees:

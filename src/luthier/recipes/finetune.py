@@ -23,9 +23,9 @@ from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, Ending, finish
 from luthier.recipes.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.first_look import settle
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
-from luthier.recipes.reinforce_recipe import kind_of_recipe
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory

@@ -148,6 +148,8 @@ def _event_line(event: Event) -> str | None:
     if event.kind == "micro_batch_split":
         cut = f"{event.values['from_tokens']:,} to {event.values['to_tokens']:,} tokens"
         return f"step {event.step}: out of memory; micro-batches are cut from {cut}, the gradient is the same"
+    if event.kind == "feedback":
+        return str(event.values["message"])
     if event.kind == "warning":
         return f"warning: {event.values['message']}"
     return None

@@ -34,12 +34,13 @@ from luthier.recipes.bench import reading_of
 from luthier.recipes.claims import changes, data_facts, fingerprint, recipe_digest
 from luthier.recipes.control_tokens import with_token_ids
 from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.opened import result_of
-from luthier.recipes.places import located, started_in
+from luthier.recipes.places import located, of_policy, started_in
 from luthier.recipes.purpose import bound, kept_task
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.reinforce import HeldOut
-from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.reward_tools import scoring_of
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import processor
@@ -61,6 +62,7 @@ _Opened = tuple[LanguageModel, int, LanguageModel | None]
 def prove(run: RunDirectory) -> dict[str, Any]:
     """All checks, or the first error; see `recipes/verify.py`."""
     began = time.perf_counter()
+    run = of_policy(run)
     folder, manifest = result_of(run)
     facts = manifest.facts
     _check_claims(run, folder, facts)

@@ -8,7 +8,7 @@ place of a held-out loss: in the loop, and again in the fresh process that prove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -22,11 +22,11 @@ from luthier.data.rendering.rendered import Rendered
 from luthier.data.rollouts import Answer, Group, Prompt, noting
 from luthier.data.sample import Sample
 from luthier.data.tokenizer import Tokenizer
+from luthier.data.tool_calls import message_said
 from luthier.infer.engine import Engine
 from luthier.infer.groups import GroupSpeaker
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
-from luthier.objectives import Objective
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import Paths
 from luthier.rewards import Environment
@@ -110,23 +110,9 @@ def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
     trees = {view.row: grown(view) for view in views}
     lengths = np.array([trees[view.row].token_count for view in views], dtype=np.int64)
     return DataSource(
-        views, _Grown(recipe.objective, trees), lengths=lengths, seed=recipe.seed,  # type: ignore[arg-type]
+        views, recipe.objective, lengths=lengths, seed=recipe.seed, made=trees,
         rows=min(len(views), max(1, knobs.prompts // recipe.learner.minibatches)),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Grown:
-    """The objective, which gives trees that were made before."""
-
-    objective: Objective
-    grown: dict[int, Tree]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.objective, name)
-
-    def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
-        return [self.grown[view.row]]
 
 
 def _filler(view: Rendered, count: int) -> Answer:
@@ -159,12 +145,17 @@ class HeldOut:
         model: LanguageModel,
         *,
         scoring: Scoring,
+        views: Views | None = None,
     ) -> HeldOut:
-        """Those of a recipe."""
+        """Those of a recipe, or the prompts of other `views`."""
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
-        prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
+        prompts = facts.prompts(views or data.held_out, scoring, most=recipe.evaluation.max_rows)
         episodes = _episodes(recipe, data, tokenizer)
         return cls(model, prompts, scoring, tokenizer, data, recipe.rollouts.max_new_tokens, episodes)
+
+    def by(self, model: LanguageModel) -> HeldOut:
+        """The same prompts, answered by another model."""
+        return replace(self, model=model)
 
     def rewarded(self) -> PassReport:
         """What the model's answers are worth now."""
@@ -206,7 +197,7 @@ def _episodes(recipe: ReinforceRecipe, data: Prepared, tokenizer: Tokenizer) -> 
     """Exchanges with the reward, where it is an environment."""
     if not isinstance(recipe.reward, Environment):
         return None
-    return Episodes(recipe.reward, data.renderer.prompt_ids, _decoder(tokenizer, data))
+    return Episodes(recipe.reward, data.renderer.prompt_ids, _decoder(tokenizer, data), heard=message_said)
 
 
 def _decoder(tokenizer: Tokenizer, data: Prepared) -> Any:

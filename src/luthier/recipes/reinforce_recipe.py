@@ -5,7 +5,6 @@ Everything else is as in a fine-tune (schema.py), so that one bench, one loop an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -113,8 +112,3 @@ class ReinforceRecipe(FinetuneRecipe):
         if not isinstance(self.objective, RolloutLearner):
             raise RecipeError(f"objective {self.objective.method_name()} does not learn from rollouts")
         return self.objective
-
-
-def kind_of_recipe(values: Mapping[str, Any]) -> type[FinetuneRecipe]:
-    """What a recipe in plain values is a recipe of."""
-    return ReinforceRecipe if values.get("recipe") == REINFORCE else FinetuneRecipe

@@ -90,7 +90,8 @@ class Source(ABC):
 class DataSource(Source):
     """Rows of a data set, in an order that is a pure function of (seed, epoch).
 
-    A step takes `rows` rows, or rows until `tokens` tokens are reached; it never crosses the end of an epoch.
+    A step takes `rows` rows, or rows until `tokens` tokens are reached; it never crosses the end of an epoch. Trees of
+    rows are those of the objective, unless they were `made` before, by the number of the row.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class DataSource(Source):
         seed: int,
         rows: int | None = None,
         tokens: int | None = None,
+        made: Mapping[int, Tree] | None = None,
     ) -> None:
         if len(views) == 0:
             raise DataError("there is no row to train on", do="look at the counts of: luthier data check")
@@ -109,6 +111,7 @@ class DataSource(Source):
             raise DataError("a step is measured in rows or in tokens", allowed="exactly one of the two")
         self.views = views
         self.objective = objective
+        self._made = made or {}
         self.lengths = lengths
         self.seed = seed
         self.rows = rows
@@ -124,7 +127,7 @@ class DataSource(Source):
         self._cursor = Cursor(self._cursor.epoch, stop)
         epoch = self._cursor.epoch
         views = [self.views[int(index)] for index in self._order[start:stop]]
-        return [tree for view in views for tree in self.objective.trees(view, epoch=epoch)]
+        return [tree for view in views for tree in self._trees(view, epoch)]
 
     @property
     def cursor(self) -> Cursor:
@@ -169,11 +172,15 @@ class DataSource(Source):
     def first_rows(self, count: int) -> Iterator[list[Tree]]:
         """The trees of each of the first `count` rows of a run, wherever the source stands."""
         for index in self._epoch_order(0)[:count]:
-            yield self.objective.trees(self.views[int(index)])
+            yield self._trees(self.views[int(index)])
 
     def trees_of(self, batch: MicroBatch) -> list[Tree]:
         """The trees of the rows of a micro-batch."""
-        return [tree for index in batch.indices for tree in self.objective.trees(self.views[index])]
+        return [tree for index in batch.indices for tree in self._trees(self.views[index])]
+
+    def _trees(self, view: Rendered, epoch: int = 0) -> list[Tree]:
+        made = self._made.get(view.row)
+        return self.objective.trees(view, epoch=epoch) if made is None else [made]
 
     def _steps(self, count: int) -> Iterator[NDArray[np.int64]]:
         """The rows of the first `count` steps of a run."""
