@@ -177,6 +177,8 @@ def set_up(
     recipe, data, model = bench.recipe, bench.data, bench.model
     start_digest = bench.attachment.trained_digest()
     facts = {**accounts.facts(recipe, data, model, bench.tokenizer), **(more_facts or {})}
+    if teacher := bench.stepper.batcher.reference.digest:
+        facts["teacher"] = teacher
     keeper = CheckpointKeeper(run, bench.stepper, keep=recipe.checkpoint.keep, facts=facts, source=bench.source)
     state = keeper.recover(accept_drift=accept_drift) if resuming else LoopState()
     state.total_steps = bench.plan["steps"]

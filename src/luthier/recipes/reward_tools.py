@@ -14,8 +14,10 @@ from luthier.rewards import Tools
 from luthier.train.scoring import Scoring, with_sandbox
 
 
-def scoring_of(recipe: ReinforceRecipe) -> Scoring:
-    """The reward of a recipe with its tools. Raises RecipeError for a reward that needs what there is not."""
+def scoring_of(recipe: ReinforceRecipe) -> Scoring | None:
+    """The reward of a recipe with its tools; None without one. Raises RecipeError where it needs what there is not."""
+    if recipe.reward is None:
+        return None
     needs = recipe.reward.needs
     judge = _opened(recipe.judge, recipe) if "judge" in needs else None
     model = _opened(recipe.reward_model, recipe) if "reward-model" in needs else None

@@ -180,7 +180,7 @@ class RolloutSource(Source):
     def _roll_out(self) -> list[Tree]:
         """A new rollout by the model as it is, as trees with advantages."""
         began = time.perf_counter()
-        report = RolloutReport(version=self._steps)
+        report = RolloutReport(version=self._steps, compared=self.objective.rewarded)
         kept: list[Group] = []
         for attempt in range(self.plan.redraws + 1):
             groups = self._groups(self._take(self.plan.prompts - len(kept)), attempt, report)
