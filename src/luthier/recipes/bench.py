@@ -134,9 +134,9 @@ def _sources(
     reading, scoring = reading_of(found), scoring_of(here)
     source = reinforce.rollout_source(here, data, reading, tokenizer, stepper, scoring=scoring)
     held = reinforce.HeldOut.of(
-        here, data, reading, tokenizer, stepper.model, scoring=scoring, reference=stepper.batcher.reference,
-        micro_tokens=stepper.micro_tokens,
-    )  # fmt: skip
+        here, data, reading, tokenizer, stepper.model, scoring=scoring,
+        reference=stepper.batcher.reference,
+    )
     return source, reinforce.stand_in(here, data), _rewards(held, name) if held.prompts else None
 
 

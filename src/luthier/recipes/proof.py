@@ -309,7 +309,7 @@ def _check_loss(
             # What was held out has rewards, not a loss: its prompts are answered again.
             reading, tokenizer = reading_of(recipe), data.renderer.tokenizer
             held = HeldOut.of(
-                recipe, data, reading, tokenizer, model, scoring=scoring_of(recipe), reference=told, micro_tokens=size
+                recipe, data, reading, tokenizer, model, scoring=scoring_of(recipe), reference=told
             )
             losses.append(held.measured().loss)
         else:

@@ -157,7 +157,6 @@ class HeldOut:
     data: Prepared
     recipe: ReinforceRecipe
     reference: Reference
-    micro_tokens: int
     episodes: Episodes | None = None
 
     @classmethod
@@ -171,13 +170,12 @@ class HeldOut:
         *,
         scoring: Scoring | None,
         reference: Reference,
-        micro_tokens: int,
     ) -> HeldOut:
         """Those of a recipe."""
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
         prompts = facts.prompts(data.held_out, scoring, most=recipe.evaluation.max_rows)
         episodes = _episodes(recipe, data, tokenizer)
-        return cls(model, prompts, scoring, tokenizer, data, recipe, reference, micro_tokens, episodes)
+        return cls(model, prompts, scoring, tokenizer, data, recipe, reference, episodes)
 
     def measured(self) -> PassReport:
         """What the model's answers are worth now, or how far they are from the teacher's."""
@@ -203,23 +201,25 @@ class HeldOut:
 
     def _taught(self, sampling: Sampling) -> PassReport:
         """The objective over answers that nobody has scored."""
-        engine = Engine(self.model, decode=self.tokenizer.decode)
+        engine, objective = Engine(self.model, decode=self.tokenizer.decode), self.recipe.objective
         spoken = engine.speak([prompt.tokens for prompt in self.prompts], sampling)
-        trees = []
+        rows: dict[int, tuple[float, float]] = {}
+        metrics: dict[str, tuple[float, float]] = {}
         for prompt, said in zip(self.prompts, spoken, strict=True):
             own = np.ones(len(said.tokens), np.bool_)
             answer = Answer(said.tokens, own, np.array(said.log_probs, np.float32), reward=float("nan"))
-            trees.append(self.recipe.learner.grow(Group(prompt.tokens, (answer,), prompt.row)))
-        objective = self.recipe.objective
-        found = measured(
-            self.model, objective, trees, micro_tokens=self.micro_tokens, reference=self.reference
-        )
-        lengths = [len(said.tokens) for said in spoken]
-        metrics = {**found.metrics, "answer_tokens": float(np.mean(lengths))}
+            tree = self.recipe.learner.grow(Group(prompt.tokens, (answer,), prompt.row))
+            # One by one: then a row's loss is its own, and the same however memory has to be cut.
+            found = measured(self.model, objective, [tree], reference=self.reference)
+            rows[prompt.row] = (found.loss * found.tokens, float(found.tokens))
+            for name, value in found.metrics.items():
+                total, count = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (total + value * found.tokens, count + found.tokens)
+        tokens = sum(len(said.tokens) for said in spoken)
+        metrics["answer_tokens"] = (float(tokens), float(len(spoken)))
         return PassReport(
-            found.loss * found.tokens, float(found.tokens), sum(lengths), found.tokens, {},
-            metrics={name: (value, 1.0) for name, value in metrics.items()},
-        )  # fmt: skip
+            sum(loss for loss, _ in rows.values()), float(tokens), tokens, tokens, rows, metrics=metrics
+        )
 
     def _answered(self, scoring: Scoring, sampling: Sampling) -> tuple[Scored, list[int]]:
         """The scores of greedy answers, and their lengths."""
