@@ -59,7 +59,7 @@ def test_later_steps_of_a_rollout_are_clipped() -> None:
 
 
 def test_who_learns_from_what() -> None:
-    """Breaks when given answers are learned from as if the model had said them, or rows are asked for what they lack."""
+    """Breaks when given answers are learned from as if the model had said them, or of rows too much is asked."""
     sampled, given = Distillation(), Distillation(answers="given", divergence="jsd", share=0.3)
     assert sampled.needs == {"rollouts"} and sampled.meanings == ("asked",) and sampled.reference
     assert not given.needs and "conversation" in (given.meanings or ()) and not given.reference
@@ -69,13 +69,13 @@ def test_who_learns_from_what() -> None:
     [view] = task_models.views_for(given, 1)
     [tree] = given.trees(view)
     assert np.array_equal(tree.segments[0].tokens, view.tokens) and tree.weight == view.weights[1:].sum()
+    outputs = forests.language_model("llama").token_outputs(Forest((tree,)))
     with pytest.raises(RecipeError, match="no divergences"):
-        model = forests.language_model("llama")
-        given.loss(model.token_outputs(Forest((tree,))), Forest((tree,)))
+        given.loss(outputs, Forest((tree,)))
 
 
 def teacher_for(student: LanguageModel) -> LanguageModel:
-    """What the student could be with its adapter: another model of the same weights, with an adapter that was shaken."""
+    """What the student could be: another model of the same weights, with an adapter that was shaken in them."""
     teacher = forests.language_model("llama")
     attachment = teacher.attach(LoRA().attach(teacher.sites))
     forests.shake(attachment.named_parameters().values(), seed=9, std=0.3)
