@@ -130,6 +130,9 @@ class Distillation(RolloutLearner, Objective):
         log_probs, notes = outputs.log_probs, outputs.notes
         old = notes.get("old", log_probs.detach())
         ratio, advantage = (log_probs - old).exp(), notes["reference"] - old
+        if "correction" in notes:
+            advantage = advantage * notes["correction"]
+            sums["correction"] = notes["correction"]
         sums["kl"] = (log_probs - notes["reference"]).detach()
         sums["clipped"] = is_clipped(ratio.detach(), advantage, low=self.clip, high=self.clip)
         if "sampled" in notes:

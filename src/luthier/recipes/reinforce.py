@@ -84,7 +84,7 @@ def rollout_source(
     knobs = recipe.rollouts
     plan = Plan(
         prompts=knobs.prompts, answers=knobs.answers, max_new_tokens=knobs.max_new_tokens, cut=knobs.cut,
-        redraws=knobs.redraws, stop_ids=tuple(sorted(data.store.stop_ids)),
+        redraws=knobs.redraws, lag=knobs.lag, correction=knobs.correction, stop_ids=tuple(sorted(data.store.stop_ids)),
     )  # fmt: skip
     return RolloutSource(
         facts.prompts(data.train, scoring), recipe.learner,
@@ -108,7 +108,8 @@ def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
         group = Group(view.tokens, (answer,) * knobs.answers, view.row)
         tree = recipe.learner.grow(group)
         returned: list[Note] = ["return"] if "value" in recipe.learner.recalled else []
-        notes: list[Note] = ["advantage", *recipe.learner.recalled, *returned]
+        lagging: list[Note] = ["old", "correction"] if knobs.lag else []
+        notes: list[Note] = ["advantage", *recipe.learner.recalled, *returned, *lagging]
         for note in notes:
             tree = noting(tree, note, [np.zeros(knobs.max_new_tokens)] * knobs.answers)
         return tree

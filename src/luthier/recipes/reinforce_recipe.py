@@ -31,6 +31,11 @@ class RolloutKnobs(Knobs):
     cut: Literal["keep", "mask"] = Field(
         "keep", description="what becomes of answers that were cut off: trained like others, or not trained"
     )
+    lag: int = Field(
+        0, ge=0, le=1, description="rollouts that sampling runs ahead: 1 samples the next one with the weights from "
+        "before the steps of this one, and corrects for it"
+    )  # fmt: skip
+    correction: float = Field(2.0, ge=1, description="most that a token of a lagging rollout counts for")
     redraws: int = Field(
         0, ge=0, description="attempts to replace groups whose answers were all worth the same by other prompts'"
     )
