@@ -272,20 +272,19 @@ def test_a_rollout_that_runs_ahead_is_that_of_the_weights_before_the_steps(tmp_p
             # What a sampler would have been given when this rollout's steps began.
             for name, master in stepper.masters.items():
                 beside.masters[name].data.copy_(master)
-            early = source.held()
+            early, place = source.held(), source.cursor
         trees = source.next_step()
         if step % 4 == 0:
             ahead = groups_from_arrays({k[6:]: v for k, v in source.held().items() if k.startswith("ahead-")})
             if step:
                 speaker = rollouts.source_for(beside, even, plan={"lag": 1})
-                speaker.hold({**early, **{k: v for k, v in early.items() if not k.startswith("ahead-")}})
-                speaker.seek(cursor)
+                speaker.hold(early)
+                speaker.seek(place)
                 for one, other in zip(speaker._sampled(), ahead, strict=True):
                     assert one.version == other.version == step and np.array_equal(one.rewards, other.rewards)
                     for mine, theirs in zip(one.answers, other.answers, strict=True):
                         assert np.array_equal(mine.tokens, theirs.tokens)
                         assert np.array_equal(mine.sampled, theirs.sampled)
-        cursor = source.cursor
         notes = [leaf.notes or {} for tree in trees for leaf in tree.segments[1:]]
         seen.append({float(version) for each in notes for version in each["version"]})
         for each, leaf in zip(notes, [leaf for tree in trees for leaf in tree.segments[1:]], strict=True):
@@ -306,9 +305,8 @@ def test_groups_that_wait_come_back_from_arrays() -> None:
     for one, other in zip(groups, groups_from_arrays(groups_as_arrays(groups)), strict=True):
         assert np.array_equal(one.prompt, other.prompt) and (one.row, one.version) == (other.row, other.version)
         for mine, theirs in zip(one.answers, other.answers, strict=True):
-            assert all(
-                getattr(mine, name).tobytes() == getattr(theirs, name).tobytes() for name in ("tokens", "own", "sampled")
-            )
+            for name in ("tokens", "own", "sampled"):
+                assert getattr(mine, name).tobytes() == getattr(theirs, name).tobytes()
             assert (mine.reward, mine.ended, mine.trained) == (theirs.reward, theirs.ended, theirs.trained)
     assert groups_from_arrays(groups_as_arrays([])) == []
 

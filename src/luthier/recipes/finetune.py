@@ -26,6 +26,7 @@ from luthier.recipes.first_look import settle
 from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
 from luthier.recipes.reinforce_recipe import kind_of_recipe
+from luthier.recipes.remembered import remember
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
@@ -129,6 +130,7 @@ def _train(
     state = work.state
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
+    remember(bench, run, state, work.recorder)
     with stop.patient():
         status = work.loop.run(state)
     if bench.pooled:

@@ -140,6 +140,10 @@ class FinetuneRecipe(Knobs):
         default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
     )
     teacher: TeacherKnobs | None = Field(None, description="whom the objective learns from, if it has a teacher")
+    reference_cache: bool = Field(
+        False, description="whether the reference is asked about all rows once, before the first step, instead of in "
+        "every step; what it says is kept in the run directory"
+    )  # fmt: skip
     optimizer: Annotated[Optimizer, Chosen("optimizers")] = Field(
         default_factory=lambda: choose("optimizers", Optimizer, "adamw"), description="how a gradient becomes a step"
     )
@@ -190,6 +194,17 @@ class FinetuneRecipe(Knobs):
             raise RecipeError(
                 f"teacher is given, and the objective {name} learns from none",
                 do="leave teacher out, or choose an objective that has one",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_stays(self) -> FinetuneRecipe:
+        objective = self.objective
+        if self.reference_cache and (not objective.reference or "rollouts" in objective.needs):
+            why = "has no reference" if not objective.reference else "learns from answers that are new in every step"
+            raise RecipeError(
+                f"reference_cache is true, and the objective {objective.method_name()} {why}",
+                allowed="true for objectives of rows with a reference, such as dpo and kto",
             )
         return self
 

@@ -103,8 +103,8 @@ def noted(
         model.train(training)
     trees, start = list(forest.trees), 0
     for place in places:
-        count = sum(int(np.count_nonzero(segment.weighted)) for segment in trees[place].segments)
-        trees[place] = _with(trees[place], said[start : start + count])
+        count = trained_count(trees[place])
+        trees[place] = with_reference(trees[place], said[start : start + count])
         start += count
     return Forest(tuple(trees))
 
@@ -150,11 +150,17 @@ def mean_log_ratio(
     return total / count
 
 
+def trained_count(tree: Tree) -> int:
+    """How many of its tokens are trained."""
+    return sum(int(np.count_nonzero(segment.weighted)) for segment in tree.segments)
+
+
 def _has_reference(tree: Tree) -> bool:
     return any("reference" in (segment.notes or {}) for segment in tree.segments)
 
 
-def _with(tree: Tree, said: Floats) -> Tree:
+def with_reference(tree: Tree, said: Floats) -> Tree:
+    """The tree with what the reference has said of its trained tokens, in their order."""
     segments, start = [], 0
     for segment in tree.segments:
         count = int(np.count_nonzero(segment.weighted))
