@@ -21,8 +21,9 @@ from luthier.core.errors import LuthierError
 from luthier.core.units import count_text, percent_text
 from luthier.data.hub import ModelFiles
 from luthier.exporters import Exporter, Subject
-from luthier.model.load import SEEDLING, resolve_source
+from luthier.model.load import resolve_source
 from luthier.model.parity import ParityReport
+from luthier.model.sources import SEEDLING
 from luthier.recipes.opened import result_of
 from luthier.store.runs import RunDirectory
 

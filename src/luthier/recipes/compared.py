@@ -32,9 +32,10 @@ from luthier.recipes.accounts import peak_memory_bytes
 from luthier.recipes.answers import answered, questions, trained_prompts, write_answers
 from luthier.recipes.compare import Job, Measures
 from luthier.recipes.demo import forgotten
-from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.evaluate import held_out_of
 from luthier.recipes.files import load_recipe
 from luthier.recipes.finetune import start
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.presets import IN_CONTEXT
 from luthier.recipes.progress import progress
@@ -42,6 +43,7 @@ from luthier.recipes.quantized import load_base
 from luthier.recipes.rates import tried
 from luthier.recipes.samples import question
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.teacher import reference_of
 from luthier.store.comparison import ANSWERS
 
 ACCURACY = "accuracy"
@@ -101,8 +103,9 @@ def in_context(recipe: FinetuneRecipe, measures: Measures, answers: Path) -> dic
     model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
     root = shots(prepared, trees, measures.examples, room=model.context_tokens, seed=recipe.seed)
     together = behind(root, trees)
-    loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=recipe.batch.micro_tokens)
-    alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+    size, reference = recipe.batch.micro_tokens, reference_of(recipe, prepared)
+    loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=size, reference=reference)
+    alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     found = {
         "quality": math.exp(-loss),

@@ -23,9 +23,9 @@ from luthier.model.sources import SEEDLING
 from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.ending import SUMMARY
-from luthier.recipes.evaluate import mean_loss
 from luthier.recipes.files import begin_run, place_of
 from luthier.recipes.finetune import finetune
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.files import write_json, write_text

@@ -20,6 +20,7 @@ from luthier.recipes.quantized import load_base
 from luthier.recipes.reinforce import HeldOut
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.reward_tools import scoring_of
+from luthier.recipes.teacher import reference_of
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL
 
@@ -34,7 +35,7 @@ def evaluate_rewards(run: RunDirectory, recipe: ReinforceRecipe, *, data: Path |
     opened, scoring = open_named(str(run.folder)), scoring_of(recipe)
     views = prepared.held_out if data is None else prepared.train
     held = HeldOut.of(recipe, prepared, reading_of(recipe), opened.tokenizer, opened.model, scoring=scoring,
-                      views=views)  # fmt: skip
+                      reference=reference_of(recipe, prepared), views=views)  # fmt: skip
     if not held.prompts:
         raise RecipeError(f"{run.folder} has no held-out prompts", do="name a file: --data FILE")
     tuned = _worth(held)
@@ -56,7 +57,7 @@ def evaluate_rewards(run: RunDirectory, recipe: ReinforceRecipe, *, data: Path |
 
 def _worth(held: HeldOut) -> dict[str, Any]:
     """The mean of the reward, of each part and of the length, over the answers that could be scored."""
-    report = held.rewarded()
+    report = held.measured()
     if not report.weight:
         raise RecipeError("no answer could be scored", allowed="at least one", do="see what the reward needs")
     return {**{name: total / count for name, (total, count) in report.metrics.items()}, "scored": int(report.weight)}

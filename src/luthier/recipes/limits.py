@@ -40,7 +40,7 @@ def plan_speed(
     apart. The rates are those of a `machine`, or of this one for the model.
     """
     linears, attentions = work(model, attachment, flow)
-    looked = looks * forward_flops([replace(layer, rank=0) for layer in linears], attentions)
+    looked = looks * look_flops(model, attachment, flow)
     flops = flops_per_token(linears, attentions) + looked
     traffic = bytes_per_token(
         linears,
@@ -61,6 +61,12 @@ def plan_speed(
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens_per_second": limit(flops, traffic, flops_per_second=found.flops, bytes_per_second=found.bytes),
     }
+
+
+def look_flops(model: LanguageModel, attachment: Attachment, flow: Flow) -> float:
+    """FLOPs a token in a forward pass of the model without its adapter."""
+    linears, attentions = work(model, attachment, flow)
+    return float(forward_flops([replace(layer, rank=0) for layer in linears], attentions))
 
 
 def flow_of(model: LanguageModel, source: DataSource, share: float) -> Flow:

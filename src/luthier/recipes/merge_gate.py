@@ -20,7 +20,8 @@ from luthier.core.errors import GateError
 from luthier.core.knobs import validate
 from luthier.metrics import Metric
 from luthier.recipes.answers import answered, questions
-from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.evaluate import held_out_of
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import open_named
 from luthier.recipes.schema import FinetuneRecipe
 

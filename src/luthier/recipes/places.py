@@ -38,7 +38,10 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
     if isinstance(recipe, AiFeedbackRecipe):
         asked = {"judge": recipe.judge, "speaker": recipe.speaker}
     models |= {key: name for key, name in asked.items() if name is not None}
-    there = {key: model_from(name, folder) for key, name in models.items()}
+    there: dict[str, object] = {key: model_from(name, folder) for key, name in models.items()}
+    if recipe.teacher is not None and recipe.teacher.model is not None:
+        named = {"model": model_from(recipe.teacher.model, folder)}
+        there["teacher"] = recipe.teacher.model_copy(update=named)
     return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
 
 

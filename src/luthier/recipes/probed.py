@@ -27,20 +27,22 @@ from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.model.adapter_files import CONFIG
 from luthier.model.base_spectra import FOLDER, BaseSpectra
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import SEEDLING
 from luthier.model.pair import Gradients, Pair, Text, pair_of_adapter, pair_of_models
+from luthier.model.sources import SEEDLING
 from luthier.objectives import Objective
 from luthier.objectives.language_model import LanguageModelling
 from luthier.objectives.sft import SFT
 from luthier.recipes.compared import kept_trees
 from luthier.recipes.demo import grown_on
-from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.evaluate import held_out_of
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened, kept_precision, open_named, read_extras
 from luthier.recipes.places import located, started_in
 from luthier.recipes.quantized import load_base
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.recipes.teacher import reference_of
 from luthier.store.runs import RunDirectory, is_run
-from luthier.train.reference import noted
+from luthier.train.reference import ITSELF, Reference, noted
 from luthier.train.result import ADAPTER, MODEL
 
 PLAIN = (".txt", ".md")
@@ -83,10 +85,11 @@ def probed_run(run: RunDirectory, keep: Sequence[str] = (), *, recorder: Recorde
     texts, samples, gradients = [], [], None
     if recipe is not None:
         prepared, trees = held_out_of(recipe, classes=opened.model.task.classes or None)
+        told = reference_of(recipe, prepared, base=base)
         if trees:
-            texts.append(_text("held-out rows", "task", recipe.objective, trees, base))
+            texts.append(_text("held-out rows", "task", recipe.objective, trees, told))
             samples += [_first_path(tree) for tree in trees[:MOST_TREES]]
-        gradients = _gradients(opened.model, recipe, prepared, base)
+        gradients = _gradients(opened.model, recipe, prepared, told)
     settings = recipe.adapter.as_recipe() if recipe is not None else {}
     more = _more(opened, keep, source, texts, samples, recorder)
     pair = (pair_of_adapter(opened.model, settings=settings, gradients=gradients, **more) if base is None
@@ -157,7 +160,7 @@ def _recipe_of(run: RunDirectory) -> FinetuneRecipe | None:
 
 
 def _text(
-    name: str, kind: str, objective: Objective, trees: Sequence[Tree], reference: LanguageModel | None = None
+    name: str, kind: str, objective: Objective, trees: Sequence[Tree], reference: Reference = ITSELF
 ) -> Text:
     chosen = list(trees[:MOST_TREES])
     return Text(name, kind, lambda model: mean_loss(model, objective, chosen, reference=reference)[0])
@@ -187,7 +190,7 @@ def _first_path(tree: Tree) -> Ints:
 
 
 def _gradients(
-    model: LanguageModel, recipe: FinetuneRecipe, prepared: Prepared, base: LanguageModel | None
+    model: LanguageModel, recipe: FinetuneRecipe, prepared: Prepared, reference: Reference
 ) -> Gradients | None:
     """Gradients of micro-batches of training rows; None where there are too few rows."""
     count = len(prepared.train)
@@ -203,13 +206,13 @@ def _gradients(
         for first in range(0, min(most * rows, count - rows + 1), rows):
             views = [prepared.train[int(index)] for index in order[first : first + rows]]
             trees = [tree for view in views for tree in objective.trees(view)]
-            yield _gradient(model, objective, trees, base) / rows
+            yield _gradient(model, objective, trees, reference) / rows
 
     return Gradients(each, rows=rows, step_rows=float(step), row_tokens=mean)
 
 
 def _gradient(
-    model: LanguageModel, objective: Objective, trees: Sequence[Tree], base: LanguageModel | None
+    model: LanguageModel, objective: Objective, trees: Sequence[Tree], reference: Reference
 ) -> Float[Tensor, " n"]:
     """The gradient of the summed loss over some trees in whatever was trained, laid end to end."""
     own = [each for attachment in model.attachments.values() for each in attachment.named_parameters().values()]
@@ -221,7 +224,7 @@ def _gradient(
         parameter.grad = None
     try:
         for bare in pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=4096):
-            forest = noted(model, bare, objective.refers, temperature=objective.policy_temperature, reference=base)
+            forest = noted(model, bare, objective.refers, temperature=objective.policy_temperature, reference=reference)
             outputs = model.token_outputs(forest, temperature=objective.policy_temperature)
             objective.loss(outputs, forest).sum.backward()
         return torch.cat([(torch.zeros_like(each) if each.grad is None else each.grad).flatten().float()

@@ -22,8 +22,8 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.parity import Questions
 from luthier.recipes.bench import reading_of
 from luthier.recipes.evaluate import held_out_of
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.places import located, started_in
-from luthier.recipes.reinforce_recipe import kind_of_recipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 

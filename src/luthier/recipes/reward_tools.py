@@ -29,8 +29,10 @@ TOKEN: Final = "LUTHIER_ENGINE_TOKEN"
 _REMOTE: Final = ("http://", "https://")
 
 
-def scoring_of(recipe: ReinforceRecipe) -> Scoring:
-    """The reward of a recipe with its tools. Raises RecipeError for a reward that needs what there is not."""
+def scoring_of(recipe: ReinforceRecipe) -> Scoring | None:
+    """The reward of a recipe with its tools; None without one. Raises RecipeError where it needs what there is not."""
+    if recipe.reward is None:
+        return None
     needs, judge, scorer = recipe.reward.needs, None, None
     # A name that lacks is told by the driver, which knows the reward that wanted it.
     if "judge" in needs and recipe.judge is not None:

@@ -105,6 +105,22 @@ class CheckpointKnobs(Knobs):
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best and the last")
 
 
+class TeacherKnobs(Knobs):
+    """Who says what a policy shall come near to: another model, or the same with a prompt, or both."""
+
+    model: str | None = Field(None, description="run, folder or hub id; empty is the base model itself")
+    prompt: str = Field("", description="system message that the teacher reads and the student does not")
+
+    @model_validator(mode="after")
+    def _knows_more(self) -> TeacherKnobs:
+        if self.model is None and not self.prompt:
+            raise RecipeError(
+                "teacher has no model and no prompt, so it is the student itself",
+                allowed="a model, a prompt, or both",
+            )
+        return self
+
+
 class FinetuneRecipe(Knobs):
     """A fine-tune: one base model, one data set, one adapter, one objective."""
 
@@ -123,6 +139,11 @@ class FinetuneRecipe(Knobs):
     objective: Annotated[Objective, Chosen("objectives")] = Field(
         default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
     )
+    teacher: TeacherKnobs | None = Field(None, description="whom the objective learns from, if it has a teacher")
+    reference_cache: bool = Field(
+        False, description="whether the reference is asked about all rows once, before the first step, instead of in "
+        "every step; what it says is kept in the run directory"
+    )  # fmt: skip
     optimizer: Annotated[Optimizer, Chosen("optimizers")] = Field(
         default_factory=lambda: choose("optimizers", Optimizer, "adamw"), description="how a gradient becomes a step"
     )
@@ -162,6 +183,32 @@ class FinetuneRecipe(Knobs):
         return self
 
     @model_validator(mode="after")
+    def _has_its_teacher(self) -> FinetuneRecipe:
+        name = self.objective.method_name()
+        if self.objective.taught and self.teacher is None:
+            raise RecipeError(
+                f"teacher is empty, and the objective {name} learns from one",
+                allowed="teacher: {model: RUN_FOLDER_OR_HUB_ID}, or {prompt: TEXT} for the model itself with a prompt",
+            )
+        if self.teacher is not None and not self.objective.taught:
+            raise RecipeError(
+                f"teacher is given, and the objective {name} learns from none",
+                do="leave teacher out, or choose an objective that has one",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_stays(self) -> FinetuneRecipe:
+        objective = self.objective
+        if self.reference_cache and (not objective.reference or "rollouts" in objective.needs):
+            why = "has no reference" if not objective.reference else "learns from answers that are new in every step"
+            raise RecipeError(
+                f"reference_cache is true, and the objective {objective.method_name()} {why}",
+                allowed="true for objectives of rows with a reference, such as dpo and kto",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_at_once(self) -> FinetuneRecipe:
         if self.optimizer.steps_in_backward:
             require_no_clipping(self.optimizer, self.max_grad_norm)
@@ -173,7 +220,7 @@ class FinetuneRecipe(Knobs):
     @field_validator("objective", mode="after")
     @classmethod
     def _composes(cls, value: Objective) -> Objective:
-        if lacking := value.requires - cls.offers:
+        if lacking := value.needs - cls.offers:
             recipe = " or a recipe: reinforce" if "rollouts" in lacking else ""
             raise RecipeError(
                 f"objective {value.method_name()} needs {', '.join(sorted(lacking))}",

@@ -8,7 +8,7 @@ out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, final
 
@@ -116,6 +116,8 @@ class DataSource(Source):
         self.seed = seed
         self.rows = rows
         self.tokens = tokens
+        self.note: Callable[[int, list[Tree]], list[Tree]] | None = None
+        """What is noted on the trees of a row, by its index, as they come."""
         self._cursor = Cursor()
         self._order = self._epoch_order(0)
 
@@ -126,8 +128,11 @@ class DataSource(Source):
         stop = self._step_end(self._order, start)
         self._cursor = Cursor(self._cursor.epoch, stop)
         epoch = self._cursor.epoch
-        views = [self.views[int(index)] for index in self._order[start:stop]]
-        return [tree for view in views for tree in self._trees(view, epoch)]
+        found = []
+        for index in self._order[start:stop].tolist():
+            trees = self._trees(self.views[index], epoch)
+            found += trees if self.note is None else self.note(index, trees)
+        return found
 
     @property
     def cursor(self) -> Cursor:
