@@ -2,8 +2,8 @@
 
     python benchmarks/merge.py --home bench-home --repetitions 5
 
-The first checkpoint is the prepared model of 494 million parameters in bfloat16; the second is made of it once: a random
-change of a fifth of its spread is added to every tensor. Each merge of each repetition is a process of its own, in turn
+The first checkpoint is the prepared model of 494 million parameters in bfloat16; the second is made of it once: a
+random change of a fifth of its spread is added to every tensor. Each merge of each repetition is a process of its own, in turn
 (A B A B), on files that were read once before. Wall seconds, CPU seconds and the peak of resident memory of the process
 are measured, and how long it takes until the result is durable: luthier waits for that before it ends and reads its
 files back, mergekit does not, so its files are synced here and that time is told apart. One JSON line a process goes to
