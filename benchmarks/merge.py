@@ -2,14 +2,14 @@
 
     python benchmarks/merge.py --home bench-home --repetitions 5
 
-The first checkpoint is the prepared model of 494 million parameters in bfloat16; the second is made of it once: a
-random change of a fifth of its spread is added to every tensor. Each merge of each repetition is a process of its own, in turn
-(A B A B), on files that were read once before. Wall seconds, CPU seconds and the peak of resident memory of the process
-are measured, and how long it takes until the result is durable: luthier waits for that before it ends and reads its
-files back, mergekit does not, so its files are synced here and that time is told apart. One JSON line a process goes to
-HOME/merge.jsonl. The two results must have equal numbers up to one step of bfloat16. Where two products all but cancel,
-the steps of the small rest are finer than float32 computes: such numbers are told apart, and must agree to 1e-6 of the
-tensor's largest number.
+The first checkpoint is the prepared model of 494 million parameters in bfloat16. The second is made of it once: a
+random change of a fifth of its spread is added to every tensor. Each merge of each repetition is a process of its own,
+in turn (A B A B), on files that were read once before. Wall seconds, CPU seconds and the peak of resident memory of the
+process are measured, and how long it takes until the result is durable: luthier waits for that before it ends, mergekit
+does not, so its files are synced here and that time is told apart. One JSON line a process goes to HOME/merge.jsonl.
+The two results must have equal numbers up to one step of bfloat16. Where two products all but cancel, the steps of the
+small rest are finer than float32 computes: such numbers are told apart, and must agree to 1e-6 of the tensor's largest
+number.
 
 The limit that is told is the larger of two times: the bytes of the result at the speed with which this disk took a
 file of that size just before, and all bytes that move (each input twice, the result once) at the speed with which

@@ -112,6 +112,9 @@ def test_the_digest_of_what_was_written_is_the_manifests(tmp_path: Path) -> None
     with pytest.raises(CorruptError, match="does not match its manifest"):
         write_folder(tmp_path / "other", lying, {})
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    write_folder(tmp_path / "trusted", lying, {}, trust=True)
+    with pytest.raises(CorruptError, match="does not match its manifest"):
+        verify(tmp_path / "trusted")
 
 
 def test_what_is_not_whole_is_not_finished(tmp_path: Path) -> None:

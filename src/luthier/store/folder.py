@@ -37,8 +37,11 @@ def write_folder(
     disk: Disk = REAL,
     replace: bool = False,
     needed_bytes: int = 0,
+    trust: bool = False,
 ) -> Manifest:
     """Let `place` hold what `writer` puts into the folder it is given; return once that is durable and verified.
+
+    With `trust` files whose digests the writer has told are durable but not read back: for what can be made again.
 
     `facts` are plain JSON values for the manifest. With `replace` a folder that is there goes when the new one has
     been verified; without, it is refused. After an error `place` is what it was, and nothing is left beside it.
@@ -50,13 +53,14 @@ def write_folder(
     require_space(place.parent, needed_bytes, disk=disk)
     beside, old = _beside(place, "tmp"), _beside(place, "old")
     with _undone_on_error(place, lambda: _drop(beside, disk)):
-        fill_folder(beside, writer, facts, disk=disk, needed_bytes=needed_bytes)
+        told: dict[str, Entry] = {}
+        fill_folder(beside, writer, facts, disk=disk, needed_bytes=needed_bytes, told=told)
     with _undone_on_error(place, lambda: _put_back(place, beside, old, disk)), explained("write", place):
         if _is_there(place):
             disk.rename(place, old)
         disk.rename(beside, place)
         disk.sync_folder(place.parent)
-        manifest = verify(place)
+        manifest = verify(place, trusted=told if trust else ())
     if _is_there(old):
         with explained("remove", old):
             disk.remove(old)
@@ -64,12 +68,23 @@ def write_folder(
 
 
 def fill_folder(
-    beside: Path, writer: Writer, facts: Mapping[str, Any], *, disk: Disk = REAL, needed_bytes: int | None = None
+    beside: Path,
+    writer: Writer,
+    facts: Mapping[str, Any],
+    *,
+    disk: Disk = REAL,
+    needed_bytes: int | None = None,
+    told: dict[str, Entry] | None = None,
 ) -> Manifest:
-    """Make the folder `beside`, let `writer` fill it, and make it durable, its manifest last."""
+    """Make the folder `beside`, let `writer` fill it, and make it durable, its manifest last.
+
+    What the writer tells of its files is put into `told`.
+    """
     with explained("write", beside, needed_bytes=needed_bytes):
         disk.make_folder(beside)
         known = _call(writer, beside)
+        if told is not None:
+            told.update(known)
         readable = beside.stat().st_mode & 0o666
         for path in sorted(beside.rglob("*")):
             if path.is_dir() and not path.is_symlink():
