@@ -54,7 +54,7 @@ def parses(words: list[str], path: tuple[str, ...]) -> None:
 def test_what_prints_has_json_and_what_writes_has_a_dry_run(path: tuple[str, ...]) -> None:
     told = luthier(*path, "--help").out
     assert "--json" in told
-    assert ("--dry-run" in told) == (path[0] in ("demo", "init", "train", "resume"))
+    assert ("--dry-run" in told) == (path[0] in ("demo", "init", "train", "resume", "export"))
 
 
 def test_an_unknown_command_or_option_is_a_usage_error_with_the_nearest_name() -> None:

@@ -121,6 +121,15 @@ def test_states_are_compared_by_their_difference_alone() -> None:
     assert report.passed and report.mean_kl is None and report.agreement is None and "KL" not in report.numbers()
 
 
+def test_single_numbers_are_compared_by_their_difference_alone() -> None:
+    """A reward of one number has no likeliest class, and agrees with whatever it is held against."""
+    heard = hear(Fake(wide=1), Questions(PROMPTS))
+    report = compare(heard, Fake(wide=1, noise=0.01), EXACT)
+    assert report.mean_kl is None and report.agreement is None and not report.passed
+    assert report.spread == pytest.approx(np.concatenate(heard.logits).std(), rel=1e-5)
+    assert compare(heard, Fake(wide=1), EXACT).passed
+
+
 def test_what_is_let_pass_belongs_to_the_form_of_the_weights() -> None:
     assert tolerance_for(torch.float32) is EXACT and tolerance_for(torch.float16) is HALF
     assert tolerance_for(torch.bfloat16) is BRAIN and tolerance_for(torch.float32, computed="bfloat16") is COARSE

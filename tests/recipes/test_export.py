@@ -14,17 +14,19 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from luthier.core.errors import DiskFullError, GateError, RecipeError, RefusedError
+from luthier.data.conversation import Labelled
 from luthier.exporters import Subject, Told
 from luthier.exporters.merged import Merged
 from luthier.exporters.peft import Peft
 from luthier.recipes.export import Source, export
 from luthier.recipes.opened import open_named
 from luthier.store.manifest import verify
-from tests.cli.commands import luthier, recipe_text
+from tests.cli.commands import luthier, recipe_text, write_rows
 from tests.recipes.test_api import arguments
+from tests.task_folders import bert_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 Damage = Callable[[Path], None]
@@ -220,7 +222,8 @@ def test_a_run_that_has_not_ended_is_refused(finished: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("adapter", "words"),
-    [("prefix_tuning", "learned keys and values"), ("prompt_tuning", "a learned prompt"), ("bottleneck", "layers of")],
+    [("prefix_tuning", "learned keys and values"), ("bottleneck", "layers of"),
+     pytest.param("prompt_tuning", "a learned prompt", marks=pytest.mark.slow)],
 )
 def test_what_no_weights_can_hold_is_refused_by_name(
     adapter: str, words: str, llama: Path, rows: Path, tmp_path: Path
@@ -264,6 +267,24 @@ def test_an_adapter_of_packed_weights_is_folded_into_what_they_stand_for(
     assert found["parity"]["max_difference"] < 1e-4 and "were packed when the model was trained" in found["notices"][0]
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert "were packed when" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_classifier_leaves_with_its_head_and_a_bare_encoder_with_none(tmp_path: Path) -> None:
+    """Breaks when a head that was drawn anew is given away as if it had been trained."""
+    bert = bert_folder(tmp_path / "bert")
+    both = [{"text": f"a {name} one", "label": name} for name in ("red", "big")]
+    rows = write_rows(tmp_path / "rows.jsonl", both * 6)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe_text(bert, rows).replace("steps: 8", "steps: 1") + "objective: classification\n")
+    luthier("train", recipe, "--run", tmp_path / "run", "--quiet").must(0)
+    found = export(Source(name=str(tmp_path / "run")), Merged(), tmp_path / "out")
+    assert found["parity"]["passed"] and found["parity"]["rows_equal"] == found["parity"]["rows"] == 12
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert set(theirs.config.id2label.values()) == {"red", "big"}
+    assert open_named(str(tmp_path / "out")).classify([Labelled("a red one", label="red")])[0].names
+    with pytest.raises(RecipeError, match="has no head that was trained") as caught:
+        export(Source(name=str(bert)), Merged(), tmp_path / "other")
+    assert "exporter.outputs=states" in caught.value.do
 
 
 def test_the_command(finished: Path, llama: Path, tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ class Exporter(Method):
         """Whether it takes whole weights or the adapter beside its base."""
         return "weights"
 
+    @property
+    def reads_head(self) -> bool:
+        """Whether the artefact holds what lies on top of the model: without, states are compared, not logits."""
+        return True
+
     def require(self, subject: Subject) -> None:
         """Raise now for what cannot be written in this form: MissingError for a package, RecipeError for a model.
 

@@ -183,8 +183,10 @@ def compare(source: Heard, artefact: Side, tolerance: Tolerance) -> ParityReport
     _compare_stops(source, artefact, found)
     _compare_settings(source, artefact, found)
     numbers = _Numbers(spread=_spread(source.logits))
+    # A single number is likeliest whatever it is.
+    states = artefact.gives == "states" or all(each.shape[-1] == 1 for each in source.logits)
     for prompt, wanted in zip(source.questions.prompts, source.logits, strict=True):
-        numbers.add(wanted, artefact.logits(prompt), artefact.gives)
+        numbers.add(wanted, artefact.logits(prompt), states=states)
     report = ParityReport(
         source=source.name,
         artefact=artefact.name,
@@ -192,8 +194,8 @@ def compare(source: Heard, artefact: Side, tolerance: Tolerance) -> ParityReport
         tokens=numbers.tokens,
         max_difference=numbers.difference,
         spread=numbers.spread,
-        mean_kl=None if artefact.gives == "states" else numbers.kl / max(1, numbers.tokens),
-        agreement=None if artefact.gives == "states" else numbers.equal / max(1, numbers.tokens),
+        mean_kl=None if states else numbers.kl / max(1, numbers.tokens),
+        agreement=None if states else numbers.equal / max(1, numbers.tokens),
         rows=rows,
         rows_equal=rows_equal,
         tolerance=tolerance,
@@ -213,7 +215,7 @@ class _Numbers:
         self.equal = 0
         self.odd: list[str] = []
 
-    def add(self, wanted: Float[np.ndarray, "n v"], found: Float[np.ndarray, "m w"], gives: Gives) -> None:
+    def add(self, wanted: Float[np.ndarray, "n v"], found: Float[np.ndarray, "m w"], *, states: bool) -> None:
         if self.odd:
             return
         if wanted.shape != found.shape:
@@ -226,7 +228,7 @@ class _Numbers:
             return
         self.tokens += len(wanted)
         self.difference = max(self.difference, float(np.abs(wanted - found).max(initial=0.0)))
-        if gives == "logits":
+        if not states:
             before, after = _log_softmax(wanted), _log_softmax(found)
             self.kl += max(0.0, float((np.exp(before) * (before - after)).sum()))
             self.equal += int((wanted.argmax(-1) == found.argmax(-1)).sum())
@@ -237,9 +239,13 @@ def _log_softmax(logits: Float[np.ndarray, "n v"]) -> Float[np.ndarray, "n v"]:
 
 
 def _spread(logits: Iterable[Float[np.ndarray, "_ v"]]) -> float:
-    """The standard deviation over the words, on average over all tokens; 1 where there is one number a text."""
-    parts = [each for each in logits if each.shape[-1] > 1 and each.size]
-    return float(np.mean([each.std(-1).mean() for each in parts])) or 1.0 if parts else 1.0
+    """The standard deviation over the words, on average over all tokens; over all texts where there is one number."""
+    parts = [each.astype(np.float64) for each in logits if each.size]
+    if not parts:
+        return 1.0
+    single = parts[0].shape[-1] == 1
+    found = np.concatenate(parts).std() if single else np.mean([each.std(-1).mean() for each in parts])
+    return float(found) or 1.0
 
 
 def _beyond(report: ParityReport) -> Iterator[str]:

@@ -38,7 +38,10 @@ _NAMES_ONLY: Final = ("architectures", "attn_implementation", "dtype", "id2label
 
 @final
 class ModelSide(Side):
-    """A model in memory, with what is attached to it; `renderer` makes tokens of rows, where it has one."""
+    """A model in memory, with what is attached to it; `renderer` makes tokens of rows, where it has one.
+
+    With `states` its last states are what it gives, whatever head lies on top of them.
+    """
 
     def __init__(
         self,
@@ -47,13 +50,15 @@ class ModelSide(Side):
         *,
         renderer: Renderer | None = None,
         stop_ids: Iterable[int] | None = None,
+        states: bool = False,
     ) -> None:
         self.name = name
+        self.states = states
         self.model = model
         self.renderer = renderer
         self._stop_ids = None if stop_ids is None else frozenset(stop_ids)
         rooted = model.active_root is not None and not model.task.classifies
-        self.gives: Gives = "states" if rooted else "logits"
+        self.gives: Gives = "states" if rooted or states else "logits"
 
     @torch.no_grad()
     def logits(self, tokens: Ints) -> Float[np.ndarray, "n v"]:
@@ -64,6 +69,9 @@ class ModelSide(Side):
         module = self.model.module
         ids = torch.from_numpy(tokens.astype(np.int64))[None].to(self.model.device)
         given = {"input_ids": ids}
+        if self.states:
+            states: Tensor = module.base_model(**given).last_hidden_state[0]
+            return states.float().cpu().numpy()
         if self.model.task.name == "seq2seq_lm":
             begin = torch.full_like(ids[:, :1], start_of(module))
             given["decoder_input_ids"] = torch.cat([begin, ids[:, :-1]], 1)

@@ -22,20 +22,21 @@ from luthier.core.knobs import Knobs
 from luthier.core.units import bytes_text
 from luthier.data.prepare import Reading
 from luthier.exporters import Exporter, Subject, Told
-from luthier.model.adapter_files import read_config
+from luthier.model.adapter_files import read_config, read_extras
 from luthier.model.json_files import write_object
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import Precision
+from luthier.model.load import Precision, kind_of_source
 from luthier.model.merging import unmergeable
 from luthier.model.packed import packing_of
 from luthier.model.packing import unpack_in_place
 from luthier.model.parity import Heard, ParityReport, compare, hear
 from luthier.model.parity_sides import ModelSide
 from luthier.model.sketches import sketched
+from luthier.model.tasks import CAUSAL
 from luthier.recipes.card import card_text, told_of_base
-from luthier.recipes.opened import Opened, open_named, result_of
+from luthier.recipes.opened import Opened, open_encoder, open_named, result_of
 from luthier.recipes.places import model_from, started_in
-from luthier.recipes.purpose import read_as
+from luthier.recipes.purpose import kept_task, read_as
 from luthier.recipes.questions import questions_for
 from luthier.store.folder import write_folder
 from luthier.store.runs import RunDirectory, is_run
@@ -80,10 +81,12 @@ def export(
     """
     _require_new(out)
     told(f"opening {source.name}")
-    opened = open_named(source.name, adapter=source.adapter, precision=source.precision, device=source.device)
+    opened = _open(source)
     notices: list[str] = []
     subject = _subject(source, opened)
     exporter.require(subject)
+    if exporter.reads_head and opened.model.fresh and not opened.model.attachments:
+        _require_taught(source, opened)
     if exporter.form == "weights":
         _require_mergeable(subject)
     needed = exporter.needed_bytes(subject)
@@ -93,7 +96,8 @@ def export(
     told("asking the source")
     classes = opened.model.task.classes
     asked = questions_for(opened.tokenizer, source.run, classes=classes, noticed=notices.append)
-    said = ModelSide("the source", opened.model, renderer=opened.renderer, stop_ids=opened.stop_ids)
+    said = ModelSide("the source", opened.model, renderer=opened.renderer, stop_ids=opened.stop_ids,
+                     states=not exporter.reads_head)  # fmt: skip
     heard = replace(hear(said, asked), name=source.name)
     if exporter.form == "weights":
         subject = _made_plain(subject, told, notices)
@@ -119,6 +123,22 @@ def export(
 def _require_new(out: Path) -> None:
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise RefusedError(f"{out} is there already and is not empty; nothing was changed", do="name a new folder")
+
+
+def _open(source: Source) -> Opened:
+    if source.run is None and source.adapter is None and kind_of_source(source.name) == "encoder":
+        task = kept_task(read_extras(Path(source.name)))
+        if task == CAUSAL:
+            return open_encoder(source.name, precision=source.precision, device=source.device)
+    return open_named(source.name, adapter=source.adapter, precision=source.precision, device=source.device)
+
+
+def _require_taught(source: Source, opened: Opened) -> None:
+    raise RecipeError(
+        f"{source.name} has no head that was trained: {', '.join(opened.model.fresh[:2])} would be random",
+        allowed="a run with objective classification or masked_lm, or the states of the encoder",
+        do=f"luthier export {source.name} --to onnx --set exporter.outputs=states --out DIR",
+    )
 
 
 def _subject(source: Source, opened: Opened) -> Subject:

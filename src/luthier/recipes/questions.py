@@ -14,7 +14,7 @@ import numpy as np
 
 from luthier.core.errors import DataError, MissingError, StorageError
 from luthier.core.knobs import validate
-from luthier.data.conversation import Conversation, Message, Row
+from luthier.data.conversation import Conversation, Message, Role, Row
 from luthier.data.forest import Ints
 from luthier.data.prepare import sources_of
 from luthier.data.reading.rows import open_source
@@ -40,13 +40,10 @@ SENTENCES: Final = (
     "Water boils at 100 degrees Celsius at sea level; higher up, it boils sooner.",
 )
 """Texts for a model that brings no rows of its own."""
-TALKS: Final = tuple(
-    Row(number, f"talk {number + 1}", Conversation(tuple(Message(role, text) for role, text in said)))
-    for number, said in enumerate((
-        (("user", "Who are you?"), ("assistant", "A model.")),
-        (("system", "Answer in one word."), ("user", "7 + 5?"), ("assistant", "12"), ("user", "And 6?"),
-         ("assistant", "18")),
-    ))
+_TALKS: Final[tuple[tuple[tuple[Role, str], ...], ...]] = (
+    (("user", "Who are you?"), ("assistant", "A model.")),
+    (("system", "Answer in one word."), ("user", "7 + 5?"), ("assistant", "12"), ("user", "And 6?"),
+     ("assistant", "18")),
 )  # fmt: skip
 """Talks for its template."""
 
@@ -64,7 +61,7 @@ def questions_for(
     """
     plain = tuple(_begun(tokenizer, text)[:LONGEST] for text in SENTENCES)
     if run is None:
-        return Questions(plain, TALKS)
+        return Questions(plain, _talks())
     values = run.read_recipe()
     recipe = located(validate(kind_of_recipe(values), values), started_in(run))
     try:
@@ -76,6 +73,11 @@ def questions_for(
     views = prepared.held_out if len(prepared.held_out) else prepared.train
     prompts = tuple(views[index].tokens[:LONGEST] for index in range(min(PROMPTS, len(views))))
     return Questions(prompts or plain, rows)
+
+
+def _talks() -> tuple[Row, ...]:
+    made = (Conversation(tuple(Message(role, text) for role, text in said)) for said in _TALKS)
+    return tuple(Row(number, f"talk {number + 1}", each) for number, each in enumerate(made))
 
 
 def _begun(tokenizer: Tokenizer, text: str) -> Ints:
