@@ -220,8 +220,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
 
 def _refers(recipe: FinetuneRecipe) -> bool:
     """Whether what the model was before is asked for its word, so that both have to be there."""
-    itself = recipe.teacher is None or recipe.teacher.model is None
-    return recipe.objective.reference or (recipe.objective.taught and itself)
+    return recipe.teacher is None and (recipe.objective.reference or recipe.objective.taught)
 
 
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:

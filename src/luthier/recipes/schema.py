@@ -105,22 +105,6 @@ class CheckpointKnobs(Knobs):
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best and the last")
 
 
-class TeacherKnobs(Knobs):
-    """Who says what a policy shall come near to: another model, or the same with a prompt, or both."""
-
-    model: str | None = Field(None, description="run, folder or hub id; empty is the base model itself")
-    prompt: str = Field("", description="system message that the teacher reads and the student does not")
-
-    @model_validator(mode="after")
-    def _knows_more(self) -> TeacherKnobs:
-        if self.model is None and not self.prompt:
-            raise RecipeError(
-                "teacher has no model and no prompt, so it is the student itself",
-                allowed="a model, a prompt, or both",
-            )
-        return self
-
-
 class FinetuneRecipe(Knobs):
     """A fine-tune: one base model, one data set, one adapter, one objective."""
 
@@ -139,7 +123,11 @@ class FinetuneRecipe(Knobs):
     objective: Annotated[Objective, Chosen("objectives")] = Field(
         default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
     )
-    teacher: TeacherKnobs | None = Field(None, description="whom the objective learns from, if it has a teacher")
+    teacher: str | None = Field(
+        None, description="run, folder or hub id of the model that the objective learns from, if it has a teacher; "
+        "empty is the base model itself, with teacher_prompt"
+    )  # fmt: skip
+    teacher_prompt: str = Field("", description="system message that the teacher reads and the student does not")
     reference_cache: bool = Field(
         False, description="whether the reference is asked about all rows once, before the first step, instead of in "
         "every step; what it says is kept in the run directory"
@@ -184,16 +172,17 @@ class FinetuneRecipe(Knobs):
 
     @model_validator(mode="after")
     def _has_its_teacher(self) -> FinetuneRecipe:
-        name = self.objective.method_name()
-        if self.objective.taught and self.teacher is None:
+        name, given = self.objective.method_name(), self.teacher is not None or bool(self.teacher_prompt)
+        if self.objective.taught and not given:
             raise RecipeError(
                 f"teacher is empty, and the objective {name} learns from one",
-                allowed="teacher: {model: RUN_FOLDER_OR_HUB_ID}, or {prompt: TEXT} for the model itself with a prompt",
+                allowed="a run, a folder or a hub id; or teacher_prompt, for the base model itself with a prompt",
             )
-        if self.teacher is not None and not self.objective.taught:
+        if given and not self.objective.taught:
+            key, value = ("teacher_prompt", self.teacher_prompt) if self.teacher is None else ("teacher", self.teacher)
             raise RecipeError(
-                f"teacher is given, and the objective {name} learns from none",
-                do="leave teacher out, or choose an objective that has one",
+                f"{key} is {value!r}, and the objective {name} learns from none",
+                do=f"leave {key} out, or choose an objective that has a teacher",
             )
         return self
 
