@@ -123,8 +123,8 @@ def schema() -> str:
                 kind = catalog.load(family, method)
                 lines += ["", f"**`{method}`** — {catalog.card(family, method).title}", ""]
                 lines += _knobs(kind, f"{name}.") if kind.model_fields else ["No knobs."]
-        elif section := _section(field):
-            lines += ["", f"### `{name}`: {field.description}", "", *_knobs(section, f"{name}.")]
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += ["", f"### `{name}`: {field.description}", "", *_knobs(field.annotation, f"{name}.")]
     return "\n".join(lines)
 
 
@@ -153,15 +153,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
 def _knobs(kind: type[BaseModel], before: str, *, skip_sections: bool = False) -> list[str]:
     rows = []
     for name, field in kind.model_fields.items():
-        if not (skip_sections and (_family(field) or _section(field))):
+        section = _family(field) or (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+        if not (skip_sections and section):
             rows.append((f"`{before}{name}`", _values(field), _default(field), field.description or ""))
     return _table(("key", "values", "default", "meaning"), rows).splitlines()
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The knobs of a section, which may be left out."""
-    parts = (field.annotation, *typing.get_args(field.annotation))
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def _family(field: FieldInfo) -> str | None:

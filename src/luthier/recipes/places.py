@@ -32,25 +32,14 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         "template": template_from(recipe.data.template, folder),
     }
     models = {"model": recipe.model}
-<<<<<<< HEAD
     asked: dict[str, str | None] = {}
     if isinstance(recipe, ReinforceRecipe):
         asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
     if isinstance(recipe, AiFeedbackRecipe):
         asked = {"judge": recipe.judge, "speaker": recipe.speaker}
+    asked["teacher"] = recipe.teacher
     models |= {key: name for key, name in asked.items() if name is not None}
-    there: dict[str, object] = {key: model_from(name, folder) for key, name in models.items()}
-    if recipe.teacher is not None and recipe.teacher.model is not None:
-        named = {"model": model_from(recipe.teacher.model, folder)}
-        there["teacher"] = recipe.teacher.model_copy(update=named)
-=======
-    if recipe.teacher is not None:
-        models["teacher"] = recipe.teacher
-    if isinstance(recipe, ReinforceRecipe):
-        asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
-        models |= {key: name for key, name in asked.items() if name is not None}
     there = {key: model_from(name, folder) for key, name in models.items()}
->>>>>>> i8-rollouts
     return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
 
 
