@@ -275,6 +275,10 @@ def test_the_plan_of_a_recipe_is_that_of_the_run(recipe: Path) -> None:
         (("--model-config", "{}", "--sharding", "half"), "sharding"),
         (("--model-config", "{}", "--set", "sequense=3"), "sequence"),
         (("--model-config", "{}", "--inference", "--clients", "0"), "0 clients"),
+        (("--model-config", "{}", "--inference", "--method", "lora"), "--method with --inference"),
+        (("--model-config", "{}", "--clients", "3"), "--clients with training"),
+        (("--model-config", "{}", "--price", "3"), "--price with a run of no known length"),
+        (("recipe.yaml", "--memory", "3GB"), "--memory with a recipe"),
     ],
 )
 def test_what_cannot_be_planned_is_said(tiny_path: PathOf, words: tuple[str, ...], said: str) -> None:

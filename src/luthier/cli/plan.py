@@ -18,7 +18,14 @@ ModelConfig = Annotated[
 ]
 
 
+_OF_A_RECIPE = {"recipe", "set_", "json"}
+_OF_ANSWERING = {"model_config", "inference", "clients", "context", "precision", "quantizer", "memory", "tflops",
+                 "bandwidth", "json"}  # fmt: skip
+_ONLY_ANSWERING = {"inference", "clients", "context"}
+
+
 def plan(
+    ctx: typer.Context,
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="Recipe file.", show_default=False)
     ] = None,
@@ -54,26 +61,41 @@ def plan(
       luthier plan recipe.yaml --set adapter.rank=64
       luthier plan --model-config config.json --method qlora --sequence 4096 --memory 24GB --device cuda
     """
+    given = _given(ctx)
     if (recipe is None) == (model_config is None):
         which = "both" if recipe else "neither"
         raise RecipeError(f"{which} of RECIPE.yaml and --model-config is given", allowed="one of the two")
     if recipe is not None:
+        _require_none(given - _OF_A_RECIPE, "a recipe, which says all of it: see --set")
         _of_recipe(recipe, set_ or [], as_json=json)
         return
     config = config_file(model_config or Path())
     if inference:
-        found = _of_inference(config, clients, context, precision, quantizer, memory, tflops, bandwidth)
-        print_json(found) if json else print_inference(found, clients, context)
+        _require_none(given - _OF_ANSWERING, "--inference")
+        _of_inference(config, (clients, context), precision, quantizer, memory, (tflops, bandwidth), as_json=json)
         return
-    given = {
+    _require_none(given & _ONLY_ANSWERING, "training: they are for --inference")
+    wanted = {
         "sequence": sequence, "batch": batch, "device": device, "devices": devices, "sharding": sharding,
         "precision": precision, "optimizer.method": optimizer, "quantizer.method": quantizer,
     }  # fmt: skip
-    sets = [f"{key}={value}" for key, value in given.items() if value is not None]
+    sets = [f"{key}={value}" for key, value in wanted.items() if value is not None]
     _of_config(
         config, method, [*sets, *(set_ or [])], memory=memory, rates=(tflops, bandwidth, efficiency),
         run=(tokens, price), explain=explain, as_json=json,
     )  # fmt: skip
+
+
+def _given(ctx: typer.Context) -> set[str]:
+    """The options that are on the command line."""
+    return {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+
+
+def _require_none(unread: set[str], what: str) -> None:
+    """Raise RecipeError for options that nobody would read."""
+    if unread:
+        names = ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in sorted(unread))
+        raise RecipeError(f"{names} with {what}", do=f"leave {names} out")
 
 
 def config_file(place: Path) -> Path:
@@ -111,6 +133,8 @@ def _of_config(
 ) -> None:
     from luthier.core.units import bytes_from
 
+    if run[0] is None and run[1] is not None:
+        _require_none({"price"}, "a run of no known length: give --tokens")
     limit = None if memory is None else bytes_from(memory)
     with uncollected():
         from luthier.recipes.plan import Machine, cost, lay, plan_training
@@ -136,14 +160,15 @@ def _of_config(
 
 
 def _of_inference(
-    config: Path, clients: int, context: int, precision: str, quantizer: str | None, memory: str | None,
-    tflops: float | None, bandwidth: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    config: Path, load: tuple[int, int], precision: str, quantizer: str | None, memory: str | None,
+    rates: tuple[float | None, float | None], *, as_json: bool,
+) -> None:  # fmt: skip
     """No torch is needed for this, unless weights are packed: a quantizer says itself what they take."""
     from luthier.core.units import bytes_from
     from luthier.recipes.plan_inference import NUMBERS, plan_inference
     from luthier.store.files import read_json
 
+    (clients, context), (tflops, bandwidth) = load, rates
     precision = "bfloat16" if precision == "auto" else precision
     if precision not in NUMBERS or clients < 1 or context < 1:
         raise RecipeError(
@@ -155,8 +180,9 @@ def _of_inference(
         from luthier.recipes.plan_asked import packed_bytes
 
         packed = packed_bytes(quantizer)
-    return plan_inference(
+    found = plan_inference(
         read_json(config), clients=clients, context=context, precision=precision, packed=packed,
         memory=None if memory is None else bytes_from(memory), flops=None if tflops is None else tflops * 1e12,
         bandwidth=None if bandwidth is None else bandwidth * 1e9,
     )  # fmt: skip
+    print_json(found) if as_json else print_inference(found, clients, context)
