@@ -72,8 +72,10 @@ def runs() -> list[tuple[str, int | None, Adapter, float]]:
     return [*made, ("full", None, Full(), 5e-4)]
 
 
-def measured(family: str, rank: int | None, adapter: Adapter, rate: float, *, steps: int, rows: int) -> Outcome:
-    """Train, and look."""
+def measured(
+    family: str, rank: int | None, adapter: Adapter, rate: float, *, steps: int, rows: int, save: Path | None = None
+) -> Outcome:
+    """Train, and look; with `save` the result and the rows it is measured on are kept, for `luthier probe`."""
     session = load("seedling", adapter=adapter, optimizer=AdamW(learning_rate=rate), precision="float32", seed=0)
     train, test = demo_rows(steps * rows, seed=0, held_out=False), demo_rows(48, seed=1, held_out=True)
     opened = Opened(session.model, session.tokenizer, session.renderer, session.renderer.stop_ids)
@@ -86,6 +88,9 @@ def measured(family: str, rank: int | None, adapter: Adapter, rate: float, *, st
         losses.append(report.loss)
         session.optim_step(factor=1 - step / steps)
     after = mean_loss(session.model, LanguageModelling(), kept)[0]
+    if save is not None:
+        session.save(save / f"{family.replace(', ', '-').replace(' = ', '-').replace(' ', '-')}-rank-{rank or 'all'}")
+        (save / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test), "utf-8")
     pair = pair_of_adapter(session.model, spectra=BaseSpectra(cache_folder() / FOLDER))
     found = IntruderDimensions(side="left", thresholds=(0.8,), controls=1).of(pair)
     wide = next(row for row in found.tables[0].rows if row[0] == 0.8)
@@ -205,14 +210,20 @@ def main() -> None:
     arguments.add_argument("--rows", type=int, default=8, help="rows of a step")
     arguments.add_argument("--json", type=Path, default=Path("intruder-ranks.json"))
     arguments.add_argument("--svg", type=Path, default=Path("intruder-ranks.svg"))
+    arguments.add_argument("--family", default="", help="only this one, such as 'LoRA, alpha = 8'")
+    arguments.add_argument("--rank", type=int, default=0, help="only this one")
+    arguments.add_argument("--save", type=Path, help="folder for the tuned adapters")
     given = arguments.parse_args()
     found: list[Outcome] = []
     for family, rank, adapter, rate in runs():
-        found.append(measured(family, rank, adapter, rate, steps=given.steps, rows=given.rows))
+        if (given.family and family != given.family) or (given.rank and rank != given.rank):
+            continue
+        found.append(measured(family, rank, adapter, rate, steps=given.steps, rows=given.rows, save=given.save))
         print(table(found[-1:]).splitlines()[-1], flush=True)
         facts = {"steps": given.steps, "rows": given.rows, "torch": torch.__version__}
         given.json.write_text(json.dumps({**facts, "runs": [asdict(each) for each in found]}, indent=1) + "\n", "utf-8")
-    given.svg.write_text(draw(found), "utf-8")
+    if not given.family and not given.rank:
+        given.svg.write_text(draw(found), "utf-8")
     print(table(found))
 
 

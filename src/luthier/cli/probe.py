@@ -63,7 +63,8 @@ def probe(
 
     factors = _factors(mitigate)
     if out is not None and not factors:
-        raise RecipeError(f"--out {out} is given without --mitigate", do="say how to scale intruders: --mitigate 0.5")
+        do = "say by what to scale intruders: --mitigate 0.5"
+        raise RecipeError(f"--out {out} is given without --mitigate", do=do)
     chosen = chosen_probes(names or [], set_ or [])
     folder = report or (NEW if run is None else run / PROBES)
     with progress(quiet=quiet) as recorder:

@@ -36,7 +36,9 @@ from luthier.store.folder import write_folder
 NAME: Final = "mitigation"
 K: Final = 10
 EPSILON: Final = 0.5
-"""The leading directions that are looked at, and below which cosine one is an intruder: the paper's."""
+SAME: Final = 1e-3
+"""The leading directions that are looked at, and below which cosine one is an intruder: the paper's. Losses that differ
+by less than SAME are told as equal."""
 
 
 @dataclass(frozen=True)
@@ -195,23 +197,30 @@ def _report(pair: Pair, rows: Sequence[Sequence[Value]], count: int, k: int, eps
 
 
 def _verdict(pair: Pair, rows: Sequence[Sequence[Value]]) -> tuple[list[str], dict[str, Value]]:
-    """What the smallest lambda did to each text, beside the control of equal norm."""
-    factors = [float(row[1]) for row in rows if row[1] is not None and row[0] == "intruders scaled"]  # type: ignore[arg-type]
-    least = min(factors)
-    own, control = (next(row for row in rows if row[0] == what and row[1] == least)
-                    for what in ("intruders scaled", "whole change scaled"))  # fmt: skip
-    said, numbers = [], {"lambda": least}
+    """At which lambda the loss on each text is least, beside the tuned model and the control of equal norm."""
+    said: list[str] = []
+    numbers: dict[str, Value] = {}
     for place, text in enumerate(pair.texts):
         with pair.after() as model:
             tuned = text.loss(model)
-        moved, other = (float(row[3 + place] or 0.0) - tuned for row in (own, control))
-        numbers[f"{text.name}_change"], numbers[f"{text.name}_control"] = moved, other
-        better = "better" if moved < other - 1e-4 else "worse" if moved > other + 1e-4 else "no better"
+        moved = {what: {float(row[1] or 0.0): float(row[3 + place] or 0.0) - tuned for row in rows if row[0] == what}
+                 for what in ("intruders scaled", "whole change scaled")}  # fmt: skip
+        own, control = moved["intruders scaled"], moved["whole change scaled"]
+        best = min(own, key=own.__getitem__)
+        name, least = text.name, min(own)
+        numbers |= {f"{name}_lambda": best, f"{name}_change": own[best], f"{name}_control": control[best]}
+        if own[best] > -SAME:
+            said.append(
+                f"No lambda lowers the loss on {name}; at {least:g} it moves by {own[least]:+.4f}, and by "
+                f"{control[least]:+.4f} with the whole change at the same norm."
+            )
+            continue
+        more = "" if own[best] < control[best] - SAME else "no "
         said.append(
-            f"At lambda {least:g} the loss on {text.name} moved by {moved:+.4f}; the whole change at the same norm "
-            f"moves it by {other:+.4f}: cutting the intruders is {better} there."
+            f"The loss on {name} is least at lambda {best:g}: {own[best]:+.4f}. The whole change at the same norm "
+            f"moves it by {control[best]:+.4f}, so the intruders are {more}better to cut than the rest."
         )
-    return said, {**numbers}
+    return said, numbers
 
 
 def _require_writable(probed: Probed, factors: Sequence[float]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +127,24 @@ def _more(
     opened: Opened, keep: Sequence[str], source: str, texts: list[Text], samples: list[Ints], recorder: Recorder
 ) -> dict[str, Any]:
     """Texts and samples with those that should have been kept, the cache, and progress."""
+    opened = _cutting(opened)
     for file in keep:
         text, trees = _kept(opened, file)
         texts.append(text)
         samples += [_first_path(tree) for tree in trees]
     if source == SEEDLING and opened.model.task.speaks:
-        trees = grown_on(opened)
+        trees = grown_on(opened)[:MOST_TREES]
         texts.append(_text("the seedling's own kind of text", "kept", LanguageModelling(), trees))
         samples = samples or [_first_path(tree) for tree in trees]
     spectra = BaseSpectra(cache_folder() / FOLDER)
     return {"texts": tuple(texts), "samples": tuple(samples), "spectra": spectra, "tell": teller(recorder)}
+
+
+def _cutting(opened: Opened) -> Opened:
+    """The same model, asked with a renderer that cuts what is longer than its context: nothing is trained on it."""
+    renderer = copy(opened.renderer)
+    renderer.over_length = "truncate"
+    return replace(opened, renderer=renderer)
 
 
 def teller(recorder: Recorder) -> Callable[[str, int, int], None]:

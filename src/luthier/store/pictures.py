@@ -86,7 +86,7 @@ def _cell(
     )
     if not few:
         return cell
-    strong = ' class="strong"' if share > 0.55 else ""
+    strong = ' class="strong"' if share > 0.6 else ""
     middle = f'x="{x + (wide - 1) / 2:g}" y="{y + tall / 2 + 3:g}"'
     return f'{cell}<text{strong} {middle} text-anchor="middle">{_short(value)}</text>'
 

@@ -35,6 +35,7 @@ svg text{font:10px var(--sans);fill:var(--soft);font-variant-numeric:tabular-num
 .line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}.line.c3{stroke:var(--c3)}
 .line.c4{stroke:var(--c4)}.line.c5{stroke:var(--c5)}.dot.c0{fill:var(--c0)}.dot.c1{fill:var(--c1)}.dot.c2{fill:var(--c2)}
 .dot.c3{fill:var(--c3)}.dot.c4{fill:var(--c4)}.dot.c5{fill:var(--c5)}
+.cells text{fill:var(--ink)}
 .none{fill:var(--cell)}.more{fill:var(--more)}.less{fill:var(--less)}svg text.strong{fill:var(--strong)}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.8125rem;color:var(--soft);margin:.2rem 0}
 .key span::before{content:"";display:inline-block;width:1.1rem;margin-right:.45rem;vertical-align:.28em;
