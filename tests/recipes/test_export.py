@@ -91,7 +91,8 @@ def test_the_card_says_what_the_run_knows_and_is_the_same_each_time(
         "License of the base: not known", "training rows that render to the same ids | 16 of 16",
     ):  # fmt: skip
         assert part in card, part
-    assert str(tmp_path) not in card and str(finished.parent) not in card.replace("train: ", "").split("```yaml")[0]
+    # Neither the folder of the model nor that of the data, which the recipe names.
+    assert "/tmp" not in card and str(finished.parents[1]) not in card and "train: rows.jsonl" in card
 
 
 def test_a_base_is_exported_with_its_license(tmp_path: Path) -> None:
@@ -207,6 +208,17 @@ def test_a_disk_that_fills_up_leaves_nothing(finished: Path, tmp_path: Path, mon
     with pytest.raises(DiskFullError, match="No space left on device|no space"):
         export(Source(name=str(finished)), Merged(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_gone_are_told_and_sentences_taken(finished: Path, tmp_path: Path) -> None:
+    """Breaks when a run whose data were removed cannot leave, or leaves with a template that nobody looked at."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["train"] = str(tmp_path / "gone.jsonl")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = export(Source(name=str(run)), Merged(), tmp_path / "out")
+    assert "cannot be read" in found["notices"][0] and found["parity"]["rows_equal"] == found["parity"]["rows"] == 2
+    assert "cannot be read" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_that_has_not_ended_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.core import optional
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Row
 from luthier.data.forest import Ints
 from luthier.data.rendering.renderer import Renderer
@@ -156,8 +156,11 @@ class _Session(Side):
         return found[0] if found.ndim == 3 else found
 
     def rendered(self, row: Row) -> tuple[Ints, ...] | None:
-        """The row by the folder's own tokenizer."""
-        return tuple(view.tokens for view in self.renderer.render(row))
+        """The row by the folder's own tokenizer; nothing for one that it refuses."""
+        try:
+            return tuple(view.tokens for view in self.renderer.render(row))
+        except DataError:
+            return ()
 
     def settings(self) -> dict[str, Any]:
         """How many tokens its tokenizer knows."""

@@ -76,11 +76,12 @@ def card_text(
 ) -> str:
     """The card in Markdown, with the front matter that the hub reads."""
     title = Path(subject.name).name or subject.name
+    use = exporter.usage(subject).replace("FOLDER", title).replace(subject.base, _base_name(subject, base))
     parts = [
         f"---\n{yaml.safe_dump(_front(subject, exporter, base), sort_keys=False, allow_unicode=True)}---\n",
         f"# {title}\n",
         _what(subject, exporter, run, base),
-        "## Use\n\n" + exporter.usage(subject).replace("FOLDER", title),
+        f"## Use\n\n{use}",
     ]
     if run is not None:
         parts += _of_run(run)
@@ -101,12 +102,26 @@ def _front(subject: Subject, exporter: Exporter, base: BaseFacts) -> dict[str, A
 
 
 def _what(subject: Subject, exporter: Exporter, run: RunDirectory | None, base: BaseFacts) -> str:
-    name = subject.base if subject.base == SEEDLING or base.on_hub else Path(subject.base).name
+    name = _base_name(subject, base)
     made = "a copy of" if run is None and subject.adapter is None else "a fine-tune of"
     form = "the adapter alone, which needs its base" if exporter.form == "adapter" else "whole weights"
     license_ = base.license or "not known: its card does not say"
     return (f"This is {made} `{name}`, written as {exporter.method_name()} by luthier {metadata.version('luthier')}: "
             f"{form}. License of the base: {license_}.\n")  # fmt: skip
+
+
+def _base_name(subject: Subject, base: BaseFacts) -> str:
+    return subject.base if subject.base == SEEDLING or base.on_hub else Path(subject.base).name
+
+
+def _nameless(value: Any) -> Any:
+    """A recipe without the folders of this machine: of an absolute path the name is kept."""
+    if isinstance(value, Mapping):
+        return {key: _nameless(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nameless(each) for each in value]
+    absolute = isinstance(value, str) and "\n" not in value and Path(value).is_absolute()
+    return (Path(value).name or value) if absolute else value
 
 
 def _of_run(run: RunDirectory) -> Iterator[str]:
@@ -120,7 +135,7 @@ def _of_run(run: RunDirectory) -> Iterator[str]:
     ) + (f"\nDigest of the rows as they were read: `{data['digest']}`. {summary['data']['train_views']:,} were trained "
          f"on, {summary['data']['held_out_views']:,} held out. {facts['trained_tokens']:,} tokens carried loss, of "
          f"{count_text(summary['tokens']['total'])} in all.\n")  # fmt: skip
-    del recipe["run"]
+    recipe = _nameless({key: value for key, value in recipe.items() if key != "run"})
     yield (f"## Training\n\n{facts['steps']:,} steps; {count_text(summary['trainable_parameters'])} of "
            f"{count_text(summary['parameters'])} parameters were trained. `luthier train recipe.yaml`, with this "
            f"recipe and seed {recipe.get('seed', 0)}, on base weights with the digest `{facts['base_digest']}`:\n\n"

@@ -69,7 +69,7 @@ def questions_for(
         rows = tuple(_rows(recipe))
     except (DataError, MissingError, StorageError) as failure:
         noticed(f"the rows of {run.folder} cannot be read ({failure.received:.200}), so plain sentences are compared")
-        return Questions(plain)
+        return Questions(plain, _talks())
     views = prepared.held_out if len(prepared.held_out) else prepared.train
     prompts = tuple(views[index].tokens[:LONGEST] for index in range(min(PROMPTS, len(views))))
     return Questions(prompts or plain, rows)
