@@ -18,8 +18,12 @@ MERGED = ("lora", "dora", "ia3", "sparse", "trainable_tokens", "full")
 """Adapters that weights can hold."""
 
 
+EXACT: dict[str, dict[str, str]] = {"gguf": {"type": "F32"}, "ollama": {"type": "F32"}}
+"""Knobs of forms that round by default: among the ties of random weights eight bits choose otherwise."""
+
+
 def made(name: str) -> Exporter:
-    return choose("exporters", Exporter, name)
+    return choose("exporters", Exporter, {"method": name, **EXACT.get(name, {})})
 
 
 def able(name: str, given: Subject) -> Exporter:
@@ -45,7 +49,7 @@ def test_the_artefact_is_the_model(name: str, architecture: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("adapter", MERGED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ollama"])  # its file is that of gguf
 def test_whatever_weights_can_hold_is_in_them(name: str, adapter: str, tmp_path: Path) -> None:
     given = subject("qwen2", tmp_path, adapter=adapter)
     report = exported(able(name, given), given, tmp_path / "out")

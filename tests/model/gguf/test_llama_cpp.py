@@ -16,7 +16,8 @@ from torch import Tensor
 
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.gguf.lora_file import write_lora
-from luthier.model.gguf.model_file import Model, write_model
+from luthier.model.gguf.model_file import Model, read_weights_back, write_model
+from luthier.model.gguf.reading import GgufFile
 from luthier.model.gguf.vocabulary import PROBES
 from luthier.model.load import resolve_source
 from tests.model.gguf import models
@@ -68,6 +69,20 @@ def test_every_family_computes_the_same(kind: str, seedling: Tokenizer, tmp_path
     found = logits(peer(tmp_path / "m.gguf"))
     assert float((found - wanted).abs().max()) < 0.02 * float(wanted.std())
     assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) == 1
+
+
+@pytest.mark.parametrize("choice", ["Q8_0", "Q4_0", "Q4_K"])
+def test_every_format_is_read_alike(choice: Any, seedling: Tokenizer, tmp_path: Path) -> None:
+    """Against our own reading of the same file; llama.cpp rounds inputs to eight bits, too."""
+    made = models.wide()
+    made.resize_token_embeddings(4096)
+    made.config.tie_word_embeddings = False
+    write_model(tmp_path / "m.gguf", Model(name="wide", config=made.config, tensors=made.state_dict(), stop_ids=(1,),
+                                           tokenizer=seedling, template=None), choice)  # fmt: skip
+    made.load_state_dict(read_weights_back(GgufFile.open(tmp_path / "m.gguf"), made.config))
+    wanted = made(IDS).logits[0].detach()
+    away = (logits(peer(tmp_path / "m.gguf")) - wanted).square().mean().sqrt()
+    assert float(away) < 0.03 * float(wanted.std())
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

@@ -79,17 +79,34 @@ def test_a_model_comes_back(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", models.LEARNT)
 def test_eight_bits_say_the_same(kind: str, tmp_path: Path) -> None:
-    """Greedy agreement of at least 99 % over all tokens of what was learnt; four bits stay near."""
+    """Greedy agreement of at least 99 % over all tokens of what was learnt; four bits are farther away."""
     source = models.learnt(kind)
     wanted = logits(source)
     agreement, away = {}, {}
-    for choice in ("F16", "BF16", "Q8_0", "Q4_K", "Q4_0"):
+    for choice in ("F16", "Q8_0", "Q4_0"):
         write_model(tmp_path / f"{choice}.gguf", models.whole(source), choice)
         found = logits(read(tmp_path / f"{choice}.gguf", source.config))
         agreement[choice] = float((found.argmax(-1) == wanted.argmax(-1))[:, 1:].float().mean())
         away[choice] = float((found - wanted).square().mean().sqrt() / wanted.std())
-    assert agreement["F16"] >= 0.995 and agreement["BF16"] >= 0.99 and agreement["Q8_0"] >= 0.99
-    assert away["F16"] < 2e-3 and away["Q8_0"] < 0.02 and away["Q4_K"] < 0.02 and away["Q4_0"] < 0.4
+    assert agreement["F16"] >= 0.995 and agreement["Q8_0"] >= 0.99
+    assert away["F16"] < 2e-3 and away["Q8_0"] < 0.02 < away["Q4_0"] < 0.4
+
+
+def test_blocks_of_256_in_a_model(tmp_path: Path) -> None:
+    """The mix in a file: its formats, and the same numbers by transformers' reader as by ours."""
+    source = models.wide()
+    write_model(tmp_path / "m.gguf", models.whole(source), "Q4_K")
+    file = GgufFile.open(tmp_path / "m.gguf")
+    kinds = {name: place.kind.name for name, place in file.places.items()}
+    assert kinds["output.weight"] == kinds["blk.2.ffn_down.weight"] == kinds["blk.2.attn_v.weight"] == "Q6_K"
+    assert kinds["token_embd.weight"] == kinds["blk.0.attn_v.weight"] == kinds["blk.1.ffn_up.weight"] == "Q4_K"
+    assert kinds["blk.0.attn_norm.weight"] == "F32" and notices_of(models.whole(source), "Q4_K") == ()
+    ours = read_weights_back(file, source.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=0)
+        away = (ours[name] - source.state_dict()[name]).norm() / (source.state_dict()[name].norm() + 1e-9)
+        assert float(away) < 0.09
 
 
 def test_a_planted_error_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_forged_files_are_errors_and_take_no_memory(written: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_many_forged_files_are_errors(written: Path, tmp_path: Path) -> None:
-    forge(written, tmp_path, rounds=20_000)
+    forge(written, tmp_path, rounds=5_000)
 
 
 def forge(written: Path, tmp_path: Path, *, rounds: int) -> None:

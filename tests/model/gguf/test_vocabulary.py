@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.tokenizer import Tokenizer as Ours
 from luthier.model.gguf.reading_tokens import backend_of
-from luthier.model.gguf.splits import SPLITS
+from luthier.model.gguf.splits import CONTRACTED, SPLITS
 from luthier.model.gguf.vocabulary import PREFIX, PROBES, vocabulary
 from luthier.model.load import resolve_source
 
@@ -76,6 +76,18 @@ def test_a_byte_level_tokenizer_comes_back(name: str) -> None:
     types = keys[f"{PREFIX}token_type"]
     assert types[0] == types[1] == 3 and types[tokenizer.vocabulary_size - 1] == 4 and types[-3:] == [5, 5, 5]
     assert keys[f"{PREFIX}eos_token_id"] == 0 and keys["tokenizer.chat_template"] == "{{ x }}"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-bpe"])
+def test_the_own_pattern_comes_first(name: str) -> None:
+    """As it stands in the files of these models, where contractions ignore case; and texts that are composed first."""
+    (pattern,) = SPLITS[name]
+    written = pattern.replace(CONTRACTED, "(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+    assert written != pattern
+    tokenizer = byte_level((written,))
+    tokenizer.raw.backend_tokenizer.normalizer = normalizers.NFC()
+    found = vocabulary(tokenizer, size=600, stop_ids={0}, template=None)
+    assert found.keys[f"{PREFIX}pre"].value == name and "form NFC" in found.notices[0]
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -10,6 +10,7 @@ Source: the keys of llama.cpp's tokenizers: "gpt2" (byte-level merges) and "llam
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
@@ -17,7 +18,7 @@ from typing import Any, Final, final
 from luthier.core.errors import RecipeError
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.gguf.reading_tokens import KEPT, STRIPPING, backend_of
-from luthier.model.gguf.splits import SPLITS
+from luthier.model.gguf.splits import CONTRACTED, SPLITS
 from luthier.model.gguf.writing import F32, I32, Key, flag, numbers, text, texts, whole
 
 NORMAL: Final = 1
@@ -37,6 +38,7 @@ PROBES: Final = (
     "日本語とエモジ🙂👩‍👩‍👧 Ελληνικά кириллица ١٢٣",
     "x",
     "a_b-c/d\\e {\"key\": [1, 2.5e-3]} <tag> 'quoted' \"too\"...",
+    "getElementById(HTMLElement x=1000000)\n\n\n\tif(!done){ return\u00a0'DON'T'; }  \n  //end",
     "e\u0301 and \u200b\u00a0\u3000 odd spaces",
 )
 """Texts that are hard on tokenizers."""
@@ -64,18 +66,20 @@ def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], te
     if template is not None:
         keys[TEMPLATE] = text(template)
     options = _byte_level(held) if _is_byte_level(held) else _sentencepiece(held, size)
-    found = _first_that_fits(tokenizer, keys, options, name=STRIPPING if strips else "")
+    composed = (held.get("normalizer") or {}).get("type") == "NFC"
+    found = _first_that_fits(tokenizer, keys, options, name=STRIPPING if strips else "", composed=composed)
     notices = list(found.notices)
-    if (held.get("normalizer") or {}).get("type") == "NFC":
+    if composed:
         notices.append("readers of GGUF do not normalize texts: one that is not in form NFC gets other tokens there")
     return Vocabulary(found.keys, tuple(notices), strips)
 
 
 def _first_that_fits(
-    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]], *, name: str
+    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]], *, name: str, composed: bool
 ) -> Vocabulary:
     """The keys with the first option that gives the tokenizer's ids; best one that does so beside special tokens."""
-    wanted = [tokenizer.encode(probe)[0].tolist() for probe in PROBES]
+    probes = [probe for probe in PROBES if not composed or unicodedata.normalize("NFC", probe) == probe]
+    wanted = [tokenizer.encode(probe)[0].tolist() for probe in probes]
     marked = _marked(tokenizer)
     wanted_marked = [tokenizer.encode(probe)[0].tolist() for probe in marked]
     plain: dict[str, Key] | None = None
@@ -83,7 +87,7 @@ def _first_that_fits(
     for option in options:
         tried = keys | option
         read = backend_of({"general.name": name, **{key: value.value for key, value in tried.items()}})
-        wrong = next((probe for probe, ids in zip(PROBES, wanted, strict=True)
+        wrong = next((probe for probe, ids in zip(probes, wanted, strict=True)
                       if read.encode(probe, add_special_tokens=False).ids != ids), None)  # fmt: skip
         if wrong is not None:
             worst = wrong
@@ -180,7 +184,23 @@ def _ends(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Key]:
 def _byte_level(held: Mapping[str, Any]) -> list[dict[str, Key]]:
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in held["model"]["merges"]]
     merges = texts([" ".join(pair) for pair in pairs])
-    return [{f"{PREFIX}model": text("gpt2"), f"{PREFIX}pre": text(name), f"{PREFIX}merges": merges} for name in SPLITS]
+    own = _own_patterns(held.get("pre_tokenizer") or {})
+    # The one with the tokenizer's own pattern first: the probes might not tell it from a similar one.
+    names = sorted(SPLITS, key=lambda name: SPLITS[name] != own)
+    return [{f"{PREFIX}model": text("gpt2"), f"{PREFIX}pre": text(name), f"{PREFIX}merges": merges} for name in names]
+
+
+def _own_patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns of a tokenizer, as SPLITS writes them."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        return tuple(pattern for inner in step.get("pretokenizers", ()) for pattern in _own_patterns(inner))
+    if kind == "Split":
+        pattern = str(step.get("pattern", {}).get("Regex", ""))
+        return (pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", CONTRACTED),)
+    if kind == "Digits":
+        return (r"\p{N}",)
+    return SPLITS["gpt-2"] if kind == "ByteLevel" and step.get("use_regex", True) else ()
 
 
 def _sentencepiece(held: Mapping[str, Any], size: int) -> list[dict[str, Key]]:
