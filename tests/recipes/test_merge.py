@@ -20,8 +20,8 @@ from luthier.core.knobs import validate
 from luthier.merge import proof
 from luthier.model.edits import base_parameters
 from luthier.model.shards import INDEX, SINGLE
-from luthier.recipes.merge import merge_models, read_recipe
-from luthier.recipes.merge_recipe import MergeRecipe
+from luthier.recipes.merge import merge_models
+from luthier.recipes.merge_recipe import MergeRecipe, read_recipe
 from luthier.recipes.opened import open_named
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier

@@ -16,8 +16,6 @@ from typing import Any, Final, final
 import torch
 
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import validate
-from luthier.core.yaml_text import parse
 from luthier.merge.folder import write_beside
 from luthier.merge.measures import TensorReport, by_role
 from luthier.merge.parents import Parent
@@ -30,7 +28,6 @@ from luthier.model.json_files import write_object
 from luthier.model.shards import ShardWriter
 from luthier.model.sources import resolve_source
 from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.mergekit import is_mergekit, translated
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry
 from luthier.store.runs import RunDirectory, is_run
@@ -82,30 +79,6 @@ class Gate:
 
     parents: Callable[[Sequence[tuple[str, str, str | None]]], Mapping[str, float]]
     judge: Callable[[Path, Mapping[str, float]], dict[str, Any]]
-
-
-def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[MergeRecipe, tuple[str, ...]]:
-    """The recipe in a file, ours or mergekit's, with top-level keys replaced by `sets`; and what to tell of it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path)) from None
-    values = parse(text, name=str(path)).value
-    if not isinstance(values, dict):
-        raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
-                          where=str(path))  # fmt: skip
-    values, notes = translated(values) if is_mergekit(values) else (values, ())
-    return validate(MergeRecipe, laid_over(values, sets or {})), notes
-
-
-def laid_over(values: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with those of dotted keys in their place."""
-    found = dict(values)
-    for key, value in sets.items():
-        head, _, rest = key.partition(".")
-        inner = found.get(head)
-        found[head] = laid_over(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
-    return found
 
 
 @contextmanager
