@@ -18,7 +18,7 @@ import torch
 from luthier.core.errors import RecipeError
 from luthier.merge.folder import write_beside
 from luthier.merge.measures import TensorReport, by_role
-from luthier.merge.parents import Parent
+from luthier.merge.parents import Parent, require_alike
 from luthier.merge.plan import Plan, Slice, Wanted, plan
 from luthier.merge.proof import prove
 from luthier.merge.settings import Setting
@@ -91,9 +91,10 @@ def opened(recipe: MergeRecipe) -> Iterator[Opening]:
             folder, adapter = place_of(name, None if each is None else each.adapter)
             parents.append(Parent.open(name, folder, adapter))
             files.callback(parents[-1].shards.close)
+        notices = require_alike(parents)
         joined = united(parents, recipe.tokenizer)
         wanted = _wanted(recipe, joined)
-        yield Opening(recipe, tuple(parents), wanted, joined, plan(parents, wanted), joined.notices)
+        yield Opening(recipe, tuple(parents), wanted, joined, plan(parents, wanted), (*notices, *joined.notices))
 
 
 def place_of(name: str, adapter: str | None = None) -> tuple[str, Path | None]:
@@ -142,7 +143,7 @@ def merge_models(
                 place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
                 slices=opening.wanted.slices, united=opening.united,
             )  # fmt: skip
-            found["proved_tensors"] = prove(place, opening.parents, opening.plan)
+            found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["evaluation"] = None if gate is None else gate.judge(place, scores)
             found.update(_summary(reports))
             write_object(place / REPORT, {"recipe": recipe.model_dump(mode="json"), **found})
