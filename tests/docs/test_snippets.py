@@ -23,6 +23,7 @@ from luthier.cli.main import run
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
 from luthier.model import sources
+from luthier.recipes.domain_adaptation import AdaptationRecipe, stage_recipes
 from luthier.recipes.merge_recipe import MergeRecipe
 from luthier.recipes.mergekit import translated
 from luthier.recipes.schema import FinetuneRecipe
@@ -168,6 +169,9 @@ def _check_recipe(text: str) -> None:
     values = yaml.safe_load(text)
     if "merge_method" in values or values.get("recipe") == "merge":
         validate(MergeRecipe, translated(values)[0] if "merge_method" in values else values)
+        return
+    if values.get("recipe") == "domain_adaptation":
+        stage_recipes(validate(AdaptationRecipe, values))
         return
     if "adapters" in values:
         several_of({"model": "seedling", **values})

@@ -20,8 +20,8 @@ from luthier.core.knobs import validate
 from luthier.merge import proof
 from luthier.model.edits import base_parameters
 from luthier.model.shards import INDEX, SINGLE
-from luthier.recipes.merge import merge_models, read_recipe
-from luthier.recipes.merge_recipe import MergeRecipe
+from luthier.recipes.merge import merge_models
+from luthier.recipes.merge_recipe import MergeRecipe, read_recipe
 from luthier.recipes.opened import open_named
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier
@@ -128,7 +128,7 @@ def test_worse_than_the_best_parent_is_not_kept(llama: Path, other: Path, rows: 
 
 def test_a_metric_judges_answers(llama: Path, other: Path, rows: Path, tmp_path: Path) -> None:
     """Breaks when a metric asks nothing, or compares other questions for each model."""
-    found = luthier("merge", llama, other, "--out", tmp_path / "out", "--data", f"{rows}", "--metric", "exact_match",
+    found = luthier("merge", llama, other, "--out", tmp_path / "out", "--data", f"{rows}#3", "--metric", "exact_match",
                     "--json").must(0).json["evaluation"]  # fmt: skip
     assert found["measure"] == "exact_match" and found["merged"] == 0 == found["diversity"]
 
@@ -172,6 +172,11 @@ def _spoil(folder: Path) -> None:
             save_file(held, path, metadata={"format": "pt"})
 
 
+def _other_heads(folder: Path) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "num_attention_heads": 8, "rms_norm_eps": 1e-3}))
+
+
 def _pack(folder: Path) -> None:
     said = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**said, "quantization_config": {"quant_method": "gptq"}}))
@@ -185,9 +190,10 @@ def _pack(folder: Path) -> None:
         (_lead_out, 77, "names the file"),
         (_spoil, 76, "lm_head.weight' of"),
         (_pack, 2, "holds packed weights"),
+        (_other_heads, 2, "num_attention_heads is 4 in"),
         (lambda folder: (folder / "config.json").unlink(), 2, "has no config.json"),
     ],
-    ids=["cut", "shard missing", "index leads out", "NaN", "packed", "no config"],
+    ids=["cut", "shard missing", "index leads out", "NaN", "packed", "heads", "no config"],
 )  # fmt: skip
 def test_a_bad_parent_is_a_sentence_and_nothing_is_left(
     llama: Path, other: Path, tmp_path: Path, spoil: Callable[[Path], object], code: int, said: str

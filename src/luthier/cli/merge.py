@@ -53,24 +53,20 @@ def merge(
       luthier merge runs/mine Qwen/Qwen2.5-0.5B-Instruct --method slerp --t 0.4 --out models/mine-instruct
       luthier merge merge.yaml --out models/merged --data held_out.jsonl --json
     """
-    if out is None and not dry_run:
-        raise RecipeError(f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR")
-    if metric is not None and data is None:
-        raise RecipeError(f"--metric is {metric}, and there is nothing to ask", do="name the rows: --data FILE")
+    _require(models, out, data, metric, dry_run=dry_run)
     given = _set(set_ or [])
     if adapters:
         _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
         return
     with uncollected():
-        from luthier.core.knobs import validate
-        from luthier.recipes.merge import laid_over, merge_models, opened, read_recipe
-        from luthier.recipes.merge_recipe import MergeRecipe, from_flags, is_recipe
+        from luthier.recipes.merge import merge_models, opened
+        from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
 
     if len(models) == 1 and is_recipe(models[0]):
         recipe, notes = read_recipe(Path(models[0]), sets=given)
     else:
-        flags = from_flags(models, method, base=base, weights=weight, knobs={"t": t, "density": density})
-        recipe, notes = validate(MergeRecipe, laid_over(flags, given)), ()
+        knobs = {"t": t, "density": density}
+        recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
     if dry_run:
         with opened(recipe) as opening:
             planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
@@ -82,6 +78,14 @@ def merge(
         found = merge_models(recipe, out or Path(), gate=gate, told=told)
     found["notices"] = [*notes, *found["notices"]]
     print_json(found) if json else _print_found(found)
+
+
+def _require(models: list[str], out: Path | None, data: Path | None, metric: str | None, *, dry_run: bool) -> None:
+    """Raise RecipeError for options that lack what they go with."""
+    if out is None and not dry_run:
+        raise RecipeError(f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR")
+    if metric is not None and data is None:
+        raise RecipeError(f"--metric is {metric}, and there is nothing to ask", do="name the rows: --data FILE")
 
 
 def _set(assignments: list[str]) -> Mapping[str, Any]:

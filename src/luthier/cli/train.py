@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from luthier.cli.adapt import train_adaptation
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json, print_plan, print_summary
 from luthier.cli.show_feedback import print_feedback, print_feedback_plan
@@ -44,10 +45,14 @@ def train(
     with uncollected():
         from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe
         from luthier.recipes.bench import lay_out
+        from luthier.recipes.domain_adaptation import names_adaptation
         from luthier.recipes.files import load_recipe
         from luthier.recipes.finetune import start
         from luthier.recipes.several_recipe import names_several
 
+    if names_adaptation(recipe):
+        train_adaptation(recipe, set_ or [], run, dry_run=dry_run, json=json, quiet=quiet)
+        return
     if names_several(recipe, set_ or []):
         _train_several(recipe, set_ or [], run, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
         return

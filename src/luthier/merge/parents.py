@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,10 @@ from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.merge.lora import Factors, factors_of
 from luthier.model.shards import Shards
+
+_SAME: Final = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+                "tie_word_embeddings", "num_experts_per_tok")  # fmt: skip
+_TOLD: Final = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window", "layer_types")
 
 
 @final
@@ -85,6 +89,25 @@ class Parent:
                 found[start : start + len(run)] = self.rows(name, run[0], run[-1] + 1)
             start += len(run)
         return found
+
+
+def require_alike(parents: Sequence[Parent]) -> tuple[str, ...]:
+    """What a user should know of configs that differ. Raises RecipeError where models compute unlike things.
+
+    Weights of one shape may belong to other counts of heads, or to another activation: their mean is no model.
+    """
+    first = parents[0]
+    notices = []
+    for parent in parents[1:]:
+        for key in _SAME:
+            one, other = first.text_config.get(key), parent.text_config.get(key)
+            if key in first.text_config and key in parent.text_config and one != other:
+                raise RecipeError(f"{key} is {one!r:.60} in {first.name} and {other!r:.60} in {parent.name}",
+                                  allowed="models of one architecture")  # fmt: skip
+        unlike = [key for key in _TOLD if first.text_config.get(key) != parent.text_config.get(key)]
+        if unlike:
+            notices.append(f"config: {', '.join(unlike)} of {parent.name} and {first.name} differ; the latter's hold")
+    return tuple(notices)
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

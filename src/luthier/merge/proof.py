@@ -23,14 +23,16 @@ from luthier.model.role_names import tensor_roles
 from luthier.model.shards import Shards
 
 LARGEST: Final = 1 << 22
-"""Numbers of a tensor that is computed anew, at most."""
+"""Numbers of a tensor that is computed anew, at most, where memory allows for as many."""
+_COPIES: Final = 10
+"""Float32 copies of a tensor that are held for each parent, about."""
 MOST: Final = 12
 
 
 @torch.no_grad()
-def prove(folder: Path, parents: Sequence[Parent], plan: Plan) -> int:
+def prove(folder: Path, parents: Sequence[Parent], plan: Plan, memory_bytes: int) -> int:
     """How many tensors were compared. Raises GateError where a file holds other numbers than were computed."""
-    chosen = _some_of_each_kind(plan)
+    chosen = _some_of_each_kind(plan, min(LARGEST, memory_bytes // (4 * _COPIES * len(parents))))
     with Shards(folder) as written:
         for job in chosen:
             wanted = job.method.whole(Source(parents, job).part(0, job.slot.rows)).to(job.slot.dtype)
@@ -47,10 +49,10 @@ def prove(folder: Path, parents: Sequence[Parent], plan: Plan) -> int:
     return len(chosen)
 
 
-def _some_of_each_kind(plan: Plan) -> list[Job]:
+def _some_of_each_kind(plan: Plan, largest: int) -> list[Job]:
     """The smallest and then others: each role once, so far as tensors are small enough to be held whole."""
     found: dict[tuple[str, ...], Job] = {}
     for job in sorted(plan.jobs, key=lambda job: prod(job.slot.shape)):
-        if not job.copied and 0 < prod(job.slot.shape) <= LARGEST:
+        if not job.copied and 0 < prod(job.slot.shape) <= largest:
             found.setdefault(tensor_roles(job.name), job)
     return list(found.values())[:MOST]

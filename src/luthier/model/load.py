@@ -33,9 +33,9 @@ from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
 from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
-from luthier.model.shards import weight_files
 from luthier.model.sources import FRESH, resolve_source
 from luthier.model.tasks import CAUSAL, Task, kind_of
+from luthier.model.weight_files import weight_files
 from luthier.model.weights import (
     fresh_module,
     module_with,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,79 +30,21 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
+from luthier.core.errors import CorruptError
 from luthier.data.hub import ModelFiles, open_regular
 from luthier.data.reading.strict_json import excerpt
-from luthier.model.tensor_files import CONVERT, DTYPES, PICKLES, TensorPlace, read_places
+from luthier.model.tensor_files import DTYPES, TensorPlace, read_places
+from luthier.model.weight_files import INDEX, SINGLE, indexed_files
 from luthier.store.disk import explained
 from luthier.store.manifest import Entry
 
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
 SHARD_BYTES: Final = 5 * 10**9
 """Bytes of a file at most, unless one tensor has more: what transformers has long written."""
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_SHARD: Final = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _SYNC: Final = 1 << 27
 """Bytes after which a file is made durable beside the writing, so that not all of it is left for the end."""
 _ALIGN: Final = 8
 _AGAIN: Final = "fetch the model again"
-
-
-def weight_files(files: ModelFiles) -> list[Path]:
-    """The files that hold the weights of a model.
-
-    Raises UnsafeArtifactError where there are only pickles, or where an index names anything but a safetensors file
-    beside it.
-    """
-    single = files.find(SINGLE)
-    return [single] if single is not None else sorted({path for path, _ in _indexed(files).values()})
-
-
-def _indexed(files: ModelFiles) -> dict[str, tuple[Path, str]]:
-    """The file of each shard that an index names, by tensor, and how the index calls it."""
-    index = files.json(INDEX)
-    if not index:
-        raise _no_weights(files)
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CorruptError(f"{INDEX} has no weight_map", where=files.source, do="fetch the file again")
-    found: dict[str, Path] = {}
-    for shard in sorted({str(name) for name in shards.values()}):
-        if Path(shard).suffix.lower() in PICKLES or not _SHARD.fullmatch(shard) or shard.startswith("."):
-            raise UnsafeArtifactError(
-                f"{INDEX} names the file {excerpt(shard)}",
-                allowed="names of safetensors files in the same folder",
-                do="choose another model",
-                where=files.source,
-            )
-        path = files.find(shard)
-        if path is None:
-            raise MissingError(f"{INDEX} names {shard}, which is not there ({files.source})", do=_AGAIN)
-        found[shard] = path
-    return {str(name): (found[str(shard)], str(shard)) for name, shard in shards.items()}
-
-
-def _no_weights(files: ModelFiles) -> LuthierError:
-    names = sorted(path.name for path in files.folder.iterdir()) if files.folder is not None else []
-    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
-    if pickles:
-        return UnsafeArtifactError(
-            f"{files.source} holds its weights as {', '.join(pickles[:3])}, a pickle that could run code when loaded",
-            allowed="safetensors",
-            do=CONVERT,
-        )
-    if files.folder is None:
-        return UnsafeArtifactError(
-            f"{files.source} has no safetensors weights on the hub, or they are not in the cache",
-            allowed="safetensors",
-            do=f"choose a model that has a {SINGLE}",
-        )
-    other = [name for name in names if name.endswith(".safetensors")]
-    return RecipeError(
-        f"{files.source} has a config but no weights" + (f" called {SINGLE} (it has {other[0]})" if other else ""),
-        do=f"write fresh:{files.source} to draw new ones, or add {SINGLE}",
-    )
 
 
 @final
@@ -145,7 +86,7 @@ class Shards:
 
     def _open(self, files: ModelFiles) -> None:
         single = files.find(SINGLE)
-        indexed = {} if single is not None else _indexed(files)
+        indexed = {} if single is not None else indexed_files(files)
         paths = [single] if single is not None else sorted({path for path, _ in indexed.values()})
         for path in paths:
             file, size = self._files.enter_context(open_regular(path))

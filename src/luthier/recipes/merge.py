@@ -16,11 +16,9 @@ from typing import Any, Final, final
 import torch
 
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import validate
-from luthier.core.yaml_text import parse
 from luthier.merge.folder import write_beside
 from luthier.merge.measures import TensorReport, by_role
-from luthier.merge.parents import Parent
+from luthier.merge.parents import Parent, require_alike
 from luthier.merge.plan import Plan, Slice, Wanted, plan
 from luthier.merge.proof import prove
 from luthier.merge.settings import Setting
@@ -30,7 +28,6 @@ from luthier.model.json_files import write_object
 from luthier.model.shards import ShardWriter
 from luthier.model.sources import resolve_source
 from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.mergekit import is_mergekit, translated
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry
 from luthier.store.runs import RunDirectory, is_run
@@ -84,30 +81,6 @@ class Gate:
     judge: Callable[[Path, Mapping[str, float]], dict[str, Any]]
 
 
-def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[MergeRecipe, tuple[str, ...]]:
-    """The recipe in a file, ours or mergekit's, with top-level keys replaced by `sets`; and what to tell of it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path)) from None
-    values = parse(text, name=str(path)).value
-    if not isinstance(values, dict):
-        raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
-                          where=str(path))  # fmt: skip
-    values, notes = translated(values) if is_mergekit(values) else (values, ())
-    return validate(MergeRecipe, laid_over(values, sets or {})), notes
-
-
-def laid_over(values: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with those of dotted keys in their place."""
-    found = dict(values)
-    for key, value in sets.items():
-        head, _, rest = key.partition(".")
-        inner = found.get(head)
-        found[head] = laid_over(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
-    return found
-
-
 @contextmanager
 def opened(recipe: MergeRecipe) -> Iterator[Opening]:
     """The parents of a recipe, open, and the plan; nothing is written. Raises RecipeError for what cannot be merged."""
@@ -118,9 +91,10 @@ def opened(recipe: MergeRecipe) -> Iterator[Opening]:
             folder, adapter = place_of(name, None if each is None else each.adapter)
             parents.append(Parent.open(name, folder, adapter))
             files.callback(parents[-1].shards.close)
+        notices = require_alike(parents)
         joined = united(parents, recipe.tokenizer)
         wanted = _wanted(recipe, joined)
-        yield Opening(recipe, tuple(parents), wanted, joined, plan(parents, wanted), joined.notices)
+        yield Opening(recipe, tuple(parents), wanted, joined, plan(parents, wanted), (*notices, *joined.notices))
 
 
 def place_of(name: str, adapter: str | None = None) -> tuple[str, Path | None]:
@@ -169,7 +143,7 @@ def merge_models(
                 place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
                 slices=opening.wanted.slices, united=opening.united,
             )  # fmt: skip
-            found["proved_tensors"] = prove(place, opening.parents, opening.plan)
+            found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["evaluation"] = None if gate is None else gate.judge(place, scores)
             found.update(_summary(reports))
             write_object(place / REPORT, {"recipe": recipe.model_dump(mode="json"), **found})

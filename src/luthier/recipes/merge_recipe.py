@@ -11,9 +11,11 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from luthier.core import catalog
 from luthier.core.chosen import Chosen
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import Knobs
+from luthier.core.knobs import Knobs, validate
+from luthier.core.yaml_text import parse
 from luthier.merge.settings import Setting
 from luthier.mergers import Merger
+from luthier.recipes.mergekit import is_mergekit, translated
 
 MERGE = "merge"
 Layers = Annotated[tuple[int, int], Field(strict=False)]
@@ -117,9 +119,15 @@ class MergeRecipe(Knobs):
 
 
 def from_flags(
-    models: list[str], method: str, *, base: str | None, weights: list[float] | None, knobs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The recipe of a command line, as plain values. Raises RecipeError for weights that are not one for each."""
+    models: list[str],
+    method: str,
+    *,
+    base: str | None,
+    weights: list[float] | None,
+    knobs: Mapping[str, Any],
+    sets: Mapping[str, Any],
+) -> MergeRecipe:
+    """The recipe of a command line. Raises RecipeError for weights that are not one for each."""
     if method not in catalog.names("mergers"):
         catalog.load("mergers", method)
     if weights and len(weights) != len(models):
@@ -127,9 +135,35 @@ def from_flags(
     parents = [{"model": name, **({"weight": weight} if weights else {})}
                for name, weight in zip(models, weights or [1.0] * len(models), strict=True)]  # fmt: skip
     given = {key: value for key, value in knobs.items() if value is not None}
-    return {"models": parents, **({"base": base} if base else {}), "method": {"method": method, **given}}
+    values: dict[str, Any] = {"models": parents, "method": {"method": method, **given}}
+    values |= {"base": base} if base else {}
+    return validate(MergeRecipe, laid_over(values, sets))
 
 
 def is_recipe(name: str) -> bool:
     """Whether a command line names a recipe file rather than a model."""
     return name.endswith((".yaml", ".yml")) and not Path(name).is_dir()
+
+
+def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[MergeRecipe, tuple[str, ...]]:
+    """The recipe in a file, ours or mergekit's, with top-level keys replaced by `sets`; and what to tell of it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path)) from None
+    values = parse(text, name=str(path)).value
+    if not isinstance(values, dict):
+        raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
+                          where=str(path))  # fmt: skip
+    values, notes = translated(values) if is_mergekit(values) else (values, ())
+    return validate(MergeRecipe, laid_over(values, sets or {})), notes
+
+
+def laid_over(values: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with those of dotted keys in their place."""
+    found = dict(values)
+    for key, value in sets.items():
+        head, _, rest = key.partition(".")
+        inner = found.get(head)
+        found[head] = laid_over(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
+    return found
