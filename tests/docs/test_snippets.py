@@ -24,9 +24,9 @@ from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
 from luthier.model import sources
 from luthier.recipes.domain_adaptation import AdaptationRecipe, stage_recipes
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.merge_recipe import MergeRecipe
 from luthier.recipes.mergekit import translated
-from luthier.recipes.schema import FinetuneRecipe
 from luthier.recipes.several_recipe import several_of
 from luthier.server import opening
 from luthier.server.opening import open_serving
@@ -176,4 +176,4 @@ def _check_recipe(text: str) -> None:
     if "adapters" in values:
         several_of({"model": "seedling", **values})
         return
-    validate(FinetuneRecipe, {"model": "seedling", "data": "rows.jsonl", **values})
+    validate(kind_of_recipe(values), {"model": "seedling", "data": "rows.jsonl", **values})
