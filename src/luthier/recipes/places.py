@@ -27,13 +27,13 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         "template": template_from(recipe.data.template, folder),
     }
     models = {"model": recipe.model}
-    if recipe.teacher is not None:
-        models["teacher"] = recipe.teacher
     if isinstance(recipe, ReinforceRecipe):
         asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
         models |= {key: name for key, name in asked.items() if name is not None}
     there = {key: model_from(name, folder) for key, name in models.items()}
-    return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
+    teacher = None if recipe.reference.model is None else model_from(recipe.reference.model, folder)
+    reference = recipe.reference.model_copy(update={"model": teacher})
+    return recipe.model_copy(update={**there, "reference": reference, "data": recipe.data.model_copy(update=data)})
 
 
 def started_in(run: RunDirectory) -> Path | None:
