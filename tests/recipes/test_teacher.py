@@ -51,15 +51,16 @@ def test_a_teacher_of_another_vocabulary_is_refused(renderer: Renderer, llama: P
 @pytest.mark.parametrize(
     ("kind", "values", "said"),
     [
-        (ReinforceRecipe, {"objective": "distillation"}, "teacher is empty"),
-        (FinetuneRecipe, {"teacher": "runs/x"}, "learns from none"),
-        (FinetuneRecipe, {"teacher_prompt": "Hi."}, "learns from none"),
-        (FinetuneRecipe, {"objective": "distillation", "teacher_prompt": "Hi."}, "needs rollouts"),
+        (ReinforceRecipe, {"objective": "distillation"}, "are empty"),
+        (FinetuneRecipe, {"reference": {"model": "runs/x"}}, "from no teacher"),
+        (FinetuneRecipe, {"reference": {"prompt": "Hi."}}, "from no teacher"),
+        (FinetuneRecipe, {"objective": "distillation", "reference": {"prompt": "Hi."}}, "needs rollouts"),
         (ReinforceRecipe, {"objective": {"method": "distillation", "answers": "given", "divergence": "jsd"},
-                           "teacher_prompt": "Hi."}, "learns from rows"),
+                           "reference": {"prompt": "Hi."}}, "learns from rows"),
         (ReinforceRecipe, {"objective": "grpo"}, "reward is empty"),
-        (ReinforceRecipe, {"objective": "distillation", "teacher_prompt": "Hi.", "rollouts": {"redraws": 1}}, "redraws"),
-        (FinetuneRecipe, {"reference_cache": True}, "has no reference"),
+        (ReinforceRecipe, {"objective": "distillation", "reference": {"prompt": "Hi."},
+                           "rollouts": {"redraws": 1}}, "redraws"),
+        (FinetuneRecipe, {"reference": {"cache": True}}, "has no reference"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(kind: type[FinetuneRecipe], values: dict[str, object], said: str) -> None:
@@ -72,7 +73,7 @@ RECIPE = """
 recipe: {recipe}
 model: {model}
 data: {{train: {data}}}
-teacher_prompt: Speak in verse.
+reference: {{prompt: Speak in verse.}}
 objective: {objective}
 budget: {{steps: 2}}
 evaluation: {{fraction: 0.4, prompts: 0}}

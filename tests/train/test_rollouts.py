@@ -26,6 +26,8 @@ from luthier.model.speaker import PolicySampling, Sampling
 from luthier.objectives import Objective
 from luthier.objectives.distillation import Distillation
 from luthier.objectives.grpo import GRPO
+from luthier.objectives.language_model import LanguageModelling
+from luthier.objectives.mixture import Mixture
 from luthier.objectives.ppo import PPO
 from luthier.rewards import RewardError
 from luthier.schedules.constant import Constant
@@ -33,7 +35,7 @@ from luthier.train.loop import Cadence, Loop
 from luthier.train.rollouts import RolloutSource
 from luthier.train.scoring import Scored
 from luthier.train.signals import StopRequest
-from luthier.train.source import Cursor
+from luthier.train.source import Cursor, DataSource
 from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 from tests import forests, rollouts
@@ -302,12 +304,16 @@ def test_groups_that_wait_come_back_from_arrays() -> None:
     """Breaks when an answer, what was said by whom, or a reward is lost while a rollout waits."""
     rng = np.random.default_rng(0)
     groups = [replace(rollouts.random_group(rng, answers=2 + row, row=row), version=3 + row) for row in range(3)]
+    unknown = replace(groups[0].answers[0], reward=float("nan"))
+    groups[0] = replace(groups[0], answers=(unknown, *groups[0].answers[1:]))
+    assert all(np.isfinite(each).all() for each in groups_as_arrays(groups).values())
     for one, other in zip(groups, groups_from_arrays(groups_as_arrays(groups)), strict=True):
         assert np.array_equal(one.prompt, other.prompt) and (one.row, one.version) == (other.row, other.version)
         for mine, theirs in zip(one.answers, other.answers, strict=True):
             for name in ("tokens", "own", "sampled"):
                 assert getattr(mine, name).tobytes() == getattr(theirs, name).tobytes()
-            assert (mine.reward, mine.ended, mine.trained) == (theirs.reward, theirs.ended, theirs.trained)
+            assert (mine.ended, mine.trained) == (theirs.ended, theirs.trained)
+            assert mine.reward == theirs.reward or (np.isnan(mine.reward) and np.isnan(theirs.reward))
     assert groups_from_arrays(groups_as_arrays([])) == []
 
 
@@ -327,6 +333,51 @@ def test_what_is_corrected_for_is_multiplied_with_the_advantage(method: RolloutL
         assert outputs.log_probs.grad is not None
         grads.append(outputs.log_probs.grad)
     torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
+def with_texts(stepper: Stepper) -> RolloutSource:
+    """Rollouts with rows to imitate beside them."""
+    source, views = rollouts.source_for(stepper, even), forests.views(5, seed=2)
+    lengths = forests.lengths(views)
+    source.beside = DataSource(views, stepper.objective, lengths=lengths, seed=3, rows=2)
+    return source
+
+
+def test_texts_beside_rollouts_weigh_their_share() -> None:
+    """Breaks when how much is imitated depends on how many answers, tokens or texts a step has."""
+    mixture = Mixture(said=LanguageModelling(), compared=PPO(), share=3.0)
+    assert mixture.learner == PPO() and mixture.needs == {"rollouts"}
+    stepper = rollouts.stepper_for(PPO())
+    stepper.objective = mixture
+    source = with_texts(stepper)
+    trees = source.next_step()
+    texts = [tree for tree in trees if len(tree.segments) == 1]
+    answers = [tree for tree in trees if len(tree.segments) > 1]
+    assert len(texts) == 2 and sum(tree.weight for tree in texts) == pytest.approx(
+        3 * sum(tree.weight for tree in answers)
+    )
+    assert texts[0].weight == pytest.approx(texts[1].weight)
+    both = stepper.evaluate(trees)
+    stepper.objective = PPO()
+    alone = stepper.evaluate(answers).loss
+    stepper.objective = LanguageModelling()
+    imitated = np.mean([stepper.evaluate([tree]).loss for tree in texts])
+    assert both.loss == pytest.approx((alone + 3 * imitated) / 4, rel=1e-5)
+    assert {"mismatch_most", "value_error", "said_loss"} <= set(both.figures)
+
+
+def test_texts_beside_rollouts_go_on_where_they_were() -> None:
+    """Breaks when a run that goes on imitates the texts of its beginning again."""
+    mixture = Mixture(said=LanguageModelling(), compared=PPO(passes=2))
+    stepper = rollouts.stepper_for(PPO(passes=2))
+    stepper.objective = mixture
+    source, other = with_texts(stepper), with_texts(stepper)
+    source.next_step()
+    other.hold(source.held())
+    other.seek(source.cursor)
+    for one, two in zip(source.next_step(), other.next_step(), strict=True):
+        assert one.row == two.row and one.weight == two.weight
+        assert np.array_equal(one.segments[-1].tokens, two.segments[-1].tokens)
 
 
 def test_the_engine_tells_log_probabilities_at_its_temperature() -> None:

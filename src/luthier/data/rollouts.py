@@ -151,6 +151,7 @@ def groups_as_arrays(groups: Sequence[Group]) -> Arrays:
     answers = [answer for group in groups for answer in group.answers]
     if not answers:
         return {}
+    rewards = np.array([each.reward for each in answers], dtype=np.float64)
     return {
         "groups": np.array([[one.row, one.version, len(one.prompt), len(one.answers)] for one in groups], np.int64),
         "prompts": np.concatenate([group.prompt for group in groups]).astype(np.int32),
@@ -158,7 +159,9 @@ def groups_as_arrays(groups: Sequence[Group]) -> Arrays:
         "said": np.concatenate([each.tokens for each in answers]).astype(np.int32),
         "own": np.concatenate([each.own for each in answers]).astype(np.uint8),
         "sampled": np.concatenate([each.sampled for each in answers]).astype(np.float32),
-        "rewards": np.array([each.reward for each in answers], dtype=np.float64),
+        # A state has finite numbers only; that nobody has said a worth is a mark of its own.
+        "rewards": np.nan_to_num(rewards, nan=0.0),
+        "unknown": np.isnan(rewards).astype(np.uint8),
     }
 
 
@@ -168,7 +171,8 @@ def groups_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
     if "groups" not in arrays:
         return groups
     answers, start = [], 0
-    for (size, stopped, trained), reward in zip(arrays["answers"].tolist(), arrays["rewards"].tolist(), strict=True):
+    rewards = np.where(arrays["unknown"], np.nan, arrays["rewards"])
+    for (size, stopped, trained), reward in zip(arrays["answers"].tolist(), rewards.tolist(), strict=True):
         own = slice(start, start + size)
         tokens, by_model = arrays["said"][own], arrays["own"][own].astype(np.bool_)
         ended: Ended = "stop" if stopped else "length"

@@ -20,6 +20,7 @@ from luthier.core.knobs import Method
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.maths.divergences import Comparison
 from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
@@ -53,6 +54,11 @@ class Objective(Method):
     def needs(self) -> frozenset[str]:
         """What it cannot do without beside the data."""
         return self.requires
+
+    @property
+    def learner(self) -> RolloutLearner | None:
+        """What of it learns from rollouts, if anything does."""
+        return self if isinstance(self, RolloutLearner) else None
 
     @property
     def taught(self) -> bool:

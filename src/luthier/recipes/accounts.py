@@ -76,10 +76,10 @@ def plan(
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],
         # What the reference says is looked up where it is kept.
-        looks=limits.looks_of(source) - recipe.reference_cache,
+        looks=limits.looks_of(source) - recipe.reference.cache,
     )
     asked = []
-    if recipe.reference_cache:
+    if recipe.reference.cache:
         all_tokens = int(data.train.lengths.sum())
         seconds = all_tokens * limits.look_flops(model, attachment, flow) / speed["flops_per_second"]
         asked = [

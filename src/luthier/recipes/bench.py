@@ -151,9 +151,9 @@ def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:
 def _require_one_of_several(name: str, task: Task, recipe: FinetuneRecipe) -> None:
     """Raise RecipeError for an adapter that has to be trained alone."""
     taught = recipe.objective.taught
-    if task != CAUSAL or recipe.adapter.first_look or taught or recipe.reference_cache:
+    if task != CAUSAL or recipe.adapter.first_look or taught or recipe.reference.cache:
         what = "looks at rows before it trains" if task == CAUSAL else f"is for {task.name}"
-        what = "keeps what its reference says" if recipe.reference_cache else what
+        what = "keeps what its reference says" if recipe.reference.cache else what
         what = "learns from a teacher" if taught else what
         raise RecipeError(
             f"the adapter {name!r} {what}, and it is one of several",

@@ -37,10 +37,11 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
     if isinstance(recipe, AiFeedbackRecipe):
         asked = {"judge": recipe.judge, "speaker": recipe.speaker}
-    asked["teacher"] = recipe.teacher
     models |= {key: name for key, name in asked.items() if name is not None}
     there = {key: model_from(name, folder) for key, name in models.items()}
-    return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
+    teacher = None if recipe.reference.model is None else model_from(recipe.reference.model, folder)
+    reference = recipe.reference.model_copy(update={"model": teacher})
+    return recipe.model_copy(update={**there, "reference": reference, "data": recipe.data.model_copy(update=data)})
 
 
 def started_in(run: RunDirectory) -> Path | None:

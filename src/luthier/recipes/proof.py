@@ -220,7 +220,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
 
 def _refers(recipe: FinetuneRecipe) -> bool:
     """Whether what the model was before is asked for its word, so that both have to be there."""
-    return recipe.teacher is None and (recipe.objective.reference or recipe.objective.taught)
+    return recipe.reference.model is None and (recipe.objective.reference or recipe.objective.taught)
 
 
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:

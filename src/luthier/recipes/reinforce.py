@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from luthier.data.forest import Ints, Note, Tree
 from luthier.data.intake import Intake, Kept
 from luthier.data.prepare import Prepared, Reading, Views, sources_of
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Group, Prompt, noting
 from luthier.data.sample import Sample
 from luthier.data.tokenizer import Tokenizer
@@ -62,12 +64,20 @@ class Facts:
         for index in range(len(views) if most is None else min(most, len(views))):
             view = views[index]
             row = self.rows.get(view.row)
-            if row is None or not isinstance(row.content, Asked):
+            if row is None:
                 raise CorruptError(f"row {view.row} of the data is not the prompt it was", do="read the data again")
+            if not isinstance(row.content, Asked):
+                continue
             if scoring is not None:
                 scoring.check(row.content.facts, row.where)
             found.append(Prompt(view.tokens, row.content.asked.messages, row.content.facts, view.row))
         return found
+
+
+    def words(self, views: Views) -> list[Rendered]:
+        """Rows that are imitated beside rollouts: those that ask nothing."""
+        found = (views[index] for index in range(len(views)))
+        return [view for view in found if view.row in self.rows and not isinstance(self.rows[view.row].content, Asked)]
 
 
 def rollout_source(
@@ -90,8 +100,19 @@ def rollout_source(
         facts.prompts(data.train, scoring), recipe.learner,
         GroupSpeaker(Engine(stepper.model, decode=tokenizer.decode)), unrewarded if scoring is None else scoring.score,
         recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
-        plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer),
+        plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer), beside=_beside(recipe, facts, data),
     )  # fmt: skip
+
+
+def _beside(recipe: ReinforceRecipe, facts: Facts, data: Prepared) -> DataSource | None:
+    """Rows that each step imitates beside its rollouts; None where the objective imitates nothing."""
+    if isinstance(recipe.objective, RolloutLearner):
+        return None
+    rows = facts.words(data.train)
+    lengths = np.array([len(view.tokens) for view in rows], dtype=np.int64)
+    tokens = recipe.batch.tokens
+    count = None if tokens else recipe.batch.rows or recipe.rollouts.prompts
+    return DataSource(rows, recipe.objective, lengths=lengths, seed=recipe.seed, rows=count, tokens=tokens)
 
 
 def unrewarded(samples: Sequence[Sample]) -> Scored:
@@ -114,8 +135,9 @@ def stand_in(recipe: ReinforceRecipe, data: Prepared) -> DataSource:
             tree = noting(tree, note, [np.zeros(knobs.max_new_tokens)] * knobs.answers)
         return tree
 
-    order = np.argsort(-data.train.lengths, kind="stable")[:_LARGEST]
-    views = [data.train[int(index)] for index in order]
+    order = np.argsort(-data.train.lengths, kind="stable").tolist()
+    prompts = (view for view in map(data.train.__getitem__, order) if not view.weights.any())
+    views = list(islice(prompts, _LARGEST))
     trees = {view.row: grown(view) for view in views}
     lengths = np.array([trees[view.row].token_count for view in views], dtype=np.int64)
     return DataSource(

@@ -73,7 +73,7 @@ class ReinforceRecipe(FinetuneRecipe):
     @field_validator("objective", mode="after")
     @classmethod
     def _learns_from_rollouts(cls, value: Objective) -> Objective:
-        if not isinstance(value, RolloutLearner) or "rollouts" not in value.needs:
+        if value.learner is None or "rollouts" not in value.needs:
             raise RecipeError(
                 f"objective {value.method_name()} learns from rows, and recipe reinforce has none",
                 allowed="an objective that learns from rollouts, such as grpo or ppo",
@@ -114,6 +114,16 @@ class ReinforceRecipe(FinetuneRecipe):
         return self
 
     @model_validator(mode="after")
+    def _knows_its_end(self) -> ReinforceRecipe:
+        if len(self.objective.meanings or ()) > 1 and self.budget.steps is None:
+            raise RecipeError(
+                f"budget.steps is empty, and the objective {self.objective.method_name()} has two kinds of rows, "
+                "each with epochs of its own",
+                allowed="a number of optimizer steps",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_prompts_for_minibatches(self) -> ReinforceRecipe:
         learner = self.learner
         if learner.minibatches > self.rollouts.prompts:
@@ -131,6 +141,6 @@ class ReinforceRecipe(FinetuneRecipe):
     @property
     def learner(self) -> RolloutLearner:
         """The objective, as one that learns from rollouts."""
-        if not isinstance(self.objective, RolloutLearner):
+        if self.objective.learner is None:
             raise RecipeError(f"objective {self.objective.method_name()} does not learn from rollouts")
-        return self.objective
+        return self.objective.learner

@@ -19,7 +19,7 @@ FOLDER: Final = "reference"
 def remember(bench: Bench, run: RunDirectory, state: LoopState, recorder: Recorder) -> None:
     """Let the source of a run note what the reference says, as the recipe wants it; what is missing is found now."""
     source, recipe = bench.source, bench.recipe
-    if not recipe.reference_cache or not isinstance(source, DataSource):
+    if not recipe.reference.cache or not isinstance(source, DataSource):
         return
     facts: dict[str, Any] = {
         "base": bench.model.digest, "dtype": str(bench.model.dtype), "data": bench.data.store.folder.name,

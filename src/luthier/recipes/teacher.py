@@ -32,12 +32,12 @@ def reference_of(recipe: FinetuneRecipe, data: Prepared, *, base: LanguageModel 
     `base` is given where the trained model has no adapter that could be switched off. Raises RecipeError for a teacher
     of another vocabulary.
     """
-    model = base
-    if recipe.teacher is not None:
-        opened = open_named(recipe.teacher, precision=recipe.precision, device=recipe.device)
-        require_same_tokens(recipe.teacher, opened.tokenizer, recipe.model, data.renderer.tokenizer)
+    model, teacher = base, recipe.reference.model
+    if teacher is not None:
+        opened = open_named(teacher, precision=recipe.precision, device=recipe.device)
+        require_same_tokens(teacher, opened.tokenizer, recipe.model, data.renderer.tokenizer)
         model = opened.model
-    front = front_of(data.renderer, recipe.teacher_prompt) if recipe.teacher_prompt else None
+    front = front_of(data.renderer, recipe.reference.prompt) if recipe.reference.prompt else None
     return Reference(model, front)
 
 
@@ -64,8 +64,9 @@ def front_of(renderer: Renderer, prompt: str) -> Front:
     removed, put = _shared(*without), _shared(*whole)
     if any(not np.array_equal(one[len(removed) :], two[len(put) :]) for one, two in zip(without, whole, strict=True)):
         raise RecipeError(
-            "the chat template does not put a system message in front of a conversation and leave the rest as it is",
-            do="leave teacher_prompt out, or choose another data.template",
+            f"reference.prompt is {prompt!r}, and the chat template does not put a system message in front of a "
+            "conversation and leave the rest as it is",
+            do="leave reference.prompt out, or choose another data.template",
         )
     return Front(removed, put)
 

@@ -45,7 +45,7 @@ class Front:
                 f"row {tree.row} begins with tokens {root.tokens[:count].tolist()}, and a teacher's prompt stands in "
                 f"the place of {self.removed.tolist()}",
                 allowed="rows that begin as the chat template begins without a system message",
-                do="take the system messages out of the rows, or teacher_prompt out of the recipe",
+                do="take the system messages out of the rows, or reference.prompt out of the recipe",
             )
         weights = root.weights[count:].copy()
         # Nothing predicts a first token; with something in front of it, something would.

@@ -101,6 +101,7 @@ class RolloutSource(Source):
         plan: Plan,
         seed: int,
         episodes: Episodes | None = None,
+        beside: Source | None = None,
     ) -> None:
         if not prompts:
             raise DataError(
@@ -114,6 +115,8 @@ class RolloutSource(Source):
         self.decode = decode
         self.plan = plan
         self.episodes = episodes
+        self.beside = beside
+        """Rows that each step imitates beside what is learned from rollouts."""
         self.seed = seed
         self.leash = objective.leash
         self._reports: list[RolloutReport] = []
@@ -139,7 +142,7 @@ class RolloutSource(Source):
         trees = self._minibatch(self._at)
         self._at += 1
         self._steps += 1
-        return trees
+        return trees if self.beside is None else [*trees, *weighing(self.beside.next_step(), trees)]
 
     @property
     def report(self) -> RolloutReport | None:
@@ -171,9 +174,11 @@ class RolloutSource(Source):
     def held(self) -> Arrays:
         numbers = [self._number, self._steps, self._at, int(self._warned)]
         left = self._trees if self._at < self._replays else []
+        place = None if self.beside is None else self.beside.cursor
         return {
             "numbers": np.array(numbers, dtype=np.int64),
             "leash": np.array([self.leash], dtype=np.float64),
+            "beside": np.array([] if place is None else [place.epoch, place.used], dtype=np.int64),
             **as_arrays(left),
             **{f"ahead-{name}": each for name, each in groups_as_arrays(self._ahead).items()},
         }
@@ -184,6 +189,9 @@ class RolloutSource(Source):
         self._number, self._steps, self._at, warned = arrays["numbers"].tolist()
         self._warned = bool(warned)
         self.leash = float(arrays["leash"][0])
+        if self.beside is not None:
+            epoch, used = arrays["beside"].tolist()
+            self.beside.seek(Cursor(epoch, used))
         self._trees = from_arrays(arrays)
         ahead = {name.removeprefix("ahead-"): each for name, each in arrays.items() if name.startswith("ahead-")}
         self._ahead = groups_from_arrays(ahead)
@@ -311,6 +319,15 @@ class RolloutSource(Source):
             text=self.decode(spoken.tokens),
             trained=ended == "stop" or self.plan.cut == "keep",
         )
+
+
+def weighing(rows: Sequence[Tree], beside: Sequence[Tree]) -> list[Tree]:
+    """Rows that weigh together as many times what the trees `beside` them weigh as each of them weighed before."""
+    factor = np.float32(sum(tree.weight for tree in beside) / len(rows))
+    return [
+        replace(row, segments=tuple(replace(each, weights=each.weights * factor) for each in row.segments))
+        for row in rows
+    ]
 
 
 def corrected(tree: Tree, most: float) -> Tree:
