@@ -29,7 +29,8 @@ def test_both_ends_are_cut_off(density: float, gamma: float, fuse: str) -> None:
         wanted = base + sum(torch.where(mask, crumb, 0.0) for mask, crumb in zip(own, crumbs, strict=True)) / count
     else:
         wanted = base + crumbs[0] + crumbs[1]
-    merged = merger("breadcrumbs", density=density, gamma=gamma, fuse=fuse).whole(part(*models, base=base))
+    knobs = {"density": density, "gamma": gamma, "fuse": fuse, "normalize": fuse == "ties"}
+    merged = merger("breadcrumbs", **knobs).whole(part(*models, base=base))
     torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-6)
 
 

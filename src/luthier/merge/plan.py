@@ -116,14 +116,15 @@ def plan(parents: Sequence[Parent], wanted: Wanted) -> Plan:
     for name in first.shards.slots:
         if wanted.slices and layer_of(name) is not None:
             continue
-        jobs.append(_job(parents, wanted, name, _everywhere(parents, wanted, name), layers, None))
+        jobs.append(_job(parents, wanted, Spot.of(name, layers), _everywhere(parents, wanted, name), None))
     start = 0
     for each in wanted.slices:
         for step in range(each.count):
             own = parents[each.sources[0][0]]
             for name in [name for name in own.shards.slots if layer_of(name) == each.sources[0][1] + step]:
                 origins = {parent: in_layer(name, begin + step) for parent, begin in each.sources}
-                jobs.append(_job(parents, wanted, in_layer(name, start + step), origins, layers, each))
+                spot = Spot.of(in_layer(name, start + step), each.count, layer=step)
+                jobs.append(_job(parents, wanted, spot, origins, each))
         start += each.count
     return Plan(tuple(jobs), layers)
 
@@ -137,9 +138,9 @@ def _everywhere(parents: Sequence[Parent], wanted: Wanted, name: str) -> dict[in
 
 
 def _job(
-    parents: Sequence[Parent], wanted: Wanted, name: str, origins: Mapping[int, str], layers: int, slice_: Slice | None
+    parents: Sequence[Parent], wanted: Wanted, spot: Spot, origins: Mapping[int, str], slice_: Slice | None
 ) -> Job:
-    spot = Spot.of(name, layers)
+    name = spot.name
     found = {parent: _origin(parents, wanted, parent, own) for parent, own in origins.items()}
     numbers = [parent for parent in wanted.models if parent in found]
     if not numbers or (BASE in wanted.method.requires and wanted.base not in found):

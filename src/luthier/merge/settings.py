@@ -2,9 +2,9 @@
 
 Idea: a recipe writes `t: 0.5`, `t: [0, 0.5, 1]` (interpolated from the first layer to the last), or a list of rules, of
 which the first that fits a tensor holds: `t: [{filter: self_attn, value: [0, 1]}, {value: 0.5}]`. A filter is a role
-(q, k, v, o, gate, up, down, norm, embed, head) or a part of the tensor's name. What lies before the layers is at the
-beginning of the course, and what lies behind them at its end.
-Source: the parameters of mergekit's recipes, which people have; roles are ours.
+(q, k, v, o, gate, up, down, norm, embed, head) or a part of the tensor's name. What lies outside of layers, before them
+or behind, takes the beginning of the course; in a stack the course runs through each slice.
+Source: the parameters of mergekit's recipes, which people have, and its rules for both; roles are ours.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Spot:
     depth: float
 
     @classmethod
-    def of(cls, name: str, layers: int) -> Spot:
-        """Where a tensor lies in a model of so many layers."""
-        layer = layer_of(name)
-        if layer is None:
-            return cls(name, 0.0 if {"embed", "table"} & set(tensor_roles(name)) else 1.0)
-        return cls(name, layer / max(layers - 1, 1))
+    def of(cls, name: str, layers: int, *, layer: int | None = None) -> Spot:
+        """Where a tensor lies among so many layers; `layer` is its place among them, where its name says another."""
+        own = layer_of(name) if layer is None else layer
+        if own is None:
+            return cls(name, 0.0)
+        return cls(name, own / (layers - 1) if layers > 1 else 1.0)
 
     def fits(self, rule: str) -> bool:
         """Whether a filter means this tensor."""

@@ -3,7 +3,7 @@
 Idea: the smallest changes are noise; the very largest are outliers that shift a whole model when they are added. What
 lies between is a trail of crumbs to what was learned.
 Equation: d_i = (W_i - W_0) where its magnitude is below the gamma n largest and among the next density n, else 0;
-    W = W_0 + scale sum_i w_i d_i, or, with fuse: ties, the sign election and disjoint mean of ties
+    W = W_0 + scale sum_i w_i d_i, or, with fuse: ties, the sign election and disjoint sum of ties
 Source: Davari and Belilovsky, "Model Breadcrumbs", arXiv 2312.06795, section 3; with signs as in mergekit's
     breadcrumbs_ties.
 Cost: three reads of each model and of the base: two find the exact thresholds.
@@ -36,6 +36,7 @@ class Breadcrumbs(Merger):
     density: float = Field(0.9, gt=0, le=1, description="share of each model's changes that is kept")
     gamma: float = Field(0.01, ge=0, lt=1, description="share of each model's changes that is dropped as the largest")
     fuse: Literal["linear", "ties"] = Field("linear", description="how what is left of each model is put together")
+    normalize: bool = Field(False, description="whether changes are averaged by their weights rather than added")
     scale: float = Field(1.0, description="what the merged change is multiplied by")
 
     @model_validator(mode="after")
@@ -60,7 +61,12 @@ class Breadcrumbs(Merger):
                            for own, rank in zip(inner, self._ranks(part.size), strict=True))  # fmt: skip
             sizes = change.abs()
             crumbs.append(torch.where((sizes < top) & (sizes >= bottom), change, 0.0))
-        fused = agreed(crumbs, part.weights, mean=True) if self.fuse == "ties" else combined(crumbs, part.weights)
+        if self.fuse == "ties":
+            fused = agreed(crumbs, part.weights, mean=self.normalize)
+        else:
+            fused = combined(crumbs, part.weights)
+            total = sum(part.weights)
+            fused = fused / total if self.normalize and total else fused
         return part.origin.add(fused, alpha=self.scale)
 
     def _ranks(self, size: int) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 What is understood: merge_method, models or slices (sources, layer_range, parameters), base_model, parameters with
 scalars, lists and filters, dtype, out_dtype, tokenizer_source. Any other key is refused by name. Defaults are
-mergekit's where ours differ. What is computed differently is told (`rescale` of dare and della is 1 / density as in
-their papers).
+mergekit's where ours differ. What is computed differently: `rescale` of dare and della is by 1 / density, as in their
+papers (told); model_stock with a negative mean cosine gives the base, where mergekit goes on beyond it.
 """
 
 from __future__ import annotations
