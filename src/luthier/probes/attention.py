@@ -137,6 +137,8 @@ def _cannot(model: LanguageModel) -> str | None:
     """Why a model's attention cannot be shown; None where it can."""
     if model.active_root is not None:
         return "The adapter puts a learned prefix before every text: attention over that is not shown here."
+    if not model.task.speaks:
+        return "This model was loaded to classify or to fill in: only attention over earlier tokens is shown here."
     if model.sites.two_stacks:
         return "This model has an encoder and a decoder: only attention of one stack is shown here."
     return None
