@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from luthier.data.sample import Sample
-from luthier.model.load import SEEDLING, resolve_source
 from luthier.model.scorer import Begun
+from luthier.model.sources import SEEDLING, resolve_source
 from luthier.model.speaker import Sampling
 from luthier.recipes import feedback
 from luthier.recipes.opened import open_named
