@@ -15,7 +15,7 @@ from torch import Tensor
 from luthier.core.errors import GateError
 from luthier.data.conversation import Conversation, Message, Row
 from luthier.data.forest import Ints
-from luthier.model.parity import BRAIN, COARSE, EXACT, HALF, Questions, Side, compare, hear, tolerance_for
+from luthier.model.parity import BRAIN, COARSE, EXACT, HALF, Questions, Side, Tolerance, compare, hear, tolerance_for
 
 PROMPTS = (np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32))
 ROW = Row(0, "rows.jsonl:1:1", Conversation((Message("user", "hello"), Message("assistant", "you"))))
@@ -112,6 +112,19 @@ def test_tensors_that_differ_are_named_the_worst_first() -> None:
     del broken["layer.3"]
     report = compare(heard, Fake(noise=1.0, tensors=broken), EXACT)
     assert any("1 tensors are missing (layer.3)" in each for each in report.findings)
+
+
+@pytest.mark.parametrize(("tolerance", "dtype"), [(EXACT, "float32"), (HALF, "float16"), (BRAIN, "bfloat16")])
+def test_a_tensor_that_logits_hardly_show_is_found_by_its_sketch(tolerance: Tolerance, dtype: str) -> None:
+    """Breaks when a layer that is one percent off passes because many others hide it, or when rounding does not."""
+    weights = {f"layer.{n}": torch.randn(200, 300, generator=torch.Generator().manual_seed(n)) for n in range(4)}
+    heard = hear(Fake(tensors=weights), Questions(PROMPTS))
+    rounded = {name: each.to(getattr(torch, dtype)) for name, each in weights.items()}
+    assert compare(heard, Fake(tensors=rounded), tolerance).passed
+    broken = {**rounded, "layer.2": rounded["layer.2"] * 1.01}
+    report = compare(heard, Fake(tensors=broken), tolerance)
+    assert len(report.findings) == 1 and report.findings[0].startswith("layer.2 is 1.01 times what it was")
+    assert compare(heard, Fake(tensors=broken), replace(tolerance, weights=None)).passed
 
 
 def test_states_are_compared_by_their_difference_alone() -> None:

@@ -45,19 +45,23 @@ _NEXT: Final = "nothing was kept; choose a form that rounds less, or report this
 class Tolerance:
     """What is let pass: `difference` in standard deviations of the source's logits, `kl` in nats a token.
 
-    `form` says what of the artefact makes it necessary.
+    `form` says what of the artefact makes it necessary. `weights` is how far a tensor may be from its like in the
+    source, as a share of its norm, where both have it by name: among many layers one wrong one hardly shows in logits.
     """
 
     form: str
     difference: float
     kl: float
     agreement: float
+    weights: float | None = None
 
 
-EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, agreement=0.995)
-HALF: Final = Tolerance(form="weights in float16", difference=0.03, kl=1e-5, agreement=0.98)
-BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.15, kl=1e-3, agreement=0.97)
-COARSE: Final = Tolerance(form="weights and products in bfloat16", difference=0.5, kl=5e-3, agreement=0.93)
+EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, agreement=0.995, weights=1e-6)
+HALF: Final = Tolerance(form="weights in float16", difference=0.03, kl=1e-5, agreement=0.98, weights=2e-3)
+BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.15, kl=1e-3, agreement=0.95, weights=4e-3)
+COARSE: Final = Tolerance(
+    form="weights and products in bfloat16", difference=0.5, kl=5e-3, agreement=0.85, weights=4e-3
+)
 
 
 class Side(ABC):
@@ -200,8 +204,9 @@ def compare(source: Heard, artefact: Side, tolerance: Tolerance) -> ParityReport
         rows_equal=rows_equal,
         tolerance=tolerance,
     )
-    if apart := numbers.odd or list(_beyond(report)):
-        found += [*apart, *_tensors_that_differ(source.sketches, artefact)]
+    found += (apart := numbers.odd or list(_beyond(report)))
+    if apart or tolerance.weights is not None:
+        found += _tensors_that_differ(source.sketches, artefact, tolerance.weights)
     return ParityReport(**{**vars(report), "findings": tuple(found)})
 
 
@@ -317,7 +322,7 @@ def _compare_settings(source: Heard, artefact: Side, found: list[str]) -> None:
             found.append(f"its {key} is {named[key]!r:.{_SHOWN}}, and the source's {source.settings[key]!r:.{_SHOWN}}")
 
 
-def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side) -> Iterator[str]:
+def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side, most: float | None) -> Iterator[str]:
     """What sketches say of weights, the worst first; nothing where either side has none by these names."""
     if not source or not (held := sketched(artefact.tensors())):
         return
@@ -326,7 +331,8 @@ def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side) -> Iterat
     apart = {name: source[name].apart(held[name]) for name in source.keys() & held.keys()}
     # Rounding is spread over all tensors; what was damaged stands out.
     usual = float(np.median([*apart.values(), 0.0]))
-    worst = sorted((name for name in apart if apart[name] > 2 * usual + 1e-4), key=lambda name: (-apart[name], name))
+    bound = 2 * usual + 1e-4 if most is None else most
+    worst = sorted((name for name in apart if not apart[name] <= bound), key=lambda name: (-apart[name], name))
     for name in worst[:MOST_TENSORS]:
         yield f"{name} {source[name].difference(held[name])}"
     if len(worst) > MOST_TENSORS:
@@ -336,8 +342,9 @@ def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side) -> Iterat
 def tolerance_for(dtype: torch.dtype, *, computed: Precision = "float32") -> Tolerance:
     """What is let pass for weights that are written in `dtype`, where both sides compute in `computed`.
 
-    Measured on the seedling with a LoRA, as shares of the spread: 1e-5, 0.003 (float16), 0.02 (bfloat16), and 0.15
-    where products are in bfloat16 too.
+    Measured, as shares of the spread, on the seedling with a LoRA and on 24 random layers of Qwen2's shape: 1e-5, 0.007
+    (float16), 0.06 (bfloat16), and 0.16 where products are in bfloat16 too. Random models are nearly undecided between
+    words: there a tenth of the likeliest changes at a mean KL of 4e-4, so agreement alone convicts nobody.
     """
     if computed != "float32":
         return COARSE

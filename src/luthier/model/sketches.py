@@ -46,8 +46,8 @@ class Sketch:
             return f"has shape {list(other.shape)}, not {list(self.shape)}"
         ratio = other.norm / self.norm if self.norm else float("inf")
         scaled = float(np.linalg.norm(self.sums * ratio - other.sums)) < 0.02 * other.norm if ratio else True
-        if scaled and abs(ratio - 1) > 0.01:
-            return f"is {ratio:.3g} times what it was"
+        if scaled and abs(ratio - 1) > 0.001:
+            return f"is {ratio:.4g} times what it was"
         return f"differs by about {self.apart(other):.2g} of its norm ({self.norm:.3g}, now {other.norm:.3g})"
 
 
