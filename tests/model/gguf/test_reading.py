@@ -103,6 +103,7 @@ def test_forged_files_are_errors_and_take_no_memory(written: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_many_forged_files_are_errors(written: Path, tmp_path: Path) -> None:
     forge(written, tmp_path, rounds=5_000)
 
