@@ -23,7 +23,7 @@ from luthier.cli.main import run
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
 from luthier.model import load
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.reinforce_recipe import kind_of_recipe
 from luthier.recipes.several_recipe import several_of
 from luthier.server import opening
 from luthier.server.opening import open_serving
@@ -167,4 +167,4 @@ def _check_recipe(text: str) -> None:
     if "adapters" in values:
         several_of({"model": "seedling", **values})
         return
-    validate(FinetuneRecipe, {"model": "seedling", "data": "rows.jsonl", **values})
+    validate(kind_of_recipe(values), {"model": "seedling", "data": "rows.jsonl", **values})
