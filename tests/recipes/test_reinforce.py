@@ -153,3 +153,18 @@ def test_lessons_are_said_where_there_are_any() -> None:
         assert part in said_of
     assert "could not be scored" in lessons([rollout(1, failed=3)], [])[0]
     assert "cut off" in lessons([rollout(1, cut=40)], [])[0]
+
+
+def test_texts_beside_rollouts_need_a_number_of_steps() -> None:
+    """Breaks when a run of two kinds of rows ends by the epochs of one of them."""
+    values = {
+        "recipe": "reinforce", "model": "seedling", "data": "rows.jsonl",
+        "reward": {"method": "length", "most_tokens": 5, "buffer_tokens": 4},
+        "objective": {"method": "mixture", "said": "language_model", "compared": "ppo"},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="two kinds of rows"):
+        validate(ReinforceRecipe, values)
+    made = validate(ReinforceRecipe, {**values, "budget": {"steps": 5}})
+    assert made.learner.passes == 4
+    with pytest.raises(RecipeError, match="needs rollouts"):
+        validate(FinetuneRecipe, {key: value for key, value in values.items() if key not in ("recipe", "reward")})
