@@ -124,6 +124,11 @@ def test_an_8b_model_is_planned_without_its_weights(eight: Path) -> None:
     flops = 4 * (6_979_321_856 + 525_336_576) + 6 * trained + 3.5 * 4 * 32 * 4096 * 4097 / 2
     assert found["flops_per_token"] == pytest.approx(flops, rel=0.01)
     assert found["seconds_per_1k_tokens"] == pytest.approx(1000 * flops / 1e12, rel=0.01)
+    handbook = found["handbook"]
+    assert handbook["activations"] == 34 * 4096 * 4096 * 32 and handbook["logits"] == 8 * 4096 * 128256
+    state = memory["weights"] + 18 * trained
+    assert handbook["total"] == state + handbook["activations"] + handbook["logits"]
+    assert handbook["flops_per_token"] == 4 * (6_979_321_856 + 525_336_576) + 6 * 32 * 4096 * 4096
     named = dict(explained(laid, found))
     assert f"{47_104:,} numbers of 2 bytes" in named["activations"] and "8,030,261,248" in named["parameters"]
     assert "167,772,160" in named["trained"]

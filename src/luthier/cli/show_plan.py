@@ -26,6 +26,9 @@ def print_needs(plan: Mapping[str, Any]) -> None:
     _print_memory(memory, plan["fits"])
     again = f", {memory['recomputed']} of {memory['blocks']} blocks made again" if memory["recomputed"] else ""
     typer.echo(f"pass       {memory['tokens']:,} tokens at once, rows of {memory['longest']:,}{again}")
+    if handbook := plan.get("handbook"):
+        logits, total = bytes_text(handbook["logits"]), bytes_text(handbook["total"])
+        typer.echo(f"handbooks  {total} in other engines: 18 bytes a trained parameter, and logits of {logits} at once")
     typer.echo(f"work       {count_text(plan['flops_per_token'])}FLOP a token")
     if plan["seconds_per_1k_tokens"] is None:
         typer.echo("time       unknown: the device is not here; name its rate with --tflops")

@@ -22,7 +22,15 @@ from luthier.adapters import Adapter
 from luthier.arithmetic.compute import mean_context
 from luthier.arithmetic.memory import masters
 from luthier.arithmetic.shapes import Shape, shape_of
-from luthier.arithmetic.training import Sharding, divided
+from luthier.arithmetic.training import (
+    Sharding,
+    State,
+    activation_bytes,
+    divided,
+    logit_bytes,
+    model_flops,
+    state_bytes,
+)
 from luthier.core.chosen import Chosen, choose
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Knobs
@@ -211,7 +219,28 @@ def plan_training(laid: Laid, machine: Machine = Machine()) -> dict[str, Any]:
         "seconds_per_1k_tokens": None if rate is None else 1000 / rate,
         "fits": None if available is None else memory["total"] <= available,
         "speed": speed,
+        "handbook": _handbook(laid),
     }
+
+
+def _handbook(laid: Laid) -> dict[str, float]:
+    """What formulas of papers say of any engine on one device: 18 bytes a trained parameter, GPT's activations without
+    squares, all logits at once."""
+    knobs, shape = laid.knobs, laid.shape
+    trains_base = laid.attachment.trains_base
+    frozen = 0 if trains_base else laid.lasting["weights"]
+    state = state_bytes(laid.attachment.parameter_count, State(), frozen=frozen)
+    activations = activation_bytes(
+        sequence=knobs.sequence, batch=knobs.batch, hidden=shape.hidden, heads=shape.heads.count,
+        layers=shape.layers, recompute="selective",
+    )  # fmt: skip
+    logits = logit_bytes(tokens=knobs.batch * knobs.sequence, vocabulary=shape.vocabulary)
+    flops = model_flops(
+        shape.active + shape.table, layers=shape.layers, width=shape.query, sequence=knobs.sequence,
+        trained_base=trains_base,
+    )  # fmt: skip
+    return {"total": sum(state.values()) + activations + logits, "activations": activations, "logits": logits,
+            "flops_per_token": flops}  # fmt: skip
 
 
 def _speed(laid: Laid, machine: Machine, recomputed: int) -> dict[str, Any]:
