@@ -99,7 +99,7 @@ def test_later_verbs_take_the_run_for_its_policy(unbroken: Path) -> None:
     luthier("eval", unbroken, "--verify").must(0)
 
 
-@pytest.mark.parametrize("stage", ["answer", "judge", "train"])
+@pytest.mark.parametrize("stage", ["answer", "judge", pytest.param("train", marks=pytest.mark.slow)])
 def test_killed_in_any_stage_it_comes_to_the_same_bits(
     stage: str, asked: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
