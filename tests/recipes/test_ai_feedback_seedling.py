@@ -1,7 +1,10 @@
 """The seedling, tuned to judge, teaches the seedling: from prompts to a policy that prefers what its judge prefers.
 
-The judge is trained on pairs of the seedling's own answers, of which the shorter one is the better. What it then says
-of other answers, in both orders, is all that the policy learns from.
+The judge is trained on pairs of the seedling's own answers, of which one asks to write something: that one is worse.
+What it then says of other answers, in both orders, is all that the policy learns from. Measured with one thread of a
+busy CPU: of 512 pairs 124 became preferences (the place decided most others, which averaging made ties), in all 58 of
+them of which one answer writes that one was rejected, and held-out preference accuracy went from 0.50 to 0.81 over 31
+rows.
 """
 
 from __future__ import annotations
@@ -31,9 +34,14 @@ THINGS = (
     "the tower", "a baker", "apples", "the village", "a friend", "the coast", "iron", "a smith", "the field",
     "music", "the well", "a teacher",
 )  # fmt: skip
-ASKED = ("Tell me about {}.", "What is known of {}?", "Write of {}.", "What do people say of {}?", "Describe {}.")
+ASKED = ("Tell me about {}.", "What is known of {}?", "What do people say of {}?", "Describe {}.")
 PROMPTS = [each.format(thing) for each in ASKED for thing in THINGS]
-VERDICT = {"rationale": False, "criteria": "length", "preamble": "The shorter response is better."}
+VERDICT = {"rationale": False, "criteria": "tone", "preamble": "A response that asks to write is worse."}
+
+
+def writes(said: str) -> bool:
+    """Whether an answer is one of those that ask to write something, which the judge is to dislike."""
+    return "rite" in said
 
 
 class Overheard:
@@ -53,14 +61,14 @@ class Overheard:
 def judge_rows() -> list[dict[str, object]]:
     """What a judge is asked of pairs of the seedling's answers, in both orders, and the right verdicts."""
     opened = open_named(SEEDLING, precision="float32")
-    asked = [prompt for prompt in PROMPTS[::2] for _ in range(6)]
+    asked = [prompt for prompt in PROMPTS for _ in range(16)]
     sampling = Sampling(max_new_tokens=24, temperature=1.0, stop_ids=opened.stop_ids, seed=7)
     spoken = opened.engine.speak([opened.prompt(prompt) for prompt in asked], sampling)
     said = [opened.text(each.tokens).strip() for each in spoken]
     rows: list[dict[str, object]] = []
     for at in range(0, len(said), 2):
         one, two = said[at : at + 2]
-        if not one or not two or len(one) == len(two):
+        if not one or not two or writes(one) == writes(two):
             continue
         heard = Overheard()
         with pytest.raises(LookupError):
@@ -68,7 +76,7 @@ def judge_rows() -> list[dict[str, object]]:
                 [Sample(prompt=asked[at], answer=one)], [two], Tools(judge=heard)  # type: ignore[arg-type]
             )
         for order, begun in enumerate(heard.asked):
-            first = len(one) < len(two) if order == 0 else len(two) < len(one)
+            first = writes(two) if order == 0 else writes(one)
             answer = f"{begun.begun}{1 if first else 2}"
             rows.append({"prompt": begun.messages[0].content, "completion": answer})
     return rows
@@ -81,28 +89,28 @@ def test_a_judge_that_was_tuned_teaches_a_policy(tmp_path: Path) -> None:
     rows = judge_rows()
     (tmp_path / "judge.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tuned = {
-        "model": SEEDLING, "data": {"train": str(tmp_path / "judge.jsonl")}, "adapter": {"method": "lora", "rank": 32},
-        "optimizer": {"method": "adamw", "learning_rate": 2.0e-3}, "batch": {"rows": 16}, "budget": {"epochs": 5},
-        "evaluation": {"fraction": 0.1, "every": 40, "prompts": 0}, "precision": "float32",
+        "model": SEEDLING, "data": {"train": str(tmp_path / "judge.jsonl")}, "adapter": {"method": "full"},
+        "optimizer": {"method": "adamw", "learning_rate": 1.0e-3}, "batch": {"rows": 8}, "budget": {"epochs": 4},
+        "evaluation": {"fraction": 0.05, "every": 0, "prompts": 0}, "precision": "float32",
     }  # fmt: skip
     (tmp_path / "judge.yaml").write_text(json.dumps(tuned), encoding="utf-8")
     luthier("train", tmp_path / "judge.yaml", "--run", tmp_path / "judge", "--json").must(0)
     prompts = [{"prompt": prompt} for prompt in PROMPTS]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     recipe = {
-        "recipe": "ai_feedback", "model": SEEDLING, "judge": str(tmp_path / "judge"), "verdict": VERDICT,
-        "data": {"train": str(tmp_path / "prompts.jsonl")}, "answers": {"max_new_tokens": 24},
+        "recipe": "ai_feedback", "tie": 0.1, "model": SEEDLING, "judge": str(tmp_path / "judge"), "verdict": VERDICT,
+        "data": {"train": str(tmp_path / "prompts.jsonl")},
+        "answers": {"max_new_tokens": 24, "pairs": 4, "at_once": 64},
         "adapter": {"method": "lora", "rank": 16}, "optimizer": {"method": "adamw", "learning_rate": 5.0e-4},
-        "batch": {"rows": 16}, "budget": {"epochs": 4}, "evaluation": {"fraction": 0.25, "every": 10, "prompts": 2},
+        "batch": {"rows": 16}, "budget": {"epochs": 8}, "evaluation": {"fraction": 0.25, "every": 10, "prompts": 2},
         "precision": "float32",
     }  # fmt: skip
     (tmp_path / "feedback.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     luthier("train", tmp_path / "feedback.yaml", "--run", tmp_path / "feedback", "--json").must(0)
     summary = json.loads((tmp_path / "feedback" / "summary.json").read_text("utf-8"))
     kept = feedback.rows_of(tmp_path / "feedback" / feedback.PREFERENCES)
-    right = sum(len(row["chosen"].strip()) < len(row["rejected"].strip()) for row in kept)
-    figures = {"right": right / len(kept), **summary["feedback"], "accuracy": summary["policy"]["metrics"]["accuracy"]}
-    (tmp_path / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
-    assert right / len(kept) > 0.75, figures
+    differ = [row for row in kept if writes(row["chosen"]) != writes(row["rejected"])]
+    right = sum(writes(row["rejected"]) for row in differ) / len(differ)
+    assert len(kept) > 50 and right > 0.6, (len(kept), right, summary["feedback"])
     before, after = summary["policy"]["metrics"]["accuracy"]
-    assert before == pytest.approx(0.5) and after > 0.65, figures
+    assert before == pytest.approx(0.5) and after > 0.65, summary["policy"]["metrics"]
