@@ -30,7 +30,7 @@ from luthier.probes.drift import Drift
 from luthier.probes.effective_rank import EffectiveRank
 from luthier.probes.intruder_dimensions import IntruderDimensions
 from luthier.recipes.demo import grown_on
-from luthier.recipes.evaluate import mean_loss
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened
 from luthier.recipes.session import load
 from luthier.store.curves import Axis, tick_text, value_axis

@@ -108,7 +108,7 @@ class CheckpointKnobs(Knobs):
 class ReferenceKnobs(Knobs):
     """Whose word the objective asks for: that of the base, of a teacher, or of the base with a prompt."""
 
-    model: str | None = Field(None, description="teacher: run, folder or hub id; empty is the base model itself")
+    model: str | None = Field(None, description="run, folder or hub id of a teacher; empty is the base model itself")
     prompt: str = Field("", description="system message that the teacher reads and the student does not")
     cache: bool = Field(
         False, description="whether all rows are asked about once, before the first step, instead of in every step; "
