@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 BENCH_HOME ?= bench-home
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Many tests start processes, and one that finds no compiled modules compiles all it imports.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .PHONY: demo test slow faults check bench bench-full clean
 .DEFAULT_GOAL := test

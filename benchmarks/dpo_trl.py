@@ -6,19 +6,16 @@ The rows are given as ids, as its collator takes them. What is set beside the sy
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from typing import Any
 
-import peft
-import torch
 import trl
 from datasets import Dataset
-from devices import Device
+from hf_peer import Clock as Ended
 from hf_peer import set_start
-from preference_work import ALPHA, BETA, LEARNING_RATE, RANK, Clock, Job, job_from_arguments, pairs
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from preference_work import BETA, Clock, Job, pairs
+from transformers import AutoTokenizer
+from trl_peer import SAME, lora, model_of, run
 
 
 class OfIds(trl.DPOTrainer):
@@ -26,16 +23,6 @@ class OfIds(trl.DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
-
-
-class Ended(TrainerCallback):
-    """Tells the clock when a step has ended."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.clock.step_ended()
 
 
 def trainer_of(job: Job, clock: Clock, scratch: str) -> OfIds:
@@ -48,46 +35,26 @@ def trainer_of(job: Job, clock: Clock, scratch: str) -> OfIds:
         max_steps=job.steps,
         max_length=512,
         beta=BETA,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **SAME,
         **job.settings,
     )
     made = OfIds(
-        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=torch.bfloat16),
+        model=model_of(job),
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(job.folder / "model"),
         callbacks=[Ended(clock)],
-        peft_config=peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora(),
     )
     set_start(made.model, job.folder / "lora.safetensors")
     return made
 
 
-def main() -> int:
-    job = job_from_arguments()
-    device, clock = Device("cpu"), Clock(job)
-    device.forget_peak()
-    with tempfile.TemporaryDirectory(dir=job.home) as scratch:
-        trainer = trainer_of(job, clock, scratch)
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    shown = {"gradient_checkpointing": trainer.args.gradient_checkpointing, "bf16": trainer.args.bf16}
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+def tokens_of(job: Job, trainer: OfIds) -> list[int]:
     used = pairs(job)
-    tokens = [sum(pair.tokens for pair in used[step * job.rows : (step + 1) * job.rows]) for step in range(job.steps)]
-    line = clock.line(tokens, losses=losses, peak=device.peak(), packages=packages, settings=shown)
-    print(json.dumps(line), flush=True)
-    return 0
+    return [sum(pair.tokens for pair in used[step * job.rows : (step + 1) * job.rows]) for step in range(job.steps)]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(trainer_of, tokens_of))

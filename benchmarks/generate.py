@@ -124,12 +124,35 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
                 line = run(job, threads=args.threads, limit=args.limit)
                 about = {"run": began, "commit": commit(), "data_digest": digest, "repetition": repetition}
                 line = {"workload": workload, "system": name, **line, **about, "load_before": load}
+                line |= percent_of_limit(line, args.home / work.model / "model")
                 with (args.home / "generate.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 good = good and "failure" not in line
                 print(told(line), file=sys.stderr, flush=True)
                 lines.append(line)
     return lines, good
+
+
+def percent_of_limit(line: Line, model: Path) -> dict[str, float]:
+    """The speed of a line as a share of what products and reading must take; nothing where weights are packed.
+
+    Rates are the highest that its process has probed, before and after.
+    """
+    from limits import generation_seconds
+    from results import matrix_rate
+
+    from luthier.arithmetic.inference import weight_bytes
+    from luthier.arithmetic.shapes import shape_of
+
+    if not line.get("probes") or line["precision"] != "bfloat16" or "quantizer" in SYSTEMS[line["system"]].settings:
+        return {}
+    work, shape = WORKLOADS[line["workload"]], shape_of(json.loads((model / "config.json").read_text("utf-8")))
+    seconds = generation_seconds(
+        shape, work.lengths(), shared=work.shared, weights=weight_bytes(shape, 2),
+        flops_per_second=matrix_rate(line["probes"]) * 1e9,
+        bytes_per_second=max(side["copy_gb_per_s"] for side in line["probes"].values()) * 1e9,
+    )  # fmt: skip
+    return {"percent_of_limit": round(100 * seconds * line["tokens_per_second"] / line["said_tokens"], 1)}
 
 
 def told(line: Line) -> str:
@@ -144,7 +167,8 @@ def told(line: Line) -> str:
 def table(lines: Sequence[Line]) -> list[list[str]]:
     """Medians of each system of each workload; ratios are to the first peer. Contended lines stand for themselves only
     where there are no others."""
-    rows = [["workload", "system", "runs", "tokens/s", "ratio", "after the first", "ratio", "first tokens s", "GB"]]
+    rows = [["workload", "system", "runs", "tokens/s", "ratio", "after the first", "ratio", "first tokens s", "GB",
+             "% of limit"]]
     for workload in dict.fromkeys(line["workload"] for line in lines):
         own = [line for line in lines if line["workload"] == workload and "failure" not in line]
         quiet = {name: [line for line in own if line["system"] == name and not line["contended"]] for name in SYSTEMS}
@@ -153,14 +177,15 @@ def table(lines: Sequence[Line]) -> list[list[str]]:
         peer = next((name for name in used if not name.startswith(OURS)), next(iter(used), ""))
 
         def median(name: str, key: str, used: Mapping[str, Sequence[Line]] = used) -> float:
-            return statistics.median(line[key] or 0 for line in used[name])
+            return statistics.median(line.get(key) or 0 for line in used[name])
 
         for name, some in used.items():
             cells = [workload, name, f"{len(some)}{'' if quiet[name] else ' contended'}"]
             for key in ("tokens_per_second", "later_tokens_per_second"):
                 cells += [f"{median(name, key):.1f}", f"{median(name, key) / (median(peer, key) or 1):.2f}"]
             cells += [f"{median(name, 'first_tokens_s'):.3f}", f"{median(name, 'peak_memory_bytes') / 1e9:.2f}"]
-            rows.append(cells)
+            limit = median(name, "percent_of_limit")
+            rows.append([*cells, f"{limit:.0f}" if limit else ""])
     return rows
 
 

@@ -6,21 +6,17 @@ trainer from writing; all else is at GRPOConfig's defaults. Prompts are given as
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 import time
 from typing import Any
 
-import peft
-import torch
 import trl
 from datasets import Dataset
-from devices import Device
-from dpo_trl import Ended
+from hf_peer import Clock as Ended
 from hf_peer import set_start
-from preference_work import ALPHA, GROUP, LEARNING_RATE, NEW, RANK, Clock, Job, job_from_arguments, prompts, vowels
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from preference_work import GROUP, NEW, Clock, Job, prompts, vowels
+from transformers import AutoTokenizer
+from trl_peer import SAME, lora, model_of, run
 
 
 class Timed(trl.GRPOTrainer):
@@ -56,45 +52,22 @@ def trainer_of(job: Job, clock: Clock, scratch: str) -> Timed:
         max_completion_length=NEW,
         generation_kwargs={"min_new_tokens": NEW},
         max_steps=job.steps,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **SAME,
         **job.settings,
     )
     made = Timed(
         clock,
-        model=AutoModelForCausalLM.from_pretrained(job.folder / "model", dtype=torch.bfloat16),
+        model=model_of(job),
         reward_funcs=rewarded,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(ids)} for ids in prompts(job)]),
         processing_class=tokenizer,
         callbacks=[Ended(clock)],
-        peft_config=peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora(),
     )
     set_start(made.model, job.folder / "lora.safetensors")
     return made
 
 
-def main() -> int:
-    job = job_from_arguments()
-    device, clock = Device("cpu"), Clock(job)
-    device.forget_peak()
-    with tempfile.TemporaryDirectory(dir=job.home) as scratch:
-        trainer = trainer_of(job, clock, scratch)
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    shown = {"gradient_checkpointing": trainer.args.gradient_checkpointing, "bf16": trainer.args.bf16}
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-    line = clock.line(trainer.tokens, losses=losses, peak=device.peak(), packages=packages, settings=shown)
-    print(json.dumps(line), flush=True)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(trainer_of, lambda job, trainer: trainer.tokens))

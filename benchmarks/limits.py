@@ -7,13 +7,15 @@ model's own blocks, before and after, so that no system looks better because a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from results import matrix_rate
 from workloads import MODELS, WORKLOADS, Method, Shape
 
+from luthier.arithmetic import inference
 from luthier.arithmetic.compute import Attention, Linear, flops_per_token
+from luthier.arithmetic.shapes import Shape as ModelShape
 
 
 def percent_of_limit(line: Mapping[str, Any], *, rank: int) -> float:
@@ -46,3 +48,28 @@ def token_flops(shape: Shape, method: Method, *, rank: int, share: float, contex
             )
     linears.append(Linear(inputs=shape.hidden, outputs=shape.vocabulary, trained=full, share=share))
     return flops_per_token(linears, [Attention(width=shape.hidden, context=context)] * shape.layers)
+
+
+def generation_seconds(
+    shape: ModelShape,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    shared: bool,
+    weights: float,
+    flops_per_second: float,
+    bytes_per_second: float,
+) -> float:
+    """The least time for requests that are there at once, of so many tokens of prompt and answer, numbers of 2 bytes.
+
+    Prompts are read at the rate of products, one that is `shared` once. Then each step reads all weights and the keys
+    and values of those that still speak, or multiplies, whichever takes longer; nothing else takes any time.
+    """
+    read = sum(inference.prefill_flops(shape, prompt) for prompt, _ in (lengths[:1] if shared else lengths))
+    seconds = max(read / flops_per_second, weights / bytes_per_second)
+    for step in range(1, max(answer for _, answer in lengths)):
+        seen = [prompt + step for prompt, answer in lengths if answer > step]
+        seconds += inference.decode_seconds(
+            shape, weights=weights, rows=len(seen), context=sum(seen) // len(seen),
+            flops_per_second=flops_per_second, bytes_per_second=bytes_per_second,
+        )  # fmt: skip
+    return seconds

@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"trl": "", "llamafactory": "llamafactory"}
+PEERS = {"trl": "", "llamafactory": "llamafactory", "mergekit": ""}
 """Each peer, and its package that is installed without its requirements: LLaMA-Factory asks for builds of torchvision
 and torchaudio that do not load beside every torch, and for a web interface; the pins name what training needs."""
 

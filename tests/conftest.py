@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from jaxtyping import config as shapes
 
+from luthier.kernels import native_build
 from luthier.recipes import verify
 from luthier.store.runs import RunDirectory
 from tests.tiny import KINDS, tiny_folder
@@ -28,12 +32,24 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+OWN_SHAPES = ("kernels", "model", "infer")
+"""Tests of the packages whose functions are checked for shapes at each call (pyproject.toml)."""
+OTHER_SHAPES = 4
+"""Of all other tests one in so many checks them too: that takes half of their time, and finds the same in each."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have the shapes of tensors checked or not, in this test and in what is made for it; `SHAPES=all` is for all."""
+    own = any(folder in item.path.parts for folder in OWN_SHAPES)
+    chosen = zlib.crc32(item.nodeid.encode()) % OTHER_SHAPES == 0
+    shapes.update("jaxtyping_disable", not (own or chosen or os.environ.get("SHAPES") == "all"))
+
+
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny_path("llama")`: the folder of a tiny model, made once for all workers of the session. Read only."""
-    own = tmp_path_factory.getbasetemp()
-    # Each xdist worker has its own folder inside that of the session.
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    shared = _of_all_workers(tmp_path_factory.getbasetemp())
 
     def path(kind: str) -> Path:
         return tiny_folder(kind, shared / "tiny-models")
@@ -41,10 +57,36 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return path
 
 
+def _of_all_workers(own: Path) -> Path:
+    """The folder of the session; each xdist worker has its own inside it."""
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", params=KINDS)
 def every_tiny_path(request: pytest.FixtureRequest, tiny_path: Callable[[str], Path]) -> Path:
     """The folder of each tiny model in turn."""
     return tiny_path(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_by_one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All workers have one folder of compiled kernels, and whoever needs them while they are compiled waits."""
+    own = tmp_path_factory.getbasetemp()
+    shared = _of_all_workers(own) / "native"
+    shared.mkdir(exist_ok=True)
+    (own / "cache").mkdir(exist_ok=True)
+    (own / "cache" / "native").symlink_to(shared)
+    compiled = native_build._compile
+
+    def alone(compiler: str, sources: list[Path], place: Path, flags: tuple[str, ...]) -> None:
+        with (shared.parent / "native.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.is_file():
+                compiled(compiler, sources, place, flags)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_build, "_compile", alone)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -143,8 +143,8 @@ def source_for(
 ) -> RolloutSource:
     """A source of rollouts of a tiny model."""
     rng = np.random.default_rng(5)
-    objective = stepper.objective
-    assert isinstance(objective, RolloutLearner)
+    objective = stepper.objective.learner
+    assert objective is not None
     made = prompts or [Prompt(forests.tokens(rng, 3 + row % 3), row=row) for row in range(5)]
     made_plan = Plan(prompts=2, answers=4, max_new_tokens=5, stop_ids=(1, 2, 3))
     return RolloutSource(

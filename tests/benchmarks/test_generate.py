@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from luthier.arithmetic.shapes import shape_of
 from tests.benchmarks.lines import module
 
 
@@ -71,6 +72,32 @@ def test_the_table_compares_with_the_first_peer_and_leaves_contended_lines_out()
     assert rows[2][:5] == ["m1-1", "transformers", "1", "20.0", "1.00"]
     alone = module("generate").table([line("luthier", 90.0, contended=True)])
     assert alone[1][:5] == ["m1-1", "luthier", "1 contended", "90.0", "1.00"]
+
+
+def test_the_limit_is_what_products_and_reading_take(tmp_path: Path) -> None:
+    """Breaks when a shared prompt counts for each answer, or a step of few rows is told by its products."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 100}
+    config = {"model_type": "llama", "num_attention_heads": 4, "tie_word_embeddings": False, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    blocks, table = 2 * (4 * 64 * 64 + 3 * 64 * 128), 64 * 100
+    reading = module("limits").generation_seconds
+    shape = shape_of(config)
+    fast = {"weights": 2 * (blocks + 2 * table), "flops_per_second": 1e30}
+    # Two steps after the first tokens, of two texts and of one: weights, a row of the table looked up, and keys.
+    found = reading(shape, [(10, 2), (10, 3)], shared=False, bytes_per_second=1.0, **fast)
+    step = 2 * (blocks + table)
+    cache = 2 * 2 * 2 * 64 * (2 * 11 + 12)
+    assert found == pytest.approx(fast["weights"] + 2 * step + cache)
+    slow = {"weights": 0.0, "flops_per_second": 1.0, "bytes_per_second": 1e30}
+    apart = reading(shape, [(10, 1)] * 3, shared=False, **slow)
+    assert apart == pytest.approx(3 * reading(shape, [(10, 1)] * 3, shared=True, **slow))
+    probes = {"before": {"gemm_gflops": 1.0, "block_gflops": 2.0, "copy_gb_per_s": 1.0}}
+    own = line("luthier", 90.0, workload="m1-1", precision="bfloat16", probes=probes, said_tokens=128)
+    percent = module("generate").percent_of_limit
+    seconds = reading(shape, [(128, 128)], shared=False, weights=fast["weights"] + 2 * shape.vectors,
+                      flops_per_second=2e9, bytes_per_second=1e9)  # fmt: skip
+    assert percent(own, tmp_path) == {"percent_of_limit": pytest.approx(100 * seconds * 90 / 128, abs=0.1)}
+    assert percent(own | {"system": "luthier-int8"}, tmp_path) == {}
 
 
 def test_unknown_names_are_told() -> None:

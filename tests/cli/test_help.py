@@ -16,7 +16,8 @@ from tests.cli.commands import environ, luthier
 
 LEAVES = [
     ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("classify",), ("eval",),
-    ("compare",), ("describe",), ("doctor",), ("quantize",), ("lint",), ("serve",),
+    ("compare",), ("describe",), ("doctor",), ("quantize",), ("plan",), ("lint",), ("serve",), ("merge",), ("probe",),
+    ("export",),
     ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
 ]  # fmt: skip
 
@@ -54,7 +55,8 @@ def parses(words: list[str], path: tuple[str, ...]) -> None:
 def test_what_prints_has_json_and_what_writes_has_a_dry_run(path: tuple[str, ...]) -> None:
     told = luthier(*path, "--help").out
     assert "--json" in told
-    assert ("--dry-run" in told) == (path[0] in ("demo", "init", "train", "resume"))
+    writing = ("demo", "init", "train", "resume", "merge", "export", "probe")
+    assert ("--dry-run" in told) == (path[0] in writing)
 
 
 def test_an_unknown_command_or_option_is_a_usage_error_with_the_nearest_name() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.core.paths import cache_folder
 from tests.cli.commands import STEPS, chat, luthier, recipe_text, tree, write_rows
 
 ANSI = "\x1b"
@@ -133,6 +134,8 @@ def test_dry_run_writes_nothing_and_says_where_each_value_comes_from(
     monkeypatch.chdir(tmp_path)
     # A table is folded to a width that is asked for; in a pipe nobody asks, and its lines stay whole.
     monkeypatch.delenv("COLUMNS", raising=False)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "native").symlink_to(cache_folder() / "native")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LUTHIER_SET__SEED", "7")
     command = ("train", recipe, "--set", "adapter.rank=2", "--run", "2026-11-20", "--dry-run")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.core.units import bytes_text, count_text, duration_text, percent_text
+from luthier.core.errors import RecipeError
+from luthier.core.units import bytes_from, bytes_text, count_text, duration_text, percent_text
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,17 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_shares(share: float, text: str) -> None:
     assert percent_text(share) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512M", 512e6), ("1.5TB", 1.5e12), ("80", 80), ("3kB", 3000), ("2b", 2)],
+)
+def test_sizes_from_text(text: str, size: float) -> None:
+    assert bytes_from(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "3 iB", "1e9", "nan", "5 X"])
+def test_texts_that_are_no_size(text: str) -> None:
+    with pytest.raises(RecipeError, match="a size of"):
+        bytes_from(text)

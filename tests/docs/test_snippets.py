@@ -22,8 +22,11 @@ import yaml
 from luthier.cli.main import run
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
-from luthier.model import load
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.model import sources
+from luthier.recipes.domain_adaptation import AdaptationRecipe, stage_recipes
+from luthier.recipes.kinds import kind_of_recipe
+from luthier.recipes.merge_recipe import MergeRecipe
+from luthier.recipes.mergekit import translated
 from luthier.recipes.several_recipe import several_of
 from luthier.server import opening
 from luthier.server.opening import open_serving
@@ -43,7 +46,7 @@ from tests.docs.snippets import (
 )
 from tests.task_folders import bert_folder, t5_folder
 
-_LOAD = load.__file__
+_SOURCES = sources.__file__
 LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
 
 
@@ -54,7 +57,7 @@ def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     (package / "assets").mkdir()
     (package / "assets" / "seedling").symlink_to(tiny_path("llama"))
     # `seedling` is looked for beside the file that loads models.
-    monkeypatch.setattr(load, "__file__", str(package / "model" / "load.py"))
+    monkeypatch.setattr(sources, "__file__", str(package / "model" / "sources.py"))
     return tiny_path("llama")
 
 
@@ -67,7 +70,7 @@ def test_every_snippet_of_a_page_works(
     models = dict.fromkeys(HUB, stand_in)
     if "luthier serve" in page.read_text("utf-8"):
         # A fine-tune is a process of its own, in which nothing stands for the seedling.
-        monkeypatch.setattr(load, "__file__", _LOAD)
+        monkeypatch.setattr(sources, "__file__", _SOURCES)
         models["8000"] = _serving(monkeypatch, request)
     if ENCODER in page.read_text("utf-8"):
         parent = tmp_path_factory.mktemp("others")
@@ -164,7 +167,13 @@ def _shape(line: str) -> str:
 def _check_recipe(text: str) -> None:
     """A recipe, or a part of one, fits the schema."""
     values = yaml.safe_load(text)
+    if "merge_method" in values or values.get("recipe") == "merge":
+        validate(MergeRecipe, translated(values)[0] if "merge_method" in values else values)
+        return
+    if values.get("recipe") == "domain_adaptation":
+        stage_recipes(validate(AdaptationRecipe, values))
+        return
     if "adapters" in values:
         several_of({"model": "seedling", **values})
         return
-    validate(FinetuneRecipe, {"model": "seedling", "data": "rows.jsonl", **values})
+    validate(kind_of_recipe(values), {"model": "seedling", "data": "rows.jsonl", **values})

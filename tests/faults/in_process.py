@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from luthier.core.paths import cache_folder
 from tests.cli.commands import Said
 from tests.cli.commands import luthier as _luthier
 
@@ -41,7 +42,11 @@ def proved_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cache_in(folder: Path) -> Iterator[None]:
-    """With LUTHIER_CACHE there, and no hub."""
+    """With LUTHIER_CACHE there, and no hub; kernels that are compiled already are taken along."""
+    folder.mkdir(parents=True, exist_ok=True)
+    native, compiled = folder / "native", cache_folder() / "native"
+    if compiled.is_dir() and not native.exists():
+        native.symlink_to(compiled.resolve())
     before = {name: os.environ.get(name) for name in ("LUTHIER_CACHE", "HF_HUB_OFFLINE")}
     os.environ.update({"LUTHIER_CACHE": str(folder), "HF_HUB_OFFLINE": "1"})
     try:

@@ -77,6 +77,7 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     batches = source.largest_micro_batches(tokens, 100)
     forested = {batch: Forest(tuple(source.trees_of(batch))) for batch in batches}
     recomputed = given.get("recomputed", 0)
+    told_by_config = given.get("architecture", "llama") == "llama" and given.get("objective", "sft") == "sft"
     planned = passes_of(model, attachment, forested, [recomputed], pooled=pooled)[recomputed]
     fixed = lasting(model, attachment, stepper.method)
     return {
@@ -85,8 +86,27 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "pass": planned.bytes,
         "fixed": sum(fixed.values()),
+        "by_config": by_config(model, adapter, stepper.method, recomputed, planned.tokens) if told_by_config else 0,
         "rehearsed": rehearsal.tokens,
     }
+
+
+def by_config(model: Any, adapter: Any, optimizer: Any, recomputed: int, tokens: int) -> int:
+    """What the plan by the model's config alone says, for rows of one length that fill the micro-batch."""
+    import tempfile
+
+    from luthier.recipes.plan import PlanKnobs, lay
+
+    precision = "bfloat16" if model.dtype.itemsize == 2 else "float32"
+    knobs = PlanKnobs(
+        adapter=adapter, optimizer=optimizer, precision=precision, device="cpu", sequence=256, recompute=recomputed,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model.config.to_diff_dict(), default=str))
+        laid = lay(Path(folder) / "config.json", knobs)
+    needed = laid.needed(max(1, round(tokens / 256)), 256, None)
+    # No checkpoint is written here.
+    return needed["total"] - needed["saving"]
 
 
 def _status(key: str) -> int:

@@ -10,8 +10,9 @@ import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.lessons import lessons
-from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import events, luthier
@@ -73,7 +74,21 @@ def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) 
     steps = told(unbroken, "step")
     assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4) and steps[0]["mismatch_most"] < 0.1
     report = (unbroken / "report.html").read_text("utf-8")
-    assert "Reward: format" in report and "Reward of held-out prompts" in report
+    assert "Reward: format" in report and "<h2>Reward</h2>" in report
+
+
+def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
+    """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
+    found = luthier("eval", unbroken, "--json").must(0).json
+    held = told(unbroken, "evaluation")
+    best = max(one["reward"] for one in held)
+    assert found["base"]["reward"] == held[0]["reward"] and found["tuned"]["reward"] == pytest.approx(best)
+    assert {"format", "short", "answer_tokens"} <= set(found["tuned"])
+    assert found["not_scored"] == {"base": 0, "tuned": 0}
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "What is it?"}\n{"prompt": "Which one?"}\n', encoding="utf-8")
+    said = luthier("eval", unbroken, "--data", other).must(0).out
+    assert said.startswith("prompts 2, answered greedily") and "short" in said
 
 
 def test_killed_in_the_middle_of_a_replay_it_comes_to_the_same_bits(
@@ -138,3 +153,18 @@ def test_lessons_are_said_where_there_are_any() -> None:
         assert part in said_of
     assert "could not be scored" in lessons([rollout(1, failed=3)], [])[0]
     assert "cut off" in lessons([rollout(1, cut=40)], [])[0]
+
+
+def test_texts_beside_rollouts_need_a_number_of_steps() -> None:
+    """Breaks when a run of two kinds of rows ends by the epochs of one of them."""
+    values = {
+        "recipe": "reinforce", "model": "seedling", "data": "rows.jsonl",
+        "reward": {"method": "length", "most_tokens": 5, "buffer_tokens": 4},
+        "objective": {"method": "mixture", "said": "language_model", "compared": "ppo"},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="two kinds of rows"):
+        validate(ReinforceRecipe, values)
+    made = validate(ReinforceRecipe, {**values, "budget": {"steps": 5}})
+    assert made.learner.passes == 4
+    with pytest.raises(RecipeError, match="needs rollouts"):
+        validate(FinetuneRecipe, {key: value for key, value in values.items() if key not in ("recipe", "reward")})

@@ -1,8 +1,11 @@
 """The seedling learns to add by what its own answers are worth: hardly one held-out sum right before, most after.
 
 The recipe is `SUMS`, the rows are all sums of a number of two digits and 1 to 4 without a carry; a fifth is held out.
-Measured with one thread of a busy CPU: held-out sums right 0 before, 0.74 after 200 steps (220 s), 0.78 after 250 steps
-(272 s) and until step 500 (478 s); held-out reward 0.24 to 0.87.
+Measured with seed 0 and one thread of a busy CPU (`nice -n 10 luthier train sums.yaml`, both files as `write_sums` has
+them): of 54 held-out sums 0 are right before, 33 after 100 steps, 40 after 150, 45 (83 %) after 200 steps, 388 s after
+the first evaluation, and 45 after all 250, after 505 s; held-out reward 0.18 to 0.88. What makes the difference to an
+earlier recipe (42 right): groups that are alike are drawn again, and the temperature is higher, so that the reward for
+being nearly right does not end the search.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier.model.load import SEEDLING, resolve_source
+from luthier.model.sources import SEEDLING, resolve_source
 from tests.cli.commands import events, luthier
 
 SUMS = """
@@ -21,15 +24,15 @@ recipe: reinforce
 model: seedling
 data: {train: sums.jsonl}
 reward:
-  - {method: numeric, name: right, weight: 0.6}
-  - {method: numeric, name: within_1, absolute: 1, weight: 0.2}
-  - {method: numeric, name: within_3, absolute: 3, weight: 0.2}
-rollouts: {prompts: 16, answers: 16, max_new_tokens: 6}
-objective: {method: grpo, longest: 4, temperature: 1.4, beta: 0.01}
+  - {method: numeric, name: right, weight: 0.7}
+  - {method: numeric, name: within_1, absolute: 1, weight: 0.15}
+  - {method: numeric, name: within_3, absolute: 3, weight: 0.15}
+rollouts: {prompts: 16, answers: 16, max_new_tokens: 6, redraws: 2}
+objective: {method: grpo, longest: 4, temperature: 1.6, beta: 0.02}
 adapter: {method: lora, rank: 16, alpha: 32}
-optimizer: {method: adamw, learning_rate: 5.0e-4}
+optimizer: {method: adamw, learning_rate: 1.0e-3}
 schedule: {method: cosine}
-budget: {steps: 550}
+budget: {steps: 250}
 evaluation: {fraction: 0.2, every: 50, max_rows: 60}
 checkpoint: {every: 0}
 precision: float32
@@ -59,7 +62,8 @@ def test_the_seedling_learns_to_add(tmp_path: Path) -> None:
     luthier("train", write_sums(tmp_path), "--run", tmp_path / "run", "--json").must(0)
     held = [event for event in events(tmp_path / "run") if event["kind"] == "evaluation"]
     assert held[0]["right"] < 0.2
-    assert max(event["right"] for event in held) > 0.7
+    assert held[0]["reward"] < 0.2
+    assert max(event["right"] for event in held) > 0.8
     assert max(event["reward"] for event in held) > 0.8
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.data.conversation import Message, ToolCall
+from luthier.data.tool_calls import message_said
 from luthier.rewards import Environment, Score, Tools
 from luthier.rewards.calculator import Calculator, calculated
 from tests.rewards.samples import QUESTION, sample, score
@@ -79,3 +80,12 @@ def test_what_is_no_sum_is_told_and_never_run(expression: str) -> None:
 @given(st.integers(-999, 999), st.integers(-999, 999), st.sampled_from(["+", "-", "*"]))
 def test_sums_are_those_of_arithmetic(one: int, two: int, sign: str) -> None:
     assert calculated(f"({one}) {sign} ({two})") == Fraction(eval(f"({one}) {sign} ({two})"))
+
+
+def test_an_answer_as_it_is_sampled_reaches_the_tool() -> None:
+    """Breaks when what a model writes as a call is heard as words, so that no tool is ever used in training."""
+    episode = Calculator.model_validate(KNOBS).reset((Message("user", "What is 12 * 12?"),), {"answer": "144"}, seed=0)
+    said = message_said('<tool_call>{"name": "calculate", "arguments": {"expression": "12 * 12"}}</tool_call>')
+    turn = episode.step(said)
+    assert not turn.done and [message.content for message in turn.messages] == ["144"]
+    assert episode.step(message_said("It is 144.")).done

@@ -14,11 +14,14 @@ from openai import OpenAI
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
+from luthier.core.knobs import validate
 from luthier.recipes.opened import open_named
-from luthier.server import fine_tuning
-from luthier.server.fine_tuning import JobBody, ways
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.server import tuning_methods
+from luthier.server.fine_tuning import JobBody
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
+from luthier.server.tuning_methods import ways
 from tests.server.fakes import TOKEN, Running, running
 
 
@@ -60,23 +63,90 @@ def over(client: OpenAI, name: str, seconds: float = 400) -> Any:
 def test_a_method_of_the_api_is_an_entry_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a hyperparameter does not reach the recipe, or a method is offered that the trainer lacks."""
     there = ("sft",)
-    monkeypatch.setattr(fine_tuning.catalog, "names", lambda _family: there)
+    monkeypatch.setattr(tuning_methods.catalog, "names", lambda _family: there)
 
     def body(**method: Any) -> JobBody:
         return JobBody.model_validate({"model": "m", "training_file": "f", "method": method or None})
 
-    way, hyper = body().way()
-    assert way.recipe(hyper) == {"objective": {"method": "sft"}} and list(ways()) == ["supervised"]
+    def added(**method: Any) -> dict[str, Any]:
+        asked = body(**method)
+        way, hyper = asked.way()
+        return way.recipe(hyper, asked.method, ("m", "folder/of/m"))
+
+    assert added() == {"objective": {"method": "sft"}} and list(ways()) == ["supervised"]
     for kind in ("dpo", "reinforcement", "ppo"):
         with pytest.raises(RecipeError, match="supervised"):
             body(type=kind).way()
     there = ("sft", "dpo")
-    way, hyper = body(type="dpo", dpo={"hyperparameters": {"beta": 0.3, "n_epochs": 2}}).way()
-    assert way.recipe(hyper) == {"objective": {"method": "dpo", "beta": 0.3}} and hyper.n_epochs == 2
-    way, hyper = body(type="dpo").way()
-    assert way.recipe(hyper) == {"objective": {"method": "dpo"}}, "auto is luthier's own default"
+    asked: dict[str, Any] = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2, "batch_size": 4}}}
+    assert added(**asked) == {"objective": {"method": "dpo", "beta": 0.3}, "batch": {"rows": 4}}
+    assert body(**asked).way()[1].n_epochs == 2
+    assert added(type="dpo") == {"objective": {"method": "dpo"}}, "auto is luthier's own default"
     with pytest.raises(RecipeError, match="method has supervised"):
         body(type="dpo", supervised={}).way()
+
+
+CHECK: dict[str, Any] = {
+    "type": "string_check", "name": "same", "operation": "eq",
+    "input": "{{sample.output_text}}", "reference": "{{item.reference_answer}}",
+}  # fmt: skip
+
+
+def graded(grader: dict[str, Any], **hyper: Any) -> dict[str, Any]:
+    return {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyper}}
+
+
+def recipe_of_method(method: dict[str, Any]) -> ReinforceRecipe:
+    asked = JobBody.model_validate({"model": "m", "training_file": "f", "method": method})
+    way, hyper = asked.way()
+    more = way.recipe(hyper, asked.method, ("m", "folder/of/m"))
+    return validate(ReinforceRecipe, {"model": "m", "data": {"train": "f"}, **more})
+
+
+def test_a_grader_and_its_hyperparameters_become_a_recipe_of_rollouts() -> None:
+    """Breaks when a parameter of the API is taken and changes nothing, or one that nothing is made of is taken."""
+    recipe = recipe_of_method(graded(CHECK, batch_size=4, compute_multiplier=2, eval_interval=7, eval_samples=9))
+    assert (recipe.rollouts.prompts, recipe.rollouts.answers) == (4, 16)
+    assert (recipe.evaluation.every, recipe.evaluation.max_rows) == (7, 9)
+    assert recipe.reward.columns == ("reference_answer",) and recipe.judge is None
+    assert recipe_of_method(graded(CHECK)).rollouts.answers == 8, "auto is luthier's own default"
+    asks = {"type": "score_model", "name": "s", "model": "m", "input": [{"role": "user", "content": "{{item.x}}"}]}
+    assert recipe_of_method(graded(asks)).judge == "folder/of/m"
+    with pytest.raises(RecipeError, match="model is 'gpt-4o'"):
+        recipe_of_method(graded({**asks, "model": "gpt-4o"}))
+    with pytest.raises(RecipeError, match="operation"):
+        recipe_of_method(graded({**CHECK, "operation": "near"}))
+    with pytest.raises(RecipeError, match="reinforcement is missing"):
+        recipe_of_method({"type": "reinforcement"})
+    for odd in ({"reasoning_effort": "high"}, {"beta": 0.1}, {"compute_multiplier": 0}):
+        with pytest.raises(ValueError, match=next(iter(odd))):
+            recipe_of_method(graded(CHECK, **odd))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_graded_answers_are_learned_from(client: OpenAI) -> None:
+    """Breaks when a script for OpenAI's reinforcement fine-tuning does not train here, or says nothing of rewards."""
+    asked = [{"messages": [{"role": "user", "content": f"What is {n} + 1?"}], "reference_answer": str(n + 1)}
+             for n in range(8)]  # fmt: skip
+    content = "\n".join(map(json.dumps, asked)).encode()
+    file = client.files.create(file=("asked.jsonl", content), purpose="fine-tune")
+    similar: Any = {**CHECK, "type": "text_similarity", "evaluation_metric": "fuzzy_match"}
+    del similar["operation"]
+    method: Any = graded(similar, n_epochs=1, batch_size=4, compute_multiplier=0.5)
+    given: Any = {"model": "seedling", "training_file": file.id, "validation_file": file.id, "method": method}
+    job = over(client, client.fine_tuning.jobs.create(**given).id)
+    assert job.status == "succeeded", job.error
+    assert job.method and job.method.type == "reinforcement" and job.method.reinforcement
+    assert job.method.reinforcement.grader.name == "same" and job.fine_tuned_model
+    told = [each.data for each in client.fine_tuning.jobs.list_events(job.id, limit=100).data if each.type == "metrics"]
+    assert sum("train_mean_reward" in each for each in told) == 2
+    assert any("valid_mean_reward" in each for each in told)
+    table = client.files.content(job.result_files[0]).read().decode().splitlines()
+    assert table[0].endswith("train_mean_reward,valid_mean_reward")
+    unknown = {"model": "seedling", "training_file": file.id, "method": graded(CHECK, temperature=1.0)}
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.post("/fine_tuning/jobs", body=unknown, cast_to=object)
 
 
 def test_files_come_and_go(client: OpenAI) -> None:

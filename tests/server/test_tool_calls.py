@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 from openai import OpenAI
 
+from luthier.data.tool_calls import Called, CallReader
 from luthier.recipes.opened import Opened
-from luthier.server.tool_calls import Called, CallReader
 from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
 
 ONE = '<tool_call>\n{"name": "add", "arguments": {"a": 7, "b": "x<y"}}\n</tool_call>'

@@ -262,3 +262,49 @@ def test_metrics_of_an_objective_are_told_before_and_after(tmp_path: Path) -> No
     """Breaks when a classifier's report does not say how often it was right, or a damaged summary breaks the page."""
     summary = {"metrics": {"accuracy": [0.5, 0.875], "odd": "x", "short": [1.0], "text": ["a", "b"]}}
     assert _metrics(summary) == [("Held-out accuracy", "0.500 before, 0.875 after")]
+
+
+def test_a_run_of_rollouts_is_told_by_its_reward(tmp_path: Path) -> None:
+    """Breaks when a report calls minus the reward a loss, hides a part of it, or draws shares on a logarithmic axis."""
+    found: list[dict[str, Any]] = []
+    for step in range(1, 31):
+        share = step / 31
+        parts = {"right": share**4, "form": share, "right/answered": 1.0}
+        found += [
+            {"kind": "rollout", "step": step, "reward": share, "parts": parts, "groups": 4, "alike": 3, "length": 5.0,
+             "entropy": 1 / step, "leash": 0.0},
+            {"kind": "step", "step": step, "loss": 0.001, "grad_norm": 1.0, "learning_rate": 1e-3},
+        ]  # fmt: skip
+    for step, value in ((0, 0.125), (15, 0.75), (30, 0.5)):
+        told = {"loss": -value, "reward": value, "right": value, "form": 1.0, "worst_rows": [{"row": 3, "loss": 0.5}]}
+        found.append({"kind": "evaluation", "step": step, **told})
+    lines(tmp_path / "events.jsonl", found)
+    page = render_report(tmp_path)
+    Tags(page)
+    assert "Held-out reward rose from 0.125 to 0.500" in page and "loss of" not in page
+    for title in ("<h2>Reward</h2>", "Reward: right", "Reward: form", "Prompts with the lowest reward", "Below mean",
+                  "Groups whose answers were all worth the same, %", "Parts of parts of the reward"):  # fmt: skip
+        assert title in page, title
+    rewards = page[page.index("Reward: right") : page.index("Tokens of an answer")]
+    assert "logarithmic" not in rewards and rewards.count('class="line held"') >= 2
+    assert 'ring held" cx' in page and "Leash" not in page
+    assert "training reward" in page and "What the judge decided" not in page
+
+
+def test_what_a_judge_decided_is_told_with_some_of_what_it_said(tmp_path: Path) -> None:
+    """Breaks when a report of AI feedback says nothing of ties and places, or fails where its files are damaged."""
+    policy, outer = tmp_path / "run" / "policy", tmp_path / "run"
+    policy.mkdir(parents=True)
+    lines(policy / "events.jsonl", events(20))
+    figures = {"pairs": 9, "preferences": 6, "ties": 2, "failed": 1, "position_bias": 0.125, "decided_by_place": 0.25}
+    (outer / "feedback.json").write_text(json.dumps(figures), encoding="utf-8")
+    rows = [{"prompt": "<b>Who?</b>", "chosen": "Nobody.", "rejected": "I.", "probability": 0.75, "rationale": "calm"}]
+    lines(outer / "preferences.jsonl", rows * 5)
+    write_report(policy, into=outer)
+    page = (outer / "report.html").read_text(encoding="utf-8")
+    Tags(page)
+    assert not (policy / "report.html").exists() and page.count("75.0 % sure") == 3
+    for part in ("Became preferences", "+0.125", "25.0 %", "&lt;b&gt;Who?", "calm"):
+        assert part in page, part
+    (outer / "feedback.json").write_text("{", encoding="utf-8")
+    assert "What the judge decided" not in render_report(policy, judged=outer)

@@ -13,10 +13,21 @@ import torch
 from luthier.core.errors import RecipeError
 from luthier.core.events import Event
 from luthier.data.rollout_learner import RolloutLearner
-from luthier.data.rollouts import as_arrays, from_arrays, leaf_notes
+from luthier.data.rollouts import (
+    as_arrays,
+    from_arrays,
+    groups_as_arrays,
+    groups_from_arrays,
+    leaf_notes,
+    noting,
+)
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Sampling
+from luthier.objectives import Objective
+from luthier.objectives.distillation import Distillation
 from luthier.objectives.grpo import GRPO
+from luthier.objectives.language_model import LanguageModelling
+from luthier.objectives.mixture import Mixture
 from luthier.objectives.ppo import PPO
 from luthier.rewards import RewardError
 from luthier.schedules.constant import Constant
@@ -24,7 +35,7 @@ from luthier.train.loop import Cadence, Loop
 from luthier.train.rollouts import RolloutSource
 from luthier.train.scoring import Scored
 from luthier.train.signals import StopRequest
-from luthier.train.source import Cursor
+from luthier.train.source import Cursor, DataSource
 from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 from tests import forests, rollouts
@@ -185,10 +196,10 @@ def test_trees_come_back_from_arrays_to_the_bit(objective: RolloutLearner) -> No
 class Life:
     """A run of a few steps that may be cut short: recorder and keeper in one."""
 
-    def __init__(self, objective: RolloutLearner, folder: Path | None, *, at: int = 0) -> None:
+    def __init__(self, objective: RolloutLearner, folder: Path | None, *, at: int = 0, lag: int = 0) -> None:
         torch.manual_seed(3)
         self.stepper: Stepper = rollouts.stepper_for(objective)
-        self.source: RolloutSource = rollouts.source_for(self.stepper, even, plan={"redraws": 1})
+        self.source: RolloutSource = rollouts.source_for(self.stepper, even, plan={"redraws": 1, "lag": lag})
         self.folder, self.at = folder, at
         self.row_excess: dict[int, float] = {}
         self.logged: list[tuple[int | None, str, str]] = []
@@ -224,14 +235,16 @@ class Life:
 
 
 @each_method
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("at", [2, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4))])
-def test_killed_in_the_middle_of_a_replay_it_goes_on_to_the_bit(name: str, at: int, tmp_path: Path) -> None:
-    """Breaks when a note of the replay, the order of minibatches, the leash or the next prompts are forgotten."""
+def test_killed_in_the_middle_of_a_replay_it_goes_on_to_the_bit(name: str, at: int, lag: int, tmp_path: Path) -> None:
+    """Breaks when a note of the replay, the order of minibatches, the leash, the next prompts or a rollout that waits
+    are forgotten."""
     objective = METHODS[name]
-    whole = Life(objective, tmp_path / "state", at=at)
+    whole = Life(objective, tmp_path / "state", at=at, lag=lag)
     expected = whole.go(LoopState(total_steps=7))
     torch.manual_seed(99)
-    life = Life(objective, None)
+    life = Life(objective, None, lag=lag)
     state, life.row_excess = load_state(tmp_path / "state", life.stepper, life.source)
     assert state.step == at
     assert life.go(state) == expected
@@ -247,6 +260,124 @@ def test_a_replay_that_is_not_taken_back_is_noticed(tmp_path: Path) -> None:
     life.source.hold({**life.source.held(), "numbers": np.array([0, 2, 0, 0])})
     life.source.seek(Cursor())
     assert life.go(state) != expected
+
+
+def test_a_rollout_that_runs_ahead_is_that_of_the_weights_before_the_steps(tmp_path: Path) -> None:
+    """Breaks when what waits was sampled by weights that steps had changed, so that a sampler beside the trainer would
+    say something else; or a version is that of another policy."""
+    stepper = rollouts.stepper_for(METHODS["grpo, twice in halves"], rate=0.1)
+    source = rollouts.source_for(stepper, even, plan={"lag": 1, "correction": 1.2})
+    beside = rollouts.stepper_for(METHODS["grpo, twice in halves"])
+    seen: list[set[float]] = []
+    for step in range(12):
+        if step % 4 == 0:
+            # What a sampler would have been given when this rollout's steps began.
+            for name, master in stepper.masters.items():
+                beside.masters[name].data.copy_(master)
+            early, place = source.held(), source.cursor
+        trees = source.next_step()
+        if step % 4 == 0:
+            ahead = groups_from_arrays({k[6:]: v for k, v in source.held().items() if k.startswith("ahead-")})
+            if step:
+                speaker = rollouts.source_for(beside, even, plan={"lag": 1})
+                speaker.hold(early)
+                speaker.seek(place)
+                for one, other in zip(speaker._sampled(), ahead, strict=True):
+                    assert one.version == other.version == step and np.array_equal(one.rewards, other.rewards)
+                    for mine, theirs in zip(one.answers, other.answers, strict=True):
+                        assert np.array_equal(mine.tokens, theirs.tokens)
+                        assert np.array_equal(mine.sampled, theirs.sampled)
+        notes = [leaf.notes or {} for tree in trees for leaf in tree.segments[1:]]
+        seen.append({float(version) for each in notes for version in each["version"]})
+        for each, leaf in zip(notes, [leaf for tree in trees for leaf in tree.segments[1:]], strict=True):
+            ratio = np.minimum(np.exp(each["old"] - each["sampled"]), 1.2)[leaf.weighted]
+            np.testing.assert_allclose(each["correction"][leaf.weighted], ratio, rtol=1e-6)
+        report = stepper.forward_backward(trees)
+        assert 0 < report.figures["correction"] <= 1.2 and report.figures["mismatch"] >= 0
+        assert not any(event.kind == "warning" for event in source.told(report))
+        stepper.optim_step()
+    # The first two rollouts are both of the policy that nothing was learned by; then each is four steps behind.
+    assert seen == [{0.0}] * 8 + [{4.0}] * 4
+
+
+def test_groups_that_wait_come_back_from_arrays() -> None:
+    """Breaks when an answer, what was said by whom, or a reward is lost while a rollout waits."""
+    rng = np.random.default_rng(0)
+    groups = [replace(rollouts.random_group(rng, answers=2 + row, row=row), version=3 + row) for row in range(3)]
+    unknown = replace(groups[0].answers[0], reward=float("nan"))
+    groups[0] = replace(groups[0], answers=(unknown, *groups[0].answers[1:]))
+    assert all(np.isfinite(each).all() for each in groups_as_arrays(groups).values())
+    for one, other in zip(groups, groups_from_arrays(groups_as_arrays(groups)), strict=True):
+        assert np.array_equal(one.prompt, other.prompt) and (one.row, one.version) == (other.row, other.version)
+        for mine, theirs in zip(one.answers, other.answers, strict=True):
+            for name in ("tokens", "own", "sampled"):
+                assert getattr(mine, name).tobytes() == getattr(theirs, name).tobytes()
+            assert (mine.ended, mine.trained) == (theirs.ended, theirs.trained)
+            assert mine.reward == theirs.reward or (np.isnan(mine.reward) and np.isnan(theirs.reward))
+    assert groups_from_arrays(groups_as_arrays([])) == []
+
+
+@pytest.mark.parametrize("method", [GRPO(), PPO(), Distillation()], ids=["grpo", "ppo", "distillation"])
+def test_what_is_corrected_for_is_multiplied_with_the_advantage(method: RolloutLearner) -> None:
+    """Breaks when an objective does not look at what a token of a lagging rollout counts for."""
+    [tree] = rollouts.random_trees(method, 1, foreign=False)
+    sizes = [int(leaf.weighted.sum()) for leaf in tree.segments[1:]]
+    grads = []
+    for factor in (1.0, 2.0):
+        made = noting(tree, "correction", [np.full(size, factor) for size in sizes])
+        made = noting(made, "old", [np.full(size, -1.0) for size in sizes])
+        more = {"values": torch.zeros(sum(sizes))} if isinstance(method, PPO) else {}
+        outputs, forest = rollouts.outputs_of(made, [-1.0] * sum(sizes), **more)
+        assert isinstance(method, Objective)
+        method.loss(outputs, forest).sum.backward()
+        assert outputs.log_probs.grad is not None
+        grads.append(outputs.log_probs.grad)
+    torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
+def with_texts(stepper: Stepper) -> RolloutSource:
+    """Rollouts with rows to imitate beside them."""
+    source, views = rollouts.source_for(stepper, even), forests.views(5, seed=2)
+    lengths = forests.lengths(views)
+    source.beside = DataSource(views, stepper.objective, lengths=lengths, seed=3, rows=2)
+    return source
+
+
+def test_texts_beside_rollouts_weigh_their_share() -> None:
+    """Breaks when how much is imitated depends on how many answers, tokens or texts a step has."""
+    mixture = Mixture(said=LanguageModelling(), compared=PPO(), share=3.0)
+    assert mixture.learner == PPO() and mixture.needs == {"rollouts"}
+    stepper = rollouts.stepper_for(PPO())
+    stepper.objective = mixture
+    source = with_texts(stepper)
+    trees = source.next_step()
+    texts = [tree for tree in trees if len(tree.segments) == 1]
+    answers = [tree for tree in trees if len(tree.segments) > 1]
+    assert len(texts) == 2 and sum(tree.weight for tree in texts) == pytest.approx(
+        3 * sum(tree.weight for tree in answers)
+    )
+    assert texts[0].weight == pytest.approx(texts[1].weight)
+    both = stepper.evaluate(trees)
+    stepper.objective = PPO()
+    alone = stepper.evaluate(answers).loss
+    stepper.objective = LanguageModelling()
+    imitated = np.mean([stepper.evaluate([tree]).loss for tree in texts])
+    assert both.loss == pytest.approx((alone + 3 * imitated) / 4, rel=1e-5)
+    assert {"mismatch_most", "value_error", "said_loss"} <= set(both.figures)
+
+
+def test_texts_beside_rollouts_go_on_where_they_were() -> None:
+    """Breaks when a run that goes on imitates the texts of its beginning again."""
+    mixture = Mixture(said=LanguageModelling(), compared=PPO(passes=2))
+    stepper = rollouts.stepper_for(PPO(passes=2))
+    stepper.objective = mixture
+    source, other = with_texts(stepper), with_texts(stepper)
+    source.next_step()
+    other.hold(source.held())
+    other.seek(source.cursor)
+    for one, two in zip(source.next_step(), other.next_step(), strict=True):
+        assert one.row == two.row and one.weight == two.weight
+        assert np.array_equal(one.segments[-1].tokens, two.segments[-1].tokens)
 
 
 def test_the_engine_tells_log_probabilities_at_its_temperature() -> None:

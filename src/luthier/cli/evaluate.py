@@ -1,4 +1,4 @@
-"""`luthier eval`: the held-out loss of a run's result, computed anew, or the proof of the result repeated."""
+"""`luthier eval`: the held-out loss or reward of a run's result, computed anew, or the proof of the result repeated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Loss of base and tuned model on held-out rows, from the files of the run.
+    """Loss of base and tuned model on held-out rows, from the files of the run; or their reward on held-out prompts.
 
     \b
     Examples:
@@ -50,10 +50,24 @@ def evaluate(
     if json:
         print_json(found)
         return
+    if "prompts" in found:
+        _print_rewards(found)
+        return
     typer.echo(f"rows {found['rows']}, trained tokens {found['trained_tokens']}")
     for who in ("base", "tuned"):
         rest = "  ".join(f"{name} {value:.3f}" for name, value in found[who].items() if name != "loss")
         typer.echo(f"{who:5} loss {found[who]['loss']:.4f}  {rest}")
+
+
+def _print_rewards(found: Mapping[str, Any]) -> None:
+    """What greedy answers are worth: the reward, then its parts one by one."""
+    typer.echo(f"prompts {found['prompts']:,}, answered greedily")
+    for name in dict.fromkeys([*found["base"], *found["tuned"]]):
+        numbers = (found[who].get(name) for who in ("base", "tuned"))
+        typer.echo(f"{name:20} " + " -> ".join("-" if value is None else f"{value:.4f}" for value in numbers))
+    for who, count in found["not_scored"].items():
+        if count:
+            typer.echo(f"note: {count:,} answers of the {who} model could not be scored and are in no mean")
 
 
 def _print_proof(proved: Mapping[str, Any]) -> None:

@@ -24,9 +24,13 @@ from luthier.cli import (
     describe,
     doctor,
     evaluate,
+    export,
     generate,
     init,
     lint,
+    merge,
+    plan,
+    probe,
     quantize,
     resume,
     serve,
@@ -47,13 +51,17 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("lint")(lint.lint)
+app.command("probe")(probe.probe)
 app.command("compare")(compare.compare)
 app.command("serve")(serve.serve)
 app.command("describe")(describe.describe)

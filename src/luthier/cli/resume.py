@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Run, run_named
 from luthier.cli.show import print_json, print_summary
+from luthier.cli.show_feedback import print_feedback
 from luthier.cli.show_several import print_several
 from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
@@ -35,6 +36,7 @@ def resume(
     if not dry_run:
         refuse_busy(folder.folder)
     with uncollected():
+        from luthier.recipes.ai_feedback_recipe import AI_FEEDBACK
         from luthier.recipes.finetune import resume as go_on
         from luthier.recipes.several import resume_several
         from luthier.recipes.several_recipe import SEVERAL
@@ -48,6 +50,14 @@ def resume(
         with progress(quiet=quiet) as recorder:
             several = resume_several(folder, recorder=recorder, accept_drift=accept_drift)
         print_json(several.line()) if json else print_several(several.summary)
+        return
+    if folder.read_recipe().get("recipe") == AI_FEEDBACK:
+        with uncollected():
+            from luthier.recipes.ai_feedback import resume_feedback
+
+        with progress(quiet=quiet) as recorder:
+            judged = resume_feedback(folder, recorder=recorder)
+        print_json(judged.line()) if json else print_feedback(judged.summary)
         return
     with progress(quiet=quiet) as recorder:
         result = go_on(folder, recorder=recorder, accept_drift=accept_drift)

@@ -44,13 +44,18 @@ def print_table(table: Table) -> None:
 
 def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any]) -> None:
     """The resolved recipe with the origin of each value, and what would happen."""
+    print_origins(origins)
+    console = console_of()
+    console.print()
+    _print_plan_numbers(console, plan)
+
+
+def print_origins(origins: Sequence[tuple[str, Any, str]]) -> None:
+    """The resolved recipe with the origin of each value."""
     table = _table("key", "value", "origin", title="recipe")
     for key, value, origin in origins:
         table.add_row(key, Text(str(value)), Text(origin, style="dim" if origin == "default" else "bold"))
     print_table(table)
-    console = console_of()
-    console.print()
-    _print_plan_numbers(console, plan)
 
 
 def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
@@ -110,7 +115,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     loss, tokens = summary["loss"], summary["tokens"]
     seconds = duration_text(summary["train_seconds"])
     typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {seconds} of training")
-    if loss["eval"] is not None and loss["eval_first"] is not None:
+    if loss["eval"] is not None and loss["eval_first"] is not None and "reward" in summary["metrics"]:
+        # The held-out loss of rollouts is minus the mean reward.
+        first, last = -loss["eval_first"], -loss["eval"]
+        typer.echo(f"held-out reward {first:.4f} -> {last:.4f} (best at step {loss['best_step']})")
+    elif loss["eval"] is not None and loss["eval_first"] is not None:
         typer.echo(f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f} (best at step {loss['best_step']})")
     typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
     typer.echo(
@@ -125,6 +134,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         typer.echo(f"saved and reloaded ({proof['tensors']} tensors); nothing was held out to compare on")
     typer.echo(f"result  {summary['result']}\nreport  {summary['run']}/report.html")
     for name, (before, after) in summary["metrics"].items():
+        if "/" in name:  # a part of a part of a reward
+            continue
         typer.echo(f"{name} {before:.3f} -> {after:.3f}")
     if verb := _NEXT.get(summary["task"], ""):
         typer.echo(f'next    luthier {verb.format(run=summary["run"])}')

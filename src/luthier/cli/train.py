@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from luthier.cli.adapt import train_adaptation
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json, print_plan, print_summary
+from luthier.cli.show_feedback import print_feedback, print_feedback_plan
 from luthier.cli.show_several import print_several, print_several_plans
 from luthier.core.errors import RecipeError
 from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
+
+if TYPE_CHECKING:
+    from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe
+    from luthier.recipes.files import LoadedRecipe
 
 
 def train(
@@ -37,15 +43,23 @@ def train(
     if not dry_run:
         _refuse_busy(recipe, set_ or [], run)
     with uncollected():
+        from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe
         from luthier.recipes.bench import lay_out
+        from luthier.recipes.domain_adaptation import names_adaptation
         from luthier.recipes.files import load_recipe
         from luthier.recipes.finetune import start
         from luthier.recipes.several_recipe import names_several
 
+    if names_adaptation(recipe):
+        train_adaptation(recipe, set_ or [], run, dry_run=dry_run, json=json, quiet=quiet)
+        return
     if names_several(recipe, set_ or []):
         _train_several(recipe, set_ or [], run, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
         return
     loaded = load_recipe(recipe, overrides=set_ or [], run=run)
+    if isinstance(loaded.recipe, AiFeedbackRecipe):
+        _train_on_feedback(loaded, loaded.recipe, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
+        return
     if dry_run:
         plan = lay_out(loaded.recipe).plan
         origins = [{"key": key, "value": value, "origin": origin} for key, value, origin in loaded.origins]
@@ -73,6 +87,23 @@ def _train_several(
     with progress(quiet=quiet, notices=loaded.notices) as recorder:
         result = start_several(loaded, recorder=recorder, overwrite=overwrite)
     print_json(result.line()) if json else print_several(result.summary)
+
+
+def _train_on_feedback(
+    loaded: LoadedRecipe, recipe: AiFeedbackRecipe, *, overwrite: bool, dry_run: bool, json: bool, quiet: bool
+) -> None:
+    """A recipe that names a judge of the model's own answers."""
+    with uncollected():
+        from luthier.recipes.ai_feedback import plan_feedback, start_feedback
+
+    if dry_run:
+        plan = plan_feedback(recipe)
+        origins = [{"key": key, "value": value, "origin": origin} for key, value, origin in loaded.origins]
+        print_json({"recipe": origins, "plan": plan}) if json else print_feedback_plan(loaded.origins, plan)
+        return
+    with progress(quiet=quiet, notices=loaded.notices) as recorder:
+        result = start_feedback(recipe, recorder=recorder, overwrite=overwrite)
+    print_json(result.line()) if json else print_feedback(result.summary)
 
 
 def _refuse_busy(recipe: Path, sets: list[str], run: Path | None) -> None:

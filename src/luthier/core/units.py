@@ -6,7 +6,10 @@ Decimal prefixes throughout (1 GB is 10^9 bytes), as disks and file managers cou
 from __future__ import annotations
 
 import math
+import re
 from typing import Final
+
+from luthier.core.errors import RecipeError
 
 _BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _FLOPS: Final = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
@@ -17,6 +20,14 @@ def bytes_text(count: float) -> str:
     """`1.6 GB`, `312 B`."""
     number, unit = _scaled(count, _BYTES)
     return f"{number} {unit}"
+
+
+def bytes_from(text: str) -> float:
+    """Bytes that a text such as `24GB`, `1.5 GiB` or `512M` says. Raises RecipeError for any other text."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?)(i?)[bB]?\s*", text)
+    if found is None or (found[3] and not found[2]) or float(found[1]) <= 0:
+        raise RecipeError(f"a size of {text!r:.40}", allowed="a number above 0 with a unit, such as 24GB or 16GiB")
+    return float(found[1]) * float(1024 if found[3] else 1000) ** " KMGTP".index(found[2].upper() or " ")
 
 
 def count_text(count: float) -> str:

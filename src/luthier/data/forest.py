@@ -33,10 +33,11 @@ from luthier.core.errors import DataError
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
-Note = Literal["reference", "sampled", "old", "advantage", "value", "return"]
+Note = Literal["reference", "sampled", "old", "advantage", "value", "return", "version", "correction"]
 """What may be noted of a token: its log-probability under the reference model, under the policy that sampled it, and
-under that policy as the trainer computes it; its advantage, and the value of the state it was chosen in, as it was then
-and as it turned out."""
+under the policy that its steps begin with as the trainer computes it; its advantage, and the value of the state it was
+chosen in, as it was then and as it turned out; after how many steps the policy that sampled it stood, and what a token
+counts for that a later policy learns from."""
 
 ROOT = -1
 """The parent of a segment that has none."""

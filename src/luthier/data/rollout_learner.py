@@ -28,6 +28,8 @@ class RolloutLearner(ABC):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"rollouts"})
+    rewarded: ClassVar[bool] = True
+    """Whether it learns from what answers were worth."""
 
     passes: int
     minibatches: int

@@ -84,7 +84,8 @@ def grown(group: Group, weight: Callable[[Answer], float]) -> Tree:
     for place in group.trained:
         answer = group.answers[place]
         weights = answer.own.astype(np.float32) * np.float32(weight(answer))
-        notes: dict[Note, Floats] = {"sampled": answer.sampled.astype(np.float32)}
+        version = np.full(len(answer.tokens), group.version, dtype=np.float32)
+        notes: dict[Note, Floats] = {"sampled": answer.sampled.astype(np.float32), "version": version}
         leaves.append(Segment(answer.tokens, weights, 0, notes=notes))
     return Tree((Segment(group.prompt, np.zeros(len(group.prompt), np.float32)), *leaves), row=group.row)
 
@@ -143,6 +144,46 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Tree]:
         number += count
         trees.append(Tree(tuple(segments), row=row))
     return trees
+
+
+def groups_as_arrays(groups: Sequence[Group]) -> Arrays:
+    """Groups as arrays that hold all that a learner reads of them; texts and parts of rewards are told by then."""
+    answers = [answer for group in groups for answer in group.answers]
+    if not answers:
+        return {}
+    rewards = np.array([each.reward for each in answers], dtype=np.float64)
+    return {
+        "groups": np.array([[one.row, one.version, len(one.prompt), len(one.answers)] for one in groups], np.int64),
+        "prompts": np.concatenate([group.prompt for group in groups]).astype(np.int32),
+        "answers": np.array([[len(each.tokens), each.ended == "stop", each.trained] for each in answers], np.int64),
+        "said": np.concatenate([each.tokens for each in answers]).astype(np.int32),
+        "own": np.concatenate([each.own for each in answers]).astype(np.uint8),
+        "sampled": np.concatenate([each.sampled for each in answers]).astype(np.float32),
+        # A state has finite numbers only; that nobody has said a worth is a mark of its own.
+        "rewards": np.nan_to_num(rewards, nan=0.0),
+        "unknown": np.isnan(rewards).astype(np.uint8),
+    }
+
+
+def groups_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Group]:
+    """The groups that `groups_as_arrays` was given."""
+    groups: list[Group] = []
+    if "groups" not in arrays:
+        return groups
+    answers, start = [], 0
+    rewards = np.where(arrays["unknown"], np.nan, arrays["rewards"])
+    for (size, stopped, trained), reward in zip(arrays["answers"].tolist(), rewards.tolist(), strict=True):
+        own = slice(start, start + size)
+        tokens, by_model = arrays["said"][own], arrays["own"][own].astype(np.bool_)
+        ended: Ended = "stop" if stopped else "length"
+        answers.append(Answer(tokens, by_model, arrays["sampled"][own], reward, ended, trained=bool(trained)))
+        start += size
+    start = first = 0
+    for row, version, size, count in arrays["groups"].tolist():
+        prompt = arrays["prompts"][start : start + size]
+        groups.append(Group(prompt, tuple(answers[first : first + count]), row, version))
+        start, first = start + size, first + count
+    return groups
 
 
 _NOTES: tuple[Note, ...] = get_args(Note)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
 from luthier.kernels.backend import Backend, BareBlock, KeptRows, Paged
+from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attention import ForestPlan, Root, soft_capped
 from luthier.model.executor import flat_hidden
 from luthier.model.kept import AttentionCall, KeptKeys
@@ -69,12 +70,18 @@ class Cache:
 @final
 @dataclass(frozen=True)
 class PassKeys(KeptKeys):
-    """The cache in one pass: `rows` are where the keys of its new tokens go, `texts` says who sees what."""
+    """The cache in one pass: `rows` are where the keys of its new tokens go, `texts` says who sees what,
+    and `thin` are the terms of an adapter that is on all rows."""
 
     cache: Cache
     rows: Int[Tensor, " n"]
     texts: Paged
     backend: Backend
+    thin: ThinPass | None = None
+
+    @property
+    def laid_out(self) -> ThinPass | None:
+        return self.thin
 
     def attend(
         self,

@@ -85,11 +85,12 @@ class Gate:
         return self._reader(self.room or (default_room(self.model, self.widths) if self.paged else Room(tokens=1)))
 
     def reader_for(self, requests: Sequence[Request]) -> Reader:
-        """What reads just these: with room for the longest of them side by side, as far as memory allows."""
+        """What reads just these: with room for the longest of their texts side by side, as far as memory allows."""
         if self.room is not None or not self.paged:
             return self._reader(self.room or Room(tokens=1, rows=SPOKEN_ROWS))
         page = Room(tokens=1).page
-        needs = sorted(map(self._places, requests), reverse=True)
+        texts = [(self._places(each), max(each.choices, each.best_of, each.beams)) for each in requests]
+        needs = sorted((places for places, count in texts for _ in range(count)), reverse=True)
         wanted = sum(-(-need // page) * page for need in needs[:SPOKEN_ROWS])
         most = default_room(self.model, self.widths).tokens
         return self._reader(Room(tokens=max(needs[0], min(wanted, most)), rows=SPOKEN_ROWS))

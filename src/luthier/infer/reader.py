@@ -23,6 +23,7 @@ from luthier.infer.continuation import Continuation
 from luthier.infer.sampler import log_probs_of
 from luthier.infer.scheduler import Part, Room, Scheduler
 from luthier.kernels.head import Head
+from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attention import ForestPlan, Root
 from luthier.model.executor import flat_hidden, logits_of
 from luthier.model.language_model import LanguageModel
@@ -236,7 +237,7 @@ class PagedReader(Reader):
         routes = self._routes(adapters, counts)
         plan = ForestPlan(
             spans=(Span(0, start, ()),),
-            kept=PassKeys(self.cache, where, texts, model.executor.backend),
+            kept=PassKeys(self.cache, where, texts, model.executor.backend, None if self.mixed else self._thin(start)),
             routes=routes,
             row_routes=routes if looked_at == counts else self._routes(adapters, looked_at),
         )
@@ -255,6 +256,14 @@ class PagedReader(Reader):
 
     def _routes(self, adapters: Sequence[str], counts: Sequence[int]) -> Routes | None:
         return self.model.routes(zip(adapters, counts, strict=True)) if self.mixed else None
+
+    def _thin(self, rows: int) -> ThinPass | None:
+        """The terms of the adapter that is switched on, where it is one and nothing but an adapter."""
+        on = [each for each in self.model.attachments.values() if each.enabled]
+        if len(on) != 1 or not on[0].active.always or on[0].trains_base:
+            return None
+        routes = self.model.routes(((on[0].name, rows),))
+        return routes.thin
 
     def _logits(self, hidden: Float[Tensor, "n d"], adapters: Sequence[str]) -> Float[Tensor, "n V"]:
         routes, module = routes_over((adapter, 1) for adapter in adapters), self.model.module

@@ -92,13 +92,16 @@ Norm = tuple[Tensor, float]
 @final
 @dataclass(frozen=True)
 class BareBlock:
-    """A block of the common shape as it stands, with nothing on its layers: those of queries, keys, values, output,
-    gate, up and down, and its norms; `head_norms` are those of each head of queries and of keys, where it has them."""
+    """A block of the common shape as it stands: its layers, of queries, keys, values, output, gate, up and down, and
+    its norms; `head_norms` are those of each head of queries and of keys, where it has them. `terms` are added to the
+    outputs of the layers, in the `rows` that say so."""
 
     layers: tuple[Bare, Bare, Bare, Bare, Bare, Bare, Bare]
     norms: tuple[Norm, Norm]
     head_norms: tuple[Norm, Norm] | None
     head_size: int
+    terms: tuple[ThinTerms | None, ...] = (None,) * 7
+    rows: ThinRows | None = None
 
 
 @final
@@ -265,7 +268,8 @@ class Backend(ABC):
         window: int | None,
     ) -> Float[Tensor, "n d"] | None:
         """A whole block over kept keys, without a graph: what the operations above and below give one by one, bit for
-        bit. None, with nothing written, where there is no shorter way than these."""
+        bit; terms are added as `thin` adds them. None, with nothing written, where there is no shorter way than these.
+        """
         return None
 
     @abstractmethod

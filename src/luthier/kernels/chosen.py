@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 
@@ -48,6 +49,14 @@ def backend_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[
         if choice != "auto":
             raise
         return TorchBackend(), str(failure)
+
+
+def planned_backend(choice: str, kind: str, dtype: torch.dtype) -> Backend:
+    """The backend that would run a model on a `kind` of device, which need not be here: for plans, to be asked only."""
+    if kind == "cuda" and choice in ("auto", "triton") and dtype in (torch.float32, torch.bfloat16):
+        # It launches kernels when it computes, and not before.
+        return TritonBackend(ModuleType("triton_rows"))
+    return backend_for(choice, torch.device(kind), dtype)[0]
 
 
 def _build(kind: str, device: torch.device, dtype: torch.dtype) -> Backend:

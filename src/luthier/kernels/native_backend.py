@@ -245,16 +245,19 @@ class NativeBackend(Backend):
     ) -> Float[Tensor, "n d"] | None:
         if not 0 < x.shape[0] <= FEW or not _fits(x, block, angles, kept):
             return None
+        terms = [None if each is None else (each.table, each.scales) for each in block.terms]
+        own = None if block.rows is None else block.rows.together
+        thin = () if own is None else (own.tiles, own.firsts, own.numbers, own.weights)
         (norm, eps), (inner_norm, inner_eps) = block.norms
         head_norms = block.head_norms or ((None, 0.0), (None, 0.0))
         linear = [each for weight, bias in block.layers for each in _linear(weight, bias)]
-        parts = (ctypes.c_void_p * 25)(
-            *(None if each is None else each.data_ptr()
-              for each in (*linear, norm, inner_norm, head_norms[0][0], head_norms[1][0]))
-        )  # fmt: skip
+        added = [each for pair in terms for each in pair or (None, None)]
+        given = (*linear, norm, inner_norm, head_norms[0][0], head_norms[1][0], *added, *(thin or (None,) * 4))
+        parts = (ctypes.c_void_p * 43)(*(None if each is None else each.data_ptr() for each in given))
         (rows, width), groups, size = x.shape, kept.keys.shape[1], block.head_size
         outs = [_outs(weight) for weight, _ in block.layers]
-        sizes = (ctypes.c_int64 * 6)(rows, width, outs[0] // size, groups, size, outs[4])
+        tiles = 0 if own is None else len(own.tiles)
+        sizes = (ctypes.c_int64 * 7)(rows, width, outs[0] // size, groups, size, outs[4], tiles)
         out, texts = torch.empty_like(x), kept.texts
         self._call(
             "token_block", x.dtype, x, out, ctypes.addressof(parts), ctypes.addressof(sizes), *angles, kept.keys,
@@ -358,9 +361,22 @@ def _fits(
     same = all(each.dtype == dtype and each.is_contiguous() for each in (x, *angles, *norms, kept.keys, kept.values))
     eps = {own for _, own in block.head_norms or ()}
     return (
-        same and dtype in _PRECISIONS and len(eps) < 2 and block.head_size % 2 == 0
+        same and _terms_fit(len(x), block) and dtype in _PRECISIONS and len(eps) < 2 and block.head_size % 2 == 0
         and kept.keys.shape == kept.values.shape and all(_is_bare(dtype, *each) for each in block.layers)
     )  # fmt: skip
+
+
+def _terms_fit(rows: int, block: BareBlock) -> bool:
+    """Whether the C++ takes the terms of a block; their tables then have a place for each number."""
+    if block.rows is None:
+        return True
+    own = block.rows.together
+    terms = [each for each in block.terms if each is not None]
+    if own.stop > rows or any(own.most_parts * each.most_ranks > MOST_RANKS for each in terms):
+        return False
+    for each in terms:
+        each.reserve(own.top)
+    return True
 
 
 def _is_bare(dtype: torch.dtype, weight: Tensor | RowCodes, bias: Tensor | None) -> bool:

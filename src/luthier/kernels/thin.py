@@ -12,8 +12,9 @@ Cost: r (in + out) numbers read for each adapter and site, 2 r (in + out) FLOPs 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, final
 
@@ -101,6 +102,13 @@ class ThinRows:
     """Which rows of a pass take which terms: ranges `start` to `stop`, with terms by number."""
 
     ranges: tuple[tuple[int, int, Numbered], ...]
+    longest: int = LONG
+    """Rows of a range from which on it goes by itself."""
+
+    @cached_property
+    def together(self) -> ThinRows:
+        """The same, with no range that goes by itself."""
+        return replace(self, longest=sys.maxsize)
 
     @cached_property
     def stop(self) -> int:
@@ -110,12 +118,12 @@ class ThinRows:
     @cached_property
     def long(self) -> tuple[tuple[int, int, Numbered], ...]:
         """Ranges that go one by one."""
-        return tuple(each for each in self.ranges if each[1] - each[0] >= LONG)
+        return tuple(each for each in self.ranges if each[1] - each[0] >= self.longest)
 
     @cached_property
     def short(self) -> tuple[tuple[int, int, Numbered], ...]:
         """Ranges that go together."""
-        return tuple(each for each in self.ranges if each[1] - each[0] < LONG)
+        return tuple(each for each in self.ranges if each[1] - each[0] < self.longest)
 
     @cached_property
     def tiles(self) -> Int[Tensor, "tiles 3"]:

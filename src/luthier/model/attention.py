@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,14 @@ def _attend(
         mask = added if mask is None else added.masked_fill(~mask, -torch.inf)
     elif window is None and own == total:
         mask = None
+    if query.is_meta and not call.dropout and (mask is None or not mask.requires_grad):
+        # Without memory torch takes its slowest way, which keeps n x n numbers; where there is some, this one.
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty_like(mask, dtype=query.dtype)
+        made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal and mask is None, attn_mask=mask, scale=call.scaling
+        )
+        return cast(Tensor, made[0])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=call.scaling,
         dropout_p=call.dropout, enable_gqa=query.shape[1] != key.shape[1],

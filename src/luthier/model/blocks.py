@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from luthier.kernels.backend import Backend, Bare, BareBlock
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
+from luthier.kernels.thin_pass import ThinPass, ThinTerm
 from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.edits import EditedModule, base_modules, routed
 from luthier.model.kept import AttentionCall
@@ -167,9 +168,14 @@ class Blocks:
         halves: tuple[Tensor, ...],
         plan: ForestPlan,
     ) -> Float[Tensor, "T d"] | None:
-        """The whole block over kept keys at once; None where something is on it, or nothing takes it at once."""
-        if plan.kept is None or any(each.terms or each.edited is not None for each in layers):
+        """The whole block over kept keys at once; None where more than terms is on it, or nothing takes it at once."""
+        if plan.kept is None:
             return None
+        thin = plan.kept.laid_out if plan.routes is None else plan.routes.thin
+        terms = [_terms(each, plan.routes, thin, x.dtype) for each in layers]
+        if None in terms:
+            return None
+        added = tuple(each.terms if isinstance(each, ThinTerm) else None for each in terms)
         attention = _inner(layer, "self_attn")
         norms = [_norm(_inner(layer, name)) for name in ("input_layernorm", "post_attention_layernorm")]
         head_norms = [_inner(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
@@ -180,6 +186,7 @@ class Blocks:
         block = BareBlock(
             (query, key, value, output, gate, up, down), (norms[0], norms[1]),
             None if first is None or second is None else (first, second), self.head_size,
+            added, thin.rows if thin is not None and any(added) else None,
         )  # fmt: skip
         index = int(attention.layer_idx)  # type: ignore[arg-type]
         made = plan.kept.block(index, x, block, (halves[0], halves[1]), self.calls[index])
@@ -239,6 +246,22 @@ class Blocks:
         weight, eps = _norm(norm)
         gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
+
+
+def _terms(
+    layer: Layer, routes: Routes | None, thin: ThinPass | None, dtype: torch.dtype
+) -> ThinTerm | Literal["nothing"] | None:
+    """The terms on a layer as they are laid out, or that there is nothing on it; None where it is something else."""
+    if layer.edited is None or (routes is None and not layer.terms):
+        return "nothing"
+    if thin is None or thin.dtype != dtype:
+        return None
+    site = layer.edited.site_name
+    if routes is None:
+        fine = all(name in thin.numbers and thin.has(site, name) for name in layer.terms)
+    else:
+        fine = not layer.terms and thin.only_terms(site)
+    return (thin.at(site) or "nothing") if fine else None
 
 
 def _bare(layer: Layer) -> Bare:

@@ -276,6 +276,27 @@ def run_unrolled(
             "this model's attention cannot be driven by luthier, and learned roots need it",
             do="choose an adapter that works at sites, such as lora",
         )
+    unrolled, predicting, order, row_routes = _unrolled(module, forest, mixes_of(guests or {}))
+    log_probs = _scored(module, predicting, head, long(unrolled.layout.labels, module), row_routes, guests or {})
+    original = forest.layout
+    worth = _valued(predicting, row_routes, guests or {}) if values is None else values.values(predicting)
+    # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
+    back = long(np.argsort(order, kind="stable"), module)
+    ordered = None if worth is None else worth.index_select(0, back)
+    return outputs_of(original, log_probs.index_select(0, back), module, values=ordered)
+
+
+def unrolled_states(module: PreTrainedModel, forest: Forest) -> Float[Tensor, "N d"]:
+    """The final states from which the weighted tokens of a forest are predicted, by every path as a row of its own."""
+    _, predicting, order, _ = _unrolled(module, forest, {})
+    return predicting.index_select(0, long(np.argsort(order, kind="stable"), module))
+
+
+def _unrolled(
+    module: PreTrainedModel, forest: Forest, mixes: Mixes
+) -> tuple[Forest, Float[Tensor, "N d"], np.ndarray, Routes | None]:
+    """The paths of a forest, the states that predict their weighted tokens, the place of each in the forest's layout,
+    and by which adapters they went."""
     rows, order = paths(forest)
     width = max(len(path.segments[0].tokens) for path in rows)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
@@ -285,7 +306,7 @@ def run_unrolled(
         tokens[index, :count] = path.segments[0].tokens
         mask[index, :count] = 1
     unrolled = Forest(tuple(rows))
-    layout, routes = unrolled.layout, padded_routes(unrolled, width, mixes_of(guests or {}))
+    layout, routes = unrolled.layout, padded_routes(unrolled, width, mixes)
     ids = torch.from_numpy(tokens).to(module.device)
     attention_mask = torch.from_numpy(mask).to(module.device)
     with routed(module.base_model, routes):
@@ -293,14 +314,7 @@ def run_unrolled(
     starts = np.array([span.start for span in layout.spans], dtype=np.int64)
     columns = layout.predictors - starts[layout.trees]
     predicting = states[long(layout.trees, module), long(columns, module)]
-    row_routes = None if routes is None else predicted_routes(unrolled)
-    log_probs = _scored(module, predicting, head, long(layout.labels, module), row_routes, guests or {})
-    original = forest.layout
-    worth = _valued(predicting, row_routes, guests or {}) if values is None else values.values(predicting)
-    # Paths visit tokens in another order than the flat forest; objectives always see the forest's own.
-    back = long(np.argsort(order, kind="stable"), module)
-    ordered = None if worth is None else worth.index_select(0, back)
-    return outputs_of(original, log_probs.index_select(0, back), module, values=ordered)
+    return unrolled, predicting, order, None if routes is None else predicted_routes(unrolled)
 
 
 def paths(forest: Forest) -> tuple[list[Tree], np.ndarray]:
@@ -366,6 +380,7 @@ def outputs_of(
     module: PreTrainedModel,
     *,
     values: Float[Tensor, " N"] | None = None,
+    divergences: Float[Tensor, " N"] | None = None,
 ) -> TokenOutputs:
     """What objectives see of the weighted tokens of a forest."""
     return TokenOutputs(
@@ -375,6 +390,7 @@ def outputs_of(
         rows=long(layout.rows, module),
         trees=long(layout.trees, module),
         values=values,
+        divergences=divergences,
         notes={name: torch.from_numpy(each).to(module.device) for name, each in layout.notes.items()},
     )
 

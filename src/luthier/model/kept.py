@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.kernels.backend import BareBlock
+from luthier.kernels.thin_pass import ThinPass
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,11 @@ class KeptKeys(ABC):
         angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
         call: AttentionCall,
     ) -> Float[Tensor, "n d"] | None:
-        """A whole block with nothing on it, keys kept and all, where there is a shorter way than its operations."""
+        """A whole block with nothing but low-rank terms on it, keys kept and all, where there is a shorter way than its
+        operations."""
+        return None
+
+    @property
+    def laid_out(self) -> ThinPass | None:
+        """The terms of the one adapter that is switched on for all rows, where they are laid out."""
         return None

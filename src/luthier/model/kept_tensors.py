@@ -10,6 +10,7 @@ Cost: a forward pass of the tokens at hand; nothing of it remains.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from luthier.data.forest import Forest
 from luthier.kernels.head import Head
+from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.language_model import LanguageModel
 from luthier.model.zoo_head import FeatureHead
 
@@ -28,6 +30,10 @@ def kept_by_stage(model: LanguageModel, forest: Forest) -> list[int]:
     """
     was_training = model.module.training
     devices = [model.device] if model.device.type == "cuda" else []
+    executor = model.executor
+    if model.device.type == "meta":
+        # Kernels of others would write where there is no memory; they keep what plain torch keeps.
+        model.executor = replace(executor, backend=TorchBackend())
     with torch.random.fork_rng(devices=devices):
         model.train()
         try:
@@ -36,6 +42,7 @@ def kept_by_stage(model: LanguageModel, forest: Forest) -> list[int]:
                 model.token_outputs(forest)
         finally:
             model.train(was_training)
+            model.executor = executor
     return noted.stages
 
 
@@ -45,7 +52,7 @@ class _Notes:
     def __init__(self, model: LanguageModel) -> None:
         own = [*model.module.parameters(), *model.module.buffers()]
         own += [each for attachment in model.attachments.values() for each in attachment.named_parameters().values()]
-        self._seen = {each.untyped_storage().data_ptr() for each in own}
+        self._seen = {_place(each.untyped_storage()) for each in own}
         # Kept as long as this is: a place that is free again would be taken for the tensor that was there.
         self._alive: list[Any] = []
         self._blocks: Sequence[nn.Module] = [site.module for site in model.sites.role("block")]
@@ -64,14 +71,19 @@ class _Notes:
 
     def note(self, kept: Tensor) -> Tensor:
         storage = kept.untyped_storage()
-        if storage.data_ptr() not in self._seen and not (self._slopes and kept.shape[-1:] == (self._slopes,)):
-            self._seen.add(storage.data_ptr())
+        if _place(storage) not in self._seen and not (self._slopes and kept.shape[-1:] == (self._slopes,)):
+            self._seen.add(_place(storage))
             self._alive.append(storage)
             self.stages[-1] += storage.nbytes()
         return kept
 
     def _next(self, *call: object) -> None:
         self.stages.append(0)
+
+
+def _place(storage: torch.UntypedStorage) -> int:
+    """What tells a storage from all others: where it lies, or the object itself where it is without memory."""
+    return storage.data_ptr() or storage._cdata
 
 
 def _slope_width(model: LanguageModel) -> int:

@@ -24,7 +24,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as zoo_logging
 
 from luthier.core.errors import MissingError, RecipeError
-from luthier.core.nearest import nearest
 from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
@@ -34,13 +33,14 @@ from luthier.model.config_gate import Checked, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
 from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
+from luthier.model.sources import FRESH, resolve_source
 from luthier.model.tasks import CAUSAL, Task, kind_of
+from luthier.model.weight_files import weight_files
 from luthier.model.weights import (
     fresh_module,
     module_with,
     read_weights,
     take_generation_settings,
-    weight_files,
     without_weights,
 )
 
@@ -48,32 +48,9 @@ Precision = Literal["auto", "float32", "bfloat16"]
 ReaderOf = Callable[[Mapping[str, object]], PackedReader]
 """What reads files with this `quantization_config`."""
 
-FRESH = "fresh:"
-"""A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
-
-SEEDLING = "seedling"
 _PIECE = 2**22
 WORTH_ROUNDING = 1.2
 """How much faster bfloat16 products must be on a CPU before `auto` takes them."""
-
-
-def resolve_source(source: str) -> str:
-    """The folder or hub id behind a model name: `seedling` is the folder that ships with luthier."""
-    name = source.removeprefix(FRESH)
-    if name == SEEDLING:
-        return str(Path(__file__).resolve().parents[1] / "assets" / "seedling")
-    place = Path(name).expanduser()
-    if place.is_file():
-        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling")
-    if place.exists():
-        return str(place)
-    # A hub id has one slash at most; anything else can only have meant a folder.
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        beside = [path.name for path in place.parent.iterdir() if path.is_dir()] if place.parent.is_dir() else []
-        close = nearest(place.name, beside)
-        do = f"did you mean {' or '.join(close)}?" if close else "check the path; a hub id has the form owner/name"
-        raise MissingError(f"there is no model folder {name}", do=do)
-    return name
 
 
 def load_model(

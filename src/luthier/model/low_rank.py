@@ -24,7 +24,7 @@ from luthier.model.routes import Routes
 @final
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer and the low-rank terms on it by the names of their attachments, or all that is `edited` at it."""
+    """A linear layer and the low-rank terms on it by the names of their attachments, and what is `edited` at it."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
@@ -79,7 +79,7 @@ def _edited(module: EditedModule, routes: Routes | None) -> Layer | None:
         if term is None:
             return None
         terms[key] = term
-    return Layer(weight, bias, terms)
+    return Layer(weight, bias, terms, module)
 
 
 def _side_by_side(terms: Mapping[str, LowRankTerm], routes: Routes) -> LowRankTerm | None:

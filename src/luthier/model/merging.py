@@ -22,7 +22,15 @@ from luthier.core.errors import RecipeError
 from luthier.core.units import percent_text
 from luthier.model import attachment as surgery
 from luthier.model.attachment import Attachment
-from luthier.model.edits import EditedModule, SiteEdit, TrainedParameters, module_at
+from luthier.model.edits import (
+    Edit,
+    EditedModule,
+    LearnedPrompt,
+    LearnedRoot,
+    SiteEdit,
+    TrainedParameters,
+    module_at,
+)
 from luthier.model.packed import PackedWeight
 
 
@@ -114,6 +122,27 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
 def merged_digest(base: str, attachment: Attachment) -> str:
     """What identifies a base with an attachment folded in: the two of them, in that order."""
     return hashlib.sha256(f"{base} with {attachment.digest()}".encode()).hexdigest()
+
+
+@torch.no_grad()
+def unmergeable(model: nn.Module, attachment: Attachment) -> str:
+    """What of an attachment no weight can hold, in words; empty where all of it can be merged. Nothing is changed.
+
+    Of each kind of edit one is tried.
+    """
+    tried: set[type[Edit]] = set()
+    for edit in attachment.edits:
+        if isinstance(edit, LearnedRoot):
+            return "a learned prompt" if isinstance(edit, LearnedPrompt) else "learned keys and values"
+        if not isinstance(edit, SiteEdit) or type(edit) in tried:
+            continue
+        tried.add(type(edit))
+        module = module_at(model, edit.site_name)
+        base = module.base if isinstance(module, EditedModule) else module
+        old, bias = base._parameters.get("weight"), base._parameters.get("bias")
+        if old is None or edit.merged(_matrix(old, base), None if bias is None else bias.float()) is None:
+            return "layers of its own between those of the base"
+    return ""
 
 
 Folded = list[tuple[nn.Module, dict[str, nn.Parameter]]]

@@ -18,8 +18,9 @@ class TokenOutputs:
 
     `log_probs` are differentiable and in float32; `rows` and `trees` say where a token comes from. A task that has C
     classes gives the log-probabilities of all of them in `classes`, differentiable too; one that scores texts gives
-    `scores`, and its log-probabilities are 0. `values` are those of a value head: of the state in which each token was
-    chosen. `notes` are what the forest has noted of the tokens.
+    `scores`, and its log-probabilities are 0. `divergences`, differentiable, say how far the policy is from a teacher
+    at each token, where that was asked for; log-probabilities then have no gradient. `values` are those of a value
+    head: of the state in which each token was chosen. `notes` are what the forest has noted of the tokens.
     """
 
     log_probs: Float[Tensor, " N"]
@@ -30,6 +31,7 @@ class TokenOutputs:
     classes: Float[Tensor, "N C"] | None = None
     scores: Float[Tensor, " N"] | None = None
     values: Float[Tensor, " N"] | None = None
+    divergences: Float[Tensor, " N"] | None = None
     notes: Mapping[Note, Float[Tensor, " N"]] = field(default_factory=dict)
 
 
@@ -46,6 +48,7 @@ def of_trees(forest: Forest, outputs: TokenOutputs, places: Sequence[int]) -> tu
         rows=outputs.rows[kept],
         trees=trees[kept],
         values=None if outputs.values is None else outputs.values.index_select(0, kept),
+        divergences=None if outputs.divergences is None else outputs.divergences.index_select(0, kept),
         notes={note: values[kept] for note, values in outputs.notes.items()},
     )
     return Forest(tuple(forest.trees[place] for place in places)), own

@@ -41,6 +41,16 @@ def unpack_weights(model: LanguageModel) -> int:
     return len(packed)
 
 
+@torch.no_grad()
+def unpack_in_place(module: nn.Module) -> int:
+    """The same below whatever is attached, for a merge that shall not pack again; how many there were."""
+    packed = [each for each in module.modules() if isinstance(each._parameters.get("weight"), PackedWeight)]
+    for each in packed:
+        dense = each.get_parameter("weight").clone().contiguous()
+        each.register_parameter("weight", nn.Parameter(dense, requires_grad=False))
+    return len(packed)
+
+
 def packed_sites(model: LanguageModel) -> list[Site]:
     """The sites whose weights are packed: every linear layer in the blocks."""
     return [site for site in model.sites.linear() if site.layer is not None]

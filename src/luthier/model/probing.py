@@ -31,8 +31,10 @@ FLOAT32_TOLERANCE = 1e-3
 def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
     """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward.
 
-    Without `fused` the zoo's modules run one by one.
+    Without `fused` the zoo's modules run one by one. Of a model without memory the shape of its modules decides.
     """
+    if module.device.type == "meta":
+        return _by_shape(module, backend, fused=fused)
     size = int(module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
     ids = (np.arange(6) * 7 + 3).astype(np.int32) % size
     ones = np.ones(3, dtype=np.float32)
@@ -61,6 +63,22 @@ def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor
     by_mask, failure = _by_mask(module, forest, head, truth, blocks) if fused else (None, "")
     reasons += [f"attention by segment, not by mask: {failure}"] if failure else []
     return Executor("segments", own_head, backend, "; ".join(reasons), blocks, by_mask)
+
+
+def _by_shape(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
+    """What would run a model whose weights are not there, if it computes what its modules promise."""
+    try:
+        head: AnyHead = replace(head_of(module), backend=backend)
+    except RecipeError:
+        head = None
+    try:
+        calls = attention_calls(module)
+    except (UndrivableAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as failure:
+        return Executor("unrolled", head is not None, backend, f"{type(failure).__name__}: {failure}"[:200])
+    if not calls:
+        return Executor("unrolled", head is not None, backend, "the model does not support the attention interface")
+    blocks = Blocks.of(module, calls, backend) if fused else None
+    return Executor("segments", head is not None, backend, "", blocks)
 
 
 def _by_mask(

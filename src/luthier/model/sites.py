@@ -18,21 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean, nearest
+from luthier.model.role_names import linear_roles
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "feed", "block", "apart")
-
-_ROLE_OF_NAME: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("q_proj", "query", "wq", "q", "q_lin"), ("q",)),
-    **dict.fromkeys(("k_proj", "key", "wk", "k", "k_lin"), ("k",)),
-    **dict.fromkeys(("v_proj", "value", "wv", "v", "v_lin"), ("v",)),
-    **dict.fromkeys(("o_proj", "out_proj", "o", "out_lin"), ("o",)),
-    **dict.fromkeys(("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj"), ("q", "k", "v")),
-    **dict.fromkeys(("gate_proj", "w1", "wi_0"), ("gate",)),
-    **dict.fromkeys(("up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h", "w3", "wi_1", "wi", "lin1", "ffn"), ("up",)),
-    **dict.fromkeys(("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "lin2", "ffn_output"), ("down",)),
-    **dict.fromkeys(("gate_up_proj",), ("gate", "up")),
-}
-
 
 _LAYER_COUNTS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 
@@ -240,10 +228,10 @@ def _site(
         role = "embed" if module is ends[0] else "table"
         return Site(name, (role,), layer, module, module.num_embeddings, module.embedding_dim)
     if isinstance(module, nn.Linear):
-        roles = ("head",) if module is ends[1] else _linear_roles(name)
+        roles = ("head",) if module is ends[1] else linear_roles(name)
         return Site(name, roles, layer, module, module.in_features, module.out_features)
     if isinstance(module, Conv1D):
-        return Site(name, _linear_roles(name), layer, module, module.nx, module.nf)
+        return Site(name, linear_roles(name), layer, module, module.nx, module.nf)
     if "norm" in type(module).__name__.lower():
         return Site(name, ("norm",), layer, module)
     return None
@@ -252,24 +240,3 @@ def _site(
 def _layer(name: str) -> int | None:
     number = re.search(r"\.(\d+)(?:\.|$)", name)
     return int(number.group(1)) if number else None
-
-
-def _linear_roles(name: str) -> tuple[str, ...]:
-    """The roles of a linear layer by its name; where that says too little, by the modules it lies in."""
-    ending = name.rpartition(".")[2]
-    parents = name.lower().split(".")[:-1]
-    attends = any("att" in part for part in parents[-2:])
-    if ending == "c_proj":
-        # GPT-2 calls both output projections so.
-        return ("o",) if attends else ("down",)
-    if ending in ("wo", "Wo"):
-        return ("o",) if attends else ("down",)
-    if ending == "Wi":
-        # ModernBERT makes the gate and the way up in one product.
-        return ("gate", "up")
-    if ending == "dense":
-        # BERT's output layers lie in modules called output, GPT-NeoX's in the attention itself; poolers are neither.
-        if attends:
-            return ("o",)
-        return {"intermediate": ("up",), "output": ("down",)}.get(parents[-1] if parents else "", ("linear",))
-    return _ROLE_OF_NAME.get(ending, ("linear",))

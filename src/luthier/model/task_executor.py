@@ -102,7 +102,7 @@ def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float
         if segment.types is not None:
             types[index, :count] = segment.types
     given = {"input_ids": tokens, "attention_mask": mask}
-    if _takes_types(module):
+    if takes_types(module):
         given["token_type_ids"] = types
     tensors = {name: torch.from_numpy(each).to(module.device) for name, each in given.items()}
     trees = long(forest.layout.trees, module)
@@ -116,7 +116,7 @@ def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float
     return logits.index_select(0, trees) if logits.ndim == 2 else logits[trees, columns]
 
 
-def _takes_types(module: PreTrainedModel) -> bool:
+def takes_types(module: PreTrainedModel) -> bool:
     """Whether the embeddings of a model tell two texts apart."""
     takes = "token_type_ids" in inspect.signature(module.forward).parameters
     return takes and int(getattr(module.config, "type_vocab_size", 0) or 0) > 1
@@ -176,7 +176,7 @@ def task_head_of(module: PreTrainedModel, task: Task, backend: Backend) -> AnyHe
 
 def _entries(module: PreTrainedModel) -> list[Entry]:
     """How the embeddings may count positions: from 0, or behind the number that RoBERTa keeps for padding."""
-    types = _takes_types(module)
+    types = takes_types(module)
     pad = getattr(module.config, "pad_token_id", None)
     return [Entry(0, types), *([Entry(int(pad) + 1, types)] if isinstance(pad, int) else [])]
 
@@ -221,7 +221,7 @@ def _probe_forest(module: PreTrainedModel, task: Task) -> Forest:
         labels = (np.arange(count) % (len(task.classes) or size)).astype(np.int32)
         where = slice(None) if task.name not in _OF_TEXTS else slice(0, 1) if both_ways else slice(count - 1, None)
         weights[where] = 1
-        types = (np.arange(count) > 2).astype(np.uint8) if _takes_types(module) else None
+        types = (np.arange(count) > 2).astype(np.uint8) if takes_types(module) else None
         trees.append(Tree((Segment(ids[start:stop], weights, labels=labels, types=types, both_ways=both_ways),)))
     return Forest(tuple(trees))
 

@@ -83,7 +83,7 @@ def load_tensors(path: Path, *, widen: bool = False) -> dict[str, Tensor]:
 def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one after another, for whoever needs no two of them at once; raises as `load_tensors` does."""
     with _opened(path) as (file, size):
-        places = _checked(path, file, size)
+        places = read_places(path, file, size)
         start = size - max((place.end for place in places.values()), default=0)
         for name, place in places.items():
             yield name, _read(path, file, start, name, place)
@@ -92,7 +92,7 @@ def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
 def tensor_places(path: Path) -> dict[str, TensorPlace]:
     """Type, shape and place of each tensor of a file, without reading any; raises as `load_tensors` does."""
     with _opened(path) as (file, size):
-        return _checked(path, file, size)
+        return read_places(path, file, size)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -108,8 +108,8 @@ def _opened(path: Path) -> Iterator[tuple[FileIO, int]]:
         yield opened
 
 
-def _checked(path: Path, file: FileIO, size: int) -> dict[str, TensorPlace]:
-    """The header of a file, every number in it compared with the file's size."""
+def read_places(path: Path, file: FileIO, size: int) -> dict[str, TensorPlace]:
+    """The header of an open file of this size, every number in it compared with the size."""
     head = file.read(_PREFIX)
     count = int.from_bytes(head, "little")
     if len(head) < _PREFIX or not 2 <= count <= min(MAX_HEADER, size - _PREFIX):

@@ -87,7 +87,9 @@ class LocalTextScorer:
     def __init__(self, model: LanguageModel, renderer: Renderer, *, most_tokens: int = _AT_ONCE) -> None:
         if model.task != SCORES:
             raise RecipeError(
-                f"{model.source} was loaded as a {model.task.name} model", allowed="one trained as a reward model"
+                f"{model.source} was loaded as a {model.task.name} model, and was not trained to score answers",
+                allowed="a run with objective reward_model",
+                do="train one on preferences with objective reward_model",
             )
         self._model = model
         self._renderer = renderer
@@ -114,7 +116,10 @@ class LocalTextScorer:
         except DataError:
             # A row of data would be refused. Here it is the policy's answer: NaN, which nobody takes for a number.
             return None
-        return compared_tree(views[0], at_end=True) if views else None
+        tree = compared_tree(views[0], at_end=True) if views else None
+        room, root = self._model.context_tokens, self._model.active_root
+        before = 0 if root is None else root.token_count
+        return None if tree is None or (room is not None and tree.token_count + before > room) else tree
 
 
 def _groups(trees: Sequence[Tree], most_tokens: int) -> Iterator[list[Tree]]:

@@ -182,6 +182,9 @@ def _means(target: str, site: Site) -> bool:
 def lookup_scale(site: Site) -> float:
     """What the embedding multiplies its rows with (Gemma: the square root of the hidden size)."""
     weight = site.weight_parameter
+    if weight.is_meta:
+        # It is no number there, and nothing is looked up.
+        return 1.0
     # The zoo rounds the factor to the weight's precision before it multiplies.
     scale = float(torch.as_tensor(getattr(site.module, "embed_scale", 1.0)).to(weight.dtype))
     # Rows near the middle of the vocabulary are ordinary words; a padding row may be all zeros.

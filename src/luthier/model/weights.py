@@ -1,4 +1,4 @@
-"""The weights of a base model: which files hold them, and a module of the zoo that holds nothing else.
+"""The weights of a base model: read whole, and a module of the zoo that holds nothing else.
 
 Idea: luthier finds and reads the tensors itself and hands them to transformers, together with a config that has passed
 the gate. So transformers opens no file of the model: no index, no adapter that lies in a base's folder, no code for
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,73 +20,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
+from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.data.reading.strict_json import excerpt
 from luthier.model import attention
 from luthier.model.tasks import AUTO, Task, class_for, with_classes
-from luthier.model.tensor_files import CONVERT, PICKLES, load_tensors
+from luthier.model.tensor_files import load_tensors
 
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-_SHARD: Final = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _BROKEN: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 """What the zoo raises for a config that describes no model."""
-
-
-def weight_files(files: ModelFiles) -> list[Path]:
-    """The files that hold the weights of a model.
-
-    Raises UnsafeArtifactError where there are only pickles, or where an index names anything but a safetensors file
-    beside it.
-    """
-    single = files.find(SINGLE)
-    if single is not None:
-        return [single]
-    index = files.json(INDEX)
-    if not index:
-        raise _no_weights(files)
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CorruptError(f"{INDEX} has no weight_map", where=files.source, do="fetch the file again")
-    found = []
-    for shard in sorted({str(name) for name in shards.values()}):
-        if Path(shard).suffix.lower() in PICKLES or not _SHARD.fullmatch(shard) or shard.startswith("."):
-            raise UnsafeArtifactError(
-                f"{INDEX} names the file {excerpt(shard)}",
-                allowed="names of safetensors files in the same folder",
-                do="choose another model",
-                where=files.source,
-            )
-        path = files.find(shard)
-        if path is None:
-            raise MissingError(
-                f"{INDEX} names {shard}, which is not there ({files.source})", do="fetch the model again"
-            )
-        found.append(path)
-    return found
-
-
-def _no_weights(files: ModelFiles) -> LuthierError:
-    names = sorted(path.name for path in files.folder.iterdir()) if files.folder is not None else []
-    pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
-    if pickles:
-        return UnsafeArtifactError(
-            f"{files.source} holds its weights as {', '.join(pickles[:3])}, a pickle that could run code when loaded",
-            allowed="safetensors",
-            do=CONVERT,
-        )
-    if files.folder is None:
-        return UnsafeArtifactError(
-            f"{files.source} has no safetensors weights on the hub, or they are not in the cache",
-            allowed="safetensors",
-            do=f"choose a model that has a {SINGLE}",
-        )
-    other = [name for name in names if name.endswith(".safetensors")]
-    return RecipeError(
-        f"{files.source} has a config but no weights" + (f" called {SINGLE} (it has {other[0]})" if other else ""),
-        do=f"write fresh:{files.source} to draw new ones, or add {SINGLE}",
-    )
 
 
 def read_weights(paths: list[Path], *, widen: bool) -> dict[str, Tensor]:

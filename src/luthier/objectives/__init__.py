@@ -20,6 +20,8 @@ from luthier.core.knobs import Method
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.rollout_learner import RolloutLearner
+from luthier.maths.divergences import Comparison
 from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import CAUSAL, Task
@@ -47,6 +49,26 @@ class Objective(Method):
     def refers(self, tree: Tree) -> bool:
         """Whether the loss of this tree looks at the reference."""
         return self.reference
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it cannot do without beside the data."""
+        return self.requires
+
+    @property
+    def learner(self) -> RolloutLearner | None:
+        """What of it learns from rollouts, if anything does."""
+        return self if isinstance(self, RolloutLearner) else None
+
+    @property
+    def taught(self) -> bool:
+        """Whether its reference is a teacher that the recipe names, instead of the model without the adapter."""
+        return False
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """How `outputs.divergences` compare the whole policy with the reference's; None where nothing asks for it."""
+        return None
 
     @property
     def policy_temperature(self) -> float:

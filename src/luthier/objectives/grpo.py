@@ -121,7 +121,9 @@ class GRPO(RolloutLearner, Objective):
         old = sampled if self.old == "sampler" else outputs.notes.get("old", log_probs.detach())
         ratio = self._ratio(log_probs - old, answers)
         advantage = outputs.notes["advantage"]
-        if self.correction is not None:
+        if "correction" in outputs.notes:
+            advantage = advantage * outputs.notes["correction"]
+        elif self.correction is not None:
             advantage = advantage * (old - sampled).exp().clamp(max=self.correction)
         low = self.kin.low if self.clip_low is None else self.clip_low
         high = self.kin.high if self.clip_high is None else self.clip_high
@@ -131,6 +133,8 @@ class GRPO(RolloutLearner, Objective):
             "clipped": is_clipped(ratio.detach(), advantage, low=low, high=high), "ratio": ratio.detach(),
             "entropy": -log_probs.detach(), "mismatch": off,
         }  # fmt: skip
+        if "correction" in outputs.notes:
+            sums["correction"] = outputs.notes["correction"]
         if self.reference:
             kl = k3(log_probs, outputs.notes["reference"])
             losses = losses + self._beta * kl

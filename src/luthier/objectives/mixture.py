@@ -1,9 +1,11 @@
-"""Mixture: answers to imitate and answers that were compared, learned from in one run.
+"""Mixture: answers to imitate and answers that were compared, or sampled, learned from in one run.
 
 Idea: what is imitated keeps a model able while preferences steer it. Each row goes to the objective that it is for: a
 conversation or a text to one, a prompt with compared or judged answers to the other, wherever they lie in the files.
-Rows are the common coin: a pair weighs 1, and a conversation `share`, spread over its tokens.
-Equation: L = [sum_pairs L_compared + share sum_rows mean_t(-log p(y_t))] / (number of pairs + share number of rows).
+Rows are the common coin: a pair weighs 1, and a conversation `share`, spread over its tokens. Beside rollouts
+(ppo, grpo) the texts of a step weigh `share` times what its answers weigh, however many there are of either.
+Equation: L = [sum_pairs L_compared + share sum_rows mean_t(-log p(y_t))] / (number of pairs + share number of rows);
+    beside rollouts L = [L_rollout + share mean_rows mean_t(-log p(y_t))] / (1 + share): PPO-ptx, with gamma = share.
 Source: Ouyang et al., arXiv 2203.02155, equation 2 (a pre-training loss mixed into what preferences ask for); Pang et
     al., arXiv 2404.19733 (likelihood beside DPO).
 Cost: that of each objective for its own rows; only rows that need a reference are given one.
@@ -26,6 +28,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.conversation import WORDS, Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.rollout_learner import RolloutLearner
 from luthier.model.edits import Edit
 from luthier.model.outputs import LossReport, TokenOutputs, of_trees
 from luthier.model.tasks import CAUSAL, Task
@@ -49,22 +52,30 @@ class Mixture(Objective):
     @model_validator(mode="after")
     def _fits(self) -> Mixture:
         kinds = set(self.compared.meanings or ())
-        if not kinds or not kinds <= {"preference", "judged"}:
+        if not kinds or not (kinds <= {"preference", "judged"} or kinds == {"asked"}):
             raise RecipeError(
                 f"compared is {self.compared.method_name()}, which learns from other rows",
-                allowed="an objective of preferences or judged answers: dpo, orpo, simpo, kto",
+                allowed="an objective of preferences, judged answers or rollouts: dpo, orpo, simpo, kto, ppo, grpo",
             )
         if not set(self.said.meanings or WORDS) <= set(WORDS):
             raise RecipeError(
                 f"said is {self.said.method_name()}, which learns from other rows", allowed="sft or language_model"
             )
         for part in (self.said, self.compared):
-            if part.task(()) != CAUSAL or part.policy_temperature != 1.0:
+            if part.task(()) != CAUSAL or part.policy_temperature != 1.0 or part.taught:
                 raise RecipeError(
                     f"{part.method_name()} is one of two objectives of a mixture",
-                    allowed="objectives of a model that goes on with a text, at temperature 1",
+                    allowed="objectives of a model that goes on with a text, at temperature 1 and without a teacher",
                 )
         return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.said.needs | self.compared.needs
+
+    @property
+    def learner(self) -> RolloutLearner | None:
+        return self.compared.learner
 
     @property
     def reference(self) -> bool:
@@ -88,7 +99,8 @@ class Mixture(Objective):
         return self.model_copy(update=parts)
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
-        if view.answers is not None:
+        if view.answers is not None or not view.weights.any():
+            # Answers to compare, or a prompt that is yet to be answered.
             return self.compared.trees(view, epoch=epoch)
         return [_weighing(tree, self.share) for tree in self.said.trees(view, epoch=epoch)]
 
@@ -103,6 +115,7 @@ class Mixture(Objective):
         total = torch.zeros((), device=outputs.log_probs.device)
         of_each = torch.zeros(len(forest.trees), device=total.device)
         metrics: dict[str, tuple[float, float]] = {}
+        most: dict[str, float] = {}
         for name, part in (("said", self.said), ("compared", self.compared)):
             places = [place for place, tree in enumerate(forest.trees) if self._of(tree) is part]
             if not places:
@@ -112,7 +125,8 @@ class Mixture(Objective):
             total = total + report.sum
             of_each[places] = _by_tree(report, said, len(places))
             metrics |= {**report.metrics, f"{name}_loss": (float(report.sum.detach()), report.weight)}
-        return LossReport(total, forest.weight, metrics, of_each)
+            most |= report.most
+        return LossReport(total, forest.weight, metrics, of_each, most)
 
     def _of(self, tree: Tree) -> Objective:
         """The objective that a tree is for."""

@@ -106,6 +106,8 @@ class PPO(RolloutLearner, Objective):
             )
         notes, log_probs, weights = outputs.notes, outputs.log_probs, outputs.weights
         ratio, advantage = (log_probs - notes["old"]).exp(), notes["advantage"]
+        if "correction" in notes:
+            advantage = advantage * notes["correction"]
         policy = clipped_losses(ratio, advantage, low=self.clip, high=self.clip)
         values = value_losses(outputs.values, notes["value"], notes["return"], clip=self.value_clip)
         losses = weights * (policy + self.value_factor * values)
@@ -115,6 +117,8 @@ class PPO(RolloutLearner, Objective):
             "value_error": (outputs.values - notes["return"]).detach().square(),
             "mismatch": (notes["old"] - notes["sampled"]).abs(),
         }  # fmt: skip
+        if "correction" in notes:
+            sums["correction"] = notes["correction"]
         count = float(len(ratio))
         return LossReport(
             losses.sum(),

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from luthier.core.units import bytes_text, count_text, duration_text
 from luthier.data.forest import Tree
 from luthier.data.prepare import Prepared
 from luthier.data.tokenizer import Tokenizer
@@ -66,15 +67,25 @@ def plan(
     needed = memory.plan_memory(recipe, model, attachment, source, steps, pooled=pooled)
     written = memory.plan_disk(recipe, data, model, attachment, steps)
     tokens = data.store.token_count
+    flow = limits.flow_of(model, source, _trained_share(recipe, data, source))
     speed = limits.plan_speed(
         model,
         attachment,
-        limits.flow_of(model, source, _trained_share(recipe, data, source)),
+        flow,
         at_once=recipe.batch.micro_tokens,
         step_tokens=int(data.train.lengths.sum()) // max(1, source.steps_in(1.0)),
         recomputed=needed["recomputed"],
-        looks=limits.looks_of(source),
+        # What the reference says is looked up where it is kept.
+        looks=limits.looks_of(source) - recipe.reference.cache,
     )
+    asked = []
+    if recipe.reference.cache:
+        all_tokens = int(data.train.lengths.sum())
+        seconds = all_tokens * limits.look_flops(model, attachment, flow) / speed["flops_per_second"]
+        asked = [
+            f"reference: asked about {count_text(all_tokens)} tokens before the first step, {duration_text(seconds)} "
+            f"at best; at most {bytes_text(4 * data.store.trained_count)} of it are kept in the run directory"
+        ]
     base = {id(parameter): parameter for parameter in base_parameters(model.module).values()}.values()
     return {
         "model": recipe.model,
@@ -90,7 +101,7 @@ def plan(
         "data": data.counts(),
         "tokens": {"total": tokens, "trained": data.store.trained_count},
         "notices": [
-            *model.notices, *data.notices, *memory.notices(needed, written, speed),
+            *model.notices, *data.notices, *asked, *memory.notices(needed, written, speed),
         ],
     }  # fmt: skip
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
@@ -31,6 +30,7 @@ from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.reward_tools import scoring_of
 from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.recipes.teacher import reference_of
 from luthier.train.batcher import Batcher
 from luthier.train.in_backward import cut
 from luthier.train.pass_report import PassReport
@@ -86,7 +86,7 @@ def lay_out(
     )
     task = objective.task(data.classes)
     if name:
-        _require_one_of_several(name, task, recipe.adapter)
+        _require_one_of_several(name, task, recipe)
     model = beside[0].model if beside else _base(recipe, found, task)
     batcher = beside[0].stepper.batcher if beside else Batcher(model, micro_tokens=recipe.batch.micro_tokens)
     require_rows(model, tokenizer, data.store)
@@ -124,6 +124,8 @@ def _sources(
     recipe: FinetuneRecipe, found: FinetuneRecipe, data: Prepared, tokenizer: Tokenizer, stepper: Stepper, name: str
 ) -> tuple[Source, DataSource, Callable[[], PassReport] | None]:
     """Where steps come from, the rows they are planned by, and how what is held out is rewarded, where it is."""
+    # What the base was is not asked here: it is the model with its adapter switched off.
+    stepper.batcher.reference = reference_of(found, data)
     if not isinstance(recipe, ReinforceRecipe):
         rows = _source(recipe, data)
         return rows, rows, None
@@ -131,22 +133,28 @@ def _sources(
     here = recipe.model_copy(update={"data": found.data, **asked})
     reading, scoring = reading_of(found), scoring_of(here)
     source = reinforce.rollout_source(here, data, reading, tokenizer, stepper, scoring=scoring)
-    held = reinforce.HeldOut.of(here, data, reading, tokenizer, stepper.model, scoring=scoring)
+    held = reinforce.HeldOut.of(
+        here, data, reading, tokenizer, stepper.model, scoring=scoring,
+        reference=stepper.batcher.reference,
+    )
     return source, reinforce.stand_in(here, data), _rewards(held, name) if held.prompts else None
 
 
 def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:
     def rewarded() -> PassReport:
         with held.model.only(name):
-            return held.rewarded()
+            return held.measured()
 
     return rewarded
 
 
-def _require_one_of_several(name: str, task: Task, adapter: Adapter) -> None:
+def _require_one_of_several(name: str, task: Task, recipe: FinetuneRecipe) -> None:
     """Raise RecipeError for an adapter that has to be trained alone."""
-    if task != CAUSAL or adapter.first_look:
+    taught = recipe.objective.taught
+    if task != CAUSAL or recipe.adapter.first_look or taught or recipe.reference.cache:
         what = "looks at rows before it trains" if task == CAUSAL else f"is for {task.name}"
+        what = "keeps what its reference says" if recipe.reference.cache else what
+        what = "learns from a teacher" if taught else what
         raise RecipeError(
             f"the adapter {name!r} {what}, and it is one of several",
             allowed="objectives that go on with a text, and adapters that need no look at the data",

@@ -26,15 +26,16 @@ from luthier.data.conversation import Row, Text
 from luthier.data.forest import Segment, Tree
 from luthier.data.prepare import Prepared
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import SEEDLING
+from luthier.model.sources import SEEDLING
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.accounts import peak_memory_bytes
 from luthier.recipes.answers import answered, questions, trained_prompts, write_answers
 from luthier.recipes.compare import Job, Measures
 from luthier.recipes.demo import forgotten
-from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.evaluate import held_out_of
 from luthier.recipes.files import load_recipe
 from luthier.recipes.finetune import start
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.presets import IN_CONTEXT
 from luthier.recipes.progress import progress
@@ -42,6 +43,7 @@ from luthier.recipes.quantized import load_base
 from luthier.recipes.rates import tried
 from luthier.recipes.samples import question
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.teacher import reference_of
 from luthier.store.comparison import ANSWERS
 
 ACCURACY = "accuracy"
@@ -101,8 +103,9 @@ def in_context(recipe: FinetuneRecipe, measures: Measures, answers: Path) -> dic
     model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
     root = shots(prepared, trees, measures.examples, room=model.context_tokens, seed=recipe.seed)
     together = behind(root, trees)
-    loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=recipe.batch.micro_tokens)
-    alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=recipe.batch.micro_tokens)
+    size, reference = recipe.batch.micro_tokens, reference_of(recipe, prepared)
+    loss, _ = mean_loss(model, recipe.objective, together, micro_tokens=size, reference=reference)
+    alone, _ = mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     found = {
         "quality": math.exp(-loss),
@@ -207,11 +210,15 @@ def forgetting(recipe: FinetuneRecipe, run: Path, keep: str) -> float | None:
 def _kept_loss(opened: Opened, keep: str) -> float:
     if not keep:
         return forgotten(opened)
+    return mean_loss(opened.model, LanguageModelling(), kept_trees(opened, keep))[0]
+
+
+def kept_trees(opened: Opened, keep: str) -> list[Tree]:
+    """The text of a file in pieces, every token of which is predicted."""
     objective, text = LanguageModelling(), Path(keep).read_text("utf-8")
     pieces = [text[at : at + KEPT_PIECE] for at in range(0, len(text), KEPT_PIECE)]
     rows = [Row(number, f"{keep} piece {number}", Text(piece)) for number, piece in enumerate(pieces) if piece.strip()]
-    trees = [tree for row in rows for view in opened.renderer.render(row) for tree in objective.trees(view)]
-    return mean_loss(opened.model, objective, trees)[0]
+    return [tree for row in rows for view in opened.renderer.render(row) for tree in objective.trees(view)]
 
 
 def _mean_tokens(trees: Sequence[Tree]) -> float:

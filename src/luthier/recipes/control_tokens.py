@@ -27,7 +27,7 @@ from luthier.data.token_store import TokenStore
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.generation_files import save_generation_config
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import FRESH
+from luthier.model.sources import FRESH
 from luthier.model.special_tokens import Examination, Finding, Use, examine
 from luthier.model.token_rows import ADD_ROWS
 

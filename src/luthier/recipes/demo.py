@@ -19,13 +19,13 @@ from luthier.core.events import Event, Recorder, plain
 from luthier.core.knobs import validate
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Tree
-from luthier.model.load import SEEDLING
+from luthier.model.sources import SEEDLING
 from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.ending import SUMMARY
-from luthier.recipes.evaluate import mean_loss
 from luthier.recipes.files import begin_run, place_of
 from luthier.recipes.finetune import finetune
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import Opened, open_named
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.files import write_json, write_text
@@ -113,12 +113,17 @@ def measure(opened: Opened, rows: list[dict[str, Any]]) -> tuple[float, list[str
 
 def forgotten(opened: Opened) -> float:
     """The loss on documents of the kind the base grew on, with names it has never seen."""
+    return mean_loss(opened.model, LanguageModelling(), grown_on(opened))[0]
+
+
+def grown_on(opened: Opened) -> list[Tree]:
+    """Documents of the kind the seedling grew on, with names it has never seen."""
     objective = LanguageModelling()
     trees: list[Tree] = []
     for number, document in enumerate(itertools.islice(documents(1, held_out=True), BASE_DOCUMENTS)):
         row = Row(number, f"document {number}", _content(document))
         trees += [tree for view in opened.renderer.render(row) for tree in objective.trees(view)]
-    return mean_loss(opened.model, objective, trees)[0]
+    return trees
 
 
 def _content(document: Document) -> Conversation | Text:

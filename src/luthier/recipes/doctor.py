@@ -23,6 +23,7 @@ OPTIONAL = {
     "pyarrow": 'parquet files: pip install "luthier[data]"',
     "sacrebleu": 'BLEU in comparisons: pip install "luthier[metrics]"',
     "llguidance": 'answers by JSON schema or regular expression: pip install "luthier[guided]"',
+    "onnxruntime": 'encoders as ONNX graphs: pip install "luthier[onnx]"',
     "peft": "nothing: only luthier's own tests use it",
 }
 LEAST_FREE_BYTES = 2_000_000_000

@@ -21,7 +21,7 @@ from luthier.core.chosen import Chosen
 from luthier.core.knobs import Method
 from luthier.core.paths import RUNS, run_folder, slug
 from luthier.core.recipe_file import Layered, origins_table, read_layers, validated
-from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.kinds import KINDS, kind_of_recipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.environment import receipt
 from luthier.store.runs import RunDirectory, State, is_begun
@@ -49,10 +49,12 @@ class LoadedRecipe:
 def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path | None = None) -> LoadedRecipe:
     """The recipe of a file, the environment and `--set`, in rising order of strength."""
     sets = [*overrides, *([f"run={_scalar(str(run))}"] if run is not None else [])]
-    every = tuple({**FinetuneRecipe.model_fields, **ReinforceRecipe.model_fields})
+    kinds: list[type[FinetuneRecipe]] = [FinetuneRecipe, *KINDS.values()]
+    every = tuple(dict.fromkeys(name for each in kinds for name in each.model_fields))
     kind = kind_of_recipe(read_layers(path, sets=sets, environ=os.environ, known=every).values)
     known = tuple(kind.model_fields)
-    defaults = {**DEFAULT_METHODS, **({"objective": {"method": "grpo"}} if kind is ReinforceRecipe else {})}
+    usual = kind.model_fields["objective"].get_default(call_default_factory=True)
+    defaults = {**DEFAULT_METHODS, "objective": {"method": usual.method_name()}}
     layered = _traced(read_layers(path, sets=sets, environ=os.environ, defaults=defaults, known=known))
     recipe = validated(kind, layered)
     origins = origins_table(recipe.model_dump(mode="json"), layered)

@@ -23,9 +23,10 @@ from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, Ending, finish
 from luthier.recipes.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.first_look import settle
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.memory import require_disk
 from luthier.recipes.places import started_in
-from luthier.recipes.reinforce_recipe import kind_of_recipe
+from luthier.recipes.remembered import remember
 from luthier.recipes.samples import Samples
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.runs import RunDirectory
@@ -129,6 +130,7 @@ def _train(
     state = work.state
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
+    remember(bench, run, state, work.recorder)
     with stop.patient():
         status = work.loop.run(state)
     if bench.pooled:
@@ -177,6 +179,8 @@ def set_up(
     recipe, data, model = bench.recipe, bench.data, bench.model
     start_digest = bench.attachment.trained_digest()
     facts = {**accounts.facts(recipe, data, model, bench.tokenizer), **(more_facts or {})}
+    if teacher := bench.stepper.batcher.reference.digest:
+        facts["teacher"] = teacher
     keeper = CheckpointKeeper(run, bench.stepper, keep=recipe.checkpoint.keep, facts=facts, source=bench.source)
     state = keeper.recover(accept_drift=accept_drift) if resuming else LoopState()
     state.total_steps = bench.plan["steps"]

@@ -22,10 +22,10 @@ from luthier.infer.request import Request
 from luthier.infer.sync import TOLERANCE, Score, Sync, probe
 from luthier.model.speaker import Sampling
 from luthier.recipes.evaluate import held_out_of
+from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.lint import lint
 from luthier.recipes.opened import Opened, open_named, result_of
-from luthier.recipes.places import located, started_in
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.places import located, of_policy, started_in
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER
 
@@ -156,8 +156,9 @@ def texts_of(wanted: Wanted, opened: Opened) -> list[Ints]:
     """What is compared: held-out rows of a run, its rows where nothing was held out, and otherwise some sentences."""
     if not is_run(Path(wanted.name)):
         return [opened.prompt(text, raw=True)[:LONGEST] for text in _WORDS]
-    run = RunDirectory.open(Path(wanted.name))
-    recipe = located(validate(FinetuneRecipe, run.read_recipe()), started_in(run))
+    run = of_policy(RunDirectory.open(Path(wanted.name)))
+    values = run.read_recipe()
+    recipe = located(validate(kind_of_recipe(values), values), started_in(run))
     prepared, _ = held_out_of(recipe)
     views = prepared.held_out if len(prepared.held_out) else prepared.train
     return [views[index].tokens[:LONGEST] for index in range(min(ROWS, len(views)))]

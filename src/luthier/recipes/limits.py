@@ -31,15 +31,16 @@ def plan_speed(
     step_tokens: int,
     recomputed: int = 0,
     looks: float = 0.0,
+    machine: Rates | None = None,
 ) -> dict[str, Any]:
     """FLOPs and bytes a token, this machine's rates, and the tokens a second that they allow.
 
     `at_once` are the tokens of a micro-batch, and `looks` how many forward passes, those of a reference among them, a
     token costs beside its training. What the first `recomputed` blocks compute again need not be done: it is told
-    apart.
+    apart. The rates are those of a `machine`, or of this one for the model.
     """
     linears, attentions = work(model, attachment, flow)
-    looked = looks * forward_flops([replace(layer, rank=0) for layer in linears], attentions)
+    looked = looks * look_flops(model, attachment, flow)
     flops = flops_per_token(linears, attentions) + looked
     traffic = bytes_per_token(
         linears,
@@ -49,7 +50,7 @@ def plan_speed(
         step_tokens=step_tokens,
         looks=looks,
     )
-    found = _rates_of(model)
+    found = machine or rates_for(model, torch.device(model.device))
     return {
         "flops_per_token": flops,
         "looked_flops_per_token": looked,
@@ -60,6 +61,12 @@ def plan_speed(
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens_per_second": limit(flops, traffic, flops_per_second=found.flops, bytes_per_second=found.bytes),
     }
+
+
+def look_flops(model: LanguageModel, attachment: Attachment, flow: Flow) -> float:
+    """FLOPs a token in a forward pass of the model without its adapter."""
+    linears, attentions = work(model, attachment, flow)
+    return float(forward_flops([replace(layer, rank=0) for layer in linears], attentions))
 
 
 def flow_of(model: LanguageModel, source: DataSource, share: float) -> Flow:
@@ -98,9 +105,9 @@ def _left_to_right(texts: Texts) -> float:
     return texts.pairs - (texts.squares - texts.tokens) / 2
 
 
-def _rates_of(model: LanguageModel) -> Rates:
-    """This machine's rates for the widest product of a block, in the precision of the model."""
+def rates_for(model: LanguageModel, device: torch.device) -> Rates:
+    """The rates of a device here for the widest product of a block, in the precision of the model."""
     layers = [site for site in model.sites.linear() if site.in_features and site.out_features]
     widest = max(layers, key=lambda site: site.in_features * site.out_features, default=None)
     inputs, outputs = (widest.in_features, widest.out_features) if widest else (512, 512)
-    return rates(torch.device(model.device), model.dtype, inputs=inputs, outputs=outputs)
+    return rates(device, model.dtype, inputs=inputs, outputs=outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from luthier.model.attachment import Attachment
 from luthier.model.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import stored_bytes
+from luthier.model.packing import packed_sites
 from luthier.optimizers import Optimizer
+from luthier.quantizers import Quantizer
 from luthier.recipes.files import place_of
 from luthier.recipes.room import free_disk, free_memory
 from luthier.recipes.schema import FinetuneRecipe
-from luthier.recipes.sizes import decoder_of, work_of
+from luthier.recipes.sizes import decoder_of, work_with, work_without
 from luthier.recipes.zoo_memory import Counted
 from luthier.train.source import DataSource, MicroBatch
 
@@ -71,17 +73,27 @@ def plan_memory(
     }
 
 
-def lasting(model: LanguageModel, attachment: Attachment, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes that stay from step to step, by part; no checkpoint is being written."""
+def lasting(
+    model: LanguageModel,
+    attachment: Attachment,
+    optimizer: Optimizer,
+    *,
+    quantizer: Quantizer | None = None,
+    device: str | None = None,
+) -> dict[str, int]:
+    """Bytes that stay from step to step, by part; no checkpoint is being written.
+
+    Of a model without memory, `quantizer` is what its weights would be packed by, `device` the kind it would be on.
+    """
     trained = attachment.named_parameters().values()
     found = sum(constant.nbytes for constant in attachment.named_constants().values())
     return {
         # Of base weights that are trained the originals are kept aside, so they count in both.
-        "weights": _weights(model),
+        "weights": _weights(model, quantizer),
         "trained": found + sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
         "gradients": _gradients(attachment, optimizer),
         "optimizer": optimizer.resident_bytes(_shapes(attachment)),
-        "libraries": bytes_of.libraries(model.dtype.itemsize) if model.device.type == "cpu" else 0,
+        "libraries": bytes_of.libraries(model.dtype.itemsize) if (device or model.device.type) == "cpu" else 0,
         "saving": 0,
     }
 
@@ -199,22 +211,44 @@ def passes_of(
 
     Of blocks that we run ourselves formulas say what they keep; of the zoo's it is counted.
     """
-    decoder = decoder_of(model)
-    works = {batch: work_of(model, attachment, batch, forest.trained_count) for batch, forest in batches.items()}
-    counted = Counted.of(model, attachment) if model.executor.blocks is None else None
-    apart = model.device.type == "cpu" and not pooled
+    formulas = Formulas.of(model, attachment, apart=model.device.type == "cpu" and not pooled)
     found = {}
     for count in recomputed:
-        passes = []
-        for batch, work in works.items():
-            if counted is None:
-                widest = bytes_of.peak(decoder, replace(work, recomputed=count))
-            else:
-                widest = counted.peak(model, decoder, work, batches[batch])
-            kept, working = (bytes_of.on_heap(each) if apart else each for each in (widest.kept, widest.working))
-            passes.append(Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest))
+        passes = [formulas.of_pass(batch, each.trained_count, each, count) for batch, each in batches.items()]
         found[count] = max(passes, key=lambda one: one.bytes)
     return found
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """What tells the memory of any pass through a model with an adapter on; tensors lie `apart` without the pool."""
+
+    model: LanguageModel
+    decoder: bytes_of.Decoder
+    work: bytes_of.Work
+    counted: Counted | None
+    apart: bool = False
+
+    @classmethod
+    def of(cls, model: LanguageModel, attachment: Attachment, *, apart: bool = False) -> Formulas:
+        """Those of a model as it stands; of the zoo's blocks a few passes are counted."""
+        counted = Counted.of(model, attachment) if model.executor.blocks is None else None
+        return cls(model, decoder_of(model), work_without(model, attachment), counted, apart)
+
+    def of_pass(
+        self, batch: MicroBatch, predicted: int, forest: Forest | Callable[[], Forest], recomputed: int
+    ) -> Pass:
+        """One pass, with so many blocks recomputed where they can be; the forest is looked at where passes are counted.
+        """
+        work = work_with(self.work, self.model, batch, predicted)
+        if self.counted is None:
+            widest = bytes_of.peak(self.decoder, replace(work, recomputed=recomputed))
+        else:
+            widest = self.counted.peak(
+                self.model, self.decoder, work, forest if isinstance(forest, Forest) else forest()
+            )
+        kept, working = (bytes_of.on_heap(each) if self.apart else each for each in (widest.kept, widest.working))
+        return Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest)
 
 
 def use_pool(model: LanguageModel) -> str:
@@ -226,11 +260,16 @@ def use_pool(model: LanguageModel) -> str:
     return pool.install()
 
 
-def _weights(model: LanguageModel) -> int:
-    parameters = {id(each): each for each in base_parameters(model.module).values()}.values()
+def _weights(model: LanguageModel, quantizer: Quantizer | None = None) -> int:
+    """Bytes of the base as it is, or as `quantizer` would pack it."""
+    parameters = {id(each): each for each in base_parameters(model.module).values()}
+    stored = {key: stored_bytes(each) for key, each in parameters.items()}
+    for site in packed_sites(model) if quantizer is not None else ():
+        size = quantizer.packed_bytes((site.out_features, site.in_features)) if quantizer is not None else None
+        stored |= {} if size is None else {id(site.weight_parameter): size}
     # Of packed weights one is unpacked at a time.
-    unpacked = max((each.nbytes for each in parameters if stored_bytes(each) != each.nbytes), default=0)
-    return sum(map(stored_bytes, parameters)) + unpacked
+    unpacked = max((each.nbytes for key, each in parameters.items() if stored[key] != each.nbytes), default=0)
+    return sum(stored.values()) + unpacked
 
 
 def _saves(recipe: FinetuneRecipe, steps: int) -> int:

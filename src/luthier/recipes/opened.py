@@ -5,6 +5,7 @@ Every later verb takes just the run. What the run trained on decides how prompts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, DataError, RecipeError
-from luthier.data.conversation import Content, Conversation, Judged, Labelled, Message, Row, Tagged
-from luthier.data.forest import Ints, Tree, pack
+from luthier.data.conversation import Content, Labelled, Message, Row, Tagged
+from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
@@ -26,14 +27,14 @@ from luthier.infer.request import Request
 from luthier.infer.text import TextStream
 from luthier.kernels import pool
 from luthier.model.adapter_files import check_base, fill, read_config, read_extras
-from luthier.model.compared import compared_tree
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
 from luthier.model.tasks import SCORES, Task
+from luthier.model.text_model import LocalTextScorer
 from luthier.objectives.classification import Classification
 from luthier.quantizers import Quantizer
-from luthier.recipes.places import model_from, started_in, template_from
+from luthier.recipes.places import model_from, of_policy, started_in, template_from
 from luthier.recipes.purpose import SOME, kept_task, read_as
 from luthier.recipes.quantized import kept_quantizer, load_base, quantize
 from luthier.store.manifest import NAME, Manifest, verify
@@ -137,31 +138,10 @@ class Opened:
 
         Raises RecipeError for a model that was not trained to score answers.
         """
-        if self.model.task != SCORES:
-            raise RecipeError(
-                f"{self.model.source} was not trained to score answers",
-                allowed="a run with objective reward_model",
-                do="train one on preferences with objective reward_model",
-            )
-        trees = [self._scored(index, messages) for index, messages in enumerate(conversations)]
-        require_room(np.array([tree.token_count for tree in trees]), self.model)
-        self.model.train(False)
-        found = [0.0] * len(trees)
-        for forest in pack(sorted(trees, key=lambda tree: -tree.token_count), max_tokens=AT_ONCE):
-            with torch.no_grad():
-                outputs = self.model.token_outputs(forest)
-            if outputs.scores is not None:
-                for row, score in zip(outputs.rows.tolist(), outputs.scores.tolist(), strict=True):
-                    found[row] = score
+        found = LocalTextScorer(self.model, self.renderer).scores(conversations)
+        if missing := [index for index, score in enumerate(found) if math.isnan(score)]:
+            raise DataError(f"conversation {missing[0] + 1} is longer than the model's context")
         return found
-
-    def _scored(self, index: int, messages: Sequence[Message]) -> Tree:
-        """A conversation as what is scored at its last token."""
-        content = Judged(Conversation(tuple(messages[:-1])), tuple(messages[-1:]), good=True)
-        views = self.renderer.render(Row(index, f"conversation {index + 1}", content))
-        if not views:
-            raise DataError(f"conversation {index + 1} is longer than the model's context")
-        return compared_tree(views[0], at_end=True)
 
     def text(self, tokens: Ints, stop: Sequence[str] = ()) -> str:
         """What was said, without control tokens, up to the first of the strings `stop`."""
@@ -199,7 +179,7 @@ def open_named(
     if is_run(Path(name)):
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
-        return _open_run(RunDirectory.open(Path(name)), precision, device, quantizer)
+        return _open_run(of_policy(RunDirectory.open(Path(name))), precision, device, quantizer)
     extras = read_extras(Path(adapter or name))
     config = {} if adapter is None else read_config(Path(adapter))
     task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
@@ -271,6 +251,7 @@ def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
     Raises RecipeError when there is no result yet, and CorruptError for one that is not what was saved.
     """
     require_one(run)
+    run = of_policy(run)
     folder = next((run.folder / name for name in (MODEL, ADAPTER) if (run.folder / name).is_dir()), None)
     if folder is None:
         raise RecipeError(

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import Final
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.reading.rows import find_sources
-from luthier.model.load import FRESH, SEEDLING
+from luthier.model.sources import FRESH, SEEDLING
+from luthier.recipes.ai_feedback_recipe import AI_FEEDBACK, AiFeedbackRecipe
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.schema import FinetuneRecipe, Paths
-from luthier.store.runs import RunDirectory
+from luthier.store.runs import RunDirectory, is_begun
+
+POLICY: Final = "policy"
+"""Where a run of AI feedback keeps what has become of the model: a run of its own."""
 
 
 def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
@@ -27,11 +32,16 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         "template": template_from(recipe.data.template, folder),
     }
     models = {"model": recipe.model}
+    asked: dict[str, str | None] = {}
     if isinstance(recipe, ReinforceRecipe):
         asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
-        models |= {key: name for key, name in asked.items() if name is not None}
+    if isinstance(recipe, AiFeedbackRecipe):
+        asked = {"judge": recipe.judge, "speaker": recipe.speaker}
+    models |= {key: name for key, name in asked.items() if name is not None}
     there = {key: model_from(name, folder) for key, name in models.items()}
-    return recipe.model_copy(update={**there, "data": recipe.data.model_copy(update=data)})
+    teacher = None if recipe.reference.model is None else model_from(recipe.reference.model, folder)
+    reference = recipe.reference.model_copy(update={"model": teacher})
+    return recipe.model_copy(update={**there, "reference": reference, "data": recipe.data.model_copy(update=data)})
 
 
 def started_in(run: RunDirectory) -> Path | None:
@@ -40,6 +50,18 @@ def started_in(run: RunDirectory) -> Path | None:
         return None
     said = run.read_json("environment.json").get("folder")
     return Path(said) if isinstance(said, str) and Path(said).is_dir() else None
+
+
+def of_policy(run: RunDirectory) -> RunDirectory:
+    """The run that a result is in: the run itself, or of one of AI feedback that of its policy.
+
+    Raises RecipeError where that stage has not begun.
+    """
+    if run.read_recipe().get("recipe") != AI_FEEDBACK:
+        return run
+    if not is_begun(run.folder / POLICY):
+        raise RecipeError(f"{run.folder} has not come to training a policy yet", do=f"luthier resume {run.folder}")
+    return RunDirectory.open(run.folder / POLICY)
 
 
 def model_from(source: str, folder: Path | None) -> str:

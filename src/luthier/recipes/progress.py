@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -118,7 +119,9 @@ def figures(values: Any) -> str:
 
 
 def rewards(values: Any) -> str:
-    """The numbers of a rollout: its mean reward, and the parts of it."""
+    """The numbers of a rollout: its mean reward, and the parts of it; nothing where nobody rewards."""
+    if math.isnan(values["reward"]):
+        return ""
     parts = "".join(f" {name} {value:.3f}" for name, value in values["parts"].items() if "/" not in name)
     return f"reward {values['reward']:.3f}{f' ({parts[1:]})' if parts else ''}  "
 
@@ -148,6 +151,8 @@ def _event_line(event: Event) -> str | None:
     if event.kind == "micro_batch_split":
         cut = f"{event.values['from_tokens']:,} to {event.values['to_tokens']:,} tokens"
         return f"step {event.step}: out of memory; micro-batches are cut from {cut}, the gradient is the same"
+    if event.kind == "feedback":
+        return str(event.values["message"])
     if event.kind == "warning":
         return f"warning: {event.values['message']}"
     return None

@@ -33,15 +33,18 @@ from luthier.recipes.accounts import LIBRARIES
 from luthier.recipes.bench import reading_of
 from luthier.recipes.claims import changes, data_facts, fingerprint, recipe_digest
 from luthier.recipes.control_tokens import with_token_ids
-from luthier.recipes.evaluate import held_out_of, mean_loss
+from luthier.recipes.evaluate import held_out_of
+from luthier.recipes.kinds import kind_of_recipe
+from luthier.recipes.measuring import mean_loss
 from luthier.recipes.opened import result_of
-from luthier.recipes.places import located, started_in
+from luthier.recipes.places import located, of_policy, started_in
 from luthier.recipes.purpose import bound, kept_task
 from luthier.recipes.quantized import load_base, quantize
 from luthier.recipes.reinforce import HeldOut
-from luthier.recipes.reinforce_recipe import ReinforceRecipe, kind_of_recipe
+from luthier.recipes.reinforce_recipe import ReinforceRecipe
 from luthier.recipes.reward_tools import scoring_of
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.teacher import reference_of
 from luthier.store.environment import processor
 from luthier.store.runs import RunDirectory
 from luthier.train.result import MODEL, release
@@ -61,6 +64,7 @@ _Opened = tuple[LanguageModel, int, LanguageModel | None]
 def prove(run: RunDirectory) -> dict[str, Any]:
     """All checks, or the first error; see `recipes/verify.py`."""
     began = time.perf_counter()
+    run = of_policy(run)
     folder, manifest = result_of(run)
     facts = manifest.facts
     _check_claims(run, folder, facts)
@@ -197,7 +201,7 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
     for name, tensor in files.items():
         names.setdefault(tensor.data_ptr(), set()).add(name)
     del files
-    if not recipe.objective.reference:
+    if not _refers(recipe):
         release(base)
     saved = _saved_tensors(folder)
     # A tied tensor is saved once, under whichever of its names the zoo chose.
@@ -211,7 +215,12 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
         raise _other_tensors(folder, expected, found)
     if _digests(model) == before:
         raise GateError(f"the weights in {folder} are exactly those of the base", do="train it again")
-    return model, len(saved), base if recipe.objective.reference else None
+    return model, len(saved), base if _refers(recipe) else None
+
+
+def _refers(recipe: FinetuneRecipe) -> bool:
+    """Whether what the model was before is asked for its word, so that both have to be there."""
+    return recipe.reference.model is None and (recipe.objective.reference or recipe.objective.taught)
 
 
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:
@@ -294,15 +303,18 @@ def _check_loss(
     notices += [f"since the run, {change}; the held-out rows are the same" for change in differing]
     # A run that had to cut its micro-batches smaller on its way was evaluated with either size.
     sizes = dict.fromkeys([int(facts["micro_tokens"]), recipe.batch.micro_tokens])
+    told = reference_of(recipe, data, base=reference)
     losses = []
     for size in sizes:
         if isinstance(recipe, ReinforceRecipe):
             # What was held out has rewards, not a loss: its prompts are answered again.
             reading, tokenizer = reading_of(recipe), data.renderer.tokenizer
-            held = HeldOut.of(recipe, data, reading, tokenizer, model, scoring=scoring_of(recipe))
-            losses.append(held.rewarded().loss)
+            held = HeldOut.of(
+                recipe, data, reading, tokenizer, model, scoring=scoring_of(recipe), reference=told
+            )
+            losses.append(held.measured().loss)
         else:
-            losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=reference)[0])
+            losses.append(mean_loss(model, recipe.objective, trees, micro_tokens=size, reference=told)[0])
         if math.isclose(losses[-1], recorded, rel_tol=LOSS_TOLERANCE, abs_tol=NEAR_ZERO):
             return losses[-1]
     other = _environment(facts, model)

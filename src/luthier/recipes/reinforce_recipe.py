@@ -5,7 +5,6 @@ Everything else is as in a fine-tune (schema.py), so that one bench, one loop an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +30,11 @@ class RolloutKnobs(Knobs):
     cut: Literal["keep", "mask"] = Field(
         "keep", description="what becomes of answers that were cut off: trained like others, or not trained"
     )
+    lag: int = Field(
+        0, ge=0, le=1, description="rollouts that sampling runs ahead: 1 samples the next one with the weights from "
+        "before the steps of this one, and corrects for it"
+    )  # fmt: skip
+    correction: float = Field(2.0, ge=1, description="most that a token of a lagging rollout counts for")
     redraws: int = Field(
         0, ge=0, description="attempts to replace groups whose answers were all worth the same by other prompts'"
     )
@@ -44,8 +48,10 @@ class ReinforceRecipe(FinetuneRecipe):
     recipe: Literal["reinforce"] = Field(  # type: ignore[assignment]
         "reinforce", description="which story of recipes/ this file tells"
     )
-    reward: Annotated[Reward, Chosen("rewards")] = Field(
-        description="what an answer is worth: a reward, or a list of them, lowest first, which becomes a ladder"
+    reward: Annotated[Reward, Chosen("rewards")] | None = Field(
+        None,
+        description="what an answer is worth: a reward, or a list of them, lowest first, which becomes a ladder; an "
+        "objective that learns from a teacher needs none",
     )
     judge: str | None = Field(None, description="run, folder or hub id of the model that judges, if one is asked")
     reward_model: str | None = Field(None, description="run of objective reward_model, if the reward is learned")
@@ -67,7 +73,7 @@ class ReinforceRecipe(FinetuneRecipe):
     @field_validator("objective", mode="after")
     @classmethod
     def _learns_from_rollouts(cls, value: Objective) -> Objective:
-        if not isinstance(value, RolloutLearner):
+        if value.learner is None or "rollouts" not in value.needs:
             raise RecipeError(
                 f"objective {value.method_name()} learns from rows, and recipe reinforce has none",
                 allowed="an objective that learns from rollouts, such as grpo or ppo",
@@ -77,19 +83,44 @@ class ReinforceRecipe(FinetuneRecipe):
     @model_validator(mode="after")
     def _names_who_is_asked(self) -> ReinforceRecipe:
         asked: dict[str, str | None] = {"judge": self.judge, "reward-model": self.reward_model}
+        needs = frozenset() if self.reward is None else self.reward.needs
+        reward = "there is no reward that" if self.reward is None else f"the reward {self.reward.method_name()}"
         for need, name in asked.items():
             key = need.replace("-", "_")
-            if need in self.reward.needs and name is None:
+            if need in needs and name is None:
                 raise RecipeError(
-                    f"{key} is empty, and the reward {self.reward.method_name()} asks one",
+                    f"{key} is empty, and {reward} asks one",
                     allowed="a run, a folder or a hub id",
                     do=f"set {key}" + ("" if need == "judge" else " to a run with objective reward_model"),
                 )
-            if need not in self.reward.needs and name is not None:
+            if need not in needs and name is not None:
                 raise RecipeError(
-                    f"{key} is {name!r}, and the reward {self.reward.method_name()} asks none",
+                    f"{key} is {name!r}, and {reward} asks {'one' if self.reward is None else 'none'}",
                     do=f"leave {key} out, or choose a reward that asks it",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_what_learns_from_it(self) -> ReinforceRecipe:
+        if self.reward is None and (self.learner.rewarded or self.rollouts.redraws):
+            what = "rollouts.redraws compares" if not self.learner.rewarded else (
+                f"the objective {self.objective.method_name()} learns from"
+            )
+            raise RecipeError(
+                f"reward is empty, and {what} what answers are worth",
+                allowed="a reward, or a list of them, lowest first",
+                do="luthier list rewards names them",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _knows_its_end(self) -> ReinforceRecipe:
+        if len(self.objective.meanings or ()) > 1 and self.budget.steps is None:
+            raise RecipeError(
+                f"budget.steps is empty, and the objective {self.objective.method_name()} has two kinds of rows, "
+                "each with epochs of its own",
+                allowed="a number of optimizer steps",
+            )
         return self
 
     @model_validator(mode="after")
@@ -110,11 +141,6 @@ class ReinforceRecipe(FinetuneRecipe):
     @property
     def learner(self) -> RolloutLearner:
         """The objective, as one that learns from rollouts."""
-        if not isinstance(self.objective, RolloutLearner):
+        if self.objective.learner is None:
             raise RecipeError(f"objective {self.objective.method_name()} does not learn from rollouts")
-        return self.objective
-
-
-def kind_of_recipe(values: Mapping[str, Any]) -> type[FinetuneRecipe]:
-    """What a recipe in plain values is a recipe of."""
-    return ReinforceRecipe if values.get("recipe") == REINFORCE else FinetuneRecipe
+        return self.objective.learner

@@ -105,6 +105,22 @@ class CheckpointKnobs(Knobs):
     keep: int = Field(2, ge=1, description="checkpoints kept besides the best and the last")
 
 
+class ReferenceKnobs(Knobs):
+    """Whose word the objective asks for: that of the base, of a teacher, or of the base with a prompt."""
+
+    model: str | None = Field(None, description="run, folder or hub id of a teacher; empty is the base model itself")
+    prompt: str = Field("", description="system message that the teacher reads and the student does not")
+    cache: bool = Field(
+        False, description="whether all rows are asked about once, before the first step, instead of in every step; "
+        "what is said is kept in the run directory"
+    )  # fmt: skip
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it is another's word than the base's."""
+        return self.model is not None or bool(self.prompt)
+
+
 class FinetuneRecipe(Knobs):
     """A fine-tune: one base model, one data set, one adapter, one objective."""
 
@@ -122,6 +138,9 @@ class FinetuneRecipe(Knobs):
     )
     objective: Annotated[Objective, Chosen("objectives")] = Field(
         default_factory=lambda: choose("objectives", Objective, "sft"), description="what is optimised"
+    )
+    reference: ReferenceKnobs = Field(
+        default_factory=lambda: ReferenceKnobs(), description="whose word the objective asks for, if it asks for any"
     )
     optimizer: Annotated[Optimizer, Chosen("optimizers")] = Field(
         default_factory=lambda: choose("optimizers", Optimizer, "adamw"), description="how a gradient becomes a step"
@@ -145,7 +164,7 @@ class FinetuneRecipe(Knobs):
     def _bare_path(cls, value: object) -> object:
         return {"train": value} if isinstance(value, (str, list, tuple)) else value
 
-    @field_validator("budget", "batch", "evaluation", "checkpoint", mode="before")
+    @field_validator("budget", "batch", "evaluation", "checkpoint", "reference", mode="before")
     @classmethod
     def _nothing_given(cls, value: object) -> object:
         # What is left of a section once all of its lines are commented out, as `luthier init` writes it.
@@ -162,6 +181,29 @@ class FinetuneRecipe(Knobs):
         return self
 
     @model_validator(mode="after")
+    def _asks_whom_it_needs(self) -> FinetuneRecipe:
+        objective, own = self.objective, self.reference
+        name = objective.method_name()
+        if objective.taught and not own.teaches:
+            raise RecipeError(
+                f"reference.model and reference.prompt are empty, and the objective {name} learns from a teacher",
+                allowed="a run, a folder or a hub id; or a prompt, for the base model itself with that prompt",
+            )
+        if own.teaches and not objective.taught:
+            key, value = ("prompt", own.prompt) if own.model is None else ("model", own.model)
+            raise RecipeError(
+                f"reference.{key} is {value!r}, and the objective {name} learns from no teacher",
+                do=f"leave reference.{key} out, or choose an objective that has a teacher",
+            )
+        if own.cache and (not objective.reference or "rollouts" in objective.needs):
+            why = "has no reference" if not objective.reference else "learns from answers that are new in every step"
+            raise RecipeError(
+                f"reference.cache is true, and the objective {name} {why}",
+                allowed="true for objectives of rows with a reference, such as dpo and kto",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_at_once(self) -> FinetuneRecipe:
         if self.optimizer.steps_in_backward:
             require_no_clipping(self.optimizer, self.max_grad_norm)
@@ -173,7 +215,7 @@ class FinetuneRecipe(Knobs):
     @field_validator("objective", mode="after")
     @classmethod
     def _composes(cls, value: Objective) -> Objective:
-        if lacking := value.requires - cls.offers:
+        if lacking := value.needs - cls.offers:
             recipe = " or a recipe: reinforce" if "rollouts" in lacking else ""
             raise RecipeError(
                 f"objective {value.method_name()} needs {', '.join(sorted(lacking))}",

@@ -69,6 +69,11 @@ class Session:
         self.renderer = renderer
         self.adapter = with_token_ids(adapter, tokenizer, renderer.stop_ids)
         self.objective = objective
+        if objective.taught:
+            raise RecipeError(
+                f"the objective {objective.method_name()} learns from a teacher, and a session has none",
+                do="train it with a recipe that names a teacher",
+            )
         self.attachment = model.attach(edits_for(self.adapter, objective, model), name=name)
         self.stepper = Stepper(
             model, self.attachment, objective, optimizer, micro_tokens=micro_tokens, batcher=batcher

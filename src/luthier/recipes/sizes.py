@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from luthier.arithmetic.memory import Decoder, Output, Work
@@ -36,13 +38,24 @@ def decoder_of(model: LanguageModel) -> Decoder:
 
 def work_of(model: LanguageModel, attachment: Attachment, batch: MicroBatch, predicted: int) -> Work:
     """What one micro-batch, with so many tokens or classes that are `predicted`, is for the formulas."""
+    return work_with(work_without(model, attachment), model, batch, predicted)
+
+
+def work_with(work: Work, model: LanguageModel, batch: MicroBatch, predicted: int) -> Work:
+    """The same for another micro-batch."""
+    # Unrolled rows are padded to the longest.
+    tokens = batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest
+    return replace(work, tokens=tokens, predicted=max(1, predicted), longest=batch.longest)
+
+
+def work_without(model: LanguageModel, attachment: Attachment) -> Work:
+    """What is trained, for the formulas, before it is known on which tokens."""
     head = model.head
     plain = head.plain if isinstance(head, FeatureHead) else head
     return Work(
-        # Unrolled rows are padded to the longest.
-        tokens=batch.tokens if model.executor.kind == "segments" else len(batch.indices) * batch.longest,
-        predicted=max(1, predicted),
-        longest=batch.longest,
+        tokens=0,
+        predicted=1,
+        longest=0,
         edits=_edits(model, attachment),
         untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,

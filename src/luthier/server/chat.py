@@ -10,6 +10,7 @@ from typing import Any, final
 
 from fastapi import APIRouter, Request, Response
 
+from luthier.data.tool_calls import CLOSE, OPEN, Called, CallReader
 from luthier.infer.request import News
 from luthier.infer.request import Request as Asked
 from luthier.server.answers import ERRORS, ChatAnswer
@@ -20,7 +21,6 @@ from luthier.server.serving import Serving
 from luthier.server.stream import EventStream, Frame, whole
 from luthier.server.telling import chat_log_probs, merged, usage, voices_of
 from luthier.server.ticket import Ticket
-from luthier.server.tool_calls import CLOSE, OPEN, Called, CallReader
 
 Part = Mapping[str, Any]
 

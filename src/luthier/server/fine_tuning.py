@@ -4,93 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Final, Literal, TypeVar, final
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
-from luthier.core.nearest import did_you_mean
 from luthier.optimizers import Optimizer
 from luthier.server.answers import ERRORS, CheckpointList, EventList, JobList, TuningJob
-from luthier.server.bodies import Body, Number
+from luthier.server.bodies import Body
 from luthier.server.history import checkpoints_of, events_of
 from luthier.server.jobs import Job
 from luthier.server.serving import Serving
+from luthier.server.tuning_methods import Hyper, TuningMethod, Way, way_of
 
 T = TypeVar("T")
 Id = Annotated[str, Path(max_length=64)]
 Most = Annotated[int, Query(ge=1, le=1000)]
 After = Annotated[str | None, Query(max_length=128)]
-Auto = Literal["auto"]
-
-
-class Hyper(Body):
-    """How it is trained; `auto` is luthier's own default."""
-
-    n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[Number, Field(gt=0, le=1000)] | Auto = "auto"
-
-
-class PairHyper(Hyper):
-    """The same, and how short the leash to the base is."""
-
-    beta: Annotated[Number, Field(gt=0, le=1000)] | Auto = "auto"
-
-
-class Supervised(Body):
-    """Supervised fine-tuning."""
-
-    hyperparameters: Hyper = Field(default_factory=Hyper)
-
-
-class Pairs(Body):
-    """Learning from pairs of answers."""
-
-    hyperparameters: PairHyper = Field(default_factory=PairHyper)
-
-
-class TuningMethod(Body):
-    """What is optimised: `type` names one of the others."""
-
-    type: str = Field("supervised", max_length=64)
-    supervised: Supervised | None = None
-    dpo: Pairs | None = None
-    reinforcement: dict[str, Any] | None = None
-
-
-@final
-@dataclass(frozen=True)
-class Way:
-    """What a `method` of the API is here: its hyperparameters when none are given, and its objective, of which some
-    hyperparameters are knobs. The name of the objective says whether the trainer can do it."""
-
-    hyper: type[Hyper]
-    objective: str
-    knobs: tuple[str, ...] = ()
-
-    def recipe(self, hyper: Hyper) -> dict[str, Any]:
-        """What it adds to the recipe."""
-        given = {name: value for name in self.knobs if (value := getattr(hyper, name)) != "auto"}
-        return {"objective": {"method": self.objective, **given}}
-
-
-WAYS: Final[Mapping[str, Way]] = {
-    "supervised": Way(Hyper, "sft"),
-    "dpo": Way(PairHyper, "dpo", ("beta",)),
-}
-
-
-def ways() -> dict[str, Way]:
-    """The methods that the trainer can do."""
-    there = catalog.names("objectives")
-    return {name: way for name, way in WAYS.items() if way.objective in there}
 
 
 class JobBody(Body):
@@ -111,20 +45,15 @@ class JobBody(Body):
         """The method's name."""
         return self.method.type if self.method is not None else "supervised"
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What of the method is told again besides its hyperparameters."""
+        chosen = self.method.given.get(self.type) if self.method is not None else None
+        return chosen.model_dump(exclude={"hyperparameters"}) if chosen is not None else {}
+
     def way(self) -> tuple[Way, Hyper]:
         """The method and its hyperparameters, wherever they stand. Raises RecipeError for what is not done here."""
-        known = ways()
-        if self.type not in known:
-            raise RecipeError(f"method.type is {self.type!r:.80}", allowed=", ".join(known),
-                              do=did_you_mean(self.type, list(known)))  # fmt: skip
-        given = {"supervised": self.method.supervised, "dpo": self.method.dpo} if self.method is not None else {}
-        odd = [name for name, one in given.items() if one is not None and name != self.type]
-        if odd or (self.method is not None and self.method.reinforcement is not None):
-            raise RecipeError(f"method has {(odd or ['reinforcement'])[0]} and its type is {self.type}",
-                              allowed=f"method.{self.type}")  # fmt: skip
-        way, chosen = known[self.type], given.get(self.type)
-        plain = way.hyper.model_validate(self.hyperparameters.model_dump()) if self.hyperparameters else way.hyper()
-        return way, chosen.hyperparameters if chosen is not None else plain
+        return way_of(self.method, self.hyperparameters)
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -138,7 +67,7 @@ def routes(serving: Serving) -> APIRouter:
         recipe = recipe_of(serving, body)
         asked = {"training_file": body.training_file, "validation_file": body.validation_file, "type": body.type,
                  "hyperparameters": body.way()[1].model_dump(), "seed": body.seed or 0,
-                 "metadata": body.metadata}  # fmt: skip
+                 "metadata": body.metadata, "method": body.told}  # fmt: skip
         name = f"ft:{serving.names.base}:{body.suffix or 'luthier'}"
         job = await asyncio.to_thread(jobs.create, serving.names.base, name, asked, recipe)
         return JSONResponse(plain(job))
@@ -202,12 +131,10 @@ def recipe_of(serving: Serving, body: JobBody) -> dict[str, Any]:
         "adapter": {"method": "lora"},
         "budget": {"epochs": 3 if hyper.n_epochs == "auto" else hyper.n_epochs},
         "seed": body.seed or 0,
-        **way.recipe(hyper),
     }
+    recipe |= way.recipe(hyper, body.method, (serving.names.base, recipe["model"]))
     if body.validation_file is None:
-        recipe["evaluation"] = {"fraction": 0.0}
-    if hyper.batch_size != "auto":
-        recipe["batch"] = {"rows": hyper.batch_size}
+        recipe["evaluation"] = {**recipe.get("evaluation", {}), "fraction": 0.0}
     if hyper.learning_rate_multiplier != "auto":
         rate = choose("optimizers", Optimizer, "adamw").as_recipe()["learning_rate"]
         recipe["optimizer"] = {"method": "adamw", "learning_rate": rate * hyper.learning_rate_multiplier}
@@ -234,7 +161,7 @@ def plain(job: Job) -> dict[str, Any]:
         "seed": job.asked["seed"],
         "organization_id": "luthier",
         "metadata": job.asked["metadata"],
-        "method": {"type": kind, kind: {"hyperparameters": hyper}},
+        "method": {"type": kind, kind: {**job.asked.get("method", {}), "hyperparameters": hyper}},
     }
 
 

@@ -18,6 +18,9 @@ _WORDS: Final[Mapping[str, str]] = {
     "checkpoint": "Step {step}: the state was saved",
     "finish": "The run has ended and its result was proved",
 }
+_MEASURED: Final = ("step", "rollout", "evaluation")
+_COLUMNS: Final = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+_REWARDS: Final = ("train_mean_reward", "valid_mean_reward")
 
 
 def events_of(job: Job, run: Path) -> list[dict[str, Any]]:
@@ -29,6 +32,14 @@ def events_of(job: Job, run: Path) -> list[dict[str, Any]]:
         if kind == "step":
             data = {"step": step, "train_loss": said.get("loss")}
             made.append(_event(job, place, when, f"Step {step}: training loss={_shown(said.get('loss'))}", data))
+        elif kind == "rollout":
+            data = {"step": step, "train_mean_reward": said.get("reward")}
+            told = f"Step {step}: mean reward={_shown(said.get('reward'))} of {said.get('answers')} answers"
+            made.append(_event(job, place, when, told, data))
+        elif kind == "evaluation" and "reward" in said:
+            data = {"step": step, "valid_mean_reward": said.get("reward")}
+            told = f"Step {step}: mean validation reward={_shown(said.get('reward'))}"
+            made.append(_event(job, place, when, told, data))
         elif kind == "evaluation":
             data = {"step": step, "valid_loss": said.get("loss")}
             made.append(_event(job, place, when, f"Step {step}: validation loss={_shown(said.get('loss'))}", data))
@@ -71,14 +82,19 @@ def checkpoints_of(job: Job, run: Path) -> list[dict[str, Any]]:
 
 
 def results_csv(run: Path) -> bytes:
-    """The losses of each step, in OpenAI's columns."""
+    """The losses of each step, in OpenAI's columns, and the rewards where answers were graded."""
     rows: dict[int, dict[str, Any]] = {}
     for said in _records(run):
-        if said.get("kind") in ("step", "evaluation") and isinstance(said.get("step"), int):
-            name = "train_loss" if said["kind"] == "step" else "valid_loss"
-            rows.setdefault(said["step"], {})[name] = said.get("loss")
+        if said.get("kind") not in _MEASURED or not isinstance(said.get("step"), int):
+            continue
+        row, kind = rows.setdefault(said["step"], {}), str(said["kind"])
+        if kind == "rollout" or (kind == "evaluation" and "reward" in said):
+            row["train_mean_reward" if kind == "rollout" else "valid_mean_reward"] = said.get("reward")
+        else:
+            row["train_loss" if kind == "step" else "valid_loss"] = said.get("loss")
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"])
+    rewarded = any("train_mean_reward" in row for row in rows.values())
+    writer = csv.DictWriter(text, [*_COLUMNS, *(_REWARDS if rewarded else ())])
     writer.writeheader()
     writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
     return text.getvalue().encode()

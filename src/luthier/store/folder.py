@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 
 from luthier.core.errors import CorruptError, DiskFullError, RefusedError, StorageError
 from luthier.store.disk import FREE_SPACE, NO_SPACE, REAL, Disk, explained, require_space
-from luthier.store.manifest import Manifest, verify, write_manifest
+from luthier.store.manifest import Entry, Manifest, verify, write_manifest
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], Mapping[str, Entry] | None]
+"""Fills a folder. It may tell what it has written by name: size and digest, taken before the disk had the bytes."""
 _BESIDE: Final = ("tmp", "old", "del")
 
 
@@ -36,8 +37,11 @@ def write_folder(
     disk: Disk = REAL,
     replace: bool = False,
     needed_bytes: int = 0,
+    trust: bool = False,
 ) -> Manifest:
     """Let `place` hold what `writer` puts into the folder it is given; return once that is durable and verified.
+
+    With `trust` files whose digests the writer has told are durable but not read back: for what can be made again.
 
     `facts` are plain JSON values for the manifest. With `replace` a folder that is there goes when the new one has
     been verified; without, it is refused. After an error `place` is what it was, and nothing is left beside it.
@@ -49,13 +53,14 @@ def write_folder(
     require_space(place.parent, needed_bytes, disk=disk)
     beside, old = _beside(place, "tmp"), _beside(place, "old")
     with _undone_on_error(place, lambda: _drop(beside, disk)):
-        fill_folder(beside, writer, facts, disk=disk, needed_bytes=needed_bytes)
+        told: dict[str, Entry] = {}
+        fill_folder(beside, writer, facts, disk=disk, needed_bytes=needed_bytes, told=told)
     with _undone_on_error(place, lambda: _put_back(place, beside, old, disk)), explained("write", place):
         if _is_there(place):
             disk.rename(place, old)
         disk.rename(beside, place)
         disk.sync_folder(place.parent)
-        manifest = verify(place)
+        manifest = verify(place, trusted=told if trust else ())
     if _is_there(old):
         with explained("remove", old):
             disk.remove(old)
@@ -63,12 +68,23 @@ def write_folder(
 
 
 def fill_folder(
-    beside: Path, writer: Writer, facts: Mapping[str, Any], *, disk: Disk = REAL, needed_bytes: int | None = None
+    beside: Path,
+    writer: Writer,
+    facts: Mapping[str, Any],
+    *,
+    disk: Disk = REAL,
+    needed_bytes: int | None = None,
+    told: dict[str, Entry] | None = None,
 ) -> Manifest:
-    """Make the folder `beside`, let `writer` fill it, and make it durable, its manifest last."""
+    """Make the folder `beside`, let `writer` fill it, and make it durable, its manifest last.
+
+    What the writer tells of its files is put into `told`.
+    """
     with explained("write", beside, needed_bytes=needed_bytes):
         disk.make_folder(beside)
-        _call(writer, beside)
+        known = _call(writer, beside)
+        if told is not None:
+            told.update(known)
         readable = beside.stat().st_mode & 0o666
         for path in sorted(beside.rglob("*")):
             if path.is_dir() and not path.is_symlink():
@@ -77,7 +93,7 @@ def fill_folder(
                 # safetensors writes for the owner only; whoever may enter the folder may read what is in it.
                 path.chmod(readable)
                 disk.sync_file(path)
-        manifest = write_manifest(beside, facts, disk=disk)
+        manifest = write_manifest(beside, facts, disk=disk, known=known)
         disk.sync_folder(beside)
     return manifest
 
@@ -129,9 +145,9 @@ def _put_back(place: Path, beside: Path, old: Path, disk: Disk) -> None:
     disk.remove(beside)
 
 
-def _call(writer: Writer, folder: Path) -> None:
+def _call(writer: Writer, folder: Path) -> Mapping[str, Entry]:
     try:
-        writer(folder)
+        return writer(folder) or {}
     except SafetensorError as failure:
         # The Rust side has one kind of error for everything, and the system's number in its text.
         full = any(f"os error {number})" in str(failure) for number in NO_SPACE)

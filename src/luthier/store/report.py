@@ -20,9 +20,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.core.errors import StorageError
 from luthier.core.units import bytes_text, count_text, duration_text, percent_text
-from luthier.store.curves import Line, Mark, Point, decimate, draw, smooth
 from luthier.store.files import write_text
 from luthier.store.report_answers import clip, compare_answers
+from luthier.store.report_curves import LOSS, Measure, curves_of, loss_text, measure_of
+from luthier.store.report_feedback import feedback_of
 from luthier.store.report_files import RunFiles, first_of, listing, mapping, number, read_run, step_of, text_of
 
 REPORT: Final = "report.html"
@@ -37,18 +38,21 @@ _STATUS: Final = {
 }
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into the run directory and return its path. Raises StorageError when it cannot be written."""
+def write_report(run: Path, *, into: Path | None = None) -> Path:
+    """Write `report.html` into the run, or `into` the one that it is a stage of, with what a judge decided there.
+
+    Gives back its path. Raises StorageError when it cannot be written.
+    """
     if not run.is_dir():
         raise StorageError("there is no such run directory", do="give the folder of a training run", where=str(run))
-    target = run / REPORT
+    target = (into or run) / REPORT
     # What came from a damaged file may hold half a surrogate pair, which UTF-8 cannot say.
-    write_text(target, render_report(run).encode("utf-8", errors="replace").decode("utf-8"))
+    write_text(target, render_report(run, judged=into).encode("utf-8", errors="replace").decode("utf-8"))
     return target
 
 
-def render_report(run: Path) -> str:
-    """The report as text; nothing is written."""
+def render_report(run: Path, *, judged: Path | None = None) -> str:
+    """The report as text; nothing is written. In the folder `judged` lies what a judge decided."""
     files = read_run(run)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -58,21 +62,25 @@ def render_report(run: Path) -> str:
         lstrip_blocks=True,
     )
     steps, evaluations = files.of_kind("step"), files.of_kind("evaluation")
+    measure = measure_of(files)
     summary = files.summary
     said, tone = _status(files)
     return environment.get_template(_TEMPLATE).render(
-        name=text_of(summary.get("run")).rstrip("/").rpartition("/")[2] or run.resolve().name,
+        name=(text_of(summary.get("run")).rstrip("/") if judged is None else str(judged)).rpartition("/")[2]
+        or run.resolve().name,
         status=said,
         tone=tone,
-        verdict=_verdict(files, steps, evaluations),
+        verdict=_verdict(files, measure, steps),
         about=_about(files, steps),
         notices=[text_of(notice) for notice in listing(summary.get("notices"))],
         problems=files.problems,
         error=_error(files),
         demo=_demo(summary),
         samples=compare_answers(files.samples),
-        curves=_curves(files, steps, evaluations),
+        measure=measure,
+        curves=curves_of(files, measure),
         numbers=_numbers(summary, steps),
+        feedback=feedback_of(judged),
         data=_data(mapping(summary.get("data"))),
         worst=_worst(files, evaluations),
         proof=_proof(mapping(summary.get("proof")), text_of(summary.get("result"))),
@@ -90,27 +98,28 @@ def _status(files: RunFiles) -> tuple[str, str]:
     return _STATUS.get(status, (status or "not finished", "open"))
 
 
-def _verdict(files: RunFiles, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:
-    """One sentence: what happened to the held-out loss, on how many trained tokens, in what time."""
-    loss = mapping(files.summary.get("loss"))
-    held_out = [value for _, value in _points(evaluations, "loss")]
-    first = first_of(loss.get("eval_first"), held_out[0] if len(held_out) > 1 else None)
-    last = first_of(loss.get("eval"), held_out[-1] if len(held_out) > 1 else None)
-    best, best_step = number(loss.get("best")), number(loss.get("best_step"))
-    what = "Held-out loss"
+def _verdict(files: RunFiles, measure: Measure, steps: Sequence[dict[str, Any]]) -> str:
+    """One sentence: what happened to the held-out loss or reward, on how many trained tokens, in what time."""
+    said = mapping(files.summary.get("loss"))
+    held_out = [value for _, value in measure.held_out(files)]
+    first = first_of(measure.of_loss(said.get("eval_first")), held_out[0] if len(held_out) > 1 else None)
+    last = first_of(measure.of_loss(said.get("eval")), held_out[-1] if len(held_out) > 1 else None)
+    best, best_step = measure.of_loss(said.get("best")), number(said.get("best_step"))
+    what = f"Held-out {measure.noun}"
     if first is None or last is None:
-        trained = [value for _, value in _points(steps, "loss")]
-        what, best = "Training loss", None
-        first = first_of(loss.get("first"), trained[0] if trained else None)
-        last = first_of(loss.get("last"), trained[-1] if trained else None)
+        trained = [value for _, value in measure.trained(files)]
+        own = said if measure == LOSS else {}
+        what, best = f"Training {measure.noun}", None
+        first = first_of(own.get("first"), trained[0] if trained else None)
+        last = first_of(own.get("last"), trained[-1] if trained else None)
     if first is None or last is None:
         return "No step of this run was recorded."
     went = "fell" if last < first else "rose" if last > first else "stayed"
-    sentence = f"{what} {went} from {_loss(first)} to {_loss(last)}"
+    sentence = f"{what} {went} from {loss_text(first)} to {loss_text(last)}"
     if went == "stayed":
-        sentence = f"{what} stayed at {_loss(first)}"
+        sentence = f"{what} stayed at {loss_text(first)}"
     if best is not None and best_step is not None:
-        level = "" if _loss(best) == _loss(last) else f" with {_loss(best)}"
+        level = "" if loss_text(best) == loss_text(last) else f" with {loss_text(best)}"
         sentence += f", best at step {best_step:,.0f}{level}"
     tokens = first_of(mapping(files.summary.get("tokens")).get("trained"), _total(steps, "trained_tokens"))
     seconds = first_of(files.summary.get("train_seconds"), _total(steps, "seconds"))
@@ -152,125 +161,9 @@ def _demo(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     forgetting = mapping(demo.get("forgetting"))
     before, after = number(forgetting.get("before")), number(forgetting.get("after"))
     if before is not None and after is not None:
-        shown.append({"label": "loss on the base model's own text", "before": _loss(before), "after": _loss(after)})
+        shares = {"before": loss_text(before), "after": loss_text(after)}
+        shown.append({"label": "loss on the base model's own text", **shares})
     return shown
-
-
-# ------------------------------------------------------------------------------------------------------- the curves
-
-
-def _rewards(
-    rollouts: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
-) -> list[tuple[str, list[Line], bool]]:
-    """Curves of reinforcement learning: the reward, its parts one by one, and what tells of collapse and drift."""
-    parts = dict.fromkeys(text_of(name) for event in rollouts for name in mapping(event.get("parts")))
-    apart = [{**mapping(event.get("parts")), "step": event.get("step")} for event in rollouts]
-    return [
-        ("Reward", _noisy(_points(rollouts, "reward")), False),
-        ("Reward of held-out prompts", [Line(style="held", points=_points(evaluations, "reward"), dots=True)], False),
-        *((f"Reward: {name}", _noisy(_points(apart, name)), False) for name in parts),
-        ("Tokens of an answer", _noisy(_points(rollouts, "length")), True),
-        ("Surprise of a sampled token, nats", _noisy(_points(rollouts, "entropy")), True),
-    ]
-
-
-def _curves(
-    files: RunFiles, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
-    loss, held_out = _points(steps, "loss"), _points(evaluations, "loss")
-    if not loss and not held_out:
-        return None
-    best = min((point for point in held_out if point[0] > 0), key=lambda point: point[1], default=None)
-    last = max(step_of(event) for event in [*steps, *evaluations])
-    span = (0.0, float(last))
-    ring = best[0] if best else None
-    smoothed = _smoothed(loss)
-    lines = [*_noisy(loss), Line(style="held", points=held_out, dots=True, ring=ring)]
-    bad = files.of_kind("bad_step")
-    checkpoints = files.of_kind("checkpoint")
-    marks = [
-        Mark(style=style, step=step_of(event), title=f"{said} {step_of(event):,}")
-        for style, said, events in (("saved", "checkpoint at step", checkpoints), ("bad", "bad step", bad))
-        for event in events
-    ]
-    rates, norms = _points(steps, "learning_rate"), _points(steps, "grad_norm")
-    small = [
-        {"title": title, "svg": draw(shown, title, steps=span, width=352, height=130, from_zero=from_zero)}
-        for title, shown, from_zero in (
-            ("Learning rate", [Line(style="smooth", points=rates)], True),
-            ("Gradient norm before clipping", _noisy(norms), False),
-            *_rewards(files.of_kind("rollout"), evaluations),
-        )
-        if shown[0].points
-    ]
-    return {
-        "svg": draw([line for line in lines if line.points], f"Loss over {last:,} steps", steps=span, marks=marks),
-        "small": small,
-        "smoothed": bool(smoothed),
-        "held_out": bool(held_out),
-        "saved": bool(checkpoints),
-        "best": f"{best[0]:,.0f}" if best else "",
-        "rise": _rise(best, held_out),
-        "bad": [
-            {
-                "step": f"{step_of(event):,}",
-                "what": text_of(event.get("what")),
-                "value": text_of(event.get("value")),
-                "rows": ", ".join(map(text_of, listing(event.get("rows")))),
-            }
-            for event in bad
-        ],
-        "evaluations": [
-            {"step": f"{step:,.0f}", "loss": _loss(value), "best": step == ring} for step, value in held_out
-        ],
-        "readings": _readings(steps, smoothed, held_out),
-    }
-
-
-def _noisy(points: Sequence[Point]) -> list[Line]:
-    """A curve that jumps from step to step: thin, with its average over it."""
-    average = _smoothed(points)
-    if not average:
-        return [Line(style="smooth", points=points)]
-    return [Line(style="raw", points=points), Line(style="smooth", points=average)]
-
-
-def _smoothed(points: Sequence[Point]) -> list[Point]:
-    """The running average, about a fiftieth of the run wide; nothing below twenty points, which need none."""
-    if len(points) < 20:
-        return []
-    even = smooth([value for _, value in points], span=max(len(points) / 50, 4))
-    return [(step, value) for (step, _), value in zip(points, even, strict=True)]
-
-
-def _points(events: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    return [(step_of(event), value) for event in events if (value := number(event.get(key))) is not None]
-
-
-def _rise(best: Point | None, held_out: Sequence[Point]) -> str:
-    """How far the held-out loss rose after its best, when that is more than noise."""
-    if best is None or best[1] <= 0 or held_out[-1][1] <= 1.02 * best[1]:
-        return ""
-    return percent_text(held_out[-1][1] / best[1] - 1)
-
-
-def _readings(
-    steps: Sequence[dict[str, Any]], smoothed: Sequence[Point], held_out: Sequence[Point]
-) -> list[list[str | int]]:
-    """What is said when a step is pointed at: its number, then training, smoothed and held-out loss, rate and norm."""
-    even, tested = dict(smoothed), dict(held_out)
-    known = {step_of(event): event for event in steps}
-    every = sorted(known.keys() | {round(step) for step in tested})
-    heights = [number(known.get(step, {}).get("loss")) or 0.0 for step in every]
-    wanted = sorted({every[index] for index in decimate(heights)} | {round(step) for step in tested})
-    rows: list[list[str | int]] = []
-    for step in wanted:
-        event = known.get(step, {})
-        losses = (number(event.get("loss")), even.get(step), tested.get(step))
-        others = (number(event.get("learning_rate")), number(event.get("grad_norm")))
-        rows.append([step, *("" if value is None else _loss(value) for value in losses),
-                     *("" if value is None else f"{value:.3g}" for value in others)])
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ the numbers
@@ -301,11 +194,14 @@ def _numbers(summary: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> lis
 
 
 def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """An objective's own numbers of held-out rows, before and after; nothing that is no pair of numbers."""
+    """An objective's own numbers of held-out rows, before and after; nothing that is no pair of numbers.
+
+    What is part of a part of a reward (`right/answered`) is not among them.
+    """
     found = []
     for name, pair in mapping(summary.get("metrics")).items():
         before, after = (number(each) for each in pair) if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        if before is not None and after is not None:
+        if before is not None and after is not None and "/" not in name:
             found.append((f"Held-out {name}", f"{before:.3f} before, {after:.3f} after"))
     return found
 
@@ -327,7 +223,7 @@ def _worst(files: RunFiles, evaluations: Sequence[dict[str, Any]]) -> list[dict[
     """The rows with the highest loss; from the last evaluation, without texts, when there is no table of them."""
     entries = files.worst or (listing(evaluations[-1].get("worst_rows")) if evaluations else [])
     return [
-        {"row": text_of(entry.get("row")), "loss": _loss(loss), "text": clip(text_of(entry.get("text")))}
+        {"row": text_of(entry.get("row")), "loss": loss_text(loss), "text": clip(text_of(entry.get("text")))}
         for entry in entries
         if isinstance(entry, dict) and (loss := number(entry.get("loss"))) is not None
     ]
@@ -360,13 +256,6 @@ def _proof(proof: Mapping[str, Any], folder: str) -> list[tuple[str, str]]:
 def _total(events: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [value for event in events if (value := number(event.get(key))) is not None]
     return math.fsum(values) if values else None
-
-
-def _loss(value: float) -> str:
-    """Three digits after the point; small losses keep three that matter, large ones one."""
-    if abs(value) >= 100:
-        return f"{value:,.1f}"
-    return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _count(count: int, noun: str) -> str:

@@ -63,6 +63,7 @@ def _sample(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "prompt": clip(entry.get("prompt", "")),
         "answers": answers,
+        "reference": bool(reference),
         "match": last is not None and last == reference,
         "history": history if len(history) > 1 else [],
         "longest": longest,

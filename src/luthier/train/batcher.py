@@ -25,7 +25,7 @@ from luthier.objectives import Objective
 from luthier.train.in_backward import InBackward
 from luthier.train.pass_report import PassReport, add_up, report_of
 from luthier.train.random_state import RandomState
-from luthier.train.reference import mean_log_ratio, noted
+from luthier.train.reference import ITSELF, Reference, looked_at, mean_log_ratio, noted
 from luthier.train.shortage import Split, exhausted, release, shortage
 
 Group = tuple[Tree, ...]
@@ -53,13 +53,15 @@ class Batcher:
     """Runs trees through a model for its learners. A single learner may have no name, and neither have its trees.
 
     `micro_tokens` only ever becomes smaller. `planned_bytes` is what a plan expects each part to need, for the error
-    when memory is exhausted, and `began` the random numbers that the step at hand began with.
+    when memory is exhausted, `reference` whose word objectives ask for, and `began` the random numbers that the step at
+    hand began with.
     """
 
     def __init__(self, model: LanguageModel, *, micro_tokens: int = 4096) -> None:
         self.model = model
         self.micro_tokens = micro_tokens
         self.planned_bytes: Mapping[str, int] = {}
+        self.reference: Reference = ITSELF
         self.learners: dict[str, Learner] = {}
         self.began = RandomState.now(model.device)
         self._groups: list[Group] = []
@@ -149,7 +151,7 @@ class Batcher:
             return
         parts = [
             (name, (own, outputs, self.learners[name].objective.loss(outputs, own)))
-            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest, temperature=temperature))
+            for name, own, outputs in _by_learner(forest, self._outputs(forest, temperature))
         ]
         total = parts[0][1][2].sum
         for _, (_, _, report) in parts[1:]:
@@ -194,7 +196,7 @@ class Batcher:
         found: dict[str, list[PassReport]] = {}
         for bare in self._one_by_one(self._informed(trees)):
             forest, temperature = self._prepared(bare)
-            for name, own, outputs in _by_learner(forest, self.model.token_outputs(forest, temperature=temperature)):
+            for name, own, outputs in _by_learner(forest, self._outputs(forest, temperature)):
                 report = self.learners[name].objective.loss(outputs, own)
                 made = report_of(report, own.token_count, outputs)
                 found.setdefault(name, []).append(made)
@@ -208,9 +210,9 @@ class Batcher:
             objective = self.learners[name].objective
             if probes := objective.probes(own):
                 forests = self._one_by_one(probes)
-                own = objective.informed(
-                    own, mean_log_ratio(self.model, forests, temperature=objective.policy_temperature)
-                )
+                heat = objective.policy_temperature
+                ratio = mean_log_ratio(self.model, forests, temperature=heat, reference=self.reference)
+                own = objective.informed(own, ratio)
             told += own
         return told
 
@@ -225,8 +227,14 @@ class Batcher:
             )
         [temperature] = temperatures
         return noted(
-            self.model, forest, lambda tree: own[tree.adapter].refers(tree), temperature=temperature
-        ), temperature
+            self.model, forest, lambda tree: own[tree.adapter].refers(tree), temperature=temperature,
+            reference=self.reference,
+        ), temperature  # fmt: skip
+
+    def _outputs(self, forest: Forest, temperature: float) -> TokenOutputs:
+        """What a prepared micro-batch gives; one learner alone may have its policy compared with the reference's."""
+        comparison = self.learners[forest.trees[0].adapter].objective.comparison
+        return looked_at(self.model, forest, comparison, temperature=temperature, reference=self.reference)
 
     def _one_by_one(self, trees: Sequence[Tree]) -> Iterator[Forest]:
         for forest in self.micro_batches(trees):

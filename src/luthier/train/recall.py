@@ -32,7 +32,9 @@ def recall(stepper: Stepper, trees: Sequence[Tree], wanted: frozenset[Note]) -> 
     try:
         for forest in pack(stepper.batcher.named(stepper.name, trees), max_tokens=stepper.micro_tokens):
             if "reference" in wanted:
-                forest = noted(model, forest, lambda tree: True, temperature=temperature)
+                forest = noted(
+                    model, forest, lambda tree: True, temperature=temperature, reference=stepper.batcher.reference
+                )
             if wanted & {"old", "value"}:
                 forest = _own(stepper, forest, wanted, temperature)
             found += forest.trees

@@ -21,11 +21,12 @@ it; answers, those cut off, their tokens; those whose reward failed or does not 
 
 @dataclass
 class RolloutReport:
-    """Counts and sums of one rollout by the policy `version`."""
+    """Counts and sums of one rollout by the policy `version`. `compared` says whether it learns from their worth."""
 
     version: int
     counts: Counter[str] = field(default_factory=Counter)
     surprise: float = 0.0
+    compared: bool = True
     leash: float = 0.0
     seconds: float = 0.0
     sampling_seconds: float = 0.0
@@ -52,7 +53,7 @@ class RolloutReport:
                 self._lengths.append(min(answer.length, longest))
                 for name, value in answer.parts.items():
                     self._parts.setdefault(name, []).append(value)
-            if group.answers and group.alike:
+            if self.compared and group.answers and group.alike:
                 self.counts["alike"] += 1
                 self._alike.append((group.row, group.answers[0].reward))
 

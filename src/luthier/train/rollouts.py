@@ -5,8 +5,15 @@ prompts -> sampled answers -> rewards -> groups -> notes (old, reference, values
 The loop knows nothing of this. What the source holds between two steps, the trees of its replay with their notes, is
 saved with every checkpoint, so a run that is killed in the middle of a replay goes on bit for bit. Random numbers are
 functions of (seed, rollout, attempt, prompt, answer), so that nothing else has to be remembered.
+A rollout may run ahead: the next one is then sampled before the steps of this one, with the weights that these begin
+with, and waits. So a sampler and a trainer side by side would see the same weights as they do here, one after the
+other, and come to the same numbers. What is then trained was said by a policy that is a rollout behind; what the one
+that learns finds likelier counts for more, up to a limit, and what it finds less likely for less.
+Equation: w_t = min(exp(log pi_begin(y_t) - log pi_sampled(y_t)), most), multiplied with the advantage.
 Source: Ouyang et al., arXiv 2203.02155, appendix C.4; Shao et al., arXiv 2402.03300, algorithm 1; drawing again where
-    all answers of a group are worth the same: Yu et al., arXiv 2503.14476, section 3.2.
+    all answers of a group are worth the same: Yu et al., arXiv 2503.14476, section 3.2; a step off: Noukhovitch et al.,
+    arXiv 2410.18252; truncated importance weights: Espeholt et al., arXiv 1802.01561, section 4.1; ratios from the
+    policy that steps begin with: Hilton et al., arXiv 2110.00641.
 """
 
 from __future__ import annotations
@@ -23,7 +30,18 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.core.events import Event
 from luthier.data.forest import Ints, Note, Tree
 from luthier.data.rollout_learner import RolloutLearner
-from luthier.data.rollouts import Answer, Arrays, Group, Prompt, as_arrays, from_arrays
+from luthier.data.rollouts import (
+    Answer,
+    Arrays,
+    Group,
+    Prompt,
+    as_arrays,
+    from_arrays,
+    groups_as_arrays,
+    groups_from_arrays,
+    leaf_notes,
+    noting,
+)
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Sampling, Speaker, Spoken
 from luthier.rewards import Verdict
@@ -47,7 +65,8 @@ class Plan:
 
     An answer that was cut off is kept as it is, or left untrained (`mask`), though its group still knows its worth.
     With `redraws`, groups whose answers were all worth the same are replaced by those of other prompts, in at most so
-    many attempts.
+    many attempts. With a `lag` of 1 each rollout is sampled before the steps of the one before it, and a token counts
+    for `correction` at most.
     """
 
     prompts: int
@@ -56,6 +75,8 @@ class Plan:
     stop_ids: tuple[int, ...]
     cut: Literal["keep", "mask"] = "keep"
     redraws: int = 0
+    lag: int = 0
+    correction: float = 2.0
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
         """How answers are drawn: from the very policy that is trained, so nothing is cut off or steered."""
@@ -80,6 +101,7 @@ class RolloutSource(Source):
         plan: Plan,
         seed: int,
         episodes: Episodes | None = None,
+        beside: Source | None = None,
     ) -> None:
         if not prompts:
             raise DataError(
@@ -93,9 +115,11 @@ class RolloutSource(Source):
         self.decode = decode
         self.plan = plan
         self.episodes = episodes
+        self.beside = beside
+        """Rows that each step imitates beside what is learned from rollouts."""
         self.seed = seed
         self.leash = objective.leash
-        self.report: RolloutReport | None = None
+        self._reports: list[RolloutReport] = []
         self._cursor = Cursor()
         self._number = 0
         """How many rollouts were made."""
@@ -104,17 +128,26 @@ class RolloutSource(Source):
         self._at = 0
         """How many of them from the rollout at hand."""
         self._trees: list[Tree] = []
+        self._ahead: list[Group] = []
+        """The rollout that was sampled ahead, and waits."""
         self._warned = False
 
     # ------------------------------------------------------------------------------------------------- as a source
 
     def next_step(self) -> list[Tree]:
         if self._at >= self._replays:
-            self._trees, self._at = self._roll_out(), 0
+            groups = self._ahead or self._sampled()
+            self._ahead = self._sampled() if self.plan.lag else []
+            self._trees, self._at = self._learnable(groups), 0
         trees = self._minibatch(self._at)
         self._at += 1
         self._steps += 1
-        return trees
+        return trees if self.beside is None else [*trees, *weighing(self.beside.next_step(), trees)]
+
+    @property
+    def report(self) -> RolloutReport | None:
+        """What the newest rollout was, until it is told."""
+        return self._reports[-1] if self._reports else None
 
     @property
     def cursor(self) -> Cursor:
@@ -124,12 +157,11 @@ class RolloutSource(Source):
         self._cursor = cursor
 
     def told(self, passed: PassReport) -> list[Event]:
-        events = []
-        if self.report is not None:
-            events.append(Event("rollout", self.report.values()))
-            self.report = None
+        events = [Event("rollout", report.values()) for report in self._reports]
+        self._reports = []
         mismatch = passed.figures.get("mismatch", 0.0)
-        if mismatch > MISMATCH and not self._warned:
+        # Where rollouts lag, the policy has moved on in between, which is no fault and is corrected for.
+        if mismatch > MISMATCH and not self._warned and not self.plan.lag:
             self._warned = True
             said = (
                 f"sampler and trainer differ by {mismatch:.3f} in the log-probability of a sampled token on average "
@@ -142,10 +174,13 @@ class RolloutSource(Source):
     def held(self) -> Arrays:
         numbers = [self._number, self._steps, self._at, int(self._warned)]
         left = self._trees if self._at < self._replays else []
+        place = None if self.beside is None else self.beside.cursor
         return {
             "numbers": np.array(numbers, dtype=np.int64),
             "leash": np.array([self.leash], dtype=np.float64),
+            "beside": np.array([] if place is None else [place.epoch, place.used], dtype=np.int64),
             **as_arrays(left),
+            **{f"ahead-{name}": each for name, each in groups_as_arrays(self._ahead).items()},
         }
 
     def hold(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -154,7 +189,12 @@ class RolloutSource(Source):
         self._number, self._steps, self._at, warned = arrays["numbers"].tolist()
         self._warned = bool(warned)
         self.leash = float(arrays["leash"][0])
+        if self.beside is not None:
+            epoch, used = arrays["beside"].tolist()
+            self.beside.seek(Cursor(epoch, used))
         self._trees = from_arrays(arrays)
+        ahead = {name.removeprefix("ahead-"): each for name, each in arrays.items() if name.startswith("ahead-")}
+        self._ahead = groups_from_arrays(ahead)
 
     # --------------------------------------------------------------------------------------------------- a replay
 
@@ -172,15 +212,16 @@ class RolloutSource(Source):
         done, place = divmod(at, self._minibatches)
         if self._minibatches == 1:
             return list(self._trees)
-        order = np.random.default_rng([self.seed, 1, self._number, done]).permutation(len(self._trees))
+        number = self._number - bool(self._ahead)
+        order = np.random.default_rng([self.seed, 1, number, done]).permutation(len(self._trees))
         return [self._trees[index] for index in np.array_split(order, self._minibatches)[place]]
 
     # -------------------------------------------------------------------------------------------------- a rollout
 
-    def _roll_out(self) -> list[Tree]:
-        """A new rollout by the model as it is, as trees with advantages."""
+    def _sampled(self) -> list[Group]:
+        """A new rollout by the model as it is."""
         began = time.perf_counter()
-        report = RolloutReport(version=self._steps)
+        report = RolloutReport(version=self._steps, compared=self.objective.rewarded)
         kept: list[Group] = []
         for attempt in range(self.plan.redraws + 1):
             groups = self._groups(self._take(self.plan.prompts - len(kept)), attempt, report)
@@ -197,11 +238,23 @@ class RolloutSource(Source):
                 do="look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts",
             )
         report.sampled_in(time.perf_counter() - began)
-        trees = self.recall([self.objective.grow(group) for group in kept], self.objective.recalled)
-        trees, self.leash = self.objective.credited(kept, trees, leash=self.leash)
         self._number += 1
-        report.leash, report.seconds = self.leash, time.perf_counter() - began
-        self.report = report
+        report.seconds = time.perf_counter() - began
+        self._reports.append(report)
+        return kept
+
+    def _learnable(self, groups: Sequence[Group]) -> list[Tree]:
+        """A rollout as trees with advantages, by the model as its steps begin with it."""
+        began = time.perf_counter()
+        wanted = self.objective.recalled | frozenset[Note](["old"] if self.plan.lag else [])
+        trees = self.recall([self.objective.grow(group) for group in groups], wanted)
+        trees, self.leash = self.objective.credited(groups, trees, leash=self.leash)
+        if self.plan.lag:
+            trees = [corrected(tree, self.plan.correction) for tree in trees]
+        for report in self._reports:
+            report.leash = self.leash
+        if self._reports:
+            self._reports[-1].seconds += time.perf_counter() - began
         return trees
 
     def _take(self, count: int) -> list[Prompt]:
@@ -266,6 +319,22 @@ class RolloutSource(Source):
             text=self.decode(spoken.tokens),
             trained=ended == "stop" or self.plan.cut == "keep",
         )
+
+
+def weighing(rows: Sequence[Tree], beside: Sequence[Tree]) -> list[Tree]:
+    """Rows that weigh together as many times what the trees `beside` them weigh as each of them weighed before."""
+    factor = np.float32(sum(tree.weight for tree in beside) / len(rows))
+    return [
+        replace(row, segments=tuple(replace(each, weights=each.weights * factor) for each in row.segments))
+        for row in rows
+    ]
+
+
+def corrected(tree: Tree, most: float) -> Tree:
+    """The tree with what each token counts for: how much likelier it was when its steps began than when it was sampled,
+    and `most` at most."""
+    pairs = zip(leaf_notes(tree, "old"), leaf_notes(tree, "sampled"), strict=True)
+    return noting(tree, "correction", [np.minimum(np.exp(old - sampled), most) for old, sampled in pairs])
 
 
 def sample_of(prompt: Prompt, answer: Answer) -> Sample:

@@ -8,7 +8,7 @@ out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, final
 
@@ -90,7 +90,8 @@ class Source(ABC):
 class DataSource(Source):
     """Rows of a data set, in an order that is a pure function of (seed, epoch).
 
-    A step takes `rows` rows, or rows until `tokens` tokens are reached; it never crosses the end of an epoch.
+    A step takes `rows` rows, or rows until `tokens` tokens are reached; it never crosses the end of an epoch. Trees of
+    rows are those of the objective, unless they were `made` before, by the number of the row.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class DataSource(Source):
         seed: int,
         rows: int | None = None,
         tokens: int | None = None,
+        made: Mapping[int, Tree] | None = None,
     ) -> None:
         if len(views) == 0:
             raise DataError("there is no row to train on", do="look at the counts of: luthier data check")
@@ -109,10 +111,13 @@ class DataSource(Source):
             raise DataError("a step is measured in rows or in tokens", allowed="exactly one of the two")
         self.views = views
         self.objective = objective
+        self._made = made or {}
         self.lengths = lengths
         self.seed = seed
         self.rows = rows
         self.tokens = tokens
+        self.note: Callable[[int, list[Tree]], list[Tree]] | None = None
+        """What is noted on the trees of a row, by its index, as they come."""
         self._cursor = Cursor()
         self._order = self._epoch_order(0)
 
@@ -123,8 +128,11 @@ class DataSource(Source):
         stop = self._step_end(self._order, start)
         self._cursor = Cursor(self._cursor.epoch, stop)
         epoch = self._cursor.epoch
-        views = [self.views[int(index)] for index in self._order[start:stop]]
-        return [tree for view in views for tree in self.objective.trees(view, epoch=epoch)]
+        found = []
+        for index in self._order[start:stop].tolist():
+            trees = self._trees(self.views[index], epoch)
+            found += trees if self.note is None else self.note(index, trees)
+        return found
 
     @property
     def cursor(self) -> Cursor:
@@ -169,11 +177,15 @@ class DataSource(Source):
     def first_rows(self, count: int) -> Iterator[list[Tree]]:
         """The trees of each of the first `count` rows of a run, wherever the source stands."""
         for index in self._epoch_order(0)[:count]:
-            yield self.objective.trees(self.views[int(index)])
+            yield self._trees(self.views[int(index)])
 
     def trees_of(self, batch: MicroBatch) -> list[Tree]:
         """The trees of the rows of a micro-batch."""
-        return [tree for index in batch.indices for tree in self.objective.trees(self.views[index])]
+        return [tree for index in batch.indices for tree in self._trees(self.views[index])]
+
+    def _trees(self, view: Rendered, epoch: int = 0) -> list[Tree]:
+        made = self._made.get(view.row)
+        return self.objective.trees(view, epoch=epoch) if made is None else [made]
 
     def _steps(self, count: int) -> Iterator[NDArray[np.int64]]:
         """The rows of the first `count` steps of a run."""

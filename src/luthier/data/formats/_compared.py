@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from luthier.data.conversation import Conversation, Judged, Message, Preference
 from luthier.data.formats._chat import turns_or_text
@@ -13,6 +14,9 @@ Answer = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 MARGIN = "margin"
+PROBABILITY = "probability"
+_SURE: Final = 1e-6
+"""What is left to doubt where a probability says 1: certainty has infinite log odds."""
 
 
 def conversation_so_far(messages: Sequence[Message], path: Path, where: str, *, tools: Tools = ()) -> Conversation:
@@ -115,7 +119,8 @@ def parted(
 
 
 def scores_of_pair(values: Mapping[str, object], where: str) -> tuple[float, float] | None:
-    """How good the chosen and the rejected answer are, as a pair of columns or a margin says; None where none does."""
+    """How good the chosen and the rejected answer are, as a pair of columns or a margin says, or the log odds of the
+    probability that the chosen one is better; None where nothing does."""
     for one, two in SCORES:
         if values.get(one) is not None and values.get(two) is not None:
             found = number_at(values[one], (one,), where), number_at(values[two], (two,), where)
@@ -123,6 +128,14 @@ def scores_of_pair(values: Mapping[str, object], where: str) -> tuple[float, flo
     if values.get(MARGIN) is not None:
         margin = number_at(values[MARGIN], (MARGIN,), where)
         return _ordered(margin, 0.0, (MARGIN,), where, f"{MARGIN} is {margin:g}")
+    if values.get(PROBABILITY) is not None:
+        likely = number_at(values[PROBABILITY], (PROBABILITY,), where)
+        if not 0 <= likely <= 1:
+            raise FieldError(
+                f"{PROBABILITY} is {likely:g}", path=(PROBABILITY,), allowed="expected 0.5 to 1", where=where
+            )
+        odds = math.log(max(likely, _SURE) / max(1 - likely, _SURE))
+        return _ordered(odds, 0.0, (PROBABILITY,), where, f"{PROBABILITY} is {likely:g}")
     return None
 
 
@@ -131,7 +144,7 @@ def score_columns(values: Mapping[str, object]) -> tuple[str, ...]:
     for pair in SCORES:
         if all(values.get(name) is not None for name in pair):
             return pair
-    return (MARGIN,) if values.get(MARGIN) is not None else ()
+    return next(((name,) for name in (MARGIN, PROBABILITY) if values.get(name) is not None), ())
 
 
 def _ordered(chosen: float, rejected: float, path: Path, where: str, found: str) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 Each is a string, a message or a list of messages. Without a prompt, the two are whole conversations, and what they
 share is the prompt; so it is when the answers repeat it. `score_chosen` and `score_rejected`, or `margin`, say by how
-much one is better.
+much one is better; `probability` how sure that is, from 0.5 to 1, and is read as its log odds.
 Source: the preference shape of TRL; UltraFeedback's binarised rows; `instruction`, `input` as LLaMA-Factory reads them.
 Use when: of two answers to one prompt somebody, or something, preferred one.
 """
@@ -37,7 +37,7 @@ class Pairs(Format):
     title: ClassVar[str] = "preference pairs"
     specificity: ClassVar[int] = 61
     example: ClassVar[str] = '{"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}'
-    known: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected", "system", "margin")
+    known: ClassVar[tuple[str, ...]] = ("prompt", "chosen", "rejected", "system", "margin", "probability")
 
     def looks_like(self, record_values: Values) -> bool:
         if not is_preference(record_values) or "conversations" in record_values:

@@ -13,6 +13,8 @@
     extern "C" void rotated_##NAME(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, float);                \
     extern "C" int products_##NAME(const T*, const T*, const T*, T*, const T*, const T*, T*, const T*, const T*, T*,   \
                                    int64_t, int64_t, int64_t, int64_t, int64_t);                                       \
+    extern "C" void thin_##NAME(const T*, T*, const int64_t*, const float*, const int64_t*, const int64_t*,            \
+                                const int64_t*, const float*, int64_t, int64_t, int64_t);                              \
     extern "C" int product_of_bytes_##NAME(const T*, const int8_t*, const float*, T*, int64_t, int64_t, int64_t);      \
     extern "C" int attend_pages_##NAME(const T*, const T*, const T*, T*, const int64_t*, const int64_t*,               \
                                        const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,    \
@@ -31,6 +33,7 @@ template <typename T> struct Calls;
         static constexpr auto rotated = rotated_##NAME;                                                                \
         static constexpr auto products = products_##NAME;                                                              \
         static constexpr auto bytes = product_of_bytes_##NAME;                                                         \
+        static constexpr auto thin = thin_##NAME;                                                                      \
         static constexpr auto attend = attend_pages_##NAME;                                                            \
     };
 CALLS(float, float32)
@@ -43,6 +46,12 @@ template <typename T> struct Linear {
     const T* bias;
 };
 
+// The terms that are added to the output of a layer, by number, or nothing: see thin.cpp.
+struct Terms {
+    const int64_t* table;
+    const float* scales;
+};
+
 // The parts of a block as Python hands them over.
 template <typename T> struct Block {
     Linear<T> query, key, value, output, gate, up, down;
@@ -50,10 +59,13 @@ template <typename T> struct Block {
     const T* inner_norm;
     const T* query_norm;  // of each head, or nothing
     const T* key_norm;
+    Terms query_terms, key_terms, value_terms, output_terms, gate_terms, up_terms, down_terms;
+    const int64_t *tiles, *firsts, *numbers;  // which rows take which terms
+    const float* weights;
 };
 
 struct Sizes {
-    int64_t n, width, heads, groups, head, inner;
+    int64_t n, width, heads, groups, head, inner, tiles;
 };
 
 template <typename T> void add(T* to, const T* from, int64_t count) {
@@ -97,10 +109,18 @@ int run(const T* x, T* out, const Block<T>& block, const Sizes& sizes, const T* 
     if (inverse == nullptr) return 1;
     T *h = static_cast<T*>(static_cast<void*>(inverse + n * sizes.heads)), *query = h + n * width, *key = query + n * all, *value = key + n * side, *attended = value + n * side;
     T *gate = attended + n * all, *up = gate + n * sizes.inner;
+    const auto more = [&](const Terms& terms, const T* from, T* to, int64_t in, int64_t outs) {
+        if (terms.table != nullptr && sizes.tiles > 0)
+            Calls<T>::thin(from, to, terms.table, terms.scales, block.tiles, block.firsts, block.numbers, block.weights,
+                           sizes.tiles, in, outs);
+    };
     const auto failed = [&] {
         Calls<T>::norm(x, block.norm, h, inverse, n, width, eps, 0);
         if (layers<T>(h, {&block.query, &block.key, &block.value}, {query, key, value}, {all, side, side}, n, width))
             return 1;
+        more(block.query_terms, h, query, width, all);
+        more(block.key_terms, h, key, width, side);
+        more(block.value_terms, h, value, width, side);
         if (block.query_norm != nullptr) {
             Calls<T>::norm(query, block.query_norm, query, inverse, n * sizes.heads, sizes.head, head_eps, 0);
             Calls<T>::norm(key, block.key_norm, key, inverse, n * sizes.groups, sizes.head, head_eps, 0);
@@ -114,11 +134,15 @@ int run(const T* x, T* out, const Block<T>& block, const Sizes& sizes, const T* 
         if (Calls<T>::attend(query, keys, values, attended, pages, counts, starts, texts, most, page, sizes.heads,
                              sizes.groups, sizes.head, scale, window)) return 1;
         if (layers<T>(attended, {&block.output}, {out}, {width}, n, all)) return 1;
+        more(block.output_terms, attended, out, all, width);
         add(out, x, n * width);
         Calls<T>::norm(out, block.inner_norm, h, inverse, n, width, inner_eps, 0);
         if (layers<T>(h, {&block.gate, &block.up}, {gate, up}, {sizes.inner, sizes.inner}, n, width)) return 1;
+        more(block.gate_terms, h, gate, width, sizes.inner);
+        more(block.up_terms, h, up, width, sizes.inner);
         Calls<T>::gated(gate, up, gate, n * sizes.inner);
         if (layers<T>(gate, {&block.down}, {h}, {width}, n, sizes.inner)) return 1;
+        more(block.down_terms, gate, h, sizes.inner, width);
         add(h, out, n * width);
         std::memcpy(out, h, sizeof(T) * n * width);
         return 0;

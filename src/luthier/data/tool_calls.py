@@ -1,7 +1,8 @@
 """Tool calls in what a model says: `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, as of Hermes and Qwen.
 
 Text goes through as it comes, but for what may be the beginning of a call, which is held until that is known. A call
-that is no JSON of that form stays text: nothing that was said is lost.
+that is no JSON of that form stays text: nothing that was said is lost. The server tells calls in streams, and an
+environment hears a whole answer as one message (`message_said`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import secrets
 from dataclasses import dataclass
 from typing import Any, Final, final
+
+from luthier.data.conversation import Message, ToolCall
 
 OPEN: Final = "<tool_call>"
 CLOSE: Final = "</tool_call>"
@@ -95,3 +98,22 @@ class CallReader:
         arguments = said.get("arguments", said.get("parameters", {}))
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return Called(said["name"], written, f"call_{secrets.token_hex(12)}")
+
+
+def message_said(text: str) -> Message:
+    """A whole answer as a message, with the calls that are in it; a call without an object of arguments is text."""
+    reader, words = CallReader(), ""
+    calls: list[ToolCall] = []
+    for piece in [*reader.push(text), *reader.end()]:
+        arguments = _arguments(piece) if isinstance(piece, Called) else None
+        if isinstance(piece, Called) and arguments is not None:
+            # Numbered, not drawn: templates write ids, and what is trained on has to come out the same again.
+            calls.append(ToolCall(piece.name, arguments, f"call_{len(calls)}"))
+        else:
+            words += piece.arguments if isinstance(piece, Called) else piece
+    return Message("assistant", words if calls else text, tool_calls=tuple(calls))
+
+
+def _arguments(called: Called) -> dict[str, Any] | None:
+    found = json.loads(called.arguments) if called.arguments.lstrip().startswith("{") else None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,231 @@
+"""Intruder dimensions and forgetting by rank: LoRA with alpha = 2r, with a fixed alpha, as rsLoRA, and full tuning.
+
+    python benchmarks/intruder_ranks.py --steps 40 --json docs/intruder-ranks.json --svg docs/intruder-ranks.svg
+
+What: the claim of arXiv 2410.21228 (low-rank updates have intruder dimensions, full tuning has next to none, and
+intruders go with forgetting) and the curves of arXiv 2312.03732 (a fixed alpha over r stunts high ranks, alpha over
+sqrt(r) does not), on the seedling, which is small enough for minutes on two cores. All LoRA families meet at rank 4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+
+from luthier.adapters import Adapter
+from luthier.adapters.full import Full
+from luthier.adapters.lora import LoRA
+from luthier.assets.demo_task import demo_rows
+from luthier.core.paths import cache_folder
+from luthier.model.base_spectra import FOLDER, BaseSpectra
+from luthier.model.pair import pair_of_adapter
+from luthier.objectives.language_model import LanguageModelling
+from luthier.optimizers.adamw import AdamW
+from luthier.probes.drift import Drift
+from luthier.probes.effective_rank import EffectiveRank
+from luthier.probes.intruder_dimensions import IntruderDimensions
+from luthier.recipes.demo import grown_on
+from luthier.recipes.measuring import mean_loss
+from luthier.recipes.opened import Opened
+from luthier.recipes.session import load
+from luthier.store.curves import Axis, tick_text, value_axis
+
+RANKS = (1, 4, 16, 64)
+COLOURS = {"LoRA, alpha = 2r": "#b3472f", "LoRA, alpha = 8": "#2f6db3", "rsLoRA, alpha = 4": "#3f7048",
+           "full": "#8a8f98"}  # fmt: skip
+PANELS = (("loss", "task: held-out loss after"), ("forgetting", "forgetting: rise of the base's loss"),
+          ("intruders", "intruders, epsilon 0.5"), ("intruders_wide", "intruders, epsilon 0.8"))  # fmt: skip
+WIDE, TALL, LEFT, TOP, BOTTOM = 330, 210, 48, 34, 36
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run."""
+
+    family: str
+    rank: int | None
+    scale: float | None
+    loss: float
+    forgetting: float
+    intruders: int
+    intruders_wide: int
+    random: float
+    random_wide: float
+    relative_change: float
+    effective_rank: float
+    losses: list[float]
+
+
+def runs() -> list[tuple[str, int | None, Adapter, float]]:
+    """Family, rank, adapter and learning rate. One rate for all LoRAs, so that their scales can be compared."""
+    made: list[tuple[str, int | None, Adapter, float]] = []
+    for rank in RANKS:
+        made.append(("LoRA, alpha = 2r", rank, LoRA(rank=rank, alpha=2.0 * rank), 3e-3))
+        if rank != 4:
+            made.append(("LoRA, alpha = 8", rank, LoRA(rank=rank, alpha=8.0), 3e-3))
+            made.append(("rsLoRA, alpha = 4", rank, LoRA(rank=rank, alpha=4.0, rslora=True), 3e-3))
+    return [*made, ("full", None, Full(), 5e-4)]
+
+
+def measured(
+    family: str, rank: int | None, adapter: Adapter, rate: float, *, steps: int, rows: int, save: Path | None = None
+) -> Outcome:
+    """Train, and look; with `save` the result and the rows it is measured on are kept, for `luthier probe`."""
+    session = load("seedling", adapter=adapter, optimizer=AdamW(learning_rate=rate), precision="float32", seed=0)
+    train, test = demo_rows(steps * rows, seed=0, held_out=False), demo_rows(48, seed=1, held_out=True)
+    opened = Opened(session.model, session.tokenizer, session.renderer, session.renderer.stop_ids)
+    kept = grown_on(opened)[:60]
+    with session.model.without_attachments():
+        before = mean_loss(session.model, LanguageModelling(), kept)[0]
+    losses = []
+    for step in range(steps):
+        report = session.forward_backward(train[step * rows : (step + 1) * rows])
+        losses.append(report.loss)
+        session.optim_step(factor=1 - step / steps)
+    after = mean_loss(session.model, LanguageModelling(), kept)[0]
+    if save is not None:
+        session.save(save / f"{family.replace(', ', '-').replace(' = ', '-').replace(' ', '-')}-rank-{rank or 'all'}")
+        (save / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test), "utf-8")
+    pair = pair_of_adapter(session.model, spectra=BaseSpectra(cache_folder() / FOLDER))
+    found = IntruderDimensions(side="left", thresholds=(0.8,), controls=1).of(pair)
+    wide = next(row for row in found.tables[0].rows if row[0] == 0.8)
+    return Outcome(
+        family=family,
+        rank=rank,
+        scale=adapter.scale if isinstance(adapter, LoRA) else None,
+        loss=session.loss(test),
+        forgetting=after - before,
+        intruders=int(found.numbers["intruders"] or 0),
+        intruders_wide=int(wide[1] or 0),
+        random=float(found.numbers["random_change"] or 0.0),
+        random_wide=float(wide[2] or 0.0),
+        relative_change=float(Drift().of(pair).numbers["middle_relative_change"] or 0.0),
+        effective_rank=float(EffectiveRank().of(pair).numbers["effective_rank"] or 0.0),
+        losses=[round(each, 4) for each in losses],
+    )
+
+
+def lines_of(found: list[Outcome], key: str) -> dict[str, list[tuple[float, float]]]:
+    """For each family its values by rank; families of LoRA share their run at rank 4."""
+    shared = next((each for each in found if each.rank == 4), None)
+    lines = {}
+    for family in COLOURS:
+        own = [each for each in found if each.family == family and each.rank is not None]
+        if own and shared is not None and shared not in own:
+            own.append(shared)
+        if own:
+            lines[family] = sorted((float(each.rank or 0), float(getattr(each, key))) for each in own)
+    return lines
+
+
+def draw(found: list[Outcome]) -> str:
+    """The picture: a panel for each measure over the rank, and the training losses of the highest rank below."""
+    width, height = 2 * WIDE, 3 * TALL + 24
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" font-family="sans-serif" font-size="11"><title>LoRA by rank, and full tuning, on the seedling'
+        f'</title><rect width="{width}" height="{height}" fill="#ffffff"/>'
+    ]
+    full = next((each for each in found if each.family == "full"), None)
+    for place, (key, title) in enumerate(PANELS):
+        level = None if full is None else float(getattr(full, key))
+        parts += panel(lines_of(found, key), title, place, level, logarithmic=True)
+    top, steps = max(RANKS), {}
+    for each in found:
+        if each.rank in (top, None):
+            steps[each.family] = [(float(step + 1), loss) for step, loss in enumerate(smooth(each.losses))]
+    parts += panel(steps, f"training loss over steps, rank {top}", 4, None, logarithmic=False)
+    x = WIDE + LEFT
+    for number, (family, colour) in enumerate(COLOURS.items()):
+        y = 2 * TALL + 70 + 22 * number
+        parts.append(f'<line x1="{x}" x2="{x + 24}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+                     f'<text x="{x + 32}" y="{y + 4}" fill="#30343a">{escape(family)}</text>')  # fmt: skip
+    return "".join(parts) + "</svg>\n"
+
+
+def panel(
+    lines: dict[str, list[tuple[float, float]]], title: str, place: int, level: float | None, *, logarithmic: bool
+) -> list[str]:
+    """One panel; `level` is drawn across it, dashed: full tuning has no rank."""
+    left, top = (place % 2) * WIDE + LEFT, (place // 2) * TALL + TOP
+    right, bottom = left + WIDE - LEFT - 18, top + TALL - TOP - BOTTOM
+    every = [point for points in lines.values() for point in points]
+    low, high = min(x for x, _ in every), max(x for x, _ in every)
+    marks = tuple(float(rank) for rank in RANKS) if logarithmic else tuple(
+        float(step) for step in range(0, int(high) + 1, 10) if step >= low)  # fmt: skip
+    across = Axis(low=low, high=high, ticks=marks, first=left, last=right, logarithmic=logarithmic)
+    up = value_axis([y for _, y in every] + ([] if level is None else [level]), bottom=bottom, top=top)
+    parts = [f'<text x="{left}" y="{top - 12}" fill="#30343a" font-weight="bold">{escape(title)}</text>']
+    for tick in up.ticks:
+        y = up.place(tick)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e5e8"/>')
+        words = f'y="{y + 4:.1f}" text-anchor="end" fill="#5c636b">{tick_text(tick)}'
+        parts.append(f'<text x="{left - 6}" {words}</text>')
+    for tick in across.ticks:
+        parts.append(f'<text x="{across.place(tick):.1f}" y="{bottom + 15}" text-anchor="middle" fill="#5c636b">'
+                     f'{"r = " if logarithmic else ""}{tick:g}</text>')  # fmt: skip
+    if level is not None:
+        y = up.place(level)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{COLOURS["full"]}" '
+                     'stroke-width="2" stroke-dasharray="5 4"/>')  # fmt: skip
+    for family, points in lines.items():
+        path = " ".join(f"{across.place(x):.1f},{up.place(y):.1f}" for x, y in points)
+        parts.append(f'<polyline fill="none" stroke="{COLOURS[family]}" stroke-width="2" points="{path}"/>')
+        if logarithmic:
+            parts += [f'<circle cx="{across.place(x):.1f}" cy="{up.place(y):.1f}" r="3" fill="{COLOURS[family]}"/>'
+                      for x, y in points]  # fmt: skip
+    return parts
+
+
+def smooth(values: list[float]) -> list[float]:
+    """A running mean of three."""
+    return [sum(values[max(0, place - 1) : place + 2]) / len(values[max(0, place - 1) : place + 2])
+            for place in range(len(values))]  # fmt: skip
+
+
+def table(found: list[Outcome]) -> str:
+    """The outcomes as Markdown."""
+    heads = ("run", "rank", "scale", "held-out loss", "forgetting", "intruders 0.5 (random)", "0.8 (random)",
+             "change / norm", "effective rank")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * 8]
+    for each in found:
+        rank, scale = each.rank or "-", "-" if each.scale is None else f"{each.scale:.3g}"
+        lines.append(
+            f"| {each.family} | {rank} | {scale} | {each.loss:.3f} | {each.forgetting:+.3f} | {each.intruders} "
+            f"({each.random:.0f}) | {each.intruders_wide} ({each.random_wide:.0f}) | {each.relative_change:.1%} | "
+            f"{each.effective_rank:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train all, write what came out."""
+    arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    arguments.add_argument("--steps", type=int, default=40)
+    arguments.add_argument("--rows", type=int, default=8, help="rows of a step")
+    arguments.add_argument("--json", type=Path, default=Path("intruder-ranks.json"))
+    arguments.add_argument("--svg", type=Path, default=Path("intruder-ranks.svg"))
+    arguments.add_argument("--family", default="", help="only this one, such as 'LoRA, alpha = 8'")
+    arguments.add_argument("--rank", type=int, default=0, help="only this one")
+    arguments.add_argument("--save", type=Path, help="folder for the tuned adapters")
+    given = arguments.parse_args()
+    found: list[Outcome] = []
+    for family, rank, adapter, rate in runs():
+        if (given.family and family != given.family) or (given.rank and rank != given.rank):
+            continue
+        found.append(measured(family, rank, adapter, rate, steps=given.steps, rows=given.rows, save=given.save))
+        print(table(found[-1:]).splitlines()[-1], flush=True)
+        facts = {"steps": given.steps, "rows": given.rows, "torch": torch.__version__}
+        given.json.write_text(json.dumps({**facts, "runs": [asdict(each) for each in found]}, indent=1) + "\n", "utf-8")
+    if not given.family and not given.rank:
+        given.svg.write_text(draw(found), "utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

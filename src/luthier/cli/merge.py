@@ -1,0 +1,189 @@
+"""`luthier merge`: several models as one, streamed, proved, and held against its parents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.cli.options import DryRun, Json, Quiet, Set
+from luthier.cli.show import print_json
+from luthier.core.errors import RecipeError
+from luthier.core.imports import uncollected
+from luthier.core.units import bytes_text
+
+_SHOWN_ROLES = 16
+
+
+def merge(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models (runs, folders, hub ids), or one recipe file.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="New folder for the merged model.")] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="How tensors are merged.")] = "slerp",
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="The model that all of them come from.")] = None,
+    t: Annotated[float | None, typer.Option("--t", metavar="X", help="How far from the first to the second.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", metavar="X", help="A model's weight; once for each model.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(metavar="X", help="Share of the changes that is kept.")] = None,
+    set_: Set = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="Rows on which the result must not be worse.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="What judges answers; empty is likelihood.")
+    ] = None,
+    allow_worse: Annotated[bool, typer.Option("--allow-worse", help="Keep a result that is worse.")] = False,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Merge LoRA adapters (PEFT folders or runs) into one adapter.")
+    ] = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge models of one shape, or adapters of one base, into a new folder.
+
+    \b
+    Examples:
+      luthier merge runs/mine Qwen/Qwen2.5-0.5B-Instruct --method slerp --t 0.4 --out models/mine-instruct
+      luthier merge merge.yaml --out models/merged --data held_out.jsonl --json
+    """
+    _require(models, out, data, metric, dry_run=dry_run)
+    given = _set(set_ or [])
+    if adapters:
+        _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
+        return
+    with uncollected():
+        from luthier.recipes.merge import merge_models, opened
+        from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
+
+    if len(models) == 1 and is_recipe(models[0]):
+        recipe, notes = read_recipe(Path(models[0]), sets=given)
+    else:
+        knobs = {"t": t, "density": density}
+        recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
+    if dry_run:
+        with opened(recipe) as opening:
+            planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
+        planned["notices"] = [*notes, *planned["notices"]]
+        print_json(planned) if json else _print_plan(planned)
+        return
+    gate = _gate(data, metric, allow_worse=allow_worse)
+    with _progress(quiet=quiet or json) as told:
+        found = merge_models(recipe, out or Path(), gate=gate, told=told)
+    found["notices"] = [*notes, *found["notices"]]
+    print_json(found) if json else _print_found(found)
+
+
+def _require(models: list[str], out: Path | None, data: Path | None, metric: str | None, *, dry_run: bool) -> None:
+    """Raise RecipeError for options that lack what they go with."""
+    if out is None and not dry_run:
+        raise RecipeError(f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR")
+    if metric is not None and data is None:
+        raise RecipeError(f"--metric is {metric}, and there is nothing to ask", do="name the rows: --data FILE")
+
+
+def _set(assignments: list[str]) -> Mapping[str, Any]:
+    from luthier.core.yaml_text import parse_value
+
+    found = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {assignment}", allowed="--set key=value", do="for example --set dtype=float32")
+        found[key.strip()] = parse_value(value, name=f"--set {key.strip()}")
+    return found
+
+
+def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Any:
+    if data is None:
+        return None
+    with uncollected():
+        from luthier.core.chosen import choose
+        from luthier.metrics import Metric
+        from luthier.recipes.merge import Gate
+        from luthier.recipes.merge_gate import LIKELIHOOD, Bench
+
+    chosen = None if metric in (None, LIKELIHOOD) else choose("metrics", Metric, metric)
+    bench = Bench(data, chosen, allow_worse=allow_worse)
+    return Gate(bench.parents, bench.judge)
+
+
+def _merge_adapters(
+    models: list[str], out: Path | None, method: str, weights: list[float] | None, given: Mapping[str, Any], *,
+    dry_run: bool, json: bool,
+) -> None:  # fmt: skip
+    with uncollected():
+        from luthier.recipes.merge_adapters import AdapterKnobs, merge_adapters, planned_adapters
+
+    knobs = AdapterKnobs.from_flags(models, method, weights, given)
+    if dry_run or out is None:
+        found = planned_adapters(knobs)
+        print_json(found) if json else typer.echo(
+            f"{found['method']} of {len(found['adapters'])} adapters, {found['modules']} modules, rank {found['rank']}"
+        )
+        return
+    found = merge_adapters(knobs, out)
+    if json:
+        print_json(found)
+        return
+    typer.echo(f"adapter    {found['folder']}, {found['modules']} modules, rank {found['rank']}, {found['method']}")
+    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change")
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Any]:
+    """Bytes as they are written, on stderr; nothing where nobody watches."""
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if sys.stderr.isatty() and before // 10**8 != done // 10**8:
+            sys.stderr.write(f"\rwritten    {bytes_text(done)} ")
+            sys.stderr.flush()
+
+    yield (lambda _count: None) if quiet else told
+    if not quiet and done and sys.stderr.isatty():
+        sys.stderr.write("\n")
+
+
+def _print_plan(planned: Mapping[str, Any]) -> None:
+    """What would be read, written and held."""
+    method = planned["method"]
+    knobs = ", ".join(f"{key} {value}" for key, value in method.items() if key != "method")
+    looks = f"{planned['looks']} looks before the merge"
+    typer.echo(f"method     {method['method']}{f' ({knobs})' if knobs else ''}, {looks}")
+    for parent in planned["parents"]:
+        typer.echo(f"read       {parent['model']}, {bytes_text(parent['bytes'])}")
+    typer.echo(f"write      {planned['tensors']} tensors in {planned['dtype']}, {bytes_text(planned['writes_bytes'])}")
+    typer.echo(f"memory     {bytes_text(planned['memory_bytes'])} at most beside the program")
+    for notice in planned["notices"]:
+        typer.echo(f"note       {notice}")
+
+
+def _print_found(found: Mapping[str, Any]) -> None:
+    """The result: by role, and beside its parents."""
+    for notice in found["notices"]:
+        typer.echo(f"note       {notice}")
+    if "lerp_tensors" in found:
+        lerp, whole = found["lerp_tensors"], found["lerp_tensors"] + found["slerp_tensors"]
+        more = "; their models are almost parallel: --set method.of=changes turns what they changed" if lerp else ""
+        typer.echo(f"slerp      {whole - lerp} tensors, {lerp} more are a straight line (|cos| > 0.9995){more}")
+    for line in found["roles"][:_SHOWN_ROLES]:
+        known = (("cosine", "cosine {:.4f}"), ("angle_degrees", "angle {:.2f}"), ("sign_conflict", "conflict {:.1%}"))
+        rest = "  ".join(form.format(line[key]) for key, form in known if key in line)
+        typer.echo(f"{line['role']:10} {line['tensors']:4} tensors  change {line['change']:.2%}  {rest}".rstrip())
+    if evaluation := found["evaluation"]:
+        for name, score in evaluation["parents"].items():
+            typer.echo(f"parent     {evaluation['measure']} {score:.4f}  {name}")
+        typer.echo(f"merged     {evaluation['measure']} {evaluation['merged']:.4f}  (expected of the mean "
+                   f"{evaluation['expected']:.4f}, improvement over the best {evaluation['improvement']:+.4f}, "
+                   f"diversity {evaluation['diversity']:.4f})")  # fmt: skip
+    typer.echo(f"folder     {found['folder']}, {bytes_text(found['writes_bytes'])}, {found['tensors']} tensors; "
+               f"{found['proved_tensors']} of them computed anew and found equal")  # fmt: skip

@@ -1,0 +1,99 @@
+"""Means on a sphere, told as weights of the vectors they are made of.
+
+Idea: whatever lies between vectors on a great circle is a weighted sum of them, and the weights depend on their inner
+products alone. So a tensor of any size is looked at once, for a few numbers, and combined in a second look.
+Equation: slerp: w = arccos(cos), c0 = sin((1-t) w) / sin w, c1 = sin(t w) / sin w; for |cos| > 0.9995 the straight line
+    1 - t, t. Karcher: m <- cos|T| m + sin|T| T / |T|, T = sum_i w_i log_m(u_i),
+    log_m(u) = theta (u - cos(theta) m) / sin(theta), theta = arccos(m u), until |T| is small.
+Source: Shoemake, "Animating rotation with quaternion curves" (1985); Karcher, "Riemannian center of mass" (1977). The
+    limit of the straight line is the one merging tools use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STRAIGHT: Final = 0.9995
+"""The cosine beyond which a great circle is taken for a straight line."""
+_PIECE: Final = 1 << 18
+_STEPS: Final = 100
+_STILL: Final = 1e-12
+"""A tangent shorter than this does not move a mean any more."""
+
+
+def gram(vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "k k"]:
+    """All inner products, summed in float64 over pieces that float32 sums well."""
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    flat = [vector.reshape(-1) for vector in vectors]
+    for begin in range(0, len(flat[0]), _PIECE):
+        pieces = [vector[begin : begin + _PIECE] for vector in flat]
+        for row, one in enumerate(pieces):
+            for column in range(row + 1):
+                found[row, column] += float(torch.dot(one, pieces[column]))
+    return found + found.tril(-1).t()
+
+
+def cosine(products: Float[Tensor, "k k"], one: int, other: int) -> float:
+    """The cosine of the angle between two vectors by their inner products; 0 where one of them is zero."""
+    lengths = float(products[one, one]) * float(products[other, other])
+    return 0.0 if lengths <= 0 else max(-1.0, min(1.0, float(products[one, other]) / math.sqrt(lengths)))
+
+
+def slerp_weights(cos: float, t: float, *, straight: float = STRAIGHT) -> tuple[float, float]:
+    """The weights of the two ends at `t` of the way between them."""
+    if abs(cos) > straight:
+        return 1 - t, t
+    angle = math.acos(cos)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def karcher_weights(products: Float[Tensor, "k k"], weights: Sequence[float]) -> list[float]:
+    """The weights of vectors in their mean: its direction the Karcher mean's, its length the mean of their lengths.
+
+    Vectors that are zero have no direction and count for the length alone.
+    """
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    total = math.fsum(weights)
+    shares = torch.tensor(weights, dtype=torch.float64) / total
+    there = lengths > 0
+    if not bool(there.any()):
+        return shares.tolist()
+    inverse = torch.where(there, 1 / lengths.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    units = products * inverse[:, None] * inverse[None, :]
+    pull = shares * there
+    mean = pull / _length(units, pull)
+    for _ in range(_STEPS):
+        cosines = (units @ mean).clamp(-1, 1)
+        angles = torch.arccos(cosines)
+        stretch = torch.where(angles > 1e-8, angles / angles.sin().clamp(min=1e-300), 1.0)
+        tangent = pull * stretch - mean * float((pull * stretch * cosines).sum())
+        step = _length(units, tangent)
+        if step < _STILL:
+            break
+        mean = math.cos(step) * mean + math.sin(step) * tangent / step
+        mean = mean / _length(units, mean)
+    found: list[float] = (mean * inverse * float((shares * lengths).sum())).tolist()
+    return found
+
+
+def combined(
+    vectors: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float]
+) -> Float[Tensor, "*shape"]:
+    """The weighted sum. A vector of weight 0 is left out, and one of weight 1 alone comes back bit for bit."""
+    parts = [(vector, weight) for vector, weight in zip(vectors, weights, strict=True) if weight]
+    if not parts:
+        return torch.zeros_like(vectors[0])
+    found = parts[0][0].clone() if parts[0][1] == 1 else parts[0][0] * parts[0][1]
+    for vector, weight in parts[1:]:
+        found.add_(vector, alpha=weight)
+    return found
+
+
+def _length(units: Float[Tensor, "k k"], weights: Float[Tensor, " k"]) -> float:
+    return math.sqrt(max(float(weights @ units @ weights), 0.0))

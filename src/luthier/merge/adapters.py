@@ -1,0 +1,131 @@
+"""Several LoRA adapters as one, by their factors: no weight of the model's size is ever made.
+
+Idea: with Q_u and Q_d orthonormal bases of all columns of the second factors and all rows of the first ones, every
+change is Q_u C_i Q_d^T with a small core C_i, and lengths and angles of changes are those of their cores. So methods
+that give a weighted sum (linear, slerp, karcher) are applied to the cores, and are what they would be on whole weights.
+Methods that treat numbers one by one (ties, dare, ...) depend on the basis; they are applied to the parts V_i of the
+shared singular basis [D_1 ... D_n] = U S [V_1 ... V_n]^T, where changes are aligned. The result is cut to a rank by the
+singular values of its core, and what that loses is told.
+Equation: D_i = w_i B_i A_i; B = [B_1 ... B_n] = Q_u R_u, A^T = Q_d R_d, C_i = R_u,i R_d,i^T; D = Q_u C Q_d^T;
+    of rank r: C = X S Y^T, B' = Q_u X_r S_r, A' = Y_r^T Q_d^T
+Source: Stoica et al., "Model merging with SVD to tie the KnOTS", arXiv 2410.19735, section 4 (the shared basis).
+    Concatenation and SVD of LoRA are as in PEFT's `cat` and `svd`.
+Cost: QR of (in + out) x R numbers and SVD of R x R, R the sum of the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from luthier.core.errors import RecipeError
+from luthier.maths.numbered_draws import key_of
+from luthier.merge.lora import Factors
+from luthier.mergers import Merger, Part
+
+CAT: Final = "cat"
+SVD: Final = "svd"
+_LEAST: Final = 1e-6
+"""Directions of the shared basis with less of the largest singular value than this are rounding."""
+
+
+@final
+@dataclass(frozen=True)
+class Joined:
+    """The merged factors of one module, and squares of norms: of the merged change, and of what the rank cut off."""
+
+    factors: Factors
+    whole: float
+    lost: float
+
+
+@torch.no_grad()
+def joined(
+    name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger | None, rank: int | None
+) -> Joined:
+    """The factors of one module in all adapters as one; without a `method` their weighted sum.
+
+    Without a `rank` none is cut off. Raises RecipeError for factors of different shapes.
+    """
+    shapes = [part.shape for part in parts]
+    if len(set(shapes)) != 1 or len({part.transposed for part in parts}) != 1:
+        raise RecipeError(f"{name} has the shapes {shapes} in the adapters", allowed="adapters of one model")
+    if method is None:
+        scaled = [part.up * weight for part, weight in zip(parts, weights, strict=True)]
+        down, up = torch.cat([part.down for part in parts]), torch.cat(scaled, 1)
+        if rank is None:
+            return Joined(Factors(down, up, parts[0].transposed), _square(down, up), 0.0)
+        return _cut(down, up, rank, parts[0])
+    if method.linear_in:
+        down, up = _by_cores(name, parts, weights, method)
+    else:
+        down, up = _in_shared_basis(name, parts, weights, method)
+    return _cut(down, up, rank or max(len(part.down) for part in parts), parts[0])
+
+
+def _by_cores(name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger) -> tuple[Tensor, Tensor]:
+    """Merge the cores: exact for what is a weighted sum with weights that inner products tell."""
+    left, columns = torch.linalg.qr(torch.cat([part.up for part in parts], 1).double())
+    right, rows = torch.linalg.qr(torch.cat([part.down for part in parts]).t().double())
+    cores, start = [], 0
+    for part in parts:
+        own = slice(start, start + len(part.down))
+        cores.append((columns[:, own] @ rows[:, own].t()).float())
+        start = own.stop
+    core = _merge(name, cores, weights, method)
+    return right.t().float(), left.float() @ core
+
+
+def _in_shared_basis(
+    name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger
+) -> tuple[Tensor, Tensor]:
+    """Merge the aligned parts: of each change the coordinates of its rows in the shared left singular basis."""
+    left, columns = torch.linalg.qr(torch.cat([part.up for part in parts], 1).double())
+    thin, start = [], 0
+    for part in parts:
+        own = slice(start, start + len(part.down))
+        thin.append(columns[:, own] @ part.down.double())
+        start = own.stop
+    sizes, turn = torch.linalg.eigh(sum((each @ each.t() for each in thin), torch.zeros_like(thin[0] @ thin[0].t())))
+    lengths = sizes.clamp(min=0).sqrt()
+    there = lengths > _LEAST * lengths.max().clamp(min=torch.finfo(torch.float64).tiny)
+    inverse = torch.where(there, 1 / torch.where(there, lengths, 1.0), 0.0)
+    aligned = [(inverse[:, None] * (turn.t() @ each)).float() for each in thin]
+    merged = _merge(name, aligned, weights, method)
+    return merged, (left @ turn * torch.where(there, lengths, 0.0)).float()
+
+
+def _merge(name: str, changes: Sequence[Tensor], weights: Sequence[float], method: Merger) -> Tensor:
+    """The change that a method makes of changes: they are models whose base is zero."""
+    base = torch.zeros_like(changes[0])
+    return method.whole(Part(tuple(changes), base, tuple(weights), 0, base.numel(), key_of(name)))
+
+
+def _cut(down: Float[Tensor, "k in"], up: Float[Tensor, "out k"], rank: int, like: Factors) -> Joined:
+    """The best approximation of `up @ down` of a rank, from thin matrices alone."""
+    left, columns = torch.linalg.qr(up.double())
+    right, rows = torch.linalg.qr(down.t().double())
+    one, sizes, other = torch.linalg.svd(columns @ rows.t(), full_matrices=False)
+    kept = min(rank, len(sizes))
+    roots = sizes[:kept].sqrt()
+    new_up = (left @ one[:, :kept] * roots).float()
+    new_down = (roots[:, None] * (other[:kept] @ right.t())).float()
+    squares = sizes.square()
+    return Joined(Factors(new_down, new_up, like.transposed), float(squares.sum()), float(squares[kept:].sum()))
+
+
+def _square(down: Tensor, up: Tensor) -> float:
+    """The squared norm of a product, by the inner products of its factors."""
+    return max(0.0, float(((up.double().t() @ up.double()) * (down.double() @ down.double().t())).sum()))
+
+
+def share_lost(found: Sequence[Joined]) -> float:
+    """The norm of what was cut off, as a share of that of all changes."""
+    whole = math.fsum(each.whole for each in found)
+    return math.sqrt(math.fsum(each.lost for each in found) / whole) if whole else 0.0

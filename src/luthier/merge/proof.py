@@ -1,0 +1,58 @@
+"""The proof of a merge: tensors of the written files, computed anew and whole, held against what the files hold.
+
+Idea: the stream cuts tensors into blocks, shares them out and writes them from a thread of its own. A few tensors of
+every kind are read from the parents and merged in one piece, without any of that; the files must hold the same numbers,
+up to the last bit of their type, since sums over other blocks may round otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from luthier.core.errors import GateError
+from luthier.data.reading.strict_json import excerpt
+from luthier.merge.parents import Parent
+from luthier.merge.plan import Job, Plan
+from luthier.merge.stream import Source
+from luthier.model.role_names import tensor_roles
+from luthier.model.shards import Shards
+
+LARGEST: Final = 1 << 22
+"""Numbers of a tensor that is computed anew, at most, where memory allows for as many."""
+_COPIES: Final = 10
+"""Float32 copies of a tensor that are held for each parent, about."""
+MOST: Final = 12
+
+
+@torch.no_grad()
+def prove(folder: Path, parents: Sequence[Parent], plan: Plan, memory_bytes: int) -> int:
+    """How many tensors were compared. Raises GateError where a file holds other numbers than were computed."""
+    chosen = _some_of_each_kind(plan, min(LARGEST, memory_bytes // (4 * _COPIES * len(parents))))
+    with Shards(folder) as written:
+        for job in chosen:
+            wanted = job.method.whole(Source(parents, job).part(0, job.slot.rows)).to(job.slot.dtype)
+            found = written.read(job.name, 0, job.slot.rows)
+            # Equal, or neighbours: numbers of a type in a row have bit patterns in a row.
+            apart = (wanted.float() - found.float()).abs()
+            step = torch.finfo(job.slot.dtype).eps * torch.maximum(wanted.float().abs(), found.float().abs())
+            if bool((apart > step + torch.finfo(job.slot.dtype).tiny).any()):
+                raise GateError(
+                    f"{excerpt(job.name)} was written with {int((apart > step).sum())} numbers that differ from those "
+                    "computed anew; nothing was kept",
+                    do="report this: it should not happen",
+                )
+    return len(chosen)
+
+
+def _some_of_each_kind(plan: Plan, largest: int) -> list[Job]:
+    """The smallest and then others: each role once, so far as tensors are small enough to be held whole."""
+    found: dict[tuple[str, ...], Job] = {}
+    for job in sorted(plan.jobs, key=lambda job: prod(job.slot.shape)):
+        if not job.copied and 0 < prod(job.slot.shape) <= largest:
+            found.setdefault(tensor_roles(job.name), job)
+    return list(found.values())[:MOST]

@@ -1,0 +1,249 @@
+"""The stream: rows come from all parents, are merged in float32, rounded once, and go into the new files.
+
+Idea: one tensor after another in the order of the files, cut into blocks of rows that a processor's caches can hold.
+Workers read and compute blocks; blocks come back in order, and one more thread writes them and takes their digest. A
+method that looks first has its looks over all blocks of a tensor before the first is merged; where a tensor of all
+parents fits into the memory that is left, it is read once for all of that. So the most that is held is known: blocks at
+work, blocks that wait to be written, and one tensor that is kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Final, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import NumericError, RecipeError
+from luthier.core.units import bytes_text
+from luthier.data.reading.strict_json import excerpt
+from luthier.maths.numbered_draws import key_of
+from luthier.merge.measures import Measured, TensorReport, measured
+from luthier.merge.parents import Parent
+from luthier.merge.plan import Job, Origin, Plan
+from luthier.mergers import Part, Rows, Sums, added
+from luthier.model.shards import ShardWriter
+
+BLOCK: Final = 1 << 18
+"""Numbers of a block at most: a megabyte in float32, so that what is done to it finds it in a cache."""
+COPIES: Final = 8
+"""Float32 copies of a block that a method makes for each model, beside those that it is given."""
+WAITING: Final = 4
+"""Blocks that wait to be written, at most."""
+Found = TypeVar("Found")
+
+
+@final
+@dataclass(frozen=True)
+class Room:
+    """How much memory a merge may hold beside the program itself, and how it is shared out."""
+
+    memory_bytes: int
+    threads: int
+
+    def block(self, models: int, columns: int) -> int:
+        """Rows of a block. Raises RecipeError where not one row fits."""
+        each = 4 * columns * (models * COPIES + 2)
+        rows = int(self.memory_bytes // 2 // ((self.threads + WAITING) * each))
+        if not rows:
+            raise RecipeError(
+                f"memory is {bytes_text(self.memory_bytes)}, and a row of {columns:,} numbers of {models} models needs "
+                f"{bytes_text(2 * (self.threads + WAITING) * each)}",
+                do="give it more: --set memory_gb=2",
+            )
+        return max(1, min(rows, BLOCK // max(columns, 1)))
+
+    def keeps(self, raw_bytes: int) -> bool:
+        """Whether a tensor of all parents may be kept between two looks."""
+        return raw_bytes <= self.memory_bytes // 4
+
+
+@torch.no_grad()
+def stream(
+    parents: Sequence[Parent], plan: Plan, writer: ShardWriter, room: Room, *,
+    told: Callable[[int], None] = lambda _bytes: None,
+) -> list[TensorReport]:  # fmt: skip
+    """Merge all tensors of a plan into `writer`; what is told of each. `told` hears of the bytes that were written.
+
+    Raises NumericError for a tensor that is not finite.
+    """
+    reports = []
+    with (
+        _one_thread_each(),
+        ThreadPoolExecutor(room.threads, "merge") as workers,
+        ThreadPoolExecutor(1, "write") as writing,
+    ):
+        waiting: deque[Future[None]] = deque()
+
+        def write(name: str, rows: Tensor, first: int) -> None:
+            while len(waiting) >= WAITING:
+                waiting.popleft().result()
+            waiting.append(writing.submit(writer.write, name, rows, first))
+            told(rows.numel() * rows.element_size())
+
+        jobs = {job.name: job for job in plan.jobs}
+        for job in (jobs[name] for name in writer.order):
+            if job.copied:
+                write(job.name, _copied(parents, job), 0)
+            else:
+                reports.append(_merged(parents, job, room, workers, write))
+        for future in waiting:
+            future.result()
+    return reports
+
+
+def _merged(
+    parents: Sequence[Parent], job: Job, room: Room, workers: ThreadPoolExecutor,
+    write: Callable[[str, Tensor, int], None],
+) -> TensorReport:  # fmt: skip
+    """All looks at one tensor, then its blocks."""
+    slot = job.slot
+    height = room.block(len(job.origins), slot.columns)
+    firsts = range(0, slot.rows, height)
+    source = Source(parents, job)
+    raw = sum(parents[origin.parent].shards.slots[origin.name].bytes for origin in job.origins)
+    if job.method.passes and len(firsts) > 1 and room.keeps(raw):
+        keeping = [partial(source.keep, number) for number in range(len(job.origins))]
+        list(_in_order(workers, room.threads, keeping))
+    seen: list[Sums] = []
+    for _ in range(job.method.passes):
+        looks = [partial(source.look, first, height, tuple(seen)) for first in firsts or [0]]
+        total: Sums | None = None
+        for sums in _in_order(workers, room.threads, looks):
+            total = added(total, sums)
+        seen.append(total or {})
+    whole = Measured(0.0, 0.0, 0.0, None)
+    blocks = [partial(_block, source, job, first, height, tuple(seen)) for first in firsts]
+    for first, (rows, found) in zip(firsts, _in_order(workers, room.threads, blocks), strict=True):
+        whole = found if first == 0 else whole + found
+        write(job.name, rows, first)
+    return TensorReport.of(job.name, whole, seen, job.method.told(job.weights, seen), numbers=prod(slot.shape),
+                           based=job.base is not None)  # fmt: skip
+
+
+def _block(source: Source, job: Job, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
+    part = source.part(first, height)
+    merged = job.method.merge(part, seen)
+    found = measured(part, merged, seen)
+    rounded = merged.to(job.slot.dtype)
+    # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
+    narrow = job.slot.dtype == torch.float16
+    if (narrow or found.moved - found.moved or found.whole - found.whole) and not bool(rounded.isfinite().all()):
+        raise source.not_finite(part, merged)
+    return rounded, found
+
+
+@final
+class Source:
+    """The rows of one job, from files or from what was kept of them."""
+
+    def __init__(self, parents: Sequence[Parent], job: Job) -> None:
+        self.parents, self.job = parents, job
+        self.kept: dict[int, Tensor] = {}
+        self.key = key_of(job.name)
+
+    def keep(self, number: int) -> None:
+        origin = self.job.origins[number]
+        if origin.rows is None:
+            slot = self.parents[origin.parent].shards.slots[origin.name]
+            self.kept[number] = self.parents[origin.parent].shards.read(origin.name, 0, slot.rows)
+
+    def look(self, first: int, height: int, seen: Sequence[Sums]) -> Sums:
+        """What the method has to know of some rows."""
+        return self.job.method.look(self.part(first, height), seen)
+
+    def part(self, first: int, height: int) -> Part:
+        """Rows of all models and the base; those that a vocabulary lacks are the mean of those that have them."""
+        last = min(first + height, self.job.slot.rows)
+        rows = [self._rows(number, first, last) for number in range(len(self.job.origins))]
+        maps = [None if origin.rows is None else origin.rows[first:last] for origin in self.job.origins]
+        if any(own is not None and bool((own < 0).any()) for own in maps):
+            there = [torch.ones(last - first, dtype=torch.bool) if own is None else own >= 0 for own in maps]
+            count = torch.stack(there).sum(0).clamp(min=1)
+            mean = torch.stack(rows).sum(0) / count[:, None]
+            rows = [torch.where(own[:, None], each, mean) for own, each in zip(there, rows, strict=True)]
+        based = self.job.base is not None
+        models, base = (tuple(rows[:-1]), rows[-1]) if based else (tuple(rows), None)
+        columns = self.job.slot.columns
+        return Part(models, base, self.job.weights, first * columns, prod(self.job.slot.shape), self.key)
+
+    def _rows(self, number: int, first: int, last: int) -> Tensor:
+        origin = self.job.origins[number]
+        parent = self.parents[origin.parent]
+        if origin.rows is not None:
+            return parent.gathered(origin.name, origin.rows[first:last])
+        if number not in self.kept:
+            return parent.rows(origin.name, first, last)
+        wide = self.kept[number][first:last].float()
+        # A float32 tensor that is kept must stay what it is.
+        wide = wide.clone() if wide.data_ptr() == self.kept[number][first:last].data_ptr() else wide
+        if origin.name in parent.factors:
+            parent.factors[origin.name].add_to(wide, first)
+        return wide
+
+    def not_finite(self, part: Part, merged: Tensor) -> NumericError:
+        """Which parent has numbers that are not finite, or that the result is too large for its type."""
+        every = part.models if part.base is None else (*part.models, part.base)
+        for origin, rows in zip(self.job.origins, every, strict=True):
+            if count := int((~rows.isfinite()).sum()):
+                return NumericError(
+                    f"{excerpt(origin.name)} of {self.parents[origin.parent].name} has {count} numbers that are not "
+                    "finite; nothing was kept",
+                    do="fetch or train that model again",
+                )
+        largest = float(merged[merged.isfinite()].abs().max()) if bool(merged.isfinite().any()) else float("inf")
+        return NumericError(
+            f"{excerpt(self.job.name)} has numbers up to {largest:.3g} when it is merged, too large for "
+            f"{str(self.job.slot.dtype).removeprefix('torch.')}; nothing was kept",
+            do="write it as bfloat16 or float32: --dtype bfloat16",
+        )
+
+
+def _copied(parents: Sequence[Parent], job: Job) -> Tensor:
+    """A tensor of whole numbers. Raises RecipeError where the parents do not have the same."""
+
+    def read(origin: Origin) -> Tensor:
+        return parents[origin.parent].shards.read(origin.name)
+
+    found = read(job.models[0])
+    for origin in job.origins[1:]:
+        if not torch.equal(read(origin), found):
+            raise RecipeError(
+                f"{excerpt(job.name)} holds whole numbers, which differ between "
+                f"{parents[job.models[0].parent].name} and {parents[origin.parent].name}",
+                allowed="the same in all models",
+            )
+    return found
+
+
+def _in_order(workers: ThreadPoolExecutor, threads: int, work: Sequence[Callable[[], Found]]) -> Iterator[Found]:
+    """The results of all work in its order, while no more than a few pieces of it are begun."""
+    begun: deque[Future[Found]] = deque()
+    try:
+        for piece in work:
+            if len(begun) > threads:
+                yield begun.popleft().result()
+            begun.append(workers.submit(piece))
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Blocks are shared out to workers; inside one, more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

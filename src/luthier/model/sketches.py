@@ -1,0 +1,74 @@
+"""Sketches of tensors: a few numbers that tell how far two tensors are apart when only one of them is at hand.
+
+Idea: the elements, each with a random sign that depends on its place alone, are summed up in a few buckets (a count
+sketch). The difference of two sketches is the sketch of the difference, and its length is, on average, that of the
+difference itself. So what a tensor was can be remembered in a hundred bytes, and a tensor that was scaled, permuted or
+replaced is found out.
+Source: Charikar, Chen, Farach-Colton, Finding Frequent Items in Data Streams, 2002; Alon, Matias, Szegedy, 1996, for
+the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BUCKETS: Final = 64
+_SIGNS: Final = BUCKETS * 4093
+"""After so many elements the signs begin again."""
+
+
+@final
+@dataclass(frozen=True)
+class Sketch:
+    """The shape of a tensor, its norm, and its sums with random signs."""
+
+    shape: tuple[int, ...]
+    norm: float
+    sums: Float[np.ndarray, " buckets"]
+
+    def apart(self, other: Sketch) -> float:
+        """About the norm of the difference of the two tensors, as a share of this one's; infinite for other shapes."""
+        if self.shape != other.shape:
+            return float("inf")
+        length = float(np.linalg.norm(self.sums - other.sums))
+        return length / self.norm if self.norm else float("inf") if length else 0.0
+
+    def difference(self, other: Sketch) -> str:
+        """What is to be said of the other tensor, behind its name."""
+        if self.shape != other.shape:
+            return f"has shape {list(other.shape)}, not {list(self.shape)}"
+        ratio = other.norm / self.norm if self.norm else float("inf")
+        scaled = float(np.linalg.norm(self.sums * ratio - other.sums)) < 0.02 * other.norm if ratio else True
+        if scaled and abs(ratio - 1) > 0.001:
+            return f"is {ratio:.4g} times what it was"
+        return f"differs by about {self.apart(other):.2g} of its norm ({self.norm:.3g}, now {other.norm:.3g})"
+
+
+@torch.no_grad()
+def sketched(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Sketch]:
+    """A sketch of each tensor, one at a time."""
+    signs: Tensor | None = None
+    found = {}
+    for name, tensor in tensors:
+        if signs is None or signs.device != tensor.device:
+            draws = torch.Generator().manual_seed(0)
+            signs = (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(tensor.device, torch.float32)
+        found[name] = _sketch(tensor, signs)
+    return found
+
+
+def _sketch(tensor: Tensor, signs: Tensor) -> Sketch:
+    sums, square = torch.zeros(BUCKETS, dtype=torch.float64), 0.0
+    for piece in tensor.detach().reshape(-1).split(_SIGNS):
+        plain = piece.float()
+        square += float(plain.square().sum(dtype=torch.float64))
+        signed = torch.nn.functional.pad(plain * signs[: len(plain)], (0, -len(plain) % BUCKETS))
+        sums += signed.view(-1, BUCKETS).sum(0, dtype=torch.float64).cpu()
+    return Sketch(tuple(tensor.shape), square**0.5, sums.numpy())

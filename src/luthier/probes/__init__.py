@@ -1,0 +1,115 @@
+"""Probes: what tuning did to a model, as data.
+
+The contract: a probe sees a pair, the model before and after, and makes a report: sentences, numbers, tables and series
+to draw. It changes neither model, writes nothing and draws nothing; pages are made of reports elsewhere. What it needs
+(`weights`, `texts`, `samples`, `gradients`, `settings`) it says, and a pair that lacks it gets a report that says so,
+not a number.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, final
+
+from luthier.core.errors import NumericError
+from luthier.core.events import plain
+from luthier.core.knobs import Method
+from luthier.model.pair import Pair
+
+Value = float | int | str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of values under heads; the first column names the row."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: Sequence[Sequence[Value]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Lines over a common axis: for each name its points."""
+
+    title: str
+    across: str
+    up: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Values by row and column, to be coloured; None where there is none. `signed` ones have a middle at zero."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    signed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a probe found. A report that is not `measured` has only a verdict: why there is nothing to say."""
+
+    verdict: tuple[str, ...]
+    numbers: Mapping[str, Value] = field(default_factory=dict)
+    tables: tuple[Table, ...] = ()
+    curves: tuple[Curves, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    measured: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
+
+
+class Probe(Method):
+    """A way to look at what tuning did."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What of a pair it looks at: weights, texts, samples, gradients, settings."""
+    by_name_only: ClassVar[bool] = False
+    """Whether it is left out unless it is asked for, however little it costs here."""
+
+    @final
+    def of(self, pair: Pair) -> Report:
+        """The report about a pair. Raises NumericError where weights are not finite."""
+        if "weights" in self.needs and not pair.changes:
+            what = f" (it is {', '.join(pair.beside)})" if pair.beside else ""
+            return Report(verdict=(f"No matrix of the base is changed{what}: there is nothing to look at.",),
+                          measured=False)  # fmt: skip
+        if "weights" in self.needs and not sum(require_finite(each.name, each.norm()) for each in pair.changes):
+            sentence = "No weight differs from the base: there is no change to look at."
+            return Report(verdict=(sentence,), numbers={"changed_matrices": 0})
+        lacking = [name for name in ("texts", "samples") if name in self.needs and not getattr(pair, name)]
+        if lacking:
+            sentence = "No text is known to ask the two models about: name some with --keep FILE."
+            return Report(verdict=(sentence,), measured=False)
+        if "gradients" in self.needs and pair.gradients is None:
+            sentence = "Gradients are those of a run and its rows: two folders have none."
+            return Report(verdict=(sentence,), measured=False)
+        return self.look(pair)
+
+    @abstractmethod
+    def look(self, pair: Pair) -> Report:
+        """The report about a pair that has what the probe needs."""
+
+    def flops(self, pair: Pair) -> float:
+        """About how much work it is; what is much is only done when it is asked for by name."""
+        return 0.0
+
+
+def require_finite(name: str, number: float) -> float:
+    """The number. Raises NumericError where it is none: a report shows no measure of broken weights."""
+    if not abs(number) < float("inf"):
+        raise NumericError(
+            f"{name} is {number}: the weights hold NaN or infinity",
+            do="look at the run's events; train again from the last good checkpoint",
+        )
+    return number

@@ -1,0 +1,78 @@
+"""What answering takes: weights, a cache for each client, and how fast that can be; from a config, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from luthier.arithmetic import inference
+from luthier.arithmetic.shapes import Shape, shape_of
+
+NUMBERS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number by precision."""
+
+
+def plan_inference(
+    config: Mapping[str, Any],
+    *,
+    clients: int = 1,
+    context: int = 2048,
+    precision: str = "bfloat16",
+    packed: Callable[[tuple[int, int]], int | None] | None = None,
+    memory: float | None = None,
+    flops: float | None = None,
+    bandwidth: float | None = None,
+) -> dict[str, Any]:
+    """Memory and least time of answering so many clients, each with a text of so many tokens.
+
+    `packed` says what a packed matrix takes; `memory`, `flops` and `bandwidth` are those of the device.
+    """
+    shape, number = shape_of(config), NUMBERS[precision]
+    weights = inference.weight_bytes(shape, number, packed)
+    each = inference.cache_bytes(shape, context, number)
+    total = weights + clients * each
+    return {
+        "parameters": {"total": shape.parameters, **shape.parts},
+        "memory": {
+            "weights": weights,
+            "cache": clients * each,
+            "total": total,
+            "rule_of_thumb": round(inference.rule_of_thumb(weights)),
+            "cache_per_token": inference.cache_bytes_per_token(shape, number),
+            "cache_per_client": each,
+            "available": None if memory is None else int(memory),
+        },
+        "flops_per_token": inference.decode_flops(shape, context),
+        "seconds_per_1k_tokens": _seconds(shape, weights, clients, context, number, flops, bandwidth),
+        "fits": None if memory is None else total <= memory,
+        "largest": _largest(shape, weights, memory, clients, each, number),
+        "prefill_flops": inference.prefill_flops(shape, context),
+        "ridge_rows": inference.ridge(flops, bandwidth, number=number) if flops and bandwidth else None,
+    }
+
+
+def _seconds(
+    shape: Shape, weights: int, clients: int, context: int, number: int, flops: float | None, bandwidth: float | None
+) -> float | None:
+    """The least time for a thousand tokens of all clients together."""
+    if not flops or not bandwidth:
+        return None
+    step = inference.decode_seconds(
+        shape, weights=weights, rows=clients, context=context, flops_per_second=flops, bytes_per_second=bandwidth,
+        number=number,
+    )  # fmt: skip
+    return 1000 * step / clients
+
+
+def _largest(
+    shape: Shape, weights: int, memory: float | None, clients: int, each: int, number: int
+) -> dict[str, int | None]:
+    """The most clients with texts of this length, and the longest texts of so many clients, that fit."""
+    if memory is None:
+        return {"clients": None, "context": None}
+    low, high = 0, shape.context or 2**24
+    while low < high:
+        middle = (low + high + 1) // 2
+        enough = weights + clients * inference.cache_bytes(shape, middle, number) <= memory
+        low, high = (middle, high) if enough else (low, middle - 1)
+    return {"clients": inference.most_rows(memory, weights=weights, cache=each), "context": low}

@@ -1,0 +1,29 @@
+"""The exact k-th largest from counts, against sorting; in pieces as whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from luthier.maths.magnitudes import drawer_counts, drawer_of, inner_counts, kth_largest
+
+WILD = torch.cat([
+    torch.randn(5000, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0.0, -0.0, 1e-45, -1e-38, 3e38, -3e38, 1.0, -1.0, 1.0]),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 2500, 5000, 5009])
+def test_it_is_what_sorting_finds(k: int) -> None:
+    """Breaks when a sign, a subnormal number or a drawer's edge is counted wrongly."""
+    pieces = WILD.split(777)
+    counts = torch.stack([drawer_counts(piece) for piece in pieces]).sum(0)
+    drawer, _ = drawer_of(counts, k)
+    inner = torch.stack([inner_counts(piece, drawer) for piece in pieces]).sum(0)
+    assert kth_largest(counts, inner, k) == float(WILD.abs().sort(descending=True)[0][k - 1])
+
+
+def test_nothing_is_as_large_as_the_zeroth() -> None:
+    """Breaks when cutting off none cuts off the largest."""
+    counts = drawer_counts(WILD)
+    assert kth_largest(counts, inner_counts(WILD, drawer_of(counts, 1)[0]), 0) == float("inf")
