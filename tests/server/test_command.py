@@ -47,6 +47,19 @@ class Served:
         return self.process.wait(60)
 
 
+def test_threads_sleep_while_they_wait_and_torch_is_told_in_time() -> None:
+    """Breaks when torch is loaded before: its threads would spin on the cores that HTTP needs."""
+    script = (
+        "import os, sys; from luthier.cli.main import run; code = run(['serve', 'seedling', '--precision', 'high'])\n"
+        "print(code, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    path = os.pathsep.join([str(SOURCE), *(each for each in sys.path if each)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    environment.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == ["2", "passive", "False"], done.stderr
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     made = Served(tmp_path)

@@ -79,9 +79,6 @@ def main() -> None:
     # No telemetry of our dependencies in our process, and no warnings from tokenizer threads that we fork around.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads of OpenMP that wait for work shall sleep, not spin for milliseconds on the cores that other threads need:
-    # those of our kernels (kernels/native/team.h), of a server, of other programs. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if not debug:

@@ -17,6 +17,7 @@ import typer
 from luthier.cli.hand_over import As, Engine, Rank, Replace, There, Tolerance, Url, hand_over, hands_over
 from luthier.cli.options import Json, require_no_lost_run
 from luthier.cli.show import print_json
+from luthier.core.child import WAIT_POLICY
 from luthier.core.errors import RecipeError, RefusedError
 from luthier.core.imports import uncollected
 from luthier.core.optional import require
@@ -93,6 +94,8 @@ def serve(
     if hands_over(ctx):
         hand_over(ctx.params)
         return
+    # Before torch is loaded: threads that spin while they wait would keep those that speak HTTP from the cores.
+    os.environ.setdefault(WAIT_POLICY, "passive")
     wanted = _wanted(name, adapter, precision, quantizer=quantizer, tokens=cache_tokens, waiting=waiting)
     if adapters is not None and not adapters.is_dir():
         raise RecipeError(f"--adapters {adapters} is no folder", do="make it, or name another one")

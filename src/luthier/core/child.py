@@ -19,21 +19,30 @@ from typing import IO, Final
 _PR_SET_PDEATHSIG: Final = 1
 _NEEDED: Final = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 """What an interpreter may need to start; names of secrets (tokens, keys, proxies) are not among them."""
+WAIT_POLICY: Final = "OMP_WAIT_POLICY"
+"""How threads of OpenMP wait for work: passive is asleep. It is read once, when torch is loaded."""
 
 
 def start_child(
-    module: str, arguments: Sequence[str] = (), *, stderr: int = subprocess.PIPE, bare: bool = False
+    module: str,
+    arguments: Sequence[str] = (),
+    *,
+    stderr: int = subprocess.PIPE,
+    bare: bool = False,
+    without: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """`python -m module arguments` with pipes on standard input and output; `module` calls `bound_to_parent` first.
 
     Start it from the main thread, or from one that lives as long as the child shall: on Linux the child is bound to the
-    thread that started it. The child sees our import path, our `-O` and, unless it is `bare`, our environment.
+    thread that started it. The child sees our import path, our `-O` and, unless it is `bare`, our environment, but
+    for the variables it is to do `without`.
     """
     optimised = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
     # -P: `-m` would put the working directory first on the import path, and that may be a folder from the internet.
     command = [sys.executable, "-P", *optimised, "-m", module, *arguments]
     known = {name: os.environ[name] for name in _NEEDED if name in os.environ} if bare else os.environ
-    environment = {**known, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    given = {name: value for name, value in known.items() if name not in without}
+    environment = {**given, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, close_fds=True
     )

@@ -1,20 +1,24 @@
-// Threads that help with many short pieces of work, and are never waited for where they have not come.
+// Many short pieces of work on several threads, in one of two ways.
 //
-// A barrier of OpenMP ends when every thread has passed it. When another program has a core, that is after the scheduler
-// has given the late thread its turn, some milliseconds; a text's token passes hundreds of barriers. Here whoever calls
-// takes piece after piece; a helper that arrives takes some of them; when none is left the door is closed, and only
-// those are waited for who came in and still have a piece in their hands. So a busy machine costs what its busy cores
-// would have added, and no more.
+// Where torch's threads spin while they wait (as they do unless OMP_WAIT_POLICY is passive), pieces are done by them: threads
+// of our own would wait for the cores on which they spin. Where they sleep, helpers of our own take part, and are never
+// waited for where they have not come. A barrier of OpenMP ends when every thread has passed it; when another thread has
+// a core (a server's, another program's), that is after the scheduler has given the late one its turn, and a text's
+// token passes hundreds of barriers. Here whoever calls takes piece after piece; a helper that arrives takes some of
+// them; when none is left the door is closed, and only those are waited for who came in and still have a piece in their
+// hands. So a busy machine costs what its busy cores would have added, and no more.
 
 #pragma once
 
 #include <omp.h>
 #include <pthread.h>
+#include <strings.h>
 
 #include <algorithm>
 #include <atomic>
 #include <climits>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -42,6 +46,11 @@ class Team {
     // work(piece, member) for each piece, in any order; back when all are done. Unless they are `worth` it the caller
     // does them all.
     template <typename Do> static void run(int64_t pieces, const Do& work, bool worth) {
+        if (!torch_sleeps()) {
+#pragma omp parallel for schedule(dynamic, 1) if (worth && pieces > 1)
+            for (int64_t piece = 0; piece < pieces; piece++) work(piece, omp_get_thread_num());
+            return;
+        }
         const int helpers = worth ? std::min<int64_t>(most(), pieces) - 1 : 0;
         if (helpers > 0) {
             Team& team = the();
@@ -69,6 +78,15 @@ class Team {
     int wanted = 0, started = 0;
     const void* context = nullptr;
     Work work = nullptr;
+
+    // Whether OpenMP's threads sleep while they wait: what it was told when it was loaded.
+    static bool torch_sleeps() {
+        static const bool sleeps = [] {
+            const char* told = std::getenv("OMP_WAIT_POLICY");
+            return told != nullptr && strcasecmp(told, "passive") == 0;
+        }();
+        return sleeps;
+    }
 
     // One for a process, never destroyed: its helpers may look at it until the process ends. A fork has none of them.
     static Team& the() {
