@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from typing import Any, final
 
 import numpy as np
 
+from luthier.core.child import WAIT_POLICY
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request, Said
 from luthier.model.speaker import Sampling
@@ -248,6 +250,10 @@ def main() -> None:
     parser.add_argument("--no-engine", action="store_true", help="say tokens without computing them, a step of --pause")
     parser.add_argument("--pause", type=float, default=0.008, help="seconds a step takes with --no-engine")
     chosen = parser.parse_args()
+    if WAIT_POLICY not in os.environ:
+        # As `luthier serve` has it; torch, which is loaded by now, has read another.
+        os.environ[WAIT_POLICY] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     pause = chosen.pause if chosen.no_engine else None
     found = measure(chosen.model, chosen.clients, chosen.requests, chosen.repetitions, pause=pause)
     print(json.dumps(found, indent=1))
