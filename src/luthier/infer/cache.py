@@ -99,7 +99,6 @@ class PassKeys(KeptKeys):
             return self.backend.attend_pages(query.contiguous(), keys, values, self.texts, scale, call.window)
         return _by_text(query, keys, values, self.texts, scale, call)
 
-
     def block(
         self,
         layer: int,
