@@ -33,6 +33,8 @@ from luthier.data.reading.strict_json import Place, decode_text, parse
 
 MAX_JSON: Final = 16 * 1024 * 1024
 """Bytes of a JSON file of a model; the largest in use, an index of ninety thousand tensors, has nine million."""
+AGAIN: Final = "look whether it is the file that was meant, or fetch it again"
+"""What to do about a file of a model that is no JSON: no run is at stake."""
 _HUB_ID: Final = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 SECONDS = 4
 """How long the hub may take to answer the first question."""
@@ -97,9 +99,10 @@ def read_json(path: Path) -> dict[str, object]:
         value = parse(decode_text(read_bytes(path, most=MAX_JSON), Place(str(path))), Place(str(path)))
     except DataError as failure:
         allowed = failure.allowed or "valid JSON"
-        raise CorruptError(f"no valid JSON: {failure.received}", allowed=allowed, where=failure.where) from None
+        received = f"no valid JSON: {failure.received}"
+        raise CorruptError(received, allowed=allowed, do=AGAIN, where=failure.where) from None
     if not isinstance(value, dict):
-        raise CorruptError(f"a JSON {type(value).__name__}", allowed="a JSON object", where=str(path))
+        raise CorruptError(f"a JSON {type(value).__name__}", allowed="a JSON object", do=AGAIN, where=str(path))
     return value
 
 
