@@ -55,6 +55,16 @@ def methods() -> str:
     return _table(("family", "method", "what it is"), rows)
 
 
+def families() -> str:
+    """Each family, what it decides, and the names of its methods."""
+    rows = []
+    for family in catalog.families():
+        text = importlib.import_module(f"luthier.{family}").__doc__ or ""
+        about = text.partition("\n")[0].partition(": ")[2].rstrip(".")
+        rows.append((f"`{family}`", about, ", ".join(f"`{name}`" for name in catalog.names(family))))
+    return _table(("family", "what it decides", "methods"), rows)
+
+
 def commands() -> str:
     """Every command and the first sentence of its help."""
     rows = [(f"`luthier {name}`", (command.help or "").split("\n")[0]) for name, command in leaf_commands()]
@@ -142,6 +152,7 @@ def data_formats() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "families": families,
     "commands": commands,
     "exit-codes": exit_codes,
     "errors": error_walk,
