@@ -28,14 +28,18 @@ check: $(READY)  ## lint, types, architecture
 	@$(PYTEST) -q tests/architecture
 
 # A peer that cannot be installed or a process that fails ends nothing, but the command tells it by its exit code.
-bench: $(READY)  ## speed and memory beside peers, a first impression; writes docs/performance.md (benchmarks/README.md)
+bench: $(READY)  ## speed and memory beside peers, a first impression; writes docs/performance.md and docs/generation.md (benchmarks/README.md)
 	@failed=0; $(BIN)/python benchmarks/setup_peers.py --home $(BENCH_HOME) || failed=1; \
 	$(BIN)/python benchmarks/sft.py --home $(BENCH_HOME) --tier quick || failed=1; \
+	$(BIN)/python benchmarks/generate.py --home $(BENCH_HOME) || failed=1; \
+	$(BIN)/python benchmarks/generate_report.py --home $(BENCH_HOME) --report docs/generation.md || failed=1; \
 	$(BIN)/python benchmarks/report.py --home $(BENCH_HOME) --report docs/performance.md && exit $$failed
 
 bench-full: $(READY)  ## the same with all settings of the peers, five times each: hours; run again to go on
 	@failed=0; $(BIN)/python benchmarks/setup_peers.py --home $(BENCH_HOME) || failed=1; \
 	$(BIN)/python benchmarks/sft.py --home $(BENCH_HOME) --tier full --resume || failed=1; \
+	$(BIN)/python benchmarks/generate.py --home $(BENCH_HOME) --repetitions 5 || failed=1; \
+	$(BIN)/python benchmarks/generate_report.py --home $(BENCH_HOME) --repetitions 5 --report docs/generation.md || failed=1; \
 	$(BIN)/python benchmarks/report.py --home $(BENCH_HOME) --tier full --report docs/performance.md && exit $$failed
 
 clean:  ## remove the virtual environment and every cache

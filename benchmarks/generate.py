@@ -6,7 +6,8 @@
 
 Each repetition of each system is a process of its own (A B C A B C) that loads, answers all requests once for a few
 tokens, then once in earnest, with the machine's speed probed before and after. One JSON line a process goes to
-HOME/generate.jsonl; one that fails is told and the others go on. The table at the end holds medians of this run.
+HOME/generate.jsonl; one that fails is told and the others go on. The table at the end holds medians of this run;
+`generate_report.py` writes those of the latest runs into a page.
 The workloads and the systems are tables in `generate_work.py`. Run it with luthier's interpreter.
 """
 
@@ -15,17 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import procfs
-from generate_work import ADAPTERS, ALPHA, OURS, RANK, SYSTEMS, WORKLOADS, Job, System
+from generate_report import table
+from generate_work import ADAPTERS, ALPHA, RANK, SYSTEMS, WORKLOADS, Job, System
 from sft import commit
 from workloads import MODELS
 
@@ -162,31 +163,6 @@ def told(line: Line) -> str:
         return head + line["failure"]
     contended = "  [contended]" if line["contended"] else ""
     return f"{head}{line['tokens_per_second']} tokens/s, first tokens after {line['first_tokens_s']} s{contended}"
-
-
-def table(lines: Sequence[Line]) -> list[list[str]]:
-    """Medians of each system of each workload; ratios are to the first peer. Contended lines stand for themselves only
-    where there are no others."""
-    rows = [["workload", "system", "runs", "tokens/s", "ratio", "after the first", "ratio", "first tokens s", "GB",
-             "% of limit"]]
-    for workload in dict.fromkeys(line["workload"] for line in lines):
-        own = [line for line in lines if line["workload"] == workload and "failure" not in line]
-        quiet = {name: [line for line in own if line["system"] == name and not line["contended"]] for name in SYSTEMS}
-        used = {name: quiet[name] or [line for line in own if line["system"] == name] for name in SYSTEMS}
-        used = {name: some for name, some in used.items() if some}
-        peer = next((name for name in used if not name.startswith(OURS)), next(iter(used), ""))
-
-        def median(name: str, key: str, used: Mapping[str, Sequence[Line]] = used) -> float:
-            return statistics.median(line.get(key) or 0 for line in used[name])
-
-        for name, some in used.items():
-            cells = [workload, name, f"{len(some)}{'' if quiet[name] else ' contended'}"]
-            for key in ("tokens_per_second", "later_tokens_per_second"):
-                cells += [f"{median(name, key):.1f}", f"{median(name, key) / (median(peer, key) or 1):.2f}"]
-            cells += [f"{median(name, 'first_tokens_s'):.3f}", f"{median(name, 'peak_memory_bytes') / 1e9:.2f}"]
-            limit = median(name, "percent_of_limit")
-            rows.append([*cells, f"{limit:.0f}" if limit else ""])
-    return rows
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

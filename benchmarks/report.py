@@ -18,6 +18,7 @@ from typing import Any
 
 import plot
 import results
+import tables
 from results import Line, Summary
 from systems import BASELINE, kind
 from workloads import OURS, WORKLOADS
@@ -52,7 +53,7 @@ def summary(standings: Sequence[Standing]) -> str:
         return "No measurement has been made yet."
     header = ["workload", "real tokens/s", f"x {BASELINE}", "x fastest peer", "which", "memory", "% of limit"]
     rows = [_standing_row(item) for item in standings]
-    text = _markdown([header, *rows])
+    text = tables.markdown([header, *rows])
     contended = any(row[0].endswith("(c)") for row in rows)
     return f"{text}\n\n(c): only contended runs exist, so this is no evidence." if contended else text
 
@@ -78,7 +79,7 @@ def section(lines: Sequence[Line], *, picture: str | None) -> str:
     # Where the baseline did not run, the last system did: a peer, as systems are named ours first.
     baseline = BASELINE if BASELINE in systems else systems[-1]
     text = [_work(lines), *([f"![Speed over peak memory of each system]({picture})"] if picture else [])]
-    text.append(_markdown(results.table(lines, baseline=baseline)))
+    text.append(tables.markdown(results.table(lines, baseline=baseline)))
     if left_out := _left_out(lines):
         text.append("\n".join(left_out))
     details = "\n".join(_details(lines))
@@ -139,11 +140,6 @@ def _same(lines: Sequence[Line], name: str) -> str:
     return " / ".join(sorted({f"{line['tokens'][name]:,}" for line in lines}))
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    parts = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join([*parts, *("| " + " | ".join(row) + " |" for row in rows[1:])])
-
-
 def dots(lines: Sequence[Line]) -> list[plot.Dot]:
     """What the picture shows: the systems with a speed and a memory that count."""
     found = []
@@ -153,18 +149,9 @@ def dots(lines: Sequence[Line]) -> list[plot.Dot]:
     return found
 
 
-def place(document: str, text: str, name: str) -> str:
-    """`document` with `text` between the markers of that name."""
-    begin, end = (f"<!-- benchmarks/report.py: {name} {word} -->" for word in ("begin", "end"))
-    if (begin in document) != (end in document):
-        raise SystemExit(f"the document has only one of {begin!r} and {end!r}")
-    if begin not in document:
-        document = document.rstrip("\n") + ("\n\n" if document.strip() else "") + f"{begin}\n{end}\n"
-    before, _, rest = document.partition(begin)
-    old, found, after = rest.partition(end)
-    if not found or begin in old:
-        raise SystemExit(f"{begin!r} must stand once, before {end!r}")
-    return f"{before}{begin}\n{text}\n{end}{after}"
+def mark(name: str) -> str:
+    """The name of a generated part in a document."""
+    return f"benchmarks/report.py: {name}"
 
 
 def write(document: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -177,9 +164,9 @@ def write(document: Path, lines: Sequence[dict[str, Any]]) -> None:
         picture = document.with_name(f"{document.stem}-{name}.svg") if shown else None
         if picture is not None:
             picture.write_text(plot.draw(shown, f"{name}: real tokens/s over peak memory"), "utf-8")
-        text = place(text, section(latest, picture=picture.name if picture else None), name)
+        text = tables.place(text, section(latest, picture=picture.name if picture else None), mark(name))
         standings.append(standing(name, latest))
-    text = place(text, summary([item for item in standings if item is not None]), SUMMARY)
+    text = tables.place(text, summary([item for item in standings if item is not None]), mark(SUMMARY))
     document.write_text(text, "utf-8")
 
 

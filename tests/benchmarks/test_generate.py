@@ -67,10 +67,10 @@ def test_a_line_counts_what_was_asked_for() -> None:
 
 def test_the_table_compares_with_the_first_peer_and_leaves_contended_lines_out() -> None:
     lines = [line("luthier", 90.0, contended=True), line("luthier", 60.0), line("transformers", 20.0)]
-    rows = module("generate").table([*lines, line("luthier", 0.0, failure="it fell over")])
+    rows = module("generate_report").table([*lines, line("luthier", 0.0, failure="it fell over")])
     assert rows[1][:5] == ["m1-1", "luthier", "1", "60.0", "3.00"]
     assert rows[2][:5] == ["m1-1", "transformers", "1", "20.0", "1.00"]
-    alone = module("generate").table([line("luthier", 90.0, contended=True)])
+    alone = module("generate_report").table([line("luthier", 90.0, contended=True)])
     assert alone[1][:5] == ["m1-1", "luthier", "1 contended", "90.0", "1.00"]
 
 
@@ -105,3 +105,18 @@ def test_unknown_names_are_told() -> None:
         module("generate").parse(["--workloads", "m9"])
     args = module("generate").parse(["--workloads", "m1-1,m2-1", "--systems", "luthier"])
     assert args.workloads == ["m1-1", "m2-1"] and args.systems == ["luthier"]
+
+
+def test_a_page_tells_the_latest_run_that_has_a_peer_and_processes_enough(tmp_path: Path) -> None:
+    report = module("generate_report")
+    about = {"machine": {"cpu": "c", "cores": 2}, "precision": "bfloat16", "versions": {"torch": "2"}, "commit": "abc"}
+    runs = [
+        line(name, rate + own, run=f"2026-01-0{day}T00:00:00Z", repetition=own, **about)
+        for day, rate, names in ((1, 40.0, ("luthier", "transformers")), (2, 80.0, ("luthier", "transformers")))
+        for name in names for own in range(3 if day == 1 else 1)
+    ]  # fmt: skip
+    runs.append(line("luthier", 990.0, run="2026-01-03T00:00:00Z", **about))
+    assert "| luthier | 80.0 | 1.00 |" in report.page(report.latest(runs, 1))
+    several = report.page(report.latest(runs, 3))
+    assert "| luthier | 41.0 (40.0-42.0) | 1.00 |" in several and "2026-01-01" in several
+    assert report.page(report.latest(runs, 4)) == "No measurement has been made yet."

@@ -79,15 +79,15 @@ def test_section_says_what_was_measured_and_what_was_left_out() -> None:
 
 
 def test_report_replaces_only_its_own_part() -> None:
-    report = module("report")
+    tables = module("tables")
     begin, end = "<!-- benchmarks/report.py: lora begin -->", "<!-- benchmarks/report.py: lora end -->"
-    once = report.place("# Title\n\nwords\n", "first", "lora")
-    twice = report.place(once + "after\n", "second", "lora")
+    once = tables.place("# Title\n\nwords\n", "first", "benchmarks/report.py: lora")
+    twice = tables.place(once + "after\n", "second", "benchmarks/report.py: lora")
     assert twice == f"# Title\n\nwords\n\n{begin}\nsecond\n{end}\nafter\n"
-    both = report.place(twice, "other", "full")
+    both = tables.place(twice, "other", "benchmarks/report.py: full")
     assert both.startswith(twice) and "full begin" in both
     with pytest.raises(SystemExit, match="only one of"):
-        report.place(begin, "text", "lora")
+        tables.place(begin, "text", "benchmarks/report.py: lora")
 
 
 def test_a_document_gets_its_parts_and_pictures(tmp_path: Path) -> None:
