@@ -18,8 +18,7 @@ from luthier.infer.groups import GroupSpeaker
 from luthier.infer.reader import PagedReader
 from luthier.infer.request import Request
 from luthier.infer.scheduler import Part
-from luthier.kernels.backend import BareBlock
-from luthier.kernels.native_backend import NativeBackend
+from luthier.kernels.native_tokens import NativeTokenBlocks
 from luthier.model.speaker import PolicySampling, Sampling
 from tests import forests
 
@@ -69,17 +68,17 @@ def test_a_block_takes_the_terms_of_the_adapter_that_is_trained(
     asked = [prompt for prompt in (forests.tokens(rng, 4), forests.tokens(rng, 6)) for _ in range(4)]
     sampling = PolicySampling(max_new_tokens=6, seed=9)
     made: list[bool] = []
-    block = NativeBackend.token_block
+    through = NativeTokenBlocks.through
 
-    def counted(self: NativeBackend, x: Any, own: BareBlock, *more: Any) -> Any:
-        found = block(self, x, own, *more)
-        made.append(found is not None and any(each is not None for each in own.terms))
+    def counted(self: NativeTokenBlocks, *given: Any) -> Any:
+        found, added = through(self, *given), given[-1]
+        made.append(found is not None and added is not None)
         return found
 
-    monkeypatch.setattr(NativeBackend, "token_block", counted)
+    monkeypatch.setattr(NativeTokenBlocks, "through", counted)
     at_once = GroupSpeaker(Engine(model)).speak(asked, sampling)
     assert any(made) == (not isinstance(adapter, IA3))
-    monkeypatch.setattr(NativeBackend, "token_block", lambda *given: None)
+    monkeypatch.setattr(NativeTokenBlocks, "through", lambda *given: None)
     apart = GroupSpeaker(Engine(model)).speak(asked, sampling)
     for one, other in zip(at_once, apart, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
@@ -108,5 +107,5 @@ def test_a_block_takes_the_terms_of_many_adapters_bit_for_bit(monkeypatch: pytes
         return torch.tensor(told)
 
     whole = rows(5)
-    monkeypatch.setattr(NativeBackend, "token_block", lambda *given: None)
+    monkeypatch.setattr(NativeTokenBlocks, "through", lambda *given: None)
     assert torch.equal(whole, rows(5))

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
-from luthier.kernels.backend import Backend, BareBlock, KeptRows, Paged
+from luthier.kernels.backend import AddedTerms, Backend, KeptRows, Paged, TokenBlocks
 from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attention import ForestPlan, Root, soft_capped
 from luthier.model.executor import flat_hidden
@@ -99,19 +99,17 @@ class PassKeys(KeptKeys):
             return self.backend.attend_pages(query.contiguous(), keys, values, self.texts, scale, call.window)
         return _by_text(query, keys, values, self.texts, scale, call)
 
-    def block(
+    def through(
         self,
-        layer: int,
+        blocks: TokenBlocks,
+        which: range,
         x: Float[Tensor, "n d"],
-        block: BareBlock,
         angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
-        call: AttentionCall,
+        added: AddedTerms | None,
     ) -> Float[Tensor, "n d"] | None:
-        if call.softcap is not None:
-            return None
-        kept = KeptRows(self.cache.keys[layer], self.cache.values[layer], self.rows, self.texts)
-        scale = block.head_size**-0.5 if call.scale is None else call.scale
-        return self.backend.token_block(x, block, angles, kept, scale, call.window)
+        own = slice(which.start, which.stop)
+        kept = KeptRows(self.cache.keys[own], self.cache.values[own], self.rows, self.texts)
+        return blocks.through(x, which, angles, kept, added)
 
 
 def paged(pages: Sequence[Sequence[int]], counts: Sequence[int], news: Sequence[int], cache: Cache) -> Paged:

@@ -93,26 +93,54 @@ Norm = tuple[Tensor, float]
 @dataclass(frozen=True)
 class BareBlock:
     """A block of the common shape as it stands: its layers, of queries, keys, values, output, gate, up and down, and
-    its norms; `head_norms` are those of each head of queries and of keys, where it has them. `terms` are added to the
-    outputs of the layers, in the `rows` that say so."""
+    its norms; `head_norms` are those of each head of queries and of keys, where it has them. `scale` is the factor of
+    the logits of its attention, `window` how many keys a token sees at most, itself included."""
 
     layers: tuple[Bare, Bare, Bare, Bare, Bare, Bare, Bare]
     norms: tuple[Norm, Norm]
     head_norms: tuple[Norm, Norm] | None
     head_size: int
-    terms: tuple[ThinTerms | None, ...] = (None,) * 7
-    rows: ThinRows | None = None
+    scale: float
+    window: int | None
 
 
 @final
 @dataclass(frozen=True)
 class KeptRows:
-    """The keys and values of a layer that stay, and where those of new tokens go: row i to `rows[i]`."""
+    """The keys and values of layers that stay, and where those of new tokens go: row i to `rows[i]`."""
 
-    keys: Float[Tensor, "kept groups size"]
-    values: Float[Tensor, "kept groups size"]
+    keys: Sequence[Float[Tensor, "kept groups size"]]
+    values: Sequence[Float[Tensor, "kept groups size"]]
     rows: Int[Tensor, " n"]
     texts: Paged
+
+
+@final
+@dataclass(frozen=True)
+class AddedTerms:
+    """What is added to the outputs of the seven layers of each block, in the `rows` that say so."""
+
+    terms: tuple[tuple[ThinTerms | None, ...], ...]
+    rows: ThinRows
+
+
+class TokenBlocks(ABC):
+    """Blocks that follow each other, for passes of a few tokens over kept keys, without a graph.
+
+    They give what the operations of their backend give one by one, bit for bit; terms are added as `thin` adds them.
+    """
+
+    @abstractmethod
+    def through(
+        self,
+        x: Float[Tensor, "n d"],
+        which: range,
+        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
+        kept: KeptRows,
+        added: AddedTerms | None,
+    ) -> Float[Tensor, "n d"] | None:
+        """The blocks `which` of them in turn; `kept` and `added` are those of these blocks. None, with nothing written,
+        where these numbers, or so many rows, are not for them."""
 
 
 class Backend(ABC):
@@ -258,18 +286,9 @@ class Backend(ABC):
         With a `window` a token sees that many keys at most, itself included.
         """
 
-    def token_block(
-        self,
-        x: Float[Tensor, "n d"],
-        block: BareBlock,
-        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
-        kept: KeptRows,
-        scale: float,
-        window: int | None,
-    ) -> Float[Tensor, "n d"] | None:
-        """A whole block over kept keys, without a graph: what the operations above and below give one by one, bit for
-        bit; terms are added as `thin` adds them. None, with nothing written, where there is no shorter way than these.
-        """
+    def token_blocks(self, blocks: Sequence[BareBlock]) -> TokenBlocks | None:
+        """Blocks of a model as one call takes them; None where there is no shorter way than the operations here. The
+        memory of their weights is kept, and read at each call: who gives them other weights asks anew."""
         return None
 
     @abstractmethod

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 
 from luthier.kernels import native_build
-from luthier.kernels.backend import Backend, BareBlock, BlockScales, KeptRows, Paged, RowCodes, Run, Seen
+from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
+from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, is_bare
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
@@ -41,19 +42,15 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend": (*[_POINTER] * 8, *[_WHOLE] * 5, _REAL),
     "attend_backward": (*[_POINTER] * 12, *[_WHOLE] * 5, _REAL),
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
-    "token_block": (*[_POINTER] * 12, *[_WHOLE] * 3, *[_REAL] * 4, _WHOLE),
+    "token_blocks": ARGUMENTS,
     "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_EVERYTHING: Final = 2**62
-"""The window of a token that sees all that is before it."""
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
-FEW: Final = 32
-"""Rows up to which our products are faster than the library's, or as fast."""
 
 
 @final
@@ -231,40 +228,14 @@ class NativeBackend(Backend):
         out = torch.empty_like(query)
         places = tuple(each.contiguous() for each in (texts.pages, texts.counts, texts.starts))
         shape = (*texts.pages.shape, texts.size, *_sizes(query, keys))
-        self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or _EVERYTHING)
+        self._call("attend_pages", query.dtype, query, keys, values, out, *places, *shape, scale, window or EVERYTHING)
         return out
 
-    def token_block(
-        self,
-        x: Float[Tensor, "n d"],
-        block: BareBlock,
-        angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
-        kept: KeptRows,
-        scale: float,
-        window: int | None,
-    ) -> Float[Tensor, "n d"] | None:
-        if not 0 < x.shape[0] <= FEW or not _fits(x, block, angles, kept):
+    def token_blocks(self, blocks: Sequence[BareBlock]) -> TokenBlocks | None:
+        dtype = blocks[0].norms[0][0].dtype
+        if dtype not in _PRECISIONS or not all(is_bare(each, dtype) for each in blocks):
             return None
-        terms = [None if each is None else (each.table, each.scales) for each in block.terms]
-        own = None if block.rows is None else block.rows.together
-        thin = () if own is None else (own.tiles, own.firsts, own.numbers, own.weights)
-        (norm, eps), (inner_norm, inner_eps) = block.norms
-        head_norms = block.head_norms or ((None, 0.0), (None, 0.0))
-        linear = [each for weight, bias in block.layers for each in _linear(weight, bias)]
-        added = [each for pair in terms for each in pair or (None, None)]
-        given = (*linear, norm, inner_norm, head_norms[0][0], head_norms[1][0], *added, *(thin or (None,) * 4))
-        parts = (ctypes.c_void_p * 43)(*(None if each is None else each.data_ptr() for each in given))
-        (rows, width), groups, size = x.shape, kept.keys.shape[1], block.head_size
-        outs = [_outs(weight) for weight, _ in block.layers]
-        tiles = 0 if own is None else len(own.tiles)
-        sizes = (ctypes.c_int64 * 7)(rows, width, outs[0] // size, groups, size, outs[4], tiles)
-        out, texts = torch.empty_like(x), kept.texts
-        self._call(
-            "token_block", x.dtype, x, out, ctypes.addressof(parts), ctypes.addressof(sizes), *angles, kept.keys,
-            kept.values, kept.rows, texts.pages, texts.counts, texts.starts, *texts.pages.shape, texts.size, eps,
-            inner_eps, head_norms[0][1], scale, window or _EVERYTHING,
-        )  # fmt: skip
-        return out
+        return NativeTokenBlocks(blocks, dtype, self._functions["token_blocks", dtype])
 
     def product(
         self, x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
@@ -350,49 +321,6 @@ def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: 
     dtype = x.dtype
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
     return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
-
-
-def _fits(
-    x: Float[Tensor, "n d"], block: BareBlock, angles: tuple[Tensor, Tensor], kept: KeptRows
-) -> bool:
-    """Whether the C++ of a whole block takes these: numbers of one precision, as they lie."""
-    dtype = x.dtype
-    norms = [weight for weight, _ in (*block.norms, *(block.head_norms or ()))]
-    same = all(each.dtype == dtype and each.is_contiguous() for each in (x, *angles, *norms, kept.keys, kept.values))
-    eps = {own for _, own in block.head_norms or ()}
-    return (
-        same and _terms_fit(len(x), block) and dtype in _PRECISIONS and len(eps) < 2 and block.head_size % 2 == 0
-        and kept.keys.shape == kept.values.shape and all(_is_bare(dtype, *each) for each in block.layers)
-    )  # fmt: skip
-
-
-def _terms_fit(rows: int, block: BareBlock) -> bool:
-    """Whether the C++ takes the terms of a block; their tables then have a place for each number."""
-    if block.rows is None:
-        return True
-    own = block.rows.together
-    terms = [each for each in block.terms if each is not None]
-    if own.stop > rows or any(own.most_parts * each.most_ranks > MOST_RANKS for each in terms):
-        return False
-    for each in terms:
-        each.reserve(own.top)
-    return True
-
-
-def _is_bare(dtype: torch.dtype, weight: Tensor | RowCodes, bias: Tensor | None) -> bool:
-    if bias is not None and bias.dtype != dtype:
-        return False
-    if isinstance(weight, RowCodes):
-        return weight.codes.is_contiguous() and weight.scales.is_contiguous()
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.dtype == dtype
-
-
-def _linear(weight: Tensor | RowCodes, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (weight.codes, weight.scales, bias) if isinstance(weight, RowCodes) else (weight, None, bias)
-
-
-def _outs(weight: Tensor | RowCodes) -> int:
-    return (weight.codes if isinstance(weight, RowCodes) else weight).shape[0]
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

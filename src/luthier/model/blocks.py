@@ -14,9 +14,9 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +25,29 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from luthier.kernels.backend import Backend, Bare, BareBlock
+from luthier.kernels.backend import Backend
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.products import Product
-from luthier.kernels.thin_pass import ThinPass, ThinTerm
 from luthier.model.attention import ForestPlan, forest_attention
+from luthier.model.block_parts import (
+    FEEDS,
+    HEAD_NORMS,
+    NORMS,
+    PROJECTIONS,
+    attention_layers,
+    feed_layers,
+    inner,
+    norm_of,
+)
 from luthier.model.edits import EditedModule, base_modules, routed
 from luthier.model.kept import AttentionCall
-from luthier.model.low_rank import Layer, low_rank_layers
-from luthier.model.packed import packing_of
+from luthier.model.low_rank import Layer
 from luthier.model.routes import Routes
+from luthier.model.whole_blocks import BlockKeeper
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
-_BLOCK = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_FEEDS = ("gate_proj", "up_proj", "down_proj")
+_BLOCK = {"self_attn", "mlp", *NORMS}
 
 
 @final
@@ -58,6 +64,7 @@ class Blocks:
     calls: Mapping[int, AttentionCall]
     backend: Backend
     recomputed: int = 0
+    keeper: BlockKeeper = field(default_factory=BlockKeeper, compare=False)
 
     @classmethod
     def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
@@ -66,7 +73,7 @@ class Blocks:
         if not isinstance(body, nn.Module) or _names(body) != _BODY:
             return None
         layers = list(body.get_submodule("layers").children())
-        if not layers or not all(_has_the_shape(layer) for layer in layers) or not _is_rms_norm(body.norm):
+        if not layers or not all(_has_the_shape(layer) for layer in layers) or not _is_rmsnorm_of(body.norm):
             return None
         if set(calls) != set(range(len(layers))) or any(call.softcap is not None for call in calls.values()):
             return None
@@ -78,8 +85,8 @@ class Blocks:
         layers = list(self.body.get_submodule("layers").children())
         return not _is_watched(self.body) and all(
             not isinstance(layer, EditedModule)
-            and _attention_layers(layer.get_submodule("self_attn"), None) is not None
-            and _feed_layers(layer, None) is not None
+            and attention_layers(layer.get_submodule("self_attn"), None) is not None
+            and feed_layers(layer, None) is not None
             for layer in layers
         )
 
@@ -103,19 +110,28 @@ class Blocks:
         watched = _is_watched(body)
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
-        for index, layer in enumerate(layers):
+        few = plan.kept is not None and not torch.is_grad_enabled() and not watched and len(x) <= self.backend.few
+        whole = self.keeper.over(layers, self.calls, self.head_size, self.backend) if few else None
+        index = 0
+        while index < len(layers):
+            made = None if whole is None else whole.through(index, x, halves, plan)
+            if made is not None:
+                x, index = made
+                x = x if index < len(layers) or rows is None else x.index_select(0, rows)
+                continue
             wanted = rows if index == len(layers) - 1 else None
             block = partial(
-                self._block, layer, angles=angles, halves=halves, plan=plan, rows=wanted, watched=watched
+                self._block, layers[index], angles=angles, halves=halves, plan=plan, rows=wanted, watched=watched
             )
             # The tensor is an argument of its own: it says of which device random numbers are put back.
             x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
+            index += 1
         last = body.get_submodule("norm")
         if watched or isinstance(last, EditedModule):
             with routed(last, plan.routes if rows is None else plan.row_routes):
                 states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
             return states
-        return normed(x, *_norm(last), self.backend)
+        return normed(x, *norm_of(last), self.backend)
 
     def _block(
         self,
@@ -134,14 +150,9 @@ class Blocks:
                 out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
             states: Tensor = (out if isinstance(out, Tensor) else out[0])[0]
             return states if rows is None else states.index_select(0, rows)
-        attention, norm = _inner(layer, "self_attn"), _inner(layer, "input_layernorm")
-        outer = _attention_layers(attention, plan.routes)
-        inner = _feed_layers(layer, plan.routes)
+        attention, norm = inner(layer, "self_attn"), inner(layer, "input_layernorm")
+        outer, feeds = attention_layers(attention, plan.routes), feed_layers(layer, plan.routes)
         routes = plan.routes
-        if plan.kept is not None and outer is not None and inner is not None and not torch.is_grad_enabled():
-            made = self._kept_block(layer, x, (*outer, *inner), halves, plan)
-            if made is not None:
-                return made if rows is None else made.index_select(0, rows)
         if outer is None:
             with routed(attention, routes):
                 attended = attention(
@@ -152,47 +163,13 @@ class Blocks:
         else:
             products = tuple(each.product(routes) for each in outer[:3])
             heads = self._attended(attention, norm, x, halves, plan, products)
-            if rows is not None and inner is not None:
+            if rows is not None and feeds is not None:
                 # Not before a module of the zoo: what it drops must not depend on who asks.
                 x, heads, rows = x.index_select(0, rows), heads.index_select(0, rows), None
                 routes = plan.row_routes
             x = added_product(x, heads, outer[3].product(routes), self.backend)
-        x = self._fed_forward(layer, x, inner, routes)
+        x = self._fed_forward(layer, x, feeds, routes)
         return x if rows is None else x.index_select(0, rows)
-
-    def _kept_block(
-        self,
-        layer: nn.Module,
-        x: Float[Tensor, "T d"],
-        layers: tuple[Layer, ...],
-        halves: tuple[Tensor, ...],
-        plan: ForestPlan,
-    ) -> Float[Tensor, "T d"] | None:
-        """The whole block over kept keys at once; None where more than terms is on it, or nothing takes it at once."""
-        if plan.kept is None:
-            return None
-        thin = plan.kept.laid_out if plan.routes is None else plan.routes.thin
-        terms = [_terms(each, plan.routes, thin, x.dtype) for each in layers]
-        if None in terms:
-            return None
-        added = tuple(each.terms if isinstance(each, ThinTerm) else None for each in terms)
-        attention = _inner(layer, "self_attn")
-        norms = [_norm(_inner(layer, name)) for name in ("input_layernorm", "post_attention_layernorm")]
-        head_norms = [_inner(attention, name) for name in ("q_norm", "k_norm") if name in attention._modules]
-        if not all(_is_plain_norm(each) for each in head_norms):
-            return None
-        query, key, value, output, gate, up, down = (_bare(each) for each in layers)
-        first, second = (_norm(each) for each in head_norms) if head_norms else (None, None)
-        block = BareBlock(
-            (query, key, value, output, gate, up, down), (norms[0], norms[1]),
-            None if first is None or second is None else (first, second), self.head_size,
-            added, thin.rows if thin is not None and any(added) else None,
-        )  # fmt: skip
-        index = int(attention.layer_idx)  # type: ignore[arg-type]
-        made = plan.kept.block(index, x, block, (halves[0], halves[1]), self.calls[index])
-        if made is not None:
-            plan.calls += 1
-        return made
 
     def _attended(
         self,
@@ -204,7 +181,7 @@ class Blocks:
         products: tuple[Product, ...],
     ) -> Float[Tensor, "T q"]:
         """The heads' results side by side, before the output product."""
-        weight, eps = _norm(norm)
+        weight, eps = norm_of(norm)
         heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products, self.backend)]
         query, key = heads[0], heads[1]
         if "q_norm" in attention._modules and "k_norm" in attention._modules:
@@ -237,103 +214,39 @@ class Blocks:
     def _fed_forward(
         self, layer: nn.Module, x: Float[Tensor, "n d"], layers: tuple[Layer, ...] | None, routes: Routes | None
     ) -> Float[Tensor, "n d"]:
-        norm, feed = _inner(layer, "post_attention_layernorm"), _inner(layer, "mlp")
+        norm, feed = inner(layer, "post_attention_layernorm"), inner(layer, "mlp")
         if layers is None:
             # As the zoo calls it, with a batch of one.
             with routed(feed, routes):
                 fed: Tensor = x + feed(norm(x[None]))[0]
             return fed
-        weight, eps = _norm(norm)
+        weight, eps = norm_of(norm)
         gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
-
-
-def _terms(
-    layer: Layer, routes: Routes | None, thin: ThinPass | None, dtype: torch.dtype
-) -> ThinTerm | Literal["nothing"] | None:
-    """The terms on a layer as they are laid out, or that there is nothing on it; None where it is something else."""
-    if layer.edited is None or (routes is None and not layer.terms):
-        return "nothing"
-    if thin is None or thin.dtype != dtype:
-        return None
-    site = layer.edited.site_name
-    if routes is None:
-        fine = all(name in thin.numbers and thin.has(site, name) for name in layer.terms)
-    else:
-        fine = not layer.terms and thin.only_terms(site)
-    return (thin.at(site) or "nothing") if fine else None
-
-
-def _bare(layer: Layer) -> Bare:
-    """A layer with nothing on it, its weight as whole numbers where it is kept so."""
-    packing = packing_of(layer.weight)
-    codes = None if packing is None else packing.row_codes()
-    return (layer.weight if codes is None else codes), layer.bias
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    return not isinstance(module, EditedModule) and "variance_epsilon" in vars(module)
-
-
-def _attention_layers(attention: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:
-    """Queries, keys, values and output, or None when the zoo's own attention has to run."""
-    if attention.training and _dropout(attention):
-        return None
-    return low_rank_layers(attention, _PROJECTIONS, routes)
-
-
-def _feed_layers(layer: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | None:
-    """Gate, up and down, or None when something is around them, or on them, that is no low-rank term."""
-    feed = _inner(layer, "mlp")
-    if isinstance(feed, EditedModule):
-        active = set(feed.edits) - feed.disabled if routes is None else feed.own(routes.every)
-        if active:
-            return None
-        feed = feed.base
-    return low_rank_layers(feed, _FEEDS, routes)
 
 
 def _has_the_shape(layer: nn.Module) -> bool:
     if _names(layer) != _BLOCK:
         return False
-    attention, inner = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
-    if _names(attention) - _HEAD_NORMS != set(_PROJECTIONS) or _names(inner) != {*_FEEDS, "act_fn"}:
+    attention, feed = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
+    if _names(attention) - set(HEAD_NORMS) != set(PROJECTIONS) or _names(feed) != {*FEEDS, "act_fn"}:
         return False
-    if len(_names(attention) & _HEAD_NORMS) == 1:
+    if len(_names(attention) & set(HEAD_NORMS)) == 1:
         return False
-    linear = [attention.get_submodule(name) for name in _PROJECTIONS] + [inner.get_submodule(name) for name in _FEEDS]
-    norms = [layer.get_submodule(name) for name in ("input_layernorm", "post_attention_layernorm")]
+    linear = [attention.get_submodule(name) for name in PROJECTIONS] + [feed.get_submodule(name) for name in FEEDS]
+    norms = [layer.get_submodule(name) for name in NORMS]
     numbers = torch.linspace(-3, 3, 7)
-    bends = inner.get_submodule("act_fn")(numbers)
+    bends = feed.get_submodule("act_fn")(numbers)
     return (
         all(type(module) is nn.Linear for module in linear)
-        and all(_is_rms_norm(norm) for norm in norms)
+        and all(_is_rmsnorm_of(norm) for norm in norms)
         and torch.equal(bends, F.silu(numbers))
     )
 
 
-def _is_rms_norm(module: object) -> bool:
+def _is_rmsnorm_of(module: object) -> bool:
     names = {name for name, _ in module.named_parameters()} if isinstance(module, nn.Module) else set()
     return names == {"weight"} and isinstance(vars(module).get("variance_epsilon"), float)
-
-
-def _norm(module: nn.Module) -> tuple[Tensor, float]:
-    weight = module._parameters["weight"]
-    if weight is None:
-        raise ValueError(f"{type(module).__name__} has no weight")
-    return weight, float(vars(module)["variance_epsilon"])
-
-
-def _inner(module: nn.Module, name: str) -> nn.Module:
-    """What `get_submodule` finds, straight from where it is kept: a step of a text asks a hundred times."""
-    found = module._modules[name]
-    if found is None:
-        raise ValueError(f"{type(module).__name__} has no {name}")
-    return found
-
-
-def _dropout(attention: nn.Module) -> float:
-    return float(vars(attention).get("attention_dropout") or 0.0)
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from luthier.kernels.backend import BareBlock
+from luthier.kernels.backend import AddedTerms, TokenBlocks
 from luthier.kernels.thin_pass import ThinPass
 
 
@@ -35,16 +35,15 @@ class KeptKeys(ABC):
     ) -> Float[Tensor, "n H E"]:
         """The attention of the new tokens of all texts, which lie end to end, each over its text's keys so far."""
 
-    def block(
+    def through(
         self,
-        layer: int,
+        blocks: TokenBlocks,
+        which: range,
         x: Float[Tensor, "n d"],
-        block: BareBlock,
         angles: tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]],
-        call: AttentionCall,
+        added: AddedTerms | None,
     ) -> Float[Tensor, "n d"] | None:
-        """A whole block with nothing but low-rank terms on it, keys kept and all, where there is a shorter way than its
-        operations."""
+        """The layers `which` as whole blocks, keys kept and all, where there is a shorter way than their operations."""
         return None
 
     @property

@@ -1,7 +1,8 @@
-// A whole block of a model over kept keys, when a few tokens are made: the operations of few.cpp, packed.cpp, rows.cpp
-// and pages.cpp one after another, and nothing between them. What they compute is what they compute when they are called
-// one by one, bit for bit; what is saved is the way to them, which takes longer than a small product.
+// Blocks of a model over kept keys, when a few tokens are made: the operations of few.cpp, packed.cpp, rows.cpp and
+// pages.cpp one after another, and nothing between them. What they compute is what they compute when they are called one
+// by one, bit for bit; what is saved is the way to them, which takes longer than a small product.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -52,25 +53,37 @@ struct Terms {
     const float* scales;
 };
 
-// The parts of a block as Python hands them over.
+// A block as Python lays it out: see native_tokens.py.
 template <typename T> struct Block {
     Linear<T> query, key, value, output, gate, up, down;
     const T* norm;
     const T* inner_norm;
     const T* query_norm;  // of each head, or nothing
     const T* key_norm;
-    Terms query_terms, key_terms, value_terms, output_terms, gate_terms, up_terms, down_terms;
-    const int64_t *tiles, *firsts, *numbers;  // which rows take which terms
+    int64_t heads, groups, head, inner, window;
+    float eps, inner_eps, head_eps, scale;
+};
+
+// The terms on its seven layers.
+struct BlockTerms {
+    Terms query, key, value, output, gate, up, down;
+};
+
+// What all blocks of a pass have in common: the new rows and where their keys go, the texts, and which rows take which
+// terms.
+template <typename T> struct Pass {
+    int64_t n, width;
+    const T *cosines, *sines;
+    const int64_t *rows, *pages, *counts, *starts;
+    int64_t texts, most, page;
+    const int64_t *tiles, *firsts, *numbers;
     const float* weights;
+    int64_t count_of_tiles;
 };
 
-struct Sizes {
-    int64_t n, width, heads, groups, head, inner, tiles;
-};
-
-template <typename T> void add(T* to, const T* from, int64_t count) {
+template <typename T> void add(T* to, const T* one, const T* other, int64_t count) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(widen(to[i]) + widen(from[i]));
+    for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(widen(one[i]) + widen(other[i]));
 }
 
 // Up to three layers over the same rows: in one call where all are as they are.
@@ -94,59 +107,75 @@ template <typename T> int layers(const T* x, const Linear<T>* const (&each)[3], 
             continue;
         }
         if (Calls<T>::bytes(x, static_cast<const int8_t*>(one.weight), one.scales, y[i], n, size, outs[i])) return 1;
-        for (int64_t row = 0; one.bias != nullptr && row < n; row++) add(y[i] + row * outs[i], one.bias, outs[i]);
+        for (int64_t row = 0; one.bias != nullptr && row < n; row++) add(y[i] + row * outs[i], y[i] + row * outs[i], one.bias, outs[i]);
     }
     return 0;
 }
 
 template <typename T>
-int run(const T* x, T* out, const Block<T>& block, const Sizes& sizes, const T* cosines, const T* sines, T* keys,
-        T* values, const int64_t* rows, const int64_t* pages, const int64_t* counts, const int64_t* starts, int64_t texts,
-        int64_t most, int64_t page, float eps, float inner_eps, float head_eps, float scale, int64_t window) {
-    const int64_t n = sizes.n, width = sizes.width, side = sizes.groups * sizes.head, all = sizes.heads * sizes.head;
-    const int64_t wide = n * (width + 2 * all + 2 * side + 2 * sizes.inner);
-    float* const inverse = static_cast<float*>(std::malloc(sizeof(T) * wide + sizeof(float) * n * sizes.heads));
-    if (inverse == nullptr) return 1;
-    T *h = static_cast<T*>(static_cast<void*>(inverse + n * sizes.heads)), *query = h + n * width, *key = query + n * all, *value = key + n * side, *attended = value + n * side;
-    T *gate = attended + n * all, *up = gate + n * sizes.inner;
-    const auto more = [&](const Terms& terms, const T* from, T* to, int64_t in, int64_t outs) {
-        if (terms.table != nullptr && sizes.tiles > 0)
-            Calls<T>::thin(from, to, terms.table, terms.scales, block.tiles, block.firsts, block.numbers, block.weights,
-                           sizes.tiles, in, outs);
+int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms, T* keys, T* values, const Pass<T>& pass,
+              float* inverse) {
+    const int64_t n = pass.n, width = pass.width, head = block.head, inner = block.inner;
+    const int64_t all = block.heads * head, side = block.groups * head;
+    T* const h = static_cast<T*>(static_cast<void*>(inverse + n * block.heads));
+    T *query = h + n * width, *key = query + n * all, *value = key + n * side, *attended = value + n * side;
+    T *gate = attended + n * all, *up = gate + n * inner;
+    const auto more = [&](const Terms& own, const T* from, T* to, int64_t in, int64_t outs) {
+        if (own.table != nullptr && pass.count_of_tiles > 0)
+            Calls<T>::thin(from, to, own.table, own.scales, pass.tiles, pass.firsts, pass.numbers, pass.weights,
+                           pass.count_of_tiles, in, outs);
     };
-    const auto failed = [&] {
-        Calls<T>::norm(x, block.norm, h, inverse, n, width, eps, 0);
-        if (layers<T>(h, {&block.query, &block.key, &block.value}, {query, key, value}, {all, side, side}, n, width))
-            return 1;
-        more(block.query_terms, h, query, width, all);
-        more(block.key_terms, h, key, width, side);
-        more(block.value_terms, h, value, width, side);
-        if (block.query_norm != nullptr) {
-            Calls<T>::norm(query, block.query_norm, query, inverse, n * sizes.heads, sizes.head, head_eps, 0);
-            Calls<T>::norm(key, block.key_norm, key, inverse, n * sizes.groups, sizes.head, head_eps, 0);
-        }
-        Calls<T>::rotated(query, cosines, sines, query, n, sizes.heads, sizes.head / 2, 1.0f);
-        Calls<T>::rotated(key, cosines, sines, key, n, sizes.groups, sizes.head / 2, 1.0f);
-        for (int64_t i = 0; i < n; i++) {
-            std::memcpy(keys + rows[i] * side, key + i * side, sizeof(T) * side);
-            std::memcpy(values + rows[i] * side, value + i * side, sizeof(T) * side);
-        }
-        if (Calls<T>::attend(query, keys, values, attended, pages, counts, starts, texts, most, page, sizes.heads,
-                             sizes.groups, sizes.head, scale, window)) return 1;
-        if (layers<T>(attended, {&block.output}, {out}, {width}, n, all)) return 1;
-        more(block.output_terms, attended, out, all, width);
-        add(out, x, n * width);
-        Calls<T>::norm(out, block.inner_norm, h, inverse, n, width, inner_eps, 0);
-        if (layers<T>(h, {&block.gate, &block.up}, {gate, up}, {sizes.inner, sizes.inner}, n, width)) return 1;
-        more(block.gate_terms, h, gate, width, sizes.inner);
-        more(block.up_terms, h, up, width, sizes.inner);
-        Calls<T>::gated(gate, up, gate, n * sizes.inner);
-        if (layers<T>(gate, {&block.down}, {h}, {width}, n, sizes.inner)) return 1;
-        more(block.down_terms, gate, h, sizes.inner, width);
-        add(h, out, n * width);
-        std::memcpy(out, h, sizeof(T) * n * width);
-        return 0;
-    }();
+    Calls<T>::norm(x, block.norm, h, inverse, n, width, block.eps, 0);
+    if (layers<T>(h, {&block.query, &block.key, &block.value}, {query, key, value}, {all, side, side}, n, width))
+        return 1;
+    more(terms.query, h, query, width, all);
+    more(terms.key, h, key, width, side);
+    more(terms.value, h, value, width, side);
+    if (block.query_norm != nullptr) {
+        Calls<T>::norm(query, block.query_norm, query, inverse, n * block.heads, head, block.head_eps, 0);
+        Calls<T>::norm(key, block.key_norm, key, inverse, n * block.groups, head, block.head_eps, 0);
+    }
+    Calls<T>::rotated(query, pass.cosines, pass.sines, query, n, block.heads, head / 2, 1.0f);
+    Calls<T>::rotated(key, pass.cosines, pass.sines, key, n, block.groups, head / 2, 1.0f);
+    for (int64_t i = 0; i < n; i++) {
+        std::memcpy(keys + pass.rows[i] * side, key + i * side, sizeof(T) * side);
+        std::memcpy(values + pass.rows[i] * side, value + i * side, sizeof(T) * side);
+    }
+    if (Calls<T>::attend(query, keys, values, attended, pass.pages, pass.counts, pass.starts, pass.texts, pass.most,
+                         pass.page, block.heads, block.groups, head, block.scale, block.window)) return 1;
+    if (layers<T>(attended, {&block.output}, {h}, {width}, n, all)) return 1;
+    more(terms.output, attended, h, all, width);
+    // x may lie where the output goes.
+    add(out, h, x, n * width);
+    Calls<T>::norm(out, block.inner_norm, h, inverse, n, width, block.inner_eps, 0);
+    if (layers<T>(h, {&block.gate, &block.up}, {gate, up}, {inner, inner}, n, width)) return 1;
+    more(terms.gate, h, gate, width, inner);
+    more(terms.up, h, up, width, inner);
+    Calls<T>::gated(gate, up, gate, n * inner);
+    if (layers<T>(gate, {&block.down}, {h}, {width}, n, inner)) return 1;
+    more(terms.down, gate, h, inner, width);
+    add(out, h, out, n * width);
+    return 0;
+}
+
+// All of them in turn. `kept` has keys and values of each, `terms` those of each or is nothing.
+template <typename T>
+int all_blocks(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, int64_t count, const T* x, T* out,
+               const Pass<T>& pass) {
+    int64_t wide = 0, heads = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Block<T>& own = blocks[i];
+        const int64_t both = (2 * own.heads + 2 * own.groups) * own.head;
+        wide = std::max(wide, pass.n * (pass.width + both + 2 * own.inner));
+        heads = std::max(heads, own.heads);
+    }
+    float* const inverse = static_cast<float*>(std::malloc(sizeof(T) * wide + sizeof(float) * pass.n * heads));
+    if (inverse == nullptr) return 1;
+    const BlockTerms none = {};
+    int failed = 0;
+    for (int64_t i = 0; i < count && !failed; i++)
+        failed = one_block<T>(i == 0 ? x : out, out, blocks[i], terms == nullptr ? none : terms[i], kept[2 * i],
+                              kept[2 * i + 1], pass, inverse);
     std::free(inverse);
     return failed;
 }
@@ -154,13 +183,15 @@ int run(const T* x, T* out, const Block<T>& block, const Sizes& sizes, const T* 
 }  // namespace
 
 #define FOR_BOTH(T, NAME)                                                                                              \
-    extern "C" int token_block_##NAME(const T* x, T* out, const Block<T>* block, const Sizes* sizes, const T* cosines, \
-                                      const T* sines, T* keys, T* values, const int64_t* rows, const int64_t* pages,   \
-                                      const int64_t* counts, const int64_t* starts, int64_t texts, int64_t most,       \
-                                      int64_t page, float eps, float inner_eps, float head_eps, float scale,           \
-                                      int64_t window) {                                                                \
-        return run<T>(x, out, *block, *sizes, cosines, sines, keys, values, rows, pages, counts, starts, texts, most,  \
-                      page, eps, inner_eps, head_eps, scale, window);                                                  \
+    extern "C" int token_blocks_##NAME(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, const T* x,    \
+                                       T* out, const T* cosines, const T* sines, const int64_t* rows,                  \
+                                       const int64_t* pages, const int64_t* counts, const int64_t* starts,             \
+                                       const int64_t* tiles, const int64_t* firsts, const int64_t* numbers,            \
+                                       const float* weights, int64_t count, int64_t n, int64_t width, int64_t texts,   \
+                                       int64_t most, int64_t page, int64_t count_of_tiles) {                           \
+        const Pass<T> pass = {n,    width, cosines, sines,  rows,    pages,   counts,        starts, texts,            \
+                              most, page,  tiles,   firsts, numbers, weights, count_of_tiles};                         \
+        return all_blocks<T>(blocks, kept, terms, count, x, out, pass);                                                \
     }
 
 FOR_BOTH(float, float32)
