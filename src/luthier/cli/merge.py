@@ -133,7 +133,15 @@ def _merge_adapters(
         print_json(found)
         return
     typer.echo(f"adapter    {found['folder']}, {found['modules']} modules, rank {found['rank']}, {found['method']}")
-    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change")
+    cut = found["parity"]["cut"]
+    more = "" if cut is None else f": {cut['numbers']}"
+    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change{more}")
+    typer.echo(f"parity     {_told_parity(found['parity'])}")
+
+
+def _told_parity(parity: Mapping[str, Any]) -> str:
+    """What was measured of the result, in one line; or why nothing was."""
+    return str(parity.get("numbers") or f"logits were not compared: {parity['not_compared']}")
 
 
 @contextmanager
@@ -185,5 +193,6 @@ def _print_found(found: Mapping[str, Any]) -> None:
         typer.echo(f"merged     {evaluation['measure']} {evaluation['merged']:.4f}  (expected of the mean "
                    f"{evaluation['expected']:.4f}, improvement over the best {evaluation['improvement']:+.4f}, "
                    f"diversity {evaluation['diversity']:.4f})")  # fmt: skip
+    typer.echo(f"parity     {_told_parity(found['parity'])}")
     typer.echo(f"folder     {found['folder']}, {bytes_text(found['writes_bytes'])}, {found['tensors']} tensors; "
                f"{found['proved_tensors']} of them computed anew and found equal")  # fmt: skip

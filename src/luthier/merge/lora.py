@@ -92,15 +92,20 @@ def pairs_of(folder: Path) -> dict[str, Factors]:
 
 def factors_of(folder: Path, slots: Mapping[str, Slot]) -> dict[str, Factors]:
     """What the adapter in `folder` adds to each tensor of `slots`. Raises CorruptError where it does not fit them."""
+    return placed(pairs_of(folder), slots, str(folder))
+
+
+def placed(pairs: Mapping[str, Factors], slots: Mapping[str, Slot], where: str) -> dict[str, Factors]:
+    """The factors of modules by the tensors they change. Raises CorruptError where there are none of that shape."""
     found = {}
-    for module, factors in pairs_of(folder).items():
+    for module, factors in pairs.items():
         name = next((each for each in _names(module) if each in slots), None)
         if name is None:
-            raise CorruptError(f"the model has no tensor for {excerpt(module)}", where=str(folder),
+            raise CorruptError(f"the model has no tensor for {excerpt(module)}", where=where,
                                do="name the model that the adapter was trained on")  # fmt: skip
         if factors.shape != slots[name].shape:
             raise CorruptError(f"the factors of {excerpt(module)} make {factors.shape}", allowed=str(slots[name].shape),
-                               where=str(folder), do="name the model that the adapter was trained on")  # fmt: skip
+                               where=where, do="name the model that the adapter was trained on")  # fmt: skip
         found[name] = factors
     return found
 

@@ -74,6 +74,9 @@ class MergeRecipe(Knobs):
     memory_gb: float = Field(1.0, gt=0, description="what may be held at once beside the program itself, in 10^9 bytes")
     shard_gb: float = Field(5.0, gt=0, description="largest weight file, in 10^9 bytes")
     threads: int = Field(2, ge=1, le=64, description="blocks that are computed at the same time")
+    parity: Literal["logits", "none"] = Field(
+        "logits", description="whether the result's logits are held against those of the parents merged anew"
+    )
 
     @field_validator("models", mode="before")
     @classmethod
