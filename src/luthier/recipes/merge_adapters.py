@@ -19,6 +19,7 @@ from luthier.core.chosen import choose
 from luthier.core.errors import DriftError, RecipeError
 from luthier.core.knobs import Knobs, validate
 from luthier.core.nearest import did_you_mean
+from luthier.core.units import percent_text
 from luthier.merge.adapters import CAT, SVD, Joining, share_lost
 from luthier.merge.lora import CONFIG, PREFIX, TENSORS, Factors, config_of, pairs_of
 from luthier.mergers import Merger
@@ -186,7 +187,7 @@ def _card(knobs: AdapterKnobs, folders: Sequence[Path], told: Mapping[str, Any])
 def _of_cut(told: Mapping[str, Any]) -> str:
     """What a smaller rank has cost, where one was cut."""
     cost = told["parity"]["cut"]
-    lost = f"The merged change was cut to rank {told['rank']}, which takes {told['lost']:.2%} of its norm"
-    if not told["lost"] or cost is None:
+    if cost is None:
         return ""
+    lost = f"The merged change was cut to rank {told['rank']}, which takes {percent_text(told['lost'])} of its norm"
     return f"## What the rank costs\n\n{lost}. Beside the change as it was before: {cost['numbers']}.\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final, final
 
 from luthier.recipes.card_parts import (
@@ -87,13 +88,13 @@ class CardFacts:
 def merge_card(facts: CardFacts) -> str:
     """The card in Markdown."""
     known = {parent.name: told_of_base(parent.name) for parent in facts.parents}
-    shown = {name: each.shown(name) for name, each in known.items()}
+    shown = _shown(known)
     what = "adapters of one base" if facts.adapter else "models"
     parts = [
         headed(facts.title, _front(facts, known)),
         f"This is a merge of {what} by `{facts.method}`, made by luthier {metadata.version('luthier')}.\n",
         _use(facts),
-        _parents(facts.parents, known),
+        _parents(facts.parents, known, shown),
         _recipe(facts, shown),
         _evaluation(facts.evaluation, shown),
         limits([_ARITHMETIC, INHERITED.replace("the base model gets", "its parents get"),
@@ -123,14 +124,21 @@ def _use(facts: CardFacts) -> str:
     return _USE.format(title=facts.title) if facts.architecture.endswith(_SPEAKS) else ""
 
 
-def _parents(parents: Sequence[ParentFacts], known: Mapping[str, BaseFacts]) -> str:
+def _shown(known: Mapping[str, BaseFacts]) -> dict[str, str]:
+    """What parents are called: of folders of this machine the last name, or two where that says nothing."""
+    found = {name: each.shown(name) for name, each in known.items()}
+    alike = {each for each in found.values() if list(found.values()).count(each) > 1}
+    return {name: "/".join(Path(name).parts[-2:]) if each in alike else each for name, each in found.items()}
+
+
+def _parents(parents: Sequence[ParentFacts], known: Mapping[str, BaseFacts], shown: Mapping[str, str]) -> str:
     lines = []
     for parent in parents:
-        own = known[parent.name]
         digests = [f"{what} `{digest}`" for what, digest in (("weights", parent.weights), ("adapter", parent.adapter))
                    if digest]  # fmt: skip
         weight = "" if parent.share is None else str(nameless(parent.share))
-        lines.append(f"| `{own.shown(parent.name)}` | {weight} | {', '.join(digests)} | {own.license or UNKNOWN} |")
+        lines.append(f"| `{shown[parent.name]}` | {weight} | {', '.join(digests)} | "
+                     f"{known[parent.name].license or UNKNOWN} |")  # fmt: skip
     return ("## Parents\n\n| model | weight | sha256 of its files | license |\n|---|---|---|---|\n"
             + "\n".join(lines) + "\n")  # fmt: skip
 
