@@ -23,7 +23,7 @@ from luthier.core.errors import GateError
 from luthier.merge.adapters import Joined, Joining, merged_change, share_lost
 from luthier.merge.lora import placed
 from luthier.merge.parents import Parent
-from luthier.merge.parity import Parity
+from luthier.merge.parity import Parity, side_by_side
 from luthier.model import attachment as surgery
 from luthier.model.adapter_files import fill
 from luthier.model.attachment import Attachment
@@ -52,15 +52,14 @@ def adapter_parity(
         nobody = StreamedSide(base.name, None, ())
         return Parity(report=compare(hear(nobody, Questions(())), nobody, _CLOSE), why_not=failure.received)
     artefact = StreamedSide("the merged adapter", _read_back(base, place), questions.prompts, bare=False)
-    heard = hear(StreamedSide("the base with the adapters", wanted, questions.prompts), questions)
-    cost = None
+    said, cost = StreamedSide("the base with the adapters", wanted, questions.prompts), None
     if share_lost(list(found.values())) > _WHOLE:
-        cost = compare(heard, artefact, _CLOSE)
+        cost = side_by_side(said, artefact, questions, _CLOSE)
         left = placed({module: each.factors for module, each in found.items()}, base.shards.slots, str(place))
         kept = OnBase(base, {name: factors.add_to for name, factors in left.items()})
         model = StreamedModel(config_of(base.files.source), kept, base.name)
-        heard = hear(StreamedSide("the base with what is left of the sum", model, questions.prompts), questions)
-    report = compare(heard, artefact, _CLOSE)
+        said = StreamedSide("the base with what is left of the sum", model, questions.prompts)
+    report = side_by_side(said, artefact, questions, _CLOSE)
     report.require()
     return Parity(report=report, cost=cost)
 

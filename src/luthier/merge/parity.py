@@ -11,6 +11,7 @@ Cost: two more reads of each parent and one of the result; the products of a for
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
@@ -25,11 +26,11 @@ from luthier.data.rendering.renderer import Renderer
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
-from luthier.merge.stream import Room, Source, copied
+from luthier.merge.stream import Room, Source, copied, one_thread_each
 from luthier.merge.vocabulary import United
 from luthier.model.generation_files import read_stop_ids
 from luthier.model.load import config_of
-from luthier.model.parity import ParityReport, Questions, compare, hear, tolerance_for
+from luthier.model.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
 from luthier.model.parity_sides import StreamedSide, folder_texts
 from luthier.model.shards import Slot
 from luthier.model.streamed import NO_MODEL, RowSource, StreamedModel
@@ -87,12 +88,20 @@ def parity(merge: Merge, place: Path, questions: Questions) -> Parity:
         # Without a template of its own the first parent has no word on how rows are rendered by another's.
         asked = replace(asked, rows=() if their_renderer.template.source else asked.rows)
     said = StreamedSide(ANEW, model, asked.prompts, renderer=renderer, stop_ids=stop_ids)
-    heard = hear(said, asked)
     found = None if why_not else _read_back(place)
     artefact = StreamedSide(_FOLDER, found, asked.prompts, renderer=their_renderer, stop_ids=their_stop_ids)
-    report = compare(heard, artefact, tolerance_for(merge.dtype))
+    report = side_by_side(said, artefact, asked, tolerance_for(merge.dtype))
     report.require()
     return Parity(report=report, why_not=why_not)
+
+
+def side_by_side(said: Side, artefact: Side, questions: Questions, tolerance: Tolerance) -> ParityReport:
+    """What was found of two sides, each of which is one thread's work; they remember what they have answered."""
+    with one_thread_each(), ThreadPoolExecutor(1, "artefact") as beside:
+        answers = beside.submit(hear, artefact, questions)
+        heard = hear(said, questions)
+        answers.result()
+        return compare(heard, artefact, tolerance)
 
 
 @final

@@ -80,7 +80,7 @@ def stream(
     """
     reports = []
     with (
-        _one_thread_each(),
+        one_thread_each(),
         ThreadPoolExecutor(room.threads, "merge") as workers,
         ThreadPoolExecutor(1, "write") as writing,
     ):
@@ -249,7 +249,7 @@ def _in_order(workers: ThreadPoolExecutor, threads: int, work: Sequence[Callable
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Blocks are shared out to workers; inside one, more threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
