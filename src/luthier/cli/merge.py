@@ -104,13 +104,10 @@ def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Any:
     if data is None:
         return None
     with uncollected():
-        from luthier.core.chosen import choose
-        from luthier.metrics import Metric
         from luthier.recipes.merge import Gate
-        from luthier.recipes.merge_gate import LIKELIHOOD, Bench
+        from luthier.recipes.merge_gate import Bench, metric_of
 
-    chosen = None if metric in (None, LIKELIHOOD) else choose("metrics", Metric, metric)
-    bench = Bench(data, chosen, allow_worse=allow_worse)
+    bench = Bench(data, metric_of(metric), allow_worse=allow_worse)
     return Gate(bench.parents, bench.judge)
 
 
