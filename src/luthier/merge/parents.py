@@ -122,7 +122,8 @@ def require_alike(parents: Sequence[Parent]) -> tuple[str, ...]:
             one, other = first.text_config.get(key), parent.text_config.get(key)
             if key in first.text_config and key in parent.text_config and one != other:
                 raise RecipeError(f"{key} is {one!r:.60} in {first.name} and {other!r:.60} in {parent.name}",
-                                  allowed="models of one architecture")  # fmt: skip
+                                  allowed="models of one architecture",
+                                  do="merge models of the same architecture and size")  # fmt: skip
         unlike = [key for key in _TOLD if first.text_config.get(key) != parent.text_config.get(key)]
         if unlike:
             notices.append(f"config: {', '.join(unlike)} of {parent.name} and {first.name} differ; the latter's hold")

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from luthier.core.errors import GateError, LuthierError
+from luthier.core.errors import CorruptError, GateError, LuthierError
 from luthier.data.prepare import Reading
 from luthier.data.rendering.renderer import Renderer
 from luthier.merge.folder import GENERATION
@@ -170,6 +170,8 @@ def _anew(merge: Merge, place: Path) -> tuple[StreamedModel | None, str]:
         config = config_of(str(place) if new else merge.parents[0].files.source)
         return StreamedModel(config, Anew(merge), merge.parents[0].name), ""
     except NO_MODEL as failure:
+        if new and isinstance(failure, CorruptError):
+            raise _not_whole(failure) from failure
         return None, failure.received
 
 

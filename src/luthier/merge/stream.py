@@ -212,7 +212,7 @@ class Source:
         return NumericError(
             f"{excerpt(self.job.name)} has numbers up to {largest:.3g} when it is merged, too large for "
             f"{str(self.job.slot.dtype).removeprefix('torch.')}; nothing was kept",
-            do="write it as bfloat16 or float32: --dtype bfloat16",
+            do="write it in a wider type: --set dtype=bfloat16",
         )
 
 

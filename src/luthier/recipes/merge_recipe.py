@@ -153,11 +153,14 @@ def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[M
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path)) from None
+        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path), do="check the path") from None
     values = parse(text, name=str(path)).value
     if not isinstance(values, dict):
         raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
                           where=str(path))  # fmt: skip
+    if "data" in values and "models" not in values:
+        raise RecipeError("it names data and no models", allowed="models and method, or a recipe of mergekit",
+                          do=f"what trains a model is run by: luthier train {path}", where=str(path))  # fmt: skip
     values, notes = translated(values) if is_mergekit(values) else (values, ())
     return validate(MergeRecipe, laid_over(values, sets or {})), notes
 
