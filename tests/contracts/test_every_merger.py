@@ -129,7 +129,7 @@ def test_the_number_of_models_and_the_base_are_asked_for(name: str) -> None:
     """Breaks when one model too few is merged anyhow."""
     method = merger(name)
     fewest, most = method.models
-    with pytest.raises(RecipeError, match=f"{name} was given {fewest - 1} models"):
+    with pytest.raises(RecipeError, match=f"{name} was given {fewest - 1} model"):
         method.require(fewest - 1, base=True)
     if most is not None:
         with pytest.raises(RecipeError, match=f"{name} was given {most + 1} models"):

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import LuthierError
-from luthier.model import load
-from luthier.model.load import folder_digest, load_model
+from luthier.model import load, weight_files
+from luthier.model.load import load_model
+from luthier.model.weight_files import folder_digest
 from tests.tiny import tiny_folder
 
 
 def test_it_is_that_of_names_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_PIECE", 3)
+    monkeypatch.setattr(weight_files, "_PIECE", 3)
     (tmp_path / "b.safetensors").write_bytes(b"four")
     (tmp_path / "a.safetensors").write_bytes(b"")
     (tmp_path / "other.bin").write_bytes(b"no weights")

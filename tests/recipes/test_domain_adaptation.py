@@ -54,6 +54,24 @@ def test_stages_go_on_with_each_others_weights(llama: Path, tmp_path: Path) -> N
         stage_recipes(validate(AdaptationRecipe, values))
 
 
+def test_answers_may_judge(llama: Path, tmp_path: Path) -> None:
+    """Breaks when stages, parents or result are measured by something else than what was asked for."""
+    values = recipe(llama, tmp_path, *files(tmp_path), steps=1)
+    stage = {**values["stages"][1]["recipe"], "adapter": {"method": "full"}}  # type: ignore[index]
+    path = tmp_path / "adapt.yaml"
+    once = {**values, "stages": [{"name": "sft", "recipe": stage}], "judge": f"{values['judge']}#2"}
+    path.write_text(json.dumps({**once, "metric": "exact_mash"}))
+    luthier("train", path, "--quiet").must(2, "there is no metric 'exact_mash'", "did you mean exact_match")
+    assert not (tmp_path / "adapted").exists()
+    path.write_text(json.dumps({**once, "metric": "exact_match"}))
+    said = luthier("train", path, "--quiet").must(0).out
+    assert "sft        exact_match 0.0000" in said and "merged     exact_match 0.0000" in said
+    found = json.loads((tmp_path / "adapted" / FOUND).read_text())
+    assert found["measure"] == found["merged"]["measure"] == "exact_match"
+    # Nothing of the likelihood, which is never zero, is among them.
+    assert set(found["scores"].values()) == set(found["merged"]["parents"].values()) == {0.0}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_seedling_is_adapted_and_merged(tmp_path: Path) -> None:

@@ -108,6 +108,31 @@ def test_the_command_says_what_it_would_do_and_what_it_did(llama: Path, other: P
     luthier("merge", llama, other, "--metric", "bleu", "--out", tmp_path / "no").must(2, "--data FILE")
 
 
+def test_wrong_input_is_told_what_to_do_next(llama: Path, tiny_path: Callable[[str], Path], tmp_path: Path) -> None:
+    """Breaks when an error of a merge sends its reader to the keys of a training, or layers that are not there pass."""
+    stack, training = tmp_path / "stack.yaml", tmp_path / "training.yaml"
+    slices = [{"sources": [{"model": str(llama), "layer_range": [0, 3]}]}]
+    stack.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    training.write_text(f"model: {llama}\ndata: rows.jsonl\n")
+    to = ("--out", tmp_path / "out")
+    options = "luthier merge --help shows the options"
+    for arguments, code, parts in (
+        ((llama, tiny_path("qwen2")), 2, ("model_type", "same architecture")),
+        ((llama,), 2, ("slerp was given 1 model; exactly 2", "another --method")),
+        ((llama, llama, "--t", "2"), 2, ("method.t: 2.0", options)),
+        ((llama, llama, "--set", "dtype=int8"), 2, ("'int8' is not allowed", options)),
+        ((llama, llama, "--set", "method.t=[0, half]"), 2, ("t is [0, 'half']", options)),
+        ((llama, llama, "--weight", "1"), 2, ("1 weights for 2 models", options)),
+        ((llama, llama / "config.json"), 69, ("is a file", f"name the folder it lies in: {llama}")),
+        ((stack,), 2, ("takes the layers 0 to 2", "the layers 0 to 1, which it has")),
+        ((training,), 2, ("names data and no models", f"luthier train {training}")),
+        ((tmp_path / "none.yaml",), 2, ("cannot be read", "check the path")),
+    ):  # fmt: skip
+        said = luthier("merge", *arguments, *to).must(code, *parts).err
+        assert "luthier init" not in said and "luthier doctor" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stack.yaml", "training.yaml"]
+
+
 def test_worse_than_the_best_parent_is_not_kept(llama: Path, other: Path, rows: Path, tmp_path: Path) -> None:
     """Breaks when a result that is worse gets a name, one that is better gets none, or no expectation is told."""
     arguments = ("merge", llama, other, "--data", rows, "--json", "--set", "dtype=float32")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from luthier.recipes import merge_adapters
+from luthier.recipes.card_parts import CARD, PARITY
 from tests.cli.commands import luthier
 
 peft = pytest.importorskip("peft")
@@ -46,6 +50,13 @@ def test_side_by_side_is_what_peft_computes_of_both(llama: Path, adapters: list[
     found = luthier("merge", *adapters, "--adapters", "--method", "cat", "--weight", "0.7", "--weight", "0.4",
                     "--out", out, "--json").must(0).json  # fmt: skip
     assert found["rank"] == 5 and found["lost"] == 0 and found["modules"] == 6
+    parity = json.loads((out / PARITY).read_text())
+    assert parity == found["parity"] and parity["passed"] and parity["max_difference"] < 1e-3 and parity["cut"] is None
+    card = (out / CARD).read_text()
+    for part in ("--method cat --weight 0.7 --weight 0.4 --out out", "| `0` | 0.7 | adapter `", "library_name: peft",
+                 "| greedy agreement | 100.0 % of the tokens |", f"It needs its base, `{llama.name}`"):  # fmt: skip
+        assert part in card, part
+    assert "/tmp" not in card and "What the rank costs" not in card
     model = AutoModelForCausalLM.from_pretrained(llama)
     parts = [peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), each) for each in adapters]
     whole = [part.merge_and_unload().state_dict() for part in parts]
@@ -61,11 +72,59 @@ def test_a_cut_rank_and_other_methods_and_a_dry_run(llama: Path, adapters: list[
     said = luthier("merge", *adapters, "--adapters", "--method", "svd", "--set", "rank=1", "--out", tmp_path / "one")
     assert "of the norm of the merged change" in said.must(0).out and "rank 1" in said.out
     assert json.loads((tmp_path / "one/adapter_config.json").read_text())["r"] == 1
+    # The files hold what is left of the sum; what is gone is told, and no reason to refuse.
+    parity = json.loads((tmp_path / "one" / PARITY).read_text())
+    assert parity["passed"] and parity["max_difference"] < 1e-3 and parity["cut"]["max_difference"] > 0.1
+    assert not parity["cut"]["passed"] and parity["cut"]["numbers"] in (tmp_path / "one" / CARD).read_text()
     for method in ("ties", "slerp", "linear"):
         found = luthier("merge", *adapters, "--adapters", "--method", method, "--out", tmp_path / method, "--json")
         assert found.must(0).json["rank"] == 3 and logits(llama, tmp_path / method).isfinite().all()
     told = luthier("merge", *adapters, "--adapters", "--method", "cat", "--dry-run", "--json").must(0).json
     assert told["rank"] == 5 and told["modules"] == 6
+
+
+def _wrong_scale(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name]:
+        tensors[name] = tensors[name] * 1.5
+
+
+def _swapped(tensors: dict[str, torch.Tensor]) -> None:
+    one, other = (f"base_model.model.model.layers.{n}.mlp.down_proj.lora_A.weight" for n in (0, 1))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def _dropped(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.pop("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(_wrong_scale, "logits differ by up to"), (_swapped, "logits differ by up to"),
+     (_dropped, "no whole adapter: ")],
+)  # fmt: skip
+def test_another_sum_is_not_kept(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, said: str
+) -> None:
+    """Breaks when the folder is believed because it was written."""
+
+    def wrong(tensors: dict[str, torch.Tensor], *given: Any, **more: Any) -> None:
+        damage(tensors)
+        save_file(tensors, *given, **more)
+
+    monkeypatch.setattr(merge_adapters, "save_file", wrong)
+    for method in ("cat", "svd"):
+        luthier("merge", *adapters, "--adapters", "--method", method, "--out", tmp_path / "out").must(78, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_not_here_is_told(adapters: list[Path], tmp_path: Path) -> None:
+    """Breaks when adapters cannot be merged any more where their base is elsewhere, or nobody hears of it."""
+    lost = Path(shutil.copytree(adapters[0], tmp_path / "lost"))
+    said = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": "/gone/model"}))
+    done = luthier("merge", lost, lost, "--adapters", "--method", "cat", "--out", tmp_path / "out").must(0)
+    assert "parity     logits were not compared: the base /gone/model cannot be opened" in done.out
+    assert "cannot be opened" in (tmp_path / "out" / CARD).read_text()
 
 
 def test_what_cannot_be_merged_is_told(llama: Path, adapters: list[Path], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def train_adaptation(
         print_json(found)
         return
     for name, score in found["scores"].items():
-        typer.echo(f"{name:10} likelihood {score:.4f}")
+        typer.echo(f"{name:10} {found['measure']} {score:.4f}")
     merged = found["merged"]
-    typer.echo(f"merged     likelihood {merged['merged']:.4f}  (expected of the mean {merged['expected']:.4f}, "
+    typer.echo(f"merged     {found['measure']} {merged['merged']:.4f}  (expected of the mean {merged['expected']:.4f}, "
                f"improvement over the best {merged['improvement']:+.4f}), {merged['folder']}")  # fmt: skip

@@ -12,11 +12,12 @@ import typer
 
 from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, advised
 from luthier.core.imports import uncollected
 from luthier.core.units import bytes_text
 
 _SHOWN_ROLES = 16
+_ADVICE = "luthier merge --help shows the options, luthier describe METHOD the knobs of a method"
 
 
 def merge(
@@ -53,31 +54,32 @@ def merge(
       luthier merge runs/mine Qwen/Qwen2.5-0.5B-Instruct --method slerp --t 0.4 --out models/mine-instruct
       luthier merge merge.yaml --out models/merged --data held_out.jsonl --json
     """
-    _require(models, out, data, metric, dry_run=dry_run)
-    given = _set(set_ or [])
-    if adapters:
-        _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
-        return
-    with uncollected():
-        from luthier.recipes.merge import merge_models, opened
-        from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
+    with advised(_ADVICE):
+        _require(models, out, data, metric, dry_run=dry_run)
+        given = _set(set_ or [])
+        if adapters:
+            _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
+            return
+        with uncollected():
+            from luthier.recipes.merge import merge_models, opened
+            from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
 
-    if len(models) == 1 and is_recipe(models[0]):
-        recipe, notes = read_recipe(Path(models[0]), sets=given)
-    else:
-        knobs = {"t": t, "density": density}
-        recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
-    if dry_run:
-        with opened(recipe) as opening:
-            planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
-        planned["notices"] = [*notes, *planned["notices"]]
-        print_json(planned) if json else _print_plan(planned)
-        return
-    gate = _gate(data, metric, allow_worse=allow_worse)
-    with _progress(quiet=quiet or json) as told:
-        found = merge_models(recipe, out or Path(), gate=gate, told=told)
-    found["notices"] = [*notes, *found["notices"]]
-    print_json(found) if json else _print_found(found)
+        if len(models) == 1 and is_recipe(models[0]):
+            recipe, notes = read_recipe(Path(models[0]), sets=given)
+        else:
+            knobs = {"t": t, "density": density}
+            recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
+        if dry_run:
+            with opened(recipe) as opening:
+                planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
+            planned["notices"] = [*notes, *planned["notices"]]
+            print_json(planned) if json else _print_plan(planned)
+            return
+        gate = _gate(data, metric, allow_worse=allow_worse)
+        with _progress(quiet=quiet or json) as told:
+            found = merge_models(recipe, out or Path(), gate=gate, told=told)
+        found["notices"] = [*notes, *found["notices"]]
+        print_json(found) if json else _print_found(found)
 
 
 def _require(models: list[str], out: Path | None, data: Path | None, metric: str | None, *, dry_run: bool) -> None:
@@ -104,13 +106,10 @@ def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Any:
     if data is None:
         return None
     with uncollected():
-        from luthier.core.chosen import choose
-        from luthier.metrics import Metric
         from luthier.recipes.merge import Gate
-        from luthier.recipes.merge_gate import LIKELIHOOD, Bench
+        from luthier.recipes.merge_gate import Bench, metric_of
 
-    chosen = None if metric in (None, LIKELIHOOD) else choose("metrics", Metric, metric)
-    bench = Bench(data, chosen, allow_worse=allow_worse)
+    bench = Bench(data, metric_of(metric), allow_worse=allow_worse)
     return Gate(bench.parents, bench.judge)
 
 
@@ -133,7 +132,15 @@ def _merge_adapters(
         print_json(found)
         return
     typer.echo(f"adapter    {found['folder']}, {found['modules']} modules, rank {found['rank']}, {found['method']}")
-    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change")
+    cut = found["parity"]["cut"]
+    more = "" if cut is None else f": {cut['numbers']}"
+    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change{more}")
+    typer.echo(f"parity     {_told_parity(found['parity'])}")
+
+
+def _told_parity(parity: Mapping[str, Any]) -> str:
+    """What was measured of the result, in one line; or why nothing was."""
+    return str(parity.get("numbers") or f"logits were not compared: {parity['not_compared']}")
 
 
 @contextmanager
@@ -185,5 +192,6 @@ def _print_found(found: Mapping[str, Any]) -> None:
         typer.echo(f"merged     {evaluation['measure']} {evaluation['merged']:.4f}  (expected of the mean "
                    f"{evaluation['expected']:.4f}, improvement over the best {evaluation['improvement']:+.4f}, "
                    f"diversity {evaluation['diversity']:.4f})")  # fmt: skip
+    typer.echo(f"parity     {_told_parity(found['parity'])}")
     typer.echo(f"folder     {found['folder']}, {bytes_text(found['writes_bytes'])}, {found['tensors']} tensors; "
                f"{found['proved_tensors']} of them computed anew and found equal")  # fmt: skip

@@ -23,7 +23,8 @@ Texts are clipped: whatever somebody puts into a file, the error about it stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 MOST_LINES: Final = 64
@@ -105,6 +106,18 @@ class RecipeError(LuthierError, ValueError):
     code = "recipe"
     exit_code = 2
     advice = "luthier init --dry-run shows every key with its meaning and its range"
+
+
+@contextmanager
+def advised(advice: str) -> Iterator[None]:
+    """Have a RecipeError of the block that names no next step name this one: keys of other recipes are no help."""
+    try:
+        yield
+    except RecipeError as error:
+        if not error.do:
+            error.do = _clipped(advice, _ROOM["do"])
+            error.__notes__ = []
+        raise
 
 
 class UndrivableAttentionError(RecipeError):

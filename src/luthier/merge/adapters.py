@@ -16,7 +16,7 @@ Cost: QR of (in + out) x R numbers and SVD of R x R, R the sum of the ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -43,6 +43,31 @@ class Joined:
     factors: Factors
     whole: float
     lost: float
+
+
+@final
+@dataclass(frozen=True)
+class Joining:
+    """What is merged: the factors of each module by adapter, their weights, and a method where it is no plain sum."""
+
+    pairs: Sequence[Mapping[str, Factors]]
+    weights: Sequence[float]
+    method: Merger | None
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that an adapter changes."""
+        return sorted({module for each in self.pairs for module in each})
+
+    def of(self, module: str) -> list[Factors]:
+        """The factors of one module; an adapter that does not change it counts with a change of zero."""
+        like = next(each[module] for each in self.pairs if module in each)
+        nothing = Factors(torch.zeros(1, like.down.shape[1]), torch.zeros(len(like.up), 1), like.transposed)
+        return [each.get(module, nothing) for each in self.pairs]
+
+    def joined(self, module: str, rank: int | None) -> Joined:
+        """The factors of one module as one, cut to a rank where there is one."""
+        return joined(module, self.of(module), self.weights, self.method, rank)
 
 
 @torch.no_grad()
@@ -78,7 +103,7 @@ def _by_cores(name: str, parts: Sequence[Factors], weights: Sequence[float], met
         own = slice(start, start + len(part.down))
         cores.append((columns[:, own] @ rows[:, own].t()).float())
         start = own.stop
-    core = _merge(name, cores, weights, method)
+    core = merged_change(name, cores, weights, method)
     return right.t().float(), left.float() @ core
 
 
@@ -97,11 +122,11 @@ def _in_shared_basis(
     there = lengths > _LEAST * lengths.max().clamp(min=torch.finfo(torch.float64).tiny)
     inverse = torch.where(there, 1 / torch.where(there, lengths, 1.0), 0.0)
     aligned = [(inverse[:, None] * (turn.t() @ each)).float() for each in thin]
-    merged = _merge(name, aligned, weights, method)
+    merged = merged_change(name, aligned, weights, method)
     return merged, (left @ turn * torch.where(there, lengths, 0.0)).float()
 
 
-def _merge(name: str, changes: Sequence[Tensor], weights: Sequence[float], method: Merger) -> Tensor:
+def merged_change(name: str, changes: Sequence[Tensor], weights: Sequence[float], method: Merger) -> Tensor:
     """The change that a method makes of changes: they are models whose base is zero."""
     base = torch.zeros_like(changes[0])
     return method.whole(Part(tuple(changes), base, tuple(weights), 0, base.numel(), key_of(name)))

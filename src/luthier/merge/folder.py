@@ -2,7 +2,7 @@
 
 Idea: they are the first parent's, byte for byte, but for what a merge has changed: the type of numbers, the count of
 layers in a stack, the size of a vocabulary and the tokens added to it. A chat template comes from the first parent that
-has one, and where that is not the first parent it is told.
+has one, and where that is not the first parent it is told. What an adapter was trained with lies beside the adapter.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from typing import Any, Final
 import torch
 
 from luthier.data.hub import ModelFiles, read_bytes
-from luthier.merge.parents import Parent
+from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import OF_LAYERS, Slice
-from luthier.merge.vocabulary import MAX_TOKENIZER, TOKENIZER, United
+from luthier.merge.vocabulary import MAX_TOKENIZER, United
 from luthier.model.json_files import write_object
 
+GENERATION: Final = "generation_config.json"
 _COPIED: Final = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "vocab.txt", "tokenizer.model", "generation_config.json", "preprocessor_config.json", "chat_template.jinja",
+    "vocab.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+_OF_EITHER: Final = (GENERATION, "preprocessor_config.json")
+"""An adapter's own where it has any, whether it brings a tokenizer or not."""
 _TEMPLATE: Final = "chat_template.jinja"
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "num_layers")
 _DECODER: Final = "added_tokens_decoder"
@@ -35,8 +38,8 @@ def write_beside(
     """Write everything but the weights; what a user should know of it."""
     first = parents[0]
     write_object(folder / "config.json", _config(parents, dtype, layers, slices, united))
-    for name in _COPIED:
-        path = first.files.find(name)
+    for name in (*_COPIED, *_OF_EITHER):
+        path = first.find(name) if name in _OF_EITHER else first.texts.find(name)
         if path is not None:
             (folder / name).write_bytes(read_bytes(path, most=MAX_TOKENIZER))
     if united.more:
@@ -88,10 +91,10 @@ def _add_tokens(folder: Path, united: United) -> None:
 
 
 def _template(folder: Path, parents: Sequence[Parent]) -> tuple[str, ...]:
-    if _text(parents[0].files) is not None:
+    if _text(parents[0].texts) is not None:
         return ()
     for parent in parents[1:]:
-        text = _text(parent.files)
+        text = _text(parent.texts)
         if text is not None:
             (folder / _TEMPLATE).write_text(text, encoding="utf-8")
             return (f"template: {parents[0].name} has no chat template, that of {parent.name} is taken",)

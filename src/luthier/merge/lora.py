@@ -24,6 +24,7 @@ from luthier.model.tensor_files import load_tensors
 CONFIG: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
+_SAVE: Final = "fetch or save the adapter again"
 _PLAIN: Final = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices")
 """What an adapter's config must not have, to be a product of two factors for each tensor."""
 
@@ -78,29 +79,34 @@ def pairs_of(folder: Path) -> dict[str, Factors]:
     known = {f"{stem}.lora_{part}.weight" for stem in stems for part in "AB"}
     if strange := sorted(set(tensors) ^ known):
         raise CorruptError(f"{excerpt(strange[0])} has no partner or no place", allowed="lora_A and lora_B in pairs",
-                           where=str(folder / TENSORS))  # fmt: skip
+                           do=_SAVE, where=str(folder / TENSORS))  # fmt: skip
     found = {}
     for stem in sorted(stems):
         module = stem.removeprefix(PREFIX)
         down, up = (tensors[f"{stem}.lora_{part}.weight"].float() for part in "AB")
         if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
             raise CorruptError(f"the factors of {excerpt(module)} are {list(down.shape)} and {list(up.shape)}",
-                               allowed="(r, in) and (out, r)", where=str(folder / TENSORS))  # fmt: skip
+                               allowed="(r, in) and (out, r)", do=_SAVE, where=str(folder / TENSORS))  # fmt: skip
         found[module] = Factors(down, up * scale_of(config, module), bool(config.get("fan_in_fan_out")))
     return found
 
 
 def factors_of(folder: Path, slots: Mapping[str, Slot]) -> dict[str, Factors]:
     """What the adapter in `folder` adds to each tensor of `slots`. Raises CorruptError where it does not fit them."""
+    return placed(pairs_of(folder), slots, str(folder))
+
+
+def placed(pairs: Mapping[str, Factors], slots: Mapping[str, Slot], where: str) -> dict[str, Factors]:
+    """The factors of modules by the tensors they change. Raises CorruptError where there are none of that shape."""
     found = {}
-    for module, factors in pairs_of(folder).items():
+    for module, factors in pairs.items():
         name = next((each for each in _names(module) if each in slots), None)
         if name is None:
-            raise CorruptError(f"the model has no tensor for {excerpt(module)}", where=str(folder),
+            raise CorruptError(f"the model has no tensor for {excerpt(module)}", where=where,
                                do="name the model that the adapter was trained on")  # fmt: skip
         if factors.shape != slots[name].shape:
             raise CorruptError(f"the factors of {excerpt(module)} make {factors.shape}", allowed=str(slots[name].shape),
-                               where=str(folder), do="name the model that the adapter was trained on")  # fmt: skip
+                               where=where, do="name the model that the adapter was trained on")  # fmt: skip
         found[name] = factors
     return found
 
@@ -114,7 +120,7 @@ def scale_of(config: Mapping[str, Any], module: str) -> float:
     )  # fmt: skip
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise CorruptError(f"the adapter has r = {rank!r} and lora_alpha = {alpha!r}", allowed="numbers above 0",
-                           do="save the adapter again")  # fmt: skip
+                           do=_SAVE)  # fmt: skip
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -20,7 +20,9 @@ from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.merge.lora import Factors, factors_of
 from luthier.model.shards import Shards
+from luthier.model.weight_files import folder_digest, weight_files
 
+TOKENIZER: Final = "tokenizer.json"
 _SAME: Final = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
                 "tie_word_embeddings", "num_experts_per_tok")  # fmt: skip
 _TOLD: Final = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window", "layer_types")
@@ -29,12 +31,13 @@ _TOLD: Final = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps",
 @final
 @dataclass
 class Parent:
-    """A model that is merged. `name` is what the user called it."""
+    """A model that is merged. `name` is what the user called it; `adapter` are the files of one on top of it."""
 
     name: str
     shards: Shards
     config: dict[str, Any]
     files: ModelFiles
+    adapter: ModelFiles | None = None
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
     @classmethod
@@ -56,13 +59,18 @@ class Parent:
         except BaseException:
             shards.close()
             raise
-        return cls(name, shards, config, files, factors)
+        return cls(name, shards, config, files, None if adapter is None else ModelFiles.of(adapter), factors)
 
     @property
     def text_config(self) -> dict[str, Any]:
         """The config of the language model, which may lie inside that of a larger one."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else self.config
+
+    def digests(self) -> tuple[str, str]:
+        """What identifies its weights, and the adapter on top: sha256 of their files; empty where there is none."""
+        weights = folder_digest(weight_files(self.files)[0].parent)
+        return weights, "" if self.adapter is None else folder_digest(Path(self.adapter.source))
 
     @property
     def layers(self) -> int:
@@ -71,6 +79,17 @@ class Parent:
             if isinstance(count := self.text_config.get(key), int):
                 return count
         return 0
+
+    @property
+    def texts(self) -> ModelFiles:
+        """The files of tokenizer and template: an adapter that brings its own was trained with them."""
+        own = self.adapter
+        return own if own is not None and own.find(TOKENIZER) is not None else self.files
+
+    def find(self, name: str) -> Path | None:
+        """A file that either may have, the adapter's before the model's."""
+        own = None if self.adapter is None else self.adapter.find(name)
+        return self.files.find(name) if own is None else own
 
     def rows(self, name: str, first: int, last: int) -> Float[Tensor, "rows columns"]:
         """Rows of a tensor in float32, what an adapter changes included."""
@@ -103,7 +122,8 @@ def require_alike(parents: Sequence[Parent]) -> tuple[str, ...]:
             one, other = first.text_config.get(key), parent.text_config.get(key)
             if key in first.text_config and key in parent.text_config and one != other:
                 raise RecipeError(f"{key} is {one!r:.60} in {first.name} and {other!r:.60} in {parent.name}",
-                                  allowed="models of one architecture")  # fmt: skip
+                                  allowed="models of one architecture",
+                                  do="merge models of the same architecture and size")  # fmt: skip
         unlike = [key for key in _TOLD if first.text_config.get(key) != parent.text_config.get(key)]
         if unlike:
             notices.append(f"config: {', '.join(unlike)} of {parent.name} and {first.name} differ; the latter's hold")

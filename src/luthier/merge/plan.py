@@ -119,6 +119,7 @@ def plan(parents: Sequence[Parent], wanted: Wanted) -> Plan:
         jobs.append(_job(parents, wanted, Spot.of(name, layers), _everywhere(parents, wanted, name), None))
     start = 0
     for each in wanted.slices:
+        _require_layers(parents, each)
         for step in range(each.count):
             own = parents[each.sources[0][0]]
             for name in [name for name in own.shards.slots if layer_of(name) == each.sources[0][1] + step]:
@@ -127,6 +128,17 @@ def plan(parents: Sequence[Parent], wanted: Wanted) -> Plan:
                 jobs.append(_job(parents, wanted, spot, origins, each))
         start += each.count
     return Plan(tuple(jobs), layers)
+
+
+def _require_layers(parents: Sequence[Parent], slice_: Slice) -> None:
+    for number, first in slice_.sources:
+        parent = parents[number]
+        held = 1 + max((layer for name in parent.shards.slots if (layer := layer_of(name)) is not None), default=-1)
+        if first + slice_.count > held:
+            raise RecipeError(f"a slice takes the layers {first} to {first + slice_.count - 1} of {parent.name}",
+                              allowed=f"the layers 0 to {held - 1}, which it has",
+                              do="in a recipe of mergekit the second number of layer_range is the layer behind the last"
+                              )  # fmt: skip
 
 
 def _everywhere(parents: Sequence[Parent], wanted: Wanted, name: str) -> dict[int, str]:
@@ -182,12 +194,13 @@ def _same_slot(parents: Sequence[Parent], name: str, origins: Sequence[Origin]) 
         shape = slot.shape if origin.rows is None else (len(origin.rows), *slot.shape[1:])
         slots.append(Slot(slot.dtype, shape))
     for origin, slot in zip(origins, slots, strict=True):
+        rows = "; other vocabularies: --set tokenizer=union" if {"embed", "head"} & set(tensor_roles(name)) else ""
         if slot.shape != slots[0].shape or slot.dtype.is_floating_point != slots[0].dtype.is_floating_point:
             one, other = parents[origins[0].parent].name, parents[origin.parent].name
             raise RecipeError(
                 f"{excerpt(name)} is {list(slots[0].shape)} in {one} and {list(slot.shape)} in {other}",
                 allowed="models of one shape",
-                do="merge models of the same architecture and size; other vocabularies: --set tokenizer=union",
+                do=f"merge models of the same architecture and size{rows}",
             )
     return slots[0]
 

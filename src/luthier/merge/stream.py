@@ -10,7 +10,7 @@ work, blocks that wait to be written, and one tensor that is kept.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +60,10 @@ class Room:
             )
         return max(1, min(rows, BLOCK // max(columns, 1)))
 
+    def holds(self, models: int, numbers: int) -> bool:
+        """Whether a tensor of so many numbers may be merged in one piece."""
+        return 4 * numbers * (models * COPIES + 2) <= self.memory_bytes // 2
+
     def keeps(self, raw_bytes: int) -> bool:
         """Whether a tensor of all parents may be kept between two looks."""
         return raw_bytes <= self.memory_bytes // 4
@@ -76,7 +80,7 @@ def stream(
     """
     reports = []
     with (
-        _one_thread_each(),
+        one_thread_each(),
         ThreadPoolExecutor(room.threads, "merge") as workers,
         ThreadPoolExecutor(1, "write") as writing,
     ):
@@ -91,7 +95,7 @@ def stream(
         jobs = {job.name: job for job in plan.jobs}
         for job in (jobs[name] for name in writer.order):
             if job.copied:
-                write(job.name, _copied(parents, job), 0)
+                write(job.name, copied(parents, job), 0)
             else:
                 reports.append(_merged(parents, job, room, workers, write))
         for future in waiting:
@@ -112,13 +116,7 @@ def _merged(
     if job.method.passes and len(firsts) > 1 and room.keeps(raw):
         keeping = [partial(source.keep, number) for number in range(len(job.origins))]
         list(_in_order(workers, room.threads, keeping))
-    seen: list[Sums] = []
-    for _ in range(job.method.passes):
-        looks = [partial(source.look, first, height, tuple(seen)) for first in firsts or [0]]
-        total: Sums | None = None
-        for sums in _in_order(workers, room.threads, looks):
-            total = added(total, sums)
-        seen.append(total or {})
+    seen = source.looks(firsts, height, partial(_in_order, workers, room.threads))
     whole = Measured(0.0, 0.0, 0.0, None)
     blocks = [partial(_block, source, job, first, height, tuple(seen)) for first in firsts]
     for first, (rows, found) in zip(firsts, _in_order(workers, room.threads, blocks), strict=True):
@@ -158,6 +156,18 @@ class Source:
     def look(self, first: int, height: int, seen: Sequence[Sums]) -> Sums:
         """What the method has to know of some rows."""
         return self.job.method.look(self.part(first, height), seen)
+
+    def looks(
+        self, firsts: range, height: int, done: Callable[[Sequence[Callable[[], Sums]]], Iterable[Sums]]
+    ) -> list[Sums]:
+        """All that the method has to know of a tensor in blocks; `done` does the work of a look."""
+        seen: list[Sums] = []
+        for _ in range(self.job.method.passes):
+            total: Sums | None = None
+            for sums in done([partial(self.look, first, height, tuple(seen)) for first in firsts or [0]]):
+                total = added(total, sums)
+            seen.append(total or {})
+        return seen
 
     def part(self, first: int, height: int) -> Part:
         """Rows of all models and the base; those that a vocabulary lacks are the mean of those that have them."""
@@ -202,11 +212,11 @@ class Source:
         return NumericError(
             f"{excerpt(self.job.name)} has numbers up to {largest:.3g} when it is merged, too large for "
             f"{str(self.job.slot.dtype).removeprefix('torch.')}; nothing was kept",
-            do="write it as bfloat16 or float32: --dtype bfloat16",
+            do="write it in a wider type: --set dtype=bfloat16",
         )
 
 
-def _copied(parents: Sequence[Parent], job: Job) -> Tensor:
+def copied(parents: Sequence[Parent], job: Job) -> Tensor:
     """A tensor of whole numbers. Raises RecipeError where the parents do not have the same."""
 
     def read(origin: Origin) -> Tensor:
@@ -239,7 +249,7 @@ def _in_order(workers: ThreadPoolExecutor, threads: int, work: Sequence[Callable
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Blocks are shared out to workers; inside one, more threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

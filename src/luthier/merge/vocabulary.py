@@ -22,10 +22,9 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.hub import ModelFiles, read_bytes
-from luthier.merge.parents import Parent
+from luthier.merge.parents import TOKENIZER, Parent
 from luthier.model.role_names import tensor_roles
 
-TOKENIZER: Final = "tokenizer.json"
 MAX_TOKENIZER: Final = 256 * 1024 * 1024
 Choice = Literal["auto", "first", "union"]
 _SHOWN: Final = 3
@@ -78,7 +77,7 @@ def united(parents: Sequence[Parent], choice: Choice) -> United:
     heights = [_height(parent) for parent in parents]
     if _one_file(parents) and len(set(heights)) == 1:
         return United()
-    known = [Vocabulary.of(parent.files) for parent in parents]
+    known = [Vocabulary.of(parent.texts) for parent in parents]
     if lacking := [parent.name for parent, own in zip(parents, known, strict=True) if own is None]:
         if len(set(heights)) == 1:
             return United(notices=(f"tokenizer: {', '.join(lacking)} has no {TOKENIZER}; rows are matched by number",))
@@ -148,7 +147,7 @@ def _height(parent: Parent) -> int:
 
 
 def _one_file(parents: Sequence[Parent]) -> bool:
-    paths = [parent.files.find(TOKENIZER) for parent in parents]
+    paths = [parent.texts.find(TOKENIZER) for parent in parents]
     if any(path is None for path in paths):
         return False
     texts = (read_bytes(path, most=MAX_TOKENIZER) for path in paths if path is not None)

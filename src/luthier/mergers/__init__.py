@@ -93,7 +93,8 @@ class Merger(Method):
         fewest, most = self.models
         if count < fewest or (most is not None and count > most):
             wanted = f"exactly {most}" if fewest == most else f"at least {fewest}" if most is None else f"up to {most}"
-            raise RecipeError(f"{self.method_name()} was given {count} models", allowed=f"{wanted}, and a base beside")
+            raise RecipeError(f"{self.method_name()} was given {count} model{'s' * (count != 1)}", allowed=wanted,
+                              do="name as many, or choose another --method: luthier describe lists them")  # fmt: skip
         if BASE in self.requires and not base:
             raise RecipeError(
                 f"{self.method_name()} merges what models have changed, and there is no base",

@@ -35,7 +35,7 @@ from luthier.model.machine import rates
 from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
 from luthier.model.sources import FRESH, resolve_source
 from luthier.model.tasks import CAUSAL, Task, kind_of
-from luthier.model.weight_files import weight_files
+from luthier.model.weight_files import folder_digest, weight_files
 from luthier.model.weights import (
     fresh_module,
     module_with,
@@ -48,7 +48,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 ReaderOf = Callable[[Mapping[str, object]], PackedReader]
 """What reads files with this `quantization_config`."""
 
-_PIECE = 2**22
 WORTH_ROUNDING = 1.2
 """How much faster bfloat16 products must be on a CPU before `auto` takes them."""
 
@@ -149,24 +148,6 @@ def _shape(config: PreTrainedConfig) -> tuple[int, int]:
     hidden = int(config.hidden_size)
     inner = getattr(config, "intermediate_size", None)
     return hidden, int(inner) if isinstance(inner, int) and inner > 0 else 4 * hidden
-
-
-def folder_digest(folder: Path, *, wanted: Callable[[], bool] = lambda: True) -> str:
-    """sha256 over all weight files of a model folder, by name: identifies a base model on disk.
-
-    Empty when it is not `wanted` any more before all is read.
-    """
-    total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        total.update(path.name.encode())
-        one = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                if not wanted():
-                    return ""
-                one.update(piece)
-        total.update(one.digest())
-    return total.hexdigest()
 
 
 @contextmanager

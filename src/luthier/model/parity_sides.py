@@ -6,8 +6,9 @@ learned root is no module of the zoo, so with one our executor answers, with the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -29,6 +30,8 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, load_model
 from luthier.model.packed import packing_of
 from luthier.model.parity import Gives, Side
+from luthier.model.sketches import Sketch
+from luthier.model.streamed import StreamedModel
 from luthier.model.tasks import CAUSAL, Task, kind_of
 
 _NAMES_ONLY: Final = ("architectures", "attn_implementation", "dtype", "id2label", "label2id", "name_or_path",
@@ -36,9 +39,31 @@ _NAMES_ONLY: Final = ("architectures", "attn_implementation", "dtype", "id2label
 """Keys of a config that change nothing of what is computed. Of classes the names are compared on their own."""
 
 
+class SpokenSide(Side):
+    """A side with a tokenizer and a template, where it has any: `renderer` makes tokens of rows."""
+
+    def __init__(self, name: str, renderer: Renderer | None, stop_ids: Iterable[int] | None) -> None:
+        self.name = name
+        self.renderer = renderer
+        self._stop_ids = None if stop_ids is None else frozenset(stop_ids)
+
+    def rendered(self, row: Row) -> tuple[Ints, ...] | None:
+        """The row as its own tokenizer and template render it; nothing for one that it refuses."""
+        if self.renderer is None:
+            return None
+        try:
+            return tuple(view.tokens for view in self.renderer.render(row))
+        except DataError:
+            return ()
+
+    def stop_ids(self) -> frozenset[int] | None:
+        """Where its answers end."""
+        return self._stop_ids
+
+
 @final
-class ModelSide(Side):
-    """A model in memory, with what is attached to it; `renderer` makes tokens of rows, where it has one.
+class ModelSide(SpokenSide):
+    """A model in memory, with what is attached to it.
 
     With `states` its last states are what it gives, whatever head lies on top of them.
     """
@@ -52,11 +77,9 @@ class ModelSide(Side):
         stop_ids: Iterable[int] | None = None,
         states: bool = False,
     ) -> None:
-        self.name = name
+        super().__init__(name, renderer, stop_ids)
         self.states = states
         self.model = model
-        self.renderer = renderer
-        self._stop_ids = None if stop_ids is None else frozenset(stop_ids)
         rooted = model.active_root is not None and not model.task.classifies
         self.gives: Gives = "states" if rooted or states else "logits"
 
@@ -77,15 +100,6 @@ class ModelSide(Side):
             given["decoder_input_ids"] = torch.cat([begin, ids[:, :-1]], 1)
         found: Tensor = module(**given).logits
         return (found[0] if found.ndim == 3 else found).float().cpu().numpy()
-
-    def rendered(self, row: Row) -> tuple[Ints, ...] | None:
-        """The row as its own tokenizer and template render it; nothing for one that it refuses."""
-        if self.renderer is None:
-            return None
-        try:
-            return tuple(view.tokens for view in self.renderer.render(row))
-        except DataError:
-            return ()
 
     def stop_ids(self) -> frozenset[int] | None:
         """Where its answers end, for a model that says text."""
@@ -108,6 +122,44 @@ class ModelSide(Side):
         outputs = self.model.token_outputs(Forest((_tree(tokens, self.model),)))
         found = outputs.classes if outputs.classes is not None else outputs.log_probs[:, None]
         return found.float().cpu().numpy()
+
+
+@final
+class StreamedSide(SpokenSide):
+    """A model that is never whole in memory; all `prompts` go through it at once. Without a `model` it has texts alone.
+
+    It is not `bare` where something beside its tensors computes, so that they are not what is to be compared.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: StreamedModel | None,
+        prompts: Sequence[Ints],
+        *,
+        renderer: Renderer | None = None,
+        stop_ids: Iterable[int] | None = None,
+        bare: bool = True,
+    ) -> None:
+        super().__init__(name, renderer, stop_ids)
+        self.model, self.prompts, self.bare = model, prompts, bare
+
+    @cached_property
+    def _answers(self) -> dict[bytes, Float[np.ndarray, "n v"]]:
+        found = [] if self.model is None else self.model.logits(self.prompts)
+        return {prompt.tobytes(): logits for prompt, logits in zip(self.prompts, found, strict=True)}
+
+    def logits(self, tokens: Ints) -> Float[np.ndarray, "n v"]:
+        """At each token what comes next."""
+        return self._answers[tokens.tobytes()]
+
+    def settings(self) -> Mapping[str, Any]:
+        """What its config says of how it computes."""
+        return {} if self.model is None else settings_of(self.model.module.config)
+
+    def sketches(self) -> Mapping[str, Sketch]:
+        """Its weights by the names of its files."""
+        return self.model.sketches() if self.model is not None and self.bare else {}
 
 
 def folder_side(

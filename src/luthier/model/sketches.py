@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, final
 
 import numpy as np
@@ -54,21 +55,43 @@ class Sketch:
 @torch.no_grad()
 def sketched(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Sketch]:
     """A sketch of each tensor, one at a time."""
-    signs: Tensor | None = None
     found = {}
     for name, tensor in tensors:
-        if signs is None or signs.device != tensor.device:
-            draws = torch.Generator().manual_seed(0)
-            signs = (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(tensor.device, torch.float32)
-        found[name] = _sketch(tensor, signs)
+        growing = Sketching()
+        growing.add(tensor)
+        found[name] = growing.sketch(tuple(tensor.shape))
     return found
 
 
-def _sketch(tensor: Tensor, signs: Tensor) -> Sketch:
-    sums, square = torch.zeros(BUCKETS, dtype=torch.float64), 0.0
-    for piece in tensor.detach().reshape(-1).split(_SIGNS):
-        plain = piece.float()
-        square += float(plain.square().sum(dtype=torch.float64))
-        signed = torch.nn.functional.pad(plain * signs[: len(plain)], (0, -len(plain) % BUCKETS))
-        sums += signed.view(-1, BUCKETS).sum(0, dtype=torch.float64).cpu()
-    return Sketch(tuple(tensor.shape), square**0.5, sums.numpy())
+@final
+class Sketching:
+    """A sketch that grows while the elements of a tensor pass, in their order, in pieces of any size."""
+
+    def __init__(self) -> None:
+        self.count, self.square = 0, 0.0
+        self.sums = torch.zeros(BUCKETS, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, piece: Tensor) -> None:
+        """The next elements."""
+        signs = _signs(piece.device)
+        flat = piece.detach().reshape(-1)
+        while len(flat):
+            at = self.count % _SIGNS
+            plain, flat = flat[: _SIGNS - at].float(), flat[_SIGNS - at :]
+            self.square += float(plain.square().sum(dtype=torch.float64))
+            front = at % BUCKETS
+            behind = -(front + len(plain)) % BUCKETS
+            signed = torch.nn.functional.pad(plain * signs[at : at + len(plain)], (front, behind))
+            self.sums += signed.view(-1, BUCKETS).sum(0, dtype=torch.float64).cpu()
+            self.count += len(plain)
+
+    def sketch(self, shape: tuple[int, ...]) -> Sketch:
+        """The sketch of what has passed, a tensor of this shape."""
+        return Sketch(shape, self.square**0.5, self.sums.numpy())
+
+
+@cache
+def _signs(device: torch.device) -> Tensor:
+    draws = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(device, torch.float32)

@@ -20,7 +20,8 @@ def resolve_source(source: str) -> str:
         return str(Path(__file__).resolve().parents[1] / "assets" / "seedling")
     place = Path(name).expanduser()
     if place.is_file():
-        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling")
+        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling",
+                           do=f"name the folder it lies in: {place.parent}")  # fmt: skip
     if place.exists():
         return str(place)
     # A hub id has one slash at most; anything else can only have meant a folder.

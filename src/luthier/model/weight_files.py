@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +16,7 @@ from luthier.model.tensor_files import CONVERT, PICKLES
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 AGAIN: Final = "fetch the model again"
+_PIECE: Final = 1 << 22
 _SHARD: Final = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 
 
@@ -49,6 +52,24 @@ def indexed_files(files: ModelFiles) -> dict[str, tuple[Path, str]]:
             raise MissingError(f"{INDEX} names {shard}, which is not there ({files.source})", do=AGAIN)
         found[shard] = path
     return {str(name): (found[str(shard)], str(shard)) for name, shard in shards.items()}
+
+
+def folder_digest(folder: Path, *, wanted: Callable[[], bool] = lambda: True) -> str:
+    """sha256 over all weight files of a model folder, by name: identifies a base model on disk.
+
+    Empty when it is not `wanted` any more before all is read.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(path.name.encode())
+        one = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                if not wanted():
+                    return ""
+                one.update(piece)
+        total.update(one.digest())
+    return total.hexdigest()
 
 
 def _no_weights(files: ModelFiles) -> LuthierError:

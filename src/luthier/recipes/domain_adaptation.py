@@ -24,7 +24,7 @@ from luthier.core.recipe_file import read_layers, validated
 from luthier.mergers import Merger
 from luthier.recipes.finetune import start
 from luthier.recipes.merge import Gate, merge_models
-from luthier.recipes.merge_gate import Bench
+from luthier.recipes.merge_gate import LIKELIHOOD, Bench, metric_of
 from luthier.recipes.merge_recipe import MergeRecipe
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.store.files import write_json
@@ -56,6 +56,7 @@ class AdaptationRecipe(Knobs):
         default_factory=lambda: choose("mergers", Merger, "slerp"), description="how the last model is merged"
     )
     judge: str = Field(description="rows on which stages, parents and result are measured")
+    metric: str = Field(LIKELIHOOD, description="what they are measured by: likelihood, or a metric of their answers")
     allow_worse: bool = Field(False, description="whether a merge that is worse than its best parent is kept")
     run: str = Field(description="folder for all stages and the result")
 
@@ -76,7 +77,11 @@ def load_adaptation(path: Path, *, overrides: list[str], run: Path | None) -> Ad
 
 
 def stage_recipes(recipe: AdaptationRecipe) -> list[FinetuneRecipe]:
-    """Every stage as the fine-tune it is. Raises RecipeError for keys that a stage must leave to the story."""
+    """Every stage as the fine-tune it is. Raises RecipeError for keys that a stage must leave to the story.
+
+    Raises as `metric_of` does for what nothing can be measured by: after the training is too late to hear of it.
+    """
+    metric_of(recipe.metric)
     found, model = [], recipe.model
     for number, stage in enumerate(recipe.stages, 1):
         if odd := sorted({"model", "run", "recipe"} & set(stage.recipe)):
@@ -90,7 +95,7 @@ def stage_recipes(recipe: AdaptationRecipe) -> list[FinetuneRecipe]:
 
 def adapt(recipe: AdaptationRecipe, *, recorder: Recorder) -> dict[str, Any]:
     """Run all stages and the merge; what each was worth. Raises GateError where the merge is not worth keeping."""
-    bench = Bench(Path(recipe.judge), allow_worse=recipe.allow_worse)
+    bench = Bench(Path(recipe.judge), metric_of(recipe.metric), allow_worse=recipe.allow_worse)
     partner = recipe.instruct or recipe.model
     scores = {"before": bench.score(recipe.model, None)}
     stages = stage_recipes(recipe)
@@ -105,7 +110,8 @@ def adapt(recipe: AdaptationRecipe, *, recorder: Recorder) -> dict[str, Any]:
             merge_models(validate(MergeRecipe, {**own, "dtype": "float32"}), whole)
         scores[stage.name] = bench.score(str(whole), None)
     last, out = str(_weights_of(Path(str(stages[-1].run)), stages[-1])), Path(recipe.run) / MERGED
-    found: dict[str, Any] = {"run": recipe.run, "scores": scores, "judge": recipe.judge, "merged": None}
+    found: dict[str, Any] = {"run": recipe.run, "scores": scores, "judge": recipe.judge,
+                             "measure": bench.measure, "merged": None}  # fmt: skip
     write_json(Path(recipe.run) / FOUND, found)
     merge = validate(MergeRecipe, {"models": [last, partner], "method": recipe.merge.as_recipe(), "dtype": "float32"})
     done: Mapping[str, Any] = merge_models(merge, out, gate=Gate(bench.parents, bench.judge))

@@ -33,7 +33,8 @@ from luthier.model.parity import Heard, ParityReport, compare, hear
 from luthier.model.parity_sides import ModelSide
 from luthier.model.sketches import sketched
 from luthier.model.tasks import CAUSAL
-from luthier.recipes.card import card_text, told_of_base
+from luthier.recipes.card import card_text
+from luthier.recipes.card_parts import CARD, PARITY, told_of_base
 from luthier.recipes.opened import Opened, open_encoder, open_named, result_of
 from luthier.recipes.places import model_from, started_in
 from luthier.recipes.purpose import kept_task, read_as
@@ -42,8 +43,6 @@ from luthier.store.folder import write_folder
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER, release
 
-PARITY: Final = "parity.json"
-CARD: Final = "README.md"
 _NOT_WHOLE: Final = (CorruptError, RecipeError, DataError, MissingError)
 """What reading an artefact raises that holds no whole model."""
 

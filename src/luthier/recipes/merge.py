@@ -2,12 +2,14 @@
 
 Read top to bottom: open the parents (a run is its tuned model), put their vocabularies together, plan every tensor,
 measure the parents where there is data, stream the rows into a folder that does not exist yet, compute some of them
-anew, measure the result, and only then give the folder its name. What is worse than its best parent gets none.
+anew, hold the logits of the files against those of the parents merged once more, measure the result, write the card,
+and only then give the folder its name. What is another model, or worse than its best parent, gets none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from luthier.merge.vocabulary import United, united
 from luthier.model.json_files import write_object
 from luthier.model.shards import ShardWriter
 from luthier.model.sources import resolve_source
+from luthier.recipes.card_parts import CARD, PARITY
+from luthier.recipes.merge_card import CardFacts, ParentFacts, merge_card
 from luthier.recipes.merge_recipe import MergeRecipe
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry
@@ -47,6 +51,10 @@ class Opening:
     united: United
     plan: Plan
     notices: tuple[str, ...]
+
+    @property
+    def room(self) -> Room:
+        return Room(int(self.recipe.memory_gb * GIGA), self.recipe.threads)
 
     @property
     def out_bytes(self) -> int:
@@ -136,17 +144,22 @@ def merge_models(
 
         def write(place: Path) -> Mapping[str, Entry]:
             writer = ShardWriter(place, opening.plan.slots, shard_bytes=int(recipe.shard_gb * GIGA))
-            with writer:
-                room = Room(int(recipe.memory_gb * GIGA), recipe.threads)
-                reports = stream(opening.parents, opening.plan, writer, room, told=told)
+            with ThreadPoolExecutor(recipe.threads, "digest") as beside, writer:
+                reports = stream(opening.parents, opening.plan, writer, opening.room, told=told)
+                # Taken while the disk catches up with what was written.
+                digests = [beside.submit(parent.digests) for parent in opening.parents]
             found["notices"] += write_beside(
                 place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
                 slices=opening.wanted.slices, united=opening.united,
             )  # fmt: skip
             found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
+            found["parity"] = _parity(opening, place, found["notices"].append)
             found["evaluation"] = None if gate is None else gate.judge(place, scores)
             found.update(_summary(reports))
+            write_object(place / PARITY, found["parity"])
             write_object(place / REPORT, {"recipe": recipe.model_dump(mode="json"), **found})
+            card = _card(opening, found, [digest.result() for digest in digests])
+            (place / CARD).write_text(merge_card(card), encoding="utf-8")
             return writer.entries
 
         facts = {"method": recipe.method.as_recipe(), "parents": [each.name for each in opening.parents]}
@@ -154,6 +167,37 @@ def merge_models(
         # and what a disk may have lost can be merged again.
         write_folder(out, write, facts, needed_bytes=opening.out_bytes, trust=True)
     return found
+
+
+def _parity(opening: Opening, place: Path, noticed: Callable[[str], None]) -> dict[str, Any]:
+    """What was measured of logits, texts and all tensors. Raises GateError where that is another model."""
+    recipe = opening.recipe
+    if recipe.parity == "none":
+        return {"passed": None, "not_compared": "nobody asked for it (parity is none)"}
+    # It brings the model zoo, which takes seconds, and a merge needs no model.
+    from luthier.merge.parity import Merge
+    from luthier.recipes.merge_parity import parity_of_models
+
+    merge = Merge(parents=opening.parents, plan=opening.plan, united=opening.united, room=opening.room,
+                  dtype=getattr(torch, recipe.dtype), stacked=bool(recipe.slices))  # fmt: skip
+    return parity_of_models(merge, place, noticed)
+
+
+def _card(opening: Opening, found: Mapping[str, Any], digests: Sequence[tuple[str, str]]) -> CardFacts:
+    recipe, out = opening.recipe, Path(found["folder"]).name
+    shares = [*(each.weight for each in recipe.models), *([] if recipe.base is None else ["base"])]
+    return CardFacts(
+        title=out,
+        command=f"luthier merge recipe.yaml --out {out}",
+        parents=[ParentFacts(parent.name, *digest, share=share)
+                 for parent, digest, share in zip(opening.parents, digests, shares, strict=True)],
+        recipe=recipe.model_dump(mode="json", exclude_defaults=True),
+        method=recipe.method.method_name(),
+        evaluation=found["evaluation"],
+        parity=found["parity"],
+        notices=found["notices"],
+        architecture=str((opening.parents[0].config.get("architectures") or [""])[0]),
+    )  # fmt: skip
 
 
 def _named(name: str, adapter: str | None) -> tuple[str, str | None]:

@@ -1,12 +1,12 @@
 """Merge adapters: several LoRA adapters of one base become one, in PEFT's format, without the base's weights.
 
 Read top to bottom: find the adapters (a run is its result), see that they belong to one base, merge the factors of each
-module, and write the folder whole or not at all.
+module, hold the base with the new adapter against the base with all of them, and write the folder whole or not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -19,10 +19,15 @@ from luthier.core.chosen import choose
 from luthier.core.errors import DriftError, RecipeError
 from luthier.core.knobs import Knobs, validate
 from luthier.core.nearest import did_you_mean
-from luthier.merge.adapters import CAT, SVD, Joined, joined, share_lost
+from luthier.core.units import percent_text
+from luthier.merge.adapters import CAT, SVD, Joining, share_lost
 from luthier.merge.lora import CONFIG, PREFIX, TENSORS, Factors, config_of, pairs_of
 from luthier.mergers import Merger
 from luthier.model.json_files import read_object, write_object
+from luthier.model.weight_files import folder_digest
+from luthier.recipes.card_parts import CARD, PARITY, nameless
+from luthier.recipes.merge_card import CardFacts, ParentFacts, merge_card
+from luthier.recipes.merge_parity import parity_of_adapters
 from luthier.store.folder import write_folder
 from luthier.store.runs import RunDirectory, is_run
 
@@ -77,16 +82,22 @@ def planned_adapters(knobs: AdapterKnobs) -> dict[str, Any]:
 
 
 def merge_adapters(knobs: AdapterKnobs, out: Path) -> dict[str, Any]:
-    """Merge into the new folder `out`. Raises DriftError for adapters of different bases."""
+    """Merge into the new folder `out`. Raises DriftError for adapters of different bases.
+
+    Raises GateError, with nothing left there, where the files compute something else than the adapters do together.
+    """
     folders, pairs = _read(knobs)
     merger, rank = knobs.merger, _rank(knobs, pairs)
     if merger is not None:
         merger.require(len(folders), base=True)
     cut = None if knobs.method == CAT and knobs.rank is None else rank
-    modules = sorted({module for each in pairs for module in each})
-    found = {module: _joined(module, pairs, knobs, merger, cut) for module in modules}
+    joining = Joining(pairs, knobs.weights, merger)
+    found = {module: joining.joined(module, cut) for module in joining.modules}
     config = {**config_of(folders[0]), "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {},
-              "alpha_pattern": {}, "target_modules": _targets(found)}  # fmt: skip
+              "alpha_pattern": {}, "target_modules": sorted(found)}  # fmt: skip
+    told: dict[str, Any] = {
+            "method": knobs.method, "adapters": [str(folder) for folder in folders], "weights": list(knobs.weights),
+            "folder": str(out), "modules": len(found), "rank": rank, "lost": share_lost(list(found.values()))}
 
     def write(place: Path) -> None:
         tensors = {}
@@ -95,23 +106,17 @@ def merge_adapters(knobs: AdapterKnobs, out: Path) -> dict[str, Any]:
             tensors[f"{PREFIX}{module}.lora_A.weight"] = down
             tensors[f"{PREFIX}{module}.lora_B.weight"] = up
         save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+        # Full names as targets: endings could mean modules that no adapter has.
         write_object(place / CONFIG, config)
         for name in (EXTRAS, GENERATION):
             if (folders[0] / name).is_file():
                 write_object(place / name, read_object(folders[0] / name))
+        told["parity"] = parity_of_adapters(knobs.adapters[0], folders[0], joining, found, place)
+        write_object(place / PARITY, told["parity"])
+        (place / CARD).write_text(merge_card(_card(knobs, folders, told)), encoding="utf-8")
 
-    told = {"method": knobs.method, "adapters": [str(folder) for folder in folders], "weights": list(knobs.weights)}
-    write_folder(out, write, told)
-    return {**told, "folder": str(out), "modules": len(found), "rank": rank, "lost": share_lost(list(found.values()))}
-
-
-def _joined(
-    module: str, pairs: list[dict[str, Factors]], knobs: AdapterKnobs, merger: Merger | None, cut: int | None
-) -> Joined:
-    """One module; an adapter that does not change it counts with a change of zero."""
-    like = next(each[module] for each in pairs if module in each)
-    nothing = Factors(torch.zeros(1, like.down.shape[1]), torch.zeros(len(like.up), 1), like.transposed)
-    return joined(module, [each.get(module, nothing) for each in pairs], knobs.weights, merger, cut)
+    write_folder(out, write, {key: told[key] for key in ("method", "adapters", "weights")})
+    return told
 
 
 def _read(knobs: AdapterKnobs) -> tuple[list[Path], list[dict[str, Factors]]]:
@@ -158,6 +163,31 @@ def _padded(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return down.contiguous(), torch.cat([factors.up, factors.up.new_zeros(len(factors.up), more)], 1).contiguous()
 
 
-def _targets(found: Mapping[str, Joined]) -> list[str]:
-    """Full names: endings could mean modules that no adapter has."""
-    return sorted(found)
+def _card(knobs: AdapterKnobs, folders: Sequence[Path], told: Mapping[str, Any]) -> CardFacts:
+    title, parity = Path(told["folder"]).name, told["parity"]
+    flags = [*(f"--weight {weight:g}" for weight in knobs.weights),
+             *([f"--set rank={knobs.rank}"] if knobs.rank else []),
+             *(f"--set method.{key}={value}" for key, value in knobs.knobs.items())]  # fmt: skip
+    return CardFacts(
+        title=title,
+        command=f"luthier merge {' '.join(knobs.adapters)} --adapters --method {knobs.method} {' '.join(flags)} "
+        f"--out {title}",
+        parents=[ParentFacts(name, adapter=folder_digest(folder), share=weight)
+                 for name, folder, weight in zip(knobs.adapters, folders, knobs.weights, strict=True)],
+        recipe={},
+        method=knobs.method,
+        evaluation=None,
+        parity=parity,
+        notices=[f"It needs its base, `{nameless(parity['base'])}`."],
+        adapter=True,
+        more=_of_cut(told),
+    )  # fmt: skip
+
+
+def _of_cut(told: Mapping[str, Any]) -> str:
+    """What a smaller rank has cost, where one was cut."""
+    cost = told["parity"]["cut"]
+    if cost is None:
+        return ""
+    lost = f"The merged change was cut to rank {told['rank']}, which takes {percent_text(told['lost'])} of its norm"
+    return f"## What the rank costs\n\n{lost}. Beside the change as it was before: {cost['numbers']}.\n"

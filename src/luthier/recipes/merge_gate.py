@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-from luthier.core.errors import GateError
+from luthier.core import catalog
+from luthier.core.chosen import choose
+from luthier.core.errors import GateError, RecipeError
 from luthier.core.knobs import validate
+from luthier.core.nearest import did_you_mean
 from luthier.metrics import Metric
 from luthier.recipes.answers import answered, questions
 from luthier.recipes.evaluate import held_out_of
@@ -26,6 +29,17 @@ from luthier.recipes.opened import open_named
 from luthier.recipes.schema import FinetuneRecipe
 
 LIKELIHOOD: Final = "likelihood"
+
+
+def metric_of(name: str | None) -> Metric | None:
+    """The metric of that name; None for the likelihood. Raises MissingError for one that lacks a package."""
+    if name is None or name == LIKELIHOOD:
+        return None
+    if name not in (known := [LIKELIHOOD, *catalog.names("metrics")]):
+        raise RecipeError(f"there is no metric {name!r}", allowed=", ".join(known), do=did_you_mean(name, known))
+    found = choose("metrics", Metric, name)
+    found.require()
+    return found
 
 
 @final
@@ -39,6 +53,11 @@ class Bench:
     max_new_tokens: int = 128
     allow_worse: bool = False
 
+    @property
+    def measure(self) -> str:
+        """What a score is called."""
+        return LIKELIHOOD if self.metric is None else self.metric.method_name()
+
     def parents(self, named: Sequence[tuple[str, str, str | None]]) -> dict[str, float]:
         """The score of each model, by the name that a user gave it."""
         return {name: self.score(source, adapter) for name, source, adapter in named}
@@ -47,7 +66,7 @@ class Bench:
         """What a merged model in `folder` is worth. Raises GateError where it is worse than its best parent."""
         merged, best = self.score(str(folder), None), max(scores.values())
         found = {
-            "measure": LIKELIHOOD if self.metric is None else self.metric.method_name(),
+            "measure": self.measure,
             "data": str(self.data),
             "parents": dict(scores),
             "merged": merged,

@@ -74,6 +74,9 @@ class MergeRecipe(Knobs):
     memory_gb: float = Field(1.0, gt=0, description="what may be held at once beside the program itself, in 10^9 bytes")
     shard_gb: float = Field(5.0, gt=0, description="largest weight file, in 10^9 bytes")
     threads: int = Field(2, ge=1, le=64, description="blocks that are computed at the same time")
+    parity: Literal["logits", "none"] = Field(
+        "logits", description="whether the result's logits are held against those of the parents merged anew"
+    )
 
     @field_validator("models", mode="before")
     @classmethod
@@ -150,11 +153,14 @@ def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[M
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path)) from None
+        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path), do="check the path") from None
     values = parse(text, name=str(path)).value
     if not isinstance(values, dict):
         raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
                           where=str(path))  # fmt: skip
+    if "data" in values and "models" not in values:
+        raise RecipeError("it names data and no models", allowed="models and method, or a recipe of mergekit",
+                          do=f"what trains a model is run by: luthier train {path}", where=str(path))  # fmt: skip
     values, notes = translated(values) if is_mergekit(values) else (values, ())
     return validate(MergeRecipe, laid_over(values, sets or {})), notes
 

@@ -1,0 +1,219 @@
+"""The parity of a merge: what the written folder computes, held against the parents merged once more.
+
+Idea: the source of a merge is no model that anybody has. So it is made again from the parents, each tensor in one piece
+where memory has room for that, without the workers, the queue and the writer of the stream; the result is read back by
+the library that everybody else reads it with. Both go through the zoo's own forward, a few rows at a time, with the
+same prompts; every tensor is sketched on the way. Products are in float32, so that what is seen is the rounding of the
+files and nothing else.
+Cost: two more reads of each parent and one of the result; the products of a forward for each prompt, twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from luthier.core.errors import CorruptError, GateError, LuthierError
+from luthier.data.prepare import Reading
+from luthier.data.rendering.renderer import Renderer
+from luthier.merge.folder import GENERATION
+from luthier.merge.parents import TOKENIZER, Parent
+from luthier.merge.plan import Plan
+from luthier.merge.stream import Room, Source, copied, one_thread_each
+from luthier.merge.vocabulary import United
+from luthier.model.generation_files import read_stop_ids
+from luthier.model.load import config_of
+from luthier.model.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
+from luthier.model.parity_sides import StreamedSide, folder_texts
+from luthier.model.shards import Slot
+from luthier.model.streamed import NO_MODEL, RowSource, StreamedModel
+from luthier.model.tensor_files import DTYPES
+
+ANEW: Final = "the parents, merged anew"
+_PIECE: Final = 1 << 22
+"""Numbers of a block that is read back."""
+_SHARE: Final = 8
+"""Of the memory one part in so many may be logits that are kept."""
+_FOLDER: Final = "the merged folder"
+_REPORT: Final = "report this: it should not happen"
+Texts = tuple[Renderer | None, frozenset[int] | None]
+"""What renders rows, and where answers end; nothing for files that no tokenizer can be made of."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What was merged; `room` is what comparing may hold, `stacked` says that layers come from slices."""
+
+    parents: Sequence[Parent]
+    plan: Plan
+    united: United
+    dtype: torch.dtype
+    room: Room
+    stacked: bool = False
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What was measured, or `why_not` for logits that could not be; `cost` is that of a cut that was asked for."""
+
+    report: ParityReport
+    why_not: str = ""
+    cost: ParityReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values; nothing has passed where nothing was compared."""
+        told = {"not_compared": self.why_not} if self.why_not else {"numbers": self.report.numbers()}
+        return {**self.report.as_dict(), "passed": None if self.why_not else self.report.passed, **told}
+
+
+def parity(merge: Merge, place: Path, questions: Questions) -> Parity:
+    """What was measured of the folder `place`. Raises GateError where it is not the merge of its parents.
+
+    Parents that are no causal language models of the zoo are asked for no logits, and it says why.
+    """
+    renderer, stop_ids = _texts_of(merge.parents[0])
+    their_renderer, their_stop_ids = _texts_in(place, needed=renderer is not None)
+    model, why_not = _anew(merge, place)
+    asked = replace(questions, prompts=()) if why_not else _cut(questions, merge)
+    if renderer is not None and their_renderer is not None and not renderer.template.source:
+        # Without a template of its own the first parent has no word on how rows are rendered by another's.
+        asked = replace(asked, rows=() if their_renderer.template.source else asked.rows)
+    said = StreamedSide(ANEW, model, asked.prompts, renderer=renderer, stop_ids=stop_ids)
+    found = None if why_not else _read_back(place)
+    artefact = StreamedSide(_FOLDER, found, asked.prompts, renderer=their_renderer, stop_ids=their_stop_ids)
+    report = side_by_side(said, artefact, asked, tolerance_for(merge.dtype))
+    report.require()
+    return Parity(report=report, why_not=why_not)
+
+
+def side_by_side(said: Side, artefact: Side, questions: Questions, tolerance: Tolerance) -> ParityReport:
+    """What was found of two sides, each of which is one thread's work; they remember what they have answered."""
+    with one_thread_each(), ThreadPoolExecutor(1, "artefact") as beside:
+        answers = beside.submit(hear, artefact, questions)
+        heard = hear(said, questions)
+        answers.result()
+        return compare(heard, artefact, tolerance)
+
+
+@final
+class Anew(RowSource):
+    """The tensors of a merge, computed from the parents when they are asked for."""
+
+    def __init__(self, merge: Merge) -> None:
+        self.merge, self.slots = merge, merge.plan.slots
+        self._jobs = {job.name: job for job in merge.plan.jobs}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """In one piece, or in blocks where memory has no room for one."""
+        job, room, parents = self._jobs[name], self.merge.room, self.merge.parents
+        slot, count = job.slot, len(job.origins)
+        if job.copied:
+            yield copied(parents, job)
+            return
+        source = Source(parents, job)
+        if room.holds(count, slot.rows * slot.columns):
+            yield job.method.whole(source.part(0, slot.rows))
+            return
+        height = room.block(count, slot.columns)
+        firsts = range(0, slot.rows, height)
+        seen = source.looks(firsts, height, lambda work: (each() for each in work))
+        for first in firsts:
+            yield job.method.merge(source.part(first, height), seen)
+
+
+@final
+class Written(RowSource):
+    """The tensors of a folder as the safetensors library reads them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.slots: dict[str, Slot] = {}
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    piece = file.get_slice(name)
+                    self.slots[name] = Slot(DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+                    self._files[name] = path
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A few rows, for which the file is opened and closed: what it maps does not stay in memory."""
+        slot = self.slots[name]
+        if len(slot.shape) < 2:
+            yield self._read(name, None)
+            return
+        step = max(1, _PIECE // max(1, slot.rows * slot.columns // slot.shape[0]))
+        for first in range(0, slot.shape[0], step):
+            yield self._read(name, slice(first, first + step))
+
+    def _read(self, name: str, part: slice | None) -> Tensor:
+        slot = self.slots[name]
+        with safe_open(self._files[name], "pt") as file:
+            found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+            found = found.reshape(-1, slot.columns)
+            return found.float() if slot.dtype.is_floating_point else found.clone()
+
+
+def _anew(merge: Merge, place: Path) -> tuple[StreamedModel | None, str]:
+    """The merge of the parents as a model, or why the zoo has none."""
+    # What a stack of layers or another vocabulary changes in a config stands in the new one alone.
+    new = merge.stacked or bool(merge.united.count)
+    try:
+        config = config_of(str(place) if new else merge.parents[0].files.source)
+        return StreamedModel(config, Anew(merge), merge.parents[0].name), ""
+    except NO_MODEL as failure:
+        if new and isinstance(failure, CorruptError):
+            raise _not_whole(failure) from failure
+        return None, failure.received
+
+
+def _read_back(place: Path) -> StreamedModel:
+    try:
+        return StreamedModel(config_of(str(place)), Written(place), str(place))
+    except NO_MODEL as failure:
+        raise _not_whole(failure) from failure
+
+
+def _not_whole(failure: LuthierError) -> GateError:
+    return GateError(f"what was written is no whole model: {failure.received}; nothing was kept",
+                     allowed=failure.allowed, do=_REPORT)  # fmt: skip
+
+
+def _cut(questions: Questions, merge: Merge) -> Questions:
+    """As many tokens as logits may be kept of; one at least."""
+    rows = max((job.slot.rows for job in merge.plan.jobs), default=1)
+    left, prompts = max(1, merge.room.memory_bytes // _SHARE // (4 * rows)), []
+    for prompt in questions.prompts:
+        if left and len(prompt):
+            prompts.append(prompt[:left])
+            left -= len(prompts[-1])
+    return replace(questions, prompts=tuple(prompts))
+
+
+def _texts_of(parent: Parent) -> Texts:
+    """What a parent speaks with. A tokenizer that is only in a form we do not read compares no rows."""
+    path, named = parent.texts.find(TOKENIZER), parent.find(GENERATION)
+    if path is None:
+        return None, None
+    try:
+        renderer, stop_ids = folder_texts(path.parent, Reading())
+    except LuthierError:
+        return None, None
+    return renderer, stop_ids if named is None else stop_ids | read_stop_ids(named.parent)
+
+
+def _texts_in(place: Path, *, needed: bool) -> Texts:
+    if not needed:
+        return None, None
+    try:
+        return folder_texts(place, Reading())
+    except LuthierError as failure:
+        raise _not_whole(failure) from failure
