@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import numpy as np
@@ -72,6 +72,7 @@ class Sync:
     `apart` is the engine against us. Where there is an adapter, `from_base` is the engine against our base, `base` the
     engine's base against ours, `effect` our adapter against our base, and `share` how much of it the engine computes,
     give or take `error`. `renewed` is how much there is of what has changed since earlier weights, if it can be told.
+    Where the engine was `proved` to compute such adapters, one too small to be told from rounding is let pass.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Sync:
     share: float | None = None
     error: float | None = None
     renewed: float | None = None
+    proved: bool = False
 
     @property
     def fine(self) -> bool:
@@ -129,7 +131,7 @@ class Sync:
         if self.share is None or self.error is None or self.effect is None:
             return ""
         if self.error > SHARE:
-            if not self.apart.within(self.tolerance):
+            if self.proved or not self.apart.within(self.tolerance):
                 return ""
             return (f"nobody can tell whether it has the adapter, which changes log-probabilities by {self.effect} on "
                     f"these texts, while the engine is {self.apart} away")  # fmt: skip
@@ -163,11 +165,13 @@ def probe(
     ours: Score,
     base: Score | None,
     before: Score | None = None,
+    proved: bool = False,
     tolerance: float = TOLERANCE,
     said: int = SAID,
 ) -> Sync:
     """Compare an engine's `model` with ours on some texts; `base` is our model without the adapter, if there is one,
-    and `before` ours as it was when the engine got it last. The engine says `said` tokens after half of each text.
+    and `before` ours as it was when the engine got it last; for `proved` see `Sync`. The engine says `said` tokens
+    after half of each text.
 
     Raises RemoteError for an engine that does not answer as it should. What is found is told, good or bad:
     `Sync.require` refuses.
@@ -190,10 +194,10 @@ def probe(
         old = _lined_up(before, pieces)
         new, sure = _share(np.array(theirs) - old, np.array(mine) - old)
         renewed = new if sure < 0.25 else None
-    return Sync(
-        model=model, texts=len(texts), tokens=len(theirs), tolerance=tolerance, apart=found.apart,
-        from_base=Distance.of(theirs, plain), effect=Distance.of(mine, plain), share=share, error=error,
-        renewed=renewed, base=Distance.of([each for piece in alone for each in piece.theirs], _lined_up(base, alone)),
+    bare = Distance.of([each for piece in alone for each in piece.theirs], _lined_up(base, alone))
+    return replace(
+        found, from_base=Distance.of(theirs, plain), base=bare, effect=Distance.of(mine, plain), share=share,
+        error=error, renewed=renewed, proved=proved,
     )  # fmt: skip
 
 
