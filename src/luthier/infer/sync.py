@@ -72,7 +72,8 @@ class Sync:
     `apart` is the engine against us. Where there is an adapter, `from_base` is the engine against our base, `base` the
     engine's base against ours, `effect` our adapter against our base, and `share` how much of it the engine computes,
     give or take `error`. `renewed` is how much there is of what has changed since earlier weights, if it can be told.
-    Where the engine was `proved` to compute such adapters, one too small to be told from rounding is let pass.
+    Where the engine was `proved` to compute such adapters, one is let pass where it is no further away than rounding
+    makes the base, for one that is small cannot be told from that.
     """
 
     model: str
@@ -130,6 +131,9 @@ class Sync:
         """What is wrong with how the adapter is computed."""
         if self.share is None or self.error is None or self.effect is None:
             return ""
+        rounding = 3 * self.base.root if self.base is not None else self.tolerance
+        if self.proved and self.apart.root <= rounding:
+            return ""
         if self.error > SHARE:
             if self.proved or not self.apart.within(self.tolerance):
                 return ""
@@ -139,8 +143,9 @@ class Sync:
             return f"it ignores the adapter: its numbers are the base's, and differ by {self.apart} from ours"
         if self.renewed is not None and self.renewed < 0.5:
             return f"it goes on with the adapter's weights as they were: {self.renewed:.2f} of the change has come"
-        rounding = 3 * self.base.root if self.base is not None else self.tolerance
-        away = abs(self.share - 1) > SHARE + 2 * self.error
+        # What rounding adds to our own change is in none of theirs, so it makes the share smaller.
+        hidden = (self.base.root / self.effect.root) ** 2 if self.base is not None else 0.0
+        away = abs(self.share - 1) > SHARE + 2 * self.error + hidden
         if away or self.apart.root > rounding + RESIDUE * self.effect.root:
             return (f"it computes the adapter otherwise, as with another lora_alpha or with weights of another step: "
                     f"{self.share:.2f} of its change, {self.left:.3f} beside it, {self.apart} from ours")  # fmt: skip

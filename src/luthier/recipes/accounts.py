@@ -102,9 +102,16 @@ def plan(
         "data": data.counts(),
         "tokens": {"total": tokens, "trained": data.store.trained_count},
         "notices": [
-            *model.notices, *data.notices, *asked, *memory.notices(needed, written, speed),
+            *model.notices, *data.notices, *asked, *_elsewhere(recipe), *memory.notices(needed, written, speed),
         ],
     }  # fmt: skip
+
+
+def _elsewhere(recipe: FinetuneRecipe) -> list[str]:
+    """Who samples, where it is not this process; then no memory is needed here for the keys and values of rollouts."""
+    if not isinstance(recipe, ReinforceRecipe) or not (engine := recipe.rollouts.engine).url:
+        return []
+    return [f"rollouts are sampled by {engine.dialect} at {engine.url}, held-out prompts are answered here"]
 
 
 def _trained_share(recipe: FinetuneRecipe, data: Prepared, source: DataSource) -> float:
