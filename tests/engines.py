@@ -1,7 +1,8 @@
 """Stand-ins for vLLM, SGLang and llama.cpp: their HTTP dialects, as documented, before our own models.
 
 Faults can be planted: `models` says which of our models computes under which name, so an engine that ignores an adapter
-has the base under its name; `script` answers in its place; `pause` makes it slow; `redirect` sends whoever asks away.
+has the base under its name; `opens` says what it computes for an adapter at a path; `script` answers in its place;
+`pause` makes it slow; `redirect` sends whoever asks away.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Foreign:
     pause: float = 0.0
     redirect: str = ""
     takes_adapters: bool = True
+    opens: Callable[[str], Opened] | None = None
     script: Callable[[str, Any], Answer] | None = None
     asked: list[tuple[str, Mapping[str, str], Any]] = field(default_factory=list)
     port: int = 0
@@ -70,6 +72,8 @@ class Foreign:
         name = body["lora_name"]
         if name in self.loaded:
             return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+        if self.opens is not None:
+            self.models[name] = self.opens(body["lora_path"])
         self.loaded.append(name)
         return (200, "Success") if self.kind == "vllm" else (200, {"success": True, "loaded_adapters": {}})
 

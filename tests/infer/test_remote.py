@@ -15,8 +15,8 @@ from luthier.infer.remote import RemoteSpeaker
 from luthier.infer.sync import Distance, Sync, probe
 from luthier.infer.wire import RemoteError, Wire
 from luthier.model.speaker import Sampling, Speaker
-from luthier.recipes.hand_over import scores_of
 from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.own_scores import scores_by
 from tests.adapters_of import adapter_folder, moved
 from tests.engines import Foreign, foreign
 
@@ -41,7 +41,7 @@ def engine(models: dict[str, Opened]) -> Iterator[Foreign]:
 def test_it_speaks_as_ours_does(models: dict[str, Opened], engine: Foreign) -> None:
     own = models["first"]
     dialect = dialect_named("vllm", Wire(engine.url))
-    sync = probe(dialect, "mine", TEXTS, ours=scores_of(own), base=scores_of(own, bare=True), said=4)
+    sync = probe(dialect, "mine", TEXTS, ours=scores_by(own.model), base=scores_by(own.model, bare=True), said=4)
     speaker: Speaker = RemoteSpeaker(dialect, sync, at_once=2)
     prompts = [text[:5] for text in TEXTS]
     greedy = Sampling(max_new_tokens=6, stop_ids=(1,))
@@ -65,13 +65,15 @@ def test_there_is_none_behind_a_failed_probe(engine: Foreign) -> None:
 def test_new_weights_need_a_new_probe(models: dict[str, Opened], engine: Foreign) -> None:
     speaker = RemoteSpeaker(dialect_named("vllm", Wire(engine.url)), FINE)
     old, new = models["first"], models["second"]
-    scores = {"ours": scores_of(new), "base": scores_of(new, bare=True), "before": scores_of(old)}
+    engine.models["next"] = old
+    scores = {"ours": scores_by(new.model), "base": scores_by(new.model, bare=True), "before": scores_by(old.model)}
     with pytest.raises(GateError, match="as they were"):
         # The engine says that it has loaded them, and goes on with what it has.
-        speaker.renewed("/there", TEXTS, **scores)
-    assert [path for path, _, _ in engine.asked][1:3] == ["/v1/unload_lora_adapter", "/v1/load_lora_adapter"]
-    engine.models["mine"] = new
-    assert speaker.renewed("/there", TEXTS, **scores).sync.renewed == pytest.approx(1, abs=1e-3)
+        speaker.renewed("next", "/there", TEXTS, **scores)
+    assert engine.loaded == ["mine"], "what is refused does not stay there"
+    engine.models["next"] = new
+    assert speaker.renewed("next", "/there", TEXTS, **scores).sync.renewed == pytest.approx(1, abs=1e-3)
+    assert engine.loaded == ["next"], "what it had is let go"
 
 
 def test_one_answer_that_fails_ends_the_call(models: dict[str, Opened], engine: Foreign) -> None:

@@ -16,8 +16,8 @@ from luthier.core.errors import GateError, RecipeError
 from luthier.infer.dialects import Dialect, dialect_named
 from luthier.infer.sync import Distance, Sync, probe
 from luthier.infer.wire import Wire
-from luthier.recipes.hand_over import scores_of
 from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.own_scores import scores_by
 from tests.adapters_of import adapter_folder, moved, rescaled
 from tests.engines import Foreign, foreign
 
@@ -49,7 +49,7 @@ def found(models: dict[str, Opened], kind: str, has: str, *, base: str = "base",
     engine = Foreign(kind, {"": models[base], "mine": models[has]}, loaded=["mine"])
     with foreign(engine):
         good = models["good"]
-        ours, plain = scores_of(good), None if bare else scores_of(good, bare=True)
+        ours, plain = scores_by(good.model), None if bare else scores_by(good.model, bare=True)
         return probe(dialect_named(kind, Wire(engine.url)), "mine", TEXTS, ours=ours, base=plain, said=SAID)
 
 
@@ -117,7 +117,7 @@ def test_weights_of_before_are_told(models: dict[str, Opened]) -> None:
     new, old = models["good"], models["stale"]
     with foreign(engine):
         dialect: Dialect = dialect_named("vllm", Wire(engine.url))
-        scores = {"ours": scores_of(new), "base": scores_of(new, bare=True), "before": scores_of(old)}
+        scores = {"ours": scores_by(new.model), "base": scores_by(new.model, bare=True), "before": scores_by(old.model)}
         sync = probe(dialect, "mine", TEXTS[:2], **scores, said=SAID)
         assert "as they were" in sync.wrong and sync.renewed == pytest.approx(0, abs=1e-3)
         engine.models["mine"] = new

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from luthier.model.adapter_files import CONFIG
-from luthier.recipes import hand_over
+from luthier.recipes import questions
 from luthier.recipes.hand_over import Wanted, texts_of
 from luthier.recipes.opened import open_named
 from luthier.server.opening import serve_opened
@@ -36,7 +36,7 @@ def server(llama: Path, finished: Path, tmp_path_factory: pytest.TempPathFactory
 def _quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("LUTHIER_ENGINE_TOKEN", TOKEN)
     if "rows_of_the_run" not in request.node.name:
-        monkeypatch.setattr(hand_over, "ROWS", 2)
+        monkeypatch.setattr(questions, "PROMPTS", 2)
 
 
 def names(server: Running) -> list[str]:
@@ -143,7 +143,7 @@ def test_what_the_engine_takes_amiss_is_told_before_anything_is_sent(finished: P
     ("words", "code", "told"),
     [
         (["--engine", "vllm"], 2, "both or none"), (["--url", "http://127.0.0.1:9"], 2, "both or none"),
-        (["--engine", "tgi", "--url", "http://127.0.0.1:9"], 2, "vllm, sglang, llama.cpp"),
+        (["--engine", "tgi", "--url", "http://127.0.0.1:9"], 2, "vllm, luthier, sglang, llama.cpp"),
         (["--engine", "vllm", "--url", "127.0.0.1:9"], 2, "http(s)://HOST:PORT"),
         (["--engine", "vllm", "--url", "http://10.9.8.7:8000"], 77, "in the clear"),
         (["--engine", "vllm", "--url", "http://127.0.0.1:9"], 69, "cannot be asked"),
@@ -158,7 +158,7 @@ def test_what_cannot_be_asked_for(words: list[str], code: int, told: str, finish
 
 def test_rows_of_the_run_are_compared(finished: Path, llama: Path) -> None:
     opened: Any = open_named(str(finished))
-    held = texts_of(Wanted(name=str(finished)), opened)
+    held = texts_of(Wanted(name=str(finished)), opened, print)
     assert 1 <= len(held) <= 8 and all(len(text) > 4 for text in held)
-    plain = texts_of(Wanted(name=str(llama)), open_named(str(llama)))
-    assert len(plain) == 4 and all(len(text) <= 96 for text in plain)
+    plain = texts_of(Wanted(name=str(llama)), open_named(str(llama)), print)
+    assert len(plain) == 4 and all(len(text) <= 64 for text in plain)

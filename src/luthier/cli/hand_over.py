@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TOKEN: Final = "LUTHIER_ENGINE_TOKEN"
 Engine = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Hand over to an engine that runs: vllm, sglang or llama.cpp.")
+    str | None, typer.Option(metavar="NAME", help="Hand over to an engine that runs: vllm, luthier, sglang, llama.cpp.")
 ]
 Url = Annotated[str, typer.Option(metavar="URL", help="Its address; its token is LUTHIER_ENGINE_TOKEN.")]
 As = Annotated[str, typer.Option("--as", metavar="NAME", help="What the model is called there.")]

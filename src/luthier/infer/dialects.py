@@ -1,4 +1,4 @@
-"""How engines of others are asked over HTTP: vLLM, SGLang and llama.cpp, each in its own words.
+"""How engines are asked over HTTP: vLLM, luthier's own server, SGLang and llama.cpp, each in its own words.
 
 What is asked of all: which models there are, to take an adapter, to go on with tokens, and how likely given tokens
 are; tokens go and come as ids, so no tokenizer is between. An answer that does not fit what was asked (other tokens,
@@ -140,11 +140,11 @@ class _OpenAI(Dialect):
         return {str(each["id"]): each.get("parent") for each in found}
 
 
-@final
-class VLLM(_OpenAI):
-    """vLLM, and what speaks as it does: luthier's own server."""
+class _Completions(_OpenAI):
+    """vLLM, and what speaks as it does. `start` is how one is started that takes adapters, `limits` what it refuses."""
 
-    name = "vllm"
+    start: ClassVar[str]
+    limits: ClassVar[str]
 
     def load(self, name: str, path: str) -> None:
         """POST /v1/load_lora_adapter."""
@@ -152,8 +152,7 @@ class VLLM(_OpenAI):
         if answer.status in (404, 405):
             raise RemoteError(
                 f"{self.wire.shown} takes no adapters while it runs (status {answer.status})",
-                do="start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora, or give it the "
-                f"adapter at its start: --lora-modules {name}={path}",
+                do=self.start.format(name=name, path=path),
             )
         if not answer.fine:
             self._refused(name, path, answer)
@@ -202,8 +201,27 @@ class VLLM(_OpenAI):
             self.whole(answer, "/v1/load_lora_adapter")
         raise RemoteError(
             f"{self.wire.shown} did not take {name!r:.80} from {path!r:.120} ({answer.status}): {answer.words}",
-            do="a path is one on the engine's machine (--path); a rank above its limit needs --max-lora-rank",
+            do=f"a path is one on the engine's machine (--path); {self.limits}",
         )
+
+
+@final
+class VLLM(_Completions):
+    """vLLM."""
+
+    name = "vllm"
+    start = ("start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora, or give it the "
+             "adapter at its start: --lora-modules {name}={path}")  # fmt: skip
+    limits = "a rank above its limit needs --max-lora-rank"
+
+
+@final
+class Luthier(_Completions):
+    """Luthier's own server, which serves adapters of every kind."""
+
+    name = "luthier"
+    start = "start it with luthier serve BASE --adapters DIR"
+    limits = "it has to lie below the folder of --adapters"
 
 
 @final
@@ -239,9 +257,9 @@ class SGLang(_OpenAI):
 
     def speak(self, prompt: Ints, sampling: Sampling, model: str) -> Spoken:
         """POST /generate with token ids."""
-        if sampling.temperature not in (0.0, 1.0):
+        if sampling.temperature not in (0.0, sampling.told_at):
             raise RecipeError(f"temperature is {sampling.temperature}, and SGLang tells log-probabilities after it",
-                              allowed="0 or 1")  # fmt: skip
+                              allowed=f"0 or {sampling.told_at:g}")  # fmt: skip
         knobs = {"max_new_tokens": sampling.max_new_tokens, "min_new_tokens": sampling.min_new_tokens,
                  "stop_token_ids": list(sampling.stop_ids), "ignore_eos": not sampling.stop_ids,
                  **_knobs(sampling), **_biases(sampling)}  # fmt: skip
@@ -339,7 +357,7 @@ class LlamaCpp(Dialect):
             raise self.strange(path, answer.body) from None
 
 
-DIALECTS: Final[Mapping[str, type[Dialect]]] = {each.name: each for each in (VLLM, SGLang, LlamaCpp)}
+DIALECTS: Final[Mapping[str, type[Dialect]]] = {each.name: each for each in (VLLM, Luthier, SGLang, LlamaCpp)}
 
 
 def dialect_named(name: str, wire: Wire) -> Dialect:

@@ -2,7 +2,8 @@
 
 Idea: whoever trains on what was said has to know that the model that said it is the one that is trained. So a remote
 speaker is made of a probe that found it so, and of nothing else; other weights need another probe (`renewed`).
-Cost: a request for each prompt, `at_once` of them under way at a time, each at most as long as the wire lets it be.
+Cost: a request for each prompt, `at_once` of them under way at a time, each at most as long as the wire lets it be,
+and asked again for as long as there is `patience`.
 Use when: rollouts come from vLLM, SGLang or llama.cpp. Not when: the model fits beside the trainer; `infer/engine.py`
 shares its weights and needs no probe.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import final
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect
+from luthier.infer.patience import Patience
 from luthier.infer.sync import Score, Sync, probe
 from luthier.model.speaker import Sampling, Spoken
 
@@ -29,6 +32,7 @@ class RemoteSpeaker:
     engine: Dialect
     sync: Sync
     at_once: int = 16
+    patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
         self.sync.require()
@@ -42,7 +46,7 @@ class RemoteSpeaker:
         drawn = [replace(sampling, seed=(sampling.seed * 1_000_003 + place) % 2**31) for place in range(len(prompts))]
         with ThreadPoolExecutor(min(self.at_once, len(prompts))) as pool:
             asked = [
-                pool.submit(self.engine.speak, prompt, each, self.sync.model)
+                pool.submit(self.patience.get, partial(self.engine.speak, prompt, each, self.sync.model))
                 for prompt, each in zip(prompts, drawn, strict=True)
             ]
             try:
@@ -52,14 +56,49 @@ class RemoteSpeaker:
                     each.cancel()
 
     def renewed(
-        self, path: str, texts: Sequence[Ints], *, ours: Score, base: Score | None, before: Score | None = None
+        self,
+        name: str,
+        path: str,
+        texts: Sequence[Ints],
+        *,
+        ours: Score,
+        base: Score | None,
+        before: Score | None = None,
+        proved: bool = False,
     ) -> RemoteSpeaker:
-        """The speaker with the weights that lie at `path` now, as the engine sees it. Raises GateError when the engine
-        does not compute them: it may go on with those from `before`, or with their cache."""
-        name = self.sync.model
-        if name in self.engine.models():
-            self.engine.unload(name)
-        self.engine.load(name, path)
-        found = probe(self.engine, name, texts, ours=ours, base=base, before=before,
+        """The speaker with the weights that lie at `path` now, as the engine sees it, under a name of their own; those
+        it had are let go. Raises GateError when the engine does not compute the new ones: it may go on with those from
+        `before`, or with their cache. For `before` and `proved` see `probe` and `Sync`."""
+        sync = loaded(self.engine, name, path, texts, ours=ours, base=base, before=before, proved=proved,
                       tolerance=self.sync.tolerance)  # fmt: skip
-        return RemoteSpeaker(self.engine, found, self.at_once)
+        if self.sync.model and self.sync.model in self.engine.models():
+            self.engine.unload(self.sync.model)
+        return replace(self, sync=sync)
+
+
+def loaded(
+    engine: Dialect,
+    name: str,
+    path: str,
+    texts: Sequence[Ints],
+    *,
+    ours: Score,
+    base: Score | None,
+    tolerance: float,
+    before: Score | None = None,
+    proved: bool = False,
+) -> Sync:
+    """What a probe finds of an adapter that the engine loads for it. Raises GateError for one that it does not compute,
+    and then does not leave it there: nobody shall find a wrong model under a good name."""
+    if name in engine.models():
+        engine.unload(name)
+    engine.load(name, path)
+    fine = False
+    try:
+        sync = probe(engine, name, texts, ours=ours, base=base, before=before, proved=proved, tolerance=tolerance)
+        sync.require()
+        fine = True
+    finally:
+        if not fine:
+            engine.unload(name)
+    return sync

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
 import numpy as np
@@ -72,6 +72,8 @@ class Sync:
     `apart` is the engine against us. Where there is an adapter, `from_base` is the engine against our base, `base` the
     engine's base against ours, `effect` our adapter against our base, and `share` how much of it the engine computes,
     give or take `error`. `renewed` is how much there is of what has changed since earlier weights, if it can be told.
+    Where the engine was `proved` to compute such adapters, one is let pass where it is no further away than rounding
+    makes the base, for one that is small cannot be told from that.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Sync:
     share: float | None = None
     error: float | None = None
     renewed: float | None = None
+    proved: bool = False
 
     @property
     def fine(self) -> bool:
@@ -128,8 +131,11 @@ class Sync:
         """What is wrong with how the adapter is computed."""
         if self.share is None or self.error is None or self.effect is None:
             return ""
+        rounding = 3 * self.base.root if self.base is not None else self.tolerance
+        if self.proved and self.apart.root <= rounding:
+            return ""
         if self.error > SHARE:
-            if not self.apart.within(self.tolerance):
+            if self.proved or not self.apart.within(self.tolerance):
                 return ""
             return (f"nobody can tell whether it has the adapter, which changes log-probabilities by {self.effect} on "
                     f"these texts, while the engine is {self.apart} away")  # fmt: skip
@@ -137,8 +143,9 @@ class Sync:
             return f"it ignores the adapter: its numbers are the base's, and differ by {self.apart} from ours"
         if self.renewed is not None and self.renewed < 0.5:
             return f"it goes on with the adapter's weights as they were: {self.renewed:.2f} of the change has come"
-        rounding = 3 * self.base.root if self.base is not None else self.tolerance
-        away = abs(self.share - 1) > SHARE + 2 * self.error
+        # What rounding adds to our own change is in none of theirs, so it makes the share smaller.
+        hidden = (self.base.root / self.effect.root) ** 2 if self.base is not None else 0.0
+        away = abs(self.share - 1) > SHARE + 2 * self.error + hidden
         if away or self.apart.root > rounding + RESIDUE * self.effect.root:
             return (f"it computes the adapter otherwise, as with another lora_alpha or with weights of another step: "
                     f"{self.share:.2f} of its change, {self.left:.3f} beside it, {self.apart} from ours")  # fmt: skip
@@ -163,11 +170,13 @@ def probe(
     ours: Score,
     base: Score | None,
     before: Score | None = None,
+    proved: bool = False,
     tolerance: float = TOLERANCE,
     said: int = SAID,
 ) -> Sync:
     """Compare an engine's `model` with ours on some texts; `base` is our model without the adapter, if there is one,
-    and `before` ours as it was when the engine got it last. The engine says `said` tokens after half of each text.
+    and `before` ours as it was when the engine got it last; for `proved` see `Sync`. The engine says `said` tokens
+    after half of each text.
 
     Raises RemoteError for an engine that does not answer as it should. What is found is told, good or bad:
     `Sync.require` refuses.
@@ -190,10 +199,10 @@ def probe(
         old = _lined_up(before, pieces)
         new, sure = _share(np.array(theirs) - old, np.array(mine) - old)
         renewed = new if sure < 0.25 else None
-    return Sync(
-        model=model, texts=len(texts), tokens=len(theirs), tolerance=tolerance, apart=found.apart,
-        from_base=Distance.of(theirs, plain), effect=Distance.of(mine, plain), share=share, error=error,
-        renewed=renewed, base=Distance.of([each for piece in alone for each in piece.theirs], _lined_up(base, alone)),
+    bare = Distance.of([each for piece in alone for each in piece.theirs], _lined_up(base, alone))
+    return replace(
+        found, from_base=Distance.of(theirs, plain), base=bare, effect=Distance.of(mine, plain), share=share,
+        error=error, renewed=renewed, proved=proved,
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from luthier.core.errors import LuthierError, RecipeError, RefusedError
 
+_LATER: Final = frozenset({429, 502, 503, 504})
+"""Statuses of who has too much to do, or whose engine is not there: the same may be asked later."""
 _WORDS: Final = 300
 """Characters of an engine's own words that are repeated."""
 
@@ -35,6 +37,13 @@ class RemoteError(LuthierError, ConnectionError):
     code = "remote"
     exit_code = 69
     advice = "look whether the engine runs at this address and has loaded its model"
+
+
+class UnavailableError(RemoteError):
+    """An engine that is not there now, or has too much to do: later it may answer."""
+
+    code = "unavailable"
+    advice = "start the engine, or wait until it has less to do; then run the same command again"
 
 
 @final
@@ -133,10 +142,10 @@ class Wire:
             raise
         except (OSError, HTTPException, ValueError) as failure:
             if isinstance(failure, TimeoutError) or time.monotonic() >= latest:
-                raise RemoteError(f"{self.shown}{path} did not answer within {self.seconds:g} seconds") from None
+                raise UnavailableError(f"{self.shown}{path} did not answer within {self.seconds:g} seconds") from None
             if isinstance(failure, LuthierError):
                 raise
-            raise RemoteError(f"{self.shown} cannot be asked: {_reason(failure)}") from None
+            raise UnavailableError(f"{self.shown} cannot be asked: {_reason(failure)}") from None
         finally:
             if watch is not None:
                 watch.cancel()
@@ -151,8 +160,11 @@ class Wire:
         if len(content) > self.most_bytes:
             raise RemoteError(f"{self.shown}{path} answered more than {self.most_bytes:,} bytes")
         if response.length:
-            raise RemoteError(f"{self.shown}{path} broke its answer off, {response.length:,} bytes before its end")
-        return Answer(response.status, _plain(content))
+            raise UnavailableError(f"{self.shown}{path} broke its answer off, {response.length:,} bytes before its end")
+        answer = Answer(response.status, _plain(content))
+        if answer.status in _LATER:
+            raise UnavailableError(f"{self.shown}{path} answered {answer.status}: {answer.words}")
+        return answer
 
     def _connection(self, place: SplitResult) -> HTTPConnection:
         host, port = place.hostname or "", place.port

@@ -6,9 +6,9 @@ engine can be swapped for a remote one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
@@ -114,3 +114,14 @@ class Speaker(Protocol):
 
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
         """One continuation for each prompt, in order."""
+
+
+@runtime_checkable
+class SpeakerElsewhere(Speaker, Protocol):
+    """Continues prompts outside of this process."""
+
+    def told(self) -> Mapping[str, Any]:
+        """What was found out about it since this was last asked, as plain values."""
+
+    def close(self) -> None:
+        """Let go of what it holds there."""

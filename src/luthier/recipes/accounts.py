@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 import torch
@@ -28,6 +28,7 @@ from luthier.train.state import LoopState
 DEFAULT_EPOCHS = 3.0
 WORST_ROWS = 20
 PROVED = ("tensors", "differs_from_start", "eval_loss", "reloaded_loss", "process", "seconds")
+_NO_MATTER: Final[Any] = {"run": True, "batch": {"recompute"}, "rollouts": {"engine"}}
 LIBRARIES = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -101,9 +102,16 @@ def plan(
         "data": data.counts(),
         "tokens": {"total": tokens, "trained": data.store.trained_count},
         "notices": [
-            *model.notices, *data.notices, *asked, *memory.notices(needed, written, speed),
+            *model.notices, *data.notices, *asked, *_elsewhere(recipe), *memory.notices(needed, written, speed),
         ],
     }  # fmt: skip
+
+
+def _elsewhere(recipe: FinetuneRecipe) -> list[str]:
+    """Who samples, where it is not this process; then no memory is needed here for the keys and values of rollouts."""
+    if not isinstance(recipe, ReinforceRecipe) or not (engine := recipe.rollouts.engine).url:
+        return []
+    return [f"rollouts are sampled by {engine.dialect} at {engine.url}, held-out prompts are answered here"]
 
 
 def _trained_share(recipe: FinetuneRecipe, data: Prepared, source: DataSource) -> float:
@@ -117,8 +125,8 @@ def _trained_share(recipe: FinetuneRecipe, data: Prepared, source: DataSource) -
 def facts(recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a checkpoint depends on. A resumed run whose facts differ would not continue the same run."""
     return {
-        # Where a run lies, and what is made again instead of kept, change no bit of it.
-        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude={"run": True, "batch": {"recompute"}}),
+        # Where a run lies, what is made again instead of kept, and where an engine is, change no bit of it.
+        "recipe": recipe.model_dump(mode="json", exclude_none=True, exclude=_NO_MATTER),
         "base": model.digest,
         "tokenizer": tokenizer.digest,
         "data": data.store.folder.name,

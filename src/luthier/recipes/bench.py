@@ -103,7 +103,7 @@ def lay_out(
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
     )
-    source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment.name)
+    source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment)
     unpooled = use_pool(model)
     with model.only(attachment.name):
         require_room(data.store.lengths, model)
@@ -121,7 +121,12 @@ def lay_out(
 
 
 def _sources(
-    recipe: FinetuneRecipe, found: FinetuneRecipe, data: Prepared, tokenizer: Tokenizer, stepper: Stepper, name: str
+    recipe: FinetuneRecipe,
+    found: FinetuneRecipe,
+    data: Prepared,
+    tokenizer: Tokenizer,
+    stepper: Stepper,
+    attachment: Attachment,
 ) -> tuple[Source, DataSource, Callable[[], PassReport] | None]:
     """Where steps come from, the rows they are planned by, and how what is held out is rewarded, where it is."""
     # What the base was is not asked here: it is the model with its adapter switched off.
@@ -129,15 +134,17 @@ def _sources(
     if not isinstance(recipe, ReinforceRecipe):
         rows = _source(recipe, data)
         return rows, rows, None
-    asked = {"judge": found.judge, "reward_model": found.reward_model} if isinstance(found, ReinforceRecipe) else {}
+    asked: dict[str, Any] = {}
+    if isinstance(found, ReinforceRecipe):
+        asked = {"judge": found.judge, "reward_model": found.reward_model, "rollouts": found.rollouts}
     here = recipe.model_copy(update={"data": found.data, **asked})
     reading, scoring = reading_of(found), scoring_of(here)
-    source = reinforce.rollout_source(here, data, reading, tokenizer, stepper, scoring=scoring)
+    source = reinforce.rollout_source(here, data, reading, tokenizer, stepper, attachment, scoring=scoring)
     held = reinforce.HeldOut.of(
         here, data, reading, tokenizer, stepper.model, scoring=scoring,
         reference=stepper.batcher.reference,
     )
-    return source, reinforce.stand_in(here, data), _rewards(held, name) if held.prompts else None
+    return source, reinforce.stand_in(here, data), _rewards(held, attachment.name) if held.prompts else None
 
 
 def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:

@@ -17,6 +17,7 @@ from luthier.core.events import Event, Recorder, Several
 from luthier.core.knobs import validate
 from luthier.data.reading.rows import write_rejects
 from luthier.infer.engine import Engine
+from luthier.infer.wire import UnavailableError
 from luthier.kernels import pool
 from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
@@ -34,6 +35,7 @@ from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number
 from luthier.train.loop import Cadence, Loop, Stop
 from luthier.train.rehearsal import rehearse
+from luthier.train.rollouts import RolloutSource
 from luthier.train.signals import StopRequest, stop_on_signals
 from luthier.train.state import LoopState
 
@@ -131,8 +133,17 @@ def _train(
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
     remember(bench, run, state, work.recorder)
-    with stop.patient():
-        status = work.loop.run(state)
+    try:
+        with stop.patient():
+            status = work.loop.run(state)
+    except UnavailableError as away:
+        raise StoppedError(
+            f"{away.received}; stopped after step {state.step} of {state.total_steps}, and everything is saved",
+            do=f"when the engine is there again: luthier resume {run.folder}",
+        ) from away
+    finally:
+        if isinstance(bench.source, RolloutSource):
+            bench.source.close()
     if bench.pooled:
         # The process that proves the result needs memory too.
         pool.release()

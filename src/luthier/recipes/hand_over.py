@@ -7,39 +7,23 @@ engine that computes what was trained is told of as ready. A model without an ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
-from luthier.core.errors import GateError, RecipeError
-from luthier.core.knobs import validate
+from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect
 from luthier.infer.remote import RemoteSpeaker
-from luthier.infer.request import Request
-from luthier.infer.sync import TOLERANCE, Score, Sync, probe
-from luthier.model.speaker import Sampling
-from luthier.recipes.evaluate import held_out_of
-from luthier.recipes.kinds import kind_of_recipe
-from luthier.recipes.lint import lint
+from luthier.infer.sync import TOLERANCE, Sync, probe
+from luthier.recipes.lint import require_clean
 from luthier.recipes.opened import Opened, open_named, result_of
-from luthier.recipes.places import located, of_policy, started_in
+from luthier.recipes.own_scores import scores_by
+from luthier.recipes.places import of_policy
+from luthier.recipes.questions import questions_for
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import ADAPTER
-
-ROWS: Final = 8
-"""Held-out rows that are compared."""
-LONGEST: Final = 96
-"""Tokens of a row."""
-_WORDS: Final = (
-    "The ship left the harbour at dawn, and nobody on the quay said a word.",
-    "def add(first, second):\n    return first + second\n",
-    "Question: What is 17 + 25?\nAnswer: 42",
-    "Water boils at 100 degrees Celsius at sea level; higher up, it boils sooner.",
-)
-"""Texts for a model that brings no rows of its own."""
 
 
 @final
@@ -99,10 +83,12 @@ def hand_over(wanted: Wanted, engine: Dialect, *, told: Callable[[str], None] = 
     else:
         name = _whole(served, name)
     opened = open_named(wanted.name, adapter=wanted.adapter)
-    ours, base = scores_of(opened), scores_of(opened, bare=True) if folder is not None else None
+    ours = scores_by(opened.model)
+    base = scores_by(opened.model, bare=True) if folder is not None else None
+    texts = texts_of(wanted, opened, told)
     fine = False
     try:
-        sync = probe(engine, name, texts_of(wanted, opened), ours=ours, base=base, tolerance=wanted.tolerance)
+        sync = probe(engine, name, texts, ours=ours, base=base, tolerance=wanted.tolerance)
         fine = sync.fine
     finally:
         if loaded and not fine:
@@ -122,46 +108,10 @@ def adapter_of(wanted: Wanted) -> Path | None:
     return folder if folder.name == ADAPTER else None
 
 
-def require_clean(folder: Path, engine: str, *, max_rank: int) -> None:
-    """Raise GateError for an adapter that an engine refuses, or computes otherwise."""
-    if found := lint(str(folder), (engine,), max_rank=max_rank):
-        raise GateError("; ".join(f"{engine} {each.kind} {each.what}" for each in found),
-                        do=found[0].do, where=str(folder))  # fmt: skip
-
-
-def scores_of(opened: Opened, *, bare: bool = False) -> Score:
-    """Log-probabilities by our own model, `bare` without what is attached to it."""
-
-    def score(texts: Sequence[Ints]) -> list[list[float]]:
-        engine = opened.engine
-        # The token that it says is not asked for; an answer has at least one.
-        sampling = Sampling(max_new_tokens=1, prompt_log_probs=True)
-        without: AbstractContextManager[None] = opened.model.without_attachments() if bare else nullcontext()
-        opened.model.train(False)
-        with without:
-            numbers = [engine.add(Request(prompt=text, sampling=sampling)) for text in texts]
-            found: dict[int, list[float]] = {}
-            while engine.busy:
-                for news in engine.step():
-                    if news.failure is not None:
-                        raise news.failure
-                    if news.prompt is not None:
-                        found[news.request] = [said.log_prob for said in news.prompt]
-        return [found[number] for number in numbers]
-
-    return score
-
-
-def texts_of(wanted: Wanted, opened: Opened) -> list[Ints]:
+def texts_of(wanted: Wanted, opened: Opened, told: Callable[[str], None]) -> tuple[Ints, ...]:
     """What is compared: held-out rows of a run, its rows where nothing was held out, and otherwise some sentences."""
-    if not is_run(Path(wanted.name)):
-        return [opened.prompt(text, raw=True)[:LONGEST] for text in _WORDS]
-    run = of_policy(RunDirectory.open(Path(wanted.name)))
-    values = run.read_recipe()
-    recipe = located(validate(kind_of_recipe(values), values), started_in(run))
-    prepared, _ = held_out_of(recipe)
-    views = prepared.held_out if len(prepared.held_out) else prepared.train
-    return [views[index].tokens[:LONGEST] for index in range(min(ROWS, len(views)))]
+    run = of_policy(RunDirectory.open(Path(wanted.name))) if is_run(Path(wanted.name)) else None
+    return questions_for(opened.tokenizer, run, noticed=told).prompts
 
 
 def _own_name(wanted: Wanted) -> str:

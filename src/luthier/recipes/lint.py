@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import GateError, RecipeError
 from luthier.core.nearest import did_you_mean
 from luthier.model.adapter_files import CONFIG, TENSORS, read_config
 from luthier.model.tensor_files import tensor_shapes
@@ -59,6 +59,15 @@ def lint(name: str, servers: tuple[str, ...] = SERVERS, *, max_rank: int = 16) -
         raise RecipeError(f"{folder} holds no {missing[0]}", do="name a run with an adapter, or its adapter folder")
     adapter = _Adapter(read_config(folder), tensor_shapes(folder / TENSORS))
     return [finding for server in servers for finding in _findings(adapter, server, max_rank)]
+
+
+def require_clean(folder: Path, engine: str, *, max_rank: int) -> None:
+    """Raise GateError for an adapter that an engine refuses, or computes otherwise; our own server takes all."""
+    if engine not in SERVERS:
+        return
+    if found := lint(str(folder), (engine,), max_rank=max_rank):
+        raise GateError("; ".join(f"{engine} {each.kind} {each.what}" for each in found),
+                        do=found[0].do, where=str(folder))  # fmt: skip
 
 
 @dataclass(frozen=True)

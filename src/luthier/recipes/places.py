@@ -14,7 +14,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data.reading.rows import find_sources
 from luthier.model.sources import FRESH, SEEDLING
 from luthier.recipes.ai_feedback_recipe import AI_FEEDBACK, AiFeedbackRecipe
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.reinforce_recipe import ReinforceRecipe, RolloutKnobs
 from luthier.recipes.schema import FinetuneRecipe, Paths
 from luthier.store.runs import RunDirectory, is_begun
 
@@ -37,6 +37,8 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
         asked = {"judge": recipe.judge, "reward_model": recipe.reward_model}
     if isinstance(recipe, AiFeedbackRecipe):
         asked = {"judge": recipe.judge, "speaker": recipe.speaker}
+    if isinstance(recipe, ReinforceRecipe | AiFeedbackRecipe):
+        recipe = recipe.model_copy(update={"rollouts": _rollouts(recipe.rollouts, folder)})
     models |= {key: name for key, name in asked.items() if name is not None}
     there = {key: model_from(name, folder) for key, name in models.items()}
     teacher = None if recipe.reference.model is None else model_from(recipe.reference.model, folder)
@@ -77,6 +79,13 @@ def template_from(choice: str, folder: Path | None) -> str:
     if folder is None or folder == Path.cwd() or not (folder / choice).is_file():
         return choice
     return str(folder / choice)
+
+
+def _rollouts(knobs: RolloutKnobs, folder: Path) -> RolloutKnobs:
+    if not knobs.engine.adapters:
+        return knobs
+    there = knobs.engine.model_copy(update={"adapters": str(folder / knobs.engine.adapters)})
+    return knobs.model_copy(update={"engine": there})
 
 
 def _data(paths: Paths, folder: Path) -> Paths:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,10 +28,12 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.data.tool_calls import message_said
 from luthier.infer.engine import Engine
 from luthier.infer.groups import GroupSpeaker
+from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.speaker import Sampling
+from luthier.model.speaker import Sampling, Speaker
 from luthier.recipes.measuring import measured
 from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.remote_policy import Policy, RemotePolicy
 from luthier.recipes.schema import Paths
 from luthier.rewards import Environment, Score
 from luthier.train.episodes import Episodes, settled
@@ -86,22 +89,43 @@ def rollout_source(
     reading: Reading,
     tokenizer: Tokenizer,
     stepper: Stepper,
+    attachment: Attachment,
     *,
     scoring: Scoring | None,
 ) -> RolloutSource:
     """Steps from what the model answers to training prompts while it is trained."""
     facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
     knobs = recipe.rollouts
+    prompts = facts.prompts(data.train, scoring)
     plan = Plan(
         prompts=knobs.prompts, answers=knobs.answers, max_new_tokens=knobs.max_new_tokens, cut=knobs.cut,
         redraws=knobs.redraws, lag=knobs.lag, correction=knobs.correction, stop_ids=tuple(sorted(data.store.stop_ids)),
     )  # fmt: skip
     return RolloutSource(
-        facts.prompts(data.train, scoring), recipe.learner,
-        GroupSpeaker(Engine(stepper.model, decode=tokenizer.decode)), unrewarded if scoring is None else scoring.score,
+        prompts, recipe.learner, _speaker(recipe, data, tokenizer, stepper, attachment, prompts),
+        unrewarded if scoring is None else scoring.score,
         recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
         plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer), beside=_beside(recipe, facts, data),
     )  # fmt: skip
+
+
+def _speaker(
+    recipe: ReinforceRecipe,
+    data: Prepared,
+    tokenizer: Tokenizer,
+    stepper: Stepper,
+    attachment: Attachment,
+    prompts: Sequence[Prompt],
+) -> Speaker:
+    """Who answers: this process with its live weights, or an engine somewhere else that is given them."""
+    if not recipe.rollouts.engine.url:
+        return GroupSpeaker(Engine(stepper.model, decode=tokenizer.decode))
+    policy = Policy(stepper.model, attachment, recipe.adapter, tuple(sorted(data.store.stop_ids)))
+    # A recipe that is only looked at has no run yet, and asks for no answers.
+    run = Path(recipe.run or recipe.recipe)
+    speaker = RemotePolicy(policy, recipe.rollouts.engine, [prompt.tokens for prompt in prompts], run=run)
+    speaker.require()
+    return speaker
 
 
 def _beside(recipe: ReinforceRecipe, facts: Facts, data: Prepared) -> DataSource | None:

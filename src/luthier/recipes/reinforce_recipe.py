@@ -13,12 +13,50 @@ from luthier.core.chosen import Chosen, choose
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Knobs
 from luthier.data.rollout_learner import RolloutLearner
+from luthier.infer.sync import TOLERANCE
 from luthier.objectives import Objective
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.rewards import Reward
 from luthier.rewards.ladder import ladder_of
 
 REINFORCE: Final = "reinforce"
+
+
+class EngineKnobs(Knobs):
+    """An engine somewhere else that makes the rollouts; its token is LUTHIER_ENGINE_TOKEN."""
+
+    url: str = Field("", description="address of the engine, http(s)://HOST:PORT; empty: answers are sampled here")
+    dialect: Literal["vllm", "luthier", "sglang"] = Field(
+        "vllm", description="how it is spoken to; luthier is `luthier serve`"
+    )
+    adapters: str = Field("", description="folder in which the adapter is written each time, and which it can read")
+    seen_as: str = Field("", description="what that folder is called on its machine; empty: the same")
+    max_rank: int = Field(16, ge=1, description="the --max-lora-rank that vLLM was started with")
+    tolerance: float = Field(
+        TOLERANCE, gt=0, le=10, description="mean difference of its log-probabilities from ours that is let pass"
+    )
+    at_once: int = Field(16, ge=1, description="requests that are under way at a time")
+    seconds: float = Field(600.0, gt=0, description="longest that it may take for an answer, in seconds")
+    patience: float = Field(
+        120.0, ge=0, description="how long one that is away or overloaded is asked again, in seconds"
+    )
+    insecure_http: bool = Field(False, description="let the token travel to another machine without TLS")
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> EngineKnobs:
+        if self.url and not self.adapters:
+            raise RecipeError(
+                f"adapters is empty, and the engine at {self.url!r:.200} has to read the adapter after each round",
+                allowed="a folder that both can see",
+                do="with luthier serve BASE --adapters DIR set it to DIR",
+            )
+        # A run keeps every knob, so what counts is whether one differs from its default.
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        if given and not self.url:
+            raise RecipeError(
+                f"url is empty, and {', '.join(given)} is set", allowed="the address of an engine, or none of its knobs"
+            )
+        return self
 
 
 class RolloutKnobs(Knobs):
@@ -37,6 +75,9 @@ class RolloutKnobs(Knobs):
     correction: float = Field(2.0, ge=1, description="most that a token of a lagging rollout counts for")
     redraws: int = Field(
         0, ge=0, description="attempts to replace groups whose answers were all worth the same by other prompts'"
+    )
+    engine: EngineKnobs = Field(
+        default_factory=EngineKnobs, description="the engine that samples, where it is not this process"
     )
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
+from luthier.core.errors import LuthierError
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.schedules import Schedule
@@ -135,7 +136,7 @@ class Loop:
             # ---------------------------------------------------------------------------------------- one step
             self._tell(self.keeper.poll())
             began = time.perf_counter()
-            trees = self.source.next_step()
+            trees = self._next_step(state)
             factor = self.schedule.factor(state.step, state.total_steps)
             self.stepper.set_rate(factor)
             passed = yield trees
@@ -165,6 +166,16 @@ class Loop:
                 status = "out-of-time"
                 break
         return status
+
+    def _next_step(self, state: LoopState) -> Sequence[Tree]:
+        """What the next step learns from. Where there is none to be had, nothing that was learned is lost."""
+        try:
+            return self.source.next_step()
+        except LuthierError:
+            if state.step and self.saved_step != state.step:
+                self._save(state, best=False)
+                self._tell(self.keeper.finish())
+            raise
 
     def _impatient(self, state: LoopState) -> bool:
         return 0 < self.cadence.patience <= state.evaluations_without_gain

@@ -43,7 +43,7 @@ from luthier.data.rollouts import (
     noting,
 )
 from luthier.data.sample import Sample
-from luthier.model.speaker import PolicySampling, Sampling, Speaker, Spoken
+from luthier.model.speaker import PolicySampling, Sampling, Speaker, SpeakerElsewhere, Spoken
 from luthier.rewards import Verdict
 from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
@@ -136,13 +136,22 @@ class RolloutSource(Source):
 
     def next_step(self) -> list[Tree]:
         if self._at >= self._replays:
-            groups = self._ahead or self._sampled()
-            self._ahead = self._sampled() if self.plan.lag else []
-            self._trees, self._at = self._learnable(groups), 0
+            self._renew()
         trees = self._minibatch(self._at)
         self._at += 1
         self._steps += 1
         return trees if self.beside is None else [*trees, *weighing(self.beside.next_step(), trees)]
+
+    def _renew(self) -> None:
+        """The next rollout. Where it fails the source is what it was, so a checkpoint can still be made of it."""
+        before = self._cursor, self._number, list(self._reports), self._ahead, self.leash
+        try:
+            groups = self._ahead or self._sampled()
+            self._ahead = self._sampled() if self.plan.lag else []
+            self._trees, self._at = self._learnable(groups), 0
+        except BaseException:
+            self._cursor, self._number, self._reports, self._ahead, self.leash = before
+            raise
 
     @property
     def report(self) -> RolloutReport | None:
@@ -159,6 +168,8 @@ class RolloutSource(Source):
     def told(self, passed: PassReport) -> list[Event]:
         events = [Event("rollout", report.values()) for report in self._reports]
         self._reports = []
+        if isinstance(self.speaker, SpeakerElsewhere) and (found := self.speaker.told()):
+            events.append(Event("engine", found))
         mismatch = passed.figures.get("mismatch", 0.0)
         # Where rollouts lag, the policy has moved on in between, which is no fault and is corrected for.
         if mismatch > MISMATCH and not self._warned and not self.plan.lag:
@@ -170,6 +181,11 @@ class RolloutSource(Source):
             )
             events.append(Event("warning", {"what": "mismatch", "message": said}))
         return events
+
+    def close(self) -> None:
+        """Let go of what the speaker has outside of this process; no step is asked for any more."""
+        if isinstance(self.speaker, SpeakerElsewhere):
+            self.speaker.close()
 
     def held(self) -> Arrays:
         numbers = [self._number, self._steps, self._at, int(self._warned)]
