@@ -23,7 +23,7 @@ from luthier.data.forest import Forest, Tree
 from luthier.model.edits import EditedModule, routed
 from luthier.model.language_model import LanguageModel
 from luthier.model.outputs import LossReport, TokenOutputs
-from luthier.model.routes import Routes, predicted_routes, routes_of, whole
+from luthier.model.routes import Routes, predicted_routes, routes_of, routes_over, whole
 from tests import forests
 
 METHODS: Mapping[str, Adapter] = {
@@ -266,6 +266,9 @@ def test_a_module_that_regroups_tokens_is_refused() -> None:
     edited = next(module for module in model.module.modules() if isinstance(module, EditedModule))
     size = model.sites.hidden
     with routed(model.module, whole("french", 6)):
+        # All rows are of one: nobody has to tell them apart.
+        edited(torch.zeros(6, size))
+    with routed(model.module, routes_over([("french", 2), ("", 4)])):
         edited(torch.zeros(1, 6, size))
         for shape in ((6, size), (1, 5, size), (6, 1, size)):
             with pytest.raises(RecipeError, match="one at a time"):

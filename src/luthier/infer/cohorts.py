@@ -2,9 +2,10 @@
 
 Idea: a model whose mixing is not attention carries a state from token to token; a decoder that reads an encoder has two
 caches of which one never grows. Both keep what the zoo gives them. A cohort is a batch that such a cache fits: answers
-to texts of any length begin with the same token and grow in step; a state takes no padding, so its cohort is one text.
-A cohort goes on until all of its members are over, and several of them take turns.
-Cost: rows that are over are computed on until their cohort ends.
+to texts of any length begin with the same token and grow in step; a state takes no padding, so its cohort are texts of
+one length. Each row goes by the adapter that it names. A cohort goes on until all of its members are over, and several
+of them take turns.
+Cost: rows that are over are computed on until their cohort ends; a beam that splits reads its text and answer again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 import torch
@@ -26,22 +27,34 @@ from luthier.core.errors import RecipeError
 from luthier.infer.continuation import Continuation
 from luthier.infer.reader import Counts, Reader, Reading
 from luthier.infer.sampler import log_probs_of
-from luthier.model.edits import LearnedKeysValues
-from luthier.model.encoder_decoder import read_texts, start_of
+from luthier.model.edits import LearnedKeysValues, LearnedRoot, routed
+from luthier.model.encoder_decoder import read_texts, start_of, states_ahead
 from luthier.model.language_model import LanguageModel
+from luthier.model.routes import Routes, batch_routes
+
+PASS_TOKENS: Final = 512
+"""Prompts of texts with a state that are read at once have no more tokens together, if there are several."""
 
 
 class Cohort(ABC):
-    """Members, in the rows of a batch, and the zoo's cache of it."""
+    """Members, in the rows of a batch, and the zoo's cache of it. Rows of a `mixed` one name their adapters."""
 
-    def __init__(self, members: Sequence[Continuation]) -> None:
-        self.members = list(members)
+    def __init__(self, model: LanguageModel, members: Sequence[Continuation], *, mixed: bool) -> None:
+        self.model = model
+        # Rows of one adapter side by side are one range.
+        self.members = sorted(members, key=_adapter)
+        self.mixed = mixed
         self.over: set[int] = set()
 
     @property
     def alive(self) -> list[int]:
         """The rows of members that go on."""
         return [row for row, each in enumerate(self.members) if id(each) not in self.over]
+
+    def routes(self, *widths: int) -> Routes | None:
+        """Which row goes by which adapter, through modules that are given the batch in these widths."""
+        names = [_adapter(each) for each in self.members]
+        return batch_routes(names, widths, dict(self.model.mixes)) if self.mixed else None
 
     @abstractmethod
     def read(self) -> Float[Tensor, "rows V"]:
@@ -50,62 +63,70 @@ class Cohort(ABC):
 
 @final
 class Answers(Cohort):
-    """Answers of an encoder-decoder; its prompts are read once."""
+    """Answers of an encoder-decoder that are of one length by now; its prompts are read once."""
 
-    def __init__(self, model: LanguageModel, members: Sequence[Continuation]) -> None:
-        super().__init__(members)
-        self.model = model
+    def __init__(self, model: LanguageModel, members: Sequence[Continuation], *, mixed: bool) -> None:
+        super().__init__(model, members, mixed=mixed)
+        prompts = [each.request.prompt for each in self.members]
+        roots = [root_for(model, _adapter(each), mixed=mixed) for each in self.members]
+        counts = [len(prompt) + states_ahead(root) for prompt, root in zip(prompts, roots, strict=True)]
         flat = model.executor.kind == "segments"
-        prompts = [each.request.prompt for each in members]
-        states, self.mask = read_texts(model.module, prompts, flat=flat, root=model.active_root)
+        routes = self.routes(max(counts))
+        if flat and mixed:
+            routes = model.routes(zip(map(_adapter, self.members), counts, strict=True))
+        states, self.mask = read_texts(model.module, prompts, flat=flat, roots=roots, routes=routes)
         self.states = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
-        self.cache = _learned(model, len(members))
+        self.cache = _learned(model, [root for root in roots if isinstance(root, LearnedKeysValues)])
+        self.started = False
 
     def read(self) -> Float[Tensor, "rows V"]:
         first = start_of(self.model.module)
-        tokens = [each.said[-1] if each.said else first for each in self.members]
-        result = self.model.module(
-            encoder_outputs=self.states,
-            attention_mask=self.mask,
-            decoder_input_ids=torch.tensor(tokens, device=self.model.device)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = result.past_key_values
+        said = [[first, *each.said] for each in self.members]
+        tokens = [own[-1:] for own in said] if self.started else said
+        # What reads the encoder is given all of its states.
+        with routed(self.model.module, self.routes(len(tokens[0]), self.states.last_hidden_state.shape[1])):
+            result = self.model.module(
+                encoder_outputs=self.states,
+                attention_mask=self.mask,
+                decoder_input_ids=torch.tensor(tokens, device=self.model.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        self.cache, self.started = result.past_key_values, True
         logits: Tensor = result.logits[:, -1].float()
         return logits
 
 
 @final
-class State(Cohort):
-    """One text of a model that carries a state, and knows its positions from it."""
+class States(Cohort):
+    """Texts of one length of a model that carries a state, and knows their positions from it."""
 
-    def __init__(self, model: LanguageModel, member: Continuation) -> None:
-        super().__init__([member])
-        self.model = model
+    def __init__(self, model: LanguageModel, members: Sequence[Continuation], *, mixed: bool) -> None:
+        super().__init__(model, members, mixed=mixed)
         self.name = _state_name(model.module)
         self.state: Any = None
 
     def read(self) -> Float[Tensor, "rows V"]:
-        (member,) = self.members
-        tokens = member.request.prompt.astype(np.int64) if not member.said else np.array(member.said[-1:])
-        ids = torch.from_numpy(tokens).to(self.model.device)[None]
-        result = self.model.module(input_ids=ids, use_cache=True, **{self.name: self.state})
+        texts = [each.tokens(0 if self.state is None else each.length - 1, each.length) for each in self.members]
+        ids = torch.from_numpy(np.stack(texts).astype(np.int64)).to(self.model.device)
+        with routed(self.model.module, self.routes(ids.shape[1])):
+            result = self.model.module(input_ids=ids, use_cache=True, **{self.name: self.state})
         self.state = result[self.name]
-        logits: Tensor = result.logits[0].float()
-        if member.wants_prompt and not member.said:
-            labels = ids[0, 1:]
-            member.prompt_said += log_probs_of(logits[:-1], labels, member.request.sampling.likeliest)
-        return logits[-1:]
+        logits: Tensor = result.logits.float()
+        for member, own, labels in zip(self.members, logits, ids, strict=True):
+            if member.wants_prompt and not member.said:
+                member.prompt_said += log_probs_of(own[:-1], labels[1:], member.request.sampling.likeliest)
+        return logits[:, -1]
 
 
 @final
 class CohortReader(Reader):
-    """Up to `rows` continuations, in cohorts that take turns."""
+    """Up to `rows` continuations, in cohorts that take turns. Rows of a `mixed` reader name their adapters."""
 
-    def __init__(self, model: LanguageModel, *, rows: int) -> None:
+    def __init__(self, model: LanguageModel, *, rows: int, mixed: bool) -> None:
         self.model = model
         self.rows = rows
+        self.mixed = mixed
         self.waiting: deque[Continuation] = deque()
         self.cohorts: deque[Cohort] = deque()
         self._read = 0
@@ -149,23 +170,41 @@ class CohortReader(Reader):
 
     def _admit(self) -> None:
         free = self.rows - sum(len(cohort.members) for cohort in self.cohorts)
-        members = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
-        if members and self.model.task.name == "seq2seq_lm":
-            self.cohorts.append(Answers(self.model, members))
-        else:
-            self.cohorts.extend(State(self.model, each) for each in members)
+        alike: dict[tuple[int, int], list[Continuation]] = {}
+        for _ in range(min(free, len(self.waiting))):
+            each = self.waiting.popleft()
+            alike.setdefault(self._shape(each), []).append(each)
+        made = Answers if self.model.task.name == "seq2seq_lm" else States
+        for (_, length), members in alike.items():
+            most = len(members) if made is Answers else max(1, PASS_TOKENS // length)
+            for start in range(0, len(members), most):
+                self.cohorts.append(made(self.model, members[start : start + most], mixed=self.mixed))
+
+    def _shape(self, each: Continuation) -> tuple[int, int]:
+        """What the members of a cohort have in common: how many keys are there before, and how long a text is."""
+        if self.model.task.name != "seq2seq_lm":
+            return 0, each.length
+        root = root_for(self.model, _adapter(each), mixed=self.mixed)
+        return root.token_count if isinstance(root, LearnedKeysValues) else 0, len(each.said)
 
 
-def _learned(model: LanguageModel, rows: int) -> Cache | None:
+def root_for(model: LanguageModel, adapter: str, *, mixed: bool) -> LearnedRoot | None:
+    """The learned root of a text's adapter, or of what is switched on where requests name none."""
+    return model.root_with(adapter) if adapter or mixed else model.active_root
+
+
+def _adapter(each: Continuation) -> str:
+    return each.request.adapter
+
+
+def _learned(model: LanguageModel, roots: Sequence[LearnedKeysValues]) -> Cache | None:
     """The cache of a decoder whose learned keys and values are there before its answers; None without any."""
-    if not isinstance(model.active_root, LearnedKeysValues):
+    if not roots:
         return None
-    root, cache = model.seen_root(), DynamicCache()
-    if root is None:
-        return None
-    for layer in range(model.sites.root_layers):
-        keys, values = root.keys_values(layer, model.dtype)
-        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+    cache = DynamicCache()
+    rows = torch.stack([root.keys_values(model.dtype) for root in roots], 2)
+    for layer, (keys, values) in enumerate(rows):
+        cache.update(keys, values, layer)
     return EncoderDecoderCache(cache, DynamicCache())
 
 

@@ -13,11 +13,12 @@ import torch
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.infer.cache import Widths, widths_of
-from luthier.infer.cohorts import CohortReader
+from luthier.infer.cohorts import CohortReader, root_for
 from luthier.infer.reader import PagedReader, Reader, default_room
 from luthier.infer.request import Request
 from luthier.infer.sampler import require_possible
 from luthier.infer.scheduler import Room
+from luthier.model.edits import LearnedRoot
 from luthier.model.language_model import LanguageModel
 
 SPOKEN_ROWS: Final = 64
@@ -51,13 +52,7 @@ class Gate:
         left = self._left(request)
         if left is not None and left <= 0:
             raise DataError(f"{what} has {len(prompt)} tokens", allowed=f"fewer than {len(prompt) + left}")
-        if request.adapter and not (self.pooled and self.paged):
-            why = "one adapter at a time" if self.pooled else "what is switched on, having no pool"
-            raise RecipeError(
-                f"a request names the adapter {request.adapter!r}, and {self.model.source} runs {why}",
-                allowed="requests without an adapter's name",
-                do="switch on the adapter that is wanted",
-            )
+        self._check_adapter(request.adapter)
         if request.drafts and not self.paged:
             raise RecipeError(
                 f"drafts is {request.drafts}, and {self.model.source} has a cache of its own",
@@ -103,8 +98,23 @@ class Gate:
 
     def _reader(self, room: Room) -> Reader:
         if not self.paged:
-            return CohortReader(self.model, rows=room.rows)
+            return CohortReader(self.model, rows=room.rows, mixed=self.pooled)
         return PagedReader(self.model, room, self.widths, mixed=self.pooled)
+
+    def _check_adapter(self, name: str) -> None:
+        if name and not self.pooled:
+            raise RecipeError(
+                f"a request names the adapter {name!r}, and {self.model.source} runs what is switched on, "
+                "having no pool",
+                allowed="requests without an adapter's name",
+                do="switch on the adapter that is wanted",
+            )
+        if self.model.executor.kind == "unrolled" and self._root(name) is not None:
+            raise RecipeError(
+                f"{name or 'what is switched on'} has a learned root, and the attention of {self.model.source} cannot "
+                "be driven by luthier",
+                allowed="adapters that work at sites, such as lora",
+            )
 
     def _check_beams(self, request: Request) -> None:
         sampling = request.sampling
@@ -125,5 +135,8 @@ class Gate:
         return None if limit is None else limit - len(request.prompt) - self._root_tokens(request.adapter)
 
     def _root_tokens(self, name: str) -> int:
-        root = self.model.root_with(name) if name or self.pooled else self.model.active_root
+        root = self._root(name)
         return 0 if root is None else root.token_count
+
+    def _root(self, name: str) -> LearnedRoot | None:
+        return root_for(self.model, name, mixed=self.pooled)

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Ints, Layout, Span
 from luthier.model.attention import ForestPlan, Memory
-from luthier.model.edits import LearnedPrompt, LearnedRoot
+from luthier.model.edits import LearnedPrompt, LearnedRoot, routed
 from luthier.model.executor import AnyHead, long, outputs_of, score, seen_keys_values
 from luthier.model.outputs import TokenOutputs
 from luthier.model.relative_bias import by_segment
+from luthier.model.routes import Routes
 
 READERS = ("EncDecAttention", "encoder_attn", "crossattention")
 """What the zoo calls the attention of a decoder over an encoder's states."""
@@ -92,7 +93,7 @@ def run_flat(
     """Two flat passes, attention by segment."""
     layout = forest.layout
     halves = _Halves.of(layout)
-    states, spans = _read(module, halves.read, halves.read_spans, root)
+    states, spans = _read(module, halves.read, halves.read_spans, [root] * len(halves.read_spans))
     decoder = module.get_decoder()  # type: ignore[no-untyped-call]
     memory = Memory(tuple(spans[index] for index in halves.reads), _readers(decoder))
     plan = ForestPlan(spans=halves.said_spans, memory=memory, root=seen_keys_values(module, root))
@@ -122,38 +123,54 @@ def start_of(module: PreTrainedModel) -> int:
 
 
 def read_texts(
-    module: PreTrainedModel, texts: Sequence[Ints], *, flat: bool, root: LearnedRoot | None = None
+    module: PreTrainedModel,
+    texts: Sequence[Ints],
+    *,
+    flat: bool,
+    roots: Sequence[LearnedRoot | None],
+    routes: Routes | None = None,
 ) -> tuple[Float[Tensor, "B S d"], Int[Tensor, "B S"]]:
-    """The encoder's states of some texts, right-padded, and where there are any: what answers are generated from."""
+    """The encoder's states of some texts, right-padded, and where there are any: what answers are generated from.
+
+    `roots` has the learned root of each text, `routes` by which adapters they go, end to end or as padded rows.
+    """
     stops = np.cumsum([len(text) for text in texts]).tolist()
     spans = tuple(Span(stop - len(text), stop, (), both_ways=True) for text, stop in zip(texts, stops, strict=True))
     tokens = np.concatenate(list(texts))
-    if not flat:
-        ids, mask = _padded(tokens, spans, module)
-        return module.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask  # type: ignore[no-untyped-call]
-    states, places = _read(module, tokens, spans, root)
+    with routed(module, routes):
+        if not flat:
+            ids, mask = _padded(tokens, spans, module)
+            return module.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask  # type: ignore[no-untyped-call]
+        states, places = _read(module, tokens, spans, roots)
     rows = [states[span.start : span.stop] for span in places]
     ones = [torch.ones(len(row), dtype=torch.int64, device=states.device) for row in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(ones, batch_first=True)
 
 
+def states_ahead(root: LearnedRoot | None) -> int:
+    """How many states the encoder makes of a learned root before those of a text; learned keys are the decoder's."""
+    return root.token_count if isinstance(root, LearnedPrompt) else 0
+
+
 def _read(
-    module: PreTrainedModel, read: Ints, spans: Sequence[Span], root: LearnedRoot | None
+    module: PreTrainedModel, read: Ints, spans: Sequence[Span], roots: Sequence[LearnedRoot | None]
 ) -> tuple[Float[Tensor, "S d"], Sequence[Span]]:
     """The encoder's states of all texts, end to end, and where each lies; a prompt's states belong to its text."""
     encoder = module.get_encoder()  # type: ignore[no-untyped-call]
     tokens = long(read, module)
     given = {"input_ids": tokens[None]}
-    if isinstance(root, LearnedPrompt):
-        count = root.token_count
-        embedded = module.get_input_embeddings()(tokens)  # type: ignore[misc]
-        learned = root.embeddings(embedded.dtype)
-        parts = [part for span in spans for part in (learned, embedded[span.start : span.stop])]
-        given = {"inputs_embeds": torch.cat(parts)[None]}
-        spans = tuple(
-            Span(span.start + index * count, span.stop + (index + 1) * count, (), both_ways=True)
-            for index, span in enumerate(spans)
-        )
+    if any(states_ahead(root) for root in roots):
+        embedded = module.get_input_embeddings()(tokens[None])[0]  # type: ignore[misc]
+        parts, behind = [], []
+        ahead = 0
+        for span, root in zip(spans, roots, strict=True):
+            if isinstance(root, LearnedPrompt):
+                parts.append(root.embeddings(embedded.dtype))
+            parts.append(embedded[span.start : span.stop])
+            stop = span.stop + ahead + states_ahead(root)
+            behind.append(Span(span.start + ahead, stop, (), both_ways=True))
+            ahead += states_ahead(root)
+        given, spans = {"inputs_embeds": torch.cat(parts)[None]}, behind
     plan = ForestPlan(spans=spans)
     with by_segment(encoder):
         states = encoder(**given, attention_mask=_untouched(module), forest_plan=plan).last_hidden_state[0]

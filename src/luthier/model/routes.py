@@ -11,7 +11,7 @@ Cost: the base's products once; each adapter's own products on its own rows; a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -50,14 +50,15 @@ def parts_of(name: str, mixes: Mixes) -> Parts:
 @final
 @dataclass(frozen=True)
 class Routes:
-    """Ranges that cover all rows, in order. What flows between modules is (1, rows, ...), or (rows, `width`, ...).
+    """Ranges that cover all rows, in order.
 
-    `mixes` has the parts of each name that is not that of a single attachment. `thin` adds the low-rank terms of all
-    rows at a site at once, in passes without gradients.
+    What flows between modules is (1, rows, ...), or, of a padded batch, (rows, one of `widths`, ...). `mixes` has the
+    parts of each name that is not that of a single attachment. `thin` adds the low-rank terms of all rows at a site at
+    once, in passes without gradients.
     """
 
     runs: tuple[Route, ...]
-    width: int | None = None
+    widths: tuple[int, ...] = ()
     mixes: Mixes = field(default_factory=dict)
     thin: ThinPass | None = None
 
@@ -92,16 +93,16 @@ class Routes:
 
     def axis_of(self, x: Tensor) -> int:
         """Along which axis the rows of `x` lie. Raises RecipeError for a tensor that is no batch as it was laid out."""
-        expected = (1, self.count) if self.width is None else (self.count, self.width)
+        count, wide = (self.count, self.widths) if self.widths else (1, (self.count,))
         # A module that regroups tokens (experts) may hand on as many rows as there are, in another order.
-        if tuple(x.shape[:2]) != expected or (x.is_floating_point() and x.ndim < 3):
+        if x.shape[0] != count or x.shape[1] not in wide or (x.is_floating_point() and x.ndim < 3):
             raise RecipeError(
                 f"a module with an adapter was given a tensor of shape {tuple(x.shape)}, whose rows nobody can tell "
                 "apart",
-                allowed=f"{expected[0]} x {expected[1]} tokens in the order of the batch",
+                allowed=f"{count} x {' or '.join(map(str, wide))} tokens in the order of the batch",
                 do="train the adapters of this model one at a time",
             )
-        return 1 if self.width is None else 0
+        return 0 if self.widths else 1
 
 
 def whole(adapter: str, count: int, mixes: Mixes = _NONE) -> Routes:
@@ -144,7 +145,12 @@ def padded_routes(forest: Forest, width: int, mixes: Mixes = _NONE) -> Routes | 
     """Which rows of a padded batch, one for each tree and `width` wide, belong to which adapter."""
     if routes_of(forest) is None:
         return None
-    return Routes(_runs((tree.adapter, 1) for tree in forest.trees), width, mixes)
+    return batch_routes([tree.adapter for tree in forest.trees], (width,), mixes)
+
+
+def batch_routes(adapters: Sequence[str], widths: tuple[int, ...], mixes: Mixes = _NONE) -> Routes:
+    """The rows of a padded batch by their adapters; modules of one model may be given it in several `widths`."""
+    return Routes(_runs((adapter, 1) for adapter in adapters), widths, mixes)
 
 
 def _runs(parts: Iterable[tuple[str, int]]) -> tuple[Route, ...]:

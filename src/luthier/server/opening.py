@@ -87,9 +87,8 @@ def serve_opened(
     engine: Steps = Silent()
     pool, room = None, None
     if model.task.speaks:
-        pooled = model.executor.kind == "segments" and model.task.name == "causal_lm"
-        if pooled:
-            pool = pool_of(model)
+        pool = pool_of(model)
+        if model.executor.kind == "segments" and model.task.name == "causal_lm":
             room = _room(model, tokens)
         model.train(False)
         engine = Engine(model, room=room, decode=opened.tokenizer.decode, pool=pool)
