@@ -1,4 +1,4 @@
-"""`import luthier` and `luthier --help` answer at once and without torch."""
+"""`import luthier` and `luthier --help` answer at once and without torch, and so do commands that run no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,8 @@ TRIALS = 5
 HEAVY = ("torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy", "jinja2")
 REPORT = f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.stderr)"
 FACADE = f"import json, sys; import luthier; {REPORT}"
-HELP = f"""
+COMMAND = f"""
 import json, sys
-sys.argv = ["luthier", "--help"]
 from luthier.cli.main import main
 try:
     main()
@@ -31,6 +31,16 @@ else:
 {REPORT}
 sys.exit(code)
 """
+HELP = f"import sys; sys.argv = ['luthier', '--help']\n{COMMAND}"
+LIGHT = ("run list", "data show rows.jsonl --rows 1", "data stats rows.jsonl", "data check rows.jsonl --json")
+"""Commands that look at files only."""
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_commands_that_run_no_model_do_without_torch(command: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "What is it?", "completion": "A cow."}\n', "utf-8")
+    said = seconds(f"import sys; sys.argv = {['luthier', *command.split()]!r}\n{COMMAND}", cwd=tmp_path)[2]
+    assert "torch" not in json.loads(said.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize("program", [FACADE, HELP], ids=["import luthier", "luthier --help"])
@@ -49,12 +59,13 @@ def test_it_starts_at_once_and_without_heavy_modules(program: str) -> None:
     assert extra < MOST_SECONDS, f"takes {1000 * extra:.0f} ms more than python itself ({limit})"
 
 
-def seconds(program: str) -> tuple[float, float, str]:
+def seconds(program: str, cwd: Path | None = None) -> tuple[float, float, str]:
     """Wall and processor time of a fresh interpreter that runs `program`, and what it said on stderr."""
     began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100"},
+        cwd=cwd,
         capture_output=True,
         text=True,
         check=False,

@@ -93,6 +93,20 @@ def test_long_texts_are_sliced_without_a_trace(name: str, monkeypatch) -> None:
     assert len(words_module._slices(given[1])) > 1
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_beginnings_of_a_text_have_the_tokens_they_have_alone(name: str) -> None:
+    """Breaks when a prompt takes over a token of its conversation that it would not have by itself."""
+    tokenizer = BACKENDS[name]()
+    words = Words.of(tokenizer)
+    draw = random.Random(0)
+    for text in [*texts(5)[:50], *SENTENCES]:
+        stops = [draw.randrange(len(text) + 1) for _ in range(4)]
+        given = [text, *(text[:stop] for stop in stops), text[1:], text]
+        demand_same(words.encode(given), tokenizer, given)
+    shared = [begun.stop for begun in words_module._beginnings(["one two <s>", "one two <", "one", "one two <s>"])]
+    assert shared == [0, 7, 0, 7]
+
+
 def test_what_is_remembered_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(words_module, "_MOST_WORDS", 100)
     tokenizer = backend()
@@ -128,9 +142,9 @@ def without(**parts: object) -> Backend:
     return tokenizer
 
 
-def with_token(**flags: bool) -> Backend:
+def with_token(text: str = "<odd>", **flags: bool) -> Backend:
     tokenizer = backend()
-    tokenizer.add_tokens([AddedToken("<odd>", **flags)])
+    tokenizer.add_tokens([AddedToken(text, **flags)])
     return tokenizer
 
 
@@ -156,6 +170,7 @@ def with_token(**flags: bool) -> Backend:
         with_token(rstrip=True, normalized=False),
         with_token(single_word=True, normalized=False),
         with_token(normalized=True),
+        with_token(text="<end of turn>", normalized=False),
     ],
 )  # fmt: skip
 def test_whatever_could_differ_has_no_words(tokenizer: Backend) -> None:

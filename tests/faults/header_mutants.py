@@ -296,8 +296,8 @@ def _of_a_config() -> list[Target]:
     good = json.dumps({**tiny_config("llama").to_dict(), "architectures": ["LlamaForCausalLM"]}, default=str).encode()
 
     def read(place: Path) -> object:
-        from luthier.model.load import context_tokens
+        from luthier.model.configs import config_of
 
-        return context_tokens(str(place))
+        return config_of(str(place))
 
     return [Target("config.json", good, mutate_json, read, 1)]

@@ -8,6 +8,7 @@ import typer
 
 from luthier.cli.options import Json
 from luthier.cli.show import print_check, print_histogram, print_json, print_rows
+from luthier.core.imports import uncollected
 
 app = typer.Typer(help="Show, check and measure data files.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -54,7 +55,8 @@ def show(
       luthier data show rows.jsonl --model seedling
       luthier data show reviews.jsonl --model google-bert/bert-base-uncased --for encoder --rows 1 --json
     """
-    from luthier.recipes.inspect_data import reading, show_rows
+    with uncollected():
+        from luthier.recipes.inspect_data import reading, show_rows
 
     how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     shown = show_rows(file, model, how, rows=rows)
@@ -85,7 +87,8 @@ def check(
       luthier data check rows.jsonl --model seedling
       luthier data check rows.jsonl --evaluation held-out.jsonl --max-tokens 512 --json
     """
-    from luthier.recipes.inspect_data import check_file, reading
+    with uncollected():
+        from luthier.recipes.inspect_data import check_file, reading
 
     how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     found = check_file(file, model, how, evaluation=evaluation)
@@ -113,7 +116,8 @@ def stats(
       luthier data stats rows.jsonl
       luthier data stats rows.jsonl --model Qwen/Qwen2.5-0.5B --json
     """
-    from luthier.recipes.inspect_data import measure, reading
+    with uncollected():
+        from luthier.recipes.inspect_data import measure, reading
 
     how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     found = measure(file, model, how)

@@ -20,6 +20,7 @@ import numpy as np
 from luthier.core.errors import UnsafeArtifactError
 from luthier.data.forest import Ints
 from luthier.data.hub import ModelFiles
+from luthier.data.spellings import Spellings
 from luthier.data.tokenizer_files import read_tokenizer, stop_ids
 from luthier.data.words import Words
 
@@ -46,8 +47,8 @@ class Tokenizer:
     """A tokenizer as luthier uses it; make one with `load` or `of`. `raw` is the transformers object.
 
     `eos_ids` are the tokenizer's own eos, first, and those of generation_config.json; `stop_ids` the same as a set.
-    `prefix_space` says that a space is added before a text that follows a control token or nothing. `words` is the
-    quick way to tokens, where there is one; they are the same either way.
+    `prefix_space` says that a space is added before a text that follows a control token or nothing. `words` and
+    `spellings` are the quick ways to tokens and back, where there are any; what comes out is the same either way.
     """
 
     raw: Any = field(repr=False, compare=False)
@@ -60,6 +61,7 @@ class Tokenizer:
     vocabulary_size: int
     prefix_space: bool
     words: Words | None = field(repr=False, compare=False)
+    spellings: Spellings | None = field(repr=False, compare=False)
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
@@ -99,6 +101,7 @@ class Tokenizer:
             vocabulary_size=len(raw),
             prefix_space=_prefix_space(raw),
             words=Words.of(raw.backend_tokenizer),
+            spellings=Spellings.of(raw.backend_tokenizer),
         )
 
     @property
@@ -149,8 +152,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
         """The text of `ids`, control tokens included, nothing cleaned up."""
-        # Not through `raw.decode`, which looks at the type of each id before it makes this same call.
         plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+        if self.spellings is not None:
+            return self.spellings.text(plain)
+        # Not through `raw.decode`, which looks at the type of each id before it makes this same call.
         return str(self.raw.backend_tokenizer.decode(plain, skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:

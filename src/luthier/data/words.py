@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 from threading import Lock
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,8 @@ class Words:
         added = list(backend.get_added_tokens_decoder().values())
         plain_tokens = not any(
             token.lstrip or token.rstrip or token.single_word or token.normalized or not token.content
+            # A text is cut there, and would be in the middle of this token.
+            or _CUT.search(token.content)
             for token in added
         )
         if pattern is None or not plain_tokens or not _is_plain(backend):
@@ -78,13 +80,15 @@ class Words:
         with self._lock:
             if len(self._known) > _MOST_WORDS or self._ids.size > _MOST_TOKENS:
                 self._begin()
+            beginnings = _beginnings(texts)
+            rests = [text[begun.stop :] for text, begun in zip(texts, beginnings, strict=True)]
             made: list[tuple[Ints, Ints]] = []
-            for group in _groups(texts):
+            for group in _groups(rests):
                 parts = self._looked_up(group)
                 if any(length != len(text) for text, (_, _, length) in zip(group, parts, strict=True)):
                     return None
                 made += [(ids, spans) for ids, spans, _ in parts]
-            return _whole(texts, made)
+            return _continued(beginnings, _whole(rests, made))
 
     def forget(self) -> None:
         """Let go of the words: they are of use only while many texts are encoded."""
@@ -181,6 +185,36 @@ class _Growing:
     def taken(self, places: NDArray[np.int64]) -> Ints:
         """The values at `places`, as a new array."""
         return self._values.take(places, axis=0)
+
+
+class _Begun(NamedTuple):
+    """How a text begins: as the text at place `like` does up to the character `stop`; 0 where it shares nothing."""
+
+    like: int
+    stop: int
+
+
+def _beginnings(texts: Sequence[str]) -> list[_Begun]:
+    """For each text what it shares with an earlier one that it is the beginning of."""
+    found: list[_Begun] = []
+    like = -1
+    for place, text in enumerate(texts):
+        if like < 0 or not texts[like].startswith(text):
+            like = place
+        found.append(_Begun(like, 0 if like == place else _cut_before(text, 0, len(text))))
+    return found
+
+
+def _continued(beginnings: Sequence[_Begun], rests: Sequence[tuple[Ints, Ints]]) -> list[tuple[Ints, Ints]]:
+    """The tokens of whole texts, from those of their rests."""
+    made: list[tuple[Ints, Ints]] = []
+    for (like, stop), (ids, spans) in zip(beginnings, rests, strict=True):
+        if stop:
+            count = int(np.searchsorted(made[like][1][:, 1], stop, side="right"))
+            spans += stop
+            ids, spans = (np.concatenate([one[:count], two]) for one, two in zip(made[like], (ids, spans), strict=True))
+        made.append((ids, spans))
+    return made
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:

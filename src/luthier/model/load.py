@@ -29,7 +29,7 @@ from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
 from luthier.kernels.chosen import backend_for, wanted_kernels
 from luthier.model import attention
-from luthier.model.config_gate import Checked, read_config
+from luthier.model.configs import checked_config, config_of
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
 from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
@@ -71,7 +71,7 @@ def load_model(
     name = resolve_source(source)
     fresh = source.startswith(FRESH)
     files = ModelFiles.of(name)
-    checked = _config(files, quantized=packed is not None and not fresh)
+    checked = checked_config(files, quantized=packed is not None and not fresh)
     reader = packed(checked.quantization) if packed is not None and checked.quantization else None
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
     found: dict[str, Found] = {}
@@ -101,27 +101,9 @@ def load_model(
     )
 
 
-def config_of(source: str) -> PreTrainedConfig:
-    """The config of a model, through the gate, without loading its weights."""
-    return _config(ModelFiles.of(resolve_source(source)), quantized=True).config
-
-
 def kind_of_source(source: str) -> Kind:
     """How a model reads, by its config alone."""
     return kind_of(config_of(source))
-
-
-def start_token(source: str) -> int | None:
-    """The token that a decoder's answers start with, by the files of an encoder-decoder: one of them says it."""
-    said = ModelFiles.of(resolve_source(source)).json("generation_config.json") or {}
-    found = said.get("decoder_start_token_id", getattr(config_of(source), "decoder_start_token_id", None))
-    return int(found) if isinstance(found, int) else None
-
-
-def context_tokens(source: str) -> int | None:
-    """The longest sequence that the config of a model allows for, without loading its weights."""
-    limit = getattr(config_of(source).get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def choose_precision(precision: Precision, shape: tuple[int, int], device: torch.device) -> tuple[torch.dtype, str]:
@@ -181,15 +163,6 @@ def _device(device: str) -> torch.device:
     if kind == "cuda" and f"cuda:{number or 0}" not in cards:
         raise MissingError(f"device is {device!r}, which is not here", allowed=" | ".join(["auto", "cpu", *cards]))
     return torch.device(device)
-
-
-def _config(files: ModelFiles, *, quantized: bool) -> Checked:
-    path = files.find("config.json")
-    if path is None:
-        raise RecipeError(
-            f"{files.source} has no config.json", do="name a folder in the Hugging Face layout, a hub id, or seedling"
-        )
-    return read_config(path, quantized=quantized)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
+from luthier.model.context import context_tokens
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, resolve_source
+from luthier.model.load import resolve_source
 from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids

@@ -11,7 +11,8 @@ from luthier.core.knobs import validate
 from luthier.data.forest import Tree
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.load import context_tokens, resolve_source
+from luthier.model.context import context_tokens
+from luthier.model.load import resolve_source
 from luthier.recipes.accounts import held_out_trees
 from luthier.recipes.bench import reading_of
 from luthier.recipes.evaluate_rewards import evaluate_rewards

@@ -12,8 +12,9 @@ from typing import Any
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.tokenizer import Tokenizer
+from luthier.model.context import context_tokens
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import context_tokens, resolve_source
+from luthier.model.load import resolve_source
 from luthier.recipes.bench import reading_of
 from luthier.recipes.opened import open_named
 from luthier.recipes.quantized import load_base

@@ -17,10 +17,11 @@ from luthier.data.conversation import Meaning
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.adapter_files import TENSORS
+from luthier.model.configs import config_of, start_token
 from luthier.model.edits import Edit
 from luthier.model.encoder_decoder import start_of
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import config_of, kind_of_source, start_token
+from luthier.model.load import kind_of_source
 from luthier.model.tasks import CAUSAL, PEFT_TYPES, SCORES, Task, TaskName, class_for, kind_of
 from luthier.model.tensor_files import tensor_shapes
 from luthier.objectives import Objective, Vocabulary

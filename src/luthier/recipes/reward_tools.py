@@ -14,7 +14,8 @@ from luthier.core.errors import RecipeError
 from luthier.infer.engine import Engine
 from luthier.infer.remote_text import RemoteTextModel
 from luthier.infer.wire import Wire
-from luthier.model.load import Precision, config_of
+from luthier.model.configs import config_of
+from luthier.model.load import Precision
 from luthier.model.scorer import TextModel
 from luthier.model.tasks import SCORES
 from luthier.model.text_model import LocalTextModel, LocalTextScorer

@@ -67,8 +67,10 @@ class Place:
 
 def excerpt(text: str, *, limit: int = EXCERPT) -> str:
     """The beginning of `text` in double quotes, at most `limit` characters, with nothing a terminal would obey."""
-    shown: list[str] = []
     room = limit - 2
+    if text[: room + 1].isprintable():
+        return f'"{text}"' if len(text) <= room else f'"{text[: room - 3]}..."'
+    shown: list[str] = []
     for index, char in enumerate(text[: limit + 1]):
         piece = char if char.isprintable() else json.dumps(char)[1:-1]
         if len(piece) > room or (index == limit):

@@ -192,7 +192,9 @@ def _compile(key: str, request: Mapping[str, Any], known: dict[str, jinja2.Templ
         "results": _mentions(tree, "tool"),
         "tools": "tools" in jinja2.meta.find_undeclared_variables(tree),
     }
-    known[key] = environment.from_string(tree)
+    known[key] = template = environment.from_string(tree)
+    # A chain of mappings, which each rendering would walk through; nothing is added to it any more.
+    template.globals = dict(template.globals)
     return Answer.COMPILED, json.dumps(seen)
 
 
