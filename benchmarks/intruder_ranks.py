@@ -1,26 +1,30 @@
 """Intruder dimensions and forgetting by rank: LoRA with alpha = 2r, with a fixed alpha, as rsLoRA, and full tuning.
 
-    python benchmarks/intruder_ranks.py --steps 40 --json docs/intruder-ranks.json --svg docs/intruder-ranks.svg
+    python benchmarks/intruder_ranks.py --steps 60 --json docs/intruder-ranks.json --svg docs/intruder-ranks.svg
 
 What: the claim of arXiv 2410.21228 (low-rank updates have intruder dimensions, full tuning has next to none, and
 intruders go with forgetting) and the curves of arXiv 2312.03732 (a fixed alpha over r stunts high ranks, alpha over
 sqrt(r) does not), on the seedling, which is small enough for minutes on two cores. All LoRA families meet at rank 4.
+Each is trained from several seeds (its start and its rows) on two tasks: sentences about orders to JSON, and JSON to
+sentences. Runs that the JSON file holds already are not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from luthier.adapters import Adapter
 from luthier.adapters.full import Full
 from luthier.adapters.lora import LoRA
-from luthier.assets.demo_task import demo_rows
+from luthier.assets.demo_task import REQUEST, demo_rows
 from luthier.core.paths import cache_folder
 from luthier.model.base_spectra import FOLDER, BaseSpectra
 from luthier.model.pair import pair_of_adapter
@@ -35,6 +39,11 @@ from luthier.recipes.opened import Opened
 from luthier.recipes.session import load
 from luthier.store.curves import Axis, tick_text, value_axis
 
+ORDERS, SENTENCES = "orders", "sentences"
+TASKS = {ORDERS: "sentence to JSON", SENTENCES: "JSON to sentence"}
+SEEDS = (0, 1, 2)
+HELD_OUT = 100
+"""The seed of held-out rows whose phrasings are those of training."""
 RANKS = (1, 4, 16, 64)
 COLOURS = {"LoRA, alpha = 2r": "#b3472f", "LoRA, alpha = 8": "#2f6db3", "rsLoRA, alpha = 4": "#3f7048",
            "full": "#8a8f98"}  # fmt: skip
@@ -47,6 +56,8 @@ WIDE, TALL, LEFT, TOP, BOTTOM = 330, 210, 48, 34, 36
 class Outcome:
     """One run."""
 
+    task: str
+    seed: int
     family: str
     rank: int | None
     scale: float | None
@@ -72,12 +83,29 @@ def runs() -> list[tuple[str, int | None, Adapter, float]]:
     return [*made, ("full", None, Full(), 5e-4)]
 
 
+def rows_of(task: str, count: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on, and 48 held-out ones: of new names, and for orders half of them phrased in unseen ways."""
+    train = demo_rows(count, seed=seed, held_out=False)
+    if task == ORDERS:
+        return train, demo_rows(48, seed=1, held_out=True)
+    return [turned(row) for row in train], [turned(row) for row in demo_rows(48, seed=HELD_OUT, held_out=False)]
+
+
+def turned(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of orders the other way round: its JSON is asked with, its sentence is the answer."""
+    asked, answer = (message["content"] for message in row["messages"])
+    sentence = asked.removeprefix(REQUEST).strip()
+    return {"messages": [{"role": "user", "content": f"Tell as a sentence: {answer}"},
+                         {"role": "assistant", "content": sentence}]}  # fmt: skip
+
+
 def measured(
-    family: str, rank: int | None, adapter: Adapter, rate: float, *, steps: int, rows: int, save: Path | None = None
-) -> Outcome:
+    task: str, seed: int, family: str, rank: int | None, adapter: Adapter, rate: float, *,
+    steps: int, rows: int, save: Path | None = None,
+) -> Outcome:  # fmt: skip
     """Train, and look; with `save` the result and the rows it is measured on are kept, for `luthier probe`."""
-    session = load("seedling", adapter=adapter, optimizer=AdamW(learning_rate=rate), precision="float32", seed=0)
-    train, test = demo_rows(steps * rows, seed=0, held_out=False), demo_rows(48, seed=1, held_out=True)
+    session = load("seedling", adapter=adapter, optimizer=AdamW(learning_rate=rate), precision="float32", seed=seed)
+    train, test = rows_of(task, steps * rows, seed)
     opened = Opened(session.model, session.tokenizer, session.renderer, session.renderer.stop_ids)
     kept = grown_on(opened)[:60]
     with session.model.without_attachments():
@@ -95,6 +123,8 @@ def measured(
     found = IntruderDimensions(side="left", thresholds=(0.8,), controls=1).of(pair)
     wide = next(row for row in found.tables[0].rows if row[0] == 0.8)
     return Outcome(
+        task=task,
+        seed=seed,
         family=family,
         rank=rank,
         scale=adapter.scale if isinstance(adapter, LoRA) else None,
@@ -204,27 +234,41 @@ def table(found: list[Outcome]) -> str:
 
 
 def main() -> None:
-    """Train all, write what came out."""
+    """Train all that the file does not hold yet, write what came out."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--steps", type=int, default=40)
+    arguments.add_argument("--steps", type=int, default=60)
     arguments.add_argument("--rows", type=int, default=8, help="rows of a step")
     arguments.add_argument("--json", type=Path, default=Path("intruder-ranks.json"))
     arguments.add_argument("--svg", type=Path, default=Path("intruder-ranks.svg"))
+    arguments.add_argument("--task", choices=TASKS, help="only this one")
+    arguments.add_argument("--seed", type=int, help="only this one")
     arguments.add_argument("--family", default="", help="only this one, such as 'LoRA, alpha = 8'")
     arguments.add_argument("--rank", type=int, default=0, help="only this one")
     arguments.add_argument("--save", type=Path, help="folder for the tuned adapters")
     given = arguments.parse_args()
-    found: list[Outcome] = []
-    for family, rank, adapter, rate in runs():
-        if (given.family and family != given.family) or (given.rank and rank != given.rank):
+    facts = {"steps": given.steps, "rows": given.rows, "torch": torch.__version__}
+    found = kept(given.json, facts)
+    for seed, task, (family, rank, adapter, rate) in itertools.product(SEEDS, TASKS, runs()):
+        asked = ((given.task, task), (given.seed, seed), (given.family or None, family), (given.rank or None, rank))
+        if any(wanted is not None and wanted != own for wanted, own in asked):
             continue
-        found.append(measured(family, rank, adapter, rate, steps=given.steps, rows=given.rows, save=given.save))
+        if any((each.task, each.seed, each.family, each.rank) == (task, seed, family, rank) for each in found):
+            continue
+        found.append(measured(task, seed, family, rank, adapter, rate,
+                              steps=given.steps, rows=given.rows, save=given.save))  # fmt: skip
         print(table(found[-1:]).splitlines()[-1], flush=True)
-        facts = {"steps": given.steps, "rows": given.rows, "torch": torch.__version__}
         given.json.write_text(json.dumps({**facts, "runs": [asdict(each) for each in found]}, indent=1) + "\n", "utf-8")
-    if not given.family and not given.rank:
+    if not any((given.task, given.seed is not None, given.family, given.rank)):
         given.svg.write_text(draw(found), "utf-8")
-    print(table(found))
+    for task in TASKS:
+        print(table([each for each in found if each.task == task]))
+
+
+def kept(path: Path, facts: dict[str, Any]) -> list[Outcome]:
+    """What a file holds of runs that were made in the same way."""
+    held = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    same = all(held.get(key) == value for key, value in facts.items())
+    return [Outcome(**run) for run in held["runs"]] if same else []
 
 
 if __name__ == "__main__":
