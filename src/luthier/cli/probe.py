@@ -12,6 +12,7 @@ from luthier.cli.options import DryRun, Json, Quiet, Set, run_named
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError
 from luthier.core.imports import uncollected
+from luthier.core.units import bytes_text
 
 if TYPE_CHECKING:
     from luthier.recipes.mitigate import Scaling
@@ -117,4 +118,8 @@ def _print(found: Mapping[str, Any], out: Path | None) -> None:
         typer.echo(f"left out   {name}: {why}")
     if out is not None and out.is_dir():
         typer.echo(f"adapter    {out}")
+    if cache := found["cache"]:
+        taken, most = bytes_text(cache["bytes"]), bytes_text(cache["most_bytes"])
+        what = f"{cache['files']} decomposed matrices of bases, {taken} of at most {most}"
+        typer.echo(f"cache      {what}, in {cache['folder']}; delete it to have the room back")
     typer.echo(f"page       {found['page']}")

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 
 from luthier.kernels import native_build
+from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, KeptRows, Paged, RowCodes, Run, Seen
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
@@ -253,11 +254,10 @@ class NativeBackend(Backend):
         linear = [each for weight, bias in block.layers for each in _linear(weight, bias)]
         added = [each for pair in terms for each in pair or (None, None)]
         given = (*linear, norm, inner_norm, head_norms[0][0], head_norms[1][0], *added, *(thin or (None,) * 4))
-        parts = (ctypes.c_void_p * 43)(*(None if each is None else each.data_ptr() for each in given))
+        parts = (ctypes.c_void_p * 43)(*(None if each is None else each.data_ptr() or nowhere(each) for each in given))
         (rows, width), groups, size = x.shape, kept.keys.shape[1], block.head_size
         outs = [_outs(weight) for weight, _ in block.layers]
-        tiles = 0 if own is None else len(own.tiles)
-        sizes = (ctypes.c_int64 * 7)(rows, width, outs[0] // size, groups, size, outs[4], tiles)
+        sizes = (ctypes.c_int64 * 7)(rows, width, outs[0] // size, groups, size, outs[4], len(thin[0]) if thin else 0)
         out, texts = torch.empty_like(x), kept.texts
         self._call(
             "token_block", x.dtype, x, out, ctypes.addressof(parts), ctypes.addressof(sizes), *angles, kept.keys,
@@ -328,7 +328,7 @@ class NativeBackend(Backend):
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a function with pointers for tensors; they live at least as long as the call."""
-        plain = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        plain = [each.data_ptr() or nowhere(each) if isinstance(each, Tensor) else each for each in arguments]
         if self._functions[name, dtype](*plain):
             raise torch.OutOfMemoryError(f"no memory for the workspace of {name} in C++")
 

@@ -86,6 +86,7 @@ def written(
         "left_out": dict(left_out),
         "folder": str(folder),
         "page": str(folder / PAGE),
+        "cache": probed.pair.spectra.kept(),
     }
 
 
