@@ -3,9 +3,10 @@
     import luthier
     run = luthier.finetune(model="seedling", data="rows.jsonl", adapter=luthier.LoRA(rank=16))
 
-Names are looked up when they are first used, so that importing this package is instant: `finetune`, `load`, `Run`,
-`Session`, `load_several`, `SeveralSession`, `open_named` (a run or a model, to be asked), `Opened`, `Engine`,
-`Request`, `Sampling`, and the class of every method of the catalog (`LoRA`, `IA3`, `PrefixTuning`, ...).
+Names are looked up when they are first used, so that importing this package is instant: `finetune`, `Run`; what comes
+before and after it (`plan`, `plan_training`, `plan_inference`, `evaluate`, `probe`, `merge_models`, `merge_adapters`,
+`export`, `compare`); `load`, `Session`, `load_several`, `SeveralSession`; `open_named` (a run or a model, to be asked),
+`Opened`, `Engine`, `Request`, `Sampling`; and the class of every method of the catalog (`LoRA`, `IA3`, ...).
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import Any
 _HOMES = {
     "finetune": "luthier.api",
     "Run": "luthier.api",
+    **dict.fromkeys(
+        # There is no `merge`: the machine that merges is a folder of that name.
+        ("plan", "plan_training", "plan_inference", "evaluate", "probe", "merge_models", "merge_adapters", "export",
+         "compare"), "luthier.verbs"),
     "load": "luthier.recipes.session",
     "Session": "luthier.recipes.session",
     "load_several": "luthier.recipes.session_several",
@@ -27,7 +32,7 @@ _HOMES = {
     "Engine": "luthier.infer.engine",
     "Request": "luthier.infer.request",
     "Sampling": "luthier.model.speaker",
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -24,10 +24,13 @@ Knobs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory and its summary, and its model to ask."""
+    """A finished run: its directory, which it is the path of, its summary, and its model to ask."""
 
     path: Path
     summary: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def generate(
         self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0

@@ -19,7 +19,7 @@ FLOORS: dict[str, float] = {
     **dict.fromkeys(("train", "infer", "merge", "curate", "trace"), 5),
     "recipes": 6,
     "server": 6.5,  # a surface of its own, which a command starts
-    **dict.fromkeys(("cli", "studio", "api"), 7),
+    **dict.fromkeys(("cli", "studio", "api", "verbs"), 7),
 }  # fmt: skip
 FAMILY, MACHINE = 4, 5
 WITHOUT_TORCH = ("core", "arithmetic", "sandbox", "store", "assets")

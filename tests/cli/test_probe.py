@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
 from luthier.model.load import load_model, state_digest
-from luthier.recipes.mitigate import mitigate
+from luthier.recipes.mitigate import Scaling, mitigate
 from luthier.recipes.opened import open_named
 from luthier.recipes.probed import probed_folders
 from luthier.recipes.progress import Silent
@@ -20,7 +20,7 @@ from tests.adapters_of import adapter_folder
 from tests.cli.commands import luthier, tree
 from tests.tiny import tiny_model, tiny_tokenizer
 
-FACTORS = [1.0, 0.5, 0.0]
+FACTORS = (1.0, 0.5, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_mitigation_is_measured_beside_a_control_and_leaves_the_model(
     probed = probed_folders(str(llama), str(request.getfixturevalue(kind)), [str(kept)], recorder=Silent())
     with probed.pair.after() as model:
         digest, loss = state_digest(model.module), probed.pair.texts[0].loss(model)
-    report = mitigate(probed, FACTORS, epsilon=0.7)
+    report = mitigate(probed, Scaling(factors=FACTORS, epsilon=0.7))
     assert state_digest(probed.opened.model.module) == digest and report.numbers["intruders"]
     rows = {(row[0], row[1]): row[2:] for row in report.tables[0].rows}
     for what in ("intruders scaled", "whole change scaled"):
@@ -133,6 +133,21 @@ def test_the_written_adapter_is_the_mitigated_one(llama: Path, adapter: Path, ke
     luthier("probe", "--after", adapter, *common, "--mitigate", "0.25", "--out", out).must(77, "is there already")
 
 
+def test_what_counts_as_an_intruder_can_be_said(llama: Path, adapter: Path, kept: Path, tmp_path: Path) -> None:
+    """Breaks when a knob of the sweep is not heard."""
+    pair = ("--before", llama, "--after", adapter, "--keep", kept)
+    common = (*pair, "--report", tmp_path, "--json", "--mitigate", "0,1")
+    counts = []
+    for k, epsilon in ((1, 0.9), (4, 0.9), (4, 0.2)):
+        sets = ("--set", f"mitigation.k={k}", "--set", f"mitigation.epsilon={epsilon}")
+        report = luthier("probe", *common, *sets).must(0).json["probes"]["mitigation"]
+        assert report["knobs"] == {"factors": [0.0, 1.0], "k": k, "epsilon": epsilon}
+        counts.append(report["numbers"]["intruders"])
+    assert 14 == counts[0] < counts[1] and counts[2] < counts[1]
+    said = luthier("probe", *(word for word in common if word != "--json")).must(0).out
+    assert "decomposed matrices of bases, " in said and " of at most 8.59 GB, in " in said
+
+
 def test_a_dry_run_writes_nothing(finished: Path, tmp_path: Path) -> None:
     """Breaks when looking at the plan makes a folder."""
     said = luthier("probe", finished, "--dry-run", "--report", tmp_path / "told").must(0)
@@ -155,6 +170,15 @@ def test_what_cannot_be_looked_at_is_a_sentence(llama: Path, tuned: Path, finish
     luthier("probe", finished, "--probe", "drift", "--set", "spectrum.count=3").must(2, "not made")
     luthier("probe", finished, "--keep", tmp_path / "none.txt").must(65, "there is no file")
     luthier("probe", finished, "--mitigate", "half").must(2, "numbers from 0 to 10")
+    luthier("probe", finished, "--mitigate", "").must(2, "numbers from 0 to 10")
+    luthier("probe", finished, "--mitigate", "0,12").must(2, "factors.1: 12.0 is not allowed")
+    luthier("probe", finished, "--mitigate", "nan").must(2, "factors.0: nan is not allowed")
+    luthier("probe", finished, "--mitigate", "1,0.5,1").must(2, "each lambda once")
+    luthier("probe", finished, "--mitigate", "0", "--set", "mitigation.k=0").must(2, "k: 0 is not allowed")
+    luthier("probe", finished, "--mitigate", "0", "--set", "mitigation.epsilon=1.5").must(2, "epsilon: 1.5 is not")
+    luthier("probe", finished, "--mitigate", "0", "--set", "mitigation.kay=5").must(2, "did you mean k")
+    luthier("probe", finished, "--mitigate", "0", "--probe", "drift").must(2, "one of the two at a time")
+    luthier("probe", finished, "--set", "mitigation.k=5").must(2, "without --mitigate")
     luthier("probe", finished, "--out", tmp_path / "y").must(2, "without --mitigate")
     luthier("probe", *pair, "--mitigate", "0.5").must(2, "no text is known")
     luthier("probe", "--before", llama, "--after", gpt, "--probe", "drift").must(2, "one architecture")
@@ -166,6 +190,6 @@ def test_only_low_rank_adapters_are_written(llama: Path, tuned: Path, kept: Path
     """Breaks when a whole model is told to be an adapter, or several lambdas become one file."""
     probed = probed_folders(str(llama), str(tuned), [str(kept)], recorder=Silent())
     with pytest.raises(RecipeError, match="no low-rank adapter"):
-        mitigate(probed, [0.5], out=tmp_path / "z")
+        mitigate(probed, Scaling(factors=(0.5,)), out=tmp_path / "z")
     with pytest.raises(RecipeError, match="2 lambdas"):
-        mitigate(probed, [0.5, 1.0], out=tmp_path / "z")
+        mitigate(probed, Scaling(factors=(0.5, 1.0)), out=tmp_path / "z")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -54,6 +55,39 @@ def test_a_plan_says_what_is_made(recipe: Path, adapter: str, precision: str) ->
     assert plan["total"] == sum(plan[part] for part in memory.PARTS)
     assert stepper.planned_bytes == {part: plan[part] for part in memory.PARTS}
     assert plan["available"] > plan["weights"] and plan["longest"] <= plan["tokens"]
+
+
+def test_a_copy_that_is_made_at_the_end_lies_where_passes_were(recipe: Path) -> None:
+    """Breaks when a run that saves only at the end is planned as one that saves beside its passes, or the reverse."""
+    bench = laid_out(recipe, "full")
+
+    def planned(saves: int, micro_tokens: int) -> dict[str, int]:
+        batch = bench.recipe.batch.model_copy(update={"micro_tokens": micro_tokens, "recompute": "all"})
+        asked = bench.recipe.model_copy(update={"batch": batch})
+        return memory.plan_memory(
+            asked, bench.model, bench.attachment, bench.source, 8, saves=saves, pooled=True
+        )
+
+    beside, wide, thin = planned(2, 4096), planned(1, 4096), planned(1, 16)
+    assert beside["saving"] == beside["copy"] == wide["copy"] > 0
+    for plan in (wide, thin):
+        left = plan["gradients"] + plan["activations"] + plan["working"]
+        assert plan["saving"] == max(0, plan["copy"] - left)
+        assert plan["total"] == sum(plan[part] for part in memory.PARTS)
+    assert wide["saving"] < thin["saving"] < beside["saving"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "evaluations", "held_out", "saves"),
+    [(0, 0, True, 1), (8, 0, True, 1), (7, 0, True, 2), (0, 4, True, 2), (0, 4, False, 1), (2, 3, True, 1 + 3 + 2)],
+)
+def test_saves_are_counted_as_the_loop_makes_them(
+    recipe: Path, checkpoints: int, evaluations: int, held_out: bool, saves: int
+) -> None:
+    """Breaks when the checkpoint of the last step counts twice, or an evaluation that nothing is held out for."""
+    asked = load_recipe(recipe, overrides=[f"checkpoint.every={checkpoints}", f"evaluation.every={evaluations}"]).recipe
+    data = SimpleNamespace(held_out=[1] * held_out)
+    assert memory.most_saves(asked, data, 8) == saves  # type: ignore[arg-type]
 
 
 def _originals(edit: Any) -> Sequence[torch.Tensor]:

@@ -282,7 +282,9 @@ def test_the_plan_of_a_recipe_is_that_of_the_run(recipe: Path) -> None:
         (("--model-config", "{}", "--inference", "--clients", "0"), "0 clients"),
         (("--model-config", "{}", "--inference", "--method", "lora"), "--method with --inference"),
         (("--model-config", "{}", "--clients", "3"), "--clients with training"),
-        (("--model-config", "{}", "--price", "3"), "--price with a run of no known length"),
+        (("--model-config", "{}", "--price", "3"), "price is 3.0 of a run of no known length"),
+        (("--model-config", "{}", "--tflops", "0"), "tflops 0.0"),
+        (("--model-config", "{}", "--inference", "--bandwidth", "-1"), "rates [-1"),
         (("recipe.yaml", "--memory", "3GB"), "--memory with a recipe"),
     ],
 )
@@ -296,3 +298,12 @@ def test_an_unknown_family_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", "vocab_size": VOCABULARY}))
     luthier("plan", "--model-config", tmp_path).must(2, "model_type is 'bloom'", "llama")
     luthier("plan", "--model-config", tmp_path, "--inference").must(2, "model_type is 'bloom'")
+
+
+@pytest.mark.parametrize("what", [(), ("--inference",)])
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', "[1]", "\0", "{"])
+def test_a_file_that_is_no_config_is_told_as_what_it_is(tmp_path: Path, text: str, what: tuple[str, ...]) -> None:
+    """Breaks when a data file in the place of a config is answered with advice about runs."""
+    (tmp_path / "rows.jsonl").write_text(text)
+    failed = luthier("plan", "--model-config", tmp_path / "rows.jsonl", *what)
+    assert "resume" not in failed.must(74, "JSON", "the file that was meant").err

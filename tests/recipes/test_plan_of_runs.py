@@ -1,8 +1,8 @@
 """The plan of a recipe against the peak that `luthier train` writes into a run's summary, for whole runs.
 
 A process holds an interpreter and its libraries besides what is planned. So two runs are compared that differ in the
-size of their model: the plan has to say by how much their peaks differ. Both write a checkpoint after each step, as the
-plan has room for the copy that one is written from while training goes on.
+size of their model: the plan has to say by how much their peaks differ. Both write a checkpoint after each step, from a
+copy that lies beside the next one's pass; or only one at the end, whose copy lies where passes were.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tests.tiny import VOCABULARY, tiny_tokenizer
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": "lora"},
     "full": {"adapter": "full"},
+    "full, saved at the end": {"adapter": "full", "checkpoint": {"every": 0}},
+    "lora, saved at the end": {"adapter": "lora", "checkpoint": {"every": 0}},
     "ia3": {"adapter": "ia3"},
     "qlora": {"adapter": "lora", "quantizer": "nf4", "optimizer": "paged_adamw"},
     "lora, all blocks made again": {"adapter": "lora", "batch": {"micro_tokens": 2048, "recompute": "all"}},

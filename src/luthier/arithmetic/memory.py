@@ -277,6 +277,11 @@ def staging(parameters: int, optimizer_bytes: int) -> int:
     return _WIDE * parameters + optimizer_bytes
 
 
+def saving(copy: int, *, meanwhile: bool, freed: int) -> int:
+    """What such a copy adds to the peak of a run. At the end it lies where gradients and passes were: `freed` bytes."""
+    return copy if meanwhile else max(0, copy - freed)
+
+
 def checkpoint(parameters: int, optimizer_bytes: int, *, tensors: int, rows: int) -> int:
     """The files of one checkpoint: masters, optimizer state, names, generators, and a number for each training row."""
     names, generators, row = 3 * 220 * tensors, 24_000, 32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,16 +43,13 @@ def export(
         from luthier.core.recipe_file import read_layers, validated
         from luthier.recipes.export import ExportKnobs, Source, lines_of
         from luthier.recipes.export import export as run_export
+        from luthier.recipes.progress import teller
 
     layered = read_layers(None, sets=set_ or [], defaults={"exporter": {"method": to}}, known=("exporter",))
     chosen = validated(ExportKnobs, layered).exporter
 
-    def told(line: str) -> None:
-        if not quiet:
-            print(f"{line} ...", file=sys.stderr, flush=True)
-
     asked = Source(name=source, adapter=adapter, precision=precision, device=device)  # type: ignore[arg-type]  # checked
-    found = run_export(asked, chosen, out, dry=dry_run, told=told)
+    found = run_export(asked, chosen, out, dry=dry_run, told=teller(quiet=quiet))
     if json:
         print_json(found)
         return

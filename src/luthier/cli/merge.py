@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError, advised
 from luthier.core.imports import uncollected
 from luthier.core.units import bytes_text
+
+if TYPE_CHECKING:
+    from luthier.recipes.merge import Gate
 
 _SHOWN_ROLES = 16
 _ADVICE = "luthier merge --help shows the options, luthier describe METHOD the knobs of a method"
@@ -55,7 +58,10 @@ def merge(
       luthier merge merge.yaml --out models/merged --data held_out.jsonl --json
     """
     with advised(_ADVICE):
-        _require(models, out, data, metric, dry_run=dry_run)
+        if out is None and not dry_run:
+            raise RecipeError(
+                f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR"
+            )
         given = _set(set_ or [])
         if adapters:
             _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
@@ -69,25 +75,17 @@ def merge(
         else:
             knobs = {"t": t, "density": density}
             recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
+        gate = _gate(data, metric, allow_worse=allow_worse)
         if dry_run:
             with opened(recipe) as opening:
                 planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
             planned["notices"] = [*notes, *planned["notices"]]
             print_json(planned) if json else _print_plan(planned)
             return
-        gate = _gate(data, metric, allow_worse=allow_worse)
         with _progress(quiet=quiet or json) as told:
             found = merge_models(recipe, out or Path(), gate=gate, told=told)
         found["notices"] = [*notes, *found["notices"]]
         print_json(found) if json else _print_found(found)
-
-
-def _require(models: list[str], out: Path | None, data: Path | None, metric: str | None, *, dry_run: bool) -> None:
-    """Raise RecipeError for options that lack what they go with."""
-    if out is None and not dry_run:
-        raise RecipeError(f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR")
-    if metric is not None and data is None:
-        raise RecipeError(f"--metric is {metric}, and there is nothing to ask", do="name the rows: --data FILE")
 
 
 def _set(assignments: list[str]) -> Mapping[str, Any]:
@@ -102,15 +100,13 @@ def _set(assignments: list[str]) -> Mapping[str, Any]:
     return found
 
 
-def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Any:
-    if data is None:
+def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Gate | None:
+    if data is None and metric is None:
         return None
     with uncollected():
-        from luthier.recipes.merge import Gate
-        from luthier.recipes.merge_gate import Bench, metric_of
+        from luthier.recipes.merge_gate import gate_of
 
-    bench = Bench(data, metric_of(metric), allow_worse=allow_worse)
-    return Gate(bench.parents, bench.judge)
+    return gate_of(data, metric, allow_worse=allow_worse)
 
 
 def _merge_adapters(

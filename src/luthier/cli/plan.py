@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -69,7 +69,7 @@ def plan(
         _require_none(given - _OF_A_RECIPE, "a recipe, which says all of it: see --set")
         _of_recipe(recipe, set_ or [], as_json=json)
         return
-    config = config_file(model_config or Path())
+    config = model_config or Path()
     if inference:
         _require_none(given - _OF_ANSWERING, "--inference")
         _of_inference(config, (clients, context), precision, quantizer, memory, (tflops, bandwidth), as_json=json)
@@ -98,25 +98,11 @@ def _require_none(unread: set[str], what: str) -> None:
         raise RecipeError(f"{names} with {what}", do=f"leave {names} out")
 
 
-def config_file(place: Path) -> Path:
-    """The config.json that a path means."""
-    found = place / "config.json" if place.is_dir() else place
-    if not found.is_file():
-        raise RecipeError(f"there is no {found}", allowed="the config.json of a model, or a folder with one")
-    return found
-
-
 def _of_recipe(recipe: Path, sets: list[str], *, as_json: bool) -> None:
     with uncollected():
-        from luthier.recipes.files import load_recipe
-        from luthier.recipes.plan_recipe import plan_recipe
-        from luthier.recipes.several_recipe import names_several
+        from luthier.recipes.plan_recipe import plan_file
 
-    if names_several(recipe, sets):
-        raise RecipeError(
-            f"{recipe} trains several adapters", allowed="recipes with one", do="use luthier train --dry-run"
-        )
-    found = plan_recipe(load_recipe(recipe, overrides=sets).recipe)
+    found = plan_file(recipe, sets)
     print_json(found) if as_json else print_needs(found)
 
 
@@ -133,30 +119,19 @@ def _of_config(
 ) -> None:
     from luthier.core.units import bytes_from
 
-    if run[0] is None and run[1] is not None:
-        _require_none({"price"}, "a run of no known length: give --tokens")
     limit = None if memory is None else bytes_from(memory)
     with uncollected():
-        from luthier.recipes.plan import Machine, cost, lay, plan_training
-        from luthier.recipes.plan_asked import asked
-        from luthier.recipes.plan_explained import explained
-        from luthier.recipes.plan_fits import advice, largest
+        from luthier.recipes.plan import Machine
+        from luthier.recipes.plan_asked import answered, asked
 
-    laid = lay(config, asked(method, sets, limit))
-    tflops, bandwidth, efficiency = rates
-    machine = Machine(
-        None if tflops is None else tflops * 1e12, None if bandwidth is None else bandwidth * 1e9, efficiency
-    )
-    found: dict[str, Any] = plan_training(laid, machine)
-    if (tokens := run[0]) is not None:
-        found["cost"] = cost(found, tokens, run[1])
-    lines = explained(laid, found) if explain else []
-    found |= {"largest": largest(laid), "advice": advice(config, laid)}
+    tokens, price = run
+    found = answered(config, asked(method, sets, limit), Machine.of(*rates),
+                     tokens=tokens, price=price, explain=explain)  # fmt: skip
     if as_json:
-        print_json({**found, **({"formulas": dict(lines)} if explain else {})})
+        print_json(found)
         return
     print_needs(found)
-    print_explained(lines)
+    print_explained(found.get("formulas", {}))
 
 
 def _of_inference(
@@ -165,24 +140,17 @@ def _of_inference(
 ) -> None:  # fmt: skip
     """No torch is needed for this, unless weights are packed: a quantizer says itself what they take."""
     from luthier.core.units import bytes_from
-    from luthier.recipes.plan_inference import NUMBERS, plan_inference
-    from luthier.store.files import read_json
+    from luthier.recipes.plan_inference import plan_inference
 
     (clients, context), (tflops, bandwidth) = load, rates
-    precision = "bfloat16" if precision == "auto" else precision
-    if precision not in NUMBERS or clients < 1 or context < 1:
-        raise RecipeError(
-            f"precision {precision!r}, {clients} clients, {context} tokens",
-            allowed=f"{', '.join(NUMBERS)}; and at least 1 of each",
-        )
     packed = None
     if quantizer is not None:
         from luthier.recipes.plan_asked import packed_bytes
 
         packed = packed_bytes(quantizer)
     found = plan_inference(
-        read_json(config), clients=clients, context=context, precision=precision, packed=packed,
-        memory=None if memory is None else bytes_from(memory), flops=None if tflops is None else tflops * 1e12,
-        bandwidth=None if bandwidth is None else bandwidth * 1e9,
+        config, clients=clients, context=context, precision="bfloat16" if precision == "auto" else precision,
+        packed=packed, memory=None if memory is None else bytes_from(memory),
+        flops=None if tflops is None else tflops * 1e12, bandwidth=None if bandwidth is None else bandwidth * 1e9,
     )  # fmt: skip
     print_json(found) if as_json else print_inference(found, clients, context)

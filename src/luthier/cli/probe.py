@@ -12,12 +12,13 @@ from luthier.cli.options import DryRun, Json, Quiet, Set, run_named
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError
 from luthier.core.imports import uncollected
+from luthier.core.units import bytes_text
 
 if TYPE_CHECKING:
-    from luthier.core.events import Recorder
-    from luthier.recipes.probed import Probed
+    from luthier.recipes.mitigate import Scaling
 
-NEW = Path("probes")
+MITIGATION = "mitigation"
+"""What its knobs are set under, as those of a probe are under its name."""
 
 
 def probe(
@@ -35,9 +36,11 @@ def probe(
         typer.Option("--keep", metavar="FILE", help="Text or rows whose loss tells what was forgotten; repeatable."),
     ] = None,
     mitigate: Annotated[
-        str,
-        typer.Option("--mitigate", metavar="X,X,...", help="Scale intruder dimensions by these, and measure it."),
-    ] = "",
+        str | None,
+        typer.Option(
+            "--mitigate", metavar="X,X,...", help="Scale intruders by these; --set mitigation.k, mitigation.epsilon."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="New folder for the adapter with them scaled.")
     ] = None,
@@ -57,61 +60,52 @@ def probe(
       luthier probe --before Qwen/Qwen2.5-0.5B --after models/mine --set intruder_dimensions.k=5
     """
     with uncollected():
-        from luthier.recipes.mitigate import mitigated
-        from luthier.recipes.probe import PROBES, chosen_probes, probe_pair, split_by_cost
+        from luthier.recipes.diagnose import Asked, diagnose, planned
+        from luthier.recipes.probe import chosen_probes
         from luthier.recipes.progress import progress
 
-    factors = _factors(mitigate)
-    if out is not None and not factors:
-        do = "say by what to scale intruders: --mitigate 0.5"
-        raise RecipeError(f"--out {out} is given without --mitigate", do=do)
-    chosen = chosen_probes(names or [], set_ or [])
-    folder = report or (NEW if run is None else run / PROBES)
+    if run is not None:
+        run_named(run)
+    own = [each for each in set_ or [] if each.strip().startswith(f"{MITIGATION}.")]
+    sets = [each for each in set_ or [] if each not in own]
+    asked = Asked(
+        run=run, before=before, after=after, keep=keep or [],
+        probes=chosen_probes(names or [], sets) if names or sets else (), named=bool(names),
+        scaling=_scaling(mitigate, own), out=out, report=report,
+    )  # fmt: skip
     with progress(quiet=quiet) as recorder:
-        probed = _opened(run, before, after, keep or [], recorder)
-        made, left_out = split_by_cost(chosen, probed.pair, named=bool(names))
         if dry_run:
-            planned = ["mitigation"] if factors else [one.method_name() for one in made]
-            _print_plan(planned, left_out, str(folder), json=json)
+            told = planned(asked, recorder=recorder)
+            print_json(told) if json else _print_plan(told)
             return
-        if factors:
-            results = mitigated(probed, factors, folder, out=out)
-        else:
-            results = probe_pair(probed, made, folder, left_out=left_out, recorder=recorder)
-    print_json(results) if json else _print(results, out)
+        found = diagnose(asked, recorder=recorder)
+    print_json(found) if json else _print(found, out)
 
 
-def _opened(run: Path | None, before: str, after: str, keep: list[str], recorder: Recorder) -> Probed:
-    from luthier.recipes.probed import probed_folders, probed_run
+def _scaling(text: str | None, sets: list[str]) -> Scaling | None:
+    """What `--mitigate` and `--set mitigation.KNOB=VALUE` say together."""
+    from luthier.core.knobs import validate
+    from luthier.recipes.mitigate import Scaling
+    from luthier.recipes.probe import knobs_of
 
-    if run is not None and not before and not after:
-        return probed_run(run_named(run), keep, recorder=recorder)
-    if run is None and before and after:
-        return probed_folders(before, after, keep, recorder=recorder)
-    raise RecipeError(
-        "what to look at is not clear", allowed="a run, or both --before and --after", do="luthier probe RUN"
-    )
-
-
-def _factors(text: str) -> list[float]:
-    """The lambdas of `--mitigate`."""
+    if text is None:
+        if sets:
+            raise RecipeError(f"--set {sets[0]} without --mitigate", do="say by what to scale: --mitigate 0,0.5,1")
+        return None
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        factors = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [-1.0]
-    if any(not 0 <= each <= 10 for each in found):
-        raise RecipeError(f"--mitigate {text}", allowed="numbers from 0 to 10 with commas, such as 0,0.5,1")
-    return found
+        raise RecipeError(
+            f"--mitigate {text!r}", allowed="numbers from 0 to 10 with commas", do="for example --mitigate 0,0.5,1"
+        ) from None
+    return validate(Scaling, {"factors": factors, **knobs_of(sets, [MITIGATION]).get(MITIGATION, {})})
 
 
-def _print_plan(made: list[str], left_out: Mapping[str, str], folder: str, *, json: bool) -> None:
-    if json:
-        print_json({"probes": made, "left_out": dict(left_out), "folder": folder})
-        return
-    typer.echo(f"probes     {', '.join(made) or 'none'}")
-    for name, why in left_out.items():
+def _print_plan(planned: Mapping[str, Any]) -> None:
+    typer.echo(f"probes     {', '.join(planned['probes']) or 'none'}")
+    for name, why in planned["left_out"].items():
         typer.echo(f"left out   {name}: {why}")
-    typer.echo(f"would go   to {folder}")
+    typer.echo(f"would go   to {planned['folder']}")
 
 
 def _print(found: Mapping[str, Any], out: Path | None) -> None:
@@ -124,4 +118,8 @@ def _print(found: Mapping[str, Any], out: Path | None) -> None:
         typer.echo(f"left out   {name}: {why}")
     if out is not None and out.is_dir():
         typer.echo(f"adapter    {out}")
+    if cache := found["cache"]:
+        taken, most = bytes_text(cache["bytes"]), bytes_text(cache["most_bytes"])
+        what = f"{cache['files']} decomposed matrices of bases, {taken} of at most {most}"
+        typer.echo(f"cache      {what}, in {cache['folder']}; delete it to have the room back")
     typer.echo(f"page       {found['page']}")

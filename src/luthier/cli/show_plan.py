@@ -72,11 +72,11 @@ def print_inference(plan: Mapping[str, Any], clients: int, context: int) -> None
                    f"{largest['context']:,}")  # fmt: skip
 
 
-def print_explained(lines: Sequence[tuple[str, str]]) -> None:
+def print_explained(formulas: Mapping[str, str]) -> None:
     """The formulas, if they were asked for."""
-    if lines:
+    if formulas:
         typer.echo("formulas")
-    for name, text in lines:
+    for name, text in formulas.items():
         typer.echo(f"  {name:<14} {text}")
 
 

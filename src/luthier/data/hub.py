@@ -84,7 +84,7 @@ class ModelFiles:
                 where=str(path),
             )
         if not real.is_file():
-            raise CorruptError(f"{name} is no regular file", where=str(path))
+            raise CorruptError(f"{name} is no regular file", do=AGAIN, where=str(path))
         return path
 
     def json(self, name: str) -> dict[str, object]:
@@ -110,7 +110,7 @@ def read_bytes(path: Path, *, most: int) -> bytes:
     """The bytes of a regular file of at most that many bytes."""
     with open_regular(path) as (file, size):
         if size > most:
-            raise CorruptError(f"{size} bytes", allowed=f"at most {most} bytes", where=str(path))
+            raise CorruptError(f"{size} bytes", allowed=f"at most {most} bytes", do=AGAIN, where=str(path))
         return file.read(most + 1)
 
 
@@ -136,7 +136,7 @@ def open_regular(path: Path) -> Iterator[tuple[FileIO, int]]:
 def _regular(number: int, path: Path) -> int:
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise CorruptError("no regular file", where=str(path))
+        raise CorruptError("no regular file", do=AGAIN, where=str(path))
     return number
 
 

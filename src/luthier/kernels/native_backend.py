@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor, nn
 
 from luthier.kernels import native_build
+from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
 from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, is_bare
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
@@ -299,7 +300,7 @@ class NativeBackend(Backend):
 
     def _call(self, name: str, dtype: torch.dtype, *arguments: Any) -> None:
         """Call a function with pointers for tensors; they live at least as long as the call."""
-        plain = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        plain = [each.data_ptr() or nowhere(each) if isinstance(each, Tensor) else each for each in arguments]
         if self._functions[name, dtype](*plain):
             raise torch.OutOfMemoryError(f"no memory for the workspace of {name} in C++")
 

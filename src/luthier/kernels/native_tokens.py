@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, RowCodes, TokenBlocks
 from luthier.kernels.thin import MOST_RANKS
 
@@ -64,12 +65,12 @@ class NativeTokenBlocks(TokenBlocks):
             return None
         out, texts = torch.empty_like(x), kept.texts
         sides = [pair for both in zip(kept.keys, kept.values, strict=True) for pair in both]
-        held = (_POINTER * len(sides))(*(each.data_ptr() for each in sides))
+        held = (_POINTER * len(sides))(*map(Tensor.data_ptr, sides))
         rows = None if added is None else added.rows.together
         terms = None if added is None else _table(added)
         tiles = (None,) * 4 if rows is None else (rows.tiles, rows.firsts, rows.numbers, rows.weights)
         tensors = (x, out, *angles, kept.rows, texts.pages, texts.counts, texts.starts, *tiles)
-        pointers = [None if each is None else each.data_ptr() for each in tensors]
+        pointers = [None if each is None else _address(each) for each in tensors]
         first = ctypes.addressof(self._laid_out) + which.start * ctypes.sizeof(_Block)
         counts = (len(which), *x.shape, *texts.pages.shape, texts.size, 0 if rows is None else len(rows.tiles))
         if self._function(first, held, terms, *pointers, *counts):
@@ -103,17 +104,21 @@ def _laid_out(block: BareBlock) -> _Block:
     norms = (*block.norms, *(block.head_norms or none))
     found = _Block(heads=outs[0] // block.head_size, groups=outs[1] // block.head_size, head=block.head_size)
     found.layers[:] = layers
-    found.norms[:] = [None if each is None else each[0].data_ptr() for each in norms]
+    found.norms[:] = [None if each is None else _address(each[0]) for each in norms]
     found.eps[:] = [0.0 if each is None else each[1] for each in norms[:3]]
     found.inner, found.scale, found.window = outs[4], block.scale, block.window or EVERYTHING
     return found
 
 
 def _layer(weight: Tensor | RowCodes, bias: Tensor | None) -> tuple[int | None, int | None, int | None]:
-    own = None if bias is None else bias.data_ptr()
+    own = None if bias is None else _address(bias)
     if isinstance(weight, RowCodes):
-        return weight.codes.data_ptr(), weight.scales.data_ptr(), own
-    return weight.data_ptr(), None, own
+        return _address(weight.codes), _address(weight.scales), own
+    return _address(weight), None, own
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() or nowhere(tensor)
 
 
 def _fit(added: AddedTerms, rows: int) -> bool:

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from luthier.kernels.addresses import nowhere
+
 Numbered = tuple[tuple[int, float], ...]
 """Terms by their numbers, and what each is multiplied by."""
 LONG: Final = 32
@@ -67,7 +69,8 @@ class ThinTerms:
         self.reserve(number + 1)
         self.terms[number] = term
         self._stacks = None
-        self.table[number] = torch.tensor([term.down.data_ptr(), term.up.data_ptr(), len(term.down)])
+        places = (each.data_ptr() or nowhere(each) for each in (term.down, term.up))
+        self.table[number] = torch.tensor([*places, len(term.down)])
         self.scales[number] = term.scale
         self.most_ranks = max(self.most_ranks, len(term.down))
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +31,8 @@ FOLDER = "spectra"
 MOST_BYTES = 8 * 2**30
 SPARE_ROOM = 4
 """A file is kept where the disk has room for so many of it."""
+ABANDONED = 3600.0
+"""Seconds after which a file that is being written is taken for what a killed process has left."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ class BaseSpectra:
     def has(self, weight: Float[Tensor, "out in"]) -> bool:
         """Whether a decomposition is there already."""
         return self.folder is not None and (self.folder / f"{_digest(weight)}.safetensors").is_file()
+
+    def kept(self) -> dict[str, Any]:
+        """Where they lie, how many there are, what they take and may take; empty where none is kept."""
+        sizes = [] if self.folder is None else [size for _, size, _ in _files(self.folder)]
+        if not sizes:
+            return {}
+        return {"folder": str(self.folder), "files": len(sizes), "bytes": sum(sizes), "most_bytes": self.most_bytes}
 
     def _keep(self, path: Path, made: Spectrum) -> None:
         tensors = {"left": made.left, "sizes": made.sizes, "right": made.right}
@@ -97,9 +109,23 @@ def _read(path: Path, weight: Float[Tensor, "out in"]) -> Spectrum | None:
 
 def _make_room(folder: Path, most: int) -> None:
     """Let the files of a folder take `most` bytes: those go that were used longest ago."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
-    for path in files:
-        total += path.stat().st_size
+    for path, size, _ in sorted(_files(folder), key=lambda file: file[2], reverse=True):
+        total += size
         if total > most:
             path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        # A process that was killed while it wrote one has left it; nobody writes for so long.
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def _files(folder: Path) -> list[tuple[Path, int, float]]:
+    """Each file with its bytes and when it was last used; another process may take one away meanwhile."""
+    found = []
+    for path in folder.glob("*.safetensors"):
+        with suppress(FileNotFoundError):
+            told = path.stat()
+            found.append((path, told.st_size, told.st_mtime))
+    return found

@@ -26,7 +26,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from luthier.core.errors import CorruptError, RecipeError, UnsafeArtifactError
 from luthier.core.nearest import nearest
-from luthier.data.hub import read_json
+from luthier.data.hub import AGAIN, read_json
 from luthier.data.reading.strict_json import excerpt
 
 MAX_LAYERS: Final = 10_000
@@ -201,7 +201,9 @@ class _Gate:
             return value
         if isinstance(value, int):
             if abs(value) > _MOST:
-                raise CorruptError(f"{place} is {str(value)[:30]}", allowed=f"at most {_MOST}", where=str(self._path))
+                raise CorruptError(
+                    f"{place} is {str(value)[:30]}", allowed=f"at most {_MOST}", do=AGAIN, where=str(self._path)
+                )
             return value
         if isinstance(value, str):
             if not _NAME.fullmatch(value):
@@ -226,7 +228,9 @@ class _Gate:
 
     def _bounded(self, key: str, value: object, place: str) -> None:
         if key in _LAYERS and isinstance(value, int) and value > MAX_LAYERS:
-            raise CorruptError(f"{place} is {value}", allowed=f"at most {MAX_LAYERS} layers", where=str(self._path))
+            raise CorruptError(
+                f"{place} is {value}", allowed=f"at most {MAX_LAYERS} layers", do=AGAIN, where=str(self._path)
+            )
 
 
 def known_keys(kind: type[PretrainedConfig]) -> frozenset[str]:

@@ -70,7 +70,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Text:
-    """Something whose loss is looked at before and after: `kind` is task, kept or other."""
+    """Something whose loss is looked at before and after: `kind` is task, kept, other, or said by one of the two."""
 
     name: str
     kind: str

@@ -81,9 +81,10 @@ class Probe(Method):
     def of(self, pair: Pair) -> Report:
         """The report about a pair. Raises NumericError where weights are not finite."""
         if "weights" in self.needs and not pair.changes:
-            what = f" (it is {', '.join(pair.beside)})" if pair.beside else ""
-            return Report(verdict=(f"No matrix of the base is changed{what}: there is nothing to look at.",),
-                          measured=False)  # fmt: skip
+            what = pair.settings.get("method") or ", ".join(pair.beside)
+            why = f": {what} works beside them" if what else ""
+            sentence = f"No matrix of the base is changed{why}, and there is nothing to look at."
+            return Report(verdict=(sentence,), measured=False)
         if "weights" in self.needs and not sum(require_finite(each.name, each.norm()) for each in pair.changes):
             sentence = "No weight differs from the base: there is no change to look at."
             return Report(verdict=(sentence,), numbers={"changed_matrices": 0})
@@ -92,7 +93,10 @@ class Probe(Method):
             sentence = "No text is known to ask the two models about: name some with --keep FILE."
             return Report(verdict=(sentence,), measured=False)
         if "gradients" in self.needs and pair.gradients is None:
-            sentence = "Gradients are those of a run and its rows: two folders have none."
+            sentence = (
+                "No rows with a loss are known to take gradients of: a fine-tune on two rows or more has some, a run "
+                "that was taught by rewards and two folders have none."
+            )
             return Report(verdict=(sentence,), measured=False)
         return self.look(pair)
 

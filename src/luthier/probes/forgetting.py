@@ -18,12 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Final, final
 
 from pydantic import Field
 
 from luthier.model.pair import Pair, Text
 from luthier.probes import Probe, Report, Table, Value, require_finite
+
+KEPT: Final = ("kept", "other")
+"""Kinds of text that a tuned model should not have become worse at."""
 
 
 @final
@@ -46,7 +49,7 @@ class Forgetting(Probe):
         numbers: dict[str, Value] = {}
         for one in found:
             numbers |= {f"{one.text.name}_before": one.before, f"{one.text.name}_after": one.after}
-        kept = [one for one in found if one.text.kind != "task"]
+        kept = [one for one in found if one.text.kind in KEPT]
         gained = sum(max(0.0, -one.rise) for one in found if one.text.kind == "task")
         if kept:
             worst = max(one.rise for one in kept)

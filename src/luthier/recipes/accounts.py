@@ -65,8 +65,9 @@ def plan(
     steps = total_steps(recipe.budget, source)
     if isinstance(recipe, ReinforceRecipe):
         steps = rollout_steps(recipe, len(data.train))
-    needed = memory.plan_memory(recipe, model, attachment, source, steps, pooled=pooled)
-    written = memory.plan_disk(recipe, data, model, attachment, steps)
+    saves = memory.most_saves(recipe, data, steps)
+    needed = memory.plan_memory(recipe, model, attachment, source, steps, saves=saves, pooled=pooled)
+    written = memory.plan_disk(recipe, data, model, attachment, saves=saves)
     tokens = data.store.token_count
     flow = limits.flow_of(model, source, _trained_share(recipe, data, source))
     speed = limits.plan_speed(

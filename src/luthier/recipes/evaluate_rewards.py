@@ -32,7 +32,7 @@ def evaluate_rewards(run: RunDirectory, recipe: ReinforceRecipe, *, data: Path |
         # Every row of the file is a prompt, as a run would read it.
         knobs = recipe.data.model_copy(update={"train": str(data), "evaluation": None})
         recipe = recipe.model_copy(update={"data": knobs})
-    prepared = _prepared(recipe, whole=data is not None)
+    prepared = prompts_of(recipe, whole=data is not None)
     opened, scoring = open_named(str(run.folder)), scoring_of(recipe)
     views = prepared.held_out if data is None else prepared.train
     held = HeldOut.of(recipe, prepared, reading_of(recipe), opened.tokenizer, opened.model, scoring=scoring,
@@ -68,7 +68,8 @@ def _base(recipe: ReinforceRecipe, tuned: LanguageModel) -> LanguageModel:
     return load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=tuned.task)
 
 
-def _prepared(recipe: ReinforceRecipe, *, whole: bool) -> Prepared:
+def prompts_of(recipe: ReinforceRecipe, *, whole: bool = False) -> Prepared:
+    """The prompts of a run, whose recipe's paths lead from here; with `whole` every row is one to train on."""
     return prepare(
         recipe.data.train,
         Tokenizer.load(resolve_source(recipe.model)),

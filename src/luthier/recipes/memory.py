@@ -40,27 +40,35 @@ def plan_memory(
     source: DataSource,
     steps: int,
     *,
+    saves: int,
     pooled: bool,
 ) -> dict[str, int]:
     """Bytes at the peak of the run, by part, with `total` and what is `available` to this process (weights included).
 
     `tokens` and `longest` are those of the largest micro-batch, from the lengths of the rows. `recomputed` is how many
     blocks are recomputed, by the recipe or because it takes so many to fit; `without` is the total if none were.
+    `copy` is what a checkpoint is written from; of `saves` checkpoints all but the last are written during passes.
     """
     largest = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
     batches = {batch: Forest(tuple(source.trees_of(batch))) for batch in largest}
     parts = lasting(model, attachment, recipe.optimizer)
-    if model.device.type == "cpu":
-        # The copy that a checkpoint is written from lies on the host, wherever the model is.
-        parts["saving"] = bytes_of.staging(attachment.parameter_count, parts["optimizer"])
+    # The copy that a checkpoint is written from lies on the host, wherever the model is.
+    copy = bytes_of.staging(attachment.parameter_count, parts["optimizer"]) if model.device.type == "cpu" else 0
+    meanwhile = saves > 1
+
+    def whole(widest: Pass) -> dict[str, int]:
+        freed = parts["gradients"] + widest.bytes
+        return {**parts, "activations": widest.kept, "working": widest.working,
+                "saving": bytes_of.saving(copy, meanwhile=meanwhile, freed=freed)}  # fmt: skip
+
     available = free_memory(model.device) + parts["weights"] + parts["trained"]
-    room = available - sum(parts.values())
+    room = available - sum(parts.values()) - copy * meanwhile
     tried = _recomputed(recipe, model)
     passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled)
     # As few as fit; if none do, as few as save most.
     least = min(tried, key=lambda count: passes[count].bytes)
     count = next((count for count in tried if passes[count].bytes <= room), least)
-    needed = {**parts, "activations": passes[count].kept, "working": passes[count].working}
+    needed = whole(passes[count])
     return {
         **{name: needed[name] for name in PARTS},
         "total": sum(needed.values()),
@@ -69,7 +77,8 @@ def plan_memory(
         "longest": passes[count].longest,
         "recomputed": count,
         "blocks": model.sites.layers,
-        "without": sum(parts.values()) + passes[0].bytes,
+        "without": sum(whole(passes[0]).values()),
+        "copy": copy,
     }
 
 
@@ -122,10 +131,16 @@ def _recomputed(recipe: FinetuneRecipe, model: LanguageModel) -> Sequence[int]:
     return (count,)
 
 
+def most_saves(recipe: FinetuneRecipe, data: Prepared, steps: int) -> int:
+    """At most so many checkpoints are ever written: those due, one for each evaluation that is the best, the last."""
+    every = [recipe.checkpoint.every, recipe.evaluation.every if len(data.held_out) else 0]
+    return 1 + sum((steps - 1) // interval for interval in every if interval)
+
+
 def plan_disk(
-    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, steps: int
+    recipe: FinetuneRecipe, data: Prepared, model: LanguageModel, attachment: Attachment, *, saves: int
 ) -> dict[str, int]:
-    """Bytes of one checkpoint and of the result, how many checkpoints are kept at once, and what is free there.
+    """Bytes of one of so many checkpoints and of the result, how many are kept at once, and what is free there.
 
     The token cache has been written by now: it is in `cache`, and not in `total`.
     """
@@ -135,7 +150,7 @@ def plan_disk(
     # A trained tensor is there with two of the optimizer's.
     count = len(tensors) + math.ceil(len(constants) / 3)
     one = bytes_of.checkpoint(attachment.parameter_count, beside, tensors=count, rows=len(data.train))
-    kept = bytes_of.kept_checkpoints(recipe.checkpoint.keep, _saves(recipe, steps))
+    kept = bytes_of.kept_checkpoints(recipe.checkpoint.keep, saves)
     # Trained base weights are saved as a whole model, whichever of them were trained.
     adapter = sum(tensor.nbytes for tensor in attachment.named_tensors().values())
     result = _weights(model) if attachment.trains_base else adapter
@@ -270,12 +285,6 @@ def _weights(model: LanguageModel, quantizer: Quantizer | None = None) -> int:
     # Of packed weights one is unpacked at a time.
     unpacked = max((each.nbytes for key, each in parameters.items() if stored[key] != each.nbytes), default=0)
     return sum(stored.values()) + unpacked
-
-
-def _saves(recipe: FinetuneRecipe, steps: int) -> int:
-    """At most so many checkpoints are ever written: the due ones, and one for each evaluation that is the best."""
-    every = [interval for interval in (recipe.checkpoint.every, recipe.evaluation.every) if interval]
-    return 1 + sum(steps // interval for interval in every)
 
 
 def _biggest(memory: Mapping[str, int]) -> str:

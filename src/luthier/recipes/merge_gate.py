@@ -25,6 +25,7 @@ from luthier.metrics import Metric
 from luthier.recipes.answers import answered, questions
 from luthier.recipes.evaluate import held_out_of
 from luthier.recipes.measuring import mean_loss
+from luthier.recipes.merge import Gate
 from luthier.recipes.opened import open_named
 from luthier.recipes.schema import FinetuneRecipe
 
@@ -40,6 +41,18 @@ def metric_of(name: str | None) -> Metric | None:
     found = choose("metrics", Metric, name)
     found.require()
     return found
+
+
+def gate_of(data: Path | None, metric: Metric | str | None = None, *, allow_worse: bool = False) -> Gate | None:
+    """The gate of these rows; none without any. Raises RecipeError for a metric that has nothing to ask."""
+    chosen = metric if isinstance(metric, Metric) else metric_of(metric)
+    if data is None:
+        if metric is not None:
+            name = metric if chosen is None else chosen.method_name()
+            raise RecipeError(f"--metric is {name}, and there is nothing to ask", do="name the rows: --data FILE")
+        return None
+    bench = Bench(data, chosen, allow_worse=allow_worse)
+    return Gate(bench.parents, bench.judge)
 
 
 @final

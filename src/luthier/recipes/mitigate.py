@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, final
 
 import torch
+from pydantic import Field, field_validator
 
 from luthier.adapters.lora import LoRA, LowRank
 from luthier.core.errors import GateError, RecipeError
+from luthier.core.knobs import Knobs
 from luthier.maths.intruders import correction, likeness, norm_of_factors
 from luthier.model.adapter_files import read_config, read_extras, save_adapter
 from luthier.model.edits import Edit
@@ -34,11 +36,27 @@ from luthier.recipes.probed import Probed
 from luthier.store.folder import write_folder
 
 NAME: Final = "mitigation"
-K: Final = 10
-EPSILON: Final = 0.5
 SAME: Final = 1e-3
-"""The leading directions that are looked at, and below which cosine one is an intruder: the paper's. Losses that differ
-by less than SAME are told as equal."""
+"""Losses that differ by less are told as equal."""
+
+
+@final
+class Scaling(Knobs):
+    """By what intruders are scaled, and what is one. The defaults of the latter are the paper's."""
+
+    factors: Annotated[tuple[Annotated[float, Field(ge=0, le=10)], ...], Field(strict=False, min_length=1)] = Field(
+        description="values of lambda, each once: 1 leaves intruders as they are, 0 takes them out"
+    )
+    k: int = Field(10, ge=1, description="strongest directions of each matrix that are looked at")
+    epsilon: float = Field(0.5, gt=0, lt=1, description="a direction whose cosines are all below this is an intruder")
+
+    @field_validator("factors", mode="after")
+    @classmethod
+    def _each_once(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(factors)) < len(factors):
+            raise RecipeError(f"{', '.join(format(each, 'g') for each in factors)}", allowed="each lambda once",
+                              do="leave out what is there twice")  # fmt: skip
+        return factors
 
 
 @dataclass(frozen=True)
@@ -51,11 +69,9 @@ class Scaled:
     share: float
 
 
-def mitigate(
-    probed: Probed, factors: Sequence[float], *, k: int = K, epsilon: float = EPSILON, out: Path | None = None
-) -> Report:
+def mitigate(probed: Probed, scaling: Scaling, *, out: Path | None = None) -> Report:
     """Losses over lambda, with the control beside them; with `out` the adapter of the one lambda that is given."""
-    pair = probed.pair
+    pair, factors = probed.pair, scaling.factors
     if out is not None:
         _require_writable(probed, factors)
     if not pair.texts:
@@ -64,10 +80,11 @@ def mitigate(
         raise RecipeError(
             f"{probed.after} is an adapter that is no low-rank update", allowed="low-rank adapters and whole models"
         )
-    scaled = _scaled(pair, factors, k, epsilon)
+    scaled = _scaled(pair, scaling)
     count = sum(one.intruders for one in scaled[factors[0]])
     if not count:
-        sentence = f"There is no intruder at epsilon {epsilon:g} among the leading {k} directions: nothing to scale."
+        where = f"at epsilon {scaling.epsilon:g} among the leading {scaling.k} directions"
+        sentence = f"There is no intruder {where}: nothing to scale."
         return Report(verdict=(sentence,), numbers={"intruders": 0})
     rows: list[list[Value]] = [["before tuning", None, None, *_losses_before(pair)]]
     for done, factor in enumerate(factors):
@@ -80,28 +97,28 @@ def mitigate(
                 rows.append(["whole change scaled", factor, norm, *(text.loss(model) for text in pair.texts)])
     if out is not None:
         _write(probed, scaled[factors[0]], rows[1][3:], out)
-    return _report(pair, rows, count, k, epsilon)
+    return _report(pair, rows, count, scaling)
 
 
-def mitigated(probed: Probed, factors: Sequence[float], folder: Path, *, out: Path | None = None) -> dict[str, Any]:
+def mitigated(probed: Probed, scaling: Scaling, folder: Path, *, out: Path | None = None) -> dict[str, Any]:
     """The same with its report written into a folder of probes; what `--json` prints."""
-    report = mitigate(probed, factors, out=out)
-    knobs = {"lambda": list(factors), "k": K, "epsilon": EPSILON}
-    found = written(probed, {NAME: {"probe": NAME, "knobs": knobs, **report.as_dict()}}, folder, left_out={})
+    report = mitigate(probed, scaling, out=out)
+    told = {"probe": NAME, "knobs": scaling.model_dump(mode="json"), **report.as_dict()}
+    found = written(probed, {NAME: told}, folder, left_out={})
     return {**found, "out": None if out is None or not out.is_dir() else str(out)}
 
 
-def _scaled(pair: Pair, factors: Sequence[float], k: int, epsilon: float) -> dict[float, list[Scaled]]:
+def _scaled(pair: Pair, scaling: Scaling) -> dict[float, list[Scaled]]:
     """What each lambda means at every matrix that has changed."""
-    found: dict[float, list[Scaled]] = {each: [] for each in factors}
+    found: dict[float, list[Scaled]] = {each: [] for each in scaling.factors}
     for change in pair.matrices("mitigation"):
         size = change.norm()
         if not size:
             continue
         weight = change.base()
-        like = likeness(pair.spectra.of(weight), weight, change.after(), k, gap=0.0)
-        which = like.intruders("left", epsilon)
-        for factor in factors:
+        like = likeness(pair.spectra.of(weight), weight, change.after(), scaling.k, gap=0.0)
+        which = like.intruders("left", scaling.epsilon)
+        for factor in scaling.factors:
             term = correction(like.tuned, which, factor)
             found[factor].append(Scaled(change, term, int(which.sum()), _norm_with(change, term) / size))
     return found
@@ -181,7 +198,7 @@ def _edits(sites: Sites, terms: Mapping[str, Factors]) -> tuple[LoRA, list[Edit]
     return whole, made
 
 
-def _report(pair: Pair, rows: Sequence[Sequence[Value]], count: int, k: int, epsilon: float) -> Report:
+def _report(pair: Pair, rows: Sequence[Sequence[Value]], count: int, scaling: Scaling) -> Report:
     names = [text.name for text in pair.texts]
     table = Table(title="Losses over lambda", heads=("what", "lambda", "norm of the change", *names), rows=rows)
     curves = []
@@ -191,7 +208,8 @@ def _report(pair: Pair, rows: Sequence[Sequence[Value]], count: int, k: int, eps
         ordered = {what: sorted(points) for what, points in lines.items()}
         curves.append(Curves(title=f"Loss on {name}", across="lambda", up="loss, nats", lines=ordered))
     said, numbers = _verdict(pair, rows)
-    start = f"{count} intruders (cosines below {epsilon:g}, leading {k} directions) were scaled by each lambda."
+    which = f"cosines below {scaling.epsilon:g}, leading {scaling.k} directions"
+    start = f"{count} intruders ({which}) were scaled by each lambda."
     return Report(verdict=(start, *said), numbers={"intruders": count, **numbers}, tables=(table,),
                   curves=tuple(curves))  # fmt: skip
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.adapters import Adapter
 from luthier.arithmetic.compute import mean_context
-from luthier.arithmetic.memory import masters
+from luthier.arithmetic.memory import masters, saving, staging
 from luthier.arithmetic.shapes import Shape, shape_of
 from luthier.arithmetic.training import (
     Sharding,
@@ -87,6 +87,18 @@ class Machine:
     bytes: float | None = None
     efficiency: float = 1.0
 
+    @classmethod
+    def of(cls, tflops: float | None, bandwidth: float | None, efficiency: float = 1.0) -> Machine:
+        """The machine of a data sheet: products in TFLOP/s, memory in GB/s. Raises RecipeError for what is no rate."""
+        if any(rate is not None and not 0 < rate < math.inf for rate in (tflops, bandwidth)) or not 0 < efficiency <= 1:
+            raise RecipeError(
+                f"tflops {tflops}, bandwidth {bandwidth}, efficiency {efficiency}",
+                allowed="rates above 0, and a share of them above 0 and at most 1",
+                do="leave out what you do not know: it is measured here",
+            )
+        flops, bytes_ = (None if rate is None else rate * unit for rate, unit in ((tflops, 1e12), (bandwidth, 1e9)))
+        return cls(flops, bytes_, efficiency)
+
 
 @dataclass(frozen=True)
 class Laid:
@@ -97,13 +109,15 @@ class Laid:
     model: LanguageModel
     attachment: Attachment
     formulas: Formulas
+    saves_meanwhile: bool = True
+    """Whether checkpoints are written before the last step, beside passes."""
 
     @classmethod
-    def of(cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel) -> Laid:
+    def of(cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel, *, saves_meanwhile: bool = True) -> Laid:
         """The model with the adapter put on; on a CPU without C++ tensors lie apart."""
         attachment = attach_empty(model, knobs.adapter.attach)
         apart = kind_of_device(knobs) == "cpu" and not isinstance(model.executor.backend, NativeBackend)
-        return cls(knobs, shape, model, attachment, Formulas.of(model, attachment, apart=apart))
+        return cls(knobs, shape, model, attachment, Formulas.of(model, attachment, apart=apart), saves_meanwhile)
 
     def asked(self, **other: Any) -> Laid:
         """The same with knobs that change neither the adapter nor the model."""
@@ -121,14 +135,13 @@ class Laid:
 
     @cached_property
     def lasting(self) -> dict[str, int]:
-        """What stays from step to step, on each device."""
+        """What stays from step to step, on each device, and the copy that a checkpoint is written from."""
         knobs = self.knobs
         parts = lasting(
             self.model, self.attachment, knobs.optimizer, quantizer=knobs.quantizer, device=self.kind
         )
         if self.kind == "cpu":
-            # The copy that a checkpoint is written from.
-            parts["saving"] = 4 * self.attachment.parameter_count + parts["optimizer"]
+            parts["saving"] = staging(self.attachment.parameter_count, parts["optimizer"])
         if knobs.sharding == "none":
             return parts
         wide = sum(masters(each.numel(), each.element_size()) for each in self.attachment.named_parameters().values())
@@ -156,10 +169,12 @@ class Laid:
 
     def needed(self, rows: int, length: int, available: float | None) -> dict[str, int]:
         """Bytes by part with `total`, and how many blocks are `recomputed` for it."""
-        fixed = sum(self.lasting.values()) + self.gathered
-        room = None if available is None else available - fixed
+        fixed = {**self.lasting, "saving": self.lasting["saving"] * self.saves_meanwhile}
+        room = None if available is None else available - sum(fixed.values()) - self.gathered
         count, widest = self._recomputed(rows, length, room)
-        parts = {**self.lasting, "activations": widest.kept, "working": widest.working + self.gathered}
+        freed = fixed["gradients"] + widest.bytes
+        copy = saving(self.lasting["saving"], meanwhile=self.saves_meanwhile, freed=freed)
+        parts = {**fixed, "activations": widest.kept, "working": widest.working + self.gathered, "saving": copy}
         return {
             **{name: parts[name] for name in PARTS},
             "total": sum(parts.values()),
@@ -190,19 +205,19 @@ class Laid:
         return best, tried[best]
 
 
-def lay(config: Path, knobs: PlanKnobs, before: Laid | None = None) -> Laid:
-    """The model of a config file with the adapter on; that of `before`, where there is one."""
+def lay(config: Path, knobs: PlanKnobs, before: Laid | None = None, *, saves_meanwhile: bool = True) -> Laid:
+    """The model of a config file with the adapter on; that of `before`, saved as it is, where there is one."""
     if before is not None:
         on = before.model.attachments.values()
         if before.knobs.adapter == knobs.adapter and any(each is before.attachment for each in on):
             return replace(before, knobs=knobs)
-        return Laid.of(knobs, before.shape, before.model)
+        return Laid.of(knobs, before.shape, before.model, saves_meanwhile=before.saves_meanwhile)
     checked = read_config(config, quantized=True)
     shape = shape_of(checked.config.get_text_config().to_dict())
     kind = kind_of_device(knobs)
     dtype, _ = choose_precision(knobs.precision, (shape.hidden, shape.inner), torch.device(kind))
     model = empty_model(checked.config, str(config), dtype=dtype, device=kind)
-    return Laid.of(knobs, shape, model)
+    return Laid.of(knobs, shape, model, saves_meanwhile=saves_meanwhile)
 
 
 def plan_training(laid: Laid, machine: Machine = Machine()) -> dict[str, Any]:

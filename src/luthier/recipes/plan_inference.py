@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from luthier.arithmetic import inference
 from luthier.arithmetic.shapes import Shape, shape_of
+from luthier.core.errors import RecipeError
+from luthier.data.hub import read_json
 
 NUMBERS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number by precision."""
 
 
+def config_file(place: Path) -> Path:
+    """The config.json that a path means."""
+    found = place / "config.json" if place.is_dir() else place
+    if not found.is_file():
+        raise RecipeError(
+            f"there is no {found}", allowed="the config.json of a model, or a folder with one",
+            do="download that file from the model's page; its weights are not needed",
+        )  # fmt: skip
+    return found
+
+
 def plan_inference(
-    config: Mapping[str, Any],
+    config: Path,
     *,
     clients: int = 1,
     context: int = 2048,
@@ -23,11 +37,18 @@ def plan_inference(
     flops: float | None = None,
     bandwidth: float | None = None,
 ) -> dict[str, Any]:
-    """Memory and least time of answering so many clients, each with a text of so many tokens.
+    """Memory and least time of answering so many clients, each with a text of so many tokens, by a config.json.
 
     `packed` says what a packed matrix takes; `memory`, `flops` and `bandwidth` are those of the device.
     """
-    shape, number = shape_of(config), NUMBERS[precision]
+    rates = [rate for rate in (flops, bandwidth) if rate is not None]
+    if precision not in NUMBERS or clients < 1 or context < 1 or any(rate <= 0 for rate in rates):
+        raise RecipeError(
+            f"precision {precision!r}, {clients} clients, {context} tokens, rates {rates}",
+            allowed=f"{', '.join(NUMBERS)}; at least 1 of each, and rates above 0",
+            do="leave out what you do not know",
+        )
+    shape, number = shape_of(read_json(config_file(config))), NUMBERS[precision]
     weights = inference.weight_bytes(shape, number, packed)
     each = inference.cache_bytes(shape, context, number)
     total = weights + clients * each

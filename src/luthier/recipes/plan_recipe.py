@@ -6,6 +6,8 @@ memory, as long as that agrees with the run's own plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from luthier.core.errors import RecipeError
@@ -13,12 +15,23 @@ from luthier.data.hub import ModelFiles
 from luthier.model.load import resolve_source
 from luthier.model.tasks import CAUSAL
 from luthier.recipes.bench import Bench, lay_out
+from luthier.recipes.files import load_recipe
 from luthier.recipes.plan import Laid, PlanKnobs, lay
 from luthier.recipes.plan_fits import advice, largest
 from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.several_recipe import names_several
 
 AGREED: Final = 0.1
 """How far the plan by config may be from the run's own, for what it says to be worth saying."""
+
+
+def plan_file(file: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run of the recipe in a file would take, with values set over it."""
+    if names_several(file, sets):
+        raise RecipeError(
+            f"{file} trains several adapters", allowed="recipes with one", do="use luthier train --dry-run"
+        )
+    return plan_recipe(load_recipe(file, overrides=sets).recipe)
 
 
 def plan_recipe(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -54,7 +67,7 @@ def _instead(bench: Bench) -> dict[str, Any]:
         device="cpu" if bench.model.device.type == "cpu" else "cuda", memory_bytes=float(memory["available"]),
     )  # fmt: skip
     try:
-        laid = lay(path, knobs)
+        laid = lay(path, knobs, saves_meanwhile=bench.plan["disk"]["kept"] > 1)
     except RecipeError:
         # A family whose blocks are not known by config can be trained all the same.
         return nothing

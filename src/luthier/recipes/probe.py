@@ -37,7 +37,7 @@ def chosen_probes(names: Sequence[str], sets: Sequence[str]) -> list[Probe]:
             raise RecipeError(f"there is no probe {name!r}", do=did_you_mean(name, known))
     if len(set(names)) < len(names):
         raise RecipeError(f"--probe names {', '.join(names)}", allowed="each probe once")
-    knobs = _knobs(sets, list(names) or known)
+    knobs = knobs_of(sets, list(names) or known)
     return [choose("probes", Probe, {"method": name, **knobs.get(name, {})}) for name in names or known]
 
 
@@ -86,6 +86,7 @@ def written(
         "left_out": dict(left_out),
         "folder": str(folder),
         "page": str(folder / PAGE),
+        "cache": probed.pair.spectra.kept(),
     }
 
 
@@ -102,8 +103,8 @@ def _found_before(folder: Path, pair: Mapping[str, str]) -> dict[str, dict[str, 
     return found
 
 
-def _knobs(sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`probe.knob=value` as the knobs of each probe."""
+def knobs_of(sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`probe.knob=value` as the knobs of each probe. Raises RecipeError for any other name."""
     found: dict[str, dict[str, Any]] = {}
     for one in sets:
         key, equals, value = one.partition("=")

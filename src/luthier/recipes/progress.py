@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -40,6 +41,16 @@ def progress(*, quiet: bool = False, notices: Sequence[str] = ()) -> Iterator[Re
     )
     with bar:
         yield Bar(bar)
+
+
+def teller(*, quiet: bool = False) -> Callable[[str], None]:
+    """What says on stderr what is being done, where there are no steps to count."""
+
+    def tell(line: str) -> None:
+        if not quiet:
+            print(f"{line} ...", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @final

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from luthier.recipes.finetune import Work
 
 _FOR_ALL = ("start", "step", "finish")
-_EACH = ("trained", "gradients", "optimizer", "saving")
-"""Parts of memory of which every adapter needs its own; all others are needed once."""
+_EACH = ("trained", "gradients", "optimizer")
+"""Parts of memory of which every adapter needs its own, with a copy to save it from, since others train on when one
+ends; all others are needed once."""
 
 
 @final
@@ -68,8 +69,8 @@ def plan_of(recipe: SeveralRecipe, works: Mapping[str, Work]) -> dict[str, Any]:
 def memory_of(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Bytes that all adapters need together: the base and the largest pass once, what is trained for each."""
     memories = [plan["memory"] for plan in plans.values()]
-    shared = max(memory["total"] - sum(memory[part] for part in _EACH) for memory in memories)
-    own = sum(memory[part] for memory in memories for part in _EACH)
+    shared = max(memory["total"] - memory["saving"] - sum(memory[part] for part in _EACH) for memory in memories)
+    own = sum(memory[part] for memory in memories for part in (*_EACH, "copy"))
     return {"total": shared + own, "available": min(memory["available"] for memory in memories)}
 
 
