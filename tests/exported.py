@@ -105,7 +105,8 @@ def heard(given: Subject) -> Heard:
     """What the subject says as it is."""
     draws = np.random.default_rng(0)
     prompts = tuple(draws.integers(3, VOCABULARY, size).astype(np.int32) for size in (24, 9, 40))
-    return hear(ModelSide("a run", given.model, renderer=_renderer(), stop_ids=given.stop_ids), Questions(prompts, ROWS))
+    side = ModelSide("a run", given.model, renderer=_renderer(), stop_ids=given.stop_ids)
+    return hear(side, Questions(prompts, ROWS))
 
 
 def exported(exporter: Exporter, given: Subject, place: Path) -> ParityReport:
