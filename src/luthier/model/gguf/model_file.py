@@ -50,7 +50,10 @@ _SETTINGS: Final = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is written: weights by transformers' names, and all that belongs to them."""
+    """What is written: weights by transformers' names, and all that belongs to them.
+
+    `adds_bos` says whether readers put BOS before every text; None for as the tokenizer does.
+    """
 
     name: str
     config: Any
@@ -58,13 +61,14 @@ class Model:
     tokenizer: Tokenizer
     template: str | None
     stop_ids: tuple[int, ...]
+    adds_bos: bool | None = None
 
 
 def model_keys(model: Model, choice: Choice) -> tuple[dict[str, Key], tuple[str, ...]]:
     """The header of a model's file, and what a user should know. Raises RecipeError for what GGUF has no place for."""
     layout = Layout.of(model.config)
     words = vocabulary(model.tokenizer, size=int(model.config.vocab_size), stop_ids=model.stop_ids,
-                       template=model.template)  # fmt: skip
+                       template=model.template, adds_bos=model.adds_bos)  # fmt: skip
     # A name decides how special tokens are read: what says otherwise than the tokenizer is changed.
     name = model.name
     if strips_by_name(name) != words.strips:

@@ -55,7 +55,10 @@ TOLERANCES: Final[dict[Choice, Tolerance]] = {
 @final
 @dataclass(frozen=True, kw_only=True)
 class GgufPart:
-    """One part of what is exported, and all that belongs to it; `model` has the weights until the file is written."""
+    """One part of what is exported, and all that belongs to it; `model` has the weights until the file is written.
+
+    `adds_bos` says whether readers put BOS before every text; None for as the tokenizer does.
+    """
 
     part: Part
     type: Choice
@@ -67,6 +70,7 @@ class GgufPart:
     reading: Reading
     adapter: Path | None
     open_adapter: Callable[[Path], LanguageModel] | None
+    adds_bos: bool | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +124,8 @@ class GgufPart:
 
     def _model(self) -> Model:
         return Model(name=self.name, config=self.model.config, tensors=self.model.module.state_dict(),
-                     tokenizer=self.tokenizer, template=self.template, stop_ids=self.stop_ids)  # fmt: skip
+                     tokenizer=self.tokenizer, template=self.template, stop_ids=self.stop_ids,
+                     adds_bos=self.adds_bos)  # fmt: skip
 
     def _adapter(self) -> Path:
         if self.adapter is None:

@@ -57,8 +57,15 @@ class Vocabulary:
     strips: bool = False
 
 
-def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], template: str | None) -> Vocabulary:
-    """The keys for a model with `size` rows of embeddings.
+def vocabulary(
+    tokenizer: Tokenizer,
+    *,
+    size: int,
+    stop_ids: Collection[int],
+    template: str | None,
+    adds_bos: bool | None = None,
+) -> Vocabulary:
+    """The keys for a model with `size` rows of embeddings; `adds_bos` None for as the tokenizer does.
 
     Raises RecipeError for a tokenizer that no reader of GGUF would cut alike.
     """
@@ -66,6 +73,7 @@ def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], te
     strips = _require_known(held)
     keys = _tokens(held, size)
     keys |= _ends(tokenizer, stop_ids)
+    keys[f"{PREFIX}add_bos_token"] = flag(tokenizer.adds_bos if adds_bos is None else adds_bos)
     if template is not None:
         keys[TEMPLATE] = text(template)
     options = _byte_level(held) if _is_byte_level(held) else _sentencepiece(held, size)
@@ -195,7 +203,6 @@ def _ends(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Key]:
     ends = list(dict.fromkeys([*(one for one in tokenizer.eos_ids if one in stop_ids), *sorted(stop_ids)]))
     for key, number in zip(("eos", "eot", "eom"), ends or list(tokenizer.eos_ids[:1]), strict=False):
         keys[f"{PREFIX}{key}_token_id"] = whole(int(number))
-    keys[f"{PREFIX}add_bos_token"] = flag(tokenizer.adds_bos)
     keys[f"{PREFIX}add_eos_token"] = flag(False)
     return keys
 
