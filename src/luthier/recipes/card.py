@@ -161,12 +161,12 @@ def _parity(report: ParityReport) -> str:
     """The numbers of the gate."""
     lines = [f"| prompts, tokens | {report.prompts}, {report.tokens} |",
              f"| max \\|logit difference\\| | {report.max_difference:.3g} (spread of the logits {report.spread:.3g}) |"]
-    if report.mean_kl is not None and report.agreement is not None:
+    if report.mean_kl is not None and report.agreement is not None and report.decided_agreement is not None:
+        sure = f"{percent_text(report.decided_agreement)} of the {report.decided} that are no near ties"
         lines += [f"| mean KL | {report.mean_kl:.3g} nats |",
-                  f"| greedy agreement | {percent_text(report.agreement)} of the tokens |"]
+                  f"| greedy agreement | {percent_text(report.agreement)} of the tokens; {sure} |"]
     if report.rows:
         lines.append(f"| training rows that render to the same ids | {report.rows_equal} of {report.rows} |")
     return ("## Parity\n\nThe files were read back and compared with the model they were made from, before they were "
-            f"given a name. Let pass for {report.tolerance.form}: {report.tolerance.difference:g} of the spread, KL "
-            f"{report.tolerance.kl:g}, agreement {percent_text(report.tolerance.agreement)}.\n\n| measured | |\n"
-            "|---|---|\n" + "\n".join(lines) + "\n")  # fmt: skip
+            f"given a name. Let pass for {report.tolerance.bounds()}.\n\n| measured | |\n|---|---|\n"
+            + "\n".join(lines) + "\n")  # fmt: skip

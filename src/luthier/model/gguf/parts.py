@@ -45,11 +45,11 @@ TOLERANCES: Final[dict[Choice, Tolerance]] = {
     "F32": EXACT,
     "F16": HALF,
     "BF16": BRAIN,
-    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.5, kl=5e-3, agreement=0.97, weights=0.03),
-    "Q4_K": Tolerance(form="weights in Q4_K", difference=2.0, kl=0.1, agreement=0.9, weights=0.2),
-    "Q4_0": Tolerance(form="weights in Q4_0", difference=3.0, kl=0.3, agreement=0.8, weights=0.2),
+    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.5, kl=5e-3, tie=0.15, weights=0.03),
+    "Q4_K": Tolerance(form="weights in Q4_K", difference=2.0, kl=0.1, tie=0.5, weights=0.2),
+    "Q4_0": Tolerance(form="weights in Q4_0", difference=4.0, kl=0.3, tie=1.0, weights=0.2),
 }
-"""How far a file may be from its source, by format. Of near ties another may win, so KL is the stricter measure."""
+"""How far a file may be from its source, by format."""
 
 
 @final
@@ -91,10 +91,7 @@ class GgufPart:
 
     def tolerance(self, source: Tolerance) -> Tolerance:
         """Of the number format and of the precision that is computed in, whichever rounds more; an adapter is exact."""
-        own = EXACT if self.part == "adapter" else TOLERANCES[self.type]
-        weights = None if own.weights is None or source.weights is None else max(own.weights, source.weights)
-        return Tolerance(form=own.form, difference=max(own.difference, source.difference), kl=max(own.kl, source.kl),
-                         agreement=min(own.agreement, source.agreement), weights=weights)  # fmt: skip
+        return (EXACT if self.part == "adapter" else TOLERANCES[self.type]).loosest(source)
 
     def needed_bytes(self) -> int:
         """About what the file takes, from shapes alone."""
