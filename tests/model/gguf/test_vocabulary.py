@@ -94,6 +94,8 @@ def test_a_byte_level_tokenizer_comes_back(name: str) -> None:
     read = backend_of(keys)
     for text in (*PROBES, "A NEW text, 99 of 1000; it's (un)seen\n\n\tby <think>all</think> <|end|> of them  "):
         assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
+    # Rows of the model that no token has are none.
+    assert read.get_vocab_size() == tokenizer.vocabulary_size == len(keys[f"{PREFIX}tokens"]) - 3
     types = keys[f"{PREFIX}token_type"]
     assert types[0] == types[1] == 3 and types[tokenizer.vocabulary_size - 1] == 4 and types[-3:] == [5, 5, 5]
     assert keys[f"{PREFIX}eos_token_id"] == 0 and keys["tokenizer.chat_template"] == "{{ x }}"
@@ -134,7 +136,7 @@ def test_a_sentencepiece_tokenizer_comes_back(prefix: bool) -> None:
     read = backend_of(keys)
     for text in (*PROBES, "the other world is there,  and the word", "<s>the</s> world<unk>the"):
         assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
-    assert read.encode("the").ids[0] == 1
+    assert read.encode("the").ids[0] == 1 and read.get_vocab_size() == tokenizer.vocabulary_size
     assert read.decode(read.encode("the world", add_special_tokens=False).ids) == "the world"
 
 

@@ -5,6 +5,7 @@ Use through an exporter: it says which part, in which number format, and of what
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.model import attention
+from luthier.model.adapter_files import EXTRAS, trained_beside
 from luthier.model.gguf.families import EXTRA, PURPOSE, Layout, family_of, is_matrix_to_pack
 from luthier.model.gguf.formats import Choice, format_for
 from luthier.model.gguf.lora_file import lora_to_peft, require_writable, write_lora
@@ -112,11 +114,11 @@ class GgufPart:
             return model_side(place / MODEL_FILE, self.model, self.reading, ends=bool(self.stop_ids))
         if self.open_adapter is None:
             raise RecipeError(f"{self.name} cannot be opened with another adapter", do="export it from its run")
-        return adapter_side(place / ADAPTER_FILE, self.model, self.open_adapter)
+        return adapter_side(place / ADAPTER_FILE, self.model, self.open_adapter, extras=self._adapter() / EXTRAS)
 
     def notices(self) -> str:
         """What a user should know of the file, as a list in Markdown; empty where there is nothing."""
-        found = notices_of(self._model(), self.type) if self.part == "model" else ()
+        found = notices_of(self._model(), self.type) if self.part == "model" else trained_beside(self._adapter())
         return "".join(f"\n- {line}" for line in found) + ("\n" if found else "")
 
     def _model(self) -> Model:
@@ -163,8 +165,15 @@ def model_side(path: Path, model: LanguageModel, reading: Reading, *, ends: bool
     return ModelSide("the GGUF file", read, renderer=renderer, stop_ids=stop_ids if ends else None)
 
 
-def adapter_side(path: Path, model: LanguageModel, open_adapter: Callable[[Path], LanguageModel]) -> Side:
-    """An adapter's file on a fresh copy of its base. Raises CorruptError for a file that holds none for it."""
+def adapter_side(
+    path: Path, model: LanguageModel, open_adapter: Callable[[Path], LanguageModel], *, extras: Path
+) -> Side:
+    """An adapter's file on a fresh copy of its base, which is packed as `extras` says that it was in training.
+
+    Raises CorruptError for a file that holds no adapter for it.
+    """
     with tempfile.TemporaryDirectory(prefix="luthier-gguf-") as folder:
         lora_to_peft(GgufFile.open(path), model.config, Path(folder))
+        if extras.is_file():
+            shutil.copyfile(extras, Path(folder) / EXTRAS)
         return ModelSide("the GGUF adapter", open_adapter(Path(folder)))
