@@ -40,7 +40,8 @@ def test_how_it_is_used(tmp_path: Path) -> None:
     given = subject("llama", tmp_path, adapter="lora")
     said = Peft().usage(given)
     assert "AutoModelForCausalLM.from_pretrained" in said and "luthier generate" in said
-    assert "trained beside" not in said
+    write_object(tmp_path / "adapter" / "luthier.json", {"quantizer": {"method": "none"}})
+    assert "trained beside" not in said + Peft().usage(given)
     write_object(tmp_path / "adapter" / "luthier.json", {"quantizer": {"method": "nf4"}})
     assert "trained beside weights in nf4" in Peft().usage(given)
     classifier = replace(given, model=task_models.language_model("bert", task_models.TEXTS))

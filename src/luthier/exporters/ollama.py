@@ -54,6 +54,11 @@ class Ollama(Exporter):
         """The adapter where that is the part, otherwise whole weights."""
         return "adapter" if self.part == "adapter" else "weights"
 
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "gguf"
+
     def require(self, subject: Subject) -> None:
         """Raise MissingError without the package, RecipeError or TemplateError for what has no such form."""
         self._parts(subject).require()

@@ -75,6 +75,11 @@ class Onnx(Exporter):
         """Whether what was trained on top of the encoder is in it."""
         return self.outputs == "logits"
 
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "onnx"
+
     def require(self, subject: Subject) -> None:
         """Raise RecipeError for a model that generates, MissingError where a package is not installed."""
         if kind_of(subject.model.config) != "encoder":

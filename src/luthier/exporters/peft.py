@@ -62,6 +62,11 @@ class Peft(Exporter):
         """The adapter beside its base."""
         return "adapter"
 
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "peft"
+
     def require(self, subject: Subject) -> None:
         """Raise RecipeError for a model without an adapter of its own."""
         if subject.adapter is None:

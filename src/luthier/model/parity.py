@@ -165,10 +165,10 @@ class ParityReport:
     def numbers(self) -> str:
         """What was measured, in one line."""
         parts = [f"max |logit difference| {self.max_difference:.2g} (logits have a spread of {self.spread:.2g})"]
-        if self.mean_kl is not None and self.agreement is not None:
-            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {percent_text(self.agreement)}"]
-        if self.decided_agreement is not None and self.agreement != 1:
-            parts.append(f"{percent_text(self.decided_agreement)} of the {self.decided} that are no near ties")
+        if self.mean_kl is not None and self.agreement is not None and self.decided_agreement is not None:
+            sure = f" ({percent_text(self.decided_agreement)} of the {self.decided} that are no near ties)"
+            same = percent_text(self.agreement) + (sure if self.agreement < 1 else "")
+            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {same}"]
         rows = f", {self.rows_equal} of {self.rows} training rows render alike" if self.rows else ""
         return f"{', '.join(parts)} over {self.tokens} tokens{rows}"
 

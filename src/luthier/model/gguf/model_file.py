@@ -11,6 +11,7 @@ import copy
 import math
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ _SETTINGS: Final = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """What a config calls what a header says."""
+_PATIENCE: Final = 5.0
+"""Seconds until somebody who waits is told how far it is."""
 
 
 @final
@@ -97,11 +100,16 @@ def write_model(
     def stored() -> Iterator[tuple[str, Tensor]]:
         if factors is not None:
             yield ROPE_FACTORS, factors
-        for own, each in planned.items():
+        last = time.monotonic()
+        for number, (own, each) in enumerate(planned.items()):
+            if time.monotonic() - last > _PATIENCE:
+                told(f"{number} of {len(planned)} tensors are written")
+                last = time.monotonic()
             yield each.name, layout.stored(each.name, model.tensors[own].detach())
 
     for notice in (*notices, *fallbacks(plan, choice)):
         told(notice)
+    told(f"writing {len(plan)} tensors")
     size = write_gguf(path, keys, plan, stored())
     told(f"{path.name}: {len(plan)} tensors, {size:,} bytes")
 
