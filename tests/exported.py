@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Phi3Config, PhiConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PhiConfig, PreTrainedModel
 
 from luthier.adapters import Adapter, saved_adapter
 from luthier.core.chosen import choose
 from luthier.data.conversation import Conversation, Message, Row
 from luthier.data.prepare import Reading, make_renderer
+from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Exporter, Subject
 from luthier.model import attention
@@ -25,28 +27,37 @@ from luthier.model.sketches import sketched
 from tests import forests
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
-ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt2", "phi", "phi3")
+ARCHITECTURES = ("llama", "qwen2", "gemma", "gemma2", "gemma3", "gpt2", "phi", "phi3")
 ROWS = (Row(0, "rows.jsonl:1:1", Conversation((Message("user", "hello there"), Message("assistant", "well"))),),
         Row(1, "rows.jsonl:2:1", Conversation((Message("system", "be short"), Message("user", "an answer"),
                                                Message("assistant", "no")))))  # fmt: skip
-_PHI = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
-        "eos_token_id": 1, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
+_SHARED = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
+           "eos_token_id": 1}  # fmt: skip
+_CONFIGS = {
+    # Parts of each head are turned, and there are biases everywhere.
+    "phi": lambda: PhiConfig(**_SHARED),
+    # One matrix for q, k and v.
+    "phi3": lambda: Phi3Config(**_SHARED, num_key_value_heads=2),
+    # Norms of q and k, and every sixth layer sees all, with a rotation of its own.
+    "gemma3": lambda: Gemma3TextConfig(
+        **{**_SHARED, "num_hidden_layers": 6}, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+        sliding_window=6,
+    ),
+}  # fmt: skip
 
 
 def language_model(architecture: str, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A tiny model with every parameter random; the same each time."""
-    if architecture not in ("phi", "phi3"):
+    if architecture not in _CONFIGS:
         return forests.language_model(architecture, dtype=dtype)
-    module = _phi(architecture).to(dtype)
+    module = _zoo(architecture).to(dtype)
     return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module))
 
 
-def _phi(architecture: str) -> PreTrainedModel:
-    """phi turns a part of each head only and has biases everywhere; phi3 has one matrix for q, k and v."""
+def _zoo(architecture: str) -> PreTrainedModel:
     attention.register()
-    config = PhiConfig(**_PHI) if architecture == "phi" else Phi3Config(**_PHI, num_key_value_heads=2)
-    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    module = AutoModelForCausalLM.from_config(_CONFIGS[architecture](), dtype=torch.float32)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
@@ -83,12 +94,19 @@ def subject(architecture: str, folder: Path, *, adapter: str = "", dtype: torch.
     )  # fmt: skip
 
 
+@cache
+def _renderer() -> Renderer:
+    """Of every subject: they have one tokenizer, and a template of its own process each would take most of the time."""
+    renderer, _ = make_renderer(Tokenizer.of(tiny_tokenizer()), Reading(), context_tokens=256)
+    return renderer
+
+
 def heard(given: Subject) -> Heard:
     """What the subject says as it is."""
-    renderer, _ = make_renderer(given.tokenizer, given.reading, context_tokens=given.model.context_tokens)
     draws = np.random.default_rng(0)
     prompts = tuple(draws.integers(3, VOCABULARY, size).astype(np.int32) for size in (24, 9, 40))
-    return hear(ModelSide("a run", given.model, renderer=renderer, stop_ids=given.stop_ids), Questions(prompts, ROWS))
+    side = ModelSide("a run", given.model, renderer=_renderer(), stop_ids=given.stop_ids)
+    return hear(side, Questions(prompts, ROWS))
 
 
 def exported(exporter: Exporter, given: Subject, place: Path) -> ParityReport:

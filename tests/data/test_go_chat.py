@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from luthier.data.rendering.process import RenderProcess
 from luthier.data.rendering.template import Template
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.load import resolve_source
+from tests.data.test_templates import FILES, squeezed
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -86,8 +89,8 @@ OTHERS = (
 def test_families_of_templates(source: str, seedling: Tokenizer, process: RenderProcess) -> None:
     """Id by id on conversations that were not tried; what the model's own refuses is refused."""
     chat, template = made_of(source, seedling, process)
-    require_equal(chat.source, template, seedling, OTHERS)
-    assert (chat.notices != ()) == ("trim" in source)
+    require_equal(chat, template, seedling, OTHERS)
+    assert chat.notices == () and chat.adds_bos
     assert BOS not in chat.source.replace(f"{BOS}[INST]", "")
     if source is TURNS:
         with pytest.raises(TemplateError, match="no such order of roles"):
@@ -96,7 +99,7 @@ def test_families_of_templates(source: str, seedling: Tokenizer, process: Render
 
 def test_the_seedlings_own_template(seedling: Tokenizer, process: RenderProcess) -> None:
     chat, template = made_of(seedling.chat_template or "", seedling, process)
-    require_equal(chat.source, template, seedling, OTHERS)
+    require_equal(chat, template, seedling, OTHERS)
     assert chat.notices == ()
     # An answer that has begun is left open.
     begun = render(chat.source, ollama_values(talk("Say it.", "The ship")))
@@ -108,7 +111,7 @@ def test_the_seedlings_own_template(seedling: Tokenizer, process: RenderProcess)
 def test_a_template_without_bos(process: RenderProcess) -> None:
     tokenizer = Tokenizer.of(tiny_tokenizer())
     chat, template = made_of(CHAT_TEMPLATE, tokenizer, process)
-    require_equal(chat.source, template, tokenizer, [talk("one", "two", "three")])
+    require_equal(chat, template, tokenizer, [talk("one", "two", "three")])
 
 
 @pytest.mark.parametrize(
@@ -118,9 +121,8 @@ def test_a_template_without_bos(process: RenderProcess) -> None:
         (NUMBERED, "between the start and user|between user and assistant"),
         (TWICE, "does not write each message once"),
         ("{{ raise_exception('never') }}", "no text for the roles user"),
-        (CHATML.removeprefix("{{ bos_token }}"), "Ollama puts '<|begin|>' before it".replace("|", r"\|")),
     ],
-    ids=["last user", "numbered", "twice", "never", "no bos"],
+    ids=["last user", "numbered", "twice", "never"],
 )
 def test_what_cannot_be_expressed_is_refused(
     source: str, said: str, seedling: Tokenizer, process: RenderProcess
@@ -136,4 +138,61 @@ def test_a_wrong_template_is_seen(seedling: Tokenizer, process: RenderProcess) -
     for old, new in (("<|im_end|>", ""), ("assistant\\n", "assistant\\n "), (start, BOS + start)):
         assert old in chat.source
         with pytest.raises(TemplateError, match="the Go template"):
-            require_equal(chat.source.replace(old, new), template, seedling, CHECKS)
+            require_equal(replace(chat, source=chat.source.replace(old, new)), template, seedling, CHECKS)
+    with pytest.raises(TemplateError, match="the Go template"):
+        require_equal(replace(chat, adds_bos=False), template, seedling, CHECKS)
+
+
+def test_a_template_that_does_not_begin_with_bos(seedling: Tokenizer, process: RenderProcess) -> None:
+    """Breaks when Ollama puts a token before the text that was not there in training."""
+    for source in (CHATML.removeprefix("{{ bos_token }}"), f" {CHATML}"):
+        chat, template = made_of(source, seedling, process)
+        require_equal(chat, template, seedling, OTHERS)
+        assert not chat.adds_bos and chat.notices == ()
+
+
+SPACED = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ SAID }}<|x|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("said", "noticed"),
+    [
+        ("m.content.strip()", []),
+        ("m.content.rstrip()", []),
+        ("m.content", []),
+        ("m.content | trim if m.role == 'user' else m.content", []),
+        ("m.content.lstrip()", ["white space around a message"]),
+        ("m.content.strip('\n')", ["white space around a message"]),
+        ("m.content or 'nothing'", ["a message that says nothing"]),
+        ("m.content.upper()", None),
+    ],
+)  # fmt: skip
+def test_white_space_around_messages(
+    said: str, noticed: list[str] | None, seedling: Tokenizer, process: RenderProcess
+) -> None:
+    """Stripped where the model's template strips it; what has no words is told, never written otherwise in silence."""
+    source = SPACED.replace("SAID", said)
+    if noticed is None:
+        with pytest.raises(TemplateError, match="cannot be written"):
+            made_of(source, seedling, process)
+        return
+    chat, template = made_of(source, seedling, process)
+    assert [line.partition(" is ")[0] for line in chat.notices] == noticed
+    padded = [talk("\u2009 Hi \x1f\u3000", "  \n", "x \u2028")]
+    if not noticed:
+        require_equal(chat, template, seedling, padded)
+    else:
+        with pytest.raises(TemplateError):
+            require_equal(chat, template, seedling, [*padded, talk("\n"), talk("")])
+
+
+@pytest.mark.skipif(not FILES, reason="the collection of chat templates is not on this machine")
+@pytest.mark.parametrize("squeeze", [False, True], ids=["pretty", "squeezed"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_collection(path: Path, squeeze: bool, seedling: Tokenizer, process: RenderProcess) -> None:
+    """Each can be written so that not an id differs, but for one kind of message in one family."""
+    source = path.read_text(encoding="utf-8")
+    chat, template = made_of(squeezed(source) if squeeze else source, seedling, process)
+    require_equal(chat, template, seedling, OTHERS)
+    blank = ["a message that says nothing is not written as by the model's template: send none"]
+    assert list(chat.notices) == (blank if path.stem == "gemma-it" else [])

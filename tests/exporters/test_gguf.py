@@ -13,8 +13,10 @@ import torch
 
 from luthier.core.errors import DiskFullError, GateError, MissingError, RecipeError
 from luthier.exporters.gguf import Gguf
+from luthier.model.adapter_files import EXTRAS
 from luthier.model.gguf import families, model_file, writing
 from luthier.model.gguf.reading import GgufFile
+from luthier.model.json_files import write_object
 from luthier.model.load import load_model
 from luthier.model.tensor_files import load_tensors
 from luthier.recipes.export import Source, export
@@ -62,6 +64,15 @@ def test_an_adapter_beside_its_base(tiny_path: TinyPath, tmp_path: Path) -> None
     down, up = file.tensor(f"{q}.lora_a"), file.tensor(f"{q}.lora_b")
     # As llama.cpp adds it to the layer: alpha / rank, on rows in the file's own order.
     torch.testing.assert_close(before + up @ down * (8 / 4), after, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_packed_weights_is_compared_beside_such(tiny_path: TinyPath, tmp_path: Path) -> None:
+    """Breaks when the copy of the base is plain: the file is the adapter, and was refused."""
+    folder = lora_folder(tmp_path / "lora")
+    write_object(folder / EXTRAS, {"quantizer": {"method": "nf4"}})
+    found = export(source_of(tiny_path("llama"), str(folder)), Gguf(part="adapter"), tmp_path / "out")
+    assert found["parity"]["max_difference"] < 1e-4
+    assert "was trained beside weights in nf4" in (tmp_path / "out" / "README.md").read_text()
 
 
 def wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:

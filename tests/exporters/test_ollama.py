@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from luthier.core.errors import RecipeError, TemplateError
 from luthier.data.rendering.go_template import ollama_values, render
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters.ollama import Ollama
-from luthier.model.gguf.modelfile import modelfile
+from luthier.model.gguf.modelfile import Modelfile, modelfile
+from luthier.model.gguf.reading import GgufFile
 from luthier.recipes.export import Source, export
+from tests.exported import subject
 from tests.exporters.gguf_folders import lora_folder
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -70,6 +73,10 @@ def test_an_adapter_needs_the_name_of_its_base(tiny_path: TinyPath, tmp_path: Pa
 
 
 def text_of(template: str | None = CHAT_TEMPLATE, **values: Any) -> str:
+    return made_of(template, **values).text
+
+
+def made_of(template: str | None = CHAT_TEMPLATE, **values: Any) -> Modelfile:
     settings = {"base": "./model.gguf", "tokenizer": Tokenizer.of(tiny_tokenizer()), "stop_ids": (1,),
                 "generation": {}, "template": template}  # fmt: skip
     return modelfile(**{**settings, **values})
@@ -96,6 +103,30 @@ def test_what_a_modelfile_cannot_hold_is_refused() -> None:
         text_of(base="a\nADAPTER ./other")
 
 
-def test_what_is_stripped_is_told() -> None:
-    said = text_of(CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"))
-    assert said.startswith("# the model's template strips white space around a message")
+def test_what_cannot_be_stripped_is_told() -> None:
+    said = text_of(CHAT_TEMPLATE.replace("message['content']", "message['content'].lstrip()"))
+    assert said.startswith("# white space around a message is not treated as by the model's template")
+
+
+def with_bos() -> Tokenizer:
+    """The tiny tokenizer, beginning texts with a token."""
+    raw = tiny_tokenizer()
+    raw.bos_token = "<|start|>"
+    raw.backend_tokenizer.post_processor = processors.TemplateProcessing("<|start|> $A", None, [("<|start|>", 2)])
+    return Tokenizer.of(raw)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_bos_is_put_before_a_text_where_it_was_in_training(begins: bool, tmp_path: Path) -> None:
+    """Breaks when the file tells Ollama to begin with a token that the template has elsewhere, or nowhere."""
+    tokenizer, template = with_bos(), CHAT_TEMPLATE if begins else f"Chat: {CHAT_TEMPLATE}"
+    given = replace(subject("llama", tmp_path), tokenizer=tokenizer, chat_template=template)
+    assert tokenizer.adds_bos
+    Ollama(type="F32").write(given, tmp_path, lambda _line: None)
+    assert GgufFile.open(tmp_path / "model.gguf").keys["tokenizer.ggml.add_bos_token"] is begins
+    text = Read.of((tmp_path / "Modelfile").read_text())["TEMPLATE"][0]
+    made = render(text, ollama_values([{"role": "user", "content": "x"}]))
+    assert made.startswith("user\n" if begins else "Chat: <|start|>user\n")
+    if not begins:
+        with pytest.raises(TemplateError, match="which Ollama puts before every text of this base"):
+            made_of(template, tokenizer=tokenizer, adapter="./adapter.gguf")

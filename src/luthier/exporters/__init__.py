@@ -66,6 +66,11 @@ class Exporter(Method):
         return "weights"
 
     @property
+    def library(self) -> str:
+        """What the hub calls the library that reads it."""
+        return "transformers"
+
+    @property
     def reads_head(self) -> bool:
         """Whether the artefact holds what lies on top of the model: without, states are compared, not logits."""
         return True
@@ -103,4 +108,4 @@ class Exporter(Method):
 
     @abstractmethod
     def usage(self, subject: Subject) -> str:
-        """How the artefact is used, as Markdown for the model card; the folder is called FOLDER there."""
+        """How the artefact is used, as Markdown for the model card; its folder is called FOLDER there."""

@@ -58,6 +58,11 @@ class Gguf(Exporter):
         """The adapter where that is the part, otherwise whole weights."""
         return "adapter" if self.part == "adapter" else "weights"
 
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "gguf"
+
     def require(self, subject: Subject) -> None:
         """Raise MissingError without the package, RecipeError for a model or adapter that GGUF has no place for."""
         self._parts(subject).require()

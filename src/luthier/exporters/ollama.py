@@ -19,6 +19,7 @@ template that is in the GGUF file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -28,7 +29,7 @@ from pydantic import Field
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
 from luthier.model.gguf.formats import Choice
-from luthier.model.gguf.modelfile import NAME, modelfile
+from luthier.model.gguf.modelfile import NAME, Modelfile, modelfile
 from luthier.model.gguf.parts import ADAPTER_FILE, MODEL_FILE, GgufPart, Part
 from luthier.model.parity import Side, Tolerance
 
@@ -52,6 +53,11 @@ class Ollama(Exporter):
     def form(self) -> Form:
         """The adapter where that is the part, otherwise whole weights."""
         return "adapter" if self.part == "adapter" else "weights"
+
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "gguf"
 
     def require(self, subject: Subject) -> None:
         """Raise MissingError without the package, RecipeError or TemplateError for what has no such form."""
@@ -79,9 +85,10 @@ class Ollama(Exporter):
 
     def write(self, subject: Subject, place: Path, told: Told) -> None:
         """The GGUF file and the Modelfile."""
-        self._parts(subject).write(place, told)
         told("writing the chat template in Ollama's language")
-        (place / NAME).write_text(self._modelfile(subject), encoding="utf-8")
+        made = self._modelfile(subject)
+        (place / NAME).write_text(made.text, encoding="utf-8")
+        replace(self._parts(subject), adds_bos=made.adds_bos).write(place, told)
 
     def read(self, subject: Subject, place: Path) -> Side:
         """The GGUF file through our own reader; the Modelfile's template was checked when it was made."""
@@ -91,7 +98,7 @@ class Ollama(Exporter):
         """With Ollama."""
         return _USE + self._parts(subject).notices()
 
-    def _modelfile(self, subject: Subject) -> str:
+    def _modelfile(self, subject: Subject) -> Modelfile:
         settings = subject.model.module.generation_config
         return modelfile(
             base=f"./{MODEL_FILE}" if self.part == "model" else self.base,

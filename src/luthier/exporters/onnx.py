@@ -18,7 +18,10 @@ Not when: the model generates text (merged, gguf): a graph without a cache reads
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -72,6 +75,11 @@ class Onnx(Exporter):
         """Whether what was trained on top of the encoder is in it."""
         return self.outputs == "logits"
 
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "onnx"
+
     def require(self, subject: Subject) -> None:
         """Raise RecipeError for a model that generates, MissingError where a package is not installed."""
         if kind_of(subject.model.config) != "encoder":
@@ -97,9 +105,7 @@ class Onnx(Exporter):
         names = _inputs(model)
         example = tuple(torch.ones(2, 7, dtype=torch.int64) for _ in names)
         sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)}
-        with warnings.catch_warnings():
-            # What torch's exporter says of its own insides is for its authors.
-            warnings.simplefilter("ignore")
+        with _quiet():
             torch.onnx.export(
                 graph, example, str(place / GRAPH), input_names=list(names), output_names=[self.outputs], dynamo=True,
                 dynamic_shapes={"given": tuple(sizes for _ in names)}, verbose=False,
@@ -165,6 +171,20 @@ class _Session(Side):
     def settings(self) -> dict[str, Any]:
         """How many tokens its tokenizer knows."""
         return {"tokenizer.tokens": self.renderer.tokenizer.vocabulary_size}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch's exporter says of its own insides is for its authors."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _inputs(model: LanguageModel) -> tuple[str, ...]:

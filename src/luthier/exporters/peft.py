@@ -26,22 +26,27 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
-from luthier.model.adapter_files import CONFIG, EXTRAS, TENSORS, read_config
+from luthier.model.adapter_files import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
 from luthier.model.json_files import write_object
 from luthier.model.parity import EXACT, Side, Tolerance
 from luthier.model.parity_sides import ModelSide, folder_texts
+from luthier.model.tasks import AUTO
 from luthier.model.texts_beside import save_texts
 
 _USE = """```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")
+model = PeftModel.from_pretrained({model}.from_pretrained("{base}"{classes}), "FOLDER")
 ```
-
-Or `luthier generate {base} --adapter FOLDER --prompt "..."`.
 """
+_OURS = "PEFT has no adapter of the kind {kind}: luthier reads it.\n"
+_SPEAKS = """
+`luthier generate {base} --adapter FOLDER --prompt "..."`
+"""
+_NOT_OF_PEFT = ("BOTTLENECK", "SPARSE")
+"""Kinds that PEFT does not know."""
 
 
 @final
@@ -56,6 +61,11 @@ class Peft(Exporter):
     def form(self) -> Form:
         """The adapter beside its base."""
         return "adapter"
+
+    @property
+    def library(self) -> str:
+        """What the hub calls it."""
+        return "peft"
 
     def require(self, subject: Subject) -> None:
         """Raise RecipeError for a model without an adapter of its own."""
@@ -100,5 +110,13 @@ class Peft(Exporter):
         return ModelSide("the adapter folder", model, renderer=renderer, stop_ids=stop_ids)
 
     def usage(self, subject: Subject) -> str:
-        """Loading it with PEFT, and with luthier."""
-        return _USE.format(base=self.base or subject.base)
+        """Loading it with PEFT, where it knows the kind, and with luthier, where it says text."""
+        task, base = subject.model.task, self.base or subject.base
+        kind = None if subject.adapter is None else read_config(subject.adapter).get("peft_type")
+        if kind in _NOT_OF_PEFT:
+            use = _OURS.format(kind=kind)
+        else:
+            classes = f", num_labels={len(task.classes)}" if task.classes else ""
+            use = _USE.format(base=base, model=AUTO[task.name].__name__, classes=classes)
+        told = () if subject.adapter is None else trained_beside(subject.adapter)
+        return use + (_SPEAKS.format(base=base) if task.speaks else "") + "".join(f"\n- {line}\n" for line in told)

@@ -95,6 +95,16 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in tensor_shapes(folder / TENSORS).items()}
 
 
+def trained_beside(folder: Path) -> tuple[str, ...]:
+    """A sentence on the weights that an adapter of ours was trained beside, where these were packed."""
+    kept = read_extras(folder).get("quantizer")
+    name = kept.get("method", "none") if isinstance(kept, Mapping) else "none"
+    if name == "none":
+        return ()
+    return (f"the adapter was trained beside weights in {name}, and compared beside them: beside a base in another "
+            "format it says something else",)  # fmt: skip
+
+
 def read_extras(folder: Path) -> dict[str, Any]:
     """What luthier wrote beside the adapter; empty for adapters from elsewhere."""
     path = folder / EXTRAS

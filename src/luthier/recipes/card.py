@@ -45,11 +45,11 @@ def card_text(
 ) -> str:
     """The card in Markdown, with the front matter that the hub reads."""
     title = Path(subject.name).name or subject.name
-    use = exporter.usage(subject).replace("FOLDER", title).replace(subject.base, base.shown(subject.base))
+    use = exporter.usage(subject).replace("FOLDER", ".").replace(subject.base, base.shown(subject.base))
     parts = [
         headed(title, _front(subject, exporter, base)),
         _what(subject, exporter, run, base),
-        f"## Use\n\n{use}",
+        f"## Use\n\nIn this folder:\n\n{use}",
     ]
     if run is not None:
         parts += _of_run(run)
@@ -63,7 +63,7 @@ def _front(subject: Subject, exporter: Exporter, base: BaseFacts) -> dict[str, A
         found["base_model"] = subject.base
     if base.license:
         found["license"] = base.license
-    found["library_name"] = exporter.method_name() if exporter.form == "adapter" else "transformers"
+    found["library_name"] = exporter.library
     found["pipeline_tag"] = _TAGS[subject.model.task.name]
     found["tags"] = ["luthier"]
     return found

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.tokenizer import Tokenizer as Ours
 from luthier.model.gguf.reading_tokens import backend_of
-from luthier.model.gguf.splits import CONTRACTED, SPLITS
+from luthier.model.gguf.splits import APPROXIMATED, CONTRACTED, SPLITS, WHOLE_WORDS
 from luthier.model.gguf.vocabulary import PREFIX, PROBES, vocabulary
 from luthier.model.load import resolve_source
 
@@ -60,6 +60,27 @@ def sentencepiece(*, prefix: bool) -> Ours:
     ))  # fmt: skip
 
 
+def with_runs() -> Ours:
+    """A tokenizer as Phi 2 has it, with tokens for runs of spaces and tabs."""
+    made = byte_level(SPLITS["gpt-2"]).raw.backend_tokenizer
+    runs = [*(" " * length for length in range(31, 1, -1)), *("\t" * length for length in range(9, 1, -1))]
+    made.add_tokens([AddedToken(run, special=False) for run in runs])
+    return Ours.of(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>"))
+
+
+def stripping() -> Ours:
+    """A tokenizer as Phi 3 has it: special tokens swallow the white space behind them."""
+    plain = sentencepiece(prefix=False).raw.backend_tokenizer
+    plain.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|user|>", "<|end|>", "<|endoftext|>")])
+    held = json.loads(plain.to_str())
+    for token in held["added_tokens"]:
+        token["rstrip"] = token["content"] in ("</s>", "<|user|>", "<|end|>")
+    return Ours.of(PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(held)), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    ))  # fmt: skip
+
+
 def keys_of(tokenizer: Ours) -> dict[str, Any]:
     found = vocabulary(tokenizer, size=tokenizer.vocabulary_size + 3, stop_ids=tokenizer.eos_ids, template="{{ x }}")
     return {key: value.value for key, value in found.keys.items()}
@@ -73,6 +94,8 @@ def test_a_byte_level_tokenizer_comes_back(name: str) -> None:
     read = backend_of(keys)
     for text in (*PROBES, "A NEW text, 99 of 1000; it's (un)seen\n\n\tby <think>all</think> <|end|> of them  "):
         assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
+    # Rows of the model that no token has are none.
+    assert read.get_vocab_size() == tokenizer.vocabulary_size == len(keys[f"{PREFIX}tokens"]) - 3
     types = keys[f"{PREFIX}token_type"]
     assert types[0] == types[1] == 3 and types[tokenizer.vocabulary_size - 1] == 4 and types[-3:] == [5, 5, 5]
     assert keys[f"{PREFIX}eos_token_id"] == 0 and keys["tokenizer.chat_template"] == "{{ x }}"
@@ -90,6 +113,17 @@ def test_the_own_pattern_comes_first(name: str) -> None:
     assert found.keys[f"{PREFIX}pre"].value == name and "form NFC" in found.notices[0]
 
 
+@pytest.mark.parametrize("name", APPROXIMATED)
+def test_what_readers_only_approximate_is_told_and_read_as_they_do(name: str) -> None:
+    """Breaks when such a tokenizer is refused whole, or the check of an export reads it better than readers do."""
+    tokenizer = byte_level(APPROXIMATED[name], merged_whole=name in WHOLE_WORDS)
+    found = vocabulary(tokenizer, size=600, stop_ids=(), template=None)
+    assert found.keys[f"{PREFIX}pre"].value == name and "combining marks" in found.notices[0]
+    read = backend_of({key: value.value for key, value in found.keys.items()})
+    for text, alike in (("MixedCase of Éa, über 100", True), ("e\u0301 and", False)):
+        assert (read.encode(text).ids == tokenizer.encode(text)[0].tolist()) == alike
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_a_sentencepiece_tokenizer_comes_back(prefix: bool) -> None:
     tokenizer = sentencepiece(prefix=prefix)
@@ -102,7 +136,7 @@ def test_a_sentencepiece_tokenizer_comes_back(prefix: bool) -> None:
     read = backend_of(keys)
     for text in (*PROBES, "the other world is there,  and the word", "<s>the</s> world<unk>the"):
         assert read.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)[0].tolist()
-    assert read.encode("the").ids[0] == 1
+    assert read.encode("the").ids[0] == 1 and read.get_vocab_size() == tokenizer.vocabulary_size
     assert read.decode(read.encode("the world", add_special_tokens=False).ids) == "the world"
 
 
@@ -142,15 +176,7 @@ def test_other_tokenizers_are_refused() -> None:
 
 def test_the_special_tokens_of_phi_3_come_back() -> None:
     """They swallow the white space behind them, which readers know by the name of the model."""
-    plain = sentencepiece(prefix=False).raw.backend_tokenizer
-    plain.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|user|>", "<|end|>", "<|endoftext|>")])
-    held = json.loads(plain.to_str())
-    for token in held["added_tokens"]:
-        token["rstrip"] = token["content"] in ("</s>", "<|user|>", "<|end|>")
-    tokenizer = Ours.of(PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(held)), eos_token="</s>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    ))  # fmt: skip
+    tokenizer = stripping()
     found = vocabulary(tokenizer, size=400, stop_ids={2}, template=None)
     assert found.strips and found.notices == ()
     read = backend_of({"general.name": "my Phi-3", **{key: value.value for key, value in found.keys.items()}})

@@ -4,20 +4,23 @@ Idea: a chat template writes each message between two pieces of text, and what s
 their roles: of the one before (or the start) and of the one after (or the answer to come). The real template is
 rendered on conversations with marks for contents; what lies between the marks are these pieces. A Go template that
 writes them is then compared with the real one on other conversations, id by id. A template in which more than the roles
-counts is refused; orders of roles that it refuses itself are an error in the Go template, too.
+counts is refused; orders of roles that it refuses itself are an error in the Go template, too. White space that it
+strips around a message is stripped by the Go template as well (go_strip.py).
 Source: Ollama's template language and values (go_template.py). It puts BOS before a text where the model's file says
-so, and leaves an answer that is to be continued open.
+so, so a template that begins with BOS is written without it, and beside another the file must not say so. An answer
+that is to be continued is left open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import numpy as np
 
 from luthier.core.errors import TemplateError
+from luthier.data.rendering.go_strip import AROUND, Strip, content, definitions, learn
 from luthier.data.rendering.go_template import ollama_values, quoted, render
 from luthier.data.rendering.template import Template
 from luthier.data.tokenizer import Tokenizer
@@ -49,16 +52,39 @@ CHECKS: Final[tuple[Messages, ...]] = (
      {"role": "user", "content": "five"}),
 )  # fmt: skip
 """Conversations on which both templates are compared."""
+PADDED: Final[tuple[Messages, ...]] = (
+    ({"role": "user", "content": "  \n What? \t"}, {"role": "assistant", "content": "\n\nA \u3000"},
+     {"role": "user", "content": "\u2003so\u00a0 \r\n"}),
+    ({"role": "system", "content": " S\n"}, {"role": "user", "content": "\n1  2\x1f"},
+     {"role": "assistant", "content": " two "}, {"role": "user", "content": "\u1680three\u2029"}),
+)  # fmt: skip
+"""The same with white space around the messages."""
+BLANK: Final[tuple[Messages, ...]] = (
+    ({"role": "user", "content": " \n"},),
+    ({"role": "system", "content": ""}, {"role": "user", "content": "x"}, {"role": "assistant", "content": " "},
+     {"role": "user", "content": ""}),
+)  # fmt: skip
+"""The same with messages that say nothing."""
 _WRONG_ORDER: Final = "the chat template of this model has no such order of roles"
 
 
 @final
 @dataclass(frozen=True)
 class GoChat:
-    """A Go template, and what a user should know of it."""
+    """A Go template, whether BOS is to be put before what it writes, and what a user should know of it."""
 
     source: str
+    adds_bos: bool
     notices: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class _Learnt:
+    """By the roles before a message and of it: what a template writes before it, and strips of it."""
+
+    pieces: dict[tuple[str, str], str]
+    strips: dict[tuple[str, str], Strip | None]
 
 
 def go_template_for(template: Template, tokenizer: Tokenizer) -> GoChat:
@@ -66,29 +92,30 @@ def go_template_for(template: Template, tokenizer: Tokenizer) -> GoChat:
 
     Raises TemplateError for a template that cannot be written so.
     """
-    pieces: dict[tuple[str, str], str] = {}
+    learnt = _Learnt({}, {})
     for order in _USUAL:
-        _learn(template, order, pieces, needed=True)
+        _learn(template, order, learnt, needed=True)
     for order in _OTHERS:
-        _learn(template, order, pieces, needed=False)
-    source = _written(_without_bos(pieces, tokenizer))
-    require_equal(source, template, tokenizer, CHECKS)
-    return GoChat(source, tuple(_notices(template)))
+        _learn(template, order, learnt, needed=False)
+    pieces = _without_bos(learnt.pieces, tokenizer)
+    made = GoChat(_written(_Learnt(pieces or learnt.pieces, learnt.strips)), adds_bos=pieces is not None)
+    require_equal(made, template, tokenizer, CHECKS)
+    return replace(made, notices=_notices(made, template, tokenizer))
 
 
-def require_equal(source: str, template: Template, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> None:
+def require_equal(chat: GoChat, template: Template, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> None:
     """Raise TemplateError unless both templates give the same ids for each conversation, or both refuse it."""
     for messages in conversations:
         wanted = _asked(template, messages)
         try:
-            made = render(source, ollama_values(messages))
+            made = render(chat.source, ollama_values(messages))
         except TemplateError:
             if wanted is None:
                 continue
             raise
         before = tokenizer.encode(wanted)[0] if wanted is not None else None
         after = tokenizer.encode(made)[0]
-        if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        if chat.adds_bos and tokenizer.bos_id is not None:
             after = np.concatenate([np.array([tokenizer.bos_id], after.dtype), after])
         if before is None or not np.array_equal(before, after):
             raise _refused(
@@ -98,10 +125,10 @@ def require_equal(source: str, template: Template, tokenizer: Tokenizer, convers
             )
 
 
-def _learn(template: Template, order: Sequence[str], pieces: dict[tuple[str, str], str], *, needed: bool) -> None:
+def _learn(template: Template, order: Sequence[str], learnt: _Learnt, *, needed: bool) -> None:
     """Take the pieces of a conversation of these roles from the template's own text."""
     marks = [f"Zq{number}{role[0]}Wv" for number, role in enumerate(order)]
-    text = _asked(template, [{"role": role, "content": mark} for role, mark in zip(order, marks, strict=True)])
+    text = _asked(template, _talk(order, marks))
     if text is None:
         if needed:
             raise _refused(f"it has no text for the roles {', '.join(order)}", template)
@@ -112,14 +139,22 @@ def _learn(template: Template, order: Sequence[str], pieces: dict[tuple[str, str
             raise _refused(f"of the roles {', '.join(order)} it does not write each message once, in order", template)
         return
     ends = [0, *(place + len(mark) for place, mark in zip(places, marks, strict=True))]
-    for number, (before, after) in enumerate(zip((START, *order), (*order, ANSWER), strict=True)):
+    pairs = list(zip((START, *order), (*order, ANSWER), strict=True))
+    for number, (before, after) in enumerate(pairs):
         piece = text[ends[number] : places[number] if number < len(places) else len(text)]
-        if pieces.setdefault((before, after), piece) != piece:
+        if learnt.pieces.setdefault((before, after), piece) != piece:
             raise _refused(
                 f"between {before or 'the start'} and {after} it writes {piece!r:.80} here and "
-                f"{pieces[before, after]!r:.80} there",
+                f"{learnt.pieces[before, after]!r:.80} there",
                 template,
             )
+    padded = _asked(template, _talk(order, [f"{AROUND}{mark}{AROUND}" for mark in marks]))
+    if padded is not None:
+        learn(padded, marks, pairs[:-1], learnt.strips)
+
+
+def _talk(order: Sequence[str], contents: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in zip(order, contents, strict=True)]
 
 
 def _asked(template: Template, messages: Messages) -> str | None:
@@ -130,55 +165,51 @@ def _asked(template: Template, messages: Messages) -> str | None:
         return None
 
 
-def _without_bos(pieces: Mapping[tuple[str, str], str], tokenizer: Tokenizer) -> dict[tuple[str, str], str]:
-    """The pieces without the BOS that Ollama adds itself."""
-    if not tokenizer.adds_bos:
-        return dict(pieces)
+def _without_bos(pieces: Mapping[tuple[str, str], str], tokenizer: Tokenizer) -> dict[tuple[str, str], str] | None:
+    """The pieces without the BOS that Ollama adds itself; None where the template does not begin with it."""
     bos = tokenizer.special_tokens.get("bos_token", "")
-    made = dict(pieces)
-    for (before, after), piece in pieces.items():
-        if before == START:
-            if not bos or not piece.startswith(bos):
-                raise TemplateError(
-                    f"the chat template begins with {piece[:40]!r}, and Ollama puts {bos!r} before it",
-                    allowed="a template that begins with the token that the tokenizer begins texts with",
-                    do="write {{- bos_token -}} at its start, or run the model with --to merged",
-                )
-            made[before, after] = piece.removeprefix(bos)
-    return made
+    begun = [piece for (before, _), piece in pieces.items() if before == START]
+    if not tokenizer.adds_bos or not bos or not all(piece.startswith(bos) for piece in begun):
+        return None
+    return {pair: piece.removeprefix(bos) if pair[0] == START else piece for pair, piece in pieces.items()}
 
 
-def _written(pieces: Mapping[tuple[str, str], str]) -> str:
-    """The Go template with these pieces. All text stands in strings, so nothing depends on white space."""
-    lines = ['{{- $was := "" -}}', "{{- range .Messages -}}"]
+def _written(learnt: _Learnt) -> str:
+    """The Go template of what was learnt. All text stands in strings, so nothing depends on white space."""
+    # What is stripped in a way that has no words is not stripped at all: the notices will tell.
+    known = all(learnt.strips.values())
+    strips: dict[tuple[str, str], Strip] = {pair: strip for pair, strip in learnt.strips.items() if known and strip}
+    lines = [*definitions(list(strips.values())), '{{- $was := "" -}}', "{{- range .Messages -}}"]
     for number, role in enumerate(ROLES):
         lines.append(f'{{{{- {"else " if number else ""}if eq .Role "{role}" -}}}}')
-        lines += _choice({was: pieces.get((was, role)) for was in (START, *ROLES) if was != role})
-        lines.append("{{- .Content -}}")
+        others = [was for was in (START, *ROLES) if was != role]
+        lines += _choice({was: _shown(learnt.pieces.get((was, role))) for was in others})
+        held = {was: content(strips[was, role]) for was in others if (was, role) in strips}
+        lines += _choice(held) if held else [content("none")]
     lines += ["{{- else -}}", _failing(), "{{- end -}}", "{{- $was = .Role -}}", "{{- end -}}"]
     # An answer that has begun is left open, for the model to go on with.
     lines.append('{{- if ne $was "assistant" -}}')
-    lines += _choice({was: pieces.get((was, ANSWER)) for was in ("system", "user")})
+    lines += _choice({was: _shown(learnt.pieces.get((was, ANSWER))) for was in ("system", "user")})
     lines.append("{{- end -}}")
     return "\n".join(line for line in lines if line)
 
 
-def _choice(options: Mapping[str, str | None]) -> list[str]:
-    """Lines that write the piece for the role before, or fail where there is none."""
-    texts = list(options.values())
-    if len(set(texts)) == 1:
-        return [_shown(texts[0])]
+def _choice(options: Mapping[str, str]) -> list[str]:
+    """Lines that do the action for the role before."""
+    if len(set(options.values())) == 1:
+        return [next(iter(options.values()))]
+    groups: dict[str, list[str]] = {}
+    for was, action in options.items():
+        groups.setdefault(action, []).append(was)
     lines = []
-    groups: dict[str | None, list[str]] = {}
-    for was, text in options.items():
-        groups.setdefault(text, []).append(was)
-    for number, (text, roles) in enumerate(groups.items()):
+    for number, (action, roles) in enumerate(groups.items()):
         named = " ".join(f'"{role}"' for role in roles)
-        lines.append(f'{{{{- {"else " if number else ""}if eq $was {named} -}}}}{_shown(text)}')
+        lines.append(f'{{{{- {"else " if number else ""}if eq $was {named} -}}}}{action}')
     return [*lines, "{{- end -}}"]
 
 
 def _shown(text: str | None) -> str:
+    """The action that writes a text, or fails where there is none."""
     if text is None:
         return _failing()
     return f"{{{{- {quoted(text)} -}}}}" if text else ""
@@ -189,12 +220,17 @@ def _failing() -> str:
     return f"{{{{- slice {quoted(_WRONG_ORDER)} 999 -}}}}"
 
 
-def _notices(template: Template) -> Iterator[str]:
-    mark = "Zq0uWv"
-    text = _asked(template, [{"role": "user", "content": f" \n{mark} \n"}])
-    if text is not None and f" \n{mark} \n" not in text:
-        yield ("the model's template strips white space around a message, which a Go template cannot: messages are to "
-               "be sent without it")  # fmt: skip
+def _notices(chat: GoChat, template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What is written otherwise, as was tried; the first of these, which includes the second."""
+    for conversations, notice in (
+        (PADDED, "white space around a message is not treated as by the model's template: send messages without it"),
+        (BLANK, "a message that says nothing is not written as by the model's template: send none"),
+    ):
+        try:
+            require_equal(chat, template, tokenizer, conversations)
+        except TemplateError:
+            return (notice,)
+    return ()
 
 
 def _refused(received: str, template: Template) -> TemplateError:

@@ -1,8 +1,9 @@
 """Go templates, as far as Ollama's chat templates need them: parsed, and rendered on values like Ollama's.
 
 Idea: what Ollama will make of a template is tried here before anybody else finds out. It knows text, trim marks,
-comments, `if`, `else if`, `else`, `range`, `end`, variables, fields, strings, numbers, parentheses, and the functions
-eq, ne, and, or, not, len, index and slice. What it does not know is an error, never left out.
+comments, `if`, `else if`, `else`, `range`, `define`, `template`, `end`, variables, fields, strings, numbers,
+parentheses, and the functions eq, ne, ge, and, or, not, len, index and slice. What it does not know is an error, never
+left out. As in Go, lengths and slices of a text are of its bytes.
 Source: Go's text/template (its documentation), and the values that Ollama executes it on (`ollama_values`).
 Use when: a template that we wrote ourselves is checked. Templates of others are not run here.
 """
@@ -38,7 +39,9 @@ class _Node:
 
 def render(source: str, values: Mapping[str, Any]) -> str:
     """The text that a template makes of `values`. Raises TemplateError for what is no template, or fails."""
-    return _Run(values).all(_parsed(source))
+    nodes = _parsed(source)
+    named = {_name(node.text): node.body for node in nodes if node.kind == "define"}
+    return _Run(values, named).all(nodes)
 
 
 def ollama_values(messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def _add(action: str, here: list[_Node], open_: list[tuple[_Node, bool]], root: 
     word, _, rest = action.partition(" ")
     if action.startswith("/*"):
         return here
-    if word in ("if", "range"):
+    if word in ("if", "range", "define"):
         node = _Node(word, rest)
         here.append(node)
         open_.append((node, False))
@@ -110,16 +113,25 @@ def _add(action: str, here: list[_Node], open_: list[tuple[_Node, bool]], root: 
         return outer.otherwise if outer.otherwise else outer.body
     if word in ("else", "end") or not action:
         raise _broken(f"{word or 'an empty action'}", "else and end inside an if or a range")
-    here.append(_Node("show", action))
+    here.append(_Node("call", rest) if word == "template" else _Node("show", action))
     return here
+
+
+def _name(text: str) -> str:
+    """The name of a template, which stands in quotes."""
+    tokens = _tokens(text)
+    if not tokens or not tokens[0].startswith('"'):
+        raise _broken(f"a template called {text:.40}", "a name in quotes")
+    return str(json.loads(tokens[0]))
 
 
 @final
 class _Run:
-    """One rendering: the values, the variables in view, and how much was written."""
+    """One rendering: the values, the templates by name, the variables in view, and how much was written."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], named: Mapping[str, list[_Node]]) -> None:
         self.root = values
+        self.named = named
         self.scopes: list[dict[str, Any]] = [{"$": values}]
         self.written = 0
 
@@ -136,6 +148,10 @@ class _Run:
             made = self.shown(node.text, dot)
         elif node.kind == "if":
             made = self.all(node.body if _true(self.value(node.text, dot)) else node.otherwise, dot)
+        elif node.kind == "call":
+            made = self.called(node.text, dot)
+        elif node.kind == "define":
+            made = ""
         else:
             made = self.ranged(node, dot)
         self.written += len(made)
@@ -154,6 +170,17 @@ class _Run:
         if not isinstance(value, (str, int)):
             raise _broken(f"{action} is no text", "a text or a number")
         return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def called(self, text: str, dot: Any) -> str:
+        """Another template on one value, which sees nothing else."""
+        name, tokens = _name(text), _tokens(text)[1:]
+        if name not in self.named or not tokens:
+            raise _broken(f"the template {text:.40}", "one that is defined, with what it is given")
+        value = self.expression(tokens, dot)
+        outside, self.scopes = self.scopes, [{"$": value}]
+        made = self.all(self.named[name], value)
+        self.scopes = outside
+        return made
 
     def ranged(self, node: _Node, dot: Any) -> str:
         names, _, source = node.text.rpartition(":=")
@@ -194,12 +221,15 @@ class _Run:
                     inner = _field(inner, tokens[at][1:].split("."))
                     at += 1
                 operands.append(inner)
-                continue
-            if token in _FUNCTIONS and at == 0:
+            elif token in _FUNCTIONS and at == 0:
                 function = _FUNCTIONS[token]
+                at += 1
             else:
                 operands.append(self.operand(token, dot))
-            at += 1
+                at += 1
+            # As in Go, what follows is not computed when the outcome is certain.
+            if function in (_and, _or) and operands and _true(operands[-1]) == (function is _or):
+                break
         if function is not None:
             return _called(function, operands, tokens[0])
         if len(operands) != 1:
@@ -281,16 +311,28 @@ def _index(value: Any, number: int) -> Any:
     return value[number]
 
 
+def _length(value: Any) -> int:
+    return len(_bytes(value) if isinstance(value, str) else value)
+
+
 def _slice(value: Any, begin: int = 0, end: int | None = None) -> Any:
-    last = len(value) if end is None else end
-    if not 0 <= begin <= last <= len(value):
-        raise IndexError(f"{begin} to {last} of {len(value)}")
-    return value[begin:last]
+    held = _bytes(value) if isinstance(value, str) else value
+    last = len(held) if end is None else end
+    if not 0 <= begin <= last <= len(held):
+        raise IndexError(f"{begin} to {last} of {len(held)}")
+    part = held[begin:last]
+    return part.decode(errors="surrogateescape") if isinstance(value, str) else part
+
+
+def _bytes(text: str) -> bytes:
+    """As Go has a text; a slice may begin or end inside a letter."""
+    return text.encode(errors="surrogateescape")
 
 
 _FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "eq": _equal, "ne": lambda first, other: not _equal(first, other), "not": lambda value: not _true(value),
-    "and": _and, "or": _or, "len": len, "index": _index, "slice": _slice,
+    "ge": lambda first, other: first >= other, "and": _and, "or": _or, "len": _length, "index": _index,
+    "slice": _slice,
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from luthier.model.weights import without_weights
 
 _FACTOR: Final = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _ENDINGS: Final = {"A": ".lora_a", "B": ".lora_b"}
-_MERGE: Final = "export the whole model instead: --to gguf without part=adapter"
+_MERGE: Final = "export the whole model (--to gguf without part=adapter), or the adapter for PEFT (--to peft)"
 
 
 def require_writable(folder: Path, config: Any) -> None:

@@ -11,6 +11,7 @@ import copy
 import math
 import re
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +46,17 @@ _SETTINGS: Final = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 """What a config calls what a header says."""
+_PATIENCE: Final = 5.0
+"""Seconds until somebody who waits is told how far it is."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is written: weights by transformers' names, and all that belongs to them."""
+    """What is written: weights by transformers' names, and all that belongs to them.
+
+    `adds_bos` says whether readers put BOS before every text; None for as the tokenizer does.
+    """
 
     name: str
     config: Any
@@ -58,13 +64,14 @@ class Model:
     tokenizer: Tokenizer
     template: str | None
     stop_ids: tuple[int, ...]
+    adds_bos: bool | None = None
 
 
 def model_keys(model: Model, choice: Choice) -> tuple[dict[str, Key], tuple[str, ...]]:
     """The header of a model's file, and what a user should know. Raises RecipeError for what GGUF has no place for."""
     layout = Layout.of(model.config)
     words = vocabulary(model.tokenizer, size=int(model.config.vocab_size), stop_ids=model.stop_ids,
-                       template=model.template)  # fmt: skip
+                       template=model.template, adds_bos=model.adds_bos)  # fmt: skip
     # A name decides how special tokens are read: what says otherwise than the tokenizer is changed.
     name = model.name
     if strips_by_name(name) != words.strips:
@@ -93,11 +100,16 @@ def write_model(
     def stored() -> Iterator[tuple[str, Tensor]]:
         if factors is not None:
             yield ROPE_FACTORS, factors
-        for own, each in planned.items():
+        last = time.monotonic()
+        for number, (own, each) in enumerate(planned.items()):
+            if time.monotonic() - last > _PATIENCE:
+                told(f"{number} of {len(planned)} tensors are written")
+                last = time.monotonic()
             yield each.name, layout.stored(each.name, model.tensors[own].detach())
 
     for notice in (*notices, *fallbacks(plan, choice)):
         told(notice)
+    told(f"writing {len(plan)} tensors")
     size = write_gguf(path, keys, plan, stored())
     told(f"{path.name}: {len(plan)} tensors, {size:,} bytes")
 

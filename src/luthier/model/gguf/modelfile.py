@@ -8,9 +8,10 @@ Source: Ollama's Modelfile reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, TemplateError
 from luthier.data.rendering.go_chat import go_template_for
 from luthier.data.rendering.template import Template
 from luthier.data.tokenizer import Tokenizer
@@ -28,6 +29,15 @@ _PARAMETERS: Final = {
 _QUOTES: Final = '"""'
 
 
+@final
+@dataclass(frozen=True)
+class Modelfile:
+    """The text, and whether the model's file is to say that texts begin with BOS; None for as its tokenizer does."""
+
+    text: str
+    adds_bos: bool | None = None
+
+
 def modelfile(
     *,
     base: str,
@@ -37,10 +47,11 @@ def modelfile(
     generation: Mapping[str, Any],
     adapter: str = "",
     system: str = "",
-) -> str:
-    """The text of a Modelfile. Raises TemplateError for a chat template that Ollama's language has no words for."""
+) -> Modelfile:
+    """A Modelfile. Raises TemplateError for a chat template that Ollama's language has no words for."""
     lines = [f"FROM {_plain('the name of the base', base)}"]
     notices: Sequence[str] = ()
+    adds_bos = None
     if adapter:
         lines.append(f"ADAPTER {adapter}")
     if template is None:
@@ -52,7 +63,13 @@ def modelfile(
             made = go_template_for(asked, tokenizer)
         finally:
             asked.close()
-        notices = made.notices
+        notices, adds_bos = made.notices, made.adds_bos
+        if adapter and tokenizer.adds_bos and not adds_bos:
+            raise TemplateError(
+                "the chat template does not begin with BOS, which Ollama puts before every text of this base",
+                allowed="a template that begins with the token that the tokenizer begins texts with",
+                do="write {{- bos_token -}} at its start, or export the whole model: --set exporter.part=model",
+            )
         lines.append(f"TEMPLATE {_QUOTES}{made.source}{_QUOTES}")
     if system:
         if _QUOTES in system or system.endswith('"'):
@@ -65,7 +82,7 @@ def modelfile(
         lines.append(f'PARAMETER stop "{_plain("the stop token", stop)}"')
     lines += [f"PARAMETER {name} {generation[key]}" for key, name in _PARAMETERS.items()
               if isinstance(generation.get(key), (int, float))]  # fmt: skip
-    return "\n".join([*(f"# {notice}" for notice in notices), *lines]) + "\n"
+    return Modelfile("\n".join([*(f"# {notice}" for notice in notices), *lines]) + "\n", adds_bos)
 
 
 def _plain(what: str, value: str) -> str:

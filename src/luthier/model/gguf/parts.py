@@ -5,6 +5,7 @@ Use through an exporter: it says which part, in which number format, and of what
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.model import attention
+from luthier.model.adapter_files import EXTRAS, trained_beside
 from luthier.model.gguf.families import EXTRA, PURPOSE, Layout, family_of, is_matrix_to_pack
 from luthier.model.gguf.formats import Choice, format_for
 from luthier.model.gguf.lora_file import lora_to_peft, require_writable, write_lora
@@ -45,17 +47,20 @@ TOLERANCES: Final[dict[Choice, Tolerance]] = {
     "F32": EXACT,
     "F16": HALF,
     "BF16": BRAIN,
-    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.5, kl=5e-3, agreement=0.97, weights=0.03),
-    "Q4_K": Tolerance(form="weights in Q4_K", difference=2.0, kl=0.1, agreement=0.9, weights=0.2),
-    "Q4_0": Tolerance(form="weights in Q4_0", difference=3.0, kl=0.3, agreement=0.8, weights=0.2),
+    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.5, kl=5e-3, tie=0.15, weights=0.03),
+    "Q4_K": Tolerance(form="weights in Q4_K", difference=2.0, kl=0.1, tie=0.5, weights=0.2),
+    "Q4_0": Tolerance(form="weights in Q4_0", difference=4.0, kl=0.3, tie=1.0, weights=0.2),
 }
-"""How far a file may be from its source, by format. Of near ties another may win, so KL is the stricter measure."""
+"""How far a file may be from its source, by format."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class GgufPart:
-    """One part of what is exported, and all that belongs to it; `model` has the weights until the file is written."""
+    """One part of what is exported, and all that belongs to it; `model` has the weights until the file is written.
+
+    `adds_bos` says whether readers put BOS before every text; None for as the tokenizer does.
+    """
 
     part: Part
     type: Choice
@@ -67,6 +72,7 @@ class GgufPart:
     reading: Reading
     adapter: Path | None
     open_adapter: Callable[[Path], LanguageModel] | None
+    adds_bos: bool | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,10 +93,7 @@ class GgufPart:
 
     def tolerance(self, source: Tolerance) -> Tolerance:
         """Of the number format and of the precision that is computed in, whichever rounds more; an adapter is exact."""
-        own = EXACT if self.part == "adapter" else TOLERANCES[self.type]
-        weights = None if own.weights is None or source.weights is None else max(own.weights, source.weights)
-        return Tolerance(form=own.form, difference=max(own.difference, source.difference), kl=max(own.kl, source.kl),
-                         agreement=min(own.agreement, source.agreement), weights=weights)  # fmt: skip
+        return (EXACT if self.part == "adapter" else TOLERANCES[self.type]).loosest(source)
 
     def needed_bytes(self) -> int:
         """About what the file takes, from shapes alone."""
@@ -111,16 +114,17 @@ class GgufPart:
             return model_side(place / MODEL_FILE, self.model, self.reading, ends=bool(self.stop_ids))
         if self.open_adapter is None:
             raise RecipeError(f"{self.name} cannot be opened with another adapter", do="export it from its run")
-        return adapter_side(place / ADAPTER_FILE, self.model, self.open_adapter)
+        return adapter_side(place / ADAPTER_FILE, self.model, self.open_adapter, extras=self._adapter() / EXTRAS)
 
     def notices(self) -> str:
         """What a user should know of the file, as a list in Markdown; empty where there is nothing."""
-        found = notices_of(self._model(), self.type) if self.part == "model" else ()
+        found = notices_of(self._model(), self.type) if self.part == "model" else trained_beside(self._adapter())
         return "".join(f"\n- {line}" for line in found) + ("\n" if found else "")
 
     def _model(self) -> Model:
         return Model(name=self.name, config=self.model.config, tensors=self.model.module.state_dict(),
-                     tokenizer=self.tokenizer, template=self.template, stop_ids=self.stop_ids)  # fmt: skip
+                     tokenizer=self.tokenizer, template=self.template, stop_ids=self.stop_ids,
+                     adds_bos=self.adds_bos)  # fmt: skip
 
     def _adapter(self) -> Path:
         if self.adapter is None:
@@ -161,8 +165,15 @@ def model_side(path: Path, model: LanguageModel, reading: Reading, *, ends: bool
     return ModelSide("the GGUF file", read, renderer=renderer, stop_ids=stop_ids if ends else None)
 
 
-def adapter_side(path: Path, model: LanguageModel, open_adapter: Callable[[Path], LanguageModel]) -> Side:
-    """An adapter's file on a fresh copy of its base. Raises CorruptError for a file that holds none for it."""
+def adapter_side(
+    path: Path, model: LanguageModel, open_adapter: Callable[[Path], LanguageModel], *, extras: Path
+) -> Side:
+    """An adapter's file on a fresh copy of its base, which is packed as `extras` says that it was in training.
+
+    Raises CorruptError for a file that holds no adapter for it.
+    """
     with tempfile.TemporaryDirectory(prefix="luthier-gguf-") as folder:
         lora_to_peft(GgufFile.open(path), model.config, Path(folder))
+        if extras.is_file():
+            shutil.copyfile(extras, Path(folder) / EXTRAS)
         return ModelSide("the GGUF adapter", open_adapter(Path(folder)))

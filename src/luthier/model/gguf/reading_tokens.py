@@ -17,7 +17,7 @@ from luthier.core.errors import CorruptError
 from luthier.model.gguf.splits import SPLITS, WHOLE_WORDS
 
 _PREFIX: Final = "tokenizer.ggml."
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 _SPACE: Final = "\u2581"
 STRIPPING: Final = "phi-3"
 """In a model's name this makes special tokens swallow the white space behind them: llama.cpp has no key for it."""
@@ -31,10 +31,12 @@ def backend_of(keys: Mapping[str, Any]) -> Tokenizer:
     if len(types) != len(tokens):
         raise _unsound("token_type", f"{len(types)} types for {len(tokens)} tokens", "one for each token")
     kind = keys.get(f"{_PREFIX}model")
+    # Rows of a model that no token has are listed, too.
+    used = {token: number for token, number in _numbered(tokens).items() if types[number] != _UNUSED}
     if kind == "gpt2":
-        made = _byte_level(keys, tokens)
+        made = _byte_level(keys, used)
     elif kind == "llama":
-        made = _sentencepiece(keys, tokens)
+        made = _sentencepiece(keys, tokens, used)
     else:
         raise _unsound("model", repr(kind), "gpt2 or llama")
     strips = strips_by_name(str(keys.get("general.name", "")))
@@ -57,7 +59,7 @@ def strips_by_name(name: str) -> bool:
     return any(part in name.lower() for part in (STRIPPING, "phi3"))
 
 
-def _byte_level(keys: Mapping[str, Any], tokens: list[Any]) -> Tokenizer:
+def _byte_level(keys: Mapping[str, Any], numbered: dict[str, int]) -> Tokenizer:
     name = keys.get(f"{_PREFIX}pre")
     patterns = SPLITS.get(name) if isinstance(name, str) else None
     if patterns is None:
@@ -65,7 +67,7 @@ def _byte_level(keys: Mapping[str, Any], tokens: list[Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in _list(keys, "merges")]
     if any(len(pair) != 2 for pair in merges):
         raise _unsound("merges", "one that is no pair", "pairs of tokens")
-    made = Tokenizer(models.BPE(_numbered(tokens), merges, ignore_merges=name in WHOLE_WORDS))
+    made = Tokenizer(models.BPE(numbered, merges, ignore_merges=name in WHOLE_WORDS))
     made.pre_tokenizer = pre_tokenizers.Sequence([
         *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -74,14 +76,13 @@ def _byte_level(keys: Mapping[str, Any], tokens: list[Any]) -> Tokenizer:
     return made
 
 
-def _sentencepiece(keys: Mapping[str, Any], tokens: list[Any]) -> Tokenizer:
+def _sentencepiece(keys: Mapping[str, Any], tokens: list[Any], numbered: dict[str, int]) -> Tokenizer:
     scores = _list(keys, "scores")
     if len(scores) < len(tokens):
         scores = [*scores, *([min(scores, default=0.0)] * (len(tokens) - len(scores)))]
-    numbered = _numbered(tokens)
     score = dict(zip(tokens, scores, strict=False))
     pairs = [(-score[token], numbered[token[:cut]], numbered[token[cut:]], token[:cut], token[cut:])
-             for token in tokens for cut in range(1, len(token))
+             for token in numbered for cut in range(1, len(token))
              if token[:cut] in numbered and token[cut:] in numbered]  # fmt: skip
     unknown = keys.get(f"{_PREFIX}unknown_token_id")
     made = Tokenizer(models.BPE(

@@ -13,12 +13,13 @@ import json
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.gguf.reading_tokens import KEPT, STRIPPING, backend_of
-from luthier.model.gguf.splits import CONTRACTED, SPLITS
+from luthier.model.gguf.splits import APPROXIMATED, CONTRACTED, SPLITS
 from luthier.model.gguf.writing import F32, I32, Key, flag, numbers, text, texts, whole
 
 NORMAL: Final = 1
@@ -40,6 +41,8 @@ PROBES: Final = (
     "a_b-c/d\\e {\"key\": [1, 2.5e-3]} <tag> 'quoted' \"too\"...",
     "getElementById(HTMLElement x=1000000)\n\n\n\tif(!done){ return\u00a0'DON'T'; }  \n  //end",
     "e\u0301 and \u200b\u00a0\u3000 odd spaces",
+    "eines grünÄpfel ΑΒΓδ и ПриветМир",
+    "if x:\n        return  1\n\n\n",
 )
 """Texts that are hard on tokenizers."""
 
@@ -54,8 +57,15 @@ class Vocabulary:
     strips: bool = False
 
 
-def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], template: str | None) -> Vocabulary:
-    """The keys for a model with `size` rows of embeddings.
+def vocabulary(
+    tokenizer: Tokenizer,
+    *,
+    size: int,
+    stop_ids: Collection[int],
+    template: str | None,
+    adds_bos: bool | None = None,
+) -> Vocabulary:
+    """The keys for a model with `size` rows of embeddings; `adds_bos` None for as the tokenizer does.
 
     Raises RecipeError for a tokenizer that no reader of GGUF would cut alike.
     """
@@ -63,22 +73,39 @@ def vocabulary(tokenizer: Tokenizer, *, size: int, stop_ids: Collection[int], te
     strips = _require_known(held)
     keys = _tokens(held, size)
     keys |= _ends(tokenizer, stop_ids)
+    keys[f"{PREFIX}add_bos_token"] = flag(tokenizer.adds_bos if adds_bos is None else adds_bos)
     if template is not None:
         keys[TEMPLATE] = text(template)
     options = _byte_level(held) if _is_byte_level(held) else _sentencepiece(held, size)
-    composed = (held.get("normalizer") or {}).get("type") == "NFC"
-    found = _first_that_fits(tokenizer, keys, options, name=STRIPPING if strips else "", composed=composed)
-    notices = list(found.notices)
-    if composed:
+    probes, notices = _fair(held)
+    found = _first_that_fits(tokenizer, keys, options, name=STRIPPING if strips else "", probes=probes)
+    return Vocabulary(found.keys, (*found.notices, *notices), strips)
+
+
+def _fair(held: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The texts that readers can be expected to cut alike, and sentences on those that they cannot."""
+    probes: tuple[str, ...] = PROBES
+    notices: list[str] = []
+    if (held.get("normalizer") or {}).get("type") == "NFC":
+        probes = tuple(probe for probe in probes if unicodedata.normalize("NFC", probe) == probe)
         notices.append("readers of GGUF do not normalize texts: one that is not in form NFC gets other tokens there")
-    return Vocabulary(found.keys, tuple(notices), strips)
+    if _own_patterns(held.get("pre_tokenizer") or {}) in APPROXIMATED.values():
+        probes = tuple(probe for probe in probes if not _needs_case(probe))
+        notices.append("readers of GGUF cut words with combining marks, or with a capital letter inside that is not "
+                       "one of A to Z, otherwise than the model's tokenizer")  # fmt: skip
+    return probes, tuple(notices)
+
+
+def _needs_case(probe: str) -> bool:
+    """Whether readers that know no marks, and no case beyond ASCII, may cut a text otherwise."""
+    inside = any(before.isalpha() and after.isupper() and not after.isascii() for before, after in pairwise(probe))
+    return inside or any(unicodedata.category(letter).startswith("M") for letter in probe)
 
 
 def _first_that_fits(
-    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]], *, name: str, composed: bool
+    tokenizer: Tokenizer, keys: dict[str, Key], options: Sequence[dict[str, Key]], *, name: str, probes: Sequence[str]
 ) -> Vocabulary:
     """The keys with the first option that gives the tokenizer's ids; best one that does so beside special tokens."""
-    probes = [probe for probe in PROBES if not composed or unicodedata.normalize("NFC", probe) == probe]
     wanted = [tokenizer.encode(probe)[0].tolist() for probe in probes]
     marked = _marked(tokenizer)
     wanted_marked = [tokenizer.encode(probe)[0].tolist() for probe in marked]
@@ -176,7 +203,6 @@ def _ends(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Key]:
     ends = list(dict.fromkeys([*(one for one in tokenizer.eos_ids if one in stop_ids), *sorted(stop_ids)]))
     for key, number in zip(("eos", "eot", "eom"), ends or list(tokenizer.eos_ids[:1]), strict=False):
         keys[f"{PREFIX}{key}_token_id"] = whole(int(number))
-    keys[f"{PREFIX}add_bos_token"] = flag(tokenizer.adds_bos)
     keys[f"{PREFIX}add_eos_token"] = flag(False)
     return keys
 
@@ -186,7 +212,7 @@ def _byte_level(held: Mapping[str, Any]) -> list[dict[str, Key]]:
     merges = texts([" ".join(pair) for pair in pairs])
     own = _own_patterns(held.get("pre_tokenizer") or {})
     # The one with the tokenizer's own pattern first: the probes might not tell it from a similar one.
-    names = sorted(SPLITS, key=lambda name: SPLITS[name] != own)
+    names = sorted(SPLITS, key=lambda name: APPROXIMATED.get(name, SPLITS[name]) != own)
     return [{f"{PREFIX}model": text("gpt2"), f"{PREFIX}pre": text(name), f"{PREFIX}merges": merges} for name in names]
 
 
