@@ -71,7 +71,7 @@ def test_who_comes_second_does_not_find_who_was_first() -> None:
 def test_of_pytorch_only_what_is_allowed_runs() -> None:
     made = race(allowed=["empty_like"])
     made.draw(SEEDS)
-    with pytest.raises(TypeError, match="PyTorch computes: mul"):
+    with pytest.raises(ValueError, match="PyTorch computes: "):
         made.timed()
     unsuitable = race("def f(x, y):\n    return [1.0]")
     unsuitable.draw(SEEDS)

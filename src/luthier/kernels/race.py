@@ -20,8 +20,8 @@ from typing import Any, Final, Protocol, final, runtime_checkable
 import torch
 from torch.overrides import TorchFunctionMode
 
-CACHE_BYTES: Final = {"cpu": 1 << 25, "cuda": 1 << 28}
-"""More than the caches of any device of the kind hold."""
+CACHE_BYTES: Final = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""More than the caches nearest to the arithmetic hold."""
 _randn, _zero, _same = torch.randn, torch.Tensor.zero_, torch.equal
 
 
@@ -37,11 +37,11 @@ class Stopwatch(Protocol):
 
 @final
 class CpuStopwatch:
-    """The clock of the machine."""
+    """The processor time of this thread: what waits while others work is not counted. There are no other threads."""
 
     device = "cpu"
 
-    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns) -> None:
+    def __init__(self, clock: Callable[[], int] = time.thread_time_ns) -> None:
         self._clock = clock
         self._cache = torch.empty(CACHE_BYTES["cpu"], dtype=torch.int8)
 
@@ -164,7 +164,7 @@ class _Guard(TorchFunctionMode):
     def __torch_function__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         name = getattr(operation, "__name__", str(operation))
         if name not in self._allowed:
-            raise TypeError(f"PyTorch computes: {name}")
+            raise ValueError(f"PyTorch computes: {name}")
         return operation(*arguments, **(keywords or {}))
 
 
