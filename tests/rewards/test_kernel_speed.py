@@ -25,7 +25,8 @@ WORK = {
     "shares": "torch.softmax(row, 0)",
 }  # fmt: skip
 """What the slow programs do to each row, one after the other."""
-SIZES = [[320, 96]]
+SIZES = [[2048, 96]]
+"""Enough rows that a program which hides its work can be seen to do so from outside."""
 
 
 def slow(name: str, called: str | None = None) -> str:
@@ -183,8 +184,8 @@ def cheating(hack: str, name: str) -> Sample:
 
 def too_fast(samples: list[Sample]) -> list[str]:
     scored = Scoring(KernelSpeed(**KNOBS), sandbox_tools()).score(samples)
-    return [f"{one.answer}\n{found.reason}" for one, found in zip(samples, scored.scores, strict=True)
-            if found is not None and found.value > 0]  # fmt: skip
+    pairs = zip(samples, scored.scores, strict=True)
+    return [f"{one.answer}\n{found.reason}" for one, found in pairs if found is not None and found.value > 0]
 
 
 def test_no_way_to_look_fast_is_paid() -> None:
@@ -199,7 +200,7 @@ def test_no_way_to_look_fast_is_paid_where_no_form_stops_it(monkeypatch: pytest.
     """Breaks when the language is all that stands between a program and the clock: here anything may be written."""
     monkeypatch.setattr("luthier.rewards.kernel_speed.torch_form",
                         lambda said, name: Form(1.0, "", program_in(said) or ""))  # fmt: skip
-    assert not too_fast([cheating(hack, name) for hack in HACKS for name in WORK])
+    assert not too_fast([cheating(hack, name) for hack in HACKS for name in list(WORK)[:2]])
 
 
 # ----------------------------------------------------------------------------------------------- devices, or none

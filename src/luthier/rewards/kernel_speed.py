@@ -49,7 +49,7 @@ _NOISE: Final = 3.0
 """Two processes with one reference that differ by more than this say nothing."""
 _LEAST_GAP: Final = 2e-4
 """Seconds by which two rounds differ from outside for no reason."""
-_SHARE: Final = 0.03
+_SHARE: Final = 0.01
 """Of the processor time of a process: what two that do the same may differ by."""
 _PROCESSES: Final = 64
 
