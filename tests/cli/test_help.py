@@ -17,8 +17,8 @@ from tests.cli.commands import environ, luthier
 LEAVES = [
     ("demo",), ("init",), ("train",), ("resume",), ("generate",), ("classify",), ("eval",),
     ("compare",), ("describe",), ("doctor",), ("quantize",), ("plan",), ("lint",), ("serve",), ("merge",), ("probe",),
-    ("export",),
-    ("data", "show"), ("data", "check"), ("data", "stats"), ("run", "list"), ("run", "show"),
+    ("export",), ("reward",),
+    ("data", "show"), ("data", "check"), ("data", "stats"), ("data", "kernels"), ("run", "list"), ("run", "show"),
 ]  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def parses(words: list[str], path: tuple[str, ...]) -> None:
 def test_what_prints_has_json_and_what_writes_has_a_dry_run(path: tuple[str, ...]) -> None:
     told = luthier(*path, "--help").out
     assert "--json" in told
-    writing = ("demo", "init", "train", "resume", "merge", "export", "probe")
-    assert ("--dry-run" in told) == (path[0] in writing)
+    writing = ("demo", "init", "train", "resume", "merge", "export", "probe", "kernels")
+    assert ("--dry-run" in told) == (path[-1] in writing)
 
 
 def test_an_unknown_command_or_option_is_a_usage_error_with_the_nearest_name() -> None:

@@ -136,7 +136,7 @@ def rollout(step: int, **more: Any) -> dict[str, Any]:
     """A rollout where all is well."""
     well = {
         "step": step, "groups": 10, "alike": 1, "always_best": [], "never": [], "answers": 80, "failed": 0, "cut": 0,
-        "reward": 0.5, "entropy": 1.0, "length": 20.0,
+        "reward": 0.5, "reward_std": 0.1, "entropy": 1.0, "length": 20.0,
     }  # fmt: skip
     return {**well, **more}
 
@@ -146,7 +146,11 @@ def test_lessons_are_said_where_there_are_any() -> None:
     assert lessons([rollout(step) for step in range(8)], []) == []
     assert lessons([], []) == []
     [said] = lessons([rollout(1, alike=7, always_best=[1, 2], never=[3])], [])
-    assert said.startswith("70 % of groups got identical rewards") and "2 prompts are always" in said
+    assert said.startswith("70 % of groups got identical rewards") and "2 prompts are always solved" in said
+    # Where no answer to any prompt was worth more than another, none is "solved".
+    nothing = [rollout(step, alike=10, reward=0.0, reward_std=0.0, always_best=[1, 2]) for step in range(2)]
+    [said] = lessons(nothing, [])
+    assert said.startswith("every answer got the same reward, 0.000") and "solved" not in said
     course = [rollout(step, reward=step / 8, entropy=1 / (step + 1), length=10.0 * (step + 1)) for step in range(8)]
     said_of = " ".join(lessons(course, [{"reward": 0.6}, {"reward": 0.2}]))
     for part in ("something is exploited", "answers have become one", "answers went from 15 to 75 tokens"):

@@ -1,4 +1,4 @@
-"""Honest Triton kernels for every operator of examples/triton-kernels.jsonl, and ways to cheat with them."""
+"""Honest Triton kernels for every operator of `luthier data kernels`, and ways to cheat with them."""
 
 from __future__ import annotations
 

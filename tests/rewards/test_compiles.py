@@ -72,7 +72,7 @@ class Broken:
         return self.run_all([program])[0]
 
     def tools(self) -> Tools:
-        return Tools(sandbox=lambda limits: self)  # type: ignore[arg-type,return-value]
+        return Tools(sandbox=lambda limits, **more: self)  # type: ignore[arg-type,return-value]
 
 
 def test_a_broken_sandbox_is_no_verdict() -> None:

@@ -220,3 +220,39 @@ def test_a_broken_sandbox_is_no_grade() -> None:
     assert failure(Grader(grader=PYTHON), sample("Paris", most=10), broken).again
     ended = Broken([Outcome(Status.ENDED, returned=(Returned(0.25),))]).tools()
     assert score(Grader(grader=PYTHON), sample("Paris", most=10), ended).value == 0.25
+
+
+# As OpenAI's guides write them: a score with how it is sampled, a program with a package, several together.
+SCORED = {
+    "type": "score_model", "name": "my_score_model", "model": "o4-mini-2025-04-16", "pass_threshold": 0.5,
+    "input": [
+        {"role": "developer", "content": "Grade the answer from 0 to 1."},
+        {"type": "message", "role": "user", "content": [
+            {"type": "input_text", "text": "Reference: {{ item.answer }}."},
+            {"type": "input_text", "text": "Answer: {{ sample.output_text }}"}]},
+    ],
+    "range": [0, 1],
+    "sampling_params": {"max_completions_tokens": 32768, "top_p": 1, "reasoning_effort": "medium", "seed": 42},
+}  # fmt: skip
+FUZZY = {
+    "type": "python", "name": "fuzzy", "image_tag": "2025-05-08",
+    "source": "import numpy as np\nfrom typing import Any\n\ndef grade(sample: dict[str, Any], item: dict[str, Any])"
+              " -> float:\n    said = np.asarray([float(each) for each in sample['output_text'].split(',')])\n"
+              "    return float(np.mean(said == np.asarray(item['answer'])))\n",
+}  # fmt: skip
+
+
+def test_graders_of_the_guides_are_taken_as_they_are() -> None:
+    """Breaks when a key that changes nothing here is refused, a text in pieces is lost, or numpy is not there."""
+    model = Model('{"result": 0.5}')
+    assert score(Grader(grader=SCORED), GOOD, Tools(judge=model)).value == 0.5
+    system, asked = model.asked[0].messages
+    assert system.role == "system" and asked.content == "Reference: Paris.\nAnswer: Paris"
+    some = sample("1, 2, 4", answer=[1, 2, 3])
+    assert score(Grader(grader=FUZZY), some, sandbox_tools()).value == pytest.approx(2 / 3)
+    both = {"type": "multi", "graders": {"a": {**CHECK, "input": "{{ sample.output_json.name }}"}, "b": SIMILAR},
+            "calculate_output": "0.5 * a + max(b, 0) ^ 2 * 0.5"}  # fmt: skip
+    named = sample('{"name": "Paris"}', answer="Paris")
+    assert 0.5 < score(Grader(grader=both), named).value < 1.0
+    with pytest.raises(RecipeError, match="top_p"):
+        score({"method": "grader", "grader": {**SCORED, "sampling_params": {"top_p": 0.5}}}, GOOD)

@@ -111,6 +111,16 @@ def test_first_the_rationale_then_the_verdict_behind_it() -> None:
     assert not judge.asked and judge.scored[0].begun == "Preferred response="
 
 
+def test_a_judge_that_goes_on_to_its_verdict_is_asked_again_from_its_reasons() -> None:
+    """Breaks when a judge that was tuned on whole answers reads a verdict of its own before the one that counts."""
+    for ended in ("stop", "length"):
+        judge = Biased()
+        judge.said = Said("One is fine.\n\nPreferred response=2\n\nand more", ended)
+        [found] = Judge(scale="pair").score([GOOD], Tools(judge=judge))
+        assert not isinstance(found, RewardError) and found is not None
+        assert all(one.begun == "Rationale: One is fine.\n\nPreferred response=" for one in judge.scored)
+
+
 def test_a_rationale_that_was_cut_off_is_no_verdict() -> None:
     judge = Biased()
     judge.said = Said("Both are", ended="length")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from luthier.assets.kernels import kernel_rows
 from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Tools
 from luthier.rewards.kernel import Kernel
 from luthier.sandbox.program import Outcome, Status
-from tests.architecture.source import REPOSITORY
 from tests.rewards.kernels import CHEATS, SOLUTIONS
 from tests.rewards.samples import failure, sample, sandbox_tools, score
 from tests.rewards.test_compiles import Broken
 
-DATA = REPOSITORY / "examples" / "triton-kernels.jsonl"
-ROWS = {row["function"]: row for row in map(json.loads, DATA.read_text("utf-8").splitlines())}
+ROWS = {row["function"]: row for row in map(json.loads, kernel_rows().splitlines())}
 FEW = ("leaky_relu", "softmax", "cosine", "matmul")
 
 
@@ -41,6 +41,9 @@ def make_tools() -> Tools:
 
 def test_the_data_and_its_solutions_are_of_the_same_operators() -> None:
     assert set(ROWS) == set(SOLUTIONS) and len(ROWS) >= 14
+    for row in ROWS.values():
+        assert {"prompt", "reference", "inputs"} <= set(row) and row["reference"] in row["prompt"]
+        assert all(math.prod(sizes) >= 1 << 20 for sizes in row["timed"]), "too small to be timed on a GPU"
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from luthier.cli.options import Json
+from luthier.cli.options import DryRun, Json
 from luthier.cli.show import print_check, print_histogram, print_json, print_rows
+from luthier.core.errors import RefusedError
 from luthier.core.imports import uncollected
 
 app = typer.Typer(help="Show, check and measure data files.", no_args_is_help=True, rich_markup_mode=None)
@@ -122,3 +124,29 @@ def stats(
     how = reading(format, template, train_on, max_tokens, over_length, column, kind)
     found = measure(file, model, how)
     print_json(found.as_dict()) if json else print_histogram(found)
+
+
+@app.command("kernels")
+def kernels(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")] = Path("kernels.jsonl"),
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Write small PyTorch operators that are to be replaced by Triton kernels, as rows for the reward `kernel`.
+
+    \b
+    Examples:
+      luthier data kernels
+      luthier data kernels operators.jsonl --dry-run
+    """
+    from luthier.assets.kernels import kernel_rows
+    from luthier.store.files import write_text
+
+    rows = kernel_rows()
+    if path.exists() and not dry_run:
+        raise RefusedError(f"{path} exists and is not overwritten", do="name another file, or remove it first")
+    if not dry_run:
+        write_text(path, rows)
+    count = len(rows.splitlines())
+    told = f"{'would write' if dry_run else 'wrote'} {path}: {count} rows"
+    print_json({"file": str(path), "rows": count, "written": not dry_run}) if json else typer.echo(told)

@@ -33,6 +33,7 @@ from luthier.cli import (
     probe,
     quantize,
     resume,
+    reward,
     serve,
     train,
 )
@@ -57,6 +58,7 @@ app.command("resume")(resume.resume)
 app.command("generate")(generate.generate)
 app.command("classify")(classify.classify)
 app.command("eval")(evaluate.evaluate)
+app.command("reward")(reward.reward)
 app.command("quantize")(quantize.quantize)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)

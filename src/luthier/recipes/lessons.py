@@ -41,12 +41,18 @@ def _alike(rollouts: Events) -> str:
     groups, alike = (sum(int(each[name]) for each in rollouts) for name in ("groups", "alike"))
     if not groups or alike / groups < ALIKE:
         return ""
+    if alike == groups and len({(each["reward"], each["reward_std"]) for each in rollouts}) == 1:
+        reward = float(rollouts[0]["reward"])
+        return (
+            f"every answer got the same reward, {reward:.3f}, from which nothing is learned: see with luthier reward "
+            "whether a good answer gets more, give partial credit, or train a few good answers with objective sft first"
+        )
     best = {row for each in rollouts for row in each["always_best"]}
     never = {row for each in rollouts for row in each["never"]}
     return (
         f"{100 * alike / groups:.0f} % of groups got identical rewards, from which nothing is learned: raise "
         f"objective.temperature or rollouts.answers, or set rollouts.redraws; {len(best - never):,} prompts are always "
-        f"answered as well as any, {len(never - best):,} never"
+        f"solved as well as any, {len(never - best):,} never"
     )
 
 

@@ -150,7 +150,7 @@ class ReinforceRecipe(FinetuneRecipe):
             raise RecipeError(
                 f"reward is empty, and {what} what answers are worth",
                 allowed="a reward, or a list of them, lowest first",
-                do="luthier list rewards names them",
+                do="luthier describe names them",
             )
         return self
 

@@ -16,6 +16,7 @@ Not when: you write a new one: the rewards of luthier say more of what they chec
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import math
 import re
@@ -53,6 +54,11 @@ _OPERATIONS: Final[Mapping[str, Callable[[str, str], bool]]] = {
     "like": lambda text, known: known in text,
     "ilike": lambda text, known: known.casefold() in text.casefold(),
 }
+_PACKAGES: Final = (
+    "numpy", "scipy", "sympy", "pandas", "rapidfuzz", "sklearn", "rouge_score", "deepdiff", "jsonschema", "pydantic",
+    "yaml", "nltk", "sqlparse",
+)  # fmt: skip
+"""What programs of OpenAI's python grader may import."""
 _NEEDS: Final = {"score_model": "judge", "label_model": "judge", "python": "sandbox"}
 
 
@@ -112,8 +118,14 @@ def _check(grader: object, where: str) -> None:
             f"{where}.evaluation_metric is {grader['evaluation_metric']!r}, which is not computed here",
             allowed=", ".join((*SIMILARITIES, "bleu")),
         )
-    if unheard := set(grader.get("sampling_params") or {}) - {"temperature", "seed", *_ROOM}:
-        raise RecipeError(f"{where}.sampling_params has {sorted(unheard)}", allowed=f"temperature, seed, {_ROOM[0]}")
+    how = grader.get("sampling_params") or {}
+    # How much another model reasons, and a top_p of all there is, change nothing here.
+    heard = {"temperature", "seed", "reasoning_effort", *_ROOM}
+    if unheard := {key for key, value in how.items() if key not in heard and (key, value) != ("top_p", 1)}:
+        raise RecipeError(
+            f"{where}.sampling_params has {sorted(unheard)}",
+            allowed=f"temperature, seed, {_ROOM[0]}, reasoning_effort, and a top_p of 1",
+        )
     if kind == "label_model" and not set(grader["passing_labels"]) <= set(grader["labels"]):
         raise RecipeError(f"{where}.passing_labels is {grader['passing_labels']}", allowed=f"of {grader['labels']}")
     if kind == "multi":
@@ -195,7 +207,9 @@ def _scored(text: str, low: float, high: float, sample: Sample) -> Verdict:
 
 def _message(given: Mapping[str, Any], names: Mapping[str, Any]) -> Message:
     content = given.get("content", "")
-    text = content.get("text", "") if isinstance(content, Mapping) else content
+    pieces = content if isinstance(content, list) else [content]
+    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in pieces]
+    text = "\n".join(texts) if all(isinstance(each, str) for each in texts) else None
     role = "system" if given.get("role") == "developer" else given.get("role")
     if role not in ROLES or not isinstance(text, str):
         raise RecipeError(f"a message of the grader is {given!r}", allowed="a role and a text")
@@ -208,8 +222,21 @@ def _in_sandbox(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Too
         raise RecipeError(f"the grader {grader['type']} needs the sandbox", allowed="a machine that has one")
     names = [_names(sample) for sample in samples]
     programs = [Program(grader["source"], (Call("grade", (each["sample"], each["item"])),)) for each in names]
-    outcomes = tools.sandbox(Limits()).run_all(programs) if programs else []
+    sandbox = tools.sandbox(Limits(), preload=_imported(grader["source"]))
+    outcomes = sandbox.run_all(programs) if programs else []
     return [_graded(outcome, sample) for outcome, sample in zip(outcomes, samples, strict=True)]
+
+
+def _imported(source: str) -> tuple[str, ...]:
+    """The packages of OpenAI's image that a program imports and that are installed here."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return ()  # it is told when it is run
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    found = {name.partition(".")[0] for name in names} & set(_PACKAGES)
+    return tuple(sorted(name for name in found if importlib.util.find_spec(name) is not None))
 
 
 def _graded(outcome: Outcome, sample: Sample) -> Verdict:
@@ -321,7 +348,8 @@ def _formula(text: str, names: Mapping[str, float], *, check: bool = False) -> f
 def _texts(grader: Mapping[str, Any]) -> list[str]:
     given = grader.get("input", "")
     contents = [given] if isinstance(given, str) else [one.get("content", "") for one in given]
-    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in contents]
+    pieces = [piece for each in contents for piece in (each if isinstance(each, list) else [each])]
+    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in pieces]
     return [*texts, grader.get("reference", "")]
 
 

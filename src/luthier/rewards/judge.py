@@ -137,7 +137,7 @@ class Judge(Reward):
         asked = f"explain {question.asked}" if self.rationale else f"say {question.asked}"
         task = f"Consider the {self.criteria} and {asked}."
         messages: list[tuple[Message, ...]] = [(Message("user", f"{text}\n\n{task}"),) for text in shown]
-        begun, cut = self._rationales(messages, tools.judge, tools.seed)
+        begun, cut = self._rationales(messages, question, tools.judge, tools.seed)
         whole = [at for at in range(len(shown)) if at not in cut]
         spelled = [spelling for verdict in question.verdicts for spelling in (verdict, f" {verdict}")]
         found = tools.judge.likely([Begun(messages[at], f"{begun[at]}{question.ending}") for at in whole], spelled)
@@ -154,15 +154,19 @@ class Judge(Reward):
         return decided
 
     def _rationales(
-        self, messages: list[tuple[Message, ...]], judge: TextModel, seed: int
+        self, messages: list[tuple[Message, ...]], question: _Question, judge: TextModel, seed: int
     ) -> tuple[list[str], set[int]]:
-        """What stands before each verdict, and which rationales were cut off."""
+        """What stands before each verdict, and which rationales were cut off.
+
+        A judge that was tuned on whole answers goes on to its verdict: the rationale ends where that begins.
+        """
         if not self.rationale:
             return [""] * len(messages), set()
         asked = [Begun(each, "Rationale:") for each in messages]
         said = judge.go_on(asked, most_tokens=self.most_tokens, temperature=0.0, seed=seed)
-        cut = {at for at, each in enumerate(said) if each.ended == "length"}
-        return [f"Rationale: {each.text.strip()}\n\n" for each in said], cut
+        found = [each.text.partition(question.ending) for each in said]
+        cut = {at for at, (_, decided, _) in enumerate(found) if said[at].ended == "length" and not decided}
+        return [f"Rationale: {text.strip()}\n\n" for text, _, _ in found], cut
 
 
 @dataclass(frozen=True)

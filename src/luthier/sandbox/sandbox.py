@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RefusedError, SandboxUnavailableError
+from luthier.sandbox.devices import ABOUT, ALWAYS, require_devices
 from luthier.sandbox.examining import examine_program
-from luthier.sandbox.guest.kernel import LOOK, READ, WRITE, landlock_version
+from luthier.sandbox.guest.kernel import DEVICE_CONTROL, LOOK, READ, WRITE, landlock_version
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Status
 from luthier.sandbox.running import run_program
 from luthier.sandbox.self_test import must_hold
@@ -44,7 +45,6 @@ _FILES: Final = 1024
 _OTHERS: Final = 3
 """Processes besides those of the candidate that count against its user: the zygote and what started it."""
 _PROBING: Final = Limits(seconds=30.0, cpu_seconds=30.0)
-_DEVICES: Final = ("null", "zero", "random", "urandom")
 _Result = TypeVar("_Result")
 
 
@@ -55,16 +55,22 @@ def open_sandbox(
     workers: int | None = None,
     preload: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    devices: Sequence[str] = (),
 ) -> Sandbox:
     """A sandbox of the strongest tier that stands here, or of `tier`. Raises SandboxUnavailableError where none does.
 
     `workers` programs run at a time. `preload` names modules of our own packages that programs may import, and that
     are imported before; without any, only the standard library is there. `environment` is added to what guests see.
+    `devices` are files of /dev that they may use besides, such as those of a GPU (`devices.gpu_devices`).
     """
+    require_devices(devices)
     reasons: list[str] = []
     for steps in ways(tier):
         try:
-            sandbox = Sandbox(limits or Limits(), steps, workers or os.cpu_count() or 1, preload, environment or {})
+            if devices and not steps.own_processes:
+                raise UnreachableError("a device is let in only where programs have a root of their own")
+            count = workers or os.cpu_count() or 1
+            sandbox = Sandbox(limits or Limits(), steps, count, preload, environment or {}, devices)
             sandbox.passed_over = tuple(reasons)
             return sandbox.proved()
         except (LostError, UnreachableError) as failure:
@@ -97,14 +103,15 @@ class Sandbox:
     """Walls that stand. A context manager; one object serves several threads. Made by `open_sandbox`."""
 
     def __init__(
-        self, limits: Limits, steps: Steps, workers: int, preload: Sequence[str], environment: Mapping[str, str]
-    ) -> None:
+        self, limits: Limits, steps: Steps, workers: int, preload: Sequence[str], environment: Mapping[str, str],
+        devices: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.limits = limits
         self.steps = steps
         self._owner = os.getpid()
         self.passed_over: tuple[str, ...] = ()
         """Stronger walls that were tried first, and why they do not stand here."""
-        self._settings = _settings(limits, steps, view(preload), preload, environment)
+        self._settings = _settings(limits, steps, view(preload), preload, environment, devices)
         self._count = workers
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._zygote) for _ in range(workers)]
@@ -216,8 +223,9 @@ def _close(workers: Sequence[_Worker], starter: ThreadPoolExecutor) -> None:
 
 
 def _settings(
-    limits: Limits, steps: Steps, seen: View, preload: Sequence[str], environment: Mapping[str, str]
-) -> dict[str, Any]:
+    limits: Limits, steps: Steps, seen: View, preload: Sequence[str], environment: Mapping[str, str],
+    devices: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """All that the guest's side needs to know, as plain data."""
     root = os.geteuid() == 0
     lend = root and may_mount() and steps.walls != "root"
@@ -225,7 +233,8 @@ def _settings(
         must_be_reachable(seen)
     version = landlock_version()
     home = next(name for name in HOMES if not _below(name, seen)) if steps.own_processes else ""
-    devices = [(f"/dev/{name}", READ | WRITE) for name in _DEVICES]
+    places = [(target, LOOK) for _, target in seen.folders] + [(name, READ | WRITE) for name in ALWAYS]
+    places += [(name, READ | WRITE | DEVICE_CONTROL) for name in devices]
     return {
         "view": [list(pair) for pair in seen.folders],
         "links": {**seen.links, **({"/tmp": home} if home and not _below("/tmp", seen) else {})},
@@ -238,7 +247,10 @@ def _settings(
         "own_processes": steps.own_processes,
         "counted": steps.own_processes or root,
         "landlock": version,
-        "places": [(target, LOOK) for _, target in seen.folders] + devices if version else [],
+        "places": places if version else [],
+        "devices": [*ALWAYS, *devices],
+        "lent": bool(devices),
+        "about": [name for name in ABOUT if devices and Path(name).exists()],
         "statm": None,
         "preload": list(preload),
         "environment": {**_environment(home or "/"), **environment},
@@ -277,4 +289,5 @@ def _layers(settings: Mapping[str, Any], steps: Steps) -> tuple[str, ...]:
         found += ["network namespace", "own root"]
     if settings["landlock"]:
         found.append(f"Landlock {settings['landlock']}")
+    found += [f"with {name}" for name in settings["devices"] if name not in ALWAYS]
     return (*found, "system call filter", "limits", "lesser user" if os.geteuid() == 0 else "user without capabilities")

@@ -66,12 +66,14 @@ class Sandboxes:
         self._open: dict[tuple[object, ...], Sandbox] = {}
 
     def __call__(
-        self, limits: Limits, *, preload: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = ()
-    ) -> Sandbox:
-        """The sandbox with these limits; `preload` and `environment` are those of `open_sandbox`."""
-        asked = (limits, preload, environment)
+        self, limits: Limits, *, preload: tuple[str, ...] = (), environment: tuple[tuple[str, str], ...] = (),
+        devices: tuple[str, ...] = (),
+    ) -> Sandbox:  # fmt: skip
+        """The sandbox with these limits; `preload`, `environment` and `devices` are those of `open_sandbox`."""
+        asked = (limits, preload, environment, devices)
         if asked not in self._open:
-            self._open[asked] = open_sandbox(limits, preload=preload, environment=dict(environment))
+            more = dict(environment)
+            self._open[asked] = open_sandbox(limits, preload=preload, environment=more, devices=devices)
         return self._open[asked]
 
     def close(self) -> None:

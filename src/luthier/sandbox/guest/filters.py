@@ -62,7 +62,9 @@ _IOCTL_REQUESTS: Final = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTL_OPTIONS: Final = (3, 15, 16, 21, 23, 30, 39, 41, 42, 0x53564D41)
 """Names of threads and of memory, and questions. Not PR_SET_PDEATHSIG, which binds us to our parent."""
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_GPU_KIND, _UVM_NUMBERS, _UVM_BEGIN, _UVM_END = ord("F") << 8, 256, 0x30000001, 0x30000002
+
+_LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _PASS, _KILL_PROCESS, _REFUSE, _UNKNOWN = 0x7FFF0000, 0x80000000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 _SECCOMP, _FILTER = 22, 2
 
@@ -74,8 +76,11 @@ def known(machine: str) -> bool:
     return machine in _MACHINES
 
 
-def program(machine: str, *, own_files: bool, own_processes: bool, process: int) -> bytes:
-    """The filter for the process of this number, which may signal itself, and where `own_processes` any of its own."""
+def program(machine: str, *, own_files: bool, own_processes: bool, process: int, lent: bool) -> bytes:
+    """The filter for the process of this number, which may signal itself, and where `own_processes` any of its own.
+
+    Where a GPU is `lent` to it, it may send the requests that the GPU's driver knows.
+    """
     column, name = _MACHINES[machine]
     made: list[Instruction] = [
         (_LOAD, 0, 0, 4), (_EQUAL, 1, 0, name), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0),
@@ -95,7 +100,7 @@ def program(machine: str, *, own_files: bool, own_processes: bool, process: int)
         _TKILL: [(_RETURN, 0, 0, _PASS)] if own_processes else _signalling(process, 1),
         _TGKILL: [(_RETURN, 0, 0, _PASS)] if own_processes else _signalling(process, 2),
         _FCNTL: _one_of(1, _FCNTL_COMMANDS),
-        _IOCTL: _one_of(1, _IOCTL_REQUESTS),
+        _IOCTL: [*(_of_gpu() if lent else ()), *_one_of(1, _IOCTL_REQUESTS)],
         _PRCTL: _one_of(0, _PRCTL_OPTIONS),
         _PRLIMIT: _one_of(0, (0,)),
         _SOCKETPAIR: _one_of(0, (1,)),
@@ -122,6 +127,15 @@ def _one_of(argument: int, values: tuple[int, ...]) -> list[Instruction]:
     for value in values:
         block += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _PASS)]
     return [*block, (_RETURN, 0, 0, _REFUSE)]
+
+
+def _of_gpu() -> list[Instruction]:
+    """Requests of NVIDIA's driver: those of kind F, whatever their number and size, and the bare numbers of UVM."""
+    return [
+        (_LOAD, 0, 0, 24), (_AND, 0, 0, 0xFF00), (_EQUAL, 0, 1, _GPU_KIND), (_RETURN, 0, 0, _PASS),
+        (_LOAD, 0, 0, 24), (_AT_LEAST, 1, 0, _UVM_NUMBERS), (_RETURN, 0, 0, _PASS),
+        (_EQUAL, 1, 0, _UVM_BEGIN), (_EQUAL, 0, 1, _UVM_END), (_RETURN, 0, 0, _PASS),
+    ]  # fmt: skip
 
 
 def _signalling(process: int, argument: int) -> list[Instruction]:

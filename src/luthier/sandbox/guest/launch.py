@@ -21,7 +21,6 @@ INSIDE: Final = "inside"
 """The word by which this file, started again by bubblewrap, knows that the walls are there."""
 _LENDERS: Final = ("/tmp", "/mnt", "/var", "/srv", "/opt")
 """Folders of which one is there to be covered, in our own view of the files only."""
-_DEVICES: Final = ("null", "zero", "random", "urandom")
 
 
 def start(settings: dict[str, Any]) -> None:
@@ -93,8 +92,8 @@ def _bubblewrap(settings: dict[str, Any], view: list[list[str]]) -> None:
     for name, target in settings["links"].items():
         words += ["--symlink", target, name]
     words += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dir", settings["work"]]
-    for name in _DEVICES:
-        words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for name in settings["devices"]:
+        words += ["--dev-bind", name, name]
     words += ["--remount-ro", "/", "--chdir", "/", "--", *settings["again"], INSIDE]
     os.execv(words[0], words)
 
@@ -115,10 +114,10 @@ def _enter_namespaces() -> None:
 
 
 def _make_root(settings: dict[str, Any], view: list[list[str]]) -> None:
-    """A root that holds nothing but `view` and four devices, all of it read-only."""
+    """A root that holds nothing but `view` and a few devices, all of it read-only."""
     k.keep_mounts_to_ourselves()
     held = [(os.open(source, os.O_PATH), target) for source, target in view]
-    devices = [(os.open(f"/dev/{name}", os.O_PATH), f"/dev/{name}") for name in _DEVICES]
+    devices = [(os.open(name, os.O_PATH), name) for name in settings["devices"]]
     root = _covered()
     for descriptor, target in held:
         _seen_through(descriptor, root + target, k.READ_ONLY | k.NO_SETUID | k.NO_DEVICES)

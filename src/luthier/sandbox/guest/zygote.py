@@ -40,6 +40,7 @@ WARM: Final = (
 _LOOK_MILLISECONDS: Final = 50
 """How often the memory of a candidate that has many processes is added up."""
 _HIGH: Final = 32
+_MOST_ABOUT: Final = 1 << 14
 _DESCRIPTORS: Final = 256
 
 
@@ -145,24 +146,20 @@ class _Zygote:
         if settings["work"]:
             k.unshare(k.NEW_MOUNTS)
             k.mount_memory(settings["work"], settings["limits"]["file_bytes"], entries=settings["limits"]["files"])
-            # Not even where the kernel has no Landlock shall it look at those who watch over it.
-            k.mount_memory("/proc", 4096, entries=1)
-            k.restrict_mount("/proc", k.READ_ONLY)
+            _hide_processes(settings["about"])
             os.chdir(settings["work"])
         self._arrange(descriptors)
-        work = os.open(settings["work"], os.O_PATH) if settings["work"] else None
-        _limit(settings["limits"], self._size, counted=settings["counted"])
+        own = [(os.open(settings["work"], os.O_PATH), k.OWN)] if settings["work"] else []
+        own += [(os.open("/proc", os.O_PATH), k.READ | k.LIST)] if settings["about"] else []
+        _limit(settings["limits"], self._size, counted=settings["counted"], lent=settings["lent"])
         k.drop_capabilities()
         k.no_new_privileges()
         if settings["landlock"]:
-            own = [(work, k.OWN)] if work is not None else []
             k.landlock(settings["landlock"], [*self._places, *own])
         os.closerange(CHANNEL + 1, 4 * _HIGH)
-        install(
-            program(
-                os.uname().machine, own_files=bool(settings["work"]), own_processes=self._own, process=os.getpid()
-            )
-        )
+        own_files, lent = bool(settings["work"]), settings["lent"]
+        machine = os.uname().machine
+        install(program(machine, own_files=own_files, own_processes=self._own, process=os.getpid(), lent=lent))
 
     def _arrange(self, descriptors: list[int]) -> None:
         """Standard input, output, error output and the channel where they belong."""
@@ -178,7 +175,24 @@ def _raised(descriptor: int, least: int) -> int:
     return higher
 
 
-def _limit(limits: dict[str, Any], size: int, *, counted: bool) -> None:
+def _hide_processes(about: list[str]) -> None:
+    """Cover /proc, and leave a copy of some of its texts there.
+
+    Not even where the kernel has no Landlock shall it look at those who watch over it.
+    """
+    texts = {}
+    for name in about:
+        with open(name, "rb") as file:
+            texts[name] = file.read(_MOST_ABOUT)
+    k.mount_memory("/proc", 4096 + 2 * _MOST_ABOUT * len(texts), entries=1 + 4 * len(texts))
+    for name, text in texts.items():
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb") as file:
+            file.write(text)
+    k.restrict_mount("/proc", k.READ_ONLY)
+
+
+def _limit(limits: dict[str, Any], size: int, *, counted: bool, lent: bool) -> None:
     most = {
         resource.RLIMIT_AS: size + limits["memory_bytes"],
         resource.RLIMIT_CPU: max(1, -int(-limits["cpu_seconds"] // 1)),
@@ -187,6 +201,9 @@ def _limit(limits: dict[str, Any], size: int, *, counted: bool) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
     }
+    if lent:
+        # A GPU's library reserves addresses by the terabyte; what is really held is added up while it runs.
+        del most[resource.RLIMIT_AS]
     if counted:
         most[resource.RLIMIT_NPROC] = limits["processes"] + limits["others"]
     for kind, value in most.items():
