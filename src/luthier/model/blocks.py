@@ -13,7 +13,8 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, final
@@ -22,16 +23,19 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.kernels.backend import Backend, Bare, BareBlock
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
+from luthier.kernels.lanes import Lane
 from luthier.kernels.products import Product
 from luthier.kernels.thin_pass import ThinPass, ThinTerm
 from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.edits import EditedModule, base_modules, routed
+from luthier.model.far_inputs import FarInputs
 from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer, low_rank_layers
 from luthier.model.packed import packing_of
@@ -58,6 +62,7 @@ class Blocks:
     calls: Mapping[int, AttentionCall]
     backend: Backend
     recomputed: int = 0
+    lane: Lane | None = None
 
     @classmethod
     def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
@@ -103,13 +108,14 @@ class Blocks:
         watched = _is_watched(body)
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
+        far = None if self.lane is None else FarInputs(self.lane)
         for index, layer in enumerate(layers):
             wanted = rows if index == len(layers) - 1 else None
             block = partial(
                 self._block, layer, angles=angles, halves=halves, plan=plan, rows=wanted, watched=watched
             )
             # The tensor is an argument of its own: it says of which device random numbers are put back.
-            x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
+            x = _made_again(block, x, far) if index < recomputed else block(x)
         last = body.get_submodule("norm")
         if watched or isinstance(last, EditedModule):
             with routed(last, plan.routes if rows is None else plan.row_routes):
@@ -246,6 +252,15 @@ class Blocks:
         weight, eps = _norm(norm)
         gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
+
+
+def _made_again(
+    block: Callable[[Tensor], Tensor], x: Float[Tensor, "T d"], far: FarInputs | None
+) -> Float[Tensor, "N d"]:
+    """A block of which only the input is kept. Hooks of others do not reach inside, where nothing is kept."""
+    with nullcontext() if far is None else saved_tensors_hooks(far.keep, far.give):
+        made: Tensor = checkpoint(block, x, use_reentrant=False)
+    return made
 
 
 def _terms(
