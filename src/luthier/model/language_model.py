@@ -215,8 +215,8 @@ class LanguageModel:
         return 0 if self.executor.blocks is None else self.sites.layers
 
     def recompute(self, count: int, *, lane: Lane | None = None) -> None:
-        """From now on keep only the inputs of the first `count` blocks, those at the end of a `lane` where there is one;
-        no result is changed by a single bit."""
+        """From now on keep only the inputs of the first `count` blocks, at the end of a `lane` where there is one; no
+        result is changed by a single bit."""
         blocks = self.executor.blocks
         if not 0 <= count <= self.recomputable:
             raise RecipeError(f"{count} blocks cannot be recomputed", allowed=f"0 to {self.recomputable} here")

@@ -23,6 +23,7 @@ from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
 from luthier.recipes.memory import PARTS, use_pool
+from luthier.recipes.offload import inputs_are_far, lane_to_host, optimizer_is_far
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, edits_for, read_for
@@ -94,6 +95,7 @@ def lay_out(
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(edits_for(recipe.adapter, recipe.objective, model), name=name or "default")
+    lane = lane_to_host(recipe.offload, model)
     stepper = Stepper(
         model,
         attachment,
@@ -102,6 +104,7 @@ def lay_out(
         max_grad_norm=recipe.max_grad_norm,
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
+        lane=lane if optimizer_is_far(recipe.offload) else None,
     )
     source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment.name)
     unpooled = use_pool(model)
@@ -112,7 +115,8 @@ def lay_out(
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
     # What is recomputed changes no result, so one number serves all.
-    model.recompute(max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0))
+    again = max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0)
+    model.recompute(again, lane=lane if inputs_are_far(recipe.offload) else None)
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(
