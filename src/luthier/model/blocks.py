@@ -27,6 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from luthier.data.forest import Span
 from luthier.kernels.backend import Backend, Bare, BareBlock
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
@@ -36,6 +37,7 @@ from luthier.kernels.thin_pass import ThinPass, ThinTerm
 from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.edits import EditedModule, base_modules, routed
 from luthier.model.far_inputs import FarInputs
+from luthier.model.graphs import Graphs, Pass
 from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer, low_rank_layers
 from luthier.model.packed import packing_of
@@ -54,7 +56,8 @@ class Blocks:
     """The body of a model whose blocks have the common shape.
 
     `head_size` is the width of one attention head; `calls` says how each layer's attention is called; `backend` does
-    what lies between the products. The first `recomputed` blocks keep nothing but their input for the backward pass.
+    what lies between the products. The first `recomputed` blocks keep nothing but their input for the backward pass,
+    in the host's memory where there is a `lane` to it. `graphs` play a recorded pass again, where they take it.
     """
 
     body: nn.Module
@@ -63,6 +66,7 @@ class Blocks:
     backend: Backend
     recomputed: int = 0
     lane: Lane | None = None
+    graphs: Graphs | None = None
 
     @classmethod
     def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
@@ -96,8 +100,36 @@ class Blocks:
         rows: Int[Tensor, " N"] | None,
     ) -> Float[Tensor, "N d"]:
         """The final hidden states of `rows`, all when it is None; `tokens` are ids, or their embeddings."""
+        x = self._played(tokens, positions, plan)
+        if x is None:
+            x = self._states(tokens, positions, plan, rows)
+        elif rows is not None:
+            x = x.index_select(0, rows)
+        last = self.body.get_submodule("norm")
+        if _is_watched(self.body) or isinstance(last, EditedModule):
+            with routed(last, plan.routes if rows is None else plan.row_routes):
+                states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
+            return states
+        return normed(x, *_norm(last), self.backend)
+
+    def _played(self, tokens: Tensor, positions: Int[Tensor, " T"], plan: ForestPlan) -> Float[Tensor, "T d"] | None:
+        """The states of all tokens after the last block, by a pass that was recorded; None where there is none."""
+        graphs = self.graphs
+        if graphs is None or self.recomputed or not graphs.take(tokens, plan, self.calls) or not self.take_everything:
+            return None
+
+        def states(tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+            whole = ForestPlan(spans=(Span(0, len(tokens), ()),), starts=starts)
+            return self._states(tokens, positions, whole, None)
+
+        return graphs.states(tokens, positions, plan, Pass(self.body, states))
+
+    def _states(
+        self, tokens: Tensor, positions: Int[Tensor, " T"], plan: ForestPlan, rows: Int[Tensor, " N"] | None
+    ) -> Float[Tensor, "N d"]:
+        """The states after the last block."""
         body = self.body
-        x: Tensor = tokens
+        x = tokens
         if not tokens.is_floating_point():
             embed = body.get_submodule("embed_tokens")
             with routed(embed, plan.routes):
@@ -116,12 +148,7 @@ class Blocks:
             )
             # The tensor is an argument of its own: it says of which device random numbers are put back.
             x = _made_again(block, x, far) if index < recomputed else block(x)
-        last = body.get_submodule("norm")
-        if watched or isinstance(last, EditedModule):
-            with routed(last, plan.routes if rows is None else plan.row_routes):
-                states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
-            return states
-        return normed(x, *_norm(last), self.backend)
+        return x
 
     def _block(
         self,
