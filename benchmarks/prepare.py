@@ -2,13 +2,13 @@
 
     python benchmarks/prepare.py --home bench-home --models m1,m2
 
-A model of `workloads.py` has a folder of its own, which is written once; m2 takes a gigabyte.
+A model of `workloads.py` has a folder of its own, which is written once; m2 takes a gigabyte, m8 sixteen.
 
 - model: its weights, normal with deviation 0.02, bfloat16 safetensors, with a byte-level BPE tokenizer of 32000 ids
   trained on the sources of Python's own standard library. A larger vocabulary has ids that no row uses.
 - lora.safetensors: the first factor of a rank-16 LoRA at every linear layer (the second one starts at zero).
 - rows.jsonl: prompt and answer as token ids, and how many ids belong to the prompt; lengths are log-normal.
-- fixed.jsonl (m2): rows of 512 ids with a loss on each but the first.
+- fixed.jsonl (m2, m8): rows of one length, 512 or 4,096 ids, with a loss on each but the first.
 
 Everything follows from one fixed seed and the standard library of the interpreter that runs this; `digest.txt` says
 whether two machines trained on the same bytes.
@@ -39,12 +39,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from workloads import MAX_TOKENS, MODELS, Shape
+from workloads import MAX_TOKENS, MODELS, WORKLOADS, Shape
 
 VOCABULARY = 32000
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 ROWS = 2000
-FIXED_ROWS = 400
+FIXED_ROWS = {"m2": 400, "m8": 64}
+"""Rows of a fixed length, and for which models."""
 SEED = 0
 RANK = 16
 SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"})
@@ -52,7 +53,6 @@ PROMPT_MEDIAN, PROMPT_SIGMA = 80, 0.35
 ANSWER_MEDIAN, ANSWER_SIGMA = 55, 0.9
 FILES = ("model/config.json", "model/model.safetensors", "model/tokenizer.json", "lora.safetensors", "rows.jsonl")
 FIXED = "fixed.jsonl"
-WITH_FIXED = frozenset({"m2"})
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -73,8 +73,9 @@ def prepare(home: Path, name: str) -> str:
     save_file(_lora_start(model), folder / "lora.safetensors")
     _write(folder / "rows.jsonl", _rows(tokenizer))
     files = FILES
-    if name in WITH_FIXED:
-        _write(folder / FIXED, _fixed_rows(tokenizer))
+    if name in FIXED_ROWS:
+        longest = max(each.longest for each in WORKLOADS.values() if each.model == name)
+        _write(folder / FIXED, _fixed_rows(tokenizer, FIXED_ROWS[name], longest))
         files = (*FILES, FIXED)
     digest = _digest(folder, files)
     mark.write_text(digest + "\n", "utf-8")
@@ -164,13 +165,13 @@ def _rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
         yield row_of(prompt + "\nAnswer:", completion, tokenizer)
 
 
-def _fixed_rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, object]]:
-    """Rows of exactly MAX_TOKENS ids; only the first, which nothing predicts, has no loss."""
+def _fixed_rows(tokenizer: PreTrainedTokenizerFast, rows: int, longest: int) -> Iterator[dict[str, object]]:
+    """Rows of exactly so many ids; only the first, which nothing predicts, has no loss."""
     words = [word for text in _library_texts() for word in re.findall(r"[A-Za-z]{1,14}[,.]?", text)]
     draw = random.Random(SEED + 1)
-    for _ in range(FIXED_ROWS):
-        passage = _passage(words, draw, tokenizer, MAX_TOKENS)
-        yield {"input_ids": tokenizer(passage)["input_ids"][:MAX_TOKENS], "prompt_tokens": 1}
+    for _ in range(rows):
+        passage = _passage(words, draw, tokenizer, longest)
+        yield {"input_ids": tokenizer(passage)["input_ids"][:longest], "prompt_tokens": 1}
 
 
 def row_of(prompt: str, completion: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:

@@ -216,7 +216,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--workloads", help=f"instead of the device's: of {', '.join(WORKLOADS)}")
     parser.add_argument("--tier", choices=["quick", "full"], default="quick", help="how long to look (workloads.py)")
     parser.add_argument("--systems", help=f"instead of the tier's: of {', '.join(SYSTEMS)}")
     parser.add_argument("--repetitions", type=int, help="instead of the tier's: processes of each system")
@@ -231,7 +231,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=1800, help="seconds after which a process is ended")
     args = parser.parse_args(arguments)
     args.home = args.home.resolve()
-    args.workloads = args.workloads.split(",")
+    own = [name for name, work in WORKLOADS.items() if work.device == args.device]
+    args.workloads = args.workloads.split(",") if args.workloads else own
     args.systems = args.systems.split(",") if args.systems else None
     for word, names, known in (("workload", args.workloads, WORKLOADS), ("system", args.systems or [], SYSTEMS)):
         if unknown := [name for name in names if name not in known]:

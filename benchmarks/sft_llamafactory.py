@@ -109,7 +109,7 @@ def settings(job: worker.Job, model: Path, scratch: Path) -> dict[str, Any]:
         "dataset": "prepared",
         "tokenized_path": str(scratch / "rows"),
         "disable_shuffling": True,
-        "cutoff_len": worker.MAX_TOKENS,
+        "cutoff_len": job.work.longest,
         "output_dir": str(scratch / "out"),
         "per_device_train_batch_size": job.work.batch,
         "gradient_accumulation_steps": 1,

@@ -22,11 +22,13 @@ from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.optimizers.paged_adamw import PagedAdamW
 from luthier.quantizers.nf4 import NF4
+from luthier.recipes.graphed import record_passes, worth_recording
 from luthier.recipes.memory import use_pool
 from luthier.recipes.quantized import quantize
 from luthier.train.stepper import Stepper
 
-MICRO_TOKENS = 4096
+MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""A GPU has the memory for more at once, and its products want it."""
 
 
 def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
@@ -44,7 +46,9 @@ def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
         for site, start in load_file(job.folder / "lora.safetensors").items() if lora else ():
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
     optimizer = (PagedAdamW if job.work.packed else AdamW)(learning_rate=worker.LEARNING_RATE)
-    micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS))
+    micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS[job.device]))
+    if worth_recording(model, alone=True):
+        record_passes(model, micro_tokens)
     return attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
 
 
@@ -53,6 +57,16 @@ def packed_bits(parameters: Sequence[torch.Tensor]) -> dict[str, float]:
     packed = [parameter for parameter in parameters if packing_of(parameter) is not None]
     numbers = sum(parameter.numel() for parameter in packed)
     return {"bits_a_packed_weight": round(8 * sum(map(stored_bytes, packed)) / numbers, 4)} if packed else {}
+
+
+def recordings(stepper: Stepper) -> dict[str, object]:
+    """For which sizes passes were recorded as CUDA graphs, and why not for others; empty where none were wanted."""
+    blocks = stepper.model.executor.blocks
+    graphs = None if blocks is None else blocks.graphs
+    if graphs is None:
+        return {}
+    sizes = sorted(size for size, played in graphs.played.items() if played is not None)
+    return {"recorded_sizes": sizes, "not_recorded": {str(size): why for size, why in graphs.refused.items()}}
 
 
 def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
@@ -105,6 +119,7 @@ def main() -> int:
                 "threads": torch.get_num_threads(),
                 "optimizer": stepper.method.method_name(),
                 **packed_bits([*stepper.model.module.parameters()]),
+                **recordings(stepper),
             },
         )
     )

@@ -52,7 +52,7 @@ def make_trainer(job: worker.Job, rows: list[worker.Row], clock: worker.StepCloc
         output_dir=scratch,
         per_device_train_batch_size=job.work.batch,
         max_steps=job.steps,
-        max_length=worker.MAX_TOKENS,
+        max_length=job.work.longest,
         train_sampling_strategy="sequential",
         learning_rate=worker.LEARNING_RATE,
         lr_scheduler_type="constant",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import procfs
-from workloads import MAX_TOKENS, MODELS, WORKLOADS, Workload
+from workloads import MODELS, WORKLOADS, Workload
 
 RANK = 16
 ALPHA = 32
@@ -221,7 +221,7 @@ def result_line(
         "system": job.system,
         "method": job.work.method,
         "shape": {"model": job.work.model} | asdict(MODELS[job.work.model]),
-        "steps": {"all": job.steps, "warm": job.warm, "rows": job.work.batch, "max_tokens": MAX_TOKENS},
+        "steps": {"all": job.steps, "warm": job.warm, "rows": job.work.batch, "max_tokens": job.work.longest},
         "seed": job.seed,
         "settings": dict(settings),
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},

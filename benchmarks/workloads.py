@@ -69,6 +69,11 @@ MODELS = {
         family="qwen2", hidden=896, layers=24, heads=14, key_value_heads=2, inner=4864, vocabulary=151936, tied=True,
         biases=True, positions=32768, rope_theta=1_000_000.0, norm_epsilon=1e-6,
     ),
+    # The shape of Llama-3.1-8B: 16 GB, for a GPU.
+    "m8": Shape(
+        family="llama", hidden=4096, layers=32, heads=32, key_value_heads=8, inner=14336, vocabulary=128256, tied=False,
+        biases=False, positions=131072, rope_theta=500_000.0, norm_epsilon=1e-5,
+    ),
 }  # fmt: skip
 
 
@@ -86,8 +91,9 @@ class Tier:
 class Workload:
     """One kind of work. `rows` is a file beside the model, `batch` how many of its rows make a step.
 
-    Where it is `packed`, the frozen weights of the blocks are in four bits (NF4, double quantization) and moments are
-    paged, as in QLoRA.
+    `longest` is the most tokens of a row, `device` where the work is measured unless somebody says otherwise. Where it
+    is `packed`, the frozen weights of the blocks are in four bits (NF4, double quantization) and moments are paged, as
+    in QLoRA.
     """
 
     title: str
@@ -98,6 +104,8 @@ class Workload:
     quick: Tier
     full: Tier
     packed: bool = False
+    longest: int = MAX_TOKENS
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def tier(self, name: str) -> Tier:
         return {"quick": self.quick, "full": self.full}[name]
@@ -107,6 +115,7 @@ class Workload:
 _QUICK = (OURS, "trl-stock", "trl-tuned", "llamafactory-tuned")
 _PACKED = (OURS, "trl-stock", "trl-tuned")
 """Who trains on weights in four bits here: LLaMA-Factory's way to do so asks for a GPU."""
+_GPU = (OURS, "trl-stock", "trl-tuned")
 _ALL = (*_QUICK, "trl-tuned-no-autocast", "llamafactory-stock", "llamafactory-tuned-no-autocast")
 
 WORKLOADS = {
@@ -134,5 +143,16 @@ WORKLOADS = {
         title="QLoRA (NF4, double quantization, paged AdamW), the shape of Qwen2.5-0.5B, rows of many lengths",
         model="m2", method="lora", rows="rows.jsonl", batch=4, packed=True,
         quick=Tier(4, 1, 1, _PACKED), full=Tier(9, 1, 5, (*_PACKED, "trl-tuned-no-autocast")),
+    ),
+    # The first steps of a GPU compile kernels and record graphs.
+    "m2-lora-64": Workload(
+        title="LoRA, the shape of Qwen2.5-0.5B, 64 rows of many lengths",
+        model="m2", method="lora", rows="rows.jsonl", batch=64, device="cuda",
+        quick=Tier(10, 4, 1, _GPU), full=Tier(24, 4, 5, _GPU),
+    ),
+    "m8-lora-4096": Workload(
+        title="LoRA, the shape of Llama-3.1-8B, 4,096 tokens in every row and a loss on each",
+        model="m8", method="lora", rows="fixed.jsonl", batch=2, longest=4096, device="cuda",
+        quick=Tier(6, 2, 1, (OURS, "trl-tuned")), full=Tier(12, 2, 5, _GPU),
     ),
 }  # fmt: skip

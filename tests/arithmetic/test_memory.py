@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 from luthier.adapters import Adapter
@@ -16,11 +17,13 @@ from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.arithmetic.memory import (
+    UNDER_WAY,
     Decoder,
     Output,
     Peak,
     Work,
     checkpoint,
+    far_inputs,
     gradients,
     kept,
     kept_checkpoints,
@@ -35,9 +38,14 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, row_tree
 from luthier.model import attention
+from luthier.model import far_inputs as far_inputs_module
 from luthier.model.language_model import LanguageModel
+from luthier.objectives.sft import SFT
+from luthier.optimizers.adamw import AdamW
 from luthier.recipes.sizes import decoder_of, work_of
 from luthier.train.source import MicroBatch
+from luthier.train.stepper import Stepper
+from tests.lanes import LateLane
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -203,3 +211,41 @@ def test_copies_and_files_are_counted() -> None:
     assert on_heap(1000) == 1300 and libraries(4) < libraries(2)
     assert kept_checkpoints(2, 100) == 5 and kept_checkpoints(2, 3) == 3
     assert token_cache(100, 10) == 1700 + 120 + 768
+
+
+
+def peak_of_a_pass(recomputed: int, *, far: bool) -> tuple[int, Peak, int]:
+    """The most that torch has allocated at once in a pass, what the formula says, and what went to the host.
+
+    The host's end of the lane lies where torch does not count.
+    """
+    attention.register()
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 8})
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
+    model = LanguageModel(module, source="fresh", digest="", kernels="blocks")
+    attachment = model.attach(LoRA(rank=1).attach(model.sites))
+    lane = LateLane()
+    model.recompute(recomputed, lane=lane if far else None)
+    rows = [row_tree(np.arange(LENGTH, dtype=np.int32) + 3, np.ones(LENGTH, np.float32)) for _ in range(ROWS)]
+    stepper = Stepper(model, attachment, SFT(), AdamW())
+    stepper.forward_backward(rows)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        stepper.forward_backward(rows)
+    stepper.zero_grad()
+    events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]  # type: ignore[union-attr]
+    sizes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+    batch = MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH)
+    work = replace(work_of(model, attachment, batch, TOKENS - ROWS), recomputed=recomputed, far=far)
+    decoder = decoder_of(model)
+    assert lane.out_bytes // 2 == far_inputs(decoder, work) and UNDER_WAY == far_inputs_module.UNDER_WAY
+    return max(accumulate(sizes)), peak(decoder, work), lane.out_bytes // 2
+
+
+def test_inputs_that_lie_with_the_host_are_not_kept() -> None:
+    """Breaks when a peak is planned as if inputs were on the device, or as if none of them came back."""
+    found = {(again, far): peak_of_a_pass(again, far=far) for again in (2, 8) for far in (False, True)}
+    for measured, formula, _ in found.values():
+        assert formula.total == pytest.approx(measured, rel=0.06)
+    assert found[2, True][1] == found[2, False][1], "two are on the device anyway"
+    saved = found[8, False][1].total - found[8, True][1].total
+    assert saved == found[8, True][2] * 6 // 8 > 0

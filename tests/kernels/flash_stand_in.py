@@ -44,6 +44,9 @@ def _text_by_text(query: Tensor, key: Tensor, value: Tensor, places: varlen.Plac
     texts = []
     queries, keys = pairwise(places.queries.tolist()), pairwise(places.keys.tolist())
     for (start, stop), (first, last) in zip(queries, keys, strict=True):
+        if start == stop:
+            # A text of no tokens; torch's kernel for CPUs divides by their number.
+            continue
         assert stop - start <= places.longest_queries and last - first <= places.longest_keys
         corner = torch.ones(stop - start, last - first, dtype=torch.bool).tril(last - first - (stop - start))
         sides = [tensor.transpose(0, 1)[None] for tensor in (query[start:stop], key[first:last], value[first:last])]

@@ -28,6 +28,7 @@ from tests.kernels.test_backends import (  # noqa: F401
     test_gates,
     test_label_slopes,
     test_norms,
+    test_products_of_codes,
     test_rotations,
     test_what_is_not_finite_stays_so,
 )
@@ -144,6 +145,19 @@ def test_labels_keep_to_their_tensors(
         close(found, exact_slopes.to(dtype), dtype)
     else:
         assert found is None and torch.equal(given, logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("numbers", "block"), [(5000, 64), (2049, 7)])
+def test_unpacked_numbers_keep_to_their_tensor(
+    backend: Backend, islands: Callable[[Tensor], Tensor], dtype: torch.dtype, numbers: int, block: int
+) -> None:
+    """Breaks when the last program writes behind the matrix, or reads the scale of a block that is not there."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (-(-numbers // 2),), generator=generator, dtype=torch.uint8)
+    levels, scales = draw(16, dtype=torch.float32), draw(1, -(-numbers // block), dtype=torch.float32, seed=1).abs()
+    found = backend.unpacked(codes, islands(scales)[0], levels, block, numbers, dtype)
+    assert torch.equal(found, TWIN.unpacked(codes, scales[0], levels, block, numbers, dtype))
 
 
 def test_no_rows_are_no_launch(backend: Backend) -> None:

@@ -17,7 +17,7 @@ from luthier.kernels import triton_backend, varlen
 from luthier.kernels.backend import Seen
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.torch_backend import TorchBackend
-from luthier.kernels.triton_backend import VOCABULARY_PART, Tile, TritonBackend
+from luthier.kernels.triton_backend import NUMBERS, VOCABULARY_PART, Tile, TritonBackend
 from tests.kernels import test_backends
 from tests.kernels.flash_stand_in import stand_in
 
@@ -43,8 +43,9 @@ COMPILED: dict[str, tuple[str, list[tuple[Any, ...]], int]] = {
     "label_slopes": (
         "* *l *f i i", [(slopes, VOCABULARY_PART) for slopes in (False, True)], VOCABULARY_PART // 512,
     ),
+    "unpacked": ("*b *f *f * i i", [(NUMBERS // 2,)], NUMBERS // 512),
 }  # fmt: skip
-KINDS = {"*f": "*fp32", "*l": "*i64", "i": "i32", "f": "fp32"}
+KINDS = {"*f": "*fp32", "*l": "*i64", "*b": "*u8", "i": "i32", "f": "fp32"}
 
 
 def test_in_the_interpreter() -> None:
@@ -93,7 +94,7 @@ def test_compiled_for_a_chip(chip: int, rows: str, monkeypatch: pytest.MonkeyPat
             assert on_stack(made) == 0, f"{name}{values} spills registers"
 
 
-@pytest.mark.parametrize("small", ["n", "d", "f", "heads", "half", "size"])
+@pytest.mark.parametrize("small", ["n", "d", "f", "heads", "half", "size", "numbers"])
 def test_compiled_for_a_size_of_one(small: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Breaks when a kernel cannot be compiled for one row, or one column: a launcher makes constants of these."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -147,7 +148,7 @@ def test_kernels_need_no_gpu_to_be_chosen() -> None:
     assert "@triton.autotune" not in text and "import libdevice" not in text
 
 
-WIDE = {"tl.float32", "tl.int64"}
+WIDE = {"tl.float32", "tl.int64", "tl.int32"}
 
 
 def complaints(tree: ast.AST) -> list[str]:
@@ -177,7 +178,7 @@ def complaints(tree: ast.AST) -> list[str]:
 
 
 def widened(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether the very next thing done with a value is `.to(tl.float32)`, or `.to(tl.int64)`."""
+    """Whether the very next thing done with a value is `.to(tl.float32)`, or to whole numbers as wide."""
     attribute = parents.get(node)
     call = parents.get(attribute) if attribute is not None else None
     return (

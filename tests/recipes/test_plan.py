@@ -24,7 +24,7 @@ from luthier.recipes.memory import Formulas, lasting
 from luthier.recipes.plan import Laid, Machine, PlanKnobs, cost, lay, plan_training
 from luthier.recipes.plan_asked import asked
 from luthier.recipes.plan_explained import explained
-from luthier.recipes.plan_fits import advice, largest
+from luthier.recipes.plan_fits import _far_inputs, _far_optimizer, advice, largest
 from luthier.recipes.quantized import quantize
 from luthier.train.source import MicroBatch
 from tests.arithmetic.published import config as published
@@ -181,7 +181,7 @@ def test_what_would_fit_does(eight: Path) -> None:
         assert total(changed) == each["total"] and (each["total"] <= 80e9) == each["fits"]
     lay(eight, laid.knobs, laid)
     two = advice(eight, lay(eight, knobs("qlora", 7e9, batch=8), laid))[0]
-    assert two["fits"] and " and " in two["change"] and "batch=1" in two["set"] and "adapter.rank=4" in two["set"]
+    assert two["fits"] and " and " in two["change"] and two["set"] == ["batch=1", "offload=both"]
 
 
 def test_devices_divide_what_they_are_said_to(eight: Path) -> None:
@@ -307,3 +307,44 @@ def test_a_file_that_is_no_config_is_told_as_what_it_is(tmp_path: Path, text: st
     (tmp_path / "rows.jsonl").write_text(text)
     failed = luthier("plan", "--model-config", tmp_path / "rows.jsonl", *what)
     assert "resume" not in failed.must(74, "JSON", "the file that was meant").err
+
+
+def test_what_lies_with_the_host_is_not_on_the_device(eight: Path) -> None:
+    """Breaks when masters, gradients or states are planned in both memories, or in none."""
+    near = lay(eight, knobs("full", 1e12, recompute="all"))
+    words = ("none", "optimizer", "activations", "both")
+    parts = {word: near.asked(offload=word).needed(1, 2048, 1e12) for word in words}
+    parameters, number = 8_030_261_248, 2
+    assert parts["none"]["host"] == 0
+    far = parts["optimizer"]
+    assert far["trained"] == number * parameters and far["optimizer"] == 0
+    assert far["gradients"] == 2 * number * 128256 * 4096
+    # Masters, gradients, moments; and the copy of masters and moments that a checkpoint is written from.
+    assert far["host"] == (4 + 4 + 8) * parameters + (4 + 8) * parameters
+    inputs = 32 * 2048 * 4096 * number
+    assert parts["activations"]["host"] == inputs and parts["both"]["host"] == far["host"] + inputs
+    saved = parts["none"]["activations"] - parts["activations"]["activations"]
+    assert 0.9 * inputs * 30 / 32 <= saved <= inputs and parts["both"]["activations"] < far["activations"]
+
+
+def test_what_would_fit_with_the_host_is_proposed(eight: Path) -> None:
+    """Breaks when a plan that the host could help is told to train something else, or to buy devices."""
+    laid = lay(eight, knobs("full", 80e9, sequence=256, recompute="all"))
+    found = advice(eight, laid)
+    assert found[0]["fits"] and found[0]["set"] == ["offload=optimizer"]
+    assert found[0]["price"].startswith("results change by rounding")
+    moved = [change.sets for kind in (_far_inputs, _far_optimizer) for change in kind(laid, 80e9)]
+    assert moved == [("offload=activations",), ("offload=optimizer",)]
+    half = laid.asked(offload="optimizer")
+    moved = [change.sets for kind in (_far_inputs, _far_optimizer) for change in kind(half, 80e9)]
+    assert moved == [("offload=both",)]
+    for other in ({"recompute": "none"}, {"offload": "activations"}, {"device": "cpu"}):
+        assert not list(_far_inputs(laid.asked(**other), 80e9))
+
+
+def test_there_is_nowhere_else_beside_a_cpu(eight: Path, tiny_path: PathOf) -> None:
+    with pytest.raises(RecipeError, match="offload is 'both', and the model is on cpu"):
+        lay(eight, knobs("lora", device="cpu", offload="both"))
+    with pytest.raises(RecipeError, match="the model zoo runs this model's blocks"):
+        lay(tiny_path("gpt2") / "config.json", knobs("lora", offload="activations"))
+    assert lay(tiny_path("gpt2") / "config.json", knobs("lora", offload="optimizer")).lasting["optimizer"] == 0

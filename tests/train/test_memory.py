@@ -192,7 +192,7 @@ def test_low_precision_gradients_that_had_not_reached_their_master_are_cleared(w
         made.forward_backward(TREES)
     fresh.forward_backward(TREES)
     assert all(torch.equal(gradient, gradients(fresh)[name]) for name, gradient in gradients(made).items())
-    assert all(parameter.grad is None for parameter in made.lower.values())
+    assert all(parameter.grad is None for parameter in made.copies.values())
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -308,4 +308,4 @@ def test_float32_has_nothing_to_round() -> None:
     """Breaks when adapters, which are float32 in every base, are watched as if they were rounded."""
     made = stepper(dtype=torch.bfloat16)
     made.forward_backward(TREES[:2])
-    assert made.optim_step().rounded_away is None and not made.lower
+    assert made.optim_step().rounded_away is None and not made.copies

@@ -26,6 +26,9 @@ from typing import Final
 HEAD_ROWS: Final = 256
 """Rows of the head's chunk (kernels/head.py), whose logits are the only ones that exist."""
 
+UNDER_WAY: Final = 2
+"""Inputs that are on the device where they lie with the host: one at work, one on its way (model/far_inputs.py)."""
+
 _WIDE: Final = 4
 """Bytes of a float32 number: masters, gradients, logits, and what norms keep."""
 
@@ -70,7 +73,7 @@ class Work:
     `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
     something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
     whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` is
-    how many blocks keep only their input.
+    how many blocks keep only their input, which `far` says lies in the host's memory.
     """
 
     tokens: int
@@ -84,6 +87,7 @@ class Work:
     fused: bool = False
     ranks: int = 0
     recomputed: int = 0
+    far: bool = False
     output: Output = Output()
 
     @property
@@ -143,7 +147,14 @@ def _below(decoder: Decoder, work: Work, count: int) -> int:
     """What the first `count` blocks keep: nothing, then only their inputs, then all, none of them being the last."""
     silent = min(work.untouched, count)
     again = max(0, min(work.recomputed, count) - silent)
-    return again * _input(decoder, work) + (count - silent - again) * _block(decoder, work)
+    near = min(again, UNDER_WAY) if work.far else again
+    return near * _input(decoder, work) + (count - silent - again) * _block(decoder, work)
+
+
+def far_inputs(decoder: Decoder, work: Work) -> int:
+    """What a pass leaves in the host's memory."""
+    again = max(0, work.recomputed - work.untouched)
+    return again * _input(decoder, work) if work.far else 0
 
 
 def _input(decoder: Decoder, work: Work) -> int:
@@ -270,6 +281,17 @@ def masters(parameters: int, number: int) -> int:
 def gradients(parameters: int) -> int:
     """Gradients are added up in float32, whatever the parameters are in."""
     return _WIDE * parameters
+
+
+def far_optimizer(parameters: int, optimizer_bytes: int) -> int:
+    """What lies with the host that steps: masters, gradients, what the optimizer keeps, and a checkpoint's copy."""
+    return _WIDE * parameters + gradients(parameters) + optimizer_bytes + staging(parameters, optimizer_bytes)
+
+
+def gradients_under_way(largest: int) -> int:
+    """Bytes of gradients on a device whose host steps: one has just come, one is on its way; `largest` is the most that
+    a parameter takes."""
+    return 2 * largest
 
 
 def staging(parameters: int, optimizer_bytes: int) -> int:

@@ -89,7 +89,7 @@ def _print_plan_numbers(console: Console, plan: Mapping[str, Any]) -> None:
 
 def _room_lines(memory: Mapping[str, int], disk: Mapping[str, int]) -> list[str]:
     """What the run needs of memory and disk, and what there is."""
-    about = ("total", "available", "tokens", "longest", "recomputed", "blocks", "without")
+    about = ("total", "available", "tokens", "longest", "recomputed", "blocks", "without", "host")
     parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in memory.items() if name not in about)
     needed, there = bytes_text(memory["total"]), bytes_text(memory["available"])
     written, free = bytes_text(disk["total"]), bytes_text(disk["free"])

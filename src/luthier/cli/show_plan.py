@@ -24,6 +24,8 @@ def print_needs(plan: Mapping[str, Any]) -> None:
     total, trained = parameters["total"], parameters["trained"]
     typer.echo(f"parameters {count_text(total)}, {count_text(trained)} trained ({percent_text(trained / total)})")
     _print_memory(memory, plan["fits"])
+    if memory["host"]:
+        typer.echo(f"host       {bytes_text(memory['host'])} in its memory")
     again = f", {memory['recomputed']} of {memory['blocks']} blocks made again" if memory["recomputed"] else ""
     typer.echo(f"pass       {memory['tokens']:,} tokens at once, rows of {memory['longest']:,}{again}")
     if handbook := plan.get("handbook"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int, Int8, UInt8
+from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
 from luthier.kernels.thin import ThinRows, ThinTerms
@@ -30,11 +30,13 @@ class Seen:
     """What texts see before their own tokens: keys of texts they descend from, or from outside.
 
     `ranges` has, for each text, first rows and counts of rows among all keys, `outside` of which lie before those of
-    the first text.
+    the first text. Where texts see nothing, and how many they are only the device knows, `starts` are their first rows,
+    and behind them the number of all, once or more.
     """
 
     ranges: tuple[tuple[tuple[int, int], ...], ...]
     outside: int = 0
+    starts: Int32[Tensor, " starts"] | None = None
 
 
 @final

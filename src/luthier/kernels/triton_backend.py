@@ -30,8 +30,6 @@ from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
     bytes_unpacked_and_multiplied,
-    codes_unpacked_and_multiplied,
-    unpacked_pairs,
 )
 
 NUMBERS = 2048
@@ -181,7 +179,12 @@ class TritonBackend(Backend):
         numbers: int,
         dtype: torch.dtype,
     ) -> Float[Tensor, " numbers"]:
-        return unpacked_pairs(codes, scales, levels, block, numbers, dtype)
+        out, width = _new(scales, numbers, dtype=dtype), NUMBERS // 2
+        self._run(
+            "unpacked", out, (_parts(numbers, NUMBERS),), _warps(NUMBERS),
+            codes.contiguous(), scales.contiguous(), levels, out, numbers, block, width,
+        )  # fmt: skip
+        return out
 
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         add_gathered(x, y, terms, rows.short)
@@ -272,7 +275,8 @@ class TritonBackend(Backend):
         block: int,
         outs: int,
     ) -> Float[Tensor, "n out"]:
-        return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+        weight = self.unpacked(codes, scales.each(), levels, block, outs * x.shape[1], x.dtype)
+        return F.linear(x, weight.view(outs, -1))
 
     def _run(self, name: str, on: Tensor, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
         """Launch a kernel on the device of `on`; nothing when the grid is empty."""

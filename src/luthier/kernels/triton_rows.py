@@ -142,3 +142,18 @@ def label_slopes(
             numbers = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
             slope = tl.where(columns == label, 1.0, 0.0) - tl.exp(numbers - log_sum)
             tl.store(start + columns, slope.to(logits.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def unpacked(codes, scales, levels, out, numbers, block, WIDTH: tl.constexpr):
+    """Of each byte the level of its high half and that of its low one, times the scales of the blocks they lie in."""
+    pairs = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    first, second = 2 * pairs, 2 * pairs + 1
+    both = tl.load(codes + pairs, mask=first < numbers, other=0).to(tl.int32)
+    high = tl.load(levels + (both >> 4)).to(tl.float32)
+    low = tl.load(levels + (both & 15)).to(tl.float32)
+    high *= tl.load(scales + first // block, mask=first < numbers, other=0.0).to(tl.float32)
+    low *= tl.load(scales + second // block, mask=second < numbers, other=0.0).to(tl.float32)
+    places = tl.program_id(0).to(tl.int64) * (2 * WIDTH) + tl.arange(0, 2 * WIDTH)
+    tl.store(out + places, tl.interleave(high, low).to(out.dtype.element_ty), mask=places < numbers)

@@ -13,7 +13,8 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, final
@@ -22,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from luthier.data.forest import Span
 from luthier.kernels.backend import Backend
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
+from luthier.kernels.lanes import Lane
 from luthier.kernels.products import Product
 from luthier.model.attention import ForestPlan, forest_attention
 from luthier.model.block_parts import (
@@ -41,6 +45,8 @@ from luthier.model.block_parts import (
     norm_of,
 )
 from luthier.model.edits import EditedModule, base_modules, routed
+from luthier.model.far_inputs import FarInputs
+from luthier.model.graphs import Graphs, Pass
 from luthier.model.kept import AttentionCall
 from luthier.model.low_rank import Layer
 from luthier.model.routes import Routes
@@ -56,7 +62,8 @@ class Blocks:
     """The body of a model whose blocks have the common shape.
 
     `head_size` is the width of one attention head; `calls` says how each layer's attention is called; `backend` does
-    what lies between the products. The first `recomputed` blocks keep nothing but their input for the backward pass.
+    what lies between the products. The first `recomputed` blocks keep nothing but their input for the backward pass,
+    in the host's memory where there is a `lane` to it. `graphs` play a recorded pass again, where they take it.
     """
 
     body: nn.Module
@@ -64,6 +71,8 @@ class Blocks:
     calls: Mapping[int, AttentionCall]
     backend: Backend
     recomputed: int = 0
+    lane: Lane | None = None
+    graphs: Graphs | None = None
     keeper: BlockKeeper = field(default_factory=BlockKeeper, compare=False)
 
     @classmethod
@@ -98,8 +107,36 @@ class Blocks:
         rows: Int[Tensor, " N"] | None,
     ) -> Float[Tensor, "N d"]:
         """The final hidden states of `rows`, all when it is None; `tokens` are ids, or their embeddings."""
+        x = self._played(tokens, positions, plan)
+        if x is None:
+            x = self._states(tokens, positions, plan, rows)
+        elif rows is not None:
+            x = x.index_select(0, rows)
+        last = self.body.get_submodule("norm")
+        if _is_watched(self.body) or isinstance(last, EditedModule):
+            with routed(last, plan.routes if rows is None else plan.row_routes):
+                states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
+            return states
+        return normed(x, *norm_of(last), self.backend)
+
+    def _played(self, tokens: Tensor, positions: Int[Tensor, " T"], plan: ForestPlan) -> Float[Tensor, "T d"] | None:
+        """The states of all tokens after the last block, by a pass that was recorded; None where there is none."""
+        graphs = self.graphs
+        if graphs is None or self.recomputed or not graphs.take(tokens, plan, self.calls) or not self.take_everything:
+            return None
+
+        def states(tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
+            whole = ForestPlan(spans=(Span(0, len(tokens), ()),), starts=starts)
+            return self._states(tokens, positions, whole, None)
+
+        return graphs.states(tokens, positions, plan, Pass(self.body, states))
+
+    def _states(
+        self, tokens: Tensor, positions: Int[Tensor, " T"], plan: ForestPlan, rows: Int[Tensor, " N"] | None
+    ) -> Float[Tensor, "N d"]:
+        """The states after the last block."""
         body = self.body
-        x: Tensor = tokens
+        x = tokens
         if not tokens.is_floating_point():
             embed = body.get_submodule("embed_tokens")
             with routed(embed, plan.routes):
@@ -110,6 +147,7 @@ class Blocks:
         watched = _is_watched(body)
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
+        far = None if self.lane is None else FarInputs(self.lane)
         few = plan.kept is not None and not torch.is_grad_enabled() and not watched and len(x) <= self.backend.few
         whole = self.keeper.over(layers, self.calls, self.head_size, self.backend) if few else None
         index = 0
@@ -124,14 +162,9 @@ class Blocks:
                 self._block, layers[index], angles=angles, halves=halves, plan=plan, rows=wanted, watched=watched
             )
             # The tensor is an argument of its own: it says of which device random numbers are put back.
-            x = checkpoint(block, x, use_reentrant=False) if index < recomputed else block(x)
+            x = _made_again(block, x, far) if index < recomputed else block(x)
             index += 1
-        last = body.get_submodule("norm")
-        if watched or isinstance(last, EditedModule):
-            with routed(last, plan.routes if rows is None else plan.row_routes):
-                states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
-            return states
-        return normed(x, *norm_of(last), self.backend)
+        return x
 
     def _block(
         self,
@@ -223,6 +256,15 @@ class Blocks:
         weight, eps = norm_of(norm)
         gate, up, down = (each.product(routes) for each in layers)
         return gated_feed_forward(x, weight, eps, (gate, up, down), self.backend)
+
+
+def _made_again(
+    block: Callable[[Tensor], Tensor], x: Float[Tensor, "T d"], far: FarInputs | None
+) -> Float[Tensor, "N d"]:
+    """A block of which only the input is kept. Hooks of others do not reach inside, where nothing is kept."""
+    with nullcontext() if far is None else saved_tensors_hooks(far.keep, far.give):
+        made: Tensor = checkpoint(block, x, use_reentrant=False)
+    return made
 
 
 def _has_the_shape(layer: nn.Module) -> bool:

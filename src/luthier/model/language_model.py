@@ -20,6 +20,7 @@ from luthier.core.nearest import did_you_mean
 from luthier.data.forest import Forest, Ints, Tree
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.head import Head
+from luthier.kernels.lanes import Lane
 from luthier.model import attachment as surgery
 from luthier.model import merging
 from luthier.model.attachment import Attachment
@@ -213,13 +214,14 @@ class LanguageModel:
         """How many blocks could be recomputed in the backward pass: all where our operations run them, else none."""
         return 0 if self.executor.blocks is None else self.sites.layers
 
-    def recompute(self, count: int) -> None:
-        """From now on keep only the inputs of the first `count` blocks; no result is changed by a single bit."""
+    def recompute(self, count: int, *, lane: Lane | None = None) -> None:
+        """From now on keep only the inputs of the first `count` blocks, at the end of a `lane` where there is one; no
+        result is changed by a single bit."""
         blocks = self.executor.blocks
         if not 0 <= count <= self.recomputable:
             raise RecipeError(f"{count} blocks cannot be recomputed", allowed=f"0 to {self.recomputable} here")
         if blocks is not None:
-            self.executor = replace(self.executor, blocks=replace(blocks, recomputed=count))
+            self.executor = replace(self.executor, blocks=replace(blocks, recomputed=count, lane=lane))
 
     @property
     def active_root(self) -> LearnedRoot | None:

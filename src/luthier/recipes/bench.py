@@ -18,12 +18,15 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.context import context_tokens
+from luthier.model.graphs import Graphs
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import resolve_source
 from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
+from luthier.recipes.graphed import record_passes, worth_recording
 from luthier.recipes.memory import PARTS, use_pool
+from luthier.recipes.offload import inputs_are_far, lane_to_host, optimizer_is_far
 from luthier.recipes.opened import require_room
 from luthier.recipes.places import located
 from luthier.recipes.purpose import bound, edits_for, read_for
@@ -44,7 +47,7 @@ class Bench:
     """Everything on the table before the first step; `pooled` is whether CPU tensors come from the pool.
 
     `planned` are the rows of the `source`, or, where it makes them itself, as large ones as it can make. What is held
-    out may be `rewarded`, where it has no loss.
+    out may be `rewarded`, where it has no loss. Where passes are recorded, `graphs` has them.
     """
 
     recipe: FinetuneRecipe
@@ -58,6 +61,7 @@ class Bench:
     pooled: bool
     planned: DataSource
     rewarded: Callable[[], PassReport] | None = None
+    graphs: Graphs | None = None
 
 
 def lay_out(
@@ -95,6 +99,7 @@ def lay_out(
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(edits_for(recipe.adapter, recipe.objective, model), name=name or "default")
+    lane = lane_to_host(recipe.offload, model)
     stepper = Stepper(
         model,
         attachment,
@@ -103,6 +108,7 @@ def lay_out(
         max_grad_norm=recipe.max_grad_norm,
         micro_tokens=recipe.batch.micro_tokens,
         batcher=batcher if name else None,
+        lane=lane if optimizer_is_far(recipe.offload) else None,
     )
     source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment)
     unpooled = use_pool(model)
@@ -113,12 +119,16 @@ def lay_out(
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
     # What is recomputed changes no result, so one number serves all.
-    model.recompute(max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0))
+    again = max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0)
+    model.recompute(again, lane=lane if inputs_are_far(recipe.offload) else None)
+    recorded = worth_recording(model, alone=not name)
+    graphs = record_passes(model, recipe.batch.micro_tokens) if recorded else None
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(
-        recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded
-    )
+        recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded,
+        graphs,
+    )  # fmt: skip
 
 
 def _sources(

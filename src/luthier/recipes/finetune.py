@@ -144,6 +144,7 @@ def _train(
     finally:
         if isinstance(bench.source, RolloutSource):
             bench.source.close()
+    _tell_recordings(bench, state, work.recorder)
     if bench.pooled:
         # The process that proves the result needs memory too.
         pool.release()
@@ -231,6 +232,14 @@ def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
         state.micro_tokens = split.to_tokens
     values = {"tokens": rehearsal.tokens, "rows": rehearsal.rows, "seconds": rehearsal.seconds}
     recorder.record(Event("rehearsal", values, step=state.step))
+
+
+def _tell_recordings(bench: Bench, state: LoopState, recorder: Recorder) -> None:
+    """For which sizes passes were recorded, and why not for others."""
+    if bench.graphs is not None and bench.graphs.played:
+        sizes = [size for size, played in bench.graphs.played.items() if played is not None]
+        refused = {str(size): why for size, why in bench.graphs.refused.items()}
+        recorder.record(Event("recordings", {"sizes": sorted(sizes), "refused": refused}, step=state.step))
 
 
 def _cadence(recipe: FinetuneRecipe) -> Cadence:

@@ -23,6 +23,7 @@ from luthier.model.packing import packed_sites
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.files import place_of
+from luthier.recipes.offload import Offload, inputs_are_far, optimizer_is_far
 from luthier.recipes.room import free_disk, free_memory
 from luthier.recipes.schema import FinetuneRecipe
 from luthier.recipes.sizes import decoder_of, work_with, work_without
@@ -48,10 +49,11 @@ def plan_memory(
     `tokens` and `longest` are those of the largest micro-batch, from the lengths of the rows. `recomputed` is how many
     blocks are recomputed, by the recipe or because it takes so many to fit; `without` is the total if none were.
     `copy` is what a checkpoint is written from; of `saves` checkpoints all but the last are written during passes.
+    `host` is what lies in the host's memory instead.
     """
     largest = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
     batches = {batch: Forest(tuple(source.trees_of(batch))) for batch in largest}
-    parts = lasting(model, attachment, recipe.optimizer)
+    parts = lasting(model, attachment, recipe.optimizer, offload=recipe.offload)
     # The copy that a checkpoint is written from lies on the host, wherever the model is.
     copy = bytes_of.staging(attachment.parameter_count, parts["optimizer"]) if model.device.type == "cpu" else 0
     meanwhile = saves > 1
@@ -64,7 +66,8 @@ def plan_memory(
     available = free_memory(model.device) + parts["weights"] + parts["trained"]
     room = available - sum(parts.values()) - copy * meanwhile
     tried = _recomputed(recipe, model)
-    passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled)
+    far = inputs_are_far(recipe.offload)
+    passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled, far=far)
     # As few as fit; if none do, as few as save most.
     least = min(tried, key=lambda count: passes[count].bytes)
     count = next((count for count in tried if passes[count].bytes <= room), least)
@@ -79,6 +82,7 @@ def plan_memory(
         "blocks": model.sites.layers,
         "without": sum(whole(passes[0]).values()),
         "copy": copy,
+        "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.offload),
     }
 
 
@@ -89,6 +93,7 @@ def lasting(
     *,
     quantizer: Quantizer | None = None,
     device: str | None = None,
+    offload: Offload = "none",
 ) -> dict[str, int]:
     """Bytes that stay from step to step, by part; no checkpoint is being written.
 
@@ -96,19 +101,30 @@ def lasting(
     """
     trained = attachment.named_parameters().values()
     found = sum(constant.nbytes for constant in attachment.named_constants().values())
+    far = optimizer_is_far(offload)
+    wide = 0 if far else sum(bytes_of.masters(p.numel(), p.element_size()) for p in trained)
     return {
         # Of base weights that are trained the originals are kept aside, so they count in both.
         "weights": _weights(model, quantizer),
-        "trained": found + sum(p.nbytes + bytes_of.masters(p.numel(), p.element_size()) for p in trained),
-        "gradients": _gradients(attachment, optimizer),
-        "optimizer": optimizer.resident_bytes(_shapes(attachment)),
+        "trained": found + sum(p.nbytes for p in trained) + wide,
+        "gradients": _gradients(attachment, optimizer, far=far),
+        "optimizer": 0 if far else optimizer.resident_bytes(_shapes(attachment)),
         "libraries": bytes_of.libraries(model.dtype.itemsize) if (device or model.device.type) == "cpu" else 0,
         "saving": 0,
     }
 
 
-def _gradients(attachment: Attachment, optimizer: Optimizer) -> int:
+def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
+    """Bytes in the memory of the host that steps."""
+    if not optimizer_is_far(offload):
+        return 0
+    return bytes_of.far_optimizer(attachment.parameter_count, optimizer.resident_bytes(_shapes(attachment)))
+
+
+def _gradients(attachment: Attachment, optimizer: Optimizer, *, far: bool) -> int:
     """Of those that are stepped in the backward pass one is there, in float32, with what its update works in."""
+    if far:
+        return bytes_of.gradients_under_way(max(each.nbytes for each in attachment.named_parameters().values()))
     if not optimizer.steps_in_backward:
         return bytes_of.gradients(attachment.parameter_count)
     shapes = _shapes(attachment)
@@ -180,6 +196,8 @@ def notices(memory: Mapping[str, int], disk: Mapping[str, int], speed: Mapping[s
             f"memory: about {bytes_text(memory['total'])} are needed ({_biggest(memory)}) and "
             f"{bytes_text(memory['available'])} are available; when it runs out, micro-batches are made smaller"
         )
+    if memory["host"]:
+        said.append(f"memory: {bytes_text(memory['host'])} lie in the host's memory")
     if disk["total"] > disk["free"]:
         said.append(
             f"disk: {bytes_text(disk['total'])} are needed ({disk['kept']} checkpoints of "
@@ -201,12 +219,14 @@ def require_disk(disk: Mapping[str, int], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Pass:
-    """The largest micro-batch: its tokens and longest row, and what is kept and at work at its widest moment."""
+    """The largest micro-batch: its tokens and longest row, what is kept and at work at its widest moment, and what is
+    `far`, with the host."""
 
     kept: int
     working: int
     tokens: int
     longest: int
+    far: int = 0
 
     @property
     def bytes(self) -> int:
@@ -221,12 +241,13 @@ def passes_of(
     recomputed: Iterable[int],
     *,
     pooled: bool,
+    far: bool = False,
 ) -> dict[int, Pass]:
     """For each count of blocks that are recomputed the pass of these that needs most, as this device's memory holds it.
 
     Of blocks that we run ourselves formulas say what they keep; of the zoo's it is counted.
     """
-    formulas = Formulas.of(model, attachment, apart=model.device.type == "cpu" and not pooled)
+    formulas = Formulas.of(model, attachment, apart=model.device.type == "cpu" and not pooled, far=far)
     found = {}
     for count in recomputed:
         passes = [formulas.of_pass(batch, each.trained_count, each, count) for batch, each in batches.items()]
@@ -236,19 +257,23 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Formulas:
-    """What tells the memory of any pass through a model with an adapter on; tensors lie `apart` without the pool."""
+    """What tells the memory of any pass through a model with an adapter on; tensors lie `apart` without the pool, and
+    inputs of recomputed blocks may be `far`."""
 
     model: LanguageModel
     decoder: bytes_of.Decoder
     work: bytes_of.Work
     counted: Counted | None
     apart: bool = False
+    far: bool = False
 
     @classmethod
-    def of(cls, model: LanguageModel, attachment: Attachment, *, apart: bool = False) -> Formulas:
+    def of(
+        cls, model: LanguageModel, attachment: Attachment, *, apart: bool = False, far: bool = False
+    ) -> Formulas:
         """Those of a model as it stands; of the zoo's blocks a few passes are counted."""
         counted = Counted.of(model, attachment) if model.executor.blocks is None else None
-        return cls(model, decoder_of(model), work_without(model, attachment), counted, apart)
+        return cls(model, decoder_of(model), work_without(model, attachment), counted, apart, far)
 
     def of_pass(
         self, batch: MicroBatch, predicted: int, forest: Forest | Callable[[], Forest], recomputed: int
@@ -257,13 +282,15 @@ class Formulas:
         """
         work = work_with(self.work, self.model, batch, predicted)
         if self.counted is None:
-            widest = bytes_of.peak(self.decoder, replace(work, recomputed=recomputed))
+            work = replace(work, recomputed=recomputed, far=self.far)
+            widest = bytes_of.peak(self.decoder, work)
         else:
             widest = self.counted.peak(
                 self.model, self.decoder, work, forest if isinstance(forest, Forest) else forest()
             )
         kept, working = (bytes_of.on_heap(each) if self.apart else each for each in (widest.kept, widest.working))
-        return Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest)
+        far = bytes_of.far_inputs(self.decoder, work)
+        return Pass(kept=kept, working=working, tokens=work.tokens, longest=work.longest, far=far)
 
 
 def use_pool(model: LanguageModel) -> str:

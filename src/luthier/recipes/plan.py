@@ -45,7 +45,8 @@ from luthier.model.machine import Rates
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.limits import plan_speed, rates_for
-from luthier.recipes.memory import PARTS, Formulas, Pass, lasting
+from luthier.recipes.memory import PARTS, Formulas, Pass, far_optimizer, lasting
+from luthier.recipes.offload import Offload, inputs_are_far, optimizer_is_far, require_blocks, require_device
 from luthier.recipes.products import Flow, Stream
 from luthier.recipes.room import free_memory
 from luthier.train.source import MicroBatch
@@ -76,6 +77,7 @@ class PlanKnobs(Knobs):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="kind of device; auto is what is here")
     devices: int = Field(1, ge=1, description="how many of them")
     sharding: Sharding = Field("none", description="what several devices divide: zero1, zero2, zero3 or fsdp")
+    offload: Offload = Field("none", description="what lies with the host: optimizer, activations or both")
     memory_bytes: float | None = Field(None, gt=0, description="memory of each; empty is what is free here")
 
 
@@ -115,6 +117,8 @@ class Laid:
     @classmethod
     def of(cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel, *, saves_meanwhile: bool = True) -> Laid:
         """The model with the adapter put on; on a CPU without C++ tensors lie apart."""
+        require_device(knobs.offload, kind_of_device(knobs))
+        require_blocks(knobs.offload, model.recomputable)
         attachment = attach_empty(model, knobs.adapter.attach)
         apart = kind_of_device(knobs) == "cpu" and not isinstance(model.executor.backend, NativeBackend)
         return cls(knobs, shape, model, attachment, Formulas.of(model, attachment, apart=apart), saves_meanwhile)
@@ -138,13 +142,15 @@ class Laid:
         """What stays from step to step, on each device, and the copy that a checkpoint is written from."""
         knobs = self.knobs
         parts = lasting(
-            self.model, self.attachment, knobs.optimizer, quantizer=knobs.quantizer, device=self.kind
-        )
+            self.model, self.attachment, knobs.optimizer, quantizer=knobs.quantizer, device=self.kind,
+            offload=knobs.offload,
+        )  # fmt: skip
         if self.kind == "cpu":
             parts["saving"] = staging(self.attachment.parameter_count, parts["optimizer"])
         if knobs.sharding == "none":
             return parts
-        wide = sum(masters(each.numel(), each.element_size()) for each in self.attachment.named_parameters().values())
+        trained = () if optimizer_is_far(knobs.offload) else self.attachment.named_parameters().values()
+        wide = sum(masters(each.numel(), each.element_size()) for each in trained)
         whole = {**parts, "trained": parts["trained"] - wide, "masters": wide}
         shared = divided({**whole, "weights": whole["weights"] + whole.pop("trained")}, knobs.devices, knobs.sharding)
         return {
@@ -165,10 +171,11 @@ class Laid:
         """The widest moment of a pass of so many rows."""
         batch = MicroBatch(tuple(range(rows)), rows * length, length)
         each = max(1, min(length - 1, round(self.knobs.trained_share * length)))
-        return self.formulas.of_pass(batch, rows * each, lambda: _forest(rows, length, each), recomputed)
+        formulas = replace(self.formulas, far=inputs_are_far(self.knobs.offload))
+        return formulas.of_pass(batch, rows * each, lambda: _forest(rows, length, each), recomputed)
 
     def needed(self, rows: int, length: int, available: float | None) -> dict[str, int]:
-        """Bytes by part with `total`, and how many blocks are `recomputed` for it."""
+        """Bytes by part with `total`, how many blocks are `recomputed` for it, and what lies with the `host`."""
         fixed = {**self.lasting, "saving": self.lasting["saving"] * self.saves_meanwhile}
         room = None if available is None else available - sum(fixed.values()) - self.gathered
         count, widest = self._recomputed(rows, length, room)
@@ -182,6 +189,7 @@ class Laid:
             "longest": widest.longest,
             "recomputed": count,
             "blocks": self.blocks,
+            "host": widest.far + far_optimizer(self.attachment, self.knobs.optimizer, self.knobs.offload),
         }
 
     def _recomputed(self, rows: int, length: int, room: float | None) -> tuple[int, Pass]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.core.units import bytes_text, count_text
+from luthier.recipes.offload import optimizer_is_far
 from luthier.recipes.plan import Laid
 
 
@@ -33,15 +34,17 @@ def _state(laid: Laid, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     knobs = laid.knobs
     shared = "" if knobs.sharding == "none" else f"; {knobs.sharding} over {knobs.devices} devices"
     bits = 8 * max(0, memory["weights"] * _whole(laid, "weights") - rest * number) / shape.blocks
+    far = optimizer_is_far(knobs.offload)
     packing = knobs.quantizer.method_name()
     packing += "" if packing == "none" else "; one matrix unpacked at a time"
     return [
         ("weights", f"blocks {count_text(shape.blocks)} x {bits:.2f} bits ({packing}) + {count_text(rest)} x {number} "
                     f"bytes = {bytes_text(memory['weights'])}{shared}"),
         ("their copies", f"{count_text(trained)} x {memory['trained'] / trained:.2f} bytes = "
-                    f"{bytes_text(memory['trained'])}: what computes, and its float32 master"),
-        ("gradients", f"{count_text(trained)} x {memory['gradients'] / trained:.2f} bytes, in float32 = "
-                      f"{bytes_text(memory['gradients'])}"),
+                    f"{bytes_text(memory['trained'])}: what computes, and its float32 master"
+                    f"{', which lies with the host' if far else ''}"),
+        ("gradients", f"{count_text(trained)} x {memory['gradients'] / trained:.2f} bytes, "
+                      f"{'two tensors at a time' if far else 'in float32'} = {bytes_text(memory['gradients'])}"),
         ("optimizer", f"{count_text(trained)} x {memory['optimizer'] / trained:.2f} bytes, as "
                       f"{knobs.optimizer.method_name()} says = {bytes_text(memory['optimizer'])}"),
     ]  # fmt: skip

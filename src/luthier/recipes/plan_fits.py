@@ -16,6 +16,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
+from luthier.recipes.offload import Offload, inputs_are_far, optimizer_is_far
 from luthier.recipes.plan import Laid, PlanKnobs, available_to, lay
 
 MOST_ROWS: Final = 2**16
@@ -118,6 +119,22 @@ def _made_again(laid: Laid, available: float) -> Iterator[Change]:
         yield _change(laid, "all blocks made again", ["recompute=all"], price, recompute="all")
 
 
+def _far_inputs(laid: Laid, available: float) -> Iterator[Change]:
+    knobs = laid.knobs
+    if laid.kind == "cuda" and laid.blocks and knobs.recompute not in ("none", 0) and not inputs_are_far(knobs.offload):
+        offload: Offload = "both" if optimizer_is_far(knobs.offload) else "activations"
+        price = "no result changes; the link to the host carries each input of a block twice"
+        yield _change(laid, "inputs of blocks with the host", [f"offload={offload}"], price, offload=offload)
+
+
+def _far_optimizer(laid: Laid, available: float) -> Iterator[Change]:
+    knobs = laid.knobs
+    if laid.kind == "cuda" and not optimizer_is_far(knobs.offload):
+        offload: Offload = "both" if inputs_are_far(knobs.offload) else "optimizer"
+        price = "results change by rounding; the host steps, and the link carries gradients and weights"
+        yield _change(laid, "the optimizer with the host", [f"offload={offload}"], price, offload=offload)
+
+
 def _optimizers(laid: Laid, available: float) -> Iterator[Change]:
     """Optimizers that keep less on the device: those that change nothing first, by what they say of themselves."""
     shapes = {name: tuple(each.shape) for name, each in laid.attachment.named_parameters().items()}
@@ -174,7 +191,8 @@ def _shorter_rows(laid: Laid, available: float) -> Iterator[Change]:
 
 
 _KINDS: Final = (
-    _fewer_rows, _made_again, _optimizers, _lower_rank, _other_weights, _more_devices, _shorter_rows,
+    _fewer_rows, _made_again, _far_inputs, _far_optimizer, _optimizers, _lower_rank, _other_weights, _more_devices,
+    _shorter_rows,
 )  # fmt: skip
 """Kinds of change, cheapest first."""
 

@@ -18,6 +18,7 @@ from luthier.core.knobs import Knobs
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
+from luthier.recipes.offload import Offload, inputs_are_far
 from luthier.schedules import Schedule
 from luthier.train.in_backward import cut, require_no_clipping
 
@@ -155,6 +156,11 @@ class FinetuneRecipe(Knobs):
     evaluation: EvaluationKnobs = Field(default_factory=EvaluationKnobs, description="what is held out and asked")
     checkpoint: CheckpointKnobs = Field(default_factory=CheckpointKnobs, description="what is kept")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of weights and products")
+    offload: Offload = Field(
+        "none",
+        description="what lies in the host's memory while a GPU trains: optimizer (with masters and gradients; the "
+        "host steps), activations (inputs of recomputed blocks) or both",
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
     seed: int = Field(0, ge=0, description="of initial adapter weights, row order, dropout and the held-out split")
     run: str | None = Field(None, description="run directory; empty is runs/<date>-<name>")
@@ -200,6 +206,16 @@ class FinetuneRecipe(Knobs):
             raise RecipeError(
                 f"reference.cache is true, and the objective {name} {why}",
                 allowed="true for objectives of rows with a reference, such as dpo and kto",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_moves(self) -> FinetuneRecipe:
+        if inputs_are_far(self.offload) and self.batch.recompute in ("none", 0):
+            raise RecipeError(
+                f"offload is {self.offload!r}, which moves the inputs of recomputed blocks, and batch.recompute is "
+                f"{self.batch.recompute!r}",
+                allowed="batch.recompute: auto, all, or a number of blocks",
             )
         return self
 

@@ -97,12 +97,13 @@ class InBackward:
                 f"the gradient of {name} came in two parts, and it was stepped after the first",
                 do="set optimizer.per_layer to false",
             )
-        whole = gradient.float().mul_(self._scale)
+        master = self._masters[name]
+        # Where masters lie with the host, it is the host that steps.
+        whole = gradient.to(master.device, torch.float32).mul_(self._scale)
         self.norms[name] = norm = nn.utils.get_total_norm([whole])
         if not math.isfinite(float(norm)):
             self.bad = name
             return
-        master = self._masters[name]
         self._optimizer.update(master, whole, self._optimizer.state[master], self._groups[id(master)])
         if master is not parameter:
             parameter.copy_(master)

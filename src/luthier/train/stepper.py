@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import final
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
+from luthier.kernels.lanes import Lane
 from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.parts import Part
@@ -29,7 +30,7 @@ from luthier.objectives import Objective
 from luthier.optimizers import Optimizer, set_factors, set_rate
 from luthier.train.batcher import Batcher
 from luthier.train.in_backward import InBackward, cut, in_backward
-from luthier.train.masters import collect_in, master_of
+from luthier.train.masters import Gradients, master_of
 from luthier.train.pass_report import PassReport
 from luthier.train.random_state import RandomState
 from luthier.train.rounding import RoundingWatch
@@ -62,7 +63,8 @@ class Stepper:
     """Holds what a step needs: model, objective, masters and the torch optimizer.
 
     `first_groups` are the optimizer's groups as the recipe made them. With a `batcher` it is one of several learners,
-    whose trees go through the model together, and goes by the name of its attachment.
+    whose trees go through the model together, and goes by the name of its attachment. With a `lane` the host
+    steps: masters, gradients and what the optimizer keeps lie at its end.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Stepper:
         max_grad_norm: float | None = 1.0,
         micro_tokens: int = 4096,
         batcher: Batcher | None = None,
+        lane: Lane | None = None,
     ) -> None:
         self.model = model
         self.batcher = Batcher(model, micro_tokens=micro_tokens) if batcher is None else batcher
@@ -86,17 +89,17 @@ class Stepper:
         if not self.parameters:
             raise RecipeError(f"the adapter {attachment.name!r} trains no parameter", do="choose targets or layers")
         self.constants: dict[str, Tensor] = attachment.named_constants()
-        self.masters: dict[str, Tensor] = {name: master_of(each) for name, each in self.parameters.items()}
-        self.lower = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
+        self.masters: dict[str, Tensor] = {name: master_of(each, lane) for name, each in self.parameters.items()}
+        self.copies = {name: each for name, each in self.parameters.items() if self.masters[name] is not each}
         self.optimizer = optimizer.build(self.masters)
         set_factors(self.optimizer, self.masters, attachment.rate_factors())
         self.in_backward = in_backward(optimizer, self.optimizer, self.parameters, self.masters, max_grad_norm)
-        for name, parameter in self.lower.items() if self.in_backward is None else ():
-            collect_in(self.masters[name], parameter)
+        self.gradients = Gradients({} if self.in_backward is not None else self.copies, self.masters, lane)
         self.first_groups = [{**group, "params": []} for group in self.optimizer.param_groups]
         self.pending_weight = 0.0
         self._factor = 1.0
-        self._watch = RoundingWatch(self.masters, self.lower)
+        lower = {name: each for name, each in self.copies.items() if each.dtype != torch.float32}
+        self._watch = RoundingWatch(self.masters, lower)
         self.batcher.join(self.name, self)
 
     @property
@@ -157,8 +160,9 @@ class Stepper:
         self.set_rate(factor)
         before = self._watch.look()
         self._step()
-        for name, parameter in self.lower.items():
-            parameter.copy_(self.masters[name])
+        for name, parameter in self.copies.items():
+            # The host goes on meanwhile; it comes back to a master after the next gradients, which come after this.
+            parameter.copy_(self.masters[name], non_blocking=True)
         self.zero_grad()
         # The weights themselves: a master that is finite may still be too large for its rounded copy.
         bad = not_finite(self.parameters)
@@ -174,6 +178,7 @@ class Stepper:
 
     def clear_gradients(self) -> None:
         """Forget all gradients, and nothing else."""
+        self.gradients.forget()
         for name, master in self.masters.items():
             master.grad = None
             # Not yet added to its master when a backward pass failed midway.
@@ -185,15 +190,17 @@ class Stepper:
 
     def passes(self, forest: Forest) -> Iterator[Part]:
         """Run one micro-batch forward and backward, in parts when it is one tree that is too large."""
-        return (part for _, part in self.batcher.run(forest))
+        with self.gradients.gathered():
+            for _, part in self.batcher.run(forest):
+                yield part
 
     def step_or_gather(self, trees: Sequence[Tree], *, begun: bool) -> AbstractContextManager[None]:
-        """Where gradients are only added up there is nothing to do; else these trees are a step, if they can be one.
+        """Where gradients are only added up, all are there in the end; else these trees are a step, if they can be one.
 
         `begun` says that others belong to the same step.
         """
         if self.in_backward is None:
-            return nullcontext()
+            return self.gradients.gathered()
         if begun:
             raise RecipeError(
                 "a second pass for one step, whose tensors the first one has stepped",
@@ -229,7 +236,6 @@ class Stepper:
             if reason is None:
                 raise
             raise exhausted(None, f"in the optimizer's step: {reason}", self.planned_bytes) from failure
-
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:

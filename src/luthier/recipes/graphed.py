@@ -1,0 +1,33 @@
+"""Whether a run records CUDA graphs of its passes (model/graphs.py): by rule, so that nobody has to know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from luthier.kernels.triton_backend import TritonBackend
+from luthier.model.edits import base_parameters
+from luthier.model.graphs import Graphs, Recorder, cuda_recorder
+from luthier.model.language_model import LanguageModel
+
+SMALL: Final = 1_000_000_000
+"""Parameters below which a GPU may wait for its host; in larger models products take longer than to start them."""
+
+
+def worth_recording(model: LanguageModel, *, alone: bool) -> bool:
+    """Whether passes of this model would be recorded: a small one on a GPU, by our kernels, all of it kept."""
+    blocks = model.executor.blocks
+    if blocks is None or blocks.recomputed or model.device.type != "cuda" or not alone:
+        return False
+    sizes = {id(each): each.numel() for each in base_parameters(model.module).values()}
+    return isinstance(blocks.backend, TritonBackend) and sum(sizes.values()) < SMALL
+
+
+def record_passes(model: LanguageModel, most: int, recorder: Recorder | None = None) -> Graphs | None:
+    """From now on let passes of up to `most` tokens be recorded and played again."""
+    blocks = model.executor.blocks
+    if blocks is None:
+        return None
+    graphs = Graphs(cuda_recorder() if recorder is None else recorder, most)
+    model.executor = replace(model.executor, blocks=replace(blocks, graphs=graphs))
+    return graphs
