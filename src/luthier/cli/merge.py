@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from luthier.core.units import bytes_text
 
 if TYPE_CHECKING:
     from luthier.recipes.merge import Gate
+    from luthier.recipes.merge_recipe import MergeRecipe
 
 _SHOWN_ROLES = 16
 _ADVICE = "luthier merge --help shows the options, luthier describe METHOD the knobs of a method"
@@ -66,16 +67,12 @@ def merge(
         if adapters:
             _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
             return
+        knobs = {"t": t, "density": density}
+        recipe, notes = _recipe(models, method, base=base, weights=weight, knobs=knobs, sets=given)
+        gate = _gate(data, metric, allow_worse=allow_worse)
         with uncollected():
             from luthier.recipes.merge import merge_models, opened
-            from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
 
-        if len(models) == 1 and is_recipe(models[0]):
-            recipe, notes = read_recipe(Path(models[0]), sets=given)
-        else:
-            knobs = {"t": t, "density": density}
-            recipe, notes = from_flags(models, method, base=base, weights=weight, knobs=knobs, sets=given), ()
-        gate = _gate(data, metric, allow_worse=allow_worse)
         if dry_run:
             with opened(recipe) as opening:
                 planned = {"recipe": recipe.model_dump(mode="json"), **opening.as_dict()}
@@ -86,6 +83,19 @@ def merge(
             found = merge_models(recipe, out or Path(), gate=gate, told=told)
         found["notices"] = [*notes, *found["notices"]]
         print_json(found) if json else _print_found(found)
+
+
+def _recipe(
+    models: list[str], method: str, *, base: str | None, weights: list[float] | None,
+    knobs: Mapping[str, float | None], sets: Mapping[str, Any],
+) -> tuple[MergeRecipe, Sequence[str]]:
+    """The recipe that the command line says, or names, and what is to be told of it."""
+    with uncollected():
+        from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
+
+    if len(models) == 1 and is_recipe(models[0]):
+        return read_recipe(Path(models[0]), sets=sets)
+    return from_flags(models, method, base=base, weights=weights, knobs=knobs, sets=sets), ()
 
 
 def _set(assignments: list[str]) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -134,12 +134,21 @@ class Heard:
 
 
 @final
+@dataclass(frozen=True)
+class Greedy:
+    """For which share of the tokens both hold the same one likeliest: of all, and of those `decided` by no near tie."""
+
+    agreement: float
+    decided: int
+    decided_agreement: float
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """What was found, as plain values. `findings` are sentences, one for each thing that is not as it should be.
 
-    `max_difference` is in logits, `spread` their standard deviation. `decided` tokens are no near ties. `mean_kl`,
-    `agreement` (of all tokens) and `decided_agreement` are None for states.
+    `max_difference` is in logits, `spread` their standard deviation. `mean_kl` and `greedy` are None for states.
     """
 
     source: str
@@ -149,9 +158,7 @@ class ParityReport:
     max_difference: float
     spread: float
     mean_kl: float | None
-    agreement: float | None
-    decided: int
-    decided_agreement: float | None
+    greedy: Greedy | None
     rows: int
     rows_equal: int
     tolerance: Tolerance
@@ -165,14 +172,15 @@ class ParityReport:
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         told = {"findings": list(self.findings), "passed": self.passed, "let_pass": self.tolerance.bounds()}
-        return {**asdict(self), **told}
+        found = {**asdict(self), **told}
+        return {**found, **(found.pop("greedy") or dict.fromkeys(each.name for each in fields(Greedy)))}
 
     def numbers(self) -> str:
         """What was measured, in one line."""
         parts = [f"max |logit difference| {self.max_difference:.2g} (logits have a spread of {self.spread:.2g})"]
-        if self.mean_kl is not None and self.agreement is not None and self.decided_agreement is not None:
-            sure = f" ({percent_text(self.decided_agreement)} of the {self.decided} that are no near ties)"
-            same = percent_text(self.agreement) + (sure if self.agreement < 1 else "")
+        if self.mean_kl is not None and (greedy := self.greedy) is not None:
+            sure = f" ({percent_text(greedy.decided_agreement)} of the {greedy.decided} that are no near ties)"
+            same = percent_text(greedy.agreement) + (sure if greedy.agreement < 1 else "")
             parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {same}"]
         rows = f", {self.rows_equal} of {self.rows} training rows render alike" if self.rows else ""
         return f"{', '.join(parts)} over {self.tokens} tokens{rows}"
@@ -222,9 +230,7 @@ def compare(source: Heard, artefact: Side, tolerance: Tolerance) -> ParityReport
         max_difference=numbers.difference,
         spread=numbers.spread,
         mean_kl=None if states else numbers.kl / max(1, numbers.tokens),
-        agreement=None if states else _share(numbers.equal, numbers.tokens),
-        decided=numbers.decided,
-        decided_agreement=None if states else _share(numbers.decided_equal, numbers.decided),
+        greedy=None if states else numbers.greedy(),
         rows=rows,
         rows_equal=rows_equal,
         tolerance=tolerance,
@@ -267,6 +273,11 @@ class _Numbers:
             self.decided += int(decided.sum())
             self.decided_equal += int((same & decided).sum())
 
+    def greedy(self) -> Greedy:
+        """How often both hold the same token likeliest."""
+        equal, decided = _share(self.equal, self.tokens), _share(self.decided_equal, self.decided)
+        return Greedy(equal, self.decided, decided)
+
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
@@ -295,8 +306,8 @@ def _beyond(report: ParityReport) -> Iterator[str]:
     if report.mean_kl is not None and not report.mean_kl <= bounds.kl:
         yield f"the mean KL is {report.mean_kl:.3g}, and {bounds.kl:g} is let pass"
     # One token of few may be an exception.
-    share, count = report.decided_agreement, report.decided
-    if share is not None and (1 - share) * count > max(1.0, (1 - bounds.agreement) * count):
+    share, count = (1.0, 0) if report.greedy is None else (report.greedy.decided_agreement, report.greedy.decided)
+    if (1 - share) * count > max(1.0, (1 - bounds.agreement) * count):
         yield (f"of {count} tokens that are no near ties {percent_text(share)} are the likeliest in both, and "
                f"{percent_text(bounds.agreement)} are needed")  # fmt: skip
 

@@ -78,17 +78,7 @@ def lay_out(
     # From here on the recipe names tokens by id: whoever reads an objective's or an adapter's knobs has no tokenizer.
     objective = bound(found.objective, found.model, tokenizer)
     recipe = recipe.model_copy(update={"objective": objective})
-    data = prepare(
-        found.data.train,
-        tokenizer,
-        reading_of(found),
-        evaluation=found.data.evaluation,
-        fraction=recipe.evaluation.fraction,
-        seed=recipe.seed,
-        together=recipe.evaluation.together,
-        reserve=recipe.evaluation.reserve,
-        context_tokens=context_tokens(found.model),
-    )
+    data = _prepared(found, tokenizer)
     task = objective.task(data.classes)
     if name:
         _require_one_of_several(name, task, recipe)
@@ -129,6 +119,22 @@ def lay_out(
         recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded,
         graphs,
     )  # fmt: skip
+
+
+def _prepared(found: FinetuneRecipe, tokenizer: Tokenizer) -> Prepared:
+    """The rows of a recipe as tokens, checked and split."""
+    held_out = found.evaluation
+    return prepare(
+        found.data.train,
+        tokenizer,
+        reading_of(found),
+        evaluation=found.data.evaluation,
+        fraction=held_out.fraction,
+        seed=found.seed,
+        together=held_out.together,
+        reserve=held_out.reserve,
+        context_tokens=context_tokens(found.model),
+    )
 
 
 def _sources(
