@@ -122,8 +122,9 @@ def measured(
         session.optim_step(factor=1 - step / steps)
     after = mean_loss(session.model, LanguageModelling(), kept)[0]
     if save is not None:
-        session.save(save / f"{family.replace(', ', '-').replace(' = ', '-').replace(' ', '-')}-rank-{rank or 'all'}")
-        (save / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test), "utf-8")
+        name = family.replace(", ", "-").replace(" = ", "-").replace(" ", "-")
+        session.save(save / f"{task}-{seed}-{name}-rank-{rank or 'all'}")
+        (save / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test), "utf-8")
     pair = pair_of_adapter(session.model, spectra=BaseSpectra(cache_folder() / FOLDER))
     found = IntruderDimensions(side="left", thresholds=(0.8,), controls=1).of(pair)
     wide = next(row for row in found.tables[0].rows if row[0] == 0.8)
@@ -316,7 +317,7 @@ def main() -> None:
     asked_for = (given.task, given.seed is not None, given.family, given.rank)
     if not any(asked_for):
         given.svg.write_text(draw(found), "utf-8")
-    for task in TASKS:
+    for task in dict.fromkeys(each.task for each in found):
         print(table([each for each in found if each.task == task]))
     if not any(asked_for):
         print(correlations(found))

@@ -145,7 +145,7 @@ def test_what_counts_as_an_intruder_can_be_said(llama: Path, adapter: Path, kept
         counts.append(report["numbers"]["intruders"])
     assert 14 == counts[0] < counts[1] and counts[2] < counts[1]
     said = luthier("probe", *(word for word in common if word != "--json")).must(0).out
-    assert "decomposed matrices of bases, " in said and " of at most 8.59 GB, in " in said
+    assert "decomposed matrices of bases, " in said and " of at most 8.6 GB, in " in said
 
 
 def test_a_dry_run_writes_nothing(finished: Path, tmp_path: Path) -> None:

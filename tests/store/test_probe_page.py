@@ -54,6 +54,15 @@ def test_values_have_their_place_and_their_colour() -> None:
     assert pictures.grid(wide).count("<rect") == 60 and ">0.5</text>" not in pictures.grid(wide)
 
 
+def test_long_numbers_stay_in_their_cells_and_counts_of_nothing_are_above_it() -> None:
+    """Breaks when cells are narrower than what stands in them, or an axis of counts shows negative ones."""
+    cells = pictures.grid({**GRID, "values": [[-8.82e-05, 0.000199]] * 2})
+    wide = min(float(each) for each in re.findall(r'<rect[^>]* width="([\d.]+)"', cells))
+    assert "-8.82e-05</text>" in cells and wide >= 6.2 * len("-8.82e-05")
+    none = pictures.curves({**CURVES, "lines": {"this": [[0.1, 0.0], [0.9, 0.0]]}})
+    assert "-0." not in re.sub(r"<title>.*?</title>", "", none)
+
+
 def test_nothing_to_draw_is_nothing_and_numbers_are_short() -> None:
     """Breaks when an empty series makes a picture, or a cell shows seventeen digits."""
     assert pictures.curves({**CURVES, "lines": {"a": []}}) == ""

@@ -64,7 +64,8 @@ class Forgetting(Probe):
     def _verdict(self, found: Sequence[Losses], kept: Sequence[Losses], gained: float) -> tuple[str, ...]:
         said = [
             f"The loss on {one.text.name} {'fell' if one.rise < 0 else 'rose'} from {one.before:.4f} to "
-            f"{one.after:.4f}." if one.rise else f"The loss on {one.text.name} stayed at {one.before:.4f}."
+            f"{one.after:.4f}." if f"{one.before:.4f}" != f"{one.after:.4f}"
+            else f"The loss on {one.text.name} stayed at {one.before:.4f}."
             for one in found
         ]  # fmt: skip
         if not kept:

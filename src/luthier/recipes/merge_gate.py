@@ -49,7 +49,7 @@ def gate_of(data: Path | None, metric: Metric | str | None = None, *, allow_wors
     if data is None:
         if metric is not None:
             name = metric if chosen is None else chosen.method_name()
-            raise RecipeError(f"--metric is {name}, and there is nothing to ask", do="name the rows: --data FILE")
+            raise RecipeError(f"the metric is {name}, and there is nothing to ask", do="name the rows: --data FILE")
         return None
     bench = Bench(data, chosen, allow_worse=allow_worse)
     return Gate(bench.parents, bench.judge)

@@ -275,6 +275,7 @@ def require_one(run: RunDirectory) -> None:
         raise RecipeError(
             f"{run.folder} is a run of several adapters",
             allowed="one of them: " + ", ".join(str(run.folder / str(name)) for name in names),
+            do="name that run instead",
         )
 
 

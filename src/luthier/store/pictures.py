@@ -30,7 +30,9 @@ def curves(picture: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     across = _across([x for points in lines.values() for x, _ in points], logarithmic=bool(picture.get("logarithmic")))
-    up = value_axis([y for points in lines.values() for _, y in points], bottom=_HEIGHT - _BOTTOM, top=_TOP)
+    heights = [y for points in lines.values() for _, y in points]
+    # Around zero alone there is nothing below: counts have no negative ones.
+    up = value_axis(heights, bottom=_HEIGHT - _BOTTOM, top=_TOP, from_zero=not any(heights))
     title = str(picture["title"])
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">', *_frame(across, up)]
     parts.append(_text(across.last, _HEIGHT - 6, str(picture["across"]), "end"))
@@ -51,7 +53,8 @@ def grid(picture: Mapping[str, Any]) -> str:
         return ""
     most, title = max(known) or 1.0, str(picture["title"])
     few = len(columns) <= _MOST_NUMBERS and max((len(name) for name in columns), default=0) <= 14
-    wide, tall = (max(_CELL, 7 * max(len(name) for name in columns) + 8), 24) if few else (16, 16)
+    longest = max(len(each) for each in [*columns, *(_short(value) for line in values for value in line if value)])
+    wide, tall = (max(_CELL, 7 * longest + 8), 24) if few else (16, 16)
     label = min(_LABEL, 12 + 7 * max(len(name) for name in rows))
     width, height = label + wide * len(columns), _HEAD + tall * len(rows)
     parts = [f'<svg class="cells" viewBox="0 0 {width} {height}" style="max-width:{max(width, 120)}px" role="img" '
