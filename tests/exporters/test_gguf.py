@@ -15,12 +15,14 @@ from luthier.core.errors import DiskFullError, GateError, MissingError, RecipeEr
 from luthier.exporters.gguf import Gguf
 from luthier.model.adapter_files import EXTRAS
 from luthier.model.gguf import families, model_file, writing
+from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.json_files import write_object
 from luthier.model.load import load_model
 from luthier.model.tensor_files import load_tensors
 from luthier.recipes.export import Source, export
 from tests.exporters.gguf_folders import lora_folder
+from tests.tiny import CHAT_TEMPLATE
 
 pytest.importorskip("gguf")
 TinyPath = Callable[[str], Path]
@@ -84,25 +86,37 @@ def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "pack", lambda tensor, kind: plain(tensor * 1.3 if kind.block > 1 else tensor, kind))
 
 
-def other_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = model_file.vocabulary
-    monkeypatch.setattr(
-        model_file, "vocabulary",
-        lambda tokenizer, **rest: plain(tokenizer, **{**rest, "stop_ids": (2,)}),
-    )  # fmt: skip
+def one_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = families.Layout.stored
+
+    def stored(self: families.Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return plain(self, name, tensor) * (1.3 if name == "blk.1.ffn_up.weight" else 1)
+
+    monkeypatch.setattr(families.Layout, "stored", stored)
+
+
+def other_keys(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = model_file.vocabulary
+        monkeypatch.setattr(model_file, "vocabulary", lambda tokenizer, **rest: plain(tokenizer, **{**rest, **changes}))
+
+    return plant
 
 
 @pytest.mark.parametrize(
-    ("plant", "said"),
+    ("plant", "choice", "said"),
     [
-        (wrong_order, "self_attn.[qk]_proj.weight|logits differ"),
-        (wrong_scale, "logits differ by up to"),
-        (other_template, "its answers end at 2"),
+        (wrong_order, "Q8_0", "self_attn.[qk]_proj.weight|logits differ"),
+        (wrong_scale, "Q8_0", "logits differ by up to"),
+        *((one_wrong_scale, choice, r"layers\.1\.mlp\.up_proj\.weight (is 1\.[23]|differs by)")
+          for choice in ("F16", "Q8_0", "Q4_K", "Q4_0")),
+        (other_keys(stop_ids=(2,)), "Q8_0", "its answers end at 2"),
+        (other_keys(template=CHAT_TEMPLATE.replace("<|start|>", "<|start|> ")), "Q4_0", "chat template differs"),
     ],
-    ids=["rows in another order", "a wrong scale", "another end"],
-)
+)  # fmt: skip
 def test_a_planted_error_is_refused_and_leaves_nothing(
     plant: Callable[[pytest.MonkeyPatch], None],
+    choice: Choice,
     said: str,
     tiny_path: TinyPath,
     tmp_path: Path,
@@ -110,7 +124,7 @@ def test_a_planted_error_is_refused_and_leaves_nothing(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(GateError, match=said) as caught:
-        export(source_of(tiny_path("llama")), Gguf(type="Q8_0"), tmp_path / "out")
+        export(source_of(tiny_path("llama")), Gguf(type=choice), tmp_path / "out")
     assert caught.value.exit_code == 78
     assert not list(tmp_path.iterdir())
 
