@@ -16,6 +16,7 @@ from luthier.exporters.gguf import Gguf
 from luthier.model.adapter_files import EXTRAS
 from luthier.model.gguf import families, model_file, writing
 from luthier.model.gguf.formats import Choice
+from luthier.model.gguf.parts import TOLERANCES
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.json_files import write_object
 from luthier.model.load import load_model
@@ -179,20 +180,29 @@ def test_llama_cpp_says_the_same(tmp_path: Path) -> None:
     """The peer that the file is for: ids and greedy tokens of the seedling; its cache is in half precision."""
     llama_cpp = pytest.importorskip("llama_cpp")
     found = export(Source(name="seedling", precision="float32"), Gguf(type="Q8_0"), tmp_path / "out")
-    assert found["parity"]["agreement"] >= 0.98
-    peer = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=512, logits_all=True, verbose=False)
-    model = load_model("seedling", precision="float32")
-    raw = __import__("transformers").AutoTokenizer.from_pretrained(model.module.config.name_or_path)
-    same = total = 0
-    for question in ("What is 17 + 25?", "Name a colour.", "Where is the ship?", "Höhe? 日本 🙂 99"):
+    assert found["parity"]["decided_agreement"] == 1
+    # Keys and values in float32, as the source has them.
+    peer = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=512, logits_all=True, verbose=False, type_k=0,
+                           type_v=0)  # fmt: skip
+    model = load_model("seedling", precision="float32").module
+    raw = __import__("transformers").AutoTokenizer.from_pretrained(model.config.name_or_path)
+    ours, theirs = [], []
+    for question in ("What is 17 + 25?", "Name a colour.", "Where is the ship?", "Höhe? 日本 🙂 99", "Write a verse.",
+                     "Why is the sky blue?", "Sort 9, 4, 7.", "Is the gate open?"):  # fmt: skip
         text = raw.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                        add_generation_prompt=True)  # fmt: skip
         ids = raw(text, add_special_tokens=False)["input_ids"]
         assert peer.tokenize(text.encode(), add_bos=False, special=True) == ids
-        said = model.module.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()
+        said = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
         peer.reset()
-        peer.eval(said)
-        theirs = np.array(peer.scores[len(ids) - 1 : len(said) - 1]).argmax(-1)
-        same, total = same + int((theirs == np.array(said[len(ids) :])).sum()), total + len(said) - len(ids)
-    assert same >= 0.97 * total
+        peer.eval(said[0].tolist())
+        answer = slice(len(ids) - 1, said.shape[1] - 1)
+        ours.append(model(said).logits[0, answer].detach())
+        theirs.append(torch.from_numpy(np.array(peer.scores[answer])))
+    wanted, found_there = torch.cat(ours), torch.cat(theirs)
+    first, second = wanted.topk(2).values.unbind(-1)
+    sure = (first - second) / wanted.std(-1).mean() > TOLERANCES["Q8_0"].tie
+    same = wanted.argmax(-1) == found_there.argmax(-1)
+    assert len(same) > 60 and float(same[sure].float().mean()) >= 0.99 and float(same.float().mean()) >= 0.97
+    print(f"llama.cpp: {len(same)} tokens, {float(same.float().mean()):.1%} the same, {int(sure.sum())} no near ties")
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"]
