@@ -131,11 +131,24 @@ class Heard:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """The share of tokens whose likeliest is the same in both: of all, and of the `decided` that are no near ties."""
+
+    agreement: float
+    decided: int
+    decided_agreement: float
+
+    def __str__(self) -> str:
+        sure = f" ({percent_text(self.decided_agreement)} of the {self.decided} that are no near ties)"
+        return percent_text(self.agreement) + (sure if self.agreement < 1 else "")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
     """What was found, as plain values. `findings` are sentences, one for each thing that is not as it should be.
 
-    `max_difference` is in logits, `spread` their standard deviation. `decided` tokens are no near ties. `mean_kl`,
-    `agreement` (of all tokens) and `decided_agreement` are None for states.
+    `max_difference` is in logits, `spread` their standard deviation. `mean_kl` and `greedy` are None for states.
     """
 
     source: str
@@ -145,9 +158,7 @@ class ParityReport:
     max_difference: float
     spread: float
     mean_kl: float | None
-    agreement: float | None
-    decided: int
-    decided_agreement: float | None
+    greedy: Greedy | None
     rows: int
     rows_equal: int
     tolerance: Tolerance
@@ -160,15 +171,15 @@ class ParityReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {**asdict(self), "findings": list(self.findings), "passed": self.passed}
+        held = asdict(self)
+        greedy = held.pop("greedy") or {"agreement": None, "decided": None, "decided_agreement": None}
+        return {**held, **greedy, "findings": list(self.findings), "passed": self.passed}
 
     def numbers(self) -> str:
         """What was measured, in one line."""
         parts = [f"max |logit difference| {self.max_difference:.2g} (logits have a spread of {self.spread:.2g})"]
-        if self.mean_kl is not None and self.agreement is not None and self.decided_agreement is not None:
-            sure = f" ({percent_text(self.decided_agreement)} of the {self.decided} that are no near ties)"
-            same = percent_text(self.agreement) + (sure if self.agreement < 1 else "")
-            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {same}"]
+        if self.mean_kl is not None and self.greedy is not None:
+            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {self.greedy}"]
         rows = f", {self.rows_equal} of {self.rows} training rows render alike" if self.rows else ""
         return f"{', '.join(parts)} over {self.tokens} tokens{rows}"
 
@@ -217,9 +228,7 @@ def compare(source: Heard, artefact: Side, tolerance: Tolerance) -> ParityReport
         max_difference=numbers.difference,
         spread=numbers.spread,
         mean_kl=None if states else numbers.kl / max(1, numbers.tokens),
-        agreement=None if states else _share(numbers.equal, numbers.tokens),
-        decided=numbers.decided,
-        decided_agreement=None if states else _share(numbers.decided_equal, numbers.decided),
+        greedy=None if states else numbers.greedy(),
         rows=rows,
         rows_equal=rows_equal,
         tolerance=tolerance,
@@ -262,6 +271,10 @@ class _Numbers:
             self.decided += int(decided.sum())
             self.decided_equal += int((same & decided).sum())
 
+    def greedy(self) -> Greedy:
+        return Greedy(agreement=_share(self.equal, self.tokens), decided=self.decided,
+                      decided_agreement=_share(self.decided_equal, self.decided))  # fmt: skip
+
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
@@ -289,11 +302,13 @@ def _beyond(report: ParityReport) -> Iterator[str]:
         yield f"logits differ by up to {report.max_difference:.3g}, and {most:.3g} is let pass"
     if report.mean_kl is not None and not report.mean_kl <= bounds.kl:
         yield f"the mean KL is {report.mean_kl:.3g}, and {bounds.kl:g} is let pass"
+    greedy = report.greedy
     # One token of few may be an exception.
-    share, count = report.decided_agreement, report.decided
-    if share is not None and (1 - share) * count > max(1.0, (1 - bounds.agreement) * count):
-        yield (f"of {count} tokens that are no near ties {percent_text(share)} are the likeliest in both, and "
-               f"{percent_text(bounds.agreement)} are needed")  # fmt: skip
+    if greedy is not None and (1 - greedy.decided_agreement) * greedy.decided > max(
+        1.0, (1 - bounds.agreement) * greedy.decided
+    ):
+        yield (f"of {greedy.decided} tokens that are no near ties {percent_text(greedy.decided_agreement)} are the "
+               f"likeliest in both, and {percent_text(bounds.agreement)} are needed")  # fmt: skip
 
 
 def _compare_rows(source: Heard, artefact: Side, found: list[str]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any, Final, final
 import yaml
 
 from luthier.core.errors import LuthierError
-from luthier.core.units import count_text, percent_text
+from luthier.core.units import count_text
 from luthier.data.hub import ModelFiles
 from luthier.exporters import Exporter, Subject
 from luthier.model.load import resolve_source
@@ -161,10 +161,8 @@ def _parity(report: ParityReport) -> str:
     """The numbers of the gate."""
     lines = [f"| prompts, tokens | {report.prompts}, {report.tokens} |",
              f"| max \\|logit difference\\| | {report.max_difference:.3g} (spread of the logits {report.spread:.3g}) |"]
-    if report.mean_kl is not None and report.agreement is not None and report.decided_agreement is not None:
-        sure = f"{percent_text(report.decided_agreement)} of the {report.decided} that are no near ties"
-        lines += [f"| mean KL | {report.mean_kl:.3g} nats |",
-                  f"| greedy agreement | {percent_text(report.agreement)} of the tokens; {sure} |"]
+    if report.mean_kl is not None and report.greedy is not None:
+        lines += [f"| mean KL | {report.mean_kl:.3g} nats |", f"| greedy agreement | {report.greedy} |"]
     if report.rows:
         lines.append(f"| training rows that render to the same ids | {report.rows_equal} of {report.rows} |")
     return ("## Parity\n\nThe files were read back and compared with the model they were made from, before they were "
