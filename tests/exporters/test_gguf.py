@@ -15,12 +15,15 @@ from luthier.core.errors import DiskFullError, GateError, MissingError, RecipeEr
 from luthier.exporters.gguf import Gguf
 from luthier.model.adapter_files import EXTRAS
 from luthier.model.gguf import families, model_file, writing
+from luthier.model.gguf.formats import Choice
+from luthier.model.gguf.parts import TOLERANCES
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.json_files import write_object
 from luthier.model.load import load_model
 from luthier.model.tensor_files import load_tensors
 from luthier.recipes.export import Source, export
 from tests.exporters.gguf_folders import lora_folder
+from tests.tiny import CHAT_TEMPLATE
 
 pytest.importorskip("gguf")
 TinyPath = Callable[[str], Path]
@@ -84,25 +87,37 @@ def wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "pack", lambda tensor, kind: plain(tensor * 1.3 if kind.block > 1 else tensor, kind))
 
 
-def other_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = model_file.vocabulary
-    monkeypatch.setattr(
-        model_file, "vocabulary",
-        lambda tokenizer, **rest: plain(tokenizer, **{**rest, "stop_ids": (2,)}),
-    )  # fmt: skip
+def one_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = families.Layout.stored
+
+    def stored(self: families.Layout, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return plain(self, name, tensor) * (1.3 if name == "blk.1.ffn_up.weight" else 1)
+
+    monkeypatch.setattr(families.Layout, "stored", stored)
+
+
+def other_keys(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = model_file.vocabulary
+        monkeypatch.setattr(model_file, "vocabulary", lambda tokenizer, **rest: plain(tokenizer, **{**rest, **changes}))
+
+    return plant
 
 
 @pytest.mark.parametrize(
-    ("plant", "said"),
+    ("plant", "choice", "said"),
     [
-        (wrong_order, "self_attn.[qk]_proj.weight|logits differ"),
-        (wrong_scale, "logits differ by up to"),
-        (other_template, "its answers end at 2"),
+        (wrong_order, "Q8_0", "self_attn.[qk]_proj.weight|logits differ"),
+        (wrong_scale, "Q8_0", "logits differ by up to"),
+        *((one_wrong_scale, choice, r"layers\.1\.mlp\.up_proj\.weight (is 1\.[23]|differs by)")
+          for choice in ("F16", "Q8_0", "Q4_K", "Q4_0")),
+        (other_keys(stop_ids=(2,)), "Q8_0", "its answers end at 2"),
+        (other_keys(template=CHAT_TEMPLATE.replace("<|start|>", "<|start|> ")), "Q4_0", "chat template differs"),
     ],
-    ids=["rows in another order", "a wrong scale", "another end"],
-)
+)  # fmt: skip
 def test_a_planted_error_is_refused_and_leaves_nothing(
     plant: Callable[[pytest.MonkeyPatch], None],
+    choice: Choice,
     said: str,
     tiny_path: TinyPath,
     tmp_path: Path,
@@ -110,7 +125,7 @@ def test_a_planted_error_is_refused_and_leaves_nothing(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(GateError, match=said) as caught:
-        export(source_of(tiny_path("llama")), Gguf(type="Q8_0"), tmp_path / "out")
+        export(source_of(tiny_path("llama")), Gguf(type=choice), tmp_path / "out")
     assert caught.value.exit_code == 78
     assert not list(tmp_path.iterdir())
 
@@ -165,20 +180,29 @@ def test_llama_cpp_says_the_same(tmp_path: Path) -> None:
     """The peer that the file is for: ids and greedy tokens of the seedling; its cache is in half precision."""
     llama_cpp = pytest.importorskip("llama_cpp")
     found = export(Source(name="seedling", precision="float32"), Gguf(type="Q8_0"), tmp_path / "out")
-    assert found["parity"]["agreement"] >= 0.98
-    peer = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=512, logits_all=True, verbose=False)
-    model = load_model("seedling", precision="float32")
-    raw = __import__("transformers").AutoTokenizer.from_pretrained(model.module.config.name_or_path)
-    same = total = 0
-    for question in ("What is 17 + 25?", "Name a colour.", "Where is the ship?", "Höhe? 日本 🙂 99"):
+    assert found["parity"]["decided_agreement"] == 1
+    # Keys and values in float32, as the source has them.
+    peer = llama_cpp.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=512, logits_all=True, verbose=False, type_k=0,
+                           type_v=0)  # fmt: skip
+    model = load_model("seedling", precision="float32").module
+    raw = __import__("transformers").AutoTokenizer.from_pretrained(model.config.name_or_path)
+    ours, theirs = [], []
+    for question in ("What is 17 + 25?", "Name a colour.", "Where is the ship?", "Höhe? 日本 🙂 99", "Write a verse.",
+                     "Why is the sky blue?", "Sort 9, 4, 7.", "Is the gate open?"):  # fmt: skip
         text = raw.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                        add_generation_prompt=True)  # fmt: skip
         ids = raw(text, add_special_tokens=False)["input_ids"]
         assert peer.tokenize(text.encode(), add_bos=False, special=True) == ids
-        said = model.module.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0].tolist()
+        said = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
         peer.reset()
-        peer.eval(said)
-        theirs = np.array(peer.scores[len(ids) - 1 : len(said) - 1]).argmax(-1)
-        same, total = same + int((theirs == np.array(said[len(ids) :])).sum()), total + len(said) - len(ids)
-    assert same >= 0.97 * total
+        peer.eval(said[0].tolist())
+        answer = slice(len(ids) - 1, said.shape[1] - 1)
+        ours.append(model(said).logits[0, answer].detach())
+        theirs.append(torch.from_numpy(np.array(peer.scores[answer])))
+    wanted, found_there = torch.cat(ours), torch.cat(theirs)
+    first, second = wanted.topk(2).values.unbind(-1)
+    sure = (first - second) / wanted.std(-1).mean() > TOLERANCES["Q8_0"].tie
+    same = wanted.argmax(-1) == found_there.argmax(-1)
+    assert len(same) > 60 and float(same[sure].float().mean()) >= 0.99 and float(same.float().mean()) >= 0.97
+    print(f"llama.cpp: {len(same)} tokens, {float(same.float().mean()):.1%} the same, {int(sure.sum())} no near ties")
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"]

@@ -13,10 +13,11 @@ from luthier.core.errors import MissingError, RecipeError
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Subject
-from luthier.exporters.onnx import Onnx
+from luthier.exporters.onnx import GRAPH, Onnx
 from luthier.model.parity import Questions, compare, hear
 from luthier.model.parity_sides import ModelSide
 from luthier.model.tasks import Task
+from luthier.model.texts_beside import save_texts
 from tests import task_models
 from tests.data import kinds
 from tests.exported import subject
@@ -60,6 +61,28 @@ def test_the_graph_is_the_encoder(architecture: str, task: Task, outputs: str, t
     assert not compare(wrong, side, exporter.tolerance(given)).passed
 
 
+def test_a_graph_is_asked_as_its_readers_ask_it(tmp_path: Path) -> None:
+    """A graph made by hand, which writes a row of a table for each token: ids and mask reach it as they are."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    given, make = _subject("bert", MASKED), onnx.helper.make_node
+    table = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    nodes = [make("Gather", ["table", "input_ids"], ["rows"]), make("Unsqueeze", ["attention_mask", "last"], ["wide"]),
+             make("Cast", ["wide"], ["mask"], to=onnx.TensorProto.FLOAT), make("Mul", ["rows", "mask"], ["logits"])]
+    places = {name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["b", "t"])
+              for name in ("input_ids", "attention_mask")}  # fmt: skip
+    out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["b", "t", 6])
+    held = [onnx.numpy_helper.from_array(value, name) for name, value in (("table", table), ("last", np.array([-1])))]
+    graph = onnx.helper.make_graph(nodes, "x", list(places.values()), [out], held)
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(made, tmp_path / GRAPH)
+    given.model.module.config.save_pretrained(tmp_path)
+    save_texts(tmp_path, given.model, given.tokenizer, chat_template=None, stop_ids=())
+    side = Onnx().read(given, tmp_path)
+    tokens = np.array([3, 49, 3, 0], np.int32)
+    assert np.array_equal(side.logits(tokens), table[tokens])
+    assert side.settings() == {"tokenizer.tokens": given.tokenizer.vocabulary_size} and side.gives == "logits"
+
+
 def test_a_model_that_generates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a llama model, which generates text") as caught:
         Onnx().require(subject("llama", tmp_path))
@@ -70,9 +93,10 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+    given = _subject("bert", TEXTS)
     monkeypatch.setattr(optional.importlib, "import_module", absent)
     with pytest.raises(MissingError, match="an ONNX graph needs the package onnx") as caught:
-        Onnx().require(_subject("bert", TEXTS))
+        Onnx().require(given)
     assert 'pip install "luthier[onnx]"' in caught.value.do
 
 

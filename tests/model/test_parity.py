@@ -15,7 +15,19 @@ from torch import Tensor
 from luthier.core.errors import GateError
 from luthier.data.conversation import Conversation, Message, Row
 from luthier.data.forest import Ints
-from luthier.model.parity import BRAIN, COARSE, EXACT, HALF, Questions, Side, Tolerance, compare, hear, tolerance_for
+from luthier.model.parity import (
+    BRAIN,
+    COARSE,
+    EXACT,
+    HALF,
+    Greedy,
+    Questions,
+    Side,
+    Tolerance,
+    compare,
+    hear,
+    tolerance_for,
+)
 
 PROMPTS = (np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32))
 ROW = Row(0, "rows.jsonl:1:1", Conversation((Message("user", "hello"), Message("assistant", "you"))))
@@ -61,7 +73,9 @@ def test_numbers_are_those_of_the_formulas() -> None:
     kl = torch.nn.functional.kl_div(found.double().log_softmax(-1), wanted.double().softmax(-1), reduction="batchmean")
     assert report.mean_kl == pytest.approx(float(kl), rel=1e-6)
     assert report.max_difference == pytest.approx(float((wanted - found).abs().max()))
-    assert report.greedy.agreement == pytest.approx(float((wanted.argmax(-1) == found.argmax(-1)).float().mean()))
+    same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
+    assert report.greedy is not None and report.greedy.agreement == pytest.approx(same)
+    assert report.as_dict()["agreement"] == report.greedy.agreement and "greedy" not in report.as_dict()
     assert report.tokens == 12 and report.prompts == 2
     by_prompt = [Fake().logits(prompt).std(-1).mean() for prompt in PROMPTS]
     assert report.spread == pytest.approx(sum(by_prompt) / 2)
@@ -70,7 +84,9 @@ def test_numbers_are_those_of_the_formulas() -> None:
 
 def test_equal_sides_pass_and_need_no_finding() -> None:
     report = compare(HEARD, Fake(), EXACT)
-    assert report.passed and report.mean_kl == 0 and report.greedy.agreement == 1 and report.max_difference == 0
+    assert report.passed and report.mean_kl == 0 and report.greedy == Greedy(
+        agreement=1.0, decided=12, decided_agreement=1.0
+    ) and report.max_difference == 0
     report.require()
 
 
@@ -150,8 +166,8 @@ def test_what_is_a_near_tie_is_no_disagreement(margin: float, passes: bool) -> N
 
     bounds = Tolerance(form="a test", difference=1.0, kl=1.0, tie=0.1)
     report = compare(hear(Close(0), Questions(PROMPTS)), Close(1), bounds)
-    assert report.passed == passes and report.greedy.agreement == 0.5 and report.greedy.decided == (0 if passes else 6)
-    assert report.greedy.decided_agreement == (1.0 if passes else 0.0)
+    decided = Greedy(agreement=0.5, decided=0 if passes else 6, decided_agreement=1.0 if passes else 0.0)
+    assert report.passed == passes and report.greedy == decided
     assert "50.0 % (100.0 % of the 0 that are no near ties) over 12 tokens" in report.numbers() or not passes
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -105,10 +105,6 @@ class Side(ABC):
         """The weights, by transformers' names; none where they go by others."""
         return ()
 
-    def sketches(self) -> Mapping[str, Sketch]:
-        """The weights as sketches, asked for when all logits have been."""
-        return sketched(self.tensors())
-
 
 @final
 @dataclass(frozen=True)
@@ -134,13 +130,17 @@ class Heard:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Greedy:
-    """For which share of the tokens both hold the same one likeliest: of all, and of those `decided` by no near tie."""
+    """The share of tokens whose likeliest is the same in both: of all, and of the `decided` that are no near ties."""
 
     agreement: float
     decided: int
     decided_agreement: float
+
+    def __str__(self) -> str:
+        sure = f" ({percent_text(self.decided_agreement)} of the {self.decided} that are no near ties)"
+        return percent_text(self.agreement) + (sure if self.agreement < 1 else "")
 
 
 @final
@@ -171,17 +171,16 @@ class ParityReport:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
+        held = asdict(self)
+        greedy = held.pop("greedy") or {"agreement": None, "decided": None, "decided_agreement": None}
         told = {"findings": list(self.findings), "passed": self.passed, "let_pass": self.tolerance.bounds()}
-        found = {**asdict(self), **told}
-        return {**found, **(found.pop("greedy") or dict.fromkeys(each.name for each in fields(Greedy)))}
+        return {**held, **greedy, **told}
 
     def numbers(self) -> str:
         """What was measured, in one line."""
         parts = [f"max |logit difference| {self.max_difference:.2g} (logits have a spread of {self.spread:.2g})"]
-        if self.mean_kl is not None and (greedy := self.greedy) is not None:
-            sure = f" ({percent_text(greedy.decided_agreement)} of the {greedy.decided} that are no near ties)"
-            same = percent_text(greedy.agreement) + (sure if greedy.agreement < 1 else "")
-            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {same}"]
+        if self.mean_kl is not None and self.greedy is not None:
+            parts += [f"mean KL {self.mean_kl:.2g}", f"greedy agreement {self.greedy}"]
         rows = f", {self.rows_equal} of {self.rows} training rows render alike" if self.rows else ""
         return f"{', '.join(parts)} over {self.tokens} tokens{rows}"
 
@@ -207,7 +206,7 @@ def hear(side: Side, questions: Questions) -> Heard:
         rendered=tuple(side.rendered(row) for row in questions.rows),
         stop_ids=side.stop_ids(),
         settings=dict(side.settings()),
-        sketches=side.sketches(),
+        sketches=sketched(side.tensors()),
     )
 
 
@@ -274,9 +273,8 @@ class _Numbers:
             self.decided_equal += int((same & decided).sum())
 
     def greedy(self) -> Greedy:
-        """How often both hold the same token likeliest."""
-        equal, decided = _share(self.equal, self.tokens), _share(self.decided_equal, self.decided)
-        return Greedy(equal, self.decided, decided)
+        return Greedy(agreement=_share(self.equal, self.tokens), decided=self.decided,
+                      decided_agreement=_share(self.decided_equal, self.decided))  # fmt: skip
 
 
 def _share(part: int, whole: int) -> float:
@@ -305,11 +303,13 @@ def _beyond(report: ParityReport) -> Iterator[str]:
         yield f"logits differ by up to {report.max_difference:.3g}, and {most:.3g} is let pass"
     if report.mean_kl is not None and not report.mean_kl <= bounds.kl:
         yield f"the mean KL is {report.mean_kl:.3g}, and {bounds.kl:g} is let pass"
+    greedy = report.greedy
     # One token of few may be an exception.
-    share, count = (1.0, 0) if report.greedy is None else (report.greedy.decided_agreement, report.greedy.decided)
-    if (1 - share) * count > max(1.0, (1 - bounds.agreement) * count):
-        yield (f"of {count} tokens that are no near ties {percent_text(share)} are the likeliest in both, and "
-               f"{percent_text(bounds.agreement)} are needed")  # fmt: skip
+    if greedy is not None and (1 - greedy.decided_agreement) * greedy.decided > max(
+        1.0, (1 - bounds.agreement) * greedy.decided
+    ):
+        yield (f"of {greedy.decided} tokens that are no near ties {percent_text(greedy.decided_agreement)} are the "
+               f"likeliest in both, and {percent_text(bounds.agreement)} are needed")  # fmt: skip
 
 
 def _compare_rows(source: Heard, artefact: Side, found: list[str]) -> tuple[int, int]:
@@ -367,7 +367,7 @@ def _compare_settings(source: Heard, artefact: Side, found: list[str]) -> None:
 
 def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side, most: float | None) -> Iterator[str]:
     """What sketches say of weights, the worst first; nothing where either side has none by these names."""
-    if not source or not (held := artefact.sketches()):
+    if not source or not (held := sketched(artefact.tensors())):
         return
     if missing := sorted(source.keys() - held.keys()):
         yield f"{len(missing)} tensors are missing ({', '.join(missing[:MOST_TENSORS])})"
