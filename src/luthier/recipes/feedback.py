@@ -205,7 +205,10 @@ def lessons(figures: Mapping[str, Any]) -> list[str]:
         )
     if figures["failed"]:
         most = "; ".join(f"{count} x {reason}" for reason, count in figures["failures"].items())
-        said.append(f"the judge gave no verdict on {figures['failed']:,} of {pairs:,} pairs: {most}")
+        said.append(
+            f"the judge gave no verdict on {figures['failed']:,} of {pairs:,} pairs: {most}; take a model that was "
+            "tuned to judge, or see what verdict asks of it"
+        )
     if figures["decided_by_place"] > _MUCH:
         said.append(
             f"in {percent_text(figures['decided_by_place'])} of the pairs the place has decided and not the answer: "

@@ -111,12 +111,16 @@ class Bar:
 def start_lines(values: Any) -> list[str]:
     """What a person wants to know before the first step."""
     tokens = values["tokens"]
+    trained = f"{count_text(tokens['trained'])} trained" if tokens["trained"] else "prompts, to be answered"
     lines = [
         f"{values['model']}: {count_text(values['parameters'])} parameters, "
         f"{count_text(values['trainable_parameters'])} trained with {values['adapter']['method']}",
         f"{values['data']['train_views']:,} rows to train, {values['data']['held_out_views']:,} held out, "
-        f"{count_text(tokens['total'])} tokens ({count_text(tokens['trained'])} trained), {values['steps']:,} steps",
+        f"{count_text(tokens['total'])} tokens ({trained}), {values['steps']:,} steps",
     ]
+    lost = {"rejected": values["data"].get("rejected", 0), **values["data"].get("rendered", {})}
+    told = [f"{lost[what]:,} {what}" for what in ("rejected", "dropped", "truncated") if lost.get(what)]
+    lines += [f"note: of {values['data']['read']:,} rows {', '.join(told)}"] if told else []
     lines += [f"note: {notice}" for notice in values["notices"]]
     if values.get("resumed_at"):
         lines.append(f"going on after step {values['resumed_at']}")

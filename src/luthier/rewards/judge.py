@@ -147,7 +147,9 @@ class Judge(Reward):
             told = f"the rationale was cut off at {self.most_tokens} tokens"
             verdict = None if at in cut else _decided(odds[at], len(question.verdicts), begun[at])
             if verdict is not None and verdict.mass < self.least_mass:
-                told = f"{verdict.mass:.2%} of the judge's probability is on {', '.join(question.verdicts)}"
+                # Without the share itself, so that failures of one kind are counted as one.
+                digits = ", ".join(question.verdicts)
+                told = f"less than {self.least_mass:.2%} of the judge's probability is on {digits}"
                 verdict = None
             advice = "raise most_tokens, or take a judge that knows the task"
             decided.append(verdict or RewardError(told, do=advice).of(sample, again=False))
