@@ -22,7 +22,7 @@ from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.optimizers.paged_adamw import PagedAdamW
 from luthier.quantizers.nf4 import NF4
-from luthier.recipes.graphed import record_passes, worth_recording
+from luthier.recipes.graphed import recorded
 from luthier.recipes.memory import use_pool
 from luthier.recipes.quantized import quantize
 from luthier.train.stepper import Stepper
@@ -47,8 +47,7 @@ def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
     optimizer = (PagedAdamW if job.work.packed else AdamW)(learning_rate=worker.LEARNING_RATE)
     micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS[job.device]))
-    if worth_recording(model, alone=True):
-        record_passes(model, micro_tokens)
+    recorded(model, micro_tokens, alone=True)
     return attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
 
 

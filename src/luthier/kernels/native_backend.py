@@ -179,8 +179,7 @@ class NativeBackend(Backend):
         self._call("thin", x.dtype, x.contiguous(), y, *places, x.shape[1], y.shape[1])
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
-        counted = seen is None or seen.starts is None
-        return counted and query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
+        return (seen is None or seen.starts is None) and query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
 
     def attend(
         self,

@@ -51,14 +51,14 @@ def plan_memory(
     """
     largest = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
     batches = {batch: Forest(tuple(source.trees_of(batch))) for batch in largest}
-    parts = lasting(model, attachment, recipe.optimizer, offload=recipe.offload)
+    parts = lasting(model, attachment, recipe.optimizer, offload=recipe.batch.offload)
     if model.device.type == "cpu":
         # The copy that a checkpoint is written from lies on the host, wherever the model is.
         parts["saving"] = bytes_of.staging(attachment.parameter_count, parts["optimizer"])
     available = free_memory(model.device) + parts["weights"] + parts["trained"]
     room = available - sum(parts.values())
     tried = _recomputed(recipe, model)
-    far = inputs_are_far(recipe.offload)
+    far = inputs_are_far(recipe.batch.offload)
     passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled, far=far)
     # As few as fit; if none do, as few as save most.
     least = min(tried, key=lambda count: passes[count].bytes)
@@ -73,7 +73,7 @@ def plan_memory(
         "recomputed": count,
         "blocks": model.sites.layers,
         "without": sum(parts.values()) + passes[0].bytes,
-        "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.offload),
+        "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.batch.offload),
     }
 
 
@@ -267,7 +267,7 @@ class Formulas:
         """
         work = work_with(self.work, self.model, batch, predicted)
         if self.counted is None:
-            work = replace(work, recomputed=recomputed, far=self.far)
+            work = replace(work, recomputed=bytes_of.Recomputed(blocks=recomputed, far=self.far))
             widest = bytes_of.peak(self.decoder, work)
         else:
             widest = self.counted.peak(
