@@ -58,16 +58,6 @@ def packed_bits(parameters: Sequence[torch.Tensor]) -> dict[str, float]:
     return {"bits_a_packed_weight": round(8 * sum(map(stored_bytes, packed)) / numbers, 4)} if packed else {}
 
 
-def recordings(stepper: Stepper) -> dict[str, object]:
-    """For which sizes passes were recorded as CUDA graphs, and why not for others; empty where none were wanted."""
-    blocks = stepper.model.executor.blocks
-    graphs = None if blocks is None else blocks.graphs
-    if graphs is None:
-        return {}
-    sizes = sorted(size for size, played in graphs.played.items() if played is not None)
-    return {"recorded_sizes": sizes, "not_recorded": {str(size): why for size, why in graphs.refused.items()}}
-
-
 def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
     """One tree a row; the prompt has no weight."""
     trees = []
@@ -88,6 +78,8 @@ def main() -> int:
     peak_is_fresh = device.forget_peak()
     rows = worker.read_rows(job)
     attachment, stepper = make(job, "bfloat16" if job.precision == "bfloat16" else "float32")
+    blocks = stepper.model.executor.blocks
+    graphs = None if blocks is None else blocks.graphs
     # What is trained are the float32 masters; in bfloat16 a few small steps may all be rounded away.
     at_start = {name: master.detach().clone() for name, master in stepper.masters.items()}
     losses, norms, counted = [], [], []
@@ -118,7 +110,7 @@ def main() -> int:
                 "threads": torch.get_num_threads(),
                 "optimizer": stepper.method.method_name(),
                 **packed_bits([*stepper.model.module.parameters()]),
-                **recordings(stepper),
+                **({} if graphs is None else {"recordings": graphs.told()}),
             },
         )
     )

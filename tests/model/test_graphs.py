@@ -98,7 +98,7 @@ def test_a_played_pass_is_the_pass(adapter: str) -> None:
             torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
         plain.optim_step()
         graphed.optim_step()
-    assert recorder.recorded == [96, 160] and not graphs.refused
+    assert recorder.recorded == [96, 160] and graphs.told() == {"sizes": [96, 160], "refused": {}}
     assert recorder.played == len(batches) + len(recorder.recorded), "each recording is tried once"
 
 

@@ -48,5 +48,5 @@ def test_what_a_recipe_moves_is_laid_out_and_planned(recipe: Path, monkeypatch: 
     inputs = plan["host"] - held - copied
     blocks, hidden = far.model.recomputable, far.model.sites.hidden
     assert inputs == blocks * plan["tokens"] * hidden * 4 and lane.back_bytes > 0
-    assert [said for said in far.plan["notices"] if "lie in the host's memory" in said]
+    assert [said for said in far.plan["notices"] if "lie in the host's memory, where" in said]
     assert plan["total"] == sum(plan[part] for part in memory.PARTS)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier.arithmetic import memory as bytes_of
 from luthier.core.errors import DiskFullError, RecipeError
 from luthier.core.units import bytes_text, count_text, percent_text
@@ -182,7 +184,8 @@ def notices(memory: Mapping[str, int], disk: Mapping[str, int], speed: Mapping[s
             f"{bytes_text(memory['available'])} are available; when it runs out, micro-batches are made smaller"
         )
     if memory["host"]:
-        said.append(f"memory: {bytes_text(memory['host'])} lie in the host's memory")
+        there = bytes_text(free_memory(torch.device("cpu")))
+        said.append(f"memory: {bytes_text(memory['host'])} lie in the host's memory, where {there} are free")
     if disk["total"] > disk["free"]:
         said.append(
             f"disk: {bytes_text(disk['total'])} are needed ({disk['kept']} checkpoints of "
