@@ -71,7 +71,7 @@ class Int8Packing(Packing):
     backend: Backend
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        return torch.mul(self.codes, self.scales[:, None]).to(dtype)
+        return self.backend.unpacked_rows(self.codes, self.scales, dtype)
 
     def row_codes(self) -> RowCodes | None:
         return RowCodes(self.codes, self.scales) if self.outlier_threshold is None else None
