@@ -7,7 +7,7 @@ BENCH_HOME ?= bench-home
 # Many tests start processes, and one that finds no compiled modules compiles all it imports.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: demo test slow faults check bench bench-full clean
+.PHONY: demo test slow faults check bench bench-full bench-gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)  ## train on this machine, print before and after
@@ -41,6 +41,9 @@ bench-full: $(READY)  ## the same with all settings of the peers, five times eac
 	$(BIN)/python benchmarks/generate.py --home $(BENCH_HOME) --repetitions 5 || failed=1; \
 	$(BIN)/python benchmarks/generate_report.py --home $(BENCH_HOME) --repetitions 5 --report docs/generation.md || failed=1; \
 	$(BIN)/python benchmarks/report.py --home $(BENCH_HOME) --tier full --report docs/performance.md && exit $$failed
+
+bench-gpu: $(READY)  ## what a GPU has to show, in ten minutes: kernels, runs, speed beside TRL (benchmarks/gpu_check.py)
+	@$(BIN)/python benchmarks/gpu_check.py --home $(BENCH_HOME)
 
 clean:  ## remove the virtual environment and every cache
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -70,14 +71,14 @@ def steps(home: Path) -> list[Step]:
     measured = ("--home", str(home), "--device", "cuda", "--tier", "quick", "--systems", ",".join(systems))
     return [
         Step("operations against their twins", _pytest("tests/kernels/test_backends.py"), 120),
-        Step("streams, graphs and masks", _pytest("tests/model/test_on_gpu.py"), 90),
-        Step("a recipe for LoRA", _luthier("init", str(lora), *base), 20),
-        Step("LoRA", _luthier("train", str(lora), "--run", str(runs / "lora"), *_SHORT, "--overwrite"), 60),
-        Step("a recipe for all weights", _luthier("init", str(full), *base, "--set", "adapter.method=full"), 20),
+        Step("streams, graphs and masks", _pytest("tests/model/test_on_gpu.py"), 60),
+        Step("a recipe for LoRA", _luthier("init", str(lora), *base), 60),
+        Step("LoRA", _luthier("train", str(lora), "--run", str(runs / "lora"), *_SHORT), 60),
+        Step("a recipe for all weights", _luthier("init", str(full), *base, "--set", "adapter.method=full"), 60),
         Step("all weights, the host steps", _luthier("train", str(full), "--run", str(runs / "full"), *_SHORT,
-             "--set", "offload=both", "--set", "batch.recompute=all", "--overwrite"), 60),
+             "--set", "batch.offload=both", "--set", "batch.recompute=all"), 60),
         Step("generation", _luthier("generate", str(runs / "lora"), "--prompt", "one two three"), 60),
-        Step("speed, 0.5 billion parameters", _benchmark("m2-lora-64", *measured), 150),
+        Step("speed, 0.5 billion parameters", _benchmark("m2-lora-64", *measured), 120),
         Step("speed, 8 billion parameters", _benchmark("m8-lora-4096", *measured), 400),
     ]  # fmt: skip
 
@@ -152,10 +153,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def write_rows(home: Path) -> None:
-    """A few rows of words to train on."""
+    """A few rows of words to train on, and no runs of an earlier check."""
+    shutil.rmtree(home / "gpu-runs", ignore_errors=True)
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     texts = [" ".join(words[place:] + words[:place]) for place in range(len(words))] * 4
-    (home / "gpu-runs").mkdir(parents=True, exist_ok=True)
+    (home / "gpu-runs").mkdir(parents=True)
     rows = "".join(json.dumps({"text": f"{text} {number}"}) + "\n" for number, text in enumerate(texts))
     (home / "gpu-rows.jsonl").write_text(rows, "utf-8")
 

@@ -22,7 +22,7 @@ from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.optimizers.paged_adamw import PagedAdamW
 from luthier.quantizers.nf4 import NF4
-from luthier.recipes.graphed import record_passes, worth_recording
+from luthier.recipes.graphed import recorded
 from luthier.recipes.memory import use_pool
 from luthier.recipes.quantized import quantize
 from luthier.train.stepper import Stepper
@@ -47,8 +47,7 @@ def make(job: worker.Job, precision: Precision) -> tuple[Attachment, Stepper]:
             tensors[f"base_model.model.{site}.lora_A.weight"].copy_(start)
     optimizer = (PagedAdamW if job.work.packed else AdamW)(learning_rate=worker.LEARNING_RATE)
     micro_tokens = int(job.settings.get("micro_tokens", MICRO_TOKENS[job.device]))
-    if worth_recording(model, alone=True):
-        record_passes(model, micro_tokens)
+    recorded(model, micro_tokens, alone=True)
     return attachment, Stepper(model, attachment, SFT(), optimizer, micro_tokens=micro_tokens)
 
 
@@ -57,16 +56,6 @@ def packed_bits(parameters: Sequence[torch.Tensor]) -> dict[str, float]:
     packed = [parameter for parameter in parameters if packing_of(parameter) is not None]
     numbers = sum(parameter.numel() for parameter in packed)
     return {"bits_a_packed_weight": round(8 * sum(map(stored_bytes, packed)) / numbers, 4)} if packed else {}
-
-
-def recordings(stepper: Stepper) -> dict[str, object]:
-    """For which sizes passes were recorded as CUDA graphs, and why not for others; empty where none were wanted."""
-    blocks = stepper.model.executor.blocks
-    graphs = None if blocks is None else blocks.graphs
-    if graphs is None:
-        return {}
-    sizes = sorted(size for size, played in graphs.played.items() if played is not None)
-    return {"recorded_sizes": sizes, "not_recorded": {str(size): why for size, why in graphs.refused.items()}}
 
 
 def trees_of(rows: list[worker.Row], chosen: list[int]) -> list[Tree]:
@@ -89,6 +78,8 @@ def main() -> int:
     peak_is_fresh = device.forget_peak()
     rows = worker.read_rows(job)
     attachment, stepper = make(job, "bfloat16" if job.precision == "bfloat16" else "float32")
+    blocks = stepper.model.executor.blocks
+    graphs = None if blocks is None else blocks.graphs
     # What is trained are the float32 masters; in bfloat16 a few small steps may all be rounded away.
     at_start = {name: master.detach().clone() for name, master in stepper.masters.items()}
     losses, norms, counted = [], [], []
@@ -119,7 +110,7 @@ def main() -> int:
                 "threads": torch.get_num_threads(),
                 "optimizer": stepper.method.method_name(),
                 **packed_bits([*stepper.model.module.parameters()]),
-                **recordings(stepper),
+                **({} if graphs is None else {"recordings": graphs.told()}),
             },
         )
     )

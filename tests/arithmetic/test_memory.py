@@ -21,6 +21,7 @@ from luthier.arithmetic.memory import (
     Decoder,
     Output,
     Peak,
+    Recomputed,
     Work,
     checkpoint,
     far_inputs,
@@ -94,7 +95,8 @@ def laid_out(
     weights[: LENGTH // 2] = 0
     forest = Forest(tuple(row_tree(rng.integers(3, 128, LENGTH).astype(np.int32), weights) for _ in range(ROWS)))
     work = work_of(model, attachment, MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH), TOKENS // 2)
-    return kept_by_autograd(model, forest), kept(decoder_of(model), replace(work, recomputed=recomputed))
+    work = replace(work, recomputed=Recomputed(blocks=recomputed))
+    return kept_by_autograd(model, forest), kept(decoder_of(model), work)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -164,15 +166,15 @@ def test_a_fused_block_is_kept_as_the_equation_says() -> None:
     last = 10 * around - 6 * (10 * 2 + 4) + 4 * (inner + 10 * 2)
     states = 4 * (10 * 2 + 10 * 2 + 4)
     assert kept(DECODER, work) == block + last + states
-    assert kept(DECODER, replace(work, recomputed=1)) == 10 * 10 * 2 + last + states
-    assert kept(DECODER, replace(work, recomputed=2)) == 2 * 10 * 10 * 2 + states
+    assert kept(DECODER, replace(work, recomputed=Recomputed(blocks=1))) == 10 * 10 * 2 + last + states
+    assert kept(DECODER, replace(work, recomputed=Recomputed(blocks=2))) == 2 * 10 * 10 * 2 + states
 
 
 def test_the_widest_moment_is_the_head_or_a_block_and_shrinks_with_what_is_recomputed() -> None:
     """Breaks when a moment is left out, or a block that is made again is taken to cost nothing then."""
     work = Work(tokens=1000, predicted=1000, longest=5, fused=True, output=Output(in_place=True))
     deep = replace(DECODER, layers=12)
-    totals = [peak(deep, replace(work, recomputed=count)).total for count in range(13)]
+    totals = [peak(deep, replace(work, recomputed=Recomputed(blocks=count))).total for count in range(13)]
     assert all(more > less for more, less in pairwise(totals[:12]))
     assert totals[-1] > 12 * 1000 * 10 * 2 + 1000 * (2 * 10 + 2 * 5 + 2 * 30) * 2
     # With a large vocabulary the head is the widest, however few blocks are kept.
@@ -235,7 +237,7 @@ def peak_of_a_pass(recomputed: int, *, far: bool) -> tuple[int, Peak, int]:
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]  # type: ignore[union-attr]
     sizes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
     batch = MicroBatch(tuple(range(ROWS)), TOKENS, LENGTH)
-    work = replace(work_of(model, attachment, batch, TOKENS - ROWS), recomputed=recomputed, far=far)
+    work = replace(work_of(model, attachment, batch, TOKENS - ROWS), recomputed=Recomputed(blocks=recomputed, far=far))
     decoder = decoder_of(model)
     assert lane.out_bytes // 2 == far_inputs(decoder, work) and UNDER_WAY == far_inputs_module.UNDER_WAY
     return max(accumulate(sizes)), peak(decoder, work), lane.out_bytes // 2

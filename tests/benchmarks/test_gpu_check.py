@@ -46,7 +46,7 @@ def test_the_recipes_of_the_steps_are_valid(tmp_path: Path) -> None:
         if "train" in words:
             loaded = load_recipe(recipe, overrides=sets).recipe
             assert loaded.device == "cuda" and loaded.budget.steps == 8
-            assert loaded.offload == ("both" if "all weights" in step.name else "none")
+            assert loaded.batch.offload == ("both" if "all weights" in step.name else "none")
 
 
 def test_what_fails_or_takes_too_long_ends_nothing(tmp_path: Path) -> None:

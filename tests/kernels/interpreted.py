@@ -160,6 +160,18 @@ def test_unpacked_numbers_keep_to_their_tensor(
     assert torch.equal(found, TWIN.unpacked(codes, scales[0], levels, block, numbers, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("n", "d"), [(3, 40), (2, 1500)])
+def test_unpacked_rows_keep_to_their_tensor(
+    backend: Backend, islands: Callable[[Tensor], Tensor], dtype: torch.dtype, n: int, d: int
+) -> None:
+    """Breaks when the last part of a row is written over the next, or has its scale."""
+    codes = torch.randint(-127, 128, (n, d), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scales = draw(1, n, dtype=torch.float32, seed=1)
+    found = backend.unpacked_rows(codes, islands(scales)[0], dtype)
+    assert torch.equal(found, TWIN.unpacked_rows(codes, scales[0], dtype))
+
+
 def test_no_rows_are_no_launch(backend: Backend) -> None:
     """Breaks when a batch without predictions is an invalid grid."""
     none = torch.empty(0, 16)

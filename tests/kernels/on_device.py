@@ -52,6 +52,9 @@ class OnDevice(Backend):
         log_probs, found = self._inner.label_slopes(self._there(logits), self._there(labels), slopes=slopes)
         return log_probs.cpu(), None if found is None else found.cpu()
 
+    def unpacked_rows(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._inner.unpacked_rows(self._there(codes), self._there(scales), dtype).cpu()
+
     def unpacked(
         self, codes: Tensor, scales: Tensor, levels: Tensor, block: int, numbers: int, dtype: torch.dtype
     ) -> Tensor:

@@ -243,6 +243,16 @@ def test_products_of_bytes(backend: Backend, dtype: torch.dtype, size: int, outs
         close(backend.product_of_bytes(x[:n], codes, scales), expected.to(dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(3, 40), (2, 1500), (1, 1)])
+def test_unpacked_rows(backend: Backend, dtype: torch.dtype, n: int, d: int) -> None:
+    """Breaks when a whole number has the scale of another row, or is rounded twice."""
+    codes, scales = whole(n, d, most=127, seed=1, dtype=torch.int8), draw(n, dtype=torch.float32, seed=2)
+    expected = torch.stack([row.double() * scale.double() for row, scale in zip(codes, scales, strict=True)])
+    # Seven bits times 24: float64 holds the product exactly, float32 rounds it as one more number.
+    assert torch.equal(backend.unpacked_rows(codes, scales, dtype), expected.float().to(dtype))
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("size", "outs", "block"), [(64, 3, 64), (6, 5, 32), (96, 9, 64), (7, 3, 64), (256, 130, 32)])

@@ -43,9 +43,10 @@ COMPILED: dict[str, tuple[str, list[tuple[Any, ...]], int]] = {
     "label_slopes": (
         "* *l *f i i", [(slopes, VOCABULARY_PART) for slopes in (False, True)], VOCABULARY_PART // 512,
     ),
+    "unpacked_rows": ("*c *f * i i", [(PART.rows, PART.width)], PART.warps),
     "unpacked": ("*b *f *f * i i", [(NUMBERS // 2,)], NUMBERS // 512),
 }  # fmt: skip
-KINDS = {"*f": "*fp32", "*l": "*i64", "*b": "*u8", "i": "i32", "f": "fp32"}
+KINDS = {"*f": "*fp32", "*l": "*i64", "*b": "*u8", "*c": "*i8", "i": "i32", "f": "fp32"}
 
 
 def test_in_the_interpreter() -> None:

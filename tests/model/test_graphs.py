@@ -21,7 +21,7 @@ from luthier.model.graphs import SIZES, Graphs, Pass, Played
 from luthier.model.language_model import LanguageModel
 from luthier.optimizers.adamw import AdamW
 from luthier.recipes import graphed
-from luthier.recipes.graphed import record_passes, worth_recording
+from luthier.recipes.graphed import recorded, worth_recording
 from tests import forests
 from tests.kernels.flash_stand_in import stand_in
 from tests.train.test_in_backward import made as stepper_of
@@ -98,7 +98,7 @@ def test_a_played_pass_is_the_pass(adapter: str) -> None:
             torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-5 * float(grad.abs().max()))
         plain.optim_step()
         graphed.optim_step()
-    assert recorder.recorded == [96, 160] and not graphs.refused
+    assert recorder.recorded == [96, 160] and graphs.told() == {"sizes": [96, 160], "refused": {}}
     assert recorder.played == len(batches) + len(recorder.recorded), "each recording is tried once"
 
 
@@ -186,7 +186,7 @@ def test_small_models_on_a_gpu_are_recorded_and_no_others(monkeypatch: pytest.Mo
     assert not worth_recording(model, alone=True), "it is on no device"
     monkeypatch.setattr(LanguageModel, "device", property(lambda self: torch.device("cuda")))
     assert worth_recording(model, alone=True) and not worth_recording(model, alone=False)
-    graphs = record_passes(model, MOST, Again())
+    graphs = recorded(model, MOST, alone=True, recorder=Again)
     assert graphs is not None and model.executor.blocks is not None and model.executor.blocks.graphs is graphs
     monkeypatch.setattr(graphed, "SMALL", 1000)
     assert not worth_recording(model, alone=True)

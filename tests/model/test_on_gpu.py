@@ -15,7 +15,7 @@ from luthier.kernels.lanes import StreamLane
 from luthier.model.language_model import LanguageModel
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
-from luthier.recipes.graphed import record_passes, worth_recording
+from luthier.recipes.graphed import recorded
 from luthier.train.stepper import Stepper
 from tests import forests
 
@@ -56,8 +56,7 @@ def test_what_lies_with_the_host_changes_no_step() -> None:
 def test_a_recorded_pass_is_the_pass() -> None:
     """Breaks when a pass cannot be recorded, or texts of no tokens are not what flash attention takes them for."""
     near, graphed = made(), made()
-    assert worth_recording(graphed.model, alone=True)
-    graphs = record_passes(graphed.model, 512)
+    graphs = recorded(graphed.model, 512, alone=True)
     assert graphs is not None
     for step in range(4):
         trees = [tree for part in range(3) for tree in forests.rows(8, seed=3 * step + part, longest=30)]

@@ -21,10 +21,10 @@ def laid_out(recipe: Path, *more: str) -> Bench:
 def test_a_cpu_has_no_other_memory(recipe: Path) -> None:
     """Breaks when a knob is taken that nothing comes of."""
     with pytest.raises(RecipeError, match="offload is 'optimizer', and the model is on cpu") as refused:
-        laid_out(recipe, "offload=optimizer")
+        laid_out(recipe, "batch.offload=optimizer")
     assert "leave offload out" in (refused.value.do or "")
     with pytest.raises(RecipeError, match="moves the inputs of recomputed blocks, and batch.recompute is 'none'"):
-        laid_out(recipe, "offload=both", "batch.recompute=none")
+        laid_out(recipe, "batch.offload=both", "batch.recompute=none")
 
 
 def test_what_a_recipe_moves_is_laid_out_and_planned(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +32,7 @@ def test_what_a_recipe_moves_is_laid_out_and_planned(recipe: Path, monkeypatch: 
     near = laid_out(recipe, "adapter=full", "batch.recompute=all", "optimizer.learning_rate=0.01")
     lane = LateLane()
     monkeypatch.setattr(bench, "lane_to_host", lambda offload, model: lane)
-    far = laid_out(recipe, "adapter=full", "batch.recompute=all", "optimizer.learning_rate=0.01", "offload=both")
+    far = laid_out(recipe, "adapter=full", "batch.recompute=all", "optimizer.learning_rate=0.01", "batch.offload=both")
     for made in (near, far):
         made.stepper.forward_backward(made.source.next_step())
         made.stepper.optim_step()
@@ -48,5 +48,5 @@ def test_what_a_recipe_moves_is_laid_out_and_planned(recipe: Path, monkeypatch: 
     inputs = plan["host"] - held - copied
     blocks, hidden = far.model.recomputable, far.model.sites.hidden
     assert inputs == blocks * plan["tokens"] * hidden * 4 and lane.back_bytes > 0
-    assert [said for said in far.plan["notices"] if "lie in the host's memory" in said]
+    assert [said for said in far.plan["notices"] if "lie in the host's memory, where" in said]
     assert plan["total"] == sum(plan[part] for part in memory.PARTS)

@@ -65,6 +65,15 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """How many of the first blocks are recomputed, so that they keep only their input, and whether that lies `far`, in
+    the host's memory."""
+
+    blocks: int = 0
+    far: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What is trained and what goes through the model at once.
 
@@ -72,8 +81,8 @@ class Work:
     how many numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none.
     `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
     something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
-    whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` is
-    how many blocks keep only their input, which `far` says lies in the host's memory.
+    whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` says
+    how many blocks keep only their input.
     """
 
     tokens: int
@@ -86,8 +95,7 @@ class Work:
     masked: bool = False
     fused: bool = False
     ranks: int = 0
-    recomputed: int = 0
-    far: bool = False
+    recomputed: Recomputed = Recomputed()
     output: Output = Output()
 
     @property
@@ -116,7 +124,7 @@ def peak(decoder: Decoder, work: Work) -> Peak:
 
 def kept(decoder: Decoder, work: Work) -> int:
     """What autograd holds when the forward pass has ended, by the head or by a block."""
-    if work.recomputed == decoder.layers:
+    if work.recomputed.blocks == decoder.layers:
         return _below(decoder, work, decoder.layers) + _states(decoder, work)
     last = _last_block(decoder, work) if work.untouched < decoder.layers else 0
     return _below(decoder, work, decoder.layers - 1) + last + _states(decoder, work)
@@ -128,7 +136,7 @@ def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
     A block that is recomputed is made again, and then goes backward as any other. Lower blocks need no more than the
     one that comes first, since those above them are gone by then.
     """
-    everything, layers, again = kept(decoder, work), decoder.layers, work.recomputed
+    everything, layers, again = kept(decoder, work), decoder.layers, work.recomputed.blocks
     block, last = _block(decoder, work), _last_block(decoder, work)
     yield Peak(kept=everything, working=head_at_work(decoder, work))
     made = last if again == layers else 0
@@ -146,15 +154,15 @@ def _moments(decoder: Decoder, work: Work) -> Iterator[Peak]:
 def _below(decoder: Decoder, work: Work, count: int) -> int:
     """What the first `count` blocks keep: nothing, then only their inputs, then all, none of them being the last."""
     silent = min(work.untouched, count)
-    again = max(0, min(work.recomputed, count) - silent)
-    near = min(again, UNDER_WAY) if work.far else again
+    again = max(0, min(work.recomputed.blocks, count) - silent)
+    near = min(again, UNDER_WAY) if work.recomputed.far else again
     return near * _input(decoder, work) + (count - silent - again) * _block(decoder, work)
 
 
 def far_inputs(decoder: Decoder, work: Work) -> int:
     """What a pass leaves in the host's memory."""
-    again = max(0, work.recomputed - work.untouched)
-    return again * _input(decoder, work) if work.far else 0
+    again = max(0, work.recomputed.blocks - work.untouched)
+    return again * _input(decoder, work) if work.recomputed.far else 0
 
 
 def _input(decoder: Decoder, work: Work) -> int:

@@ -235,6 +235,12 @@ class Backend(ABC):
         """Numbers from codes of four bits, the first of two in the high half of a byte: the level of each, times the
         scale of its block, rounded once to `dtype`."""
 
+    def unpacked_rows(
+        self, codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"], dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        """Whole numbers times the scale of their row, rounded once to `dtype`."""
+        return torch.mul(codes, scales[:, None]).to(dtype)
+
     @abstractmethod
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         """Add to the rows of `y` the terms of those of `x`, in the short ranges of `rows`, without a backward pass."""

@@ -50,6 +50,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+PIECE: Final = 128
+"""Rows that are unpacked at once."""
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 
@@ -168,6 +170,15 @@ class NativeBackend(Backend):
         self._call("unpacked", dtype, codes.contiguous(), scales.contiguous(), levels.contiguous(), out, numbers, block)
         return out
 
+    def unpacked_rows(
+        self, codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"], dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        found = torch.empty(codes.shape, dtype=dtype)
+        # In pieces whose float32 stays in a cache.
+        for own in (slice(at, at + PIECE) for at in range(0, len(codes), PIECE)):
+            found[own] = codes[own] * scales[own, None]
+        return found
+
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         if rows.most_parts * terms.most_ranks > MOST_RANKS or not y.is_contiguous():
             add_gathered(x, y, terms, rows.short)
@@ -177,8 +188,7 @@ class NativeBackend(Backend):
         self._call("thin", x.dtype, x.contiguous(), y, *places, x.shape[1], y.shape[1])
 
     def attends(self, query: Float[Tensor, "n heads size"], seen: Seen | None) -> bool:
-        counted = seen is None or seen.starts is None
-        return counted and query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
+        return (seen is None or seen.starts is None) and query.dtype in _PRECISIONS and query.shape[-1] % 2 == 0
 
     def attend(
         self,

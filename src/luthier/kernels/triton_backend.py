@@ -186,6 +186,17 @@ class TritonBackend(Backend):
         )  # fmt: skip
         return out
 
+    def unpacked_rows(
+        self, codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"], dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        n, d = codes.shape
+        out, tile = _new(scales, n, d, dtype=dtype), Tile.of_rows(d, longest=LONGEST_PART)
+        self._run(
+            "unpacked_rows", out, (_parts(n, tile.rows), _parts(d, tile.width)), tile.warps,
+            codes.contiguous(), scales.contiguous(), out, n, d, tile.rows, tile.width,
+        )  # fmt: skip
+        return out
+
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         add_gathered(x, y, terms, rows.short)
 

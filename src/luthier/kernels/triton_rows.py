@@ -157,3 +157,16 @@ def unpacked(codes, scales, levels, out, numbers, block, WIDTH: tl.constexpr):
     low *= tl.load(scales + second // block, mask=second < numbers, other=0.0).to(tl.float32)
     places = tl.program_id(0).to(tl.int64) * (2 * WIDTH) + tl.arange(0, 2 * WIDTH)
     tl.store(out + places, tl.interleave(high, low).to(out.dtype.element_ty), mask=places < numbers)
+
+
+@triton.jit
+@no_type_check
+def unpacked_rows(codes, scales, out, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Whole numbers times the scale of their row; all of it is contiguous."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH))[None, :]
+    inside = (rows < n)[:, None] & (columns < d)
+    scale = tl.load(scales + rows, mask=rows < n, other=0.0).to(tl.float32)
+    places = rows[:, None] * d + columns
+    result = tl.load(codes + places, mask=inside, other=0).to(tl.float32) * scale[:, None]
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=inside)

@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -78,7 +78,6 @@ class ForestPlan:
     `by_mask` makes one call of the attention of many segments, where it is given. `memory` is for decoders that read
     the states of an encoder. `routes` say which tokens belong to which adapter, where several are in one batch, and
     `row_routes` the same of the rows that are asked for. `kept` attends instead of everything else, where texts grow.
-    With `starts` the one span is as many texts as these say, on the device (`Seen`).
     """
 
     spans: Sequence[Span]
@@ -93,7 +92,6 @@ class ForestPlan:
     routes: Routes | None = None
     row_routes: Routes | None = None
     kept: KeptKeys | None = None
-    starts: Int32[Tensor, " starts"] | None = None
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -109,8 +107,6 @@ class ForestPlan:
     @cached_property
     def seen(self) -> Seen | None:
         """What each span sees before its own tokens; None when no span sees anything."""
-        if self.starts is not None:
-            return Seen((), starts=self.starts)
         own = None if self.root is None else self.root.seen_by
         common = [(0, self.outside)] * len(self.spans) if own is None else own
         ranges = tuple(

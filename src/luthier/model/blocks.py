@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
-from luthier.kernels.backend import Backend
+from luthier.kernels.backend import Backend, Seen
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
 from luthier.kernels.lanes import Lane
@@ -126,7 +126,9 @@ class Blocks:
             return None
 
         def states(tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-            whole = ForestPlan(spans=(Span(0, len(tokens), ()),), starts=starts)
+            whole = ForestPlan(spans=(Span(0, len(tokens), ()),))
+            # Only the device knows how many texts the one span is.
+            whole.seen = Seen((), starts=starts)
             return self._states(tokens, positions, whole, None)
 
         return graphs.states(tokens, positions, plan, Pass(self.body, states))

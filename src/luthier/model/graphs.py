@@ -87,6 +87,11 @@ class Graphs:
     _model: object = None
     _going: Callable[[], _Going | None] = field(default=lambda: None)
 
+    def told(self) -> dict[str, object]:
+        """The sizes that are played, and why others are not."""
+        sizes = sorted(size for size, played in self.played.items() if played is not None)
+        return {"sizes": sizes, "refused": {str(size): why for size, why in self.refused.items()}}
+
     def size(self, tokens: int, texts: int) -> int | None:
         """The size that so many tokens in so many texts are filled up to; None where there is none."""
         step = -(-self.most // SIZES)

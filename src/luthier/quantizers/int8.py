@@ -33,8 +33,6 @@ from luthier.kernels.backend import Backend, RowCodes
 from luthier.model.packed import Packing
 from luthier.quantizers import Quantizer
 
-PIECE: Final = 128
-"""Rows of a matrix that are unpacked at once on a CPU."""
 ROWS: Final = 1024
 """Tokens whose products of whole numbers are made at once: they are wider than what comes of them."""
 EXACT: Final = 1040
@@ -73,13 +71,7 @@ class Int8Packing(Packing):
     backend: Backend
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        if self.codes.device.type != "cpu":
-            return torch.mul(self.codes, self.scales[:, None]).to(dtype)
-        found = torch.empty(self.shape, dtype=dtype)
-        # In pieces whose float32 stays in a cache.
-        for own in (slice(at, at + PIECE) for at in range(0, len(found), PIECE)):
-            found[own] = self.codes[own] * self.scales[own, None]
-        return found
+        return self.backend.unpacked_rows(self.codes, self.scales, dtype)
 
     def row_codes(self) -> RowCodes | None:
         return RowCodes(self.codes, self.scales) if self.outlier_threshold is None else None

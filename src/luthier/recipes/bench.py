@@ -5,7 +5,7 @@ What `--dry-run` shows is laid out here, and so is what a run trains: there is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
+from luthier.kernels.lanes import Lane
 from luthier.kernels.pool import bound_caches
 from luthier.model.attachment import Attachment
 from luthier.model.context import context_tokens
@@ -24,7 +25,7 @@ from luthier.model.load import resolve_source
 from luthier.model.tasks import CAUSAL, Task
 from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
-from luthier.recipes.graphed import record_passes, worth_recording
+from luthier.recipes.graphed import recorded
 from luthier.recipes.memory import PARTS, use_pool
 from luthier.recipes.offload import inputs_are_far, lane_to_host, optimizer_is_far
 from luthier.recipes.opened import require_room
@@ -89,17 +90,12 @@ def lay_out(
     # One seed for the adapter's first weights and the dropout that follows; the row order has its own generator.
     torch.manual_seed(recipe.seed)
     attachment = model.attach(edits_for(recipe.adapter, recipe.objective, model), name=name or "default")
-    lane = lane_to_host(recipe.offload, model)
+    lane = lane_to_host(recipe.batch.offload, model)
     stepper = Stepper(
-        model,
-        attachment,
-        recipe.objective,
-        recipe.optimizer,
-        max_grad_norm=recipe.max_grad_norm,
-        micro_tokens=recipe.batch.micro_tokens,
-        batcher=batcher if name else None,
-        lane=lane if optimizer_is_far(recipe.offload) else None,
-    )
+        model, attachment, recipe.objective, recipe.optimizer, max_grad_norm=recipe.max_grad_norm,
+        micro_tokens=recipe.batch.micro_tokens, batcher=batcher if name else None,
+        lane=lane if optimizer_is_far(recipe.batch.offload) else None,
+    )  # fmt: skip
     source, planned, rewarded = _sources(recipe, found, data, tokenizer, stepper, attachment)
     unpooled = use_pool(model)
     with model.only(attachment.name):
@@ -108,16 +104,12 @@ def lay_out(
         plan["special_tokens"], notices = control_tokens(model, tokenizer, data.store, recipe.adapter)
     if unpooled and model.device.type == "cpu":
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
-    # What is recomputed changes no result, so one number serves all.
-    again = max(plan["memory"]["recomputed"], *(bench.plan["memory"]["recomputed"] for bench in beside), 0)
-    model.recompute(again, lane=lane if inputs_are_far(recipe.offload) else None)
-    recorded = worth_recording(model, alone=not name)
-    graphs = record_passes(model, recipe.batch.micro_tokens) if recorded else None
+    _recompute(model, recipe, [plan, *(bench.plan for bench in beside)], lane)
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
     plan["notices"] = [*notices, *plan["notices"]]
     return Bench(
         recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded,
-        graphs,
+        recorded(model, recipe.batch.micro_tokens, alone=not name),
     )  # fmt: skip
 
 
@@ -135,6 +127,14 @@ def _prepared(found: FinetuneRecipe, tokenizer: Tokenizer) -> Prepared:
         reserve=held_out.reserve,
         context_tokens=context_tokens(found.model),
     )
+
+
+def _recompute(
+    model: LanguageModel, recipe: FinetuneRecipe, plans: Sequence[Mapping[str, Any]], lane: Lane | None
+) -> None:
+    """As many blocks as one of the plans says: it changes no result, so one number serves all."""
+    again = max(plan["memory"]["recomputed"] for plan in plans)
+    model.recompute(again, lane=lane if inputs_are_far(recipe.batch.offload) else None)
 
 
 def _sources(

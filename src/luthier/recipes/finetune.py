@@ -237,9 +237,7 @@ def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
 def _tell_recordings(bench: Bench, state: LoopState, recorder: Recorder) -> None:
     """For which sizes passes were recorded, and why not for others."""
     if bench.graphs is not None and bench.graphs.played:
-        sizes = [size for size, played in bench.graphs.played.items() if played is not None]
-        refused = {str(size): why for size, why in bench.graphs.refused.items()}
-        recorder.record(Event("recordings", {"sizes": sorted(sizes), "refused": refused}, step=state.step))
+        recorder.record(Event("recordings", bench.graphs.told(), step=state.step))
 
 
 def _cadence(recipe: FinetuneRecipe) -> Cadence:

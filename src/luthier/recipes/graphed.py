@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -23,11 +24,13 @@ def worth_recording(model: LanguageModel, *, alone: bool) -> bool:
     return isinstance(blocks.backend, TritonBackend) and sum(sizes.values()) < SMALL
 
 
-def record_passes(model: LanguageModel, most: int, recorder: Recorder | None = None) -> Graphs | None:
-    """From now on let passes of up to `most` tokens be recorded and played again."""
+def recorded(
+    model: LanguageModel, most: int, *, alone: bool, recorder: Callable[[], Recorder] = cuda_recorder
+) -> Graphs | None:
+    """From now on let passes of up to `most` tokens be recorded and played again, where that is worth it."""
     blocks = model.executor.blocks
-    if blocks is None:
+    if blocks is None or not worth_recording(model, alone=alone):
         return None
-    graphs = Graphs(cuda_recorder() if recorder is None else recorder, most)
+    graphs = Graphs(recorder(), most)
     model.executor = replace(model.executor, blocks=replace(blocks, graphs=graphs))
     return graphs

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier.arithmetic import memory as bytes_of
 from luthier.core.errors import DiskFullError, RecipeError
 from luthier.core.units import bytes_text, count_text, percent_text
@@ -53,7 +55,7 @@ def plan_memory(
     """
     largest = source.largest_micro_batches(recipe.batch.micro_tokens, steps)
     batches = {batch: Forest(tuple(source.trees_of(batch))) for batch in largest}
-    parts = lasting(model, attachment, recipe.optimizer, offload=recipe.offload)
+    parts = lasting(model, attachment, recipe.optimizer, offload=recipe.batch.offload)
     # The copy that a checkpoint is written from lies on the host, wherever the model is.
     copy = bytes_of.staging(attachment.parameter_count, parts["optimizer"]) if model.device.type == "cpu" else 0
     meanwhile = saves > 1
@@ -66,7 +68,7 @@ def plan_memory(
     available = free_memory(model.device) + parts["weights"] + parts["trained"]
     room = available - sum(parts.values()) - copy * meanwhile
     tried = _recomputed(recipe, model)
-    far = inputs_are_far(recipe.offload)
+    far = inputs_are_far(recipe.batch.offload)
     passes = passes_of(model, attachment, batches, {*tried, 0}, pooled=pooled, far=far)
     # As few as fit; if none do, as few as save most.
     least = min(tried, key=lambda count: passes[count].bytes)
@@ -82,7 +84,7 @@ def plan_memory(
         "blocks": model.sites.layers,
         "without": sum(whole(passes[0]).values()),
         "copy": copy,
-        "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.offload),
+        "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.batch.offload),
     }
 
 
@@ -197,7 +199,8 @@ def notices(memory: Mapping[str, int], disk: Mapping[str, int], speed: Mapping[s
             f"{bytes_text(memory['available'])} are available; when it runs out, micro-batches are made smaller"
         )
     if memory["host"]:
-        said.append(f"memory: {bytes_text(memory['host'])} lie in the host's memory")
+        there = bytes_text(free_memory(torch.device("cpu")))
+        said.append(f"memory: {bytes_text(memory['host'])} lie in the host's memory, where {there} are free")
     if disk["total"] > disk["free"]:
         said.append(
             f"disk: {bytes_text(disk['total'])} are needed ({disk['kept']} checkpoints of "
@@ -282,7 +285,7 @@ class Formulas:
         """
         work = work_with(self.work, self.model, batch, predicted)
         if self.counted is None:
-            work = replace(work, recomputed=recomputed, far=self.far)
+            work = replace(work, recomputed=bytes_of.Recomputed(blocks=recomputed, far=self.far))
             widest = bytes_of.peak(self.decoder, work)
         else:
             widest = self.counted.peak(

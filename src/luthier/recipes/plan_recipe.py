@@ -65,7 +65,7 @@ def _instead(bench: Bench) -> dict[str, Any]:
         trained_share=max(1e-9, bench.plan["tokens"]["trained"] / max(1, bench.plan["tokens"]["total"])),
         precision="bfloat16" if bench.plan["speed"]["dtype"] == "bfloat16" else "float32",
         device="cpu" if bench.model.device.type == "cpu" else "cuda", memory_bytes=float(memory["available"]),
-        offload=recipe.offload,
+        offload=recipe.batch.offload,
     )  # fmt: skip
     try:
         laid = lay(path, knobs, saves_meanwhile=bench.plan["disk"]["kept"] > 1)

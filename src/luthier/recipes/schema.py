@@ -74,11 +74,26 @@ class BatchKnobs(Knobs):
         description="blocks whose inside is made again in the backward pass instead of kept, the first so many; "
         "auto takes as few as memory allows; changes no result",
     )
+    offload: Offload = Field(
+        "none",
+        description="what lies in the host's memory while a GPU trains: optimizer (with masters and gradients; the "
+        "host steps), activations (inputs of recomputed blocks) or both",
+    )
 
     @model_validator(mode="after")
     def _one_measure(self) -> BatchKnobs:
         if self.tokens is not None and self.rows is not None:
             raise RecipeError("batch has both tokens and rows", allowed="one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_moves(self) -> BatchKnobs:
+        if inputs_are_far(self.offload) and self.recompute in ("none", 0):
+            raise RecipeError(
+                f"batch.offload is {self.offload!r}, which moves the inputs of recomputed blocks, and batch.recompute "
+                f"is {self.recompute!r}",
+                allowed="batch.recompute: auto, all, or a number of blocks",
+            )
         return self
 
 
@@ -156,11 +171,6 @@ class FinetuneRecipe(Knobs):
     evaluation: EvaluationKnobs = Field(default_factory=EvaluationKnobs, description="what is held out and asked")
     checkpoint: CheckpointKnobs = Field(default_factory=CheckpointKnobs, description="what is kept")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of weights and products")
-    offload: Offload = Field(
-        "none",
-        description="what lies in the host's memory while a GPU trains: optimizer (with masters and gradients; the "
-        "host steps), activations (inputs of recomputed blocks) or both",
-    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one")
     seed: int = Field(0, ge=0, description="of initial adapter weights, row order, dropout and the held-out split")
     run: str | None = Field(None, description="run directory; empty is runs/<date>-<name>")
@@ -206,16 +216,6 @@ class FinetuneRecipe(Knobs):
             raise RecipeError(
                 f"reference.cache is true, and the objective {name} {why}",
                 allowed="true for objectives of rows with a reference, such as dpo and kto",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_what_it_moves(self) -> FinetuneRecipe:
-        if inputs_are_far(self.offload) and self.batch.recompute in ("none", 0):
-            raise RecipeError(
-                f"offload is {self.offload!r}, which moves the inputs of recomputed blocks, and batch.recompute is "
-                f"{self.batch.recompute!r}",
-                allowed="batch.recompute: auto, all, or a number of blocks",
             )
         return self
 
