@@ -74,7 +74,7 @@ def told(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 def test_our_own_server_makes_the_rollouts_of_a_run(llama: Path, server: Running, tmp_path: Path) -> None:
     """Breaks when a run is sampled by other weights than it trains, or leaves its adapters where they were."""
-    objective = {"method": "grpo", "temperature": 1.3}
+    objective = {"method": "ppo", "temperature": 1.3, "passes": 1}
     recipe = recipe_with(llama, tmp_path, server.url, dialect="luthier", objective=objective)
     dry = luthier("train", recipe, "--run", tmp_path / "run", "--dry-run").must(0)
     assert f"luthier at {server.url}" in dry.out

@@ -129,7 +129,8 @@ class _Completions(_OpenAI):
         body = {"model": model or self._base(), "prompt": prompt.tolist(), "max_tokens": sampling.max_new_tokens,
                 "min_tokens": sampling.min_new_tokens, "seed": sampling.seed, "logprobs": sampling.likeliest,
                 "ignore_eos": True, "stop_token_ids": list(sampling.stop_ids), "return_tokens_as_token_ids": True,
-                "return_token_ids": True, **_knobs(sampling), **_biases(sampling), **self._told_at(sampling)}  # fmt: skip
+                "return_token_ids": True, **self._told_at(sampling), **_knobs(sampling),
+                **_biases(sampling)}  # fmt: skip
         return self._choice("/v1/completions", body).spoken(self.wire.shown, sampling)
 
     def _told_at(self, _sampling: Sampling) -> dict[str, Any]:
