@@ -65,8 +65,10 @@ class Dialect(ABC):
     def whole(self, answer: Answer, path: str) -> Mapping[str, Any]:
         """The object in an answer."""
         if answer.status == 401:
-            raise RemoteError(f"{self.wire.shown} asks for a token (status {answer.status})",
-                              do="put it into LUTHIER_ENGINE_TOKEN")  # fmt: skip
+            raise RemoteError(
+                f"{self.wire.shown} {'takes another token' if self.wire.token else 'asks for a token'} "
+                f"(status {answer.status})", do="put it into LUTHIER_ENGINE_TOKEN",
+            )  # fmt: skip
         if not answer.fine:
             raise RemoteError(f"{self.wire.shown}{path} answered {answer.status}: {answer.words}")
         if not isinstance(answer.body, Mapping):
@@ -75,8 +77,10 @@ class Dialect(ABC):
 
     def strange(self, path: str, what: object) -> RemoteError:
         """The error for an answer that is none."""
-        return RemoteError(f"{self.wire.shown}{path} answered {what!r:.160}", allowed=f"what {self.name} answers there",
-                           do="look whether --engine names the engine that runs there")  # fmt: skip
+        return RemoteError(
+            f"{self.wire.shown}{path} answered {what!r:.160}", allowed=f"what {self.name} answers there",
+            do="look whether that is what runs there (--engine, or rollouts.engine.dialect)",
+        )  # fmt: skip
 
 
 class _OpenAI(Dialect):
@@ -87,7 +91,10 @@ class _OpenAI(Dialect):
     def models(self) -> dict[str, str | None]:
         """The names in GET /v1/models."""
         path = "/v1/models"
-        found = self.whole(self.wire.get(path), path).get("data")
+        answer = self.wire.get(path)
+        if answer.status == 404:
+            raise self.strange(path, answer.words)
+        found = self.whole(answer, path).get("data")
         if not isinstance(found, list) or not all(isinstance(each, Mapping) and "id" in each for each in found):
             raise self.strange(path, found)
         return {str(each["id"]): each.get("parent") for each in found}
@@ -197,6 +204,8 @@ class SGLang(_OpenAI):
         answer = self.wire.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if answer.fine and isinstance(answer.body, Mapping) and answer.body.get("success", True):
             return
+        if answer.status == 404:
+            raise self.strange("/load_lora_adapter", answer.words)
         if answer.status == 401:
             self.whole(answer, "/load_lora_adapter")
         raise RemoteError(
