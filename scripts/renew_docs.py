@@ -28,6 +28,7 @@ from luthier.cli.main import app
 from luthier.core import catalog, errors
 from luthier.core.chosen import Chosen
 from luthier.data.formats import formats
+from luthier.recipes.reinforce_recipe import EngineKnobs, ReinforceRecipe, RolloutKnobs
 from luthier.recipes.schema import FinetuneRecipe
 
 HOME = Path(__file__).resolve().parent.parent
@@ -135,7 +136,16 @@ def schema() -> str:
                 lines += _knobs(kind, f"{name}.") if kind.model_fields else ["No knobs."]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             lines += ["", f"### `{name}`: {field.description}", "", *_knobs(field.annotation, f"{name}.")]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rollouts()])
+
+
+def _rollouts() -> list[str]:
+    """What a recipe of reinforcement learning has beside a fine-tune: knobs, and the knobs of an engine among them."""
+    field = ReinforceRecipe.model_fields["rollouts"]
+    lines = ["", f"### `rollouts` of `recipe: reinforce`: {field.description}", ""]
+    lines += _knobs(RolloutKnobs, "rollouts.", skip_sections=True)
+    about = RolloutKnobs.model_fields["engine"].description
+    return [*lines, "", f"**`rollouts.engine`** — {about}", "", *_knobs(EngineKnobs, "rollouts.engine.")]
 
 
 def data_formats() -> str:

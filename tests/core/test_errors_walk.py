@@ -28,6 +28,7 @@ CODES = {
     "data": 65,
     "template": 65,
     "missing": 69,
+    "unavailable": 69,
     "out-of-memory": 71,
     "storage": 74,
     "corrupt": 74,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import RecipeError
-from luthier.infer.dialects import DIALECTS, Dialect, Told, dialect_named
+from luthier.infer.dialects import DIALECTS, Dialect, dialect_named
+from luthier.infer.told import Told
 from luthier.infer.wire import RemoteError, Wire
 from luthier.model.speaker import Sampling
 from tests.engines import Answer, Foreign, foreign

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from luthier.recipes import remote_policy
 from luthier.recipes.opened import open_named
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
@@ -21,9 +22,9 @@ RECIPE: dict[str, Any] = {
     "recipe": "reinforce",
     "reward": {"method": "length", "most_tokens": 6, "buffer_tokens": 4},
     "rollouts": {"prompts": 2, "answers": 3, "max_new_tokens": 6, "lag": 1},
-    "objective": {"method": "grpo"},
-    "budget": {"steps": 4},
-    "evaluation": {"fraction": 0.2, "every": 0, "prompts": 0},
+    "objective": {"method": "ppo", "passes": 1},
+    "budget": {"steps": 3},
+    "evaluation": {"fraction": 0},
     "checkpoint": {"every": 2},
     "precision": "float32",
 }
@@ -32,6 +33,7 @@ RECIPE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_ENGINE_TOKEN", TOKEN)
+    monkeypatch.setattr(remote_policy, "_TEXTS", 1)
 
 
 @pytest.fixture
@@ -72,17 +74,19 @@ def told(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_our_own_server_makes_the_rollouts_of_a_run(llama: Path, server: Running, tmp_path: Path) -> None:
     """Breaks when a run is sampled by other weights than it trains, or leaves its adapters where they were."""
-    recipe = recipe_with(llama, tmp_path, server.url, dialect="luthier")
+    objective = {"method": "ppo", "temperature": 1.3, "passes": 1}
+    recipe = recipe_with(llama, tmp_path, server.url, dialect="luthier", objective=objective)
     dry = luthier("train", recipe, "--run", tmp_path / "run", "--dry-run").must(0)
     assert f"luthier at {server.url}" in dry.out
     luthier("train", recipe, "--run", tmp_path / "run", "--json").must(0)
     steps, rollouts, found = (told(tmp_path / "run", kind) for kind in ("step", "rollout", "engine"))
     assert max(step["mismatch_most"] for step in steps if step["step"] == 1) < 1e-3
     assert all(step["correction"] == pytest.approx(1, abs=0.05) for step in steps)
-    assert [one["version"] for one in rollouts] == [0, 0, 1, 2, 3], "each but the first is a rollout behind"
-    assert len({one["engine"] for one in found}) == len(found) == 4 and all(one["apart"] < 1e-3 for one in found)
+    assert [one["version"] for one in rollouts] == [0, 0, 1, 2], "each but the first is a rollout behind"
+    assert len({one["engine"] for one in found}) == len(found) == 3 and all(one["apart"] < 1e-3 for one in found)
     assert server.serving.names.all == ["base"] and not list((tmp_path / "adapters").iterdir())
 
 
@@ -104,7 +108,6 @@ def test_where_the_engine_dies_nothing_is_lost(llama: Path, engine: Foreign, tmp
     said = luthier("train", recipe, "--run", broken).must(75, "answered 503: no engine", "everything is saved")
     assert f"luthier resume {broken}" in said.err and TOKEN not in said.err
     assert told(broken, "step") and told(broken, "step") == told(whole, "step")[: len(told(broken, "step"))]
-    luthier("resume", broken).must(75, "after step")
     engine.script = None
     luthier("resume", broken, "--json").must(0)
     assert told(broken, "step", "rollout", "evaluation") == told(whole, "step", "rollout", "evaluation")

@@ -10,14 +10,18 @@ search, and the learning rate is twice as high (with half of it 45 are right aft
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from luthier.model.sources import SEEDLING, resolve_source
-from tests.cli.commands import events, luthier
+from tests.cli.commands import environ, events, luthier
 
 SUMS = """
 recipe: reinforce
@@ -65,6 +69,41 @@ def test_the_seedling_learns_to_add(tmp_path: Path) -> None:
     assert held[0]["reward"] < 0.2
     assert max(event["right"] for event in held) > 0.8
     assert max(event["reward"] for event in held) > 0.8
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """`luthier serve seedling` in a process of its own, which reads adapters below the folder; its address."""
+    words = [sys.executable, "-c", "from luthier.cli.main import main; main()", "serve", "seedling", "--port", "0",
+             "--adapters", str(folder), "--state", str(folder / "state"), "--precision", "float32",
+             "--json"]  # fmt: skip
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environ()) as process:
+        assert process.stdout is not None
+        try:
+            yield str(json.loads(process.stdout.readline())["url"])
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_another_process_samples_as_well_as_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when what an engine elsewhere samples teaches less than what is sampled here; the random numbers of the
+    two differ, so they only learn alike."""
+    for name in ("LUTHIER_TOKEN", "LUTHIER_ENGINE_TOKEN"):
+        monkeypatch.setenv(name, "a-token-for-tests")
+    shorter = {"budget": {"steps": 40}, "evaluation": {"fraction": 0.2, "every": 0, "max_rows": 60}}
+    rollouts = {"prompts": 8, "answers": 8, "max_new_tokens": 6, "redraws": 2}
+    gains: dict[str, float] = {}
+    with served(tmp_path) as url:
+        for name, engine in (("here", {}), ("there", {"url": url, "dialect": "luthier", "adapters": str(tmp_path)})):
+            recipe = write_sums(tmp_path, rollouts={**rollouts, "engine": engine}, **shorter)
+            luthier("train", recipe, "--run", tmp_path / name, "--json").must(0)
+            held = [event["reward"] for event in events(tmp_path / name) if event["kind"] == "evaluation"]
+            gains[name] = held[-1] - held[0]
+    assert min(gains.values()) > 0.05 and abs(gains["here"] - gains["there"]) < 0.1
+    steps = [event for event in events(tmp_path / "there") if event["kind"] == "step"]
+    assert max(step["mismatch"] for step in steps) < 1e-3
 
 
 def test_some_of_its_own_sums_are_right_before_it_has_learned_anything(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_wrong_token_is_told_at_once(
     policy: Policy, engine: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_ENGINE_TOKEN", "another-one")
-    with pytest.raises(RemoteError, match="asks for a token") as caught:
+    with pytest.raises(RemoteError, match="takes another token") as caught:
         speaker(policy, engine, tmp_path, patience=60.0).require()
     assert "another-one" not in str(caught.value)
 

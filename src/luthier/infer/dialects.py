@@ -1,75 +1,26 @@
 """How engines are asked over HTTP: vLLM, luthier's own server, SGLang and llama.cpp, each in its own words.
 
 What is asked of all: which models there are, to take an adapter, to go on with tokens, and how likely given tokens
-are; tokens go and come as ids, so no tokenizer is between. An answer that does not fit what was asked (other tokens,
-more than allowed, a number for each but one) is a RemoteError, never cut to fit.
+are; tokens go and come as ids, so no tokenizer is between. What is believed of an answer stands in told.py.
 Sources: vLLM `entrypoints/openai/completion/protocol.py` (002032e) and `entrypoints/serve/lora`; SGLang
     `srt/entrypoints/http_server.py` and `srt/managers/io_struct.py`; llama.cpp `tools/server/README.md` (25d5b0c).
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
-
-import numpy as np
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
 from luthier.data.forest import Ints
+from luthier.infer.told import Told
 from luthier.infer.wire import Answer, RemoteError, Wire
 from luthier.model.speaker import Likely, Sampling, Spoken
 
 BASE: Final = ""
 """The name of the model without any adapter."""
-ROUNDING: Final = 1e-3
-"""A log-probability may be this much above 0."""
-
-
-@final
-@dataclass(frozen=True)
-class Told:
-    """Tokens and their log-probabilities as an engine tells them, before anybody has looked at them."""
-
-    tokens: list[int]
-    log_probs: list[Any]
-    ended: str = ""
-    tops: Sequence[Likely] = ()
-
-    def numbers(self, where: str) -> list[float]:
-        """The log-probabilities. Raises RemoteError where they are none, or not one for each token."""
-        found = self.log_probs
-        fits = all(isinstance(each, (int, float)) and math.isfinite(each) and each < ROUNDING for each in found)
-        if not fits or len(found) != len(self.tokens):
-            raise RemoteError(
-                f"{where} tells {len(found)} log-probabilities of {len(self.tokens)} tokens, first {found[:3]!r:.80}",
-                allowed="a number of at most 0 for each",
-            )
-        return [float(each) for each in found]
-
-    def scores(self, where: str, tokens: Ints) -> list[float]:
-        """What is told of a text whose first token nothing is known of. Raises RemoteError when it is another text."""
-        if self.tokens != tokens.tolist():
-            raise RemoteError(
-                f"{where} was given {len(tokens)} tokens and tells of {len(self.tokens)}, or of others",
-                do="look whether it cuts prompts or puts something before them",
-            )
-        return Told(self.tokens[1:], self.log_probs[1:]).numbers(where)
-
-    def spoken(self, where: str, sampling: Sampling) -> Spoken:
-        """What was said; it ends at the first stop token, as ours does. Raises RemoteError for what was not asked."""
-        most, numbers = sampling.max_new_tokens, self.numbers(where)
-        if not 0 < len(numbers) <= most or (self.ended == "length" and len(numbers) < most):
-            raise RemoteError(f"{where} said {len(numbers)} tokens, which ended by {self.ended!r:.40}",
-                              allowed=f"1 to {most} tokens, and {most} where they end by length")  # fmt: skip
-        stops = [place for place, token in enumerate(self.tokens) if token in sampling.stop_ids]
-        end = next((place + 1 for place in stops if place >= sampling.min_new_tokens), len(numbers))
-        stopped = self.tokens[end - 1] in sampling.stop_ids or self.ended != "length"
-        tops = tuple(self.tops[:end]) if sampling.likeliest else ()
-        return Spoken(np.array(self.tokens[:end], np.int32), numbers[:end], "stop" if stopped else "length", tops)
 
 
 class Dialect(ABC):
@@ -114,8 +65,10 @@ class Dialect(ABC):
     def whole(self, answer: Answer, path: str) -> Mapping[str, Any]:
         """The object in an answer."""
         if answer.status == 401:
-            raise RemoteError(f"{self.wire.shown} asks for a token (status {answer.status})",
-                              do="put it into LUTHIER_ENGINE_TOKEN")  # fmt: skip
+            raise RemoteError(
+                f"{self.wire.shown} {'takes another token' if self.wire.token else 'asks for a token'} "
+                f"(status {answer.status})", do="put it into LUTHIER_ENGINE_TOKEN",
+            )  # fmt: skip
         if not answer.fine:
             raise RemoteError(f"{self.wire.shown}{path} answered {answer.status}: {answer.words}")
         if not isinstance(answer.body, Mapping):
@@ -124,25 +77,39 @@ class Dialect(ABC):
 
     def strange(self, path: str, what: object) -> RemoteError:
         """The error for an answer that is none."""
-        return RemoteError(f"{self.wire.shown}{path} answered {what!r:.160}", allowed=f"what {self.name} answers there",
-                           do="look whether --engine names the engine that runs there")  # fmt: skip
+        return RemoteError(
+            f"{self.wire.shown}{path} answered {what!r:.160}", allowed=f"what {self.name} answers there",
+            do="look whether that is what runs there (--engine, or rollouts.engine.dialect)",
+        )  # fmt: skip
 
 
 class _OpenAI(Dialect):
-    """What vLLM and SGLang have in common."""
+    """What vLLM and SGLang have in common; adapters come and go below `place`."""
+
+    place: ClassVar[str] = ""
 
     def models(self) -> dict[str, str | None]:
         """The names in GET /v1/models."""
         path = "/v1/models"
-        found = self.whole(self.wire.get(path), path).get("data")
+        answer = self.wire.get(path)
+        if answer.status == 404:
+            raise self.strange(path, answer.words)
+        found = self.whole(answer, path).get("data")
         if not isinstance(found, list) or not all(isinstance(each, Mapping) and "id" in each for each in found):
             raise self.strange(path, found)
         return {str(each["id"]): each.get("parent") for each in found}
+
+    def unload(self, name: str) -> None:
+        """POST /v1/unload_lora_adapter, or the same without /v1."""
+        answer = self.wire.post(f"{self.place}/unload_lora_adapter", {"lora_name": name})
+        if not answer.fine:
+            raise RemoteError(f"{self.wire.shown} did not unload {name!r:.80} ({answer.status}): {answer.words}")
 
 
 class _Completions(_OpenAI):
     """vLLM, and what speaks as it does. `start` is how one is started that takes adapters, `limits` what it refuses."""
 
+    place = "/v1"
     start: ClassVar[str]
     limits: ClassVar[str]
 
@@ -157,12 +124,6 @@ class _Completions(_OpenAI):
         if not answer.fine:
             self._refused(name, path, answer)
 
-    def unload(self, name: str) -> None:
-        """POST /v1/unload_lora_adapter."""
-        answer = self.wire.post("/v1/unload_lora_adapter", {"lora_name": name})
-        if not answer.fine:
-            raise RemoteError(f"{self.wire.shown} did not unload {name!r:.80} ({answer.status}): {answer.words}")
-
     def score(self, tokens: Ints, model: str) -> list[float]:
         """What echo tells of the tokens of a prompt."""
         path = "/v1/completions"
@@ -175,8 +136,13 @@ class _Completions(_OpenAI):
         body = {"model": model or self._base(), "prompt": prompt.tolist(), "max_tokens": sampling.max_new_tokens,
                 "min_tokens": sampling.min_new_tokens, "seed": sampling.seed, "logprobs": sampling.likeliest,
                 "ignore_eos": True, "stop_token_ids": list(sampling.stop_ids), "return_tokens_as_token_ids": True,
-                "return_token_ids": True, **_knobs(sampling), **_biases(sampling)}  # fmt: skip
+                "return_token_ids": True, **self._told_at(sampling), **_knobs(sampling),
+                **_biases(sampling)}  # fmt: skip
         return self._choice("/v1/completions", body).spoken(self.wire.shown, sampling)
+
+    def _told_at(self, _sampling: Sampling) -> dict[str, Any]:
+        """How a request says at what temperature log-probabilities are told; vLLM is told so when it starts."""
+        return {}
 
     def _base(self) -> str:
         """The name of the base: the one that is no adapter."""
@@ -223,6 +189,9 @@ class Luthier(_Completions):
     start = "start it with luthier serve BASE --adapters DIR"
     limits = "it has to lie below the folder of --adapters"
 
+    def _told_at(self, sampling: Sampling) -> dict[str, Any]:
+        return {} if sampling.told_at == 1 else {"logprobs_mode": "processed_logprobs"}
+
 
 @final
 class SGLang(_OpenAI):
@@ -235,6 +204,8 @@ class SGLang(_OpenAI):
         answer = self.wire.post("/load_lora_adapter", {"lora_name": name, "lora_path": path})
         if answer.fine and isinstance(answer.body, Mapping) and answer.body.get("success", True):
             return
+        if answer.status == 404:
+            raise self.strange("/load_lora_adapter", answer.words)
         if answer.status == 401:
             self.whole(answer, "/load_lora_adapter")
         raise RemoteError(
@@ -242,12 +213,6 @@ class SGLang(_OpenAI):
             do="start it with --enable-lora --max-lora-rank RANK --lora-target-modules all; a path is one on the "
             "engine's machine (--path)",
         )
-
-    def unload(self, name: str) -> None:
-        """POST /unload_lora_adapter."""
-        answer = self.wire.post("/unload_lora_adapter", {"lora_name": name})
-        if not answer.fine:
-            raise RemoteError(f"{self.wire.shown} did not unload {name!r:.80} ({answer.status}): {answer.words}")
 
     def score(self, tokens: Ints, model: str) -> list[float]:
         """What /generate tells of its input."""

@@ -134,15 +134,15 @@ class Sync:
         rounding = 3 * self.base.root if self.base is not None else self.tolerance
         if self.proved and self.apart.root <= rounding:
             return ""
+        if self.from_base is not None and self.from_base.root < self.apart.root / 4 and self.share < 0.5:
+            return f"it ignores the adapter: its numbers are the base's, and differ by {self.apart} from ours"
+        if self.renewed is not None and self.renewed < 0.5:
+            return f"it goes on with the adapter's weights as they were: {self.renewed:.2f} of the change has come"
         if self.error > SHARE:
             if self.proved or not self.apart.within(self.tolerance):
                 return ""
             return (f"nobody can tell whether it has the adapter, which changes log-probabilities by {self.effect} on "
                     f"these texts, while the engine is {self.apart} away")  # fmt: skip
-        if self.from_base is not None and self.from_base.root < self.apart.root / 4 and self.share < 0.5:
-            return f"it ignores the adapter: its numbers are the base's, and differ by {self.apart} from ours"
-        if self.renewed is not None and self.renewed < 0.5:
-            return f"it goes on with the adapter's weights as they were: {self.renewed:.2f} of the change has come"
         # What rounding adds to our own change is in none of theirs, so it makes the share smaller.
         hidden = (self.base.root / self.effect.root) ** 2 if self.base is not None else 0.0
         away = abs(self.share - 1) > SHARE + 2 * self.error + hidden

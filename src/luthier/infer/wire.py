@@ -66,7 +66,8 @@ class Answer:
         for key in ("error", "message", "error_message", "detail"):
             if isinstance(found, Mapping) and key in found:
                 found = found[key]
-        return " ".join(str(found).split())[:_WORDS]
+        words = " ".join(str(found).split())
+        return "a page of HTML" if words[:1] == "<" else words[:_WORDS]
 
 
 @final
@@ -145,6 +146,9 @@ class Wire:
                 raise UnavailableError(f"{self.shown}{path} did not answer within {self.seconds:g} seconds") from None
             if isinstance(failure, LuthierError):
                 raise
+            if isinstance(failure, ssl.SSLError):
+                raise RemoteError(f"{self.shown} cannot be asked: {_reason(failure)}",
+                                  do="look whether it speaks https:// and who signed its certificate") from None
             raise UnavailableError(f"{self.shown} cannot be asked: {_reason(failure)}") from None
         finally:
             if watch is not None:

@@ -15,7 +15,7 @@ from typing import Any, final
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect
-from luthier.infer.remote import RemoteSpeaker
+from luthier.infer.remote import RemoteSpeaker, loaded
 from luthier.infer.sync import TOLERANCE, Sync, probe
 from luthier.recipes.lint import require_clean
 from luthier.recipes.opened import Opened, open_named, result_of
@@ -75,27 +75,20 @@ def hand_over(wanted: Wanted, engine: Dialect, *, told: Callable[[str], None] = 
     if folder is not None:
         require_clean(folder, engine.name, max_rank=wanted.max_rank)
     served = engine.models()
-    name, loaded = wanted.model, False
-    if folder is not None:
-        name = name or _own_name(wanted)
-        loaded = _load(engine, name, wanted.path or str(folder.resolve()), there=name in served, replace=wanted.replace)
-        told(f"{'loaded' if loaded else 'found'} {name}, computing its log-probabilities here")
-    else:
-        name = _whole(served, name)
+    name = _whole(served, wanted.model) if folder is None else wanted.model or _own_name(wanted)
+    loads = folder is not None and (wanted.replace or name not in served)
+    told(f"{'loading' if loads else 'found'} {name or 'the base'}, computing its log-probabilities here")
     opened = open_named(wanted.name, adapter=wanted.adapter)
     ours = scores_by(opened.model)
     base = scores_by(opened.model, bare=True) if folder is not None else None
     texts = texts_of(wanted, opened, told)
-    fine = False
-    try:
+    if folder is not None and loads:
+        sync = loaded(engine, name, wanted.path or str(folder.resolve()), texts, ours=ours, base=base,
+                      tolerance=wanted.tolerance)  # fmt: skip
+    else:
         sync = probe(engine, name, texts, ours=ours, base=base, tolerance=wanted.tolerance)
-        fine = sync.fine
-    finally:
-        if loaded and not fine:
-            # Nobody shall find a wrong model under a good name.
-            engine.unload(name)
-    sync.require()
-    return HandedOver(engine, name, sync, loaded)
+        sync.require()
+    return HandedOver(engine, name, sync, loads)
 
 
 def adapter_of(wanted: Wanted) -> Path | None:
@@ -116,16 +109,6 @@ def texts_of(wanted: Wanted, opened: Opened, told: Callable[[str], None]) -> tup
 
 def _own_name(wanted: Wanted) -> str:
     return Path(wanted.adapter or wanted.name).resolve().name
-
-
-def _load(engine: Dialect, name: str, path: str, *, there: bool, replace: bool) -> bool:
-    """Whether it was loaded: a name that is served already is probed as it is, unless it is to be replaced."""
-    if there and not replace:
-        return False
-    if there:
-        engine.unload(name)
-    engine.load(name, path)
-    return True
 
 
 def _whole(served: dict[str, str | None], name: str) -> str:

@@ -15,7 +15,7 @@ from luthier.data.forest import Ints
 from luthier.infer.grammars import Grammars
 from luthier.infer.guides import Guide
 from luthier.infer.request import Request
-from luthier.model.speaker import Sampling
+from luthier.model.speaker import PolicySampling, Sampling
 from luthier.server.bodies import ChatBody, CompletionBody, Drawn, Said, Structure, Tool, ToolChoice
 from luthier.server.serving import Serving
 
@@ -54,6 +54,8 @@ async def completion_requests(serving: Serving, body: CompletionBody) -> list[Re
     for prompt in prompts:
         sampling = sampling_of(serving, body, len(prompt), limit=max(1, body.limit or 0), likeliest=body.logprobs or 0,
                                of_prompt=bool(body.echo and body.logprobs is not None))  # fmt: skip
+        if body.logprobs_mode == "processed_logprobs":
+            sampling = PolicySampling(**vars(sampling))
         guide = None
         if _is_given_form(body):
             guide = await serving.in_words(lambda prompt=prompt: _guide(serving.grammars, body, prompt))  # type: ignore[misc]

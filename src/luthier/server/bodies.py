@@ -205,6 +205,9 @@ class CompletionBody(Drawn):
     best_of: int | None = Field(None, ge=1, le=16)
     return_token_ids: bool | None = Field(None, description="the ids of prompt and answer beside the text")
     return_tokens_as_token_ids: bool | None = Field(None, description="token_id:ID in logprobs, every token of them")
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = Field(
+        "raw_logprobs", description="of the model, or of what is drawn from: after temperature, with nothing cut off"
+    )
     suffix: None = None
 
     @property
