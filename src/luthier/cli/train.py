@@ -107,10 +107,13 @@ def _train_on_feedback(
 
 
 def _refuse_busy(recipe: Path, sets: list[str], run: Path | None) -> None:
-    """Before anything slow is imported: say at once when another process is at work where this run would go."""
-    from luthier.core.recipe_file import read_layers
+    """Before anything slow is imported: say at once when there is no recipe, or when another process is at work where
+    this run would go."""
+    from luthier.core.recipe_file import no_recipe, read_layers
     from luthier.store.runs import refuse_busy
 
+    if not recipe.exists():
+        raise no_recipe(recipe)
     place: object = run
     if place is None:
         with suppress(RecipeError):
