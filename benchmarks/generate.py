@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -26,44 +25,25 @@ from typing import Any
 
 import procfs
 from generate_report import table
-from generate_work import ADAPTERS, ALPHA, RANK, SYSTEMS, WORKLOADS, Job, System
+from generate_work import ADAPTERS, ALPHA, RANK, SYSTEMS, WORKLOADS, Job
 from sft import commit
+from surroundings import interpreter, variables
 from workloads import MODELS
 
 HERE = Path(__file__).resolve().parent
 Line = Mapping[str, Any]
 
 
-def interpreter(system: System, home: Path) -> Path:
-    """The Python that runs a system."""
-    if system.environment is None:
-        return Path(sys.executable)
-    return home / f"venv-{system.environment}" / "bin" / "python"
-
-
-def environment(home: Path, threads: int) -> dict[str, str]:
-    """Offline, on the CPU, with a fixed number of threads, writing nowhere but in HOME."""
-    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(home / "hf"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
 def run(job: Job, *, threads: int, limit: float) -> dict[str, Any]:
     """One process to its end: its line, or why there is none under "failure"."""
     system = SYSTEMS[job.system]
-    parts = [str(interpreter(system, job.home)), str(HERE / system.script), "--system", job.system]
+    parts = [str(interpreter(system.environment, job.home)), str(HERE / system.script), "--system", job.system]
     parts += ["--home", str(job.home), "--workload", job.workload, "--precision", job.precision]
     parts += ["--settings", json.dumps(dict(job.settings))]
     started = time.perf_counter()
     try:
         done = subprocess.run(
-            parts, capture_output=True, text=True, timeout=limit, env=environment(job.home, threads), check=False
+            parts, capture_output=True, text=True, timeout=limit, env=variables(job.home, threads=threads), check=False
         )
     except subprocess.TimeoutExpired:
         return {"failure": f"it took longer than {limit} s; see --limit"}
@@ -117,7 +97,8 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
         digest = prepare(args.home, work.model)
         if work.adapters:
             write_adapters(args.home, work.model)
-        systems = [name for name in args.systems or work.systems if interpreter(SYSTEMS[name], args.home).exists()]
+        pythons = {name: interpreter(SYSTEMS[name].environment, args.home) for name in args.systems or work.systems}
+        systems = [name for name, python in pythons.items() if python.exists()]
         for repetition in range(args.repetitions):
             for name in systems:
                 job = Job(args.home, name, workload, args.precision, SYSTEMS[name].settings)

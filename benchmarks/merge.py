@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+from surroundings import variables
 
 HERE = Path(__file__).resolve().parent
 MODEL = "m2"
@@ -245,7 +246,7 @@ def main() -> int:
         places = {name: scratch / f"kept-{number}" for number, name in enumerate(chosen)}
         for repetition in range(args.repetitions):
             for name, command in chosen.items():
-                line = measured(name, command, scratch / "out", _environment(home))
+                line = measured(name, command, scratch / "out", variables(home))
                 line |= {"run": run, "repetition": repetition, "method": args.method, "data_digest": digest,
                          "machine": procfs.machine()}  # fmt: skip
                 with (home / "merge.jsonl").open("a", encoding="utf-8") as file:
@@ -267,19 +268,6 @@ def main() -> int:
     for name, found in differences.items():
         print(f"luthier and {name}: {found}")
     return 0 if not any(found["more"] or found["missing"] or found["unread"] for found in differences.values()) else 1
-
-
-def _environment(home: Path) -> dict[str, str]:
-    """Offline, on the processor, with caches of its own in HOME."""
-    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(home / "hf"),
-        "LUTHIER_CACHE": str(home / "luthier-cache"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import procfs
-from generate import environment
 from preference_work import SYSTEMS, WORKLOADS
 from sft import commit
+from surroundings import interpreter, variables
 
 HERE = Path(__file__).resolve().parent
 Line = Mapping[str, Any]
@@ -37,16 +37,14 @@ NEAR = 5e-3
 def run(args: argparse.Namespace, workload: str, name: str) -> dict[str, Any]:
     """One process to its end: its line, or why there is none under "failure"."""
     system, about = SYSTEMS[name], {"workload": workload, "system": name}
-    own = args.home / f"venv-{system.environment}" / "bin" / "python"
-    python = Path(sys.executable) if system.environment is None else own
-    words = [str(python), str(HERE / system.script(workload)), "--home", str(args.home), "--workload", workload]
-    words += ["--system", name, "--model", args.model]
+    words = [str(interpreter(system.environment, args.home)), str(HERE / system.script(workload))]
+    words += ["--home", str(args.home), "--workload", workload, "--system", name, "--model", args.model]
     for knob in ("rows", "steps", "warm"):
         words += [f"--{knob}", str(getattr(args, knob))]
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=args.limit, check=False,
-            env=environment(args.home, args.threads),
+            env=variables(args.home, threads=args.threads),
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as failure:
         return {**about, "failure": f"{failure}"}

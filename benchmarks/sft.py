@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,7 +26,8 @@ from typing import Any
 
 import procfs
 import results
-from systems import BASELINE, REFERENCE, REFERENCE_SYSTEM, SYSTEMS, System, interpreter
+from surroundings import interpreter, variables
+from systems import BASELINE, REFERENCE, REFERENCE_SYSTEM, SYSTEMS, System
 from workloads import WORKLOADS, Tier
 
 HERE = Path(__file__).resolve().parent
@@ -62,7 +62,7 @@ def order(systems: list[str], repetitions: int) -> list[tuple[int, str]]:
 
 def command(name: str, system: System, *, workload: str, tier: Tier, session: Session) -> list[str]:
     """The command line of one process."""
-    parts = [str(interpreter(system, session.home)), str(HERE / system.script), "--system", name]
+    parts = [str(interpreter(system.environment, session.home)), str(HERE / system.script), "--system", name]
     parts += ["--workload", workload, "--steps", str(tier.steps), "--warm", str(tier.warm)]
     for key in ("home", "seed", "precision", "device"):
         parts += [f"--{key}", str(getattr(session, key))]
@@ -79,7 +79,7 @@ def start(name: str, system: System, *, workload: str, tier: Tier, session: Sess
             capture_output=True,
             text=True,
             timeout=session.limit,
-            env=_environment(session) | system.variables,
+            env=variables(session.home, threads=session.threads, device=session.device) | system.variables,
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -165,19 +165,6 @@ def judged(line: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _environment(session: Session) -> dict[str, str]:
-    """Offline, on the chosen device, with a fixed number of threads, writing nowhere but in HOME."""
-    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if session.device == "cpu" else {}
-    return os.environ | hidden | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": str(session.threads),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(session.home / "hf"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-
-
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
@@ -237,7 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for word, names, known in (("workload", args.workloads, WORKLOADS), ("system", args.systems or [], SYSTEMS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"unknown {word} {unknown[0]!r}; there are {', '.join(known)}")
-    missing = [name for name in args.systems or [] if not interpreter(SYSTEMS[name], args.home).exists()]
+    missing = [name for name in args.systems or [] if not interpreter(SYSTEMS[name].environment, args.home).exists()]
     if missing:
         parser.error(f"{missing[0]} has no environment in {args.home}; run setup_peers.py with the same --home")
     for name in args.workloads:
@@ -254,7 +241,7 @@ def tier_of(workload: str, args: argparse.Namespace) -> Tier:
     installed does not stand in the way of the others, and those that only differ where products round.
     """
     own = WORKLOADS[workload].tier(args.tier)
-    there = [name for name in own.systems if interpreter(SYSTEMS[name], args.home).exists()]
+    there = [name for name in own.systems if interpreter(SYSTEMS[name].environment, args.home).exists()]
     there = [name for name in there if args.precision != "float32" or not SYSTEMS[name].rounds]
     return Tier(
         steps=own.steps if args.steps is None else args.steps,

@@ -9,6 +9,8 @@ environment is (`setup_peers.py`). Run it with luthier's interpreter.
 - `luthier --help`, `import luthier`, `trl sft --help`: wall seconds of the process.
 - `luthier first step`, `trl first step`: seconds from the start of the process to the end of the first step, of
   one row, LoRA on the prepared model of 56 million parameters; data is cached by a run before, which is not counted.
+- `the libraries alone`: seconds of a process that imports torch and the zoo's llama and makes one of torch's
+  optimizers, and does nothing else: what the first step of anything that uses these stays above.
 - `tokens text`, `tokens chat`: megabytes of text a second and core that become checked and stored tokens, with the
   tokenizers library alone beside it (`startup_tokens.py`).
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -31,11 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+from surroundings import variables
 
 HERE = Path(__file__).resolve().parent
 MODEL = "m1"
 """The prepared model whose first step is timed, a folder of HOME."""
 LUTHIER = "from luthier.cli.main import main; main()"
+LIBRARIES = """
+import gc; gc.disable()
+import torch, transformers.models.llama.modeling_llama
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+import os; os._exit(0)
+"""
+"""As luthier imports them, without the cycle collector; and without the time that ending takes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ def measures(home: Path, scratch: Path, precision: str) -> dict[str, Measure]:
         "luthier --help": Measure([python, "-c", LUTHIER, "--help"]),
         "import luthier": Measure([python, "-c", "import luthier"]),
         "luthier first step": Measure(first, "first_step_s", warm=True),
+        "the libraries alone": Measure([python, "-c", LIBRARIES]),
         "tokens text": Measure([*tokens, "text"], "mb_per_s", "MB/s a core"),
         "tokens chat": Measure([*tokens, "chat"], "mb_per_s", "MB/s a core"),
     }
@@ -159,7 +169,7 @@ def main() -> int:
         chosen = {
             name: each for name, each in measures(home, scratch, precision).items() if args.only in name
         }
-        environment = _environment(home)
+        environment = variables(home)
         for name, measure in chosen.items():
             if measure.warm:
                 measured(name, measure, environment, scratch)
@@ -175,19 +185,6 @@ def main() -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
-
-
-def _environment(home: Path) -> dict[str, str]:
-    """Offline, on the processor, with caches of its own in HOME."""
-    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(home / "hf"),
-        "LUTHIER_CACHE": str(home / "luthier-cache"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 if __name__ == "__main__":

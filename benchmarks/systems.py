@@ -6,10 +6,8 @@ stock and the fastest of the tuned ones, never one alone.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from workloads import OURS
@@ -55,13 +53,6 @@ SYSTEMS = {
     ),
 }
 REFERENCE_SYSTEM = System("sft_reference.py", "ours")
-
-
-def interpreter(system: System, home: Path) -> Path:
-    """The Python that runs a system."""
-    if system.environment is None:
-        return Path(sys.executable)
-    return home / f"venv-{system.environment}" / "bin" / "python"
 
 
 def kind(name: str) -> str:

@@ -97,7 +97,7 @@ def wait_for_step(folder: Path, step: int, child: subprocess.Popen[str]) -> None
 def step_events(folder: Path) -> list[dict[str, Any]]:
     """What each step logged, without times."""
     return [
-        {key: value for key, value in event.items() if key not in ("time", "seconds")}
+        {key: value for key, value in event.items() if key not in ("time", "seconds", "source_seconds")}
         for event in events(folder)
         if event["kind"] == "step"
     ]

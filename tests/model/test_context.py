@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from luthier.core.errors import LuthierError
@@ -29,8 +30,8 @@ def demand_what_the_class_says(kind: str, folder: Path) -> None:
         place = written(folder, values)
         try:
             wanted = getattr(config_of(place).get_text_config(), LIMIT, None)
-        except LuthierError:
-            continue  # a config that no model may have; whoever loads it says so
+        except (LuthierError, ValueError):
+            continue  # a config that no model may have, or one of several models; whoever loads it says so
         assert context_tokens(place) == (wanted or None), kind
 
 
@@ -44,7 +45,7 @@ def test_it_is_what_each_config_class_says(tmp_path: Path) -> None:
     for kind in CONFIG_MAPPING:
         try:
             CONFIG_MAPPING[kind]()
-        except (ImportError, ValueError, TypeError):
+        except (ImportError, ValueError, TypeError, StrictDataclassError):
             continue  # needs a package that is not here, or parts that are given to it
         demand_what_the_class_says(kind, tmp_path)
 

@@ -52,6 +52,9 @@ def test_the_loss_falls_the_files_are_there_and_eval_and_generate_read_them(
     assert summary["loss"]["eval"] < summary["loss"]["eval_first"] - 0.05
     losses = [event["loss"] for event in step_events(folder)]
     assert sum(losses[-4:]) < sum(losses[:4])
+    times = [event for event in events(folder) if event["kind"] == "step"]
+    # A hundredth even with this model, whose steps take milliseconds; the rest is room for a busy machine.
+    assert sum(event["source_seconds"] for event in times) < 0.2 * sum(event["seconds"] for event in times)
     assert summary["proof"]["differs_from_start"] and summary["proof"]["reloaded_loss"] == summary["loss"]["eval"]
     whole = adapter == "full"
     result = folder / ("model" if whole else "adapter")

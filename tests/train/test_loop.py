@@ -109,6 +109,27 @@ def test_what_is_counted_and_logged() -> None:
     assert diary.events[0].values["worst_rows"][0]["loss"] == 3.0
 
 
+def test_the_time_that_a_step_waits_for_its_rows_is_told(monkeypatch) -> None:
+    """Breaks when a slow source passes for slow training, or the other way round."""
+    clock = [0.0]
+    rows, work = DataSource.next_step, Script.forward_backward
+
+    def slow_rows(source: DataSource) -> list[Tree]:
+        clock[0] += 0.25
+        return rows(source)
+
+    def slow_work(script: Script, trees: Sequence[Tree]) -> PassReport:
+        clock[0] += 0.5
+        return work(script, trees)
+
+    monkeypatch.setattr("luthier.train.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(DataSource, "next_step", slow_rows)
+    monkeypatch.setattr(Script, "forward_backward", slow_work)
+    _, _, diary = run(Script(), total=2)
+    assert diary.values("step", "source_seconds") == [0.25, 0.25]
+    assert diary.values("step", "seconds") == [0.75, 0.75]
+
+
 def test_the_best_is_the_lowest_held_out_loss_after_the_start() -> None:
     """Breaks when the untrained model counts as the best, or a tie moves it."""
     script = Script(held_out=(1.0, 3.0, 2.0, 2.0, 2.5, 1.5))

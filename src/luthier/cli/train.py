@@ -107,14 +107,19 @@ def _train_on_feedback(
 
 
 def _refuse_busy(recipe: Path, sets: list[str], run: Path | None) -> None:
-    """Before anything slow is imported: say at once when another process is at work where this run would go."""
-    from luthier.core.recipe_file import read_layers
+    """Before anything slow is imported: say at once when there is no recipe, or when another process is at work where
+    this run would go."""
+    from luthier.core.recipe_file import no_recipe, read_layers
     from luthier.store.runs import refuse_busy
 
+    with suppress(OSError):
+        # What else is wrong with the file is told by those who read it.
+        if not recipe.exists():
+            raise no_recipe(recipe)
     place: object = run
     if place is None:
         with suppress(RecipeError):
-            # What is wrong with the recipe is told by those who read all of it.
+            # The same goes for what is wrong in it.
             place = read_layers(recipe, sets=[item for item in sets if item.startswith("run=")]).values.get("run")
     if isinstance(place, (str, Path)):
         refuse_busy(Path(place))

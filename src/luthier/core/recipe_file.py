@@ -80,10 +80,15 @@ def read_layer(file: Path, *, known: Collection[str] = ()) -> Layer:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {file}", do="check the path, or write one with: luthier init") from None
+        raise no_recipe(file) from None
     except (OSError, UnicodeDecodeError) as failure:
         raise RecipeError(f"the recipe cannot be read: {failure}", where=str(file)) from None
     return text_layer(text, name=str(file), known=known)
+
+
+def no_recipe(file: Path) -> RecipeError:
+    """The error for a recipe that is not there."""
+    return RecipeError(f"there is no recipe {file}", do="check the path, or write one with: luthier init")
 
 
 def text_layer(text: str, *, name: str, known: Collection[str] = ()) -> Layer:

@@ -175,6 +175,7 @@ def _numbers(summary: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> lis
     trained = first_of(tokens.get("trained"), _total(steps, "trained_tokens"))
     seconds = first_of(summary.get("train_seconds"), _total(steps, "seconds"))
     speed = first_of(summary.get("tokens_per_second"), total / seconds if total and seconds else None)
+    waited, worked = _total(steps, "source_seconds"), _total(steps, "seconds")
     reached = number(summary.get("share_of_limit"))
     of_limit = "" if reached is None else f" ({percent_text(reached)} of the machine's limit)"
     memory, parameters = number(summary.get("peak_memory_bytes")), number(summary.get("parameters"))
@@ -186,6 +187,7 @@ def _numbers(summary: Mapping[str, Any], steps: Sequence[dict[str, Any]]) -> lis
         ("Tokens seen", "" if total is None else f"{total:,.0f}"),
         ("Tokens trained on", "" if trained is None else f"{trained:,.0f}{share}"),
         ("Training time", "" if seconds is None else duration_text(seconds)),
+        ("Waited for rows", f"{percent_text(waited / worked)} of that" if waited and worked else ""),
         ("Speed", "" if speed is None else f"{speed:,.0f} tokens a second{of_limit}"),
         ("Peak memory", "" if memory is None else bytes_text(memory)),
         ("Trained parameters", "" if trainable is None else f"{count_text(trainable)}{part}"),

@@ -137,6 +137,7 @@ class Loop:
             self._tell(self.keeper.poll())
             began = time.perf_counter()
             trees = self._next_step(state)
+            source_seconds = time.perf_counter() - began
             factor = self.schedule.factor(state.step, state.total_steps)
             self.stepper.set_rate(factor)
             passed = yield trees
@@ -145,7 +146,8 @@ class Loop:
             self._count(state, passed, seconds)
             self._tell_splits(state, passed)
             # ---------------------------------------------------------------------------------------------------
-            self._record_step(state, passed, norm, factor, seconds)
+            times = {"seconds": seconds, "source_seconds": source_seconds}
+            self._record_step(state, passed, norm, factor, times)
             last = state.step >= state.total_steps
             late = bool(self.cadence.minutes) and state.train_seconds >= 60 * self.cadence.minutes
             better = False
@@ -217,7 +219,7 @@ class Loop:
             state.micro_tokens = split.to_tokens
 
     def _record_step(
-        self, state: LoopState, passed: PassReport, norm: float, factor: float, seconds: float
+        self, state: LoopState, passed: PassReport, norm: float, factor: float, times: Mapping[str, float]
     ) -> None:
         values = {
             "loss": passed.loss,
@@ -226,7 +228,7 @@ class Loop:
             "epoch": state.epoch,
             "tokens": passed.tokens,
             "trained_tokens": passed.trained_tokens,
-            "seconds": seconds,
+            **times,
             **passed.figures,
         }
         # What was answered comes before what was learned from it.
