@@ -304,7 +304,7 @@ class Engine:
         backend = self.model.executor.backend
         try:
             for place, said in enumerate(choose_drafted(each.chooser, turn.logits, turn.draft, backend=backend)):
-                self._agreed += place > 0
+                self._agreed += said.token in turn.draft[place : place + 1]
                 self._tell(each, said)
                 if number not in self._asked or each.choice not in self._asked[number].open:
                     return

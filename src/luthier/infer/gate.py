@@ -47,6 +47,11 @@ class Gate:
         if len(prompt) == 0:
             raise DataError(f"{what} has no token", allowed="at least one token")
         self._check_beams(request)
+        if sampling.prompt_log_probs and self.model.task.name == "seq2seq_lm":
+            raise RecipeError(
+                f"log-probabilities of the prompt's tokens were asked of {self.model.source}",
+                allowed="those of answers: its encoder reads prompts and predicts nothing",
+            )
         self.model.require_rows(prompt)
         require_possible(sampling, self.model.vocabulary_size)
         left = self._left(request)
