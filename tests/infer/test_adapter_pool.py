@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +88,26 @@ def test_nothing_is_read_until_somebody_asks(files: dict[str, Path], tmp_path: P
         many.acquire("copy-7")
     assert many.in_memory == () and not many.model.attachments
     assert many.acquire("lora") in many.model.attachments
+
+
+def test_of_two_thousand_adapters_those_are_in_memory_that_may_be(files: dict[str, Path]) -> None:
+    """Breaks when one that has left stays referenced: by its place, by prepared terms, by the keys of its texts."""
+    many = pool(files, "lora", most=4)
+    for number in range(2000):
+        many.register(f"copy-{number}", files["lora" if number % 2 else "prefix"])
+    engine = Engine(many.model, room=Room(tokens=256, page=4), pool=many)
+    seen: list[list[weakref.ref[Tensor]]] = []
+    for number in range(0, 2000, 80):
+        asked = Request(prompt=prompts()[number % 7], sampling=Sampling(max_new_tokens=2), adapter=f"copy-{number}")
+        engine.add(asked)
+        (attachment,) = [each for name, each in many.model.attachments.items() if name.startswith(f"copy-{number}#")]
+        seen.append([weakref.ref(each) for edit in attachment.edits for each in edit.parameters()])
+        del attachment
+        while engine.busy:
+            engine.step()
+        assert len(many.in_memory) <= 4 and len(many.model.attachments) <= 4
+    gc.collect()
+    assert all(seen) and 0 < sum(any(each() is not None for each in one) for one in seen) <= 4 < len(seen)
 
 
 def test_the_one_that_was_asked_for_longest_ago_goes_first(files: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,24 @@ def test_a_learned_root_where_attention_cannot_be_driven_is_refused(tmp_path: Pa
             Engine(model).speak(PROMPTS[:1], LIMIT)
         with pytest.raises(RecipeError, match="mine has a learned root"):
             Engine(model, pool=pool_of(model)).add(Request(prompt=PROMPTS[0], sampling=LIMIT, adapter="mine"))
+
+
+def test_prompts_are_scored_where_they_are_predicted() -> None:
+    """Breaks when an encoder's prompt is told without any score, or texts of one batch get each other's."""
+    asked = replace(LIMIT, prompt_log_probs=True)
+    with pytest.raises(RecipeError, match="its encoder reads prompts"):
+        Engine(KINDS["t5"][0]()).speak(PROMPTS[:1], asked)
+    model = KINDS["mamba"][0]()
+    engine = Engine(model)
+    numbers = {engine.add(Request(prompt=PROMPTS[at], sampling=asked)): at for at in (0, 4, 1)}
+    told = {}
+    while engine.busy:
+        told |= {news.request: news.prompt for news in engine.step() if news.prompt is not None}
+    for number, at in numbers.items():
+        ids = torch.from_numpy(PROMPTS[at].astype(np.int64))[None]
+        logits = model.module(input_ids=ids).logits[0, :-1].detach()
+        wanted = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].tolist()
+        assert [said.log_prob for said in told[number]] == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "mamba"])

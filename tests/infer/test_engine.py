@@ -17,6 +17,7 @@ from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Ints, row_tree
 from luthier.infer.engine import Engine
+from luthier.infer.gate import Gate
 from luthier.infer.guides import Guide
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import Room
@@ -322,6 +323,46 @@ def test_a_prompt_that_many_begin_with_is_read_once(architecture: str, name: str
     before = engine.counts.read
     engine.add(Request(prompt=prompts[1], sampling=sampling))
     assert texts(run(engine))[5, 0] == expected[1] and engine.counts.read - before >= 26
+
+
+@pytest.mark.parametrize("name", list(ADAPTERS))
+def test_a_text_that_is_longer_than_all_room_runs_where_every_layer_has_a_window(name: str) -> None:
+    """Breaks when pages that no window sees are kept, or one goes that is seen still; with others beside it too."""
+    model = adapted("mistral", name)
+    prompt, sampling = forests.tokens(np.random.default_rng(5), 70), Sampling(max_new_tokens=40)
+    room = Room(tokens=24, page=4, pass_tokens=16)
+    for others in ([], PROMPTS[:2]):
+        engine = Engine(model, room=room)
+        for each in [prompt, *others]:
+            engine.add(Request(prompt=each, sampling=sampling))
+        told = []
+        while engine.busy:
+            told += engine.step()
+            assert engine.counts.held <= room.pages
+            if not others and told:
+                # A window of 6 lies in 3 pages at most.
+                assert engine.counts.held <= 3
+        said = [each for news in told if news.request == 0 for each in news.said]
+        spoken = Spoken(np.array([each.token for each in said], np.int32), [each.log_prob for each in said], "length")
+        assert len(said) == 40
+        check_against_full_forwards(model, prompt, spoken)
+        assert engine.counts.held == 0
+
+
+def test_room_is_counted_by_what_windows_see() -> None:
+    """Breaks when a long text is refused that fits, or one is taken that never will, as of a layer that sees all."""
+    long = Request(prompt=forests.tokens(RNG, 70), sampling=Sampling(max_new_tokens=100))
+    for architecture, fits in (("mistral", True), ("gemma2", False), ("llama", False)):
+        model = forests.language_model(architecture)
+        gate = Gate(model, Room(tokens=24, page=4), reads_text=False, pooled=False)
+        if fits:
+            gate.check(long, "it")
+        else:
+            with pytest.raises(DataError, match="the cache holds 24"):
+                gate.check(long, "it")
+    gate = Gate(forests.language_model("mistral"), Room(tokens=8, page=4), reads_text=False, pooled=False)
+    with pytest.raises(DataError, match="the cache holds 8"):
+        gate.check(long, "it")
 
 
 def test_after_a_step_of_training_the_same_engine_speaks_with_the_new_weights() -> None:

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import RecipeError
@@ -22,6 +22,10 @@ def continuation(number: int, prompt: list[int], *, says: int, adapter: str = ""
     return Continuation(number, 0, request, limit=says, adapter=adapter, root_tokens=root)
 
 
+LONGEST = 3 + 12 + 8
+"""Places of the longest text of the test below: a root, a prompt and an answer."""
+
+
 class Memory:
     """What is written in each slot of each page, and what a text must find there."""
 
@@ -32,14 +36,15 @@ class Memory:
 
     def slot(self, each: Continuation, place: int) -> int:
         size = self.scheduler.room.page
-        return each.pages[place // size] * size + place % size
+        return each.pages[place // size - each.passed] * size + place % size
 
     def read(self, part: Part) -> None:
         each = part.continuation
         for place in range(part.start, part.stop):
             self.slots[self.slot(each, place)] = self.expected(each, place)
         # All that it sees is there: its own, and nobody else's.
-        for place in range(part.stop):
+        window = self.scheduler.window
+        for place in range(0 if window is None else max(0, part.start + 1 - window), part.stop):
             assert self.slots[self.slot(each, place)] == self.expected(each, place)
 
     def expected(self, each: Continuation, place: int) -> tuple[object, ...]:
@@ -51,11 +56,13 @@ class Memory:
 def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject) -> None:
     """Breaks when a page is shared that should not be, a place is skipped, or a text starves."""
     page = data.draw(st.integers(1, 5))
+    window = data.draw(st.none() | st.integers(1, 12))
     room = Room(
-        tokens=data.draw(st.integers(24, 60)), page=page, pass_tokens=data.draw(st.integers(1, 30)),
-        rows=data.draw(st.integers(1, 6)),
+        tokens=data.draw(st.integers(24 if window is None else 6, 60)), page=page,
+        pass_tokens=data.draw(st.integers(1, 30)), rows=data.draw(st.integers(1, 6)),
     )  # fmt: skip
-    scheduler = Scheduler(room)
+    assume(room.holds(LONGEST, window))
+    scheduler = Scheduler(room, window=window)
     memory = Memory(scheduler)
     # Few symbols, so that many begin alike.
     prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=7))
@@ -77,6 +84,7 @@ def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject
         assert bool(parts) == bool(alive)
         for part in parts:
             assert part.start == part.continuation.done < part.stop <= part.continuation.length
+            assert len(part.continuation.pages) * page <= room.held(LONGEST, window)
         for part in parts:
             memory.read(part)
         for part in parts:
@@ -115,6 +123,32 @@ def test_whoever_speaks_goes_on_while_a_long_prompt_is_read_in_pieces() -> None:
             scheduler.read(part)
         speaker.said.append(3)
     assert pieces == [9, 9, 9, 9, 4]
+
+
+def test_what_no_window_sees_any_more_is_free_while_a_text_grows() -> None:
+    """Breaks when a text that is longer than all room takes more than its windows, or cannot begin."""
+    room = Room(tokens=24, page=4, pass_tokens=512)
+    scheduler = Scheduler(room, window=10)
+    assert Room(tokens=1).held(10**6, 4096) == 4096 + 512 + 16 and Room(tokens=1).held(100, 4096) == 112
+    assert room.holds(10**6, 10) and not Room(tokens=12, page=4).holds(10**6, 10) and not room.holds(25, None)
+    text = continuation(0, list(range(100)), says=60)
+    scheduler.waiting.append(text)
+    held, pieces = [], []
+    while len(text.said) < 60:
+        (part,) = scheduler.plan()
+        held.append(scheduler.pages.held)
+        pieces.append(part.stop - part.start)
+        scheduler.read(part)
+        text.said.extend([7] * part.speaks)
+    assert max(held) <= room.pages and max(held[-59:]) <= 4 and pieces[0] == 12
+    assert text.done == 159 and text.passed == (159 + 1 - 10) // 4
+    scheduler.remove(text)
+    assert scheduler.pages.held == 0
+    # Its last pages are found by one that begins with all of it, though its first ones are not there any more.
+    again = continuation(1, [*range(100), *[7] * 60], says=1)
+    scheduler.waiting.append(again)
+    (part,) = scheduler.plan()
+    assert part.start == 156 and again.passed + len(again.pages) == 40
 
 
 def test_a_room_without_a_page_is_refused() -> None:

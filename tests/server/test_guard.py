@@ -122,6 +122,13 @@ def test_bodies_that_are_none(guarded: Running, body: bytes, status: int, code: 
         assert answer.json()["error"]["code"] == code
 
 
+def test_a_body_that_says_not_what_it_is(guarded: Running) -> None:
+    """Breaks when who forgot the header is told of dictionaries."""
+    with guarded.client() as client:
+        answer = client.post("/v1/completions", content=b'{"model": "seedling", "prompt": "a"}')
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 def test_depth_counts_brackets_outside_of_texts_only() -> None:
     assert not deeper(b'"' + b"[" * 100 + b'"', 10)
     assert not deeper(b'"\\"' + b"[" * 100 + b'"', 10)

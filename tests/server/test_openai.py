@@ -161,6 +161,27 @@ def test_prompts_are_scored_as_the_model_scores_them(client: OpenAI, opened: Ope
     assert told.token_logprobs is not None and told.token_logprobs[:-1] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
+def test_a_harness_that_scores_prompts_finds_each_where_it_looks_for_it(client: OpenAI, opened: Opened) -> None:
+    """Breaks when a stop token that follows a prompt is left out, so that the last token of the prompt is taken for it.
+
+    The request, and the places that are read, are those of lm-evaluation-harness (local-completions).
+    """
+    prompts = [[5, 9, 30, 12, 40], opened.prompt("The ship left", raw=True).tolist()]
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    made = client.completions.create(model="seedling", prompt=prompts, **asked)
+    assert made.choices[0].finish_reason == "stop"
+    for choice, prompt in zip(sorted(made.choices, key=lambda each: each.index), prompts, strict=True):
+        told = choice.logprobs
+        assert told is not None and told.token_logprobs is not None and told.top_logprobs is not None
+        scores, tops = told.token_logprobs[1:-1], told.top_logprobs[1:-1]
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            wanted = torch.log_softmax(opened.model.module(input_ids=ids).logits[0].float(), -1)[:-1]
+        assert scores == pytest.approx(wanted.gather(1, ids[0, 1:, None])[:, 0].tolist(), abs=1e-4)
+        greedy = [score == max(top.values()) for score, top in zip(scores, tops, strict=True)]
+        assert greedy == (wanted.argmax(-1) == ids[0, 1:]).tolist()
+
+
 def test_several_prompts_come_in_their_order_and_stream_side_by_side(client: OpenAI) -> None:
     prompts = ["The ship", "One, two,", "My name is", "In the morning"]
     more: dict[str, Any] = {"model": "seedling", "temperature": 0, "max_tokens": 12}

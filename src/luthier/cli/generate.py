@@ -16,12 +16,15 @@ from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
+    from luthier.infer.engine import Engine
     from luthier.infer.guides import Guide
     from luthier.infer.request import Request
     from luthier.model.speaker import Sampling, Spoken
     from luthier.recipes.opened import Opened
 
 
+DRAFTED = 4
+"""Tokens that a draft model looks ahead where nothing is said of it."""
 Answers = list[list[list[tuple[str, "Spoken"]]]]
 """By model, prompt and choice: the text, and the tokens it was made of."""
 
@@ -54,6 +57,10 @@ OneOf = Annotated[
 Drafts = Annotated[
     int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(metavar="RUN|MODEL", help="Smaller model of the same vocabulary that looks ahead instead."),
+]
 Quantize = Annotated[
     str, typer.Option("--quantizer", metavar="NAME", help="Pack the weights, head included: int8, nf4, ...")
 ]
@@ -81,6 +88,7 @@ def generate(
     regex: Regex = "",
     one_of: OneOf = None,
     drafts: Drafts = 0,
+    draft_model: DraftModel = None,
     quantizer: Quantize = "none",
     precision: Precision = "auto",
     json: Json = False,
@@ -94,8 +102,6 @@ def generate(
     """
     with uncollected():
         from luthier.model.speaker import Sampling
-        from luthier.recipes.opened import open_named
-        from luthier.recipes.quantized import quantizer_named
 
     prompts = _prompts(prompt or [])
     _check(precision, adapter, beside or [])
@@ -107,19 +113,35 @@ def generate(
     names = [name, *(beside or [])]
     answers: Answers = []
     for each in names:
-        require_no_lost_run(each)
-        packed = quantizer_named(quantizer)
-        opened = open_named(each, adapter=adapter, precision=precision, quantizer=packed)  # type: ignore[arg-type]
+        opened = _opened(each, draft_model, adapter=adapter, precision=precision, quantizer=quantizer)
+        engine = opened.engine
         requests = _requests(
-            opened, prompts, sampling, form, system=system, raw=raw, choices=choices, beams=beams, drafts=drafts
-        )
+            opened, prompts, sampling, form, system=system, raw=raw, choices=choices, beams=beams,
+            drafts=drafts or DRAFTED * bool(draft_model),
+        )  # fmt: skip
         if max(len(requests), choices, len(names)) == 1 and not json:
-            _stream(opened, requests[0])
+            _stream(opened, requests[0], engine)
             return
-        spoken = opened.engine.answer(requests, draws=range(0, len(requests) * choices, choices))
+        spoken = engine.answer(requests, draws=range(0, len(requests) * choices, choices))
+        _tell_drafts(engine)
         answers.append([[(opened.text(one.tokens, sampling.stop), one) for one in own] for own in spoken])
     show = _print_json if json else _print_beside if len(names) > 1 else _print
     show(names, prompts, answers)
+
+
+def _opened(name: str, draft_model: str | None, *, adapter: str | None, precision: str, quantizer: str) -> Opened:
+    """What a name stands for, with the model that goes ahead of it if there is one."""
+    with uncollected():
+        from luthier.recipes.drafting import with_draft_model
+        from luthier.recipes.opened import open_named
+        from luthier.recipes.quantized import quantizer_named
+
+    require_no_lost_run(name)
+    packed = quantizer_named(quantizer)
+    opened = open_named(name, adapter=adapter, precision=precision, quantizer=packed)  # type: ignore[arg-type]
+    if draft_model is None:
+        return opened
+    return with_draft_model(opened, draft_model, precision=precision)  # type: ignore[arg-type]
 
 
 def _check(precision: str, adapter: str | None, beside: Sequence[str]) -> None:
@@ -198,12 +220,20 @@ def _requests(
     ]  # fmt: skip
 
 
-def _stream(opened: Opened, request: Request) -> None:
+def _tell_drafts(engine: Engine) -> None:
+    """How many tokens of drafts were right, beside the answers."""
+    counts = engine.counts
+    if counts.drafted:
+        typer.echo(f"drafts: {counts.agreed} of {counts.drafted} tokens were right", err=True)
+
+
+def _stream(opened: Opened, request: Request, engine: Engine) -> None:
     """An answer, as it grows."""
-    for piece in opened.stream(request):
+    for piece in opened.stream(request, engine):
         sys.stdout.write(piece)
         sys.stdout.flush()
     typer.echo()
+    _tell_drafts(engine)
 
 
 def _print_json(names: Sequence[str], prompts: Sequence[str], answers: Answers) -> None:

@@ -105,7 +105,7 @@ class RecipeError(LuthierError, ValueError):
 
     code = "recipe"
     exit_code = 2
-    advice = "luthier init --dry-run shows every key with its meaning and its range"
+    advice = "luthier init --dry-run shows every key of a recipe, --help every option of a command"
 
 
 @contextmanager

@@ -162,6 +162,11 @@ class Tokenizer:
         """The text of one token as it reads inside a text (with its leading space, where it has one)."""
         return self.decode([token, token])[len(self.decode([token])) :]
 
+    def differing(self, other: Tokenizer) -> list[str]:
+        """The tokens that are not the same number in both vocabularies."""
+        own, theirs = self.raw.get_vocab(), other.raw.get_vocab()
+        return sorted(token for token in {*own, *theirs} if own.get(token) != theirs.get(token))
+
     def reads_as(self, ids: Sequence[int] | Ints, text: str) -> bool:
         """Whether `ids` say exactly `text`.
 

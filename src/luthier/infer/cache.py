@@ -31,15 +31,26 @@ Widths = tuple[tuple[int, int, int], ...]
 """For each layer: key heads, the size of a key, the size of a value."""
 
 
-def widths_of(module: PreTrainedModel) -> Widths:
-    """What a layer's cache holds for a token, found out with a text of one token."""
+@final
+@dataclass(frozen=True)
+class Layers:
+    """What the layers of a model hold of a token, and how many tokens the one that looks back furthest sees, its own
+    included; None where one sees all of a text."""
+
+    widths: Widths
+    window: int | None
+
+
+def layers_of(module: PreTrainedModel) -> Layers:
+    """What a model's cache has to hold, found out with a text of one token."""
     plan = ForestPlan(spans=(Span(0, 1, ()),), captured={})
     zero = torch.zeros(1, dtype=torch.int64, device=module.device)
     flat_hidden(module, zero, zero, plan)
     captured = plan.captured or {}
-    return tuple(
-        (key.shape[1], key.shape[3], value.shape[3]) for _, (key, value) in sorted(captured.items())
-    )
+    widths = tuple((key.shape[1], key.shape[3], value.shape[3]) for _, (key, value) in sorted(captured.items()))
+    windows = [call.window for call in plan.noted.values()]
+    near = [window for window in windows if window is not None]
+    return Layers(widths, max(near) if near and len(near) == len(windows) else None)
 
 
 @final

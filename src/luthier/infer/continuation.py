@@ -8,7 +8,7 @@ from typing import final
 import numpy as np
 
 from luthier.data.forest import Ints
-from luthier.infer.drafts import Lookup
+from luthier.infer.drafts import Drafter
 from luthier.infer.pages import Name, first_name
 from luthier.infer.request import Request, Said
 from luthier.infer.sampler import Chooser
@@ -19,8 +19,8 @@ from luthier.infer.text import Decode, TextStream
 class Continuation:
     """`number` and `choice` say whose it is; places are those of a learned root, the prompt and the answer.
 
-    `pages` hold the keys of its first `done` places; `names` are those of its first full pages. `limit` is how many
-    tokens it may say.
+    `pages` hold the keys of its first `done` places, save for `passed` pages that nothing of it sees any more; `names`
+    are those of its first full pages. `limit` is how many tokens it may say.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Continuation:
         adapter: Hashable = "",
         root_tokens: int = 0,
         decode: Decode | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.number = number
         self.choice = choice
@@ -46,8 +47,9 @@ class Continuation:
         )
         stops = request.sampling.stop
         self._text = TextStream(decode, stops) if decode is not None and stops else None
-        self._lookup = Lookup(request.prompt) if request.drafts else None
+        self._drafter = drafter
         self.pages: list[int] = []
+        self.passed = 0
         self.names: list[Name] = []
         self.done = 0
         self.prompt_said: list[Said] = []
@@ -72,13 +74,13 @@ class Continuation:
         """A token was said, which the chooser knows already."""
         if self._text is not None:
             self._text.push(token)
-        if self._lookup is not None:
-            self._lookup.said(token)
+        if self._drafter is not None:
+            self._drafter.said(token)
 
     def draft(self, most: int) -> tuple[int, ...]:
-        """What may come next, by what was said before; `most` tokens of it, and none past its end."""
+        """What may come next, as its drafter has it; `most` tokens of it, and none past its end."""
         count = min(most, self.request.drafts, self.limit - len(self.said) - 1)
-        return tuple(self._lookup.propose(count)) if self._lookup is not None and count > 0 else ()
+        return tuple(self._drafter.propose(count)) if self._drafter is not None and count > 0 else ()
 
     @property
     def last_name(self) -> Name:

@@ -23,6 +23,7 @@ from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.beams import Search
 from luthier.infer.continuation import Continuation
+from luthier.infer.drafts import Drafting, from_the_text
 from luthier.infer.gate import Gate
 from luthier.infer.reader import Counts, Reader, Reading
 from luthier.infer.request import Ended, News, Request, Said
@@ -84,7 +85,7 @@ class Engine:
     """Continues prompts with the model as it is now: attachments on or off, training going on or not.
 
     With a `pool`, requests name adapters of it, and "" is the base alone; without one, "" is all that is switched on.
-    `room` is found by the memory there is when it is left out. `decode` is needed for stop strings.
+    `room` is found by the memory there is when it is left out. `decode` is needed for stop strings, `drafting` drafts.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Engine:
         room: Room | None = None,
         decode: Decode | None = None,
         pool: Pool | None = None,
+        drafting: Drafting = from_the_text,
     ) -> None:
         if not model.task.speaks:
             raise RecipeError(
@@ -103,11 +105,12 @@ class Engine:
         self.model = model
         self.decode = decode
         self.pool = pool
+        self.drafting = drafting
         self._gate = Gate(model, room, reads_text=decode is not None, pooled=pool is not None)
         self._reader: Reader | None = None
         self._asked: dict[int, _Asked] = {}
         self._news: list[News] = []
-        self._next = 0
+        self._next = self._drafted = self._agreed = 0
 
     @property
     def busy(self) -> bool:
@@ -117,7 +120,8 @@ class Engine:
     @property
     def counts(self) -> Counts:
         """What is held and what waits."""
-        return Counts(0, 0) if self._reader is None else self._reader.counts
+        held = Counts(0, 0) if self._reader is None else self._reader.counts
+        return replace(held, drafted=self._drafted, agreed=self._agreed)
 
     def add(self, request: Request) -> int:
         """Take a request, whose number is returned. Raises DataError or RecipeError for one that can never run."""
@@ -229,6 +233,7 @@ class Engine:
         return Continuation(
             number, choice, request, draw=draw, limit=self._gate.limit(request), adapter=key,
             root_tokens=self._gate.places_ahead(name), decode=self.decode,
+            drafter=self.drafting(request, draw) if request.drafts else None,
         )  # fmt: skip
 
     def _with_twins(self, reading: Reading) -> list[_Turn]:
@@ -295,8 +300,11 @@ class Engine:
         each, number = turn.continuation, turn.continuation.number
         if number not in self._asked:
             return
+        self._drafted += len(turn.draft)
+        backend = self.model.executor.backend
         try:
-            for said in choose_drafted(each.chooser, turn.logits, turn.draft, backend=self.model.executor.backend):
+            for place, said in enumerate(choose_drafted(each.chooser, turn.logits, turn.draft, backend=backend)):
+                self._agreed += said.token in turn.draft[place : place + 1]
                 self._tell(each, said)
                 if number not in self._asked or each.choice not in self._asked[number].open:
                     return

@@ -12,7 +12,7 @@ from typing import Final, final
 import torch
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.infer.cache import Widths, widths_of
+from luthier.infer.cache import Layers, layers_of
 from luthier.infer.cohorts import CohortReader, root_for
 from luthier.infer.reader import PagedReader, Reader, default_room
 from luthier.infer.request import Request
@@ -47,6 +47,11 @@ class Gate:
         if len(prompt) == 0:
             raise DataError(f"{what} has no token", allowed="at least one token")
         self._check_beams(request)
+        if sampling.prompt_log_probs and self.model.task.name == "seq2seq_lm":
+            raise RecipeError(
+                f"log-probabilities of the prompt's tokens were asked of {self.model.source}",
+                allowed="those of answers: its encoder reads prompts and predicts nothing",
+            )
         self.model.require_rows(prompt)
         require_possible(sampling, self.model.vocabulary_size)
         left = self._left(request)
@@ -59,7 +64,7 @@ class Gate:
                 allowed="0 with this model",
             )
         needed = self._places(request)
-        if self.room is not None and self.paged and needed > self.room.pages * self.room.page:
+        if self.room is not None and self.paged and not self.room.holds(needed, self.layers.window):
             raise DataError(
                 f"{what} and its answer may take {needed} tokens, and the cache holds {self.room.tokens}",
                 allowed=f"{self.room.tokens} together",
@@ -77,29 +82,29 @@ class Gate:
 
     def reader(self) -> Reader:
         """What reads requests that come and go."""
-        return self._reader(self.room or (default_room(self.model, self.widths) if self.paged else Room(tokens=1)))
+        return self._reader(self.room or (default_room(self.model, self.layers) if self.paged else Room(tokens=1)))
 
     def reader_for(self, requests: Sequence[Request]) -> Reader:
         """What reads just these: with room for the longest of their texts side by side, as far as memory allows."""
         if self.room is not None or not self.paged:
             return self._reader(self.room or Room(tokens=1, rows=SPOKEN_ROWS))
-        page = Room(tokens=1).page
+        plain, window = Room(tokens=1), self.layers.window
         texts = [(self._places(each), max(each.choices, each.best_of, each.beams)) for each in requests]
-        needs = sorted((places for places, count in texts for _ in range(count)), reverse=True)
-        wanted = sum(-(-need // page) * page for need in needs[:SPOKEN_ROWS])
-        most = default_room(self.model, self.widths).tokens
+        needs = sorted((plain.held(places, window) for places, count in texts for _ in range(count)), reverse=True)
+        wanted = sum(needs[:SPOKEN_ROWS])
+        most = default_room(self.model, self.layers).tokens
         return self._reader(Room(tokens=max(needs[0], min(wanted, most)), rows=SPOKEN_ROWS))
 
     @cached_property
-    def widths(self) -> Widths:
-        """What a layer's cache holds for a token."""
+    def layers(self) -> Layers:
+        """What the cache has to hold."""
         with torch.no_grad():
-            return widths_of(self.model.module)
+            return layers_of(self.model.module)
 
     def _reader(self, room: Room) -> Reader:
         if not self.paged:
             return CohortReader(self.model, rows=room.rows, mixed=self.pooled)
-        return PagedReader(self.model, room, self.widths, mixed=self.pooled)
+        return PagedReader(self.model, room, self.layers, mixed=self.pooled)
 
     def _check_adapter(self, name: str) -> None:
         if name and not self.pooled:

@@ -64,6 +64,10 @@ class Pages:
         self._holders[page] = 1
         return page
 
+    def __contains__(self, name: Name) -> bool:
+        """Whether there is a page of this name."""
+        return name in self._pages
+
     def find(self, name: Name) -> int | None:
         """The page of this name, for one more holder; None when there is none."""
         page = self._pages.get(name)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.data.forest import Span
-from luthier.infer.cache import Cache, PassKeys, Widths, paged
+from luthier.infer.cache import Cache, Layers, PassKeys, paged
 from luthier.infer.continuation import Continuation
 from luthier.infer.sampler import log_probs_of
 from luthier.infer.scheduler import Part, Room, Scheduler
@@ -41,7 +41,8 @@ LONGEST: Final = 8192
 @dataclass(frozen=True)
 class Counts:
     """What a reader holds: continuations that wait and that run; pages there are, that are held, and that nobody holds
-    but may be found again; tokens that were read, and that were found read already."""
+    but may be found again; tokens that were read, and that were found read already; tokens of drafts that were looked
+    at, and that were right."""
 
     waiting: int
     running: int
@@ -50,6 +51,8 @@ class Counts:
     kept: int = 0
     read: int = 0
     reused: int = 0
+    drafted: int = 0
+    agreed: int = 0
 
 
 @final
@@ -70,15 +73,15 @@ class Reading:
         return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
-def default_room(model: LanguageModel, widths: Widths) -> Room:
+def default_room(model: LanguageModel, layers: Layers) -> Room:
     """Room for as many full contexts as run at once, as far as a share of the memory that is free now goes."""
-    numbers = sum(heads * (key + value) for heads, key, value in widths)
+    numbers = sum(heads * (key + value) for heads, key, value in layers.widths)
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
     else:
         free = psutil.virtual_memory().available
     room = Room(tokens=1)
-    most = room.rows * (model.context_tokens or LONGEST)
+    most = room.rows * room.held(model.context_tokens or LONGEST, layers.window)
     tokens = min(most, int(SHARE * free) // (numbers * model.dtype.itemsize))
     return replace(room, tokens=max(tokens, room.page))
 
@@ -120,11 +123,11 @@ class Reader(ABC):
 class PagedReader(Reader):
     """One flat pass a step, keys in pages. `mixed` batches name the adapter of each row, "" being the base alone."""
 
-    def __init__(self, model: LanguageModel, room: Room, widths: Widths, *, mixed: bool) -> None:
+    def __init__(self, model: LanguageModel, room: Room, layers: Layers, *, mixed: bool) -> None:
         self.model = model
-        self.scheduler = Scheduler(room)
+        self.scheduler = Scheduler(room, window=layers.window)
         self.mixed = mixed
-        self.cache = Cache(widths, pages=room.pages, size=room.page, dtype=model.dtype, device=model.device)
+        self.cache = Cache(layers.widths, pages=room.pages, size=room.page, dtype=model.dtype, device=model.device)
         self._roots: dict[str, Root | None] = {}
         self._read = 0
 
@@ -203,9 +206,8 @@ class PagedReader(Reader):
 
     def _rows(self, each: Continuation, start: int, stop: int) -> Tensor:
         places, size = np.arange(start, stop), self.cache.size
-        first = start // size
-        pages = np.array(each.pages[first : -(-stop // size)], dtype=np.int64)
-        return torch.from_numpy(pages[places // size - first] * size + places % size).to(self.model.device)
+        pages = np.array(each.pages, dtype=np.int64)
+        return torch.from_numpy(pages[places // size - each.passed] * size + places % size).to(self.model.device)
 
     def _hidden(self, parts: Sequence[Part]) -> tuple[Float[Tensor, "m d"], dict[int, slice]]:
         """The final states that somebody looks at, and which of them are whose, by the part's identity.
@@ -227,7 +229,8 @@ class PagedReader(Reader):
             start, looked = start + count, looked + kept
         texts = paged(
             [part.continuation.pages for part in parts],
-            [part.stop for part in parts],
+            # What its windows have passed is not there: who sees whom is a matter of distances.
+            [part.stop - part.continuation.passed * self.cache.size for part in parts],
             [part.stop - part.start for part in parts],
             self.cache,
         )

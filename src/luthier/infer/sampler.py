@@ -68,6 +68,12 @@ class Chooser:
             self._bound, self._asked = self._asked_for(vocabulary), True
         return self._bound
 
+    def ahead(self) -> Chooser:
+        """One that begins where this one is and goes on by itself, with the same random numbers and without a guide."""
+        other = Chooser(self.sampling, self._in_prompt)
+        other.said, other.counts, other._key = list(self.said), dict(self.counts), self._key
+        return other
+
     def take(self, said: Said) -> None:
         """Remember the token that comes next."""
         token = said.token

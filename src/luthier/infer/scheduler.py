@@ -4,6 +4,8 @@ Idea: whoever is speaking goes on, a token each; what is left of a pass goes to 
 new ones come in while there are pages for all of their prompt. Nobody waits for others to end. When pages run out, the
 one that came last gives all of its own back and reads again later; most of it is then still there, by name.
 A prompt whose beginning another one is just about to read waits for it, and then finds it there.
+Where every layer of a model sees no further back than a window, a text holds the pages that its next token may see; the
+others are free while it grows.
 Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agrawal et al., arXiv 2308.16369; preemption
     by recomputation: Kwon et al., arXiv 2309.06180, section 4.5.
 """
@@ -45,6 +47,16 @@ class Room:
         """How many pages there are."""
         return -(-self.tokens // self.page)
 
+    def held(self, places: int, window: int | None) -> int:
+        """How much room a text of so many places takes at most, in whole pages; with a window it is what is seen."""
+        most = places if window is None else min(places, window + self.pass_tokens + self.page - 2)
+        return -(-most // self.page) * self.page
+
+    def holds(self, places: int, window: int | None) -> bool:
+        """Whether a text of so many places can be read in this room, if need be in small pieces."""
+        least = places if window is None else min(places, window + self.page - 1)
+        return -(-least // self.page) <= self.pages
+
 
 @final
 @dataclass(frozen=True)
@@ -72,8 +84,9 @@ class Part:
 class Scheduler:
     """Continuations that wait and that run, and their pages."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, *, window: int | None = None) -> None:
         self.room = room
+        self.window = window
         self.pages = Pages(room.pages, room.page)
         self.waiting: deque[Continuation] = deque()
         self.running: list[Continuation] = []
@@ -87,20 +100,22 @@ class Scheduler:
         for each in list(self.running):
             behind = each.length - each.done
             # Whoever was put back to make room for an earlier one is not there any more.
-            if each in self.running and behind == 1 and left and self._grow(each):
+            if each in self.running and behind == 1 and left and self._grow(each, each.length):
                 parts.append(Part(each, each.done, each.length))
                 left -= 1
         parts = self._drafted([part for part in parts if part.continuation in self.running])
         left = self.room.pass_tokens - sum(part.stop - part.start for part in parts)
-        for each in self.running:
-            if each.length - each.done > 1 and left:
-                stop = min(each.length, each.done + left)
-                parts.append(Part(each, each.done, stop))
-                left -= stop - each.done
+        for each in list(self.running):
+            if each in self.running and each.length - each.done > 1 and left:
+                stop = self._stop(each, left)
+                if self._grow(each, stop):
+                    parts.append(Part(each, each.done, stop))
+                    left -= stop - each.done
+        parts = [part for part in parts if part.continuation in self.running]
         while left and self.waiting:
             new = self._admitted() if len(self.running) < self.room.rows else None
             if new is not None:
-                stop = min(new.length, new.done + left)
+                stop = self._stop(new, left)
                 parts.append(Part(new, new.done, stop))
                 left -= stop - new.done
             elif parts or not self.running:
@@ -118,15 +133,18 @@ class Scheduler:
         self.found(part.continuation)
 
     def found(self, each: Continuation) -> None:
-        """Its full pages can be found by their names from now on."""
+        """Its full pages can be found by their names from now on, and what it sees no more is free."""
         size = self.room.page
         while (len(each.names) + 1) * size <= each.done:
             at = len(each.names)
             name = next_name(each.last_name, each.tokens(at * size, (at + 1) * size))
             each.names.append(name)
-            self.pages.name(each.pages[at], name)
+            self.pages.name(each.pages[at - each.passed], name)
             if self._coming.get(name) is each:
                 del self._coming[name]
+        if gone := self._unseen(each.done) - each.passed:
+            self.pages.give_back(each.pages[:gone])
+            each.pages, each.passed = each.pages[gone:], each.passed + gone
 
     def fork(self, source: Continuation, twin: Continuation) -> tuple[int, int] | None:
         """Let `twin`, which says other things, run on from where `source` is: it holds the same pages.
@@ -142,9 +160,10 @@ class Scheduler:
         if len(self.running) >= self.room.rows or (rest and page is None):
             self.waiting.append(twin)
             return None
+        whole -= source.passed
         for each in source.pages[:whole]:
             self.pages.hold(each)
-        twin.pages = source.pages[:whole]
+        twin.pages, twin.passed = source.pages[:whole], source.passed
         twin.names = list(source.names)
         twin.done = source.done
         self.running.append(twin)
@@ -173,24 +192,39 @@ class Scheduler:
         for part in parts:
             each = part.continuation
             draft = each.draft(left) if left > 0 else ()
-            short = -(-(part.stop + len(draft)) // self.room.page) - len(each.pages)
+            short = self._short(each, part.stop + len(draft))
             taken = [self.pages.take() for _ in range(min(short, self.pages.available))]
             each.pages += [page for page in taken if page is not None]
-            draft = draft[: max(0, len(each.pages) * self.room.page - part.stop)]
+            draft = draft[: max(0, (each.passed + len(each.pages)) * self.room.page - part.stop)]
             left -= len(draft)
             found.append(Part(each, part.start, part.stop + len(draft), draft) if draft else part)
         return found
 
-    def _grow(self, each: Continuation) -> bool:
-        """Give it room for one more token, others giving way if need be; False when it had to give way itself."""
-        if each.done < len(each.pages) * self.room.page:
-            return True
-        while (page := self.pages.take()) is None:
-            last = self.running[-1]
-            self._put_back(last)
-            if last is each:
-                return False
-        each.pages.append(page)
+    def _unseen(self, done: int) -> int:
+        """How many of its first pages a text of which `done` places are read sees no more."""
+        return 0 if self.window is None else max(0, done + 1 - self.window) // self.room.page
+
+    def _stop(self, each: Continuation, left: int) -> int:
+        """Up to where it is read next, in a pass that has `left` places."""
+        size, pages = self.room.page, self.room.pages
+        if self.window is not None and each.length > pages * size:
+            # Longer than all room: in pieces that have some beside what they see.
+            left = min(left, max(1, (pages - 1) * size - self.window + 2))
+        return min(each.length, each.done + left)
+
+    def _short(self, each: Continuation, stop: int) -> int:
+        """How many pages it lacks to be read up to a place."""
+        return max(0, -(-stop // self.room.page) - each.passed - len(each.pages))
+
+    def _grow(self, each: Continuation, stop: int) -> bool:
+        """Give it room up to a place, others giving way if need be; False when it had to give way itself."""
+        for _ in range(self._short(each, stop)):
+            while (page := self.pages.take()) is None:
+                last = self.running[-1]
+                self._put_back(last)
+                if last is each:
+                    return False
+            each.pages.append(page)
         return True
 
     def _put_back(self, each: Continuation) -> None:
@@ -200,50 +234,55 @@ class Scheduler:
 
     def _empty(self, each: Continuation) -> None:
         self.pages.give_back(each.pages)
-        each.pages, each.names, each.done = [], [], 0
+        each.pages, each.names, each.done, each.passed = [], [], 0, 0
         for name in [name for name, owner in self._coming.items() if owner is each]:
             del self._coming[name]
 
     def _admitted(self) -> Continuation | None:
-        """The first of the waiting that can come in, with pages for all it has to read; None when none can."""
+        """The first of the waiting that can come in, with pages for what it has to read; None when none can.
+
+        That is all of its text, or its next piece where pages come free while it is read.
+        """
         for each in list(self.waiting):
-            names, found, blocked = self._known(each)
+            names, known, found, blocked = self._known(each)
             if blocked:
                 # Somebody reads what it begins with; the next one may begin with something else.
                 continue
-            short = -(-each.length // self.room.page) - len(found)
+            each.done = known * self.room.page
+            each.pages, each.passed = found, known - len(found)
+            stop = each.length if self.window is None else self._stop(each, self.room.pass_tokens)
+            short = self._short(each, stop)
             if short > self.pages.available:
-                self.pages.give_back(found)
+                self._empty(each)
                 return None
             self.waiting.remove(each)
-            taken = [page for page in (self.pages.take() for _ in range(short)) if page is not None]
-            each.pages, each.names = [*found, *taken], names[: len(found)]
-            each.done = len(found) * self.room.page
+            each.pages += [page for page in (self.pages.take() for _ in range(short)) if page is not None]
+            each.names = names[:known]
             self.reused += max(0, each.done - each.root_tokens)
-            for name in names[len(found) :]:
+            for name in names[known:]:
                 self._coming.setdefault(name, each)
             self.running.append(each)
             return each
         return None
 
-    def _known(self, each: Continuation) -> tuple[list[Name], list[int], bool]:
-        """The names of all pages it will fill by reading, pages that hold the first of them, now held by it too, and
-        whether another one is about to read the next."""
+    def _known(self, each: Continuation) -> tuple[list[Name], int, list[int], bool]:
+        """The names of all pages it will fill by reading, how many of the first it need not read, pages that hold what
+        is seen of them, now held by it too, and whether another one is about to read the next."""
         size = self.room.page
         names: list[Name] = []
         # The last token is always read: the next one is predicted from it.
         for at in range((each.length - 1) // size):
             name = next_name(names[-1] if names else each.last_name, each.tokens(at * size, (at + 1) * size))
             names.append(name)
-        found: list[int] = []
         if each.wants_prompt:
-            return names, found, False
-        for name in names:
-            page = self.pages.find(name)
-            if page is None:
-                if name in self._coming:
-                    self.pages.give_back(found)
-                    return names, [], True
-                break
-            found.append(page)
-        return names, found, False
+            return names, 0, [], False
+        known = there = 0
+        for count, name in enumerate(names, 1):
+            there = there + 1 if name in self.pages else 0
+            if there >= count - self._unseen(count * size):
+                known = count
+        if known < len(names) and names[known] in self._coming:
+            return names, 0, [], True
+        seen = names[self._unseen(known * size) : known]
+        found = [page for page in map(self.pages.find, seen) if page is not None]
+        return names, known, found, False

@@ -22,6 +22,7 @@ from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
+from luthier.infer.drafts import Drafting, from_the_text
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.infer.text import TextStream
@@ -66,15 +67,17 @@ class Opened:
     tokenizer: Tokenizer
     renderer: Renderer
     stop_ids: tuple[int, ...]
+    drafting: Drafting = from_the_text
 
     @property
     def engine(self) -> Engine:
         """A new engine for this model."""
-        return Engine(self.model, decode=self.tokenizer.decode)
+        return Engine(self.model, decode=self.tokenizer.decode, drafting=self.drafting)
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """The text of an answer as it grows. Raises what the request has failed with."""
-        engine = self.engine
+    def stream(self, request: Request, engine: Engine | None = None) -> Iterator[str]:
+        """The text of an answer as it grows, from an engine with nothing else to do. Raises what the request has failed
+        with."""
+        engine = engine or self.engine
         engine.add(request)
         text = self._text_stream(request.sampling.stop)
         while engine.busy:

@@ -43,13 +43,13 @@ def reference_of(recipe: FinetuneRecipe, data: Prepared, *, base: LanguageModel 
 
 def require_same_tokens(teacher: str, one: Tokenizer, student: str, other: Tokenizer) -> None:
     """Raise RecipeError unless each token of the student is the same token of the teacher."""
-    theirs, ours = one.raw.get_vocab(), other.raw.get_vocab()
-    if theirs == ours:
+    differing = one.differing(other)
+    if not differing:
         return
-    differing = sorted(token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token))
     raise RecipeError(
-        f"the teacher {teacher} has {len(theirs):,} tokens and {student} {len(ours):,}; {len(differing):,} of them are "
-        f"others or stand elsewhere, such as {', '.join(map(repr, differing[:3]))}",
+        f"the teacher {teacher} has {len(one.raw.get_vocab()):,} tokens and {student} "
+        f"{len(other.raw.get_vocab()):,}; {len(differing):,} of them are others or stand elsewhere, such as "
+        f"{', '.join(map(repr, differing[:3]))}",
         allowed="a teacher with the student's vocabulary, such as a larger model of its family",
         do="let the teacher answer the prompts, and train sft on its answers",
     )

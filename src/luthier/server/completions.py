@@ -51,7 +51,8 @@ class _Prompt:
         self.body = body
         self.asked = asked
         self.first = first
-        self.voices = voices_of(serving, asked, every=bool(body.return_tokens_as_token_ids))
+        # Who scores a prompt counts from its end too, as evaluation harnesses do: a silent stop is told there as well.
+        self.voices = voices_of(serving, asked, every=bool(body.return_tokens_as_token_ids or body.echo))
         # The mark that begins a text is ours where the prompt came as text: neither it nor its place is told.
         ours = _is_text(body) and serving.tokenizer.adds_bos
         self.scores: list[Said | int] = [] if ours else [int(token) for token in asked.prompt[:1]]

@@ -78,10 +78,12 @@ def status_of(error: LuthierError) -> tuple[int, str]:
 def body_of(error: LuthierError, *, param: str | None = None) -> dict[str, Any]:
     """An error as the API tells it."""
     # The advice of these categories is for the command line.
-    message, where = str(error) if error.code in ("recipe", "data", "template") else error.told(), error.where
+    plain = error.code in ("recipe", "data", "template", "refused")
+    message, where = str(error) if plain else error.told(), error.where
     if isinstance(error, (StorageError, RefusedError)):
-        # Where our files are is nobody's business: of a path the end stays.
-        message, where = _FOLDERS.sub("", message), ""
+        where = ""
+    # Where our files are is nobody's business: of a path the end stays.
+    message = _FOLDERS.sub("", message)
     return told(message, code=error.code, kind=status_of(error)[1], param=param or where or None)
 
 
@@ -125,6 +127,9 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
     if first["type"] == "json_invalid":
         why = dict(first.get("ctx", {})).get("error", first["msg"])
         message = f"the body is no JSON: {why} at character {place[-1] if place else '?'}"
+        return JSONResponse(told(message, code="invalid_parameter"), 400)
+    if first["type"] == "model_attributes_type" and not place:
+        message = "the body is no JSON object; send one, with Content-Type: application/json"
         return JSONResponse(told(message, code="invalid_parameter"), 400)
     if first["type"] == "missing":
         return JSONResponse(told(f"{param or 'the body'} is missing", code="missing_parameter", param=param), 400)

@@ -9,7 +9,7 @@ from typing import final
 
 from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
-from luthier.infer.cache import widths_of
+from luthier.infer.cache import layers_of
 from luthier.infer.engine import Engine
 from luthier.infer.reader import Counts, default_room
 from luthier.infer.request import News, Request
@@ -129,5 +129,5 @@ def _is_encoder(wanted: Wanted) -> bool:
 
 
 def _room(model: LanguageModel, tokens: int | None) -> Room:
-    found = default_room(model, widths_of(model.module))
+    found = default_room(model, layers_of(model.module))
     return found if tokens is None else replace(found, tokens=tokens)
