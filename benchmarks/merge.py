@@ -6,7 +6,9 @@ The first checkpoint is the prepared model of 494 million parameters in bfloat16
 random change of a fifth of its spread is added to every tensor. Each merge of each repetition is a process of its own,
 in turn (A B A B), on files that were read once before. Wall seconds, CPU seconds and the peak of resident memory of the
 process are measured, and how long it takes until the result is durable: luthier waits for that before it ends, mergekit
-does not, so its files are synced here and that time is told apart. One JSON line a process goes to HOME/merge.jsonl.
+does not, so its files are synced here and that time is told apart. mergekit does not hold its result against anything:
+luthier is measured without its gate of logits (`--set parity=none`), and with it. One JSON line a process goes to
+HOME/merge.jsonl.
 The two results must have equal numbers up to one step of bfloat16. Where two products all but cancel, the steps of the
 small rest are finer than float32 computes: such numbers are told apart, and must agree to 1e-6 of the tensor's largest
 number.
@@ -83,7 +85,8 @@ def recipe(method: str, first: Path, other: Path) -> dict[str, Any]:
 
 def commands(home: Path, recipe_path: Path, out: Path) -> dict[str, list[str]]:
     """The command of each system; mergekit's only where it is installed."""
-    found = {"luthier": [sys.executable, "-c", LUTHIER, "merge", str(recipe_path), "--out", str(out), "--quiet"]}
+    whole = [sys.executable, "-c", LUTHIER, "merge", str(recipe_path), "--out", str(out), "--quiet"]
+    found = {"luthier": [*whole, "--set", "parity=none"], "luthier, gate": whole}
     peer = home / "venv-mergekit" / "bin" / "mergekit-yaml"
     if peer.exists():
         found["mergekit"] = [str(peer), str(recipe_path), str(out), "--quiet"]

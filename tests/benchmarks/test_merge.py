@@ -32,10 +32,10 @@ def test_the_recipe_is_one_that_luthier_takes(merge: ModuleType, method: str) ->
 
 
 def test_a_peer_is_measured_only_where_it_is(merge: ModuleType, tmp_path: Path) -> None:
-    assert set(merge.commands(tmp_path, tmp_path / "r", tmp_path / "o")) == {"luthier"}
+    assert set(merge.commands(tmp_path, tmp_path / "r", tmp_path / "o")) == {"luthier", "luthier, gate"}
     (tmp_path / "venv-mergekit/bin").mkdir(parents=True)
     (tmp_path / "venv-mergekit/bin/mergekit-yaml").write_text("")
-    assert len(merge.commands(tmp_path, tmp_path / "r", tmp_path / "o")) == 3
+    assert len(merge.commands(tmp_path, tmp_path / "r", tmp_path / "o")) == 4
 
 
 def test_numbers_are_compared_in_steps_of_bfloat16(merge: ModuleType, tmp_path: Path) -> None:

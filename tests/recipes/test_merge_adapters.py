@@ -54,7 +54,8 @@ def test_side_by_side_is_what_peft_computes_of_both(llama: Path, adapters: list[
     assert parity == found["parity"] and parity["passed"] and parity["max_difference"] < 1e-3 and parity["cut"] is None
     card = (out / CARD).read_text()
     for part in ("--method cat --weight 0.7 --weight 0.4 --out out", "| `0` | 0.7 | adapter `", "library_name: peft",
-                 "| greedy agreement | 100.0 % of the tokens |", f"It needs its base, `{llama.name}`"):  # fmt: skip
+                 "| greedy agreement | 100.0 % of the tokens |",
+                 f"a merge of adapters of `{llama.name}` by `cat`"):  # fmt: skip
         assert part in card, part
     assert "/tmp" not in card and "What the rank costs" not in card
     model = AutoModelForCausalLM.from_pretrained(llama)

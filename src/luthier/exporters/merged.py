@@ -10,7 +10,8 @@ Equation: W' = round(W + dW) at each site; files of at most `shard_gb` gigabytes
 
 Source: transformers' save_pretrained (shards, index); model/old_keys.py for the keys of both lines.
 
-Cost: the bytes of the model, once on disk; in memory the model itself, and one file's tensors while it is written.
+Cost: the bytes of the model, once on disk; in memory the model itself, which is asked before it is written, and one
+tensor of the files. A model that is larger than memory is merged row by row: luthier merge RUN --method passthrough.
 
 Use when: the model shall be served, quantized, merged with others or handed on as a whole.
 
@@ -19,19 +20,25 @@ Not when: one base serves many adapters (peft), or another program wants its own
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, final
 
 import torch
 from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from luthier.exporters import Exporter, Subject, Told
 from luthier.model.adapter_files import save_extras
 from luthier.model.json_files import read_object, write_object
-from luthier.model.load import without_bars
 from luthier.model.old_keys import with_old_keys
 from luthier.model.parity import Side
 from luthier.model.parity_sides import folder_side
+from luthier.model.shards import ShardWriter, Slot
 from luthier.model.texts_beside import save_texts
 
 _USE = """```python
@@ -68,13 +75,23 @@ class Merged(Exporter):
         """Weights, config, tokenizer, template and stop tokens."""
         model, module = subject.model, subject.model.module
         told(f"writing weights in {str(self.dtype(subject)).removeprefix('torch.')}")
-        module.to(self.dtype(subject))
-        with without_bars(local=True):
-            module.save_pretrained(place, max_shard_size=int(self.shard_gb * 1e9))
+        self._write_weights(module, place, self.dtype(subject))
+        config = copy.deepcopy(module.config)
+        config.dtype, config.architectures = str(self.dtype(subject)).removeprefix("torch."), [type(module).__name__]
+        config.save_pretrained(place)
         write_object(place / "config.json", with_old_keys(read_object(place / "config.json")))
         save_texts(place, model, subject.tokenizer, chat_template=subject.chat_template, stop_ids=subject.stop_ids)
         save_extras(place, {"base": subject.base,
                             "task": {"name": model.task.name, "classes": list(model.task.classes)}})  # fmt: skip
+
+    def _write_weights(self, module: PreTrainedModel, place: Path, dtype: torch.dtype) -> None:
+        """One tensor after another, in the type and under the names of the files; only one is copied at a time."""
+        tensors = _saved(module)
+        slots = {name: Slot(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+                 for name, tensor in tensors.items()}  # fmt: skip
+        with ShardWriter(place, slots, shard_bytes=int(self.shard_gb * 1e9)) as writer:
+            for name in writer.order:
+                writer.write(name, tensors[name].to("cpu", slots[name].dtype))
 
     def read(self, subject: Subject, place: Path) -> Side:
         """The folder as `luthier` and transformers load it; computed in the precision of the source."""
@@ -86,3 +103,11 @@ class Merged(Exporter):
         """Loading it with transformers, and with luthier where it says text."""
         use = _USE.format(kind=_KINDS[subject.model.task.name])
         return use + ("\nOr `luthier generate FOLDER --prompt \"...\"`.\n" if subject.model.task.speaks else "")
+
+
+def _saved(module: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The tensors that its files hold, by their names there: a tied one once, and fused ones apart."""
+    held = {name: tensor for name, tensor in module.state_dict().items()
+            if name not in (module._keys_to_ignore_on_save or ())}  # fmt: skip
+    found: Mapping[str, Tensor] = revert_weight_conversion(module, remove_tied_weights_from_state_dict(held, module))
+    return found

@@ -10,7 +10,7 @@ Cost: two more reads of each parent and one of the result; the products of a for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,12 +75,15 @@ class Parity:
         return {**self.report.as_dict(), "passed": None if self.why_not else self.report.passed, **told}
 
 
-def parity(merge: Merge, place: Path, questions: Questions) -> Parity:
+def parity(
+    merge: Merge, place: Path, questions: Questions, *, noticed: Callable[[str], None] = lambda _line: None
+) -> Parity:
     """What was measured of the folder `place`. Raises GateError where it is not the merge of its parents.
 
-    Parents that are no causal language models of the zoo are asked for no logits, and it says why.
+    Parents that are no causal language models of the zoo are asked for no logits, and it says why; `noticed` hears why
+    no rows could be rendered.
     """
-    renderer, stop_ids = _texts_of(merge.parents[0])
+    renderer, stop_ids = _texts_of(merge.parents[0], noticed)
     their_renderer, their_stop_ids = _texts_in(place, needed=renderer is not None)
     model, why_not = _anew(merge, place)
     asked = replace(questions, prompts=()) if why_not else _cut(questions, merge)
@@ -198,14 +201,15 @@ def _cut(questions: Questions, merge: Merge) -> Questions:
     return replace(questions, prompts=tuple(prompts))
 
 
-def _texts_of(parent: Parent) -> Texts:
-    """What a parent speaks with. A tokenizer that is only in a form we do not read compares no rows."""
+def _texts_of(parent: Parent, noticed: Callable[[str], None]) -> Texts:
+    """What a parent speaks with. A tokenizer or a template that we do not read compares no rows."""
     path, named = parent.texts.find(TOKENIZER), parent.find(GENERATION)
     if path is None:
         return None, None
     try:
         renderer, stop_ids = folder_texts(path.parent, Reading())
-    except LuthierError:
+    except LuthierError as failure:
+        noticed(f"no rows were rendered with the texts of {parent.name} ({failure.received:.200})")
         return None, None
     return renderer, stop_ids if named is None else stop_ids | read_stop_ids(named.parent)
 

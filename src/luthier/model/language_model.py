@@ -309,7 +309,7 @@ class LanguageModel:
                 f"{training[0]!r} trains the weights that {name!r} would be folded into",
                 do=f"merge or detach {training[0]!r} first",
             )
-        merged = merging.merge(self.module, attachment, digest=self.digest, beside=beside)
+        merged = merging.merge(self.module, attachment, digest=self.digest, beside=beside, keep=reversible)
         del self.attachments[name]
         self._terms.forget([name])
         self.digest = merging.merged_digest(self.digest, attachment)

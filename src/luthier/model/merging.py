@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,8 @@ from luthier.model.edits import (
     module_at,
 )
 from luthier.model.packed import PackedWeight
+
+_BESIDE: Final = "keep the adapter beside them"
 
 
 @final
@@ -82,18 +85,25 @@ class Merged:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, attachment: Attachment, *, digest: str, beside: frozenset[str] = frozenset()) -> Merged:
+def merge(
+    model: nn.Module, attachment: Attachment, *, digest: str, beside: frozenset[str] = frozenset(), keep: bool = True
+) -> Merged:
     """Fold the edits into the base weights and take the attachment off.
 
-    `digest` is that of the base, `beside` names the other attachments. Raises RecipeError when an edit cannot be folded
+    `digest` is that of the base, `beside` names the other attachments. Where nobody wants to `keep` what stood there,
+    it goes weight by weight, and no two copies of the model are held. Raises RecipeError when an edit cannot be folded
     (a learned root, an inserted layer, an edit around that of an earlier attachment), before anything has changed.
     """
     rounding = Rounding()
-    folded = _folded(model, attachment, rounding)
+    _require_innermost(model, attachment)
+    if not keep and (part := unmergeable(model, attachment)):
+        raise RecipeError(f"{part} cannot be merged into weights", do=_BESIDE)
+    folding = _folding(model, attachment, rounding)
+    folded = list(folding) if keep else []
     kept = tuple((module, dict(module._parameters)) for module, _ in folded)
     trained = tuple(attachment.named_parameters().values())
     found = Merged(attachment, attachment.enabled, digest, trained, _present(kept), beside, rounding)
-    for module, parameters in folded:
+    for module, parameters in folded if keep else folding:
         for name, parameter in parameters.items():
             module.register_parameter(name, parameter)
     if not attachment.enabled:
@@ -145,34 +155,46 @@ def unmergeable(model: nn.Module, attachment: Attachment) -> str:
     return ""
 
 
-Folded = list[tuple[nn.Module, dict[str, nn.Parameter]]]
+def _require_innermost(model: nn.Module, attachment: Attachment) -> None:
+    """Raise RecipeError for an edit that computes on top of another attachment's."""
+    for edit in attachment.edits:
+        module = module_at(model, edit.site_name) if isinstance(edit, SiteEdit) else None
+        if isinstance(module, EditedModule) and (first := next(iter(module.edits))) != attachment.name:
+            raise RecipeError(
+                f"{attachment.name!r} computes on top of {first!r} at {edit.site_name}",
+                do=f"merge or detach {first!r} first",
+            )
 
 
-def _folded(model: nn.Module, attachment: Attachment, rounding: Rounding) -> Folded:
+def _folding(
+    model: nn.Module, attachment: Attachment, rounding: Rounding
+) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
     """New parameters for every module with an edit, in the form of the old ones; only one is float32 at a time."""
-    folded: Folded = []
-    made: dict[int, nn.Parameter] = {}
+    # What several modules share is kept until the end: another tensor could get its id.
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}
+    shared = _shared_weights(model, attachment)
     for edit in attachment.edits:
         if isinstance(edit, TrainedParameters):
             continue
         module = module_at(model, edit.site_name) if isinstance(edit, SiteEdit) else None
         result = None
         if isinstance(edit, SiteEdit) and isinstance(module, EditedModule):
-            first = next(iter(module.edits))
-            if first != attachment.name:
-                raise RecipeError(
-                    f"{attachment.name!r} computes on top of {first!r} at {edit.site_name}",
-                    do=f"merge or detach {first!r} first",
-                )
             result = _with_edit(edit, module.base, rounding)
         if result is None or not isinstance(module, EditedModule):
-            raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do="keep the adapter beside them")
-        # A tied head and embedding that were changed alike stay one parameter.
-        twin = made.setdefault(id(module.weight), result["weight"])
-        if twin is not result["weight"] and torch.equal(twin, result["weight"]):
-            result["weight"] = twin
-        folded.append((module.base, result))
-    return folded
+            raise RecipeError(f"{type(edit).__name__} cannot be merged into weights", do=_BESIDE)
+        if id(module.weight) in shared:
+            # A tied head and embedding that were changed alike stay one parameter.
+            _, twin = made.setdefault(id(module.weight), (module.weight, result["weight"]))
+            if torch.equal(twin, result["weight"]):
+                result["weight"] = twin
+        yield module.base, result
+
+
+def _shared_weights(model: nn.Module, attachment: Attachment) -> set[int]:
+    """The ids of weights that more than one module with an edit has."""
+    modules = [module_at(model, edit.site_name) for edit in attachment.edits if isinstance(edit, SiteEdit)]
+    counts = Counter(id(module.weight) for module in modules if isinstance(module, EditedModule))
+    return {number for number, count in counts.items() if count > 1}
 
 
 def _with_edit(edit: SiteEdit, module: nn.Module, rounding: Rounding) -> dict[str, nn.Parameter] | None:

@@ -43,6 +43,8 @@ SHARD_BYTES: Final = 5 * 10**9
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 _SYNC: Final = 1 << 27
 """Bytes after which a file is made durable beside the writing, so that not all of it is left for the end."""
+_FIRST: Final = 1 << 25
+"""The same for the first time: until then the disk has nothing to do."""
 _ALIGN: Final = 8
 _AGAIN: Final = "fetch the model again"
 
@@ -197,16 +199,22 @@ class ShardWriter:
             raise IndexError(f"row {first} and {len(flat):,} bytes, {name} has {slot.bytes:,}")
         self._owner[name].write(name, memoryview(flat.numpy().data), begin)
 
-    def finish(self) -> None:
-        """Write the index and make everything durable. Raises ValueError where a tensor has not been written."""
-        for file in self._files:
-            self.entries[file.path.name] = file.finish()
+    def settle(self) -> None:
+        """Write the index and begin to make everything durable; the files can be read meanwhile."""
         if len(self._files) > 1:
             where = {name: self._owner[name].path.name for name in sorted(self._slots)}
             total = sum(slot.bytes for slot in self._slots.values())
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
             with explained("write", self._folder / INDEX):
                 (self._folder / INDEX).write_text(text, encoding="utf-8")
+        for file in self._files:
+            file.settle()
+
+    def finish(self) -> None:
+        """Wait until everything is durable. Raises ValueError where a tensor has not been written."""
+        self.settle()
+        for file in self._files:
+            self.entries[file.path.name] = file.finish()
 
     def _close(self) -> None:
         for file in self._files:
@@ -264,9 +272,9 @@ class _File:
         self.size = len(header) + max((place.end for place in places.values()), default=0)
         self._begins = {name: len(header) + place.begin for name, place in places.items()}
         self._missing = {name: slot.bytes for name, slot in slots.items()}
-        self._digest, self._hashed, self._synced = hashlib.sha256(), 0, 0
+        self._digest, self._hashed, self._synced = hashlib.sha256(), 0, _FIRST - _SYNC
         self._lock, self._syncing = Lock(), ThreadPoolExecutor(1, "sync")
-        self._sync: Future[None] | None = None
+        self._syncs: list[Future[None]] = []
         with explained("write", path, needed_bytes=self.size):
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
@@ -300,9 +308,16 @@ class _File:
         with self._lock:
             if in_order:
                 self._hashed = offset
-            if self._hashed - self._synced >= _SYNC and (self._sync is None or self._sync.done()):
-                self._synced = self._hashed
-                self._sync = self._syncing.submit(os.fdatasync, self._number)
+            due = self._hashed - self._synced >= _SYNC and all(sync.done() for sync in self._syncs)
+        if due:
+            self.settle()
+
+    def settle(self) -> None:
+        """Begin to make durable what has been written."""
+        with self._lock:
+            self._synced = self._hashed
+            # All are kept: the system tells of a lost page once.
+            self._syncs.append(self._syncing.submit(os.fdatasync, self._number))
 
     def finish(self) -> Entry:
         """Make the file durable; its size and digest."""
@@ -310,8 +325,8 @@ class _File:
         if lacking:
             raise ValueError(f"{self.path.name}: {len(lacking)} tensors are not whole, {lacking[0]} among them")
         with explained("write", self.path, needed_bytes=self.size):
-            if self._sync is not None:
-                self._sync.result()
+            for sync in self._syncs:
+                sync.result()
             os.fsync(self._number)
         with explained("read", self.path):
             while self._hashed < self.size:

@@ -146,13 +146,14 @@ def merge_models(
             writer = ShardWriter(place, opening.plan.slots, shard_bytes=int(recipe.shard_gb * GIGA))
             with ThreadPoolExecutor(recipe.threads, "digest") as beside, writer:
                 reports = stream(opening.parents, opening.plan, writer, opening.room, told=told)
-                # Taken while the disk catches up with what was written.
+                # While the disk catches up with what was written.
+                writer.settle()
                 digests = [beside.submit(parent.digests) for parent in opening.parents]
+                found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["notices"] += write_beside(
                 place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
                 slices=opening.wanted.slices, united=opening.united,
             )  # fmt: skip
-            found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["parity"] = _parity(opening, place, found["notices"].append)
             found["evaluation"] = None if gate is None else gate.judge(place, scores)
             found.update(_summary(reports))

@@ -25,9 +25,8 @@ from luthier.merge.lora import CONFIG, PREFIX, TENSORS, Factors, config_of, pair
 from luthier.mergers import Merger
 from luthier.model.json_files import read_object, write_object
 from luthier.model.weight_files import folder_digest
-from luthier.recipes.card_parts import CARD, PARITY, nameless
+from luthier.recipes.card_parts import CARD, PARITY
 from luthier.recipes.merge_card import CardFacts, ParentFacts, merge_card
-from luthier.recipes.merge_parity import parity_of_adapters
 from luthier.store.folder import write_folder
 from luthier.store.runs import RunDirectory, is_run
 
@@ -96,8 +95,9 @@ def merge_adapters(knobs: AdapterKnobs, out: Path) -> dict[str, Any]:
     config = {**config_of(folders[0]), "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {},
               "alpha_pattern": {}, "target_modules": sorted(found)}  # fmt: skip
     told: dict[str, Any] = {
-            "method": knobs.method, "adapters": [str(folder) for folder in folders], "weights": list(knobs.weights),
-            "folder": str(out), "modules": len(found), "rank": rank, "lost": share_lost(list(found.values()))}
+        "method": knobs.method, "adapters": [str(folder) for folder in folders], "weights": list(knobs.weights),
+        "folder": str(out), "modules": len(found), "rank": rank, "lost": share_lost(list(found.values())),
+    }  # fmt: skip
 
     def write(place: Path) -> None:
         tensors = {}
@@ -111,6 +111,9 @@ def merge_adapters(knobs: AdapterKnobs, out: Path) -> dict[str, Any]:
         for name in (EXTRAS, GENERATION):
             if (folders[0] / name).is_file():
                 write_object(place / name, read_object(folders[0] / name))
+        # It brings the model zoo, which takes seconds: not where a merge is only planned.
+        from luthier.recipes.merge_parity import parity_of_adapters
+
         told["parity"] = parity_of_adapters(knobs.adapters[0], folders[0], joining, found, place)
         write_object(place / PARITY, told["parity"])
         (place / CARD).write_text(merge_card(_card(knobs, folders, told)), encoding="utf-8")
@@ -178,8 +181,8 @@ def _card(knobs: AdapterKnobs, folders: Sequence[Path], told: Mapping[str, Any])
         method=knobs.method,
         evaluation=None,
         parity=parity,
-        notices=[f"It needs its base, `{nameless(parity['base'])}`."],
-        adapter=True,
+        notices=(),
+        base=parity["base"],
         more=_of_cut(told),
     )  # fmt: skip
 

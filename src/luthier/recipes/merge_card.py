@@ -48,7 +48,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{title}")
 ```
 
-Or `luthier generate BASE --adapter {title} --prompt "..."`.
+Or `luthier generate {base} --adapter {title} --prompt "..."`.
 """
 
 
@@ -68,8 +68,8 @@ class ParentFacts:
 class CardFacts:
     """What a card tells. `command` made it, with the values of `recipe` in a file where there are any.
 
-    `architecture` is the class that the config names; `adapter` says that the result is one. `more` are the method's
-    own figures.
+    `architecture` is the class that the config names; an adapter has a `base` instead, on which it is used. `more` are
+    the method's own figures.
     """
 
     title: str
@@ -81,19 +81,20 @@ class CardFacts:
     parity: Mapping[str, Any]
     notices: Sequence[str]
     architecture: str = ""
-    adapter: bool = False
+    base: str = ""
     more: str = ""
 
 
 def merge_card(facts: CardFacts) -> str:
     """The card in Markdown."""
-    known = {parent.name: told_of_base(parent.name) for parent in facts.parents}
+    names = [*(parent.name for parent in facts.parents), *([facts.base] if facts.base else [])]
+    known = {name: told_of_base(name) for name in names}
     shown = _shown(known)
-    what = "adapters of one base" if facts.adapter else "models"
+    what = f"adapters of `{shown[facts.base]}`" if facts.base else "models"
     parts = [
         headed(facts.title, _front(facts, known)),
         f"This is a merge of {what} by `{facts.method}`, made by luthier {metadata.version('luthier')}.\n",
-        _use(facts),
+        _use(facts, shown),
         _parents(facts.parents, known, shown),
         _recipe(facts, shown),
         _evaluation(facts.evaluation, shown),
@@ -107,20 +108,21 @@ def merge_card(facts: CardFacts) -> str:
 
 def _front(facts: CardFacts, known: Mapping[str, BaseFacts]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if bases := [name for name, each in known.items() if each.on_hub]:
-        found |= {"base_model": bases, "base_model_relation": "merge"}
+    bases = [name for name, each in known.items() if each.on_hub and (name == facts.base or not facts.base)]
+    if bases:
+        found |= {"base_model": bases, "base_model_relation": "adapter" if facts.base else "merge"}
     licenses = {each.license for each in known.values()}
     if len(licenses) == 1 and "" not in licenses:
         found["license"] = licenses.pop()
-    found["library_name"] = "peft" if facts.adapter else "transformers"
-    if facts.adapter or facts.architecture.endswith(_SPEAKS):
+    found["library_name"] = "peft" if facts.base else "transformers"
+    if facts.base or facts.architecture.endswith(_SPEAKS):
         found["pipeline_tag"] = "text-generation"
     return {**found, "tags": ["luthier", "merge"]}
 
 
-def _use(facts: CardFacts) -> str:
-    if facts.adapter:
-        return _USE_ADAPTER.format(title=facts.title)
+def _use(facts: CardFacts, shown: Mapping[str, str]) -> str:
+    if facts.base:
+        return _USE_ADAPTER.format(title=facts.title, base=shown[facts.base])
     return _USE.format(title=facts.title) if facts.architecture.endswith(_SPEAKS) else ""
 
 

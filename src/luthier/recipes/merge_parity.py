@@ -34,7 +34,7 @@ _LONG: Final = 24
 
 def parity_of_models(merge: Merge, place: Path, noticed: Callable[[str], None]) -> dict[str, Any]:
     """What was measured of a merged model. Raises GateError where it is another than the merge of its parents."""
-    return parity(merge, place, _questions(merge.parents[0], noticed)).as_dict()
+    return parity(merge, place, _questions(merge.parents[0], noticed), noticed=noticed).as_dict()
 
 
 def parity_of_adapters(
