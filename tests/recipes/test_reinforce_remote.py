@@ -90,6 +90,7 @@ def test_our_own_server_makes_the_rollouts_of_a_run(llama: Path, server: Running
     assert server.serving.names.all == ["base"] and not list((tmp_path / "adapters").iterdir())
 
 
+@pytest.mark.slow
 def test_where_the_engine_dies_nothing_is_lost(llama: Path, engine: Foreign, tmp_path: Path) -> None:
     """Breaks when a rollout that failed half-way is in the checkpoint, or one that waits in it is sampled again."""
     recipe = recipe_with(llama, tmp_path, engine.url)

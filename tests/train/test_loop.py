@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from luthier.core.errors import NumericError
+from luthier.core.errors import NumericError, StorageError
 from luthier.data.forest import Tree
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
@@ -97,6 +97,26 @@ def test_things_happen_in_their_order() -> None:
         ("evaluation", 5), ("sample", 5), ("checkpoint", 5),
     ]  # fmt: skip
     assert diary.saves == [(2, True), (3, False), (5, False)]
+
+
+def test_where_no_next_step_is_to_be_had_those_before_it_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when steps are lost because somebody who was asked for the next one is away."""
+    plain, left = DataSource.next_step, iter(range(2))
+
+    def dies(self: DataSource) -> list[Tree]:
+        if next(left, None) is None:
+            raise StorageError("nobody answers")
+        return plain(self)
+
+    monkeypatch.setattr(DataSource, "next_step", dies)
+    diary = Diary()
+    with pytest.raises(StorageError, match="nobody answers"):
+        run(Script(), total=5, diary=diary)
+    assert diary.saves == [(2, False)] and diary.abandoned is False
+    nothing = Diary()
+    with pytest.raises(StorageError):
+        run(Script(), total=5, diary=nothing)
+    assert not nothing.saves, "before the first step there is nothing to lose"
 
 
 def test_what_is_counted_and_logged() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, StorageError
 from luthier.core.events import Event
+from luthier.data.forest import Ints
 from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import (
     as_arrays,
@@ -22,7 +24,7 @@ from luthier.data.rollouts import (
     noting,
 )
 from luthier.data.sample import Sample
-from luthier.model.speaker import PolicySampling, Sampling
+from luthier.model.speaker import PolicySampling, Sampling, Spoken
 from luthier.objectives import Objective
 from luthier.objectives.distillation import Distillation
 from luthier.objectives.grpo import GRPO
@@ -396,3 +398,38 @@ def test_the_engine_tells_log_probabilities_at_its_temperature() -> None:
     for said, heat in ((itself, 1.0), (drawn, 0.5)):
         told = torch.log_softmax(logits / heat, -1).gather(1, row[5:, None])[:, 0]
         assert np.allclose(said.log_probs, told, atol=1e-4)
+
+
+class Mortal(rollouts.FakeSpeaker):
+    """A speaker that may be away."""
+
+    away = False
+
+    def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
+        """Nothing, while it is away."""
+        if self.away:
+            raise StorageError("nobody answers")
+        return super().speak(prompts, sampling)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_rollout_that_fails_half_way_leaves_the_source_as_it_was(lag: int) -> None:
+    """Breaks when prompts of a rollout that came to nothing are used up, or one that was sampled ahead is lost."""
+    sources = []
+    for _ in range(2):
+        stepper = rollouts.stepper_for(GRPO())
+        sources.append(rollouts.source_for(stepper, even, plan={"lag": lag}, speaker=Mortal(stepper.model)))
+    plain, broken = sources
+    for step in range(3):
+        assert isinstance(broken.speaker, Mortal)
+        before, broken.speaker.away = (broken.cursor, broken.held()), True
+        for _ in range(2):
+            with pytest.raises(StorageError, match="nobody answers"):
+                broken.next_step()
+        assert broken.cursor == before[0]
+        for name, array in broken.held().items():
+            np.testing.assert_array_equal(array, before[1][name], err_msg=f"{name} after step {step}")
+        broken.speaker.away = False
+        for one, other in zip(plain.next_step(), broken.next_step(), strict=True):
+            for mine, theirs in zip(one.segments, other.segments, strict=True):
+                np.testing.assert_array_equal(mine.tokens, theirs.tokens)
