@@ -10,13 +10,15 @@ import pytest
 from tests.cli.commands import luthier
 
 
-def test_what_grows_on_the_terminal_is_what_json_tells(finished: Path) -> None:
+def test_what_grows_on_the_terminal_is_what_json_tells(finished: Path, llama: Path) -> None:
     """Breaks when the stream drops or repeats a piece."""
     ask = ("generate", finished, "-p", "x", "--max-new-tokens", 12)
     shown = luthier(*ask).must(0).out
     assert shown.removesuffix("\n") == luthier(*ask, "--json").must(0).json["answers"][0]["text"]
     drafted = luthier(*ask, "--drafts", 4).must(0).out
     assert drafted == shown
+    ahead = luthier(*ask, "--draft-model", llama).must(0)
+    assert ahead.out == shown and "tokens were right" in ahead.err
 
 
 def test_equal_prompts_draw_answers_of_their_own(finished: Path) -> None:

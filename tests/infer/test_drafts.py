@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from luthier.infer.sampler import Chooser, choose_drafted
 from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
+from luthier.recipes.drafting import with_draft_model
+from luthier.recipes.opened import open_named
 from tests import forests
 
 
@@ -137,3 +141,15 @@ def test_a_model_that_cannot_draft_is_refused() -> None:
     """Breaks when drafts are asked of a model without pages."""
     with pytest.raises(RecipeError, match="tiny/mamba cannot draft"):
         DraftModel(LanguageModel(forests.mamba(), source="tiny/mamba", digest="m"), vocabulary=128)
+
+
+def test_a_model_of_another_vocabulary_is_refused(tiny_path: Callable[[str], Path]) -> None:
+    """Breaks when the tokens of one model are read as those of another."""
+    opened = open_named(str(tiny_path("llama")))
+    with pytest.raises(RecipeError, match="the draft model seedling has another vocabulary than"):
+        with_draft_model(opened, "seedling")
+    same = with_draft_model(opened, str(tiny_path("qwen2")))
+    plain = Request(prompt=opened.prompt("Hi"), sampling=Sampling(max_new_tokens=6))
+    expected = "".join(opened.stream(plain))
+    engine = same.engine
+    assert "".join(same.stream(replace(plain, drafts=3), engine)) == expected and engine.counts.drafted > 0

@@ -19,5 +19,6 @@ def with_draft_model(opened: Opened, name: str, *, precision: Precision = "auto"
             f"the draft model {name} has another vocabulary than {opened.model.source}: {len(differing):,} tokens are "
             f"others or stand elsewhere, such as {', '.join(map(repr, differing[:3]))}",
             allowed="a model with the same vocabulary, such as a smaller one of the same family",
+            do="leave --draft-model out; --drafts alone drafts by what the text has said",
         )
     return replace(opened, drafting=DraftModel(other.model, vocabulary=opened.model.vocabulary_size))
