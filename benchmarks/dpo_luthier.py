@@ -18,7 +18,7 @@ from luthier.model.load import load_model
 from luthier.objectives import Objective
 from luthier.objectives.dpo import DPO
 from luthier.optimizers.adamw import AdamW
-from luthier.recipes.memory import use_pool
+from luthier.recipes.sizing.memory import use_pool
 from luthier.train.stepper import Stepper
 
 

@@ -22,8 +22,8 @@ from luthier.kernels.pool import bound_caches
 from luthier.model.load import load_model
 from luthier.model.speaker import Sampling
 from luthier.quantizers import Quantizer
-from luthier.recipes.pooled import pool_of
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.pooled import pool_of
+from luthier.recipes.opening.quantized import quantize
 
 
 def make(job: Job) -> Engine:

@@ -27,8 +27,8 @@ from luthier.adapters.full import Full
 from luthier.adapters.lora import LoRA
 from luthier.assets.demo_task import REQUEST, demo_rows
 from luthier.core.paths import cache_folder
-from luthier.model.base_spectra import FOLDER, BaseSpectra
-from luthier.model.pair import pair_of_adapter
+from luthier.model.comparing.base_spectra import FOLDER, BaseSpectra
+from luthier.model.comparing.pair import pair_of_adapter
 from luthier.objectives.language_model import LanguageModelling
 from luthier.optimizers.adamw import AdamW
 from luthier.probes.drift import Drift
@@ -36,8 +36,8 @@ from luthier.probes.effective_rank import EffectiveRank
 from luthier.probes.intruder_dimensions import IntruderDimensions
 from luthier.recipes.demo import grown_on
 from luthier.recipes.measuring import mean_loss
-from luthier.recipes.opened import Opened
-from luthier.recipes.session import load
+from luthier.recipes.opening.opened import Opened
+from luthier.recipes.opening.session import load
 from luthier.store.curves import Axis, tick_text, value_axis
 
 ORDERS, SENTENCES = "orders", "sentences"

@@ -22,8 +22,8 @@ import torch
 
 from luthier.maths.intruders import likeness, shuffled
 from luthier.maths.spectra import Summed
-from luthier.model.base_spectra import BaseSpectra
-from luthier.model.tensor_files import load_tensors
+from luthier.model.comparing.base_spectra import BaseSpectra
+from luthier.model.files.tensor_files import load_tensors
 
 K, EPSILON = 10, 0.5
 

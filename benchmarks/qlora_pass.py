@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from luthier.data.forest import row_tree
-from luthier.recipes.memory import use_pool
-from luthier.recipes.session import load
+from luthier.recipes.opening.session import load
+from luthier.recipes.sizing.memory import use_pool
 
 STEPS = 3
 ROWS, TOKENS = 4, 256

@@ -36,7 +36,7 @@ from luthier.core.child import WAIT_POLICY
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request, Said
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from luthier.server.listen import listen
 from luthier.server.names import Names
 from luthier.server.opening import serve_opened

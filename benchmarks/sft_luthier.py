@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from luthier.core import catalog
 from luthier.data.forest import Tree, row_tree
 from luthier.kernels.pool import bound_caches
-from luthier.model.attachment import Attachment
+from luthier.model.editing.attachment import Attachment
 from luthier.model.load import Precision, load_model
 from luthier.model.packed import packing_of, stored_bytes
 from luthier.objectives.sft import SFT
@@ -23,8 +23,8 @@ from luthier.optimizers.adamw import AdamW
 from luthier.optimizers.paged_adamw import PagedAdamW
 from luthier.quantizers.nf4 import NF4
 from luthier.recipes.graphed import recorded
-from luthier.recipes.memory import use_pool
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
+from luthier.recipes.sizing.memory import use_pool
 from luthier.train.stepper import Stepper
 
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from luthier.recipes.memory import PARTS
-from luthier.recipes.plan import lay
-from luthier.recipes.plan_asked import asked
+from luthier.recipes.planning.asked import asked
+from luthier.recipes.planning.plan import lay
+from luthier.recipes.sizing.memory import PARTS
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "plan.svg"
 CONFIG: Final = {

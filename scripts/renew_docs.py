@@ -28,8 +28,8 @@ from luthier.cli.main import app
 from luthier.core import catalog, errors
 from luthier.core.chosen import Chosen
 from luthier.data.formats import formats
-from luthier.recipes.reinforce_recipe import EngineKnobs, ReinforceRecipe, RolloutKnobs
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.reinforce import EngineKnobs, ReinforceRecipe, RolloutKnobs
 
 HOME = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- begin (\w[\w-]*) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)

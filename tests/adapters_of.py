@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.adapters.lora import LoRA
-from luthier.model.adapter_files import CONFIG, TENSORS, save_adapter
-from luthier.recipes.opened import open_named
+from luthier.model.files.adapter_files import CONFIG, TENSORS, save_adapter
+from luthier.recipes.opening.opened import open_named
 from tests import forests
 
 

@@ -16,7 +16,7 @@ from hypothesis import settings
 from jaxtyping import config as shapes
 
 from luthier.kernels import native_build
-from luthier.recipes import verify
+from luthier.recipes.proving import verify
 from luthier.store.runs import RunDirectory
 from tests.tiny import KINDS, tiny_folder
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from luthier.infer.request import Request
 from luthier.model.speaker import Likely, Sampling
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 
 Answer = tuple[int, Any]
 Said = tuple[list[int], list[float], str, list[Likely]]

@@ -17,13 +17,13 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Exporter, Subject
-from luthier.model import attention
-from luthier.model.adapter_files import fill, save_adapter
+from luthier.model.attending import attention
+from luthier.model.comparing.parity import Heard, ParityReport, Questions, compare, hear
+from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.comparing.sketches import sketched
+from luthier.model.files.adapter_files import fill, save_adapter
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.parity import Heard, ParityReport, Questions, compare, hear
-from luthier.model.parity_sides import ModelSide
-from luthier.model.sketches import sketched
 from tests import forests
 from tests.tiny import VOCABULARY, tiny_tokenizer
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, MambaC
 from luthier.core.events import Event
 from luthier.data.forest import Floats, Forest, Ints, Segment, Tree, row_tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
 from luthier.train.state import LoopState

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from luthier.adapters.lora import LoRA
 from luthier.data.forest import Segment, Tree, pack
-from luthier.model.base_spectra import BaseSpectra
+from luthier.model.comparing.base_spectra import BaseSpectra
+from luthier.model.comparing.pair import Gradients, Pair, Text, pair_of_adapter, pair_of_models
 from luthier.model.language_model import LanguageModel
-from luthier.model.pair import Gradients, Pair, Text, pair_of_adapter, pair_of_models
 from tests import forests
 
 IDS = tuple(np.array([5, 17, 90, 3, 44, 71, 8, 8, 120, step], dtype=np.int32) for step in range(3))

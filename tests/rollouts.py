@@ -17,7 +17,7 @@ from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Answer, Group, Prompt, noting
 from luthier.data.sample import Sample
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 from luthier.model.speaker import Sampling, Spoken
 from luthier.optimizers.adamw import AdamW
 from luthier.rewards import Score

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
 from luthier.model.tasks import AUTO, CAUSAL, SCORES, Task, with_classes

@@ -14,9 +14,9 @@ from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.finetune import start
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from luthier.recipes.progress import progress
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.schedules import Schedule
 
 Knobs = Mapping[str, Any]

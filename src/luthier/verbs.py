@@ -23,19 +23,19 @@ from luthier.mergers import Merger
 from luthier.metrics import Metric
 from luthier.model.load import Precision
 from luthier.probes import Probe
-from luthier.recipes import compare as comparing
-from luthier.recipes import evaluate as evaluating
-from luthier.recipes import export as exporting
-from luthier.recipes import merge as merging
-from luthier.recipes import merge_adapters as merging_adapters
-from luthier.recipes.diagnose import Asked, diagnose
-from luthier.recipes.merge_gate import gate_of
-from luthier.recipes.merge_recipe import from_flags, read_recipe
-from luthier.recipes.mitigate import Scaling
-from luthier.recipes.plan import Machine
-from luthier.recipes.plan_asked import answered, asked, packed_bytes
-from luthier.recipes.plan_inference import plan_inference as plan_answering
-from luthier.recipes.plan_recipe import plan_file
+from luthier.recipes.comparing import compare as comparing
+from luthier.recipes.evaluating import evaluate as evaluating
+from luthier.recipes.exporting import export as exporting
+from luthier.recipes.merging import adapters as merging_adapters
+from luthier.recipes.merging import merge as merging
+from luthier.recipes.merging.gate import gate_of
+from luthier.recipes.merging.recipe import from_flags, read_recipe
+from luthier.recipes.planning.asked import answered, asked, packed_bytes
+from luthier.recipes.planning.inference import plan_inference as plan_answering
+from luthier.recipes.planning.of_recipe import plan_file
+from luthier.recipes.planning.plan import Machine
+from luthier.recipes.probing.diagnose import Asked, diagnose
+from luthier.recipes.probing.mitigate import Scaling
 from luthier.recipes.progress import progress, teller
 from luthier.store.runs import RunDirectory
 

@@ -16,7 +16,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.maths import low_rank
 from luthier.quantizers import Quantizer
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
 from tests import forests
 from tests.forests import ARCHITECTURES
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from luthier.adapters.p_tuning import PTuning
 from luthier.core.errors import RecipeError
-from luthier.model.prompts import EncodedPrompt, Prompt
+from luthier.model.editing.prompts import EncodedPrompt, Prompt
 from tests import forests
 
 

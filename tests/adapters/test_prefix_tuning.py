@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from luthier.adapters.prefix_tuning import Prefix, PrefixTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree, row_tree
-from luthier.model.edits import LearnedKeysValues
+from luthier.model.editing.edits import LearnedKeysValues
 from luthier.model.language_model import LanguageModel
 from tests import forests
 from tests.forests import ARCHITECTURES

@@ -11,7 +11,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.infer.engine import Engine
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.speaker import Sampling
 from tests import forests
 from tests.forests import ARCHITECTURES

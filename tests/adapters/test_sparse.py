@@ -15,7 +15,7 @@ from luthier.data.rendering.rendered import Rendered
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.quantizers import Quantizer
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
 from luthier.train.first_look import look
 from luthier.train.stepper import Stepper
 from tests import forests

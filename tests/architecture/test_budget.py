@@ -15,9 +15,9 @@ ALLOWED: dict[str, int] = {
     # How a token is chosen, one flat list as every API of the field has it; most callers name two of them.
     "src/luthier/model/speaker.py Sampling fields": 15,
     # One recipe is one page of keys: the groups are rooms of their own already. The 19th is whom the objective asks.
-    "src/luthier/recipes/schema.py FinetuneRecipe fields": 19,
+    "src/luthier/recipes/schemas/finetune.py FinetuneRecipe fields": 19,
     # A plan's question is one flat list of keys, as its command line has it; the 13th is what lies with the host.
-    "src/luthier/recipes/plan.py PlanKnobs fields": 13,
+    "src/luthier/recipes/planning/plan.py PlanKnobs fields": 13,
     # Everything a resumed run needs, declared once: a second place would be a way to forget something.
     "src/luthier/train/state.py LoopState fields": 20,
 }

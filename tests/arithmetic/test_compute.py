@@ -25,12 +25,12 @@ from luthier.arithmetic.compute import (
     mean_context,
 )
 from luthier.data.forest import Forest, Segment, Tree, row_tree
-from luthier.model.edits import Edit
-from luthier.model.sites import Sites
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.sites import Sites
 from luthier.model.tasks import Task
-from luthier.recipes.limits import flow_through
-from luthier.recipes.products import Flow, Stream, work
-from luthier.recipes.zoo_memory import load_of
+from luthier.recipes.sizing.limits import flow_through
+from luthier.recipes.sizing.products import Flow, Stream, work
+from luthier.recipes.sizing.zoo_memory import load_of
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
 

@@ -38,12 +38,12 @@ from luthier.arithmetic.memory import (
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, row_tree
-from luthier.model import attention
-from luthier.model import far_inputs as far_inputs_module
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
+from luthier.model.running import far_inputs as far_inputs_module
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
-from luthier.recipes.sizes import decoder_of, work_of
+from luthier.recipes.sizing.sizes import decoder_of, work_of
 from luthier.train.source import MicroBatch
 from luthier.train.stepper import Stepper
 from tests.lanes import LateLane

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.recipes.files import load_recipe
+from luthier.recipes.schemas.files import load_recipe
 from tests.benchmarks.lines import module
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.core.knobs import validate
-from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.mergekit import translated
+from luthier.recipes.merging.mergekit import translated
+from luthier.recipes.merging.recipe import MergeRecipe
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -39,7 +39,7 @@ def test_a_peer_is_measured_only_where_it_is(startup: ModuleType, tmp_path: Path
 
 def test_the_recipe_is_one_that_luthier_takes(startup: ModuleType) -> None:
     from luthier.core.knobs import validate
-    from luthier.recipes.schema import FinetuneRecipe
+    from luthier.recipes.schemas.finetune import FinetuneRecipe
 
     recipe = validate(FinetuneRecipe, yaml.safe_load(startup.recipe_text(Path("/bench/sft"), "float32")))
     assert recipe.budget.steps == 1 and recipe.batch.rows == 1 and recipe.evaluation.fraction == 0

@@ -13,8 +13,8 @@ from luthier.arithmetic.shapes import shape_of
 from luthier.core import catalog
 from luthier.model.empty import empty_model
 from luthier.model.load import load_model
-from luthier.recipes.plan import Laid, PlanKnobs
-from luthier.recipes.products import Flow, Stream, work
+from luthier.recipes.planning.plan import Laid, PlanKnobs
+from luthier.recipes.sizing.products import Flow, Stream, work
 from tests.benchmarks.lines import line_of, module
 
 WORKLOADS = ("m1-lora", "m1-full", "m2-lora", "m2-fixed", "m2-qlora", "m2-lora-64", "m8-lora-4096")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
 from luthier.model.load import load_model, state_digest
-from luthier.recipes.mitigate import Scaling, mitigate
-from luthier.recipes.opened import open_named
-from luthier.recipes.probed import probed_folders
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.probing.mitigate import Scaling, mitigate
+from luthier.recipes.probing.probed import probed_folders
 from luthier.recipes.progress import Silent
 from tests.adapters_of import adapter_folder
 from tests.cli.commands import luthier, tree

@@ -15,15 +15,15 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
-from luthier.model.adapter_files import fill, read_config
-from luthier.model.attachment import Attachment
-from luthier.model.edits import EditedModule
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.edits import EditedModule
+from luthier.model.files.adapter_files import fill, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model
 from luthier.model.packed import PackedWeight
 from luthier.model.tasks import PEFT_TYPES, Task
 from luthier.quantizers import Quantizer
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
 from luthier.train.result import save_result
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS

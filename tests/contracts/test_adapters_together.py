@@ -15,9 +15,9 @@ from luthier.adapters import Adapter
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Span, Tree
-from luthier.model.attention import ForestPlan
-from luthier.model.executor import flat_hidden
+from luthier.model.attending.attention import ForestPlan
 from luthier.model.language_model import LanguageModel
+from luthier.model.running.executor import flat_hidden
 from tests import forests
 
 ARCHITECTURES = ["llama", "gpt2", "mistral", "gemma2"]

@@ -20,9 +20,9 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
-from luthier.model.adapter_files import check_base, fill, read_config
-from luthier.model.attachment import Attachment
-from luthier.model.edits import EditedModule
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.edits import EditedModule
+from luthier.model.files.adapter_files import check_base, fill, read_config
 from luthier.model.language_model import LanguageModel
 from luthier.train.result import save_result
 from tests import forests

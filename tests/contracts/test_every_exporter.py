@@ -10,7 +10,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import MissingError, RecipeError
 from luthier.exporters import Exporter, Subject
-from luthier.model.parity import compare
+from luthier.model.comparing.parity import compare
 from tests.exported import ARCHITECTURES, exported, heard, subject
 
 METHODS = catalog.names("exporters")

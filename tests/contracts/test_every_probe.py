@@ -13,8 +13,8 @@ import pytest
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import NumericError
+from luthier.model.comparing.pair import Pair
 from luthier.model.load import state_digest
-from luthier.model.pair import Pair
 from luthier.probes import Probe
 from tests.pairs import full_pair, lora_pair
 

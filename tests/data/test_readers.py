@@ -14,8 +14,8 @@ from luthier.core.errors import DataError
 from luthier.data.reading import text_files
 from luthier.data.reading.readers import Record, read_records
 from luthier.data.reading.rows import SourceFile, find_sources, open_source, write_rejects
-from luthier.data.reading.strict_json import MAX_DEPTH, Place, excerpt, locate, parse
 from luthier.data.row_log import demand_readable
+from luthier.data.strict_json import MAX_DEPTH, Place, excerpt, locate, parse
 from tests.data.taken import take
 
 GOOD = b'{"question": "1 + 1?", "answer": "2"}\n'

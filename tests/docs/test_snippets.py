@@ -22,12 +22,12 @@ import yaml
 from luthier.cli.main import run
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
-from luthier.model import sources
+from luthier.model.files import sources
 from luthier.recipes.domain_adaptation import AdaptationRecipe, stage_recipes
-from luthier.recipes.kinds import kind_of_recipe
-from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.mergekit import translated
-from luthier.recipes.several_recipe import several_of
+from luthier.recipes.merging.mergekit import translated
+from luthier.recipes.merging.recipe import MergeRecipe
+from luthier.recipes.schemas.kinds import kind_of_recipe
+from luthier.recipes.schemas.several import several_of
 from luthier.server import opening
 from luthier.server.opening import open_serving
 from luthier.server.serving import Serving
@@ -57,7 +57,7 @@ def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     (package / "assets").mkdir()
     (package / "assets" / "seedling").symlink_to(tiny_path("llama"))
     # `seedling` is looked for beside the file that loads models.
-    monkeypatch.setattr(sources, "__file__", str(package / "model" / "sources.py"))
+    monkeypatch.setattr(sources, "__file__", str(package / "model" / "files" / "sources.py"))
     return tiny_path("llama")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from luthier.model.adapter_files import CONFIG, TENSORS
-from luthier.model.json_files import write_object
+from luthier.model.files.adapter_files import CONFIG, TENSORS
+from luthier.model.files.json_files import write_object
 
 PREFIX = "base_model.model.model.layers."
 TARGETS = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "mlp.up_proj": (48, 32)}

@@ -13,15 +13,15 @@ import torch
 
 from luthier.core.errors import DiskFullError, GateError, MissingError, RecipeError
 from luthier.exporters.gguf import Gguf
-from luthier.model.adapter_files import EXTRAS
+from luthier.model.files.adapter_files import EXTRAS
+from luthier.model.files.json_files import write_object
+from luthier.model.files.tensor_files import load_tensors
 from luthier.model.gguf import families, model_file, writing
 from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.parts import TOLERANCES
 from luthier.model.gguf.reading import GgufFile
-from luthier.model.json_files import write_object
 from luthier.model.load import load_model
-from luthier.model.tensor_files import load_tensors
-from luthier.recipes.export import Source, export
+from luthier.recipes.exporting.export import Source, export
 from tests.exporters.gguf_folders import lora_folder
 from tests.tiny import CHAT_TEMPLATE
 

@@ -19,10 +19,10 @@ from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Subject
 from luthier.exporters.merged import Merged
-from luthier.model import merging
-from luthier.model.parity import BRAIN, EXACT, HALF, Questions, compare, hear
-from luthier.model.parity_sides import ModelSide
-from luthier.model.shards import ShardWriter
+from luthier.model.comparing.parity import BRAIN, EXACT, HALF, Questions, compare, hear
+from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.editing import merging
+from luthier.model.files.shards import ShardWriter
 from tests import task_models
 from tests.architecture.source import REPOSITORY, SOURCE
 from tests.data import kinds
@@ -100,7 +100,7 @@ from luthier.exporters.merged import Merged
 import torch
 from transformers import LlamaConfig, AutoModelForCausalLM
 from luthier.adapters.lora import LoRA
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from tests.exported import subject
 from dataclasses import replace

@@ -16,7 +16,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.exporters.ollama import Ollama
 from luthier.model.gguf.modelfile import Modelfile, modelfile
 from luthier.model.gguf.reading import GgufFile
-from luthier.recipes.export import Source, export
+from luthier.recipes.exporting.export import Source, export
 from tests.exported import subject
 from tests.exporters.gguf_folders import lora_folder
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer

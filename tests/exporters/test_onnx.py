@@ -14,10 +14,10 @@ from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Subject
 from luthier.exporters.onnx import GRAPH, Onnx
-from luthier.model.parity import Questions, compare, hear
-from luthier.model.parity_sides import ModelSide
+from luthier.model.comparing.parity import Questions, compare, hear
+from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.files.texts_beside import save_texts
 from luthier.model.tasks import Task
-from luthier.model.texts_beside import save_texts
 from tests import task_models
 from tests.data import kinds
 from tests.exported import subject

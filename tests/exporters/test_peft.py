@@ -11,8 +11,8 @@ import torch
 
 from luthier.core.errors import RecipeError
 from luthier.exporters.peft import Peft
-from luthier.model.json_files import write_object
-from luthier.model.parity import EXACT
+from luthier.model.comparing.parity import EXACT
+from luthier.model.files.json_files import write_object
 from tests import task_models
 from tests.exported import exported, subject
 

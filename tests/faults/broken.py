@@ -27,9 +27,9 @@ from luthier.store.runs import RunDirectory, Status
 
 def proof_in_this_process() -> None:
     """No defect: the proof at the end of a run is made here, instead of in a fresh process that imports all again."""
-    if importlib.util.find_spec("luthier.recipes.verify") is None:
+    if importlib.util.find_spec("luthier.recipes.proving.verify") is None:
         return
-    from luthier.recipes import verify
+    from luthier.recipes.proving import verify
 
     apart, here = verify.verify_apart, verify.verify_run
     for module in [module for name, module in sys.modules.items() if name.startswith("luthier.")]:

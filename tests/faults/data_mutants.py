@@ -22,8 +22,8 @@ from luthier.core.errors import DataError, LuthierError, RecipeError, StorageErr
 from luthier.data.formats import named
 from luthier.data.reading import json_list, readers
 from luthier.data.reading.rows import SourceFile
-from luthier.data.reading.strict_json import Place
 from luthier.data.row_log import demand_readable
+from luthier.data.strict_json import Place
 from tests.data.taken import Taken, take
 from tests.faults.campaign import CLEAN, Campaign, Tally
 from tests.faults.mutators import mutate, mutate_scalar

@@ -375,7 +375,7 @@ class _Home:
         from luthier.data.prepare import prepare
         from luthier.data.tokenizer import Tokenizer
         from luthier.recipes.bench import reading_of
-        from luthier.recipes.files import load_recipe
+        from luthier.recipes.schemas.files import load_recipe
 
         recipe = load_recipe(self.recipe("lora")).recipe
         self.tokenizer = self.tokenizer or Tokenizer.load(recipe.model)

@@ -155,7 +155,7 @@ def _without_digests() -> Iterator[None]:
 
 def targets(folder: Path) -> list[Target]:
     """Every file, as it is written by luthier itself."""
-    from luthier.model import adapter_files
+    from luthier.model.files import adapter_files
 
     folder.mkdir(parents=True, exist_ok=True)
     made = [
@@ -172,11 +172,11 @@ def targets(folder: Path) -> list[Target]:
 
 def _tensor_reader() -> Reader:
     """The strict reader of tensor files."""
-    if importlib.util.find_spec("luthier.model.tensor_files") is None:
-        from luthier.model.adapter_files import tensor_sizes
+    if importlib.util.find_spec("luthier.model.files.tensor_files") is None:
+        from luthier.model.files.adapter_files import tensor_sizes
 
         return tensor_sizes
-    load = importlib.import_module("luthier.model.tensor_files").load_tensors
+    load = importlib.import_module("luthier.model.files.tensor_files").load_tensors
     return lambda place: load(place / "adapter_model.safetensors")
 
 
@@ -214,7 +214,7 @@ def _adapter_config(folder: Path) -> bytes:
 
 def _read_adapter(place: Path) -> object:
     from luthier.adapters import adapter_of
-    from luthier.model.adapter_files import read_config
+    from luthier.model.files.adapter_files import read_config
 
     tensors = place / "adapter_model.safetensors"
     if not tensors.exists():
@@ -296,7 +296,7 @@ def _of_a_config() -> list[Target]:
     good = json.dumps({**tiny_config("llama").to_dict(), "architectures": ["LlamaForCausalLM"]}, default=str).encode()
 
     def read(place: Path) -> object:
-        from luthier.model.configs import config_of
+        from luthier.model.files.configs import config_of
 
         return config_of(str(place))
 

@@ -24,10 +24,10 @@ def luthier(*arguments: object) -> Said:
 @contextlib.contextmanager
 def proved_here() -> Iterator[None]:
     """Within the block, what would be verified in a fresh process is verified in this one."""
-    if importlib.util.find_spec("luthier.recipes.verify") is None:
+    if importlib.util.find_spec("luthier.recipes.proving.verify") is None:
         yield
         return
-    verify = importlib.import_module("luthier.recipes.verify")
+    verify = importlib.import_module("luthier.recipes.proving.verify")
     apart, here = verify.verify_apart, verify.verify_run
     holders = [module for name, module in sys.modules.items() if name.startswith("luthier.")]
     changed = [module for module in holders if vars(module).get("verify_apart") is apart]

@@ -31,7 +31,7 @@ def _pickle(folder: Path) -> str:
     import torch
 
     from luthier.core.errors import LuthierError
-    from luthier.model.tensor_files import load_tensors
+    from luthier.model.files.tensor_files import load_tensors
 
     folder.mkdir()
     # By the name of tensors that cannot run code; torch writes pickles under any name.

@@ -31,7 +31,8 @@ MARK = "FAULT_TRIAL"
 """Environment variable that every program started below a child carries."""
 
 HEAVY = (
-    "torch", "luthier.cli.main", "luthier.recipes.finetune", "luthier.recipes.verify", "luthier.recipes.proof",
+    "torch", "luthier.cli.main", "luthier.recipes.finetune",
+    "luthier.recipes.proving.verify", "luthier.recipes.proving.proof",
     "luthier.train.result", "tests.faults.zygote", "tests.faults.broken",
     # What a run imports only when it comes to need it: a third of its processor time, were it not here already.
     "numpy.ctypeslib", "numpy.ma", "rich._emoji_codes", "tokenizers.trainers", "torch.profiler._cupti_monitor",

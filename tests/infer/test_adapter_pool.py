@@ -27,11 +27,11 @@ from luthier.infer.adapter_pool import AdapterPool
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.infer.scheduler import Room
-from luthier.model.adapter_files import CONFIG, EXTRAS, TENSORS
+from luthier.model.files.adapter_files import CONFIG, EXTRAS, TENSORS
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import put_on
-from luthier.recipes.pooled import bring, pool_of
+from luthier.recipes.opening.opened import put_on
+from luthier.recipes.opening.pooled import bring, pool_of
 from luthier.train.result import save_result
 from tests import forests
 

@@ -22,8 +22,8 @@ from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import put_on
-from luthier.recipes.pooled import pool_of
+from luthier.recipes.opening.opened import put_on
+from luthier.recipes.opening.pooled import pool_of
 from luthier.train.result import save_result
 from tests import forests, task_models
 from tests.task_models import ANSWERS

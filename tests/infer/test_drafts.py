@@ -23,7 +23,7 @@ from luthier.infer.scheduler import Room
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
 from luthier.recipes.drafting import with_draft_model
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from tests import forests
 
 

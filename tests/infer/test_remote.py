@@ -15,7 +15,7 @@ from luthier.infer.remote import RemoteSpeaker
 from luthier.infer.sync import Distance, Sync, probe
 from luthier.infer.wire import RemoteError, Wire
 from luthier.model.speaker import Sampling, Speaker
-from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.opening.opened import Opened, open_named
 from luthier.recipes.own_scores import scores_by
 from tests.adapters_of import adapter_folder, moved
 from tests.engines import Foreign, foreign

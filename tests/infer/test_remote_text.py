@@ -15,7 +15,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.sample import Sample
 from luthier.infer.remote_text import RemoteTextModel
 from luthier.infer.wire import RemoteError, Wire
-from luthier.recipes.reward_tools import judge_named, require_judge
+from luthier.recipes.reinforcing.tools import judge_named, require_judge
 from luthier.rewards import Tools
 from luthier.rewards.judge import Comparison, Judge
 

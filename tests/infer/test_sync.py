@@ -16,7 +16,7 @@ from luthier.core.errors import GateError, RecipeError
 from luthier.infer.dialects import Dialect, dialect_named
 from luthier.infer.sync import Distance, Sync, probe
 from luthier.infer.wire import Wire
-from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.opening.opened import Opened, open_named
 from luthier.recipes.own_scores import scores_by
 from tests.adapters_of import adapter_folder, moved, rescaled
 from tests.engines import Foreign, foreign

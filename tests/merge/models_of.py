@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from luthier.model.shards import Slot, write_shards
+from luthier.model.files.shards import Slot, write_shards
 
 LAYERS = 3
 WIDTH = 8

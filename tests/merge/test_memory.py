@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.model import shards
-from luthier.model.shards import INDEX, Slot, shards_of
+from luthier.model.files import shards
+from luthier.model.files.shards import INDEX, Slot, shards_of
 from tests.architecture.source import SOURCE
 
 LAYERS, WIDTH, INNER, ROWS = 32, 4096, 11008, 32000

@@ -23,8 +23,8 @@ from luthier.merge.settings import Setting
 from luthier.merge.stream import Room
 from luthier.merge.vocabulary import United
 from luthier.mergers import Part
-from luthier.model.parity import Questions
-from luthier.model.shards import SINGLE
+from luthier.model.comparing.parity import Questions
+from luthier.model.files.shards import SINGLE
 from tests.mergers_of import merger
 
 PROMPTS = tuple(np.random.default_rng(0).integers(3, 128, size).astype(np.int32) for size in (24, 9))

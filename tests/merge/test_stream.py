@@ -17,7 +17,7 @@ from luthier.merge.plan import Plan, Slice, Wanted, plan
 from luthier.merge.settings import Setting
 from luthier.merge.stream import Room, stream
 from luthier.mergers import Part
-from luthier.model.shards import SINGLE, ShardWriter
+from luthier.model.files.shards import SINGLE, ShardWriter
 from tests.merge.models_of import LAYERS, WIDTH, folder, tensors
 from tests.mergers_of import merger
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from luthier.adapters import adapter_of, saved_adapter
 from luthier.adapters.lora import LoRA
 from luthier.core.errors import CorruptError, DriftError, LuthierError, RecipeError, UnsafeArtifactError
-from luthier.model.adapter_files import (
+from luthier.model.editing.attachment import Attachment
+from luthier.model.files.adapter_files import (
     CONFIG,
     EXTRAS,
     TENSORS,
@@ -23,7 +24,6 @@ from luthier.model.adapter_files import (
     read_extras,
     save_adapter,
 )
-from luthier.model.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from tests import forests
 
@@ -184,7 +184,7 @@ def test_a_config_that_is_not_strict_json_is_corrupt(saved: tuple[LanguageModel,
 def test_a_config_of_any_size_is_not_read(saved: tuple[LanguageModel, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a settings file can fill the memory."""
     model, folder = saved
-    monkeypatch.setattr("luthier.model.json_files.MAX_BYTES", 100)
+    monkeypatch.setattr("luthier.model.files.json_files.MAX_BYTES", 100)
     with pytest.raises(CorruptError, match="larger than 100 bytes"):
         load(model, folder)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from luthier.model.base_spectra import ABANDONED, MOST_BYTES, BaseSpectra
+from luthier.model.comparing.base_spectra import ABANDONED, MOST_BYTES, BaseSpectra
 
 WEIGHT = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from luthier.data.forest import Forest, Segment, Span, Tree
-from luthier.model import block_mask as by
-from luthier.model import probing
-from luthier.model.attention import ForestPlan
-from luthier.model.block_mask import BLOCK, MaskedAttention, MaskedCall, plain_attention
+from luthier.model.attending import block_mask as by
+from luthier.model.attending.attention import ForestPlan
+from luthier.model.attending.block_mask import BLOCK, MaskedAttention, MaskedCall, plain_attention
 from luthier.model.language_model import LanguageModel
+from luthier.model.running import probing
 from luthier.objectives.sft import SFT
 from tests import forests
 

@@ -18,13 +18,14 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree, row_tree
 from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.torch_backend import TorchBackend
-from luthier.model import attention, blocks
-from luthier.model.blocks import Blocks
-from luthier.model.edits import Edit
-from luthier.model.kept import AttentionCall
+from luthier.model.attending import attention
+from luthier.model.attending.kept import AttentionCall
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.sites import Sites
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model
-from luthier.model.sites import Sites
+from luthier.model.running import blocks
+from luthier.model.running.blocks import Blocks
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.train.stepper import Stepper

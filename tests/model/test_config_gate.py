@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from luthier.core.errors import CorruptError, LuthierError, RecipeError, UnsafeArtifactError
-from luthier.model.config_gate import MAX_LAYERS, read_config
+from luthier.model.files.config_gate import MAX_LAYERS, read_config
 from tests.tiny import KINDS, tiny_config
 
 Write = Callable[..., Path]

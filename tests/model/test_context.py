@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from luthier.core.errors import LuthierError
-from luthier.model.configs import config_of
-from luthier.model.context import context_tokens
+from luthier.model.files.configs import config_of
+from luthier.model.files.context import context_tokens
 
 USUAL = ("llama", "qwen2", "gpt2", "gemma2", "mistral", "bert", "t5", "bart", "gemma3", "encodec", "mamba", "phi3")
 LIMIT = "max_position_embeddings"

@@ -10,7 +10,7 @@ from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, row_tree
-from luthier.model.edits import LearnedRoot
+from luthier.model.editing.edits import LearnedRoot
 from luthier.model.language_model import LanguageModel
 from tests import forests
 from tests.forests import ARCHITECTURES

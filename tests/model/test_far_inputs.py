@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.kernels.lanes import Lane, PlainLane
-from luthier.model.far_inputs import UNDER_WAY, FarInputs
+from luthier.model.running.far_inputs import UNDER_WAY, FarInputs
 from tests import forests
 from tests.lanes import LateLane
 from tests.model.test_recompute import TREES, passed, stepper

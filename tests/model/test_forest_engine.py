@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.data.forest import Forest, Segment, Tree, pack, row_tree
-from luthier.model import blocks
-from luthier.model.executor import run_segments, run_unrolled
+from luthier.model.running import blocks
+from luthier.model.running.executor import run_segments, run_unrolled
 from tests import forests
 from tests.forests import ARCHITECTURES
 from tests.tiny import WINDOW

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from luthier.core.errors import CorruptError
-from luthier.model.generation_files import GENERATION, read_stop_ids, save_generation_config
+from luthier.model.files.generation_files import GENERATION, read_stop_ids, save_generation_config
 from tests import forests
 
 

@@ -17,8 +17,8 @@ from luthier.kernels import varlen
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
 from luthier.model.empty import empty_model
-from luthier.model.graphs import SIZES, Graphs, Pass, Played
 from luthier.model.language_model import LanguageModel
+from luthier.model.running.graphs import SIZES, Graphs, Pass, Played
 from luthier.optimizers.adamw import AdamW
 from luthier.recipes import graphed
 from luthier.recipes.graphed import recorded, worth_recording

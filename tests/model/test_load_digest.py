@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import LuthierError
-from luthier.model import load, weight_files
+from luthier.model import load
+from luthier.model.files import weight_files
+from luthier.model.files.weight_files import folder_digest
 from luthier.model.load import load_model
-from luthier.model.weight_files import folder_digest
 from tests.tiny import tiny_folder
 
 

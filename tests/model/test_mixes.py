@@ -21,10 +21,10 @@ from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Span, Tree
-from luthier.model.attention import ForestPlan
-from luthier.model.executor import flat_hidden
+from luthier.model.attending.attention import ForestPlan
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import LossReport
+from luthier.model.running.executor import flat_hidden
+from luthier.model.running.outputs import LossReport
 from tests import forests
 
 ADAPTERS: dict[str, Adapter] = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import transformers
 
-from luthier.model.old_keys import tokenizer_with_old_keys, with_old_keys
+from luthier.model.files.old_keys import tokenizer_with_old_keys, with_old_keys
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 1024}  # fmt: skip

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from luthier.kernels import varlen
-from luthier.model import block_mask as by
-from luthier.model.block_mask import MaskedAttention, MaskedCall
+from luthier.model.attending import block_mask as by
+from luthier.model.attending.block_mask import MaskedAttention, MaskedCall
 from luthier.model.language_model import LanguageModel
 from tests import forests
 from tests.model.test_block_mask import dense, spans

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from luthier.adapters.full import Full
 from luthier.core.errors import CorruptError, LuthierError, RecipeError, UnsafeArtifactError
-from luthier.model import packed_files
+from luthier.model.files import packed_files
+from luthier.model.files.packed_files import save_packed
 from luthier.model.load import load_model
-from luthier.model.packed_files import save_packed
 from luthier.quantizers.nf4 import NF4
 from luthier.quantizers.ternary import Ternary
-from luthier.recipes.quantized import load_base, quantize
+from luthier.recipes.opening.quantized import load_base, quantize
 from tests.tiny import tiny_folder
 
 LAYER = "model.layers.0.mlp.down_proj"

@@ -7,10 +7,10 @@ import torch
 
 from luthier.adapters import Adapter
 from luthier.core.chosen import choose
-from luthier.model.edits import inner_module
-from luthier.model.pair import changes_of, pair_of_adapter, pair_of_models
+from luthier.model.comparing.pair import changes_of, pair_of_adapter, pair_of_models
+from luthier.model.editing.edits import inner_module
 from luthier.quantizers.nf4 import NF4
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
 from tests import forests
 from tests.pairs import IDS
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from luthier.core.errors import GateError
 from luthier.data.conversation import Conversation, Message, Row
 from luthier.data.forest import Ints
-from luthier.model.parity import (
+from luthier.model.comparing.parity import (
     BRAIN,
     COARSE,
     EXACT,

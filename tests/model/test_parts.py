@@ -9,7 +9,7 @@ import torch
 from luthier.core import catalog
 from luthier.data.forest import ROOT, Forest, Segment, Tree
 from luthier.model.language_model import LanguageModel
-from luthier.model.parts import can_split
+from luthier.model.running.parts import can_split
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.train.pass_report import PassReport

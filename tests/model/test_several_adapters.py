@@ -20,10 +20,10 @@ from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.sparse import Sparse
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
-from luthier.model.edits import EditedModule, routed
+from luthier.model.editing.edits import EditedModule, routed
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import LossReport, TokenOutputs
 from luthier.model.routes import Routes, predicted_routes, routes_of, routes_over, whole
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from tests import forests
 
 METHODS: Mapping[str, Adapter] = {

@@ -23,8 +23,8 @@ from luthier.core.errors import (
     StorageError,
     UnsafeArtifactError,
 )
-from luthier.model import shards
-from luthier.model.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, write_shards
+from luthier.model.files import shards
+from luthier.model.files.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, write_shards
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry, verify
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from luthier.core.errors import RecipeError
-from luthier.model.sites import find_sites
+from luthier.model.editing.sites import find_sites
 from tests import forests
 from tests.forests import ARCHITECTURES
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY

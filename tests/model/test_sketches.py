@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.model.sketches import Sketch, sketched
+from luthier.model.comparing.sketches import Sketch, sketched
 
 
 def _sketch(tensor: torch.Tensor) -> Sketch:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.model import streamed
+from luthier.model.comparing import streamed
+from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.comparing.sketches import Sketching, sketched
+from luthier.model.comparing.streamed import RowSource, StreamedModel
+from luthier.model.files.shards import Shards
 from luthier.model.load import config_of, load_model
-from luthier.model.parity_sides import ModelSide
-from luthier.model.shards import Shards
-from luthier.model.sketches import Sketching, sketched
-from luthier.model.streamed import RowSource, StreamedModel
 from tests import task_folders
 
 PROMPTS = [np.arange(3, 3 + size, dtype=np.int32) for size in (9, 20, 1)]

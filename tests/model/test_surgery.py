@@ -16,12 +16,12 @@ from luthier.adapters.ia3 import IA3
 from luthier.adapters.lora import LoRA, LowRank, combined
 from luthier.core.errors import DriftError, RecipeError
 from luthier.data.forest import Forest
-from luthier.model import attachment
-from luthier.model.adapter_files import check_base
-from luthier.model.edits import EditedModule, base_parameters
-from luthier.model.executor import run_segments, run_unrolled
+from luthier.model.editing import attachment
+from luthier.model.editing.edits import EditedModule, base_parameters
+from luthier.model.files.adapter_files import check_base
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
+from luthier.model.running.executor import run_segments, run_unrolled
 from luthier.train.result import save_result
 from tests import forests
 

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from luthier.adapters.full import Full
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Segment, Tree
-from luthier.model.edits import Edit, LearnedPrompt
-from luthier.model.executor import Entry
-from luthier.model.task_executor import run_task, task_head_of
+from luthier.model.editing.edits import Edit, LearnedPrompt
+from luthier.model.running.executor import Entry
+from luthier.model.running.task_executor import run_task, task_head_of
 from luthier.model.tasks import SCORES, Task
-from luthier.recipes.opened import require_room
+from luthier.recipes.opening.opened import require_room
 from tests import forests, task_models
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
 

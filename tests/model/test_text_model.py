@@ -18,7 +18,7 @@ from luthier.model.compared import compared_tree
 from luthier.model.scorer import Begun
 from luthier.model.tasks import SCORES
 from luthier.model.text_model import LocalTextModel, LocalTextScorer
-from luthier.recipes.session import Session, load
+from luthier.recipes.opening.session import Session, load
 from luthier.rewards import RewardError, Score, Tools
 from luthier.rewards.judge import Judge
 from luthier.rewards.learned import Learned

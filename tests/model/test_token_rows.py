@@ -13,10 +13,10 @@ from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
 from luthier.kernels.head import Head
-from luthier.model.attachment import Attachment
-from luthier.model.head import EditedHead
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.token_rows import EVERYWHERE, row_sites, token_rows
 from luthier.model.language_model import LanguageModel
-from luthier.model.token_rows import EVERYWHERE, row_sites, token_rows
+from luthier.model.running.head import EditedHead
 from tests import forests
 from tests.forests import ARCHITECTURES
 from tests.tiny import HIDDEN, VOCABULARY

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoConfig
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
 from luthier.data.forest import Forest
+from luthier.model.files.shards import INDEX, SINGLE
 from luthier.model.load import load_model, state_digest
-from luthier.model.shards import INDEX, SINGLE
 from tests import forests
 from tests.tiny import VOCABULARY, tiny_folder
 

@@ -14,7 +14,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 from luthier.objectives import Objective
 from luthier.objectives.dpo import DPO
 from luthier.optimizers.adamw import AdamW

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from luthier.model.files.packed_files import save_packed
 from luthier.model.packed import PackedWeight
-from luthier.model.packed_files import save_packed
 from luthier.quantizers.nf4 import NF4
-from luthier.recipes.quantized import load_base, quantize
+from luthier.recipes.opening.quantized import load_base, quantize
 from tests import forests
 from tests.tiny import tiny_config
 

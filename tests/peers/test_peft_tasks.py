@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from luthier.adapters import Adapter, saved_adapter
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest, Segment, Tree
-from luthier.model.adapter_files import fill
+from luthier.model.files.adapter_files import fill
 from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import Task
 from luthier.train.result import save_result

@@ -15,7 +15,7 @@ import torch
 
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.maths.preferences import log_odds, pair_losses
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 from luthier.objectives import Objective
 from luthier.objectives.dpo import DPO
 from luthier.objectives.kto import BAD, GOOD, KTO

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from luthier.model.pair import Pair, Text
+from luthier.model.comparing.pair import Pair, Text
 from luthier.probes.forgetting import Forgetting
 from tests.pairs import lora_pair, loss
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.model.pair import Gradients
+from luthier.model.comparing.pair import Gradients
 from luthier.probes import Report
 from luthier.probes.gradient_noise import GradientNoise
 from tests.pairs import lora_pair

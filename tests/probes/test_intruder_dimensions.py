@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.model.pair import Pair
+from luthier.model.comparing.pair import Pair
 from luthier.probes.intruder_dimensions import IntruderDimensions
 from tests.pairs import full_pair, lora_pair
 

@@ -6,7 +6,7 @@ import torch
 
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.quantizers.none import Unpacked
-from luthier.recipes.quantized import kept_quantizer, quantize
+from luthier.recipes.opening.quantized import kept_quantizer, quantize
 from tests import forests
 
 

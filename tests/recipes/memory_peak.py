@@ -27,10 +27,10 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     from luthier.core.chosen import choose
     from luthier.data.forest import Forest
     from luthier.kernels import pool
-    from luthier.model import attention
+    from luthier.model.attending import attention
     from luthier.objectives import Objective, Vocabulary
     from luthier.optimizers import Optimizer
-    from luthier.recipes.memory import lasting, passes_of
+    from luthier.recipes.sizing.memory import lasting, passes_of
     from luthier.train.rehearsal import rehearse
     from luthier.train.source import DataSource
     from luthier.train.stepper import Stepper
@@ -95,7 +95,7 @@ def by_config(model: Any, adapter: Any, optimizer: Any, recomputed: int, tokens:
     """What the plan by the model's config alone says, for rows of one length that fill the micro-batch."""
     import tempfile
 
-    from luthier.recipes.plan import PlanKnobs, lay
+    from luthier.recipes.planning.plan import PlanKnobs, lay
 
     precision = "bfloat16" if model.dtype.itemsize == 2 else "float32"
     knobs = PlanKnobs(

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import AUTO, with_classes
 from luthier.objectives import Objective

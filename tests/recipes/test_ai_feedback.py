@@ -11,9 +11,10 @@ import pytest
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes import ai_feedback, feedback
-from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe, policy_recipe, reward_recipe
-from luthier.recipes.places import of_policy
+from luthier.recipes.feedback import ai_feedback
+from luthier.recipes.feedback import judged as feedback
+from luthier.recipes.opening.places import of_policy
+from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
 from luthier.rewards.judge import Comparison, Judge
 from luthier.store.runs import RunDirectory
 from luthier.train.stepper import Stepper

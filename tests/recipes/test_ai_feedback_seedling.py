@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from luthier.data.sample import Sample
+from luthier.model.files.sources import SEEDLING, resolve_source
 from luthier.model.scorer import Begun
-from luthier.model.sources import SEEDLING, resolve_source
 from luthier.model.speaker import Sampling
-from luthier.recipes import feedback
-from luthier.recipes.opened import open_named
-from luthier.recipes.reward_tools import judge_named
+from luthier.recipes.feedback import judged as feedback
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.reinforcing.tools import judge_named
 from luthier.rewards import Tools
 from luthier.rewards.judge import Comparison, Judge
 from tests.cli.commands import luthier

@@ -12,9 +12,9 @@ import pytest
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.sources import SEEDLING, resolve_source
-from luthier.recipes.answers import answered, questions, trained_prompts, write_answers
-from luthier.recipes.opened import open_named
+from luthier.model.files.sources import SEEDLING, resolve_source
+from luthier.recipes.comparing.answers import answered, questions, trained_prompts, write_answers
+from luthier.recipes.opening.opened import open_named
 
 
 @pytest.fixture

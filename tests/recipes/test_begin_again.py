@@ -166,10 +166,10 @@ def test_a_run_goes_on_with_the_date_it_began_with(
     folder, template = tmp_path / "run", tmp_path / "dated.jinja"
     template.write_text("{{ strftime_now('%d %B %Y') }}\n" + CHAT_TEMPLATE)
     again = ["train", recipe, "--run", folder, "--set", f"data.template={template}"]
-    monkeypatch.setattr("luthier.recipes.files.datetime", day("2026-11-20"))
+    monkeypatch.setattr("luthier.recipes.schemas.files.datetime", day("2026-11-20"))
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     luthier(*again).must(75)
-    monkeypatch.setattr("luthier.recipes.files.datetime", day("2026-11-21"))
+    monkeypatch.setattr("luthier.recipes.schemas.files.datetime", day("2026-11-21"))
     luthier(*again, "--json").must(0, "going on after step 3")
     assert "date: '2026-11-20'" in (folder / "recipe.yaml").read_text()
     luthier("eval", folder, "--verify").must(0)

@@ -19,11 +19,12 @@ from transformers import AutoTokenizer, GenerationConfig
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.core.knobs import validate
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.generation_files import GENERATION
+from luthier.model.files.generation_files import GENERATION
 from luthier.model.load import resolve_source
-from luthier.recipes import control_tokens, session
+from luthier.recipes import control_tokens
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.opening import session
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from tests.cli.commands import Said, chat, luthier, recipe_text, write_rows
 from tests.tiny import CHAT_TEMPLATE
 

@@ -20,11 +20,11 @@ from luthier.data.prepare import Reading, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.metrics.exact_match import ExactMatch
 from luthier.model.load import resolve_source
-from luthier.recipes.compare import FOUND, Measures, compare, require_methods
-from luthier.recipes.compared import behind, shots
-from luthier.recipes.presets import PRESETS, preset
+from luthier.recipes.comparing.compare import FOUND, Measures, compare, require_methods
+from luthier.recipes.comparing.compared import behind, shots
+from luthier.recipes.comparing.rates import grid
 from luthier.recipes.progress import Silent
-from luthier.recipes.rates import grid
+from luthier.recipes.schemas.presets import PRESETS, preset
 from tests import forests
 
 SETS = ("budget.steps=2", "batch.rows=4", "evaluation.fraction=0.2", "evaluation.prompts=0")

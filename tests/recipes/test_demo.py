@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.model.sources import SEEDLING, resolve_source
+from luthier.model.files.sources import SEEDLING, resolve_source
 from luthier.recipes import demo
 from tests.cli.commands import luthier, tree
 

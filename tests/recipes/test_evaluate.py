@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.recipes.evaluate import evaluate_run
+from luthier.recipes.evaluating.evaluate import evaluate_run
 from luthier.store.runs import RunDirectory
 from tests.cli.commands import luthier
 

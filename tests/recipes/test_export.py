@@ -21,8 +21,8 @@ from luthier.data.conversation import Labelled
 from luthier.exporters import Subject, Told
 from luthier.exporters.merged import Merged
 from luthier.exporters.peft import Peft
-from luthier.recipes.export import Source, export
-from luthier.recipes.opened import open_named
+from luthier.recipes.exporting.export import Source, export
+from luthier.recipes.opening.opened import open_named
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier, recipe_text, write_rows
 from tests.recipes.test_api import arguments

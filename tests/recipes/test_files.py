@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from luthier.core.knobs import validate
-from luthier.recipes.files import dated, load_recipe, place_of, write_template
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.files import dated, load_recipe, place_of, write_template
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from tests.cli.commands import luthier
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from luthier.adapters.sparse import Sparse
-from luthier.recipes.session import load
+from luthier.recipes.opening.session import load
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import COLOURS, STEPS, chat, events, luthier, recipe_text
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.model.adapter_files import CONFIG
-from luthier.recipes import questions
-from luthier.recipes.hand_over import Wanted, texts_of
-from luthier.recipes.opened import open_named
+from luthier.model.files.adapter_files import CONFIG
+from luthier.recipes.exporting import questions
+from luthier.recipes.exporting.hand_over import Wanted, texts_of
+from luthier.recipes.opening.opened import open_named
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests.adapters_of import rescaled

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from luthier.recipes.bench import lay_out
-from luthier.recipes.files import load_recipe
+from luthier.recipes.schemas.files import load_recipe
 from tests.cli.commands import luthier
 
 

@@ -17,9 +17,9 @@ import torch
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError, StorageError
-from luthier.recipes import memory, room
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.files import load_recipe
+from luthier.recipes.schemas.files import load_recipe
+from luthier.recipes.sizing import memory, room
 from luthier.train.state import LoopState, take_snapshot
 from tests.recipes import memory_peak
 

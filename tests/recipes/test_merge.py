@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.core.errors import DiskFullError, GateError
 from luthier.core.knobs import validate
 from luthier.merge import proof
-from luthier.model.edits import base_parameters
-from luthier.model.shards import INDEX, SINGLE
-from luthier.recipes.merge import merge_models
-from luthier.recipes.merge_recipe import MergeRecipe, read_recipe
-from luthier.recipes.opened import open_named
+from luthier.model.editing.edits import base_parameters
+from luthier.model.files.shards import INDEX, SINGLE
+from luthier.recipes.merging.merge import merge_models
+from luthier.recipes.merging.recipe import MergeRecipe, read_recipe
+from luthier.recipes.opening.opened import open_named
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier
 
@@ -164,7 +164,7 @@ def test_what_was_written_is_what_was_computed(
     llama: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks when a block that went to the wrong place is believed."""
-    from luthier.model.shards import ShardWriter
+    from luthier.model.files.shards import ShardWriter
 
     write = ShardWriter.write
 

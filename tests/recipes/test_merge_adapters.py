@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from luthier.recipes import merge_adapters
-from luthier.recipes.card_parts import CARD, PARITY
+from luthier.recipes.exporting.card_parts import CARD, PARITY
+from luthier.recipes.merging import adapters as merge_adapters
 from tests.cli.commands import luthier
 
 peft = pytest.importorskip("peft")

@@ -13,11 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from luthier.core.knobs import validate
-from luthier.model.shards import ShardWriter
-from luthier.recipes import merge as recipe
-from luthier.recipes.card_parts import CARD, PARITY
-from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.opened import open_named
+from luthier.model.files.shards import ShardWriter
+from luthier.recipes.exporting.card_parts import CARD, PARITY
+from luthier.recipes.merging import merge as recipe
+from luthier.recipes.merging.recipe import MergeRecipe
+from luthier.recipes.opening.opened import open_named
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier
 from tests.task_folders import bert_folder

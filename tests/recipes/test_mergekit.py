@@ -8,8 +8,8 @@ import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.mergekit import translated
+from luthier.recipes.merging.mergekit import translated
+from luthier.recipes.merging.recipe import MergeRecipe
 
 
 def recipe(**values: Any) -> dict[str, Any]:

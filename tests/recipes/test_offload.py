@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from luthier.core.errors import RecipeError
-from luthier.recipes import bench, memory
+from luthier.recipes import bench
 from luthier.recipes.bench import Bench, lay_out
-from luthier.recipes.files import load_recipe
+from luthier.recipes.schemas.files import load_recipe
+from luthier.recipes.sizing import memory
 from tests.lanes import LateLane
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.knobs import validate
-from luthier.recipes.places import located, model_from, started_in, template_from
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.opening.places import located, model_from, started_in, template_from
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from tests.cli.commands import colour_rows, luthier, recipe_text
 from tests.store.made import created

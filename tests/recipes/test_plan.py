@@ -19,13 +19,13 @@ from luthier.core.errors import RecipeError
 from luthier.model.load import load_model
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes import plan as planning
-from luthier.recipes.memory import Formulas, lasting
-from luthier.recipes.plan import Laid, Machine, PlanKnobs, cost, lay, plan_training
-from luthier.recipes.plan_asked import asked
-from luthier.recipes.plan_explained import explained
-from luthier.recipes.plan_fits import _far_inputs, _far_optimizer, advice, largest
-from luthier.recipes.quantized import quantize
+from luthier.recipes.opening.quantized import quantize
+from luthier.recipes.planning import plan as planning
+from luthier.recipes.planning.asked import asked
+from luthier.recipes.planning.explained import explained
+from luthier.recipes.planning.fits import _far_inputs, _far_optimizer, advice, largest
+from luthier.recipes.planning.plan import Laid, Machine, PlanKnobs, cost, lay, plan_training
+from luthier.recipes.sizing.memory import Formulas, lasting
 from luthier.train.source import MicroBatch
 from tests.arithmetic.published import config as published
 from tests.cli.commands import environ, luthier

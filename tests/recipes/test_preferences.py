@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from luthier.assets.demo_task import demo_rows
 from luthier.core.errors import RecipeError
 from luthier.data.conversation import Labelled, Message
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.opening.session import load
 from luthier.recipes.samples import question
-from luthier.recipes.session import load
 from tests import forests, task_models
 from tests.cli.commands import luthier
 

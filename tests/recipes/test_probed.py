@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from luthier.core import catalog
-from luthier.recipes.opened import open_named
-from luthier.recipes.probed import probed_run
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.probing.probed import probed_run
 from luthier.recipes.progress import Silent
 from luthier.store.runs import RunDirectory
 from tests.cli.commands import luthier, write_rows

@@ -10,12 +10,12 @@ import torch
 
 import luthier
 from luthier.core.errors import GateError, RecipeError, RefusedError
-from luthier.model.edits import base_parameters
+from luthier.model.editing.edits import base_parameters
 from luthier.model.packed import PackedWeight, stored_bytes
 from luthier.quantizers.int4_group import Int4Group
 from luthier.quantizers.nf4 import NF4, NF4Packing
-from luthier.recipes.opened import open_named
-from luthier.recipes.quantize import quantize_model
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.opening.quantize import quantize_model
 from tests.cli.commands import luthier as said
 from tests.recipes.test_api import arguments
 

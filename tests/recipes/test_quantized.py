@@ -10,7 +10,7 @@ import pytest
 import luthier
 from luthier.core.errors import RecipeError
 from luthier.model.packed import PackedWeight
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from tests.recipes.test_api import arguments
 
 ROWS = [{"question": f"{number} + {number}?", "answer": str(2 * number)} for number in range(12)]

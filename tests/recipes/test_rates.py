@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from luthier.core.knobs import validate
-from luthier.recipes.evaluate import held_out_of
-from luthier.recipes.files import load_recipe
+from luthier.recipes.comparing.rates import beyond, chosen, grid, settings_of_try, tried
+from luthier.recipes.evaluating.evaluate import held_out_of
 from luthier.recipes.finetune import start
 from luthier.recipes.progress import Silent
-from luthier.recipes.rates import beyond, chosen, grid, settings_of_try, tried
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.files import load_recipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 
 
 def test_the_grid_lies_around_the_preset() -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes.kinds import kind_of_recipe
 from luthier.recipes.lessons import lessons
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.kinds import kind_of_recipe
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.train.stepper import Stepper, StepReport
 from tests.cli.commands import events, luthier
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from luthier.recipes import remote_policy
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.reinforcing import remote_policy
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests.cli.commands import events, luthier

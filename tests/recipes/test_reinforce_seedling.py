@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from luthier.model.sources import SEEDLING, resolve_source
+from luthier.model.files.sources import SEEDLING, resolve_source
 from tests.cli.commands import environ, events, luthier
 
 SUMS = """

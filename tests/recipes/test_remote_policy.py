@@ -19,9 +19,9 @@ from luthier.core.errors import GateError, RecipeError
 from luthier.core.knobs import validate
 from luthier.infer.wire import RemoteError, UnavailableError
 from luthier.model.speaker import PolicySampling
-from luthier.recipes.opened import Opened, open_named
-from luthier.recipes.reinforce_recipe import EngineKnobs
-from luthier.recipes.remote_policy import Policy, RemotePolicy
+from luthier.recipes.opening.opened import Opened, open_named
+from luthier.recipes.reinforcing.remote_policy import Policy, RemotePolicy
+from luthier.recipes.schemas.reinforce import EngineKnobs
 from tests import forests
 from tests.adapters_of import rescaled
 from tests.engines import Answer, Foreign, foreign

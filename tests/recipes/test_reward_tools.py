@@ -10,7 +10,7 @@ import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from tests.cli.commands import luthier
 
 WORDS = ("calm", "quiet", "slow", "warm", "blue", "green")

@@ -10,9 +10,9 @@ import pytest
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
-from luthier.recipes.schema import FinetuneRecipe
-from luthier.recipes.score_answers import score_answers
+from luthier.recipes.evaluating.score_answers import score_answers
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from tests.cli.commands import luthier
 
 ROWS = [

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import luthier
 from luthier.core.errors import DataError, DriftError, RecipeError
-from luthier.recipes.session import Session, load
+from luthier.recipes.opening.session import Session, load
 from tests.cli.commands import COLOURS, chat
 
 ROWS = [chat(f"the colour of {n} is", COLOURS[n % 8]) for n in range(16)]

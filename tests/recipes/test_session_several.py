@@ -13,8 +13,8 @@ import torch
 import luthier
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.recipes.session import Session, load
-from luthier.recipes.session_several import SeveralSession, load_several
+from luthier.recipes.opening.session import Session, load
+from luthier.recipes.several.session import SeveralSession, load_several
 from tests import forests
 from tests.cli.commands import COLOURS, chat
 

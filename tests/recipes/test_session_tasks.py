@@ -8,8 +8,8 @@ import pytest
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.optimizers.adamw import AdamW
-from luthier.recipes.session import Session, load
-from luthier.recipes.session_several import load_several
+from luthier.recipes.opening.session import Session, load
+from luthier.recipes.several.session import load_several
 from tests.task_folders import bert_folder, t5_folder
 
 ROWS = [{"text": "the apple", "label": "fruit"}, {"text": "the saw", "label": "tool"}]

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 
 from luthier.core.errors import GateError, RecipeError
-from luthier.recipes import several
-from luthier.recipes.several_recipe import load_several_recipe, names_several, several_of
+from luthier.recipes.schemas.several import load_several_recipe, names_several, several_of
+from luthier.recipes.several import several
 from tests.cli.commands import colour_rows, events, luthier, process, step_events, wait_for_step
 
 NAMES = ("french", "scaled", "prefix")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.cli.show import print_summary
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from tests.cli.commands import luthier
 from tests.task_folders import bert_folder, roberta_folder, t5_folder
 

@@ -16,8 +16,8 @@ from luthier.data.prepare import Reading, make_renderer
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.load import resolve_source
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.recipes.teacher import front_of, require_same_tokens
 from tests.cli.commands import events, luthier
 

@@ -10,7 +10,7 @@ import pytest
 import luthier
 from luthier.api import Run
 from luthier.core.errors import GateError, LuthierError, RecipeError, StorageError
-from luthier.recipes.compare import Measures
+from luthier.recipes.comparing.compare import Measures
 from tests.adapters_of import adapter_folder
 from tests.cli.commands import luthier as command
 from tests.cli.commands import tree

@@ -29,8 +29,8 @@ from luthier.core.errors import (
     RecipeError,
     StoppedError,
 )
-from luthier.recipes import verify
-from luthier.recipes.verify import verify_apart, verify_run
+from luthier.recipes.proving import verify
+from luthier.recipes.proving.verify import verify_apart, verify_run
 from luthier.store.manifest import NAME, read_manifest, write_manifest
 from luthier.store.runs import RunDirectory
 from luthier.train.result import Claims, save_result
@@ -445,7 +445,7 @@ def test_a_child_that_dies_proves_nothing(
     """Breaks when no answer is taken for a good one."""
 
     def dies(module: str, arguments: list[str], *, stderr: int) -> subprocess.Popen[bytes]:
-        assert module == "luthier.recipes.verify" and arguments == [str(finished)]
+        assert module == "luthier.recipes.proving.verify" and arguments == [str(finished)]
         command = [sys.executable, "-c", program]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
 
@@ -479,7 +479,7 @@ def test_the_child_ends_with_its_parent(finished: Path) -> None:
     """Breaks when a proof goes on after the process that asked for it was killed."""
     program = (
         "import sys; from pathlib import Path; from luthier.store.runs import RunDirectory\n"
-        "from luthier.recipes.verify import verify_apart; verify_apart(RunDirectory.open(Path(sys.argv[1])))"
+        "from luthier.recipes.proving.verify import verify_apart; verify_apart(RunDirectory.open(Path(sys.argv[1])))"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(finished)], env=environ()) as parent:
         try:
@@ -498,7 +498,7 @@ def _child_of(pid: int) -> psutil.Process:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         found = psutil.Process(pid).children()
-        if found and "luthier.recipes.verify" in found[0].cmdline():
+        if found and "luthier.recipes.proving.verify" in found[0].cmdline():
             return found[0]
         time.sleep(0.02)
     raise AssertionError("no child was started in a minute")

@@ -13,11 +13,11 @@ from luthier.arithmetic.counted import Load, Texts
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.data.forest import Forest
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.kept_tensors import kept_by_stage
 from luthier.model.language_model import LanguageModel
 from luthier.objectives import Objective, Vocabulary
-from luthier.recipes.zoo_memory import Counted, load_of
+from luthier.recipes.sizing.zoo_memory import Counted, load_of
 from tests import forests, task_models
 from tests.arithmetic.test_memory import kept_by_autograd
 from tests.recipes.peak_models import SPECIAL, model_for, views_for

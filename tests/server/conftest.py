@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.opening.opened import Opened, open_named
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests.server.fakes import TOKEN, Running, running

@@ -12,7 +12,7 @@ import httpx2
 
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request, Said
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from luthier.server.listen import listen
 from luthier.server.names import Names
 from luthier.server.serving import Serving

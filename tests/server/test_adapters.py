@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from luthier.adapters.lora import LoRA
-from luthier.model.adapter_files import save_adapter
+from luthier.model.files.adapter_files import save_adapter
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import Opened, open_named, put_on
+from luthier.recipes.opening.opened import Opened, open_named, put_on
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests import forests

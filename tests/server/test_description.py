@@ -17,7 +17,7 @@ from schemathesis.checks import (
     status_code_conformance,
 )
 
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from luthier.server.app import routes_of
 from luthier.server.names import Names
 from luthier.server.serving import Serving

@@ -15,8 +15,8 @@ from openai import OpenAI
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
-from luthier.recipes.opened import open_named
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.server import tuning_methods
 from luthier.server.fine_tuning import JobBody
 from luthier.server.opening import serve_opened

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from starlette.routing import Route
 
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from luthier.server.app import routes_of
 from luthier.server.guard import OPEN, deeper
 from luthier.server.settings import Limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from luthier.server.listen import bound
 from tests.server.fakes import FakeEngine, fake_serving, running
 

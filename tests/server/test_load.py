@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from tests.server.fakes import TOKEN, Running, running

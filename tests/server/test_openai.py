@@ -12,7 +12,7 @@ import torch
 from openai import OpenAI
 
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from tests.server.fakes import Running
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 7 + 5?"}]

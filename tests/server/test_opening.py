@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from luthier.model.speaker import Sampling
-from luthier.recipes.opened import open_named
+from luthier.recipes.opening.opened import open_named
 from luthier.server.opening import Wanted, open_serving
 from luthier.server.settings import Settings
 from tests.cli.commands import colour_rows, luthier, recipe_text

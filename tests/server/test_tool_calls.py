@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 from openai import OpenAI
 
 from luthier.data.tool_calls import Called, CallReader
-from luthier.recipes.opened import Opened
+from luthier.recipes.opening.opened import Opened
 from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
 
 ONE = '<tool_call>\n{"name": "add", "arguments": {"a": 7, "b": "x<y"}}\n</tool_call>'

@@ -20,7 +20,7 @@ def main() -> int:
 
     from luthier.adapters.lora import LoRA
     from luthier.data.forest import row_tree
-    from luthier.model import attention
+    from luthier.model.attending import attention
     from luthier.model.language_model import LanguageModel
     from luthier.objectives.sft import SFT
     from luthier.optimizers.adamw import AdamW

@@ -16,7 +16,7 @@ from luthier.data.forest import Ints
 from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Prompt
 from luthier.data.sample import Sample
-from luthier.model import attention
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Spoken
 from luthier.objectives.grpo import GRPO

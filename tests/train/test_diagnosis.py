@@ -15,8 +15,8 @@ from luthier.adapters.full import Full
 from luthier.adapters.lora import LoRA
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.edits import base_parameters
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.editing.edits import base_parameters
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW

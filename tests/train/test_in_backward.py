@@ -18,7 +18,7 @@ from luthier.optimizers import Optimizer
 from luthier.optimizers.adamw import AdamW
 from luthier.optimizers.galore import GaLore
 from luthier.optimizers.lion import Lion
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.train.diagnosis import find_bad_number
 from luthier.train.rehearsal import rehearse
 from luthier.train.source import DataSource

@@ -20,7 +20,7 @@ from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import MemoryExhaustedError
 from luthier.data.forest import Forest
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.train.shortage import Split, shortage

@@ -12,10 +12,10 @@ from luthier.adapters.lora import LoRA
 from luthier.core.errors import DataError
 from luthier.data.forest import ROOT, Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.edits import Edit
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.value_head import ValueHead
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import LossReport, TokenOutputs
-from luthier.model.value_head import ValueHead
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 from luthier.optimizers.adamw import AdamW
 from luthier.train.stepper import Stepper

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, Kept, SiteEdit
-from luthier.model.sites import Site, Sites
+from luthier.model.editing.edits import Edit, Kept, SiteEdit
+from luthier.model.editing.sites import Site, Sites
 
 Preset = Literal["houlsby", "pfeiffer", "parallel"]
 Bend = Literal["relu", "gelu", "silu", "tanh"]

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.adapter_files import require_plain_start
-from luthier.model.edits import Edit, Kept, SiteEdit
-from luthier.model.sites import Site, Sites
+from luthier.model.editing.edits import Edit, Kept, SiteEdit
+from luthier.model.editing.sites import Site, Sites
+from luthier.model.files.adapter_files import require_plain_start
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
 

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, TrainedParameters, base_parameters, inner_module
-from luthier.model.sites import Site, Sites
+from luthier.model.editing.edits import Edit, TrainedParameters, base_parameters, inner_module
+from luthier.model.editing.sites import Site, Sites
 
 
 @final

@@ -36,10 +36,10 @@ from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.kernels.products import LowRankTerm
 from luthier.maths import low_rank
-from luthier.model.adapter_files import require_plain_start
-from luthier.model.edits import Edit, Kept, SiteEdit
-from luthier.model.sites import Site, Sites
-from luthier.model.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
+from luthier.model.editing.edits import Edit, Kept, SiteEdit
+from luthier.model.editing.sites import Site, Sites
+from luthier.model.editing.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
+from luthier.model.files.adapter_files import require_plain_start
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Targets = str | Names

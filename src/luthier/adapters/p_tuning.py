@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit
-from luthier.model.prompts import EncodedPrompt, Prompt
-from luthier.model.sites import Sites
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.prompts import EncodedPrompt, Prompt
+from luthier.model.editing.sites import Sites
 
 
 @final

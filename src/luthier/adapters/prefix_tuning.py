@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit, LearnedKeysValues
-from luthier.model.sites import Sites
+from luthier.model.editing.edits import Edit, LearnedKeysValues
+from luthier.model.editing.sites import Sites
 
 OF_A_DECODER = "DECODER_PREFIX_TUNING"
 """What a file for an encoder-decoder is called. PEFT gives the decoder's layer i the prefix of layer 2i, counted round,

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit
-from luthier.model.prompts import Prompt
-from luthier.model.sites import Site, Sites
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.prompts import Prompt
+from luthier.model.editing.sites import Site, Sites
 
 COMMON = 5000
 """Tokenizers list common tokens first; the paper samples from so many of them."""

@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from luthier.adapters import Adapter
 from luthier.core.errors import NumericError
-from luthier.model.edits import Edit, Kept, SiteEdit
-from luthier.model.sites import Site, Sites
+from luthier.model.editing.edits import Edit, Kept, SiteEdit
+from luthier.model.editing.sites import Site, Sites
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
 Choice = Literal["largest", "smallest", "random", "gradient", "fisher"]

@@ -20,9 +20,9 @@ from pydantic import Field
 
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
-from luthier.model.edits import Edit
-from luthier.model.sites import Sites
-from luthier.model.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.sites import Sites
+from luthier.model.editing.token_rows import EVERYWHERE, checked_ids, row_count, row_sites, token_rows
 
 Tokens = Annotated[tuple[int | str, ...], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]

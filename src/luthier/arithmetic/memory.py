@@ -27,7 +27,8 @@ HEAD_ROWS: Final = 256
 """Rows of the head's chunk (kernels/head.py), whose logits are the only ones that exist."""
 
 UNDER_WAY: Final = 2
-"""Inputs that are on the device where they lie with the host: one at work, one on its way (model/far_inputs.py)."""
+"""Inputs that are on the device where they lie with the host: one at work, one on its way; see
+model/running/far_inputs.py."""
 
 _WIDE: Final = 4
 """Bytes of a float32 number: masters, gradients, logits, and what norms keep."""

@@ -15,7 +15,7 @@ from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
     from luthier.data.conversation import Content, Message
-    from luthier.recipes.opened import Classes
+    from luthier.recipes.opening.opened import Classes
 
 
 def classify(
@@ -42,7 +42,7 @@ def classify(
       luthier classify runs/2026-11-28-reward "Who are you?" --pair "A ship's carpenter."
     """
     with uncollected():
-        from luthier.recipes.opened import open_named
+        from luthier.recipes.opening.opened import open_named
 
     asked = [line for text in texts or [] for line in (_lines() if text == "-" else [text])]
     if not asked:

@@ -60,8 +60,8 @@ def compare(
     """
     with uncollected():
         from luthier.core.knobs import validate
-        from luthier.recipes.compare import Measures, require_methods
-        from luthier.recipes.compare import compare as compare_methods
+        from luthier.recipes.comparing.compare import Measures, require_methods
+        from luthier.recipes.comparing.compare import compare as compare_methods
 
     names = require_methods(methods)
     values = {"questions": questions, "max_new_tokens": max_new_tokens, "examples": examples, "keep": keep,

@@ -35,7 +35,7 @@ def evaluate(
     if verify:
         if data is not None:
             raise RecipeError("--verify and --data are both given", allowed="one of them: the proof has its own rows")
-        from luthier.recipes.verify import verify_run
+        from luthier.recipes.proving.verify import verify_run
 
         proved = verify_run(run_named(run))
         if json:
@@ -44,7 +44,7 @@ def evaluate(
             _print_proof(proved)
         return
     with uncollected():
-        from luthier.recipes.evaluate import evaluate_run
+        from luthier.recipes.evaluating.evaluate import evaluate_run
 
     found = evaluate_run(run_named(run), data=data)
     if json:

@@ -41,8 +41,8 @@ def export(
     require_no_lost_run(source)
     with uncollected():
         from luthier.core.recipe_file import read_layers, validated
-        from luthier.recipes.export import ExportKnobs, Source, lines_of
-        from luthier.recipes.export import export as run_export
+        from luthier.recipes.exporting.export import ExportKnobs, Source, lines_of
+        from luthier.recipes.exporting.export import export as run_export
         from luthier.recipes.progress import teller
 
     layered = read_layers(None, sets=set_ or [], defaults={"exporter": {"method": to}}, known=("exporter",))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from luthier.infer.guides import Guide
     from luthier.infer.request import Request
     from luthier.model.speaker import Sampling, Spoken
-    from luthier.recipes.opened import Opened
+    from luthier.recipes.opening.opened import Opened
 
 
 DRAFTED = 4
@@ -133,8 +133,8 @@ def _opened(name: str, draft_model: str | None, *, adapter: str | None, precisio
     """What a name stands for, with the model that goes ahead of it if there is one."""
     with uncollected():
         from luthier.recipes.drafting import with_draft_model
-        from luthier.recipes.opened import open_named
-        from luthier.recipes.quantized import quantizer_named
+        from luthier.recipes.opening.opened import open_named
+        from luthier.recipes.opening.quantized import quantizer_named
 
     require_no_lost_run(name)
     packed = quantizer_named(quantizer)

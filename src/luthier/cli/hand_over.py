@@ -16,7 +16,7 @@ from luthier.core.imports import uncollected
 
 if TYPE_CHECKING:
     from luthier.infer.dialects import Dialect
-    from luthier.recipes.hand_over import HandedOver
+    from luthier.recipes.exporting.hand_over import HandedOver
 
 TOKEN: Final = "LUTHIER_ENGINE_TOKEN"
 Engine = Annotated[
@@ -54,7 +54,7 @@ def hand_over(values: Mapping[str, Any]) -> None:
     with uncollected():
         from luthier.infer.dialects import dialect_named
         from luthier.infer.wire import Wire
-        from luthier.recipes.hand_over import Wanted, hand_over
+        from luthier.recipes.exporting.hand_over import Wanted, hand_over
 
     wire = Wire(values["url"], token=os.environ.get(TOKEN, ""), insecure=values["insecure_http"])
     wanted = Wanted(name=values["name"], adapter=values["adapter"], model=values["as_name"], path=values["path"],

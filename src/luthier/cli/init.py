@@ -28,7 +28,7 @@ def init(
       luthier init
       luthier init mine.yaml --model Qwen/Qwen2.5-0.5B --data my_rows.jsonl --set adapter.method=ia3
     """
-    from luthier.recipes.files import write_template
+    from luthier.recipes.schemas.files import write_template
 
     text = write_template(model=model, data=data, overrides=set_ or [])
     if dry_run:

@@ -17,8 +17,8 @@ from luthier.core.imports import uncollected
 from luthier.core.units import bytes_text
 
 if TYPE_CHECKING:
-    from luthier.recipes.merge import Gate
-    from luthier.recipes.merge_recipe import MergeRecipe
+    from luthier.recipes.merging.merge import Gate
+    from luthier.recipes.merging.recipe import MergeRecipe
 
 _SHOWN_ROLES = 16
 _ADVICE = "luthier merge --help shows the options, luthier describe METHOD the knobs of a method"
@@ -71,7 +71,7 @@ def merge(
         recipe, notes = _recipe(models, method, base=base, weights=weight, knobs=knobs, sets=given)
         gate = _gate(data, metric, allow_worse=allow_worse)
         with uncollected():
-            from luthier.recipes.merge import merge_models, opened
+            from luthier.recipes.merging.merge import merge_models, opened
 
         if dry_run:
             with opened(recipe) as opening:
@@ -91,7 +91,7 @@ def _recipe(
 ) -> tuple[MergeRecipe, Sequence[str]]:
     """The recipe that the command line says, or names, and what is to be told of it."""
     with uncollected():
-        from luthier.recipes.merge_recipe import from_flags, is_recipe, read_recipe
+        from luthier.recipes.merging.recipe import from_flags, is_recipe, read_recipe
 
     if len(models) == 1 and is_recipe(models[0]):
         return read_recipe(Path(models[0]), sets=sets)
@@ -114,7 +114,7 @@ def _gate(data: Path | None, metric: str | None, *, allow_worse: bool) -> Gate |
     if data is None and metric is None:
         return None
     with uncollected():
-        from luthier.recipes.merge_gate import gate_of
+        from luthier.recipes.merging.gate import gate_of
 
     return gate_of(data, metric, allow_worse=allow_worse)
 
@@ -124,7 +124,7 @@ def _merge_adapters(
     dry_run: bool, json: bool,
 ) -> None:  # fmt: skip
     with uncollected():
-        from luthier.recipes.merge_adapters import AdapterKnobs, merge_adapters, planned_adapters
+        from luthier.recipes.merging.adapters import AdapterKnobs, merge_adapters, planned_adapters
 
     knobs = AdapterKnobs.from_flags(models, method, weights, given)
     if dry_run or out is None:

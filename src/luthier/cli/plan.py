@@ -100,7 +100,7 @@ def _require_none(unread: set[str], what: str) -> None:
 
 def _of_recipe(recipe: Path, sets: list[str], *, as_json: bool) -> None:
     with uncollected():
-        from luthier.recipes.plan_recipe import plan_file
+        from luthier.recipes.planning.of_recipe import plan_file
 
     found = plan_file(recipe, sets)
     print_json(found) if as_json else print_needs(found)
@@ -121,8 +121,8 @@ def _of_config(
 
     limit = None if memory is None else bytes_from(memory)
     with uncollected():
-        from luthier.recipes.plan import Machine
-        from luthier.recipes.plan_asked import answered, asked
+        from luthier.recipes.planning.asked import answered, asked
+        from luthier.recipes.planning.plan import Machine
 
     tokens, price = run
     found = answered(config, asked(method, sets, limit), Machine.of(*rates),
@@ -140,12 +140,12 @@ def _of_inference(
 ) -> None:  # fmt: skip
     """No torch is needed for this, unless weights are packed: a quantizer says itself what they take."""
     from luthier.core.units import bytes_from
-    from luthier.recipes.plan_inference import plan_inference
+    from luthier.recipes.planning.inference import plan_inference
 
     (clients, context), (tflops, bandwidth) = load, rates
     packed = None
     if quantizer is not None:
-        from luthier.recipes.plan_asked import packed_bytes
+        from luthier.recipes.planning.asked import packed_bytes
 
         packed = packed_bytes(quantizer)
     found = plan_inference(

@@ -15,7 +15,7 @@ from luthier.core.imports import uncollected
 from luthier.core.units import bytes_text
 
 if TYPE_CHECKING:
-    from luthier.recipes.mitigate import Scaling
+    from luthier.recipes.probing.mitigate import Scaling
 
 MITIGATION = "mitigation"
 """What its knobs are set under, as those of a probe are under its name."""
@@ -60,8 +60,8 @@ def probe(
       luthier probe --before Qwen/Qwen2.5-0.5B --after models/mine --set intruder_dimensions.k=5
     """
     with uncollected():
-        from luthier.recipes.diagnose import Asked, diagnose, planned
-        from luthier.recipes.probe import chosen_probes
+        from luthier.recipes.probing.diagnose import Asked, diagnose, planned
+        from luthier.recipes.probing.probe import chosen_probes
         from luthier.recipes.progress import progress
 
     if run is not None:
@@ -85,8 +85,8 @@ def probe(
 def _scaling(text: str | None, sets: list[str]) -> Scaling | None:
     """What `--mitigate` and `--set mitigation.KNOB=VALUE` say together."""
     from luthier.core.knobs import validate
-    from luthier.recipes.mitigate import Scaling
-    from luthier.recipes.probe import knobs_of
+    from luthier.recipes.probing.mitigate import Scaling
+    from luthier.recipes.probing.probe import knobs_of
 
     if text is None:
         if sets:

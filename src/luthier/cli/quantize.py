@@ -35,7 +35,7 @@ def quantize(
         raise RecipeError(f"precision is {precision!r}", allowed="auto, float32 or bfloat16")
     with uncollected():
         from luthier.core.recipe_file import read_layers, validated
-        from luthier.recipes.quantize import QuantizeKnobs, quantize_model
+        from luthier.recipes.opening.quantize import QuantizeKnobs, quantize_model
 
     layered = read_layers(None, sets=set_ or [], defaults={"quantizer": {"method": quantizer}}, known=("quantizer",))
     chosen = validated(QuantizeKnobs, layered).quantizer

@@ -36,10 +36,10 @@ def resume(
     if not dry_run:
         refuse_busy(folder.folder)
     with uncollected():
-        from luthier.recipes.ai_feedback_recipe import AI_FEEDBACK
         from luthier.recipes.finetune import resume as go_on
-        from luthier.recipes.several import resume_several
-        from luthier.recipes.several_recipe import SEVERAL
+        from luthier.recipes.schemas.ai_feedback import AI_FEEDBACK
+        from luthier.recipes.schemas.several import SEVERAL
+        from luthier.recipes.several.several import resume_several
 
     if dry_run:
         status = folder.status()
@@ -53,7 +53,7 @@ def resume(
         return
     if folder.read_recipe().get("recipe") == AI_FEEDBACK:
         with uncollected():
-            from luthier.recipes.ai_feedback import resume_feedback
+            from luthier.recipes.feedback.ai_feedback import resume_feedback
 
         with progress(quiet=quiet) as recorder:
             judged = resume_feedback(folder, recorder=recorder)

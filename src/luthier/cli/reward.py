@@ -34,8 +34,8 @@ def reward(
       luthier reward kernels.yaml answers.jsonl --column answer --set reward.device=interpreter --json
     """
     with uncollected():
-        from luthier.recipes.files import load_recipe
-        from luthier.recipes.score_answers import score_answers
+        from luthier.recipes.evaluating.score_answers import score_answers
+        from luthier.recipes.schemas.files import load_recipe
 
     found = score_answers(load_recipe(recipe, overrides=set_ or []).recipe, file, column=column)
     print_json(found) if json else _print(found)

@@ -18,8 +18,8 @@ from luthier.core.imports import uncollected
 from luthier.recipes.progress import progress
 
 if TYPE_CHECKING:
-    from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe
-    from luthier.recipes.files import LoadedRecipe
+    from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
+    from luthier.recipes.schemas.files import LoadedRecipe
 
 
 def train(
@@ -43,12 +43,12 @@ def train(
     if not dry_run:
         _refuse_busy(recipe, set_ or [], run)
     with uncollected():
-        from luthier.recipes.ai_feedback_recipe import AiFeedbackRecipe
         from luthier.recipes.bench import lay_out
         from luthier.recipes.domain_adaptation import names_adaptation
-        from luthier.recipes.files import load_recipe
         from luthier.recipes.finetune import start
-        from luthier.recipes.several_recipe import names_several
+        from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
+        from luthier.recipes.schemas.files import load_recipe
+        from luthier.recipes.schemas.several import names_several
 
     if names_adaptation(recipe):
         train_adaptation(recipe, set_ or [], run, dry_run=dry_run, json=json, quiet=quiet)
@@ -75,8 +75,8 @@ def _train_several(
 ) -> None:
     """A recipe that names several adapters."""
     with uncollected():
-        from luthier.recipes.several import lay_out_several, start_several
-        from luthier.recipes.several_recipe import load_several_recipe
+        from luthier.recipes.schemas.several import load_several_recipe
+        from luthier.recipes.several.several import lay_out_several, start_several
 
     loaded = load_several_recipe(recipe, overrides=sets, run=run)
     if dry_run:
@@ -94,7 +94,7 @@ def _train_on_feedback(
 ) -> None:
     """A recipe that names a judge of the model's own answers."""
     with uncollected():
-        from luthier.recipes.ai_feedback import plan_feedback, start_feedback
+        from luthier.recipes.feedback.ai_feedback import plan_feedback, start_feedback
 
     if dry_run:
         plan = plan_feedback(recipe)

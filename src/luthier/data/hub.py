@@ -29,7 +29,7 @@ from luthier.core.errors import (
     StorageError,
     UnsafeArtifactError,
 )
-from luthier.data.reading.strict_json import Place, decode_text, parse
+from luthier.data.strict_json import Place, decode_text, parse
 
 MAX_JSON: Final = 16 * 1024 * 1024
 """Bytes of a JSON file of a model; the largest in use, an index of ninety thousand tensors, has nine million."""

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, UnsafeArtifactError
 from luthier.data.hub import ModelFiles, read_bytes
-from luthier.data.reading.strict_json import Place, decode_text, excerpt
+from luthier.data.strict_json import Place, decode_text, excerpt
 
 MAX_TOKENIZER: Final = 256 * 1024 * 1024
 """Bytes of a tokenizer.json; the largest in use have 35 million."""

@@ -20,9 +20,9 @@ import torch
 from luthier.core.knobs import Method
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
+from luthier.model.comparing.parity import Side, Tolerance, tolerance_for
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision
-from luthier.model.parity import Side, Tolerance, tolerance_for
 
 Told = Callable[[str], None]
 """Hears what is being done, for a person who waits."""

@@ -28,9 +28,9 @@ import torch
 from pydantic import Field
 
 from luthier.exporters import Exporter, Form, Subject, Told
+from luthier.model.comparing.parity import Side, Tolerance
 from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.parts import GgufPart, Part
-from luthier.model.parity import Side, Tolerance
 
 _USE = """```bash
 llama-cli -m FOLDER/model.gguf

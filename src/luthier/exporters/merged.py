@@ -8,7 +8,7 @@ folded into the plain ones that they stand for.
 
 Equation: W' = round(W + dW) at each site; files of at most `shard_gb` gigabytes, with an index where there are several.
 
-Source: transformers' save_pretrained (shards, index); model/old_keys.py for the keys of both lines.
+Source: transformers' save_pretrained (shards, index); model/files/old_keys.py for the keys of both lines.
 
 Cost: the bytes of the model, once on disk; in memory the model itself, which is asked before it is written, and one
 tensor of the files. A model that is larger than memory is merged row by row: luthier merge RUN --method passthrough.
@@ -33,13 +33,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from luthier.exporters import Exporter, Subject, Told
-from luthier.model.adapter_files import save_extras
-from luthier.model.json_files import read_object, write_object
-from luthier.model.old_keys import with_old_keys
-from luthier.model.parity import Side
-from luthier.model.parity_sides import folder_side
-from luthier.model.shards import ShardWriter, Slot
-from luthier.model.texts_beside import save_texts
+from luthier.model.comparing.parity import Side
+from luthier.model.comparing.parity_sides import folder_side
+from luthier.model.files.adapter_files import save_extras
+from luthier.model.files.json_files import read_object, write_object
+from luthier.model.files.old_keys import with_old_keys
+from luthier.model.files.shards import ShardWriter, Slot
+from luthier.model.files.texts_beside import save_texts
 
 _USE = """```python
 from transformers import AutoModelFor{kind}, AutoTokenizer

@@ -28,10 +28,10 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
+from luthier.model.comparing.parity import Side, Tolerance
 from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.modelfile import NAME, Modelfile, modelfile
 from luthier.model.gguf.parts import ADAPTER_FILE, MODEL_FILE, GgufPart, Part
-from luthier.model.parity import Side, Tolerance
 
 _USE = """```bash
 ollama create my-model -f FOLDER/Modelfile

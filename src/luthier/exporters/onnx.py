@@ -37,14 +37,14 @@ from luthier.data.conversation import Row
 from luthier.data.forest import Ints
 from luthier.data.rendering.renderer import Renderer
 from luthier.exporters import Exporter, Subject, Told
-from luthier.model.json_files import read_object, write_object
+from luthier.model.comparing.parity import Side
+from luthier.model.comparing.parity_sides import folder_texts
+from luthier.model.files.json_files import read_object, write_object
+from luthier.model.files.old_keys import with_old_keys
+from luthier.model.files.texts_beside import save_texts
 from luthier.model.language_model import LanguageModel
-from luthier.model.old_keys import with_old_keys
-from luthier.model.parity import Side
-from luthier.model.parity_sides import folder_texts
-from luthier.model.task_executor import takes_types
+from luthier.model.running.task_executor import takes_types
 from luthier.model.tasks import kind_of
-from luthier.model.texts_beside import save_texts
 
 GRAPH = "model.onnx"
 _INSIDE = 1_500_000_000

@@ -26,12 +26,12 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
-from luthier.model.adapter_files import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
-from luthier.model.json_files import write_object
-from luthier.model.parity import EXACT, Side, Tolerance
-from luthier.model.parity_sides import ModelSide, folder_texts
+from luthier.model.comparing.parity import EXACT, Side, Tolerance
+from luthier.model.comparing.parity_sides import ModelSide, folder_texts
+from luthier.model.files.adapter_files import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
+from luthier.model.files.json_files import write_object
+from luthier.model.files.texts_beside import save_texts
 from luthier.model.tasks import AUTO
-from luthier.model.texts_beside import save_texts
 
 _USE = """```python
 from peft import PeftModel

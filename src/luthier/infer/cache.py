@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from luthier.data.forest import Span
 from luthier.kernels.backend import AddedTerms, Backend, KeptRows, Paged, TokenBlocks
 from luthier.kernels.thin_pass import ThinPass
-from luthier.model.attention import ForestPlan, Root, soft_capped
-from luthier.model.executor import flat_hidden
-from luthier.model.kept import AttentionCall, KeptKeys
+from luthier.model.attending.attention import ForestPlan, Root, soft_capped
+from luthier.model.attending.kept import AttentionCall, KeptKeys
+from luthier.model.running.executor import flat_hidden
 
 Widths = tuple[tuple[int, int, int], ...]
 """For each layer: key heads, the size of a key, the size of a value."""

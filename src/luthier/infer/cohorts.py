@@ -27,10 +27,10 @@ from luthier.core.errors import RecipeError
 from luthier.infer.continuation import Continuation
 from luthier.infer.reader import Counts, Reader, Reading
 from luthier.infer.sampler import log_probs_of
-from luthier.model.edits import LearnedKeysValues, LearnedRoot, routed
-from luthier.model.encoder_decoder import read_texts, start_of, states_ahead
+from luthier.model.editing.edits import LearnedKeysValues, LearnedRoot, routed
 from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, batch_routes
+from luthier.model.running.encoder_decoder import read_texts, start_of, states_ahead
 
 PASS_TOKENS: Final = 512
 """Prompts of texts with a state that are read at once have no more tokens together, if there are several."""

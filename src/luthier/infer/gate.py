@@ -18,7 +18,7 @@ from luthier.infer.reader import PagedReader, Reader, default_room
 from luthier.infer.request import Request
 from luthier.infer.sampler import require_possible
 from luthier.infer.scheduler import Room
-from luthier.model.edits import LearnedRoot
+from luthier.model.editing.edits import LearnedRoot
 from luthier.model.language_model import LanguageModel
 
 SPOKEN_ROWS: Final = 64

@@ -24,10 +24,10 @@ from luthier.infer.sampler import log_probs_of
 from luthier.infer.scheduler import Part, Room, Scheduler
 from luthier.kernels.head import Head
 from luthier.kernels.thin_pass import ThinPass
-from luthier.model.attention import ForestPlan, Root
-from luthier.model.executor import flat_hidden, logits_of
+from luthier.model.attending.attention import ForestPlan, Root
 from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, routes_over
+from luthier.model.running.executor import flat_hidden, logits_of
 
 PROMPT_ROWS: Final = 32
 """Rows of a prompt whose logits are looked at together: beside 150,000 words they are memory."""

@@ -9,7 +9,8 @@ Source: FlashAttention-2, arXiv 2307.08691; the corner: its release 2.1, and tor
 Cost: that of kernels/causal.py; where texts see others, a copy of all keys that each of them sees. Sums over texts and
     in the backward pass are in an order that changes from run to run, unless torch is told to be deterministic.
 Use when: bfloat16 or float16 on a GPU of compute capability 8.0 or later, heads of at most 192 numbers, in steps of 8.
-Not when: anything else; attention then goes text by text through scaled_dot_product_attention (model/attention.py).
+Not when: anything else; attention then goes text by text through scaled_dot_product_attention
+    (model/attending/attention.py).
 Written against the signatures of torch 2.13; not yet run on a GPU.
 """
 

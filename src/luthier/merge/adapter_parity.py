@@ -24,14 +24,14 @@ from luthier.merge.adapters import Joined, Joining, merged_change, share_lost
 from luthier.merge.lora import placed
 from luthier.merge.parents import Parent
 from luthier.merge.parity import Parity, side_by_side
-from luthier.model import attachment as surgery
-from luthier.model.adapter_files import fill
-from luthier.model.attachment import Attachment
+from luthier.model.comparing.parity import EXACT, Questions, compare, hear
+from luthier.model.comparing.parity_sides import StreamedSide
+from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
+from luthier.model.editing import attachment as surgery
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.sites import find_sites
+from luthier.model.files.adapter_files import fill
 from luthier.model.load import config_of
-from luthier.model.parity import EXACT, Questions, compare, hear
-from luthier.model.parity_sides import StreamedSide
-from luthier.model.sites import find_sites
-from luthier.model.streamed import NO_MODEL, RowSource, StreamedModel
 
 Adds = Callable[[Float[Tensor, "rows columns"], int], None]
 """Adds its rows, from a first one on, to those of the base."""

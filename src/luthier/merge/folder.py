@@ -18,7 +18,7 @@ from luthier.data.hub import ModelFiles, read_bytes
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import OF_LAYERS, Slice
 from luthier.merge.vocabulary import MAX_TOKENIZER, United
-from luthier.model.json_files import write_object
+from luthier.model.files.json_files import write_object
 
 GENERATION: Final = "generation_config.json"
 _COPIED: Final = (

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
-from luthier.data.reading.strict_json import excerpt
-from luthier.model.json_files import read_object
-from luthier.model.shards import Slot
-from luthier.model.tensor_files import load_tensors
+from luthier.data.strict_json import excerpt
+from luthier.model.files.json_files import read_object
+from luthier.model.files.shards import Slot
+from luthier.model.files.tensor_files import load_tensors
 
 CONFIG: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.maths.spheres import cosine, gram
 from luthier.mergers import Part, Rows, Sums
-from luthier.model.role_names import layer_of, tensor_roles
+from luthier.model.editing.role_names import layer_of, tensor_roles
 
 
 @final

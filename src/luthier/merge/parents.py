@@ -19,8 +19,8 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.merge.lora import Factors, factors_of
-from luthier.model.shards import Shards
-from luthier.model.weight_files import folder_digest, weight_files
+from luthier.model.files.shards import Shards
+from luthier.model.files.weight_files import folder_digest, weight_files
 
 TOKENIZER: Final = "tokenizer.json"
 _SAME: Final = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",

@@ -28,13 +28,13 @@ from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
 from luthier.merge.stream import Room, Source, copied, one_thread_each
 from luthier.merge.vocabulary import United
-from luthier.model.generation_files import read_stop_ids
+from luthier.model.comparing.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
+from luthier.model.comparing.parity_sides import StreamedSide, folder_texts
+from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
+from luthier.model.files.generation_files import read_stop_ids
+from luthier.model.files.shards import Slot
+from luthier.model.files.tensor_files import DTYPES
 from luthier.model.load import config_of
-from luthier.model.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
-from luthier.model.parity_sides import StreamedSide, folder_texts
-from luthier.model.shards import Slot
-from luthier.model.streamed import NO_MODEL, RowSource, StreamedModel
-from luthier.model.tensor_files import DTYPES
 
 ANEW: Final = "the parents, merged anew"
 _PIECE: Final = 1 << 22

@@ -17,12 +17,12 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.core.nearest import nearest
-from luthier.data.reading.strict_json import excerpt
+from luthier.data.strict_json import excerpt
 from luthier.merge.parents import Parent
 from luthier.merge.settings import Setting, Spot
 from luthier.mergers import BASE, Merger
-from luthier.model.role_names import in_layer, layer_of, tensor_roles
-from luthier.model.shards import Slot
+from luthier.model.editing.role_names import in_layer, layer_of, tensor_roles
+from luthier.model.files.shards import Slot
 
 OF_LAYERS: Final = ("layer_types", "sliding_window_pattern", "no_rope_layers", "mlp_layer_types")
 """Lists of a config with an entry for each layer."""

@@ -15,12 +15,12 @@ from typing import Final
 import torch
 
 from luthier.core.errors import GateError
-from luthier.data.reading.strict_json import excerpt
+from luthier.data.strict_json import excerpt
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Plan
 from luthier.merge.stream import Source
-from luthier.model.role_names import tensor_roles
-from luthier.model.shards import Shards
+from luthier.model.editing.role_names import tensor_roles
+from luthier.model.files.shards import Shards
 
 LARGEST: Final = 1 << 22
 """Numbers of a tensor that is computed anew, at most, where memory allows for as many."""

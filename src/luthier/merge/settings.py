@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, final
 
 from luthier.core.errors import RecipeError
-from luthier.model.role_names import layer_of, tensor_roles
+from luthier.model.editing.role_names import layer_of, tensor_roles
 
 _ROLES: Final = frozenset({"q", "k", "v", "o", "gate", "up", "down", "norm", "embed", "head", "table", "linear"})
 _FORMS: Final = "a number, a list of numbers over the layers, or a list of {filter: ROLE OR NAME, value: ...}"

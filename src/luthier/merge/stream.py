@@ -23,13 +23,13 @@ from torch import Tensor
 
 from luthier.core.errors import NumericError, RecipeError
 from luthier.core.units import bytes_text
-from luthier.data.reading.strict_json import excerpt
+from luthier.data.strict_json import excerpt
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.measures import Measured, TensorReport, measured
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Origin, Plan
 from luthier.mergers import Part, Rows, Sums, added
-from luthier.model.shards import ShardWriter
+from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
 """Numbers of a block at most: a megabyte in float32, so that what is done to it finds it in a cache."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.hub import ModelFiles, read_bytes
 from luthier.merge.parents import TOKENIZER, Parent
-from luthier.model.role_names import tensor_roles
+from luthier.model.editing.role_names import tensor_roles
 
 MAX_TOKENIZER: Final = 256 * 1024 * 1024
 Choice = Literal["auto", "first", "union"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from luthier.core.errors import DataError
 from luthier.data.forest import Floats, Forest, Note, Segment, Tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 
 ScoreUse = Literal["unused", "margin", "probability"]
 """What the difference of the scores of two answers is taken for: nothing, a margin, or the log odds of their order."""

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from luthier.kernels.chosen import planned_backend, wanted_kernels
-from luthier.model import attention
-from luthier.model.attachment import Attachment
-from luthier.model.edits import Edit
+from luthier.model.attending import attention
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.sites import Sites
+from luthier.model.files.weights import fresh_module
 from luthier.model.language_model import LanguageModel
-from luthier.model.sites import Sites
 from luthier.model.tasks import CAUSAL
-from luthier.model.weights import fresh_module
 
 _FEW: Final = 2**20
 """Permutations of so few are made: a prompt starts from the rows that one names."""

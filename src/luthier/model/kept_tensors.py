@@ -20,7 +20,7 @@ from luthier.data.forest import Forest
 from luthier.kernels.head import Head
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.language_model import LanguageModel
-from luthier.model.zoo_head import FeatureHead
+from luthier.model.running.zoo_head import FeatureHead
 
 
 def kept_by_stage(model: LanguageModel, forest: Forest) -> list[int]:

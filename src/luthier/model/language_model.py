@@ -21,28 +21,28 @@ from luthier.data.forest import Forest, Ints, Tree
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.head import Head
 from luthier.kernels.lanes import Lane
-from luthier.model import attachment as surgery
-from luthier.model import merging
-from luthier.model.attachment import Attachment
-from luthier.model.attention import Root
-from luthier.model.edits import Edit, EditedModule, LearnedRoot
-from luthier.model.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
-from luthier.model.guests import Guest, require_guests, sole
-from luthier.model.head import edited_head, head_of
-from luthier.model.merging import Merged, Rounding
-from luthier.model.mixes import checked_mix, root_of
-from luthier.model.outputs import TokenOutputs
+from luthier.model.attending.attention import Root
+from luthier.model.editing import attachment as surgery
+from luthier.model.editing import merging
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.edits import Edit, EditedModule, LearnedRoot
+from luthier.model.editing.merging import Merged, Rounding
+from luthier.model.editing.mixes import checked_mix, root_of
+from luthier.model.editing.sites import Sites, find_sites
+from luthier.model.editing.thin_terms import TermKeeper
+from luthier.model.editing.token_rows import ADD_ROWS
+from luthier.model.editing.value_head import ValueHead, value_head_of
 from luthier.model.packed import packing_of
-from luthier.model.parts import Loss, Part, backward_in_parts
-from luthier.model.probing import probe
 from luthier.model.routes import Parts, Routes, parts_of, routes_over
-from luthier.model.sites import Sites, find_sites
-from luthier.model.task_executor import probe_task, run_task, task_head_of
+from luthier.model.running.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
+from luthier.model.running.guests import Guest, require_guests, sole
+from luthier.model.running.head import edited_head, head_of
+from luthier.model.running.outputs import TokenOutputs
+from luthier.model.running.parts import Loss, Part, backward_in_parts
+from luthier.model.running.probing import probe
+from luthier.model.running.task_executor import probe_task, run_task, task_head_of
+from luthier.model.running.zoo_head import head_modules, new_parts, tempered
 from luthier.model.tasks import CAUSAL, Task
-from luthier.model.thin_terms import TermKeeper
-from luthier.model.token_rows import ADD_ROWS
-from luthier.model.value_head import ValueHead, value_head_of
-from luthier.model.zoo_head import head_modules, new_parts, tempered
 
 
 @final

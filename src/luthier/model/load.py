@@ -28,21 +28,21 @@ from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
 from luthier.kernels.chosen import backend_for, wanted_kernels
-from luthier.model import attention
-from luthier.model.configs import checked_config, config_of
-from luthier.model.language_model import LanguageModel
-from luthier.model.machine import rates
-from luthier.model.packed_files import Found, PackedReader, make_room, put_packed, take_packed
-from luthier.model.sources import FRESH, resolve_source
-from luthier.model.tasks import CAUSAL, Task, kind_of
-from luthier.model.weight_files import folder_digest, weight_files
-from luthier.model.weights import (
+from luthier.model.attending import attention
+from luthier.model.files.configs import checked_config, config_of
+from luthier.model.files.packed_files import Found, PackedReader, make_room, put_packed, take_packed
+from luthier.model.files.sources import FRESH, resolve_source
+from luthier.model.files.weight_files import folder_digest, weight_files
+from luthier.model.files.weights import (
     fresh_module,
     module_with,
     read_weights,
     take_generation_settings,
     without_weights,
 )
+from luthier.model.language_model import LanguageModel
+from luthier.model.machine import rates
+from luthier.model.tasks import CAUSAL, Task, kind_of
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ReaderOf = Callable[[Mapping[str, object]], PackedReader]

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from luthier.core.errors import RecipeError
+from luthier.model.editing.sites import Site
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import Pack, PackedWeight, Packing, packing_of
-from luthier.model.sites import Site
 
 
 @torch.no_grad()

@@ -25,10 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.data.forest import Ints
-from luthier.model.edits import TrainedParameters
+from luthier.model.editing.edits import TrainedParameters
+from luthier.model.editing.sites import Site
+from luthier.model.editing.token_rows import TokenRows
 from luthier.model.language_model import LanguageModel
-from luthier.model.sites import Site
-from luthier.model.token_rows import TokenRows
 
 SAMPLE_ROWS: Final = 8192
 SAMPLE_ELEMENTS: Final = 2**25

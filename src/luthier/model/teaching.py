@@ -27,10 +27,10 @@ from luthier.data.forest import Forest
 from luthier.kernels.head import Head
 from luthier.kernels.torch_backend import wide
 from luthier.maths.divergences import Comparison, divergences
-from luthier.model.executor import AnyHead, long, outputs_of, predicting_states, unrolled_states
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
-from luthier.model.zoo_head import FeatureHead, tempered
+from luthier.model.running.executor import AnyHead, long, outputs_of, predicting_states, unrolled_states
+from luthier.model.running.outputs import TokenOutputs
+from luthier.model.running.zoo_head import FeatureHead, tempered
 
 CHUNK_ROWS = 64
 """Rows whose logits, of both models and with their gradients, are held at once."""

@@ -22,8 +22,8 @@ from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rollout_learner import RolloutLearner
 from luthier.maths.divergences import Comparison
-from luthier.model.edits import Edit
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.editing.edits import Edit
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import CAUSAL, Task
 
 

@@ -32,7 +32,7 @@ from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import Group, grown
 from luthier.maths.divergences import Comparison
 from luthier.maths.policies import clipped_losses, is_clipped
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 

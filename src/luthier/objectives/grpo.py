@@ -32,7 +32,7 @@ from luthier.data.rollouts import Answer, Group, grown, noting
 from luthier.maths.advantages import Baseline, Scale, group_advantages
 from luthier.maths.policies import clipped_losses, is_clipped, k3
 from luthier.model.compared import Answers
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 Preset = Literal["dr_grpo", "grpo", "dapo", "gspo", "rloo"]

@@ -28,7 +28,7 @@ from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.maths.preferences import kto_losses
 from luthier.model.compared import Answers, compared_tree, is_good
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 GOOD, BAD = 1.0, 0.0

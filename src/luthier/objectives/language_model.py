@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.data.forest import Forest, Tree, row_tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 TEXT = TOKEN_ROLES.index("text")

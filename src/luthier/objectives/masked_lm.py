@@ -22,7 +22,7 @@ from luthier.core.errors import RecipeError
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import Task
 from luthier.objectives import Objective, Vocabulary
 

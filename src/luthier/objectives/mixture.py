@@ -29,8 +29,8 @@ from luthier.data.conversation import WORDS, Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rollout_learner import RolloutLearner
-from luthier.model.edits import Edit
-from luthier.model.outputs import LossReport, TokenOutputs, of_trees
+from luthier.model.editing.edits import Edit
+from luthier.model.running.outputs import LossReport, TokenOutputs, of_trees
 from luthier.model.tasks import CAUSAL, Task
 from luthier.objectives import Objective, Vocabulary
 

@@ -30,9 +30,9 @@ from luthier.data.rollouts import Group, grown, leaf_notes, noting
 from luthier.maths.advantages import whitened
 from luthier.maths.gae import gae
 from luthier.maths.policies import adapted_leash, clipped_losses, is_clipped, value_losses
-from luthier.model.edits import Edit
-from luthier.model.outputs import LossReport, TokenOutputs
-from luthier.model.value_head import ValueHead
+from luthier.model.editing.edits import Edit
+from luthier.model.editing.value_head import ValueHead
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 _RATE = 0.1

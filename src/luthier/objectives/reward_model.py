@@ -23,7 +23,7 @@ from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.maths.preferences import pair_losses
 from luthier.model.compared import Pairs, ScoreUse, compared_tree
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import SCORES, Task
 from luthier.objectives import Objective
 

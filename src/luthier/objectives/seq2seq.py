@@ -17,7 +17,7 @@ from luthier.core.errors import DataError
 from luthier.data.answers import text_and_answers
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import Task
 from luthier.objectives import Objective
 

@@ -15,7 +15,7 @@ from typing import final
 from luthier.core.errors import DataError
 from luthier.data.forest import Forest, Tree, row_tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
 

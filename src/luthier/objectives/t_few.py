@@ -26,7 +26,7 @@ from luthier.data.answers import Answer, text_and_answers
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Floats, Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
-from luthier.model.outputs import LossReport, TokenOutputs
+from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import Task
 from luthier.objectives import Objective
 

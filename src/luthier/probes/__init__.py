@@ -16,7 +16,7 @@ from typing import Any, ClassVar, final
 from luthier.core.errors import NumericError
 from luthier.core.events import plain
 from luthier.core.knobs import Method
-from luthier.model.pair import Pair
+from luthier.model.comparing.pair import Pair
 
 Value = float | int | str | None
 

@@ -19,7 +19,7 @@ from typing import ClassVar, final
 from pydantic import Field
 
 from luthier.maths.adapter_scale import CASES, alpha_of_same_scale, growth, scale
-from luthier.model.pair import Pair
+from luthier.model.comparing.pair import Pair
 from luthier.probes import Curves, Probe, Report, Table
 
 RANKS = tuple(2**power for power in range(10))

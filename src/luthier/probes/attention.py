@@ -25,8 +25,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.data.forest import Ints
+from luthier.model.comparing.pair import Pair
 from luthier.model.language_model import LanguageModel
-from luthier.model.pair import Pair
 from luthier.probes import Grid, Probe, Report, Table, require_finite
 
 SHOWN = 24

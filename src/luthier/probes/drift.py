@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 
 from luthier.core.units import percent_text
-from luthier.model.pair import Change, Pair, by_layer_and_role
+from luthier.model.comparing.pair import Change, Pair, by_layer_and_role
 from luthier.probes import Grid, Probe, Report, Table
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.maths.spectra import effective_rank, of_factors, stable_rank
-from luthier.model.pair import Change, Pair, by_layer_and_role
+from luthier.model.comparing.pair import Change, Pair, by_layer_and_role
 from luthier.probes import Grid, Probe, Report, Table, Value
 
 

@@ -22,7 +22,7 @@ from typing import ClassVar, Final, final
 
 from pydantic import Field
 
-from luthier.model.pair import Pair, Text
+from luthier.model.comparing.pair import Pair, Text
 from luthier.probes import Probe, Report, Table, Value, require_finite
 
 KEPT: Final = ("kept", "other")

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.maths.gradient_noise import Noise, noise_of
-from luthier.model.pair import Pair
+from luthier.model.comparing.pair import Pair
 from luthier.probes import Probe, Report, Table, require_finite
 
 

@@ -28,7 +28,7 @@ from pydantic import Field
 from luthier.core.units import percent_text
 from luthier.maths.intruders import SIDES, Likeness, Side, likeness, shuffled, shuffled_whole
 from luthier.maths.spectra import Spectrum, Summed
-from luthier.model.pair import Change, Pair, by_layer_and_role
+from luthier.model.comparing.pair import Change, Pair, by_layer_and_role
 from luthier.probes import Curves, Grid, Probe, Report, Table, Value
 
 

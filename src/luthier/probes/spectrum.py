@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.maths.spectra import Summed, leading, of_factors
-from luthier.model.pair import Change, Pair
+from luthier.model.comparing.pair import Change, Pair
 from luthier.probes import Curves, Probe, Report, Table, Value
 
 Sizes = tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]

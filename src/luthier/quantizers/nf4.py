@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.errors import CorruptError, DataError
-from luthier.data.reading.strict_json import Place, decode_text, parse
+from luthier.data.strict_json import Place, decode_text, parse
 from luthier.kernels.backend import Backend, BlockScales
 from luthier.maths import codebooks
 from luthier.model.packed import Packing

@@ -17,24 +17,25 @@ from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.lanes import Lane
 from luthier.kernels.pool import bound_caches
-from luthier.model.attachment import Attachment
-from luthier.model.context import context_tokens
-from luthier.model.graphs import Graphs
+from luthier.model.editing.attachment import Attachment
+from luthier.model.files.context import context_tokens
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import resolve_source
+from luthier.model.running.graphs import Graphs
 from luthier.model.tasks import CAUSAL, Task
-from luthier.recipes import accounts, reinforce
 from luthier.recipes.control_tokens import control_tokens, require_rows, with_token_ids
 from luthier.recipes.graphed import recorded
-from luthier.recipes.memory import PARTS, use_pool
-from luthier.recipes.offload import inputs_are_far, lane_to_host, optimizer_is_far
-from luthier.recipes.opened import require_room
-from luthier.recipes.places import located
-from luthier.recipes.purpose import bound, edits_for, read_for
-from luthier.recipes.quantized import load_base, quantize
-from luthier.recipes.reinforce_recipe import ReinforceRecipe
-from luthier.recipes.reward_tools import scoring_of
-from luthier.recipes.schema import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.recipes.opening.opened import require_room
+from luthier.recipes.opening.places import located
+from luthier.recipes.opening.purpose import bound, edits_for, read_for
+from luthier.recipes.opening.quantized import load_base, quantize
+from luthier.recipes.reinforcing import reinforce
+from luthier.recipes.reinforcing.tools import scoring_of
+from luthier.recipes.schemas.finetune import DEFAULT_STEP_TOKENS, FinetuneRecipe
+from luthier.recipes.schemas.offload import inputs_are_far, lane_to_host, optimizer_is_far
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
+from luthier.recipes.sizing import accounts
+from luthier.recipes.sizing.memory import PARTS, use_pool
 from luthier.recipes.teacher import reference_of
 from luthier.train.batcher import Batcher
 from luthier.train.in_backward import cut

@@ -25,11 +25,11 @@ from luthier.core.nearest import did_you_mean
 from luthier.data.forest import Ints
 from luthier.data.token_store import TokenStore
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.generation_files import save_generation_config
+from luthier.model.editing.token_rows import ADD_ROWS
+from luthier.model.files.generation_files import save_generation_config
+from luthier.model.files.sources import FRESH
 from luthier.model.language_model import LanguageModel
-from luthier.model.sources import FRESH
 from luthier.model.special_tokens import Examination, Finding, Use, examine
-from luthier.model.token_rows import ADD_ROWS
 
 CHUNK = 2**22
 _UNUSED = re.compile(r"^[<\[|]+.*(unused|reserved|extra_id|placeholder|dummy|control_\d)", re.IGNORECASE)

@@ -19,15 +19,15 @@ from luthier.core.events import Event, Recorder, plain
 from luthier.core.knobs import validate
 from luthier.data.conversation import Conversation, Message, Row, Text
 from luthier.data.forest import Tree
-from luthier.model.sources import SEEDLING
+from luthier.model.files.sources import SEEDLING
 from luthier.model.speaker import Sampling
 from luthier.objectives.language_model import LanguageModelling
 from luthier.recipes.ending import SUMMARY
-from luthier.recipes.files import begin_run, place_of
 from luthier.recipes.finetune import finetune
 from luthier.recipes.measuring import mean_loss
-from luthier.recipes.opened import Opened, open_named
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.opening.opened import Opened, open_named
+from luthier.recipes.schemas.files import begin_run, place_of
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
 from luthier.store.runs import RunDirectory

@@ -23,10 +23,10 @@ from luthier.core.knobs import Knobs, validate
 from luthier.core.recipe_file import read_layers, validated
 from luthier.mergers import Merger
 from luthier.recipes.finetune import start
-from luthier.recipes.merge import Gate, merge_models
-from luthier.recipes.merge_gate import LIKELIHOOD, Bench, metric_of
-from luthier.recipes.merge_recipe import MergeRecipe
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.merging.gate import LIKELIHOOD, Bench, metric_of
+from luthier.recipes.merging.merge import Gate, merge_models
+from luthier.recipes.merging.recipe import MergeRecipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.files import write_json
 from luthier.store.runs import RunDirectory, is_run
 from luthier.train.result import MODEL

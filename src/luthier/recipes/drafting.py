@@ -7,7 +7,7 @@ from dataclasses import replace
 from luthier.core.errors import RecipeError
 from luthier.infer.draft_model import DraftModel
 from luthier.model.load import Precision
-from luthier.recipes.opened import Opened, open_named
+from luthier.recipes.opening.opened import Opened, open_named
 
 
 def with_draft_model(opened: Opened, name: str, *, precision: Precision = "auto") -> Opened:

@@ -12,11 +12,13 @@ from typing import Any
 
 from luthier.core.errors import GateError
 from luthier.core.events import Event, Recorder, plain
-from luthier.recipes import accounts, purpose, quantized, verify
 from luthier.recipes.bench import Bench
-from luthier.recipes.claims import claims_of
 from luthier.recipes.control_tokens import save_stops
 from luthier.recipes.lessons import lessons
+from luthier.recipes.opening import purpose, quantized
+from luthier.recipes.proving import verify
+from luthier.recipes.proving.claims import claims_of
+from luthier.recipes.sizing import accounts
 from luthier.store.files import write_json, write_text
 from luthier.store.report import write_report
 from luthier.store.report_files import read_run

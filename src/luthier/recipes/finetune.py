@@ -19,17 +19,17 @@ from luthier.data.reading.rows import write_rejects
 from luthier.infer.engine import Engine
 from luthier.infer.wire import UnavailableError
 from luthier.kernels import pool
-from luthier.recipes import accounts
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, Ending, finish
-from luthier.recipes.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.first_look import settle
-from luthier.recipes.kinds import kind_of_recipe
-from luthier.recipes.memory import require_disk
-from luthier.recipes.places import started_in
+from luthier.recipes.opening.places import started_in
 from luthier.recipes.remembered import remember
 from luthier.recipes.samples import Samples
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.kinds import kind_of_recipe
+from luthier.recipes.sizing import accounts
+from luthier.recipes.sizing.memory import require_disk
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number

@@ -1,4 +1,4 @@
-"""Whether a run records CUDA graphs of its passes (model/graphs.py): by rule, so that nobody has to know."""
+"""Whether a run records CUDA graphs of its passes (model/running/graphs.py): by rule, so that nobody has to know."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Final
 
 from luthier.kernels.triton_backend import TritonBackend
-from luthier.model.edits import base_parameters
-from luthier.model.graphs import Graphs, Recorder, cuda_recorder
+from luthier.model.editing.edits import base_parameters
 from luthier.model.language_model import LanguageModel
+from luthier.model.running.graphs import Graphs, Recorder, cuda_recorder
 
 SMALL: Final = 1_000_000_000
 """Parameters below which a GPU may wait for its host; in larger models products take longer than to start them."""

@@ -23,8 +23,8 @@ from luthier.data.row_log import Problems, RowLog
 from luthier.data.statistics import LengthHistogram
 from luthier.data.tokenizer import Tokenizer
 from luthier.data.tokenizer_files import stop_ids
-from luthier.model.context import context_tokens
-from luthier.model.sources import resolve_source
+from luthier.model.files.context import context_tokens
+from luthier.model.files.sources import resolve_source
 
 MOST_PROBLEMS = 20
 

@@ -18,8 +18,8 @@ from luthier.data.prepare import Prepared
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.language_model import LanguageModel
-from luthier.recipes.opened import open_named
-from luthier.recipes.schema import FinetuneRecipe
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.train.reference import Front, Reference
 
 TEXTS: Final = ("x", "Why is that?")

@@ -32,9 +32,9 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.core.optional import require
 from luthier.data.cases import shown
 from luthier.data.conversation import ROLES, Message
-from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
+from luthier.data.strict_json import Place, parse
 from luthier.model.scorer import Begun
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status

@@ -23,8 +23,8 @@ import regex
 from pydantic import Field, model_validator
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.reading.strict_json import Place, parse
 from luthier.data.sample import Sample
+from luthier.data.strict_json import Place, parse
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {

@@ -15,7 +15,7 @@ from typing import TypeVar, final
 from luthier.core.errors import RecipeError
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.grammars import Grammars
-from luthier.recipes.opened import Opened, result_of
+from luthier.recipes.opening.opened import Opened, result_of
 from luthier.server.errors import DrainingError
 from luthier.server.history import results_csv
 from luthier.server.jobs import Job, Jobs

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, final
+from typing import Final, Protocol, final
 
 from luthier.core.errors import LuthierError
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError
 
-if TYPE_CHECKING:
-    from luthier.server.worker import Worker
-
 KEPT: Final = 256
 """News that are kept at most before they are read."""
+
+
+class Desk(Protocol):
+    """Who gave a ticket out: it is told when the reader goes, and wakes readers who would be woken too often."""
+
+    loop: asyncio.AbstractEventLoop
+    gather: float
+
+    def leave(self, ticket: Ticket) -> None:
+        """Nobody reads the ticket any more."""
+
+    def wake_later(self, ticket: Ticket) -> None:
+        """Call the ticket's `wake` when `gather` seconds have passed since the last time."""
 
 
 @final
@@ -29,7 +39,7 @@ class Ticket:
     `first` is when its first news came. `kept` is the engine's thread's own.
     """
 
-    def __init__(self, worker: Worker, request: Request, *, whole: bool = False) -> None:
+    def __init__(self, desk: Desk, request: Request, *, whole: bool = False) -> None:
         self.request = request
         self.whole = whole
         self.first: float | None = None
@@ -37,8 +47,8 @@ class Ticket:
         self.weight = max(request.choices, request.best_of, request.beams)
         self.number: int | None = None
         self.closed = False
-        self.accepted: asyncio.Future[None] = worker.loop.create_future()
-        self._worker = worker
+        self.accepted: asyncio.Future[None] = desk.loop.create_future()
+        self._desk = desk
         self._news: list[News] = []
         self._left = self.unended = request.choices
         self._error: LuthierError | None = None
@@ -61,7 +71,7 @@ class Ticket:
         """Nobody reads any more: what is still under way is cancelled."""
         if not self.closed:
             self.closed = True
-            self._worker.leave(self)
+            self._desk.leave(self)
 
     def take(self, news: Sequence[News], buffer: int) -> None:
         """Keep news for the reader; on the event loop."""
@@ -81,13 +91,13 @@ class Ticket:
                 f"{buffer:,} pieces of the answer waited to be read; the request was cancelled",
                 do="read faster, or ask without stream",
             ))  # fmt: skip
-            self._worker.leave(self)
-        now = self._worker.loop.time()
+            self._desk.leave(self)
+        now = self._desk.loop.time()
         much = len(self._news) >= KEPT
-        if self.over or self._error is not None or much or now - self._woken >= self._worker.gather:
+        if self.over or self._error is not None or much or now - self._woken >= self._desk.gather:
             self.wake(now)
         else:
-            self._worker.wake_later(self)
+            self._desk.wake_later(self)
 
     def wake(self, now: float) -> None:
         """Let the reader see what there is; on the event loop."""

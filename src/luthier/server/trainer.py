@@ -8,9 +8,9 @@ from pathlib import Path
 
 from luthier.core.child import bound_to_parent
 from luthier.core.errors import LuthierError
-from luthier.recipes.files import load_recipe
 from luthier.recipes.finetune import start
 from luthier.recipes.progress import Silent
+from luthier.recipes.schemas.files import load_recipe
 from luthier.store.runs import RunDirectory, is_run
 
 

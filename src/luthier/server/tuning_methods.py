@@ -16,7 +16,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
-from luthier.recipes.reinforce_recipe import RolloutKnobs
+from luthier.recipes.schemas.reinforce import RolloutKnobs
 from luthier.rewards import Reward
 from luthier.server.bodies import Body, Number
 

@@ -17,10 +17,10 @@ import torch
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree, pack
-from luthier.model.guests import refuse_trained_base
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs, of_trees
-from luthier.model.parts import Part, can_split
+from luthier.model.running.guests import refuse_trained_base
+from luthier.model.running.outputs import TokenOutputs, of_trees
+from luthier.model.running.parts import Part, can_split
 from luthier.objectives import Objective
 from luthier.train.in_backward import InBackward
 from luthier.train.pass_report import PassReport, add_up, report_of

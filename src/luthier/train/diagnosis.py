@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.data.forest import Forest, Tree
-from luthier.model.edits import EditedModule, base_parameters
+from luthier.model.editing.edits import EditedModule, base_parameters
 from luthier.train.random_state import RandomState
 from luthier.train.stepper import Stepper, not_finite
 

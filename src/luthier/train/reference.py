@@ -24,7 +24,7 @@ from luthier.core.errors import DataError
 from luthier.data.forest import Floats, Forest, Ints, Tree
 from luthier.maths.divergences import Comparison
 from luthier.model.language_model import LanguageModel
-from luthier.model.outputs import TokenOutputs
+from luthier.model.running.outputs import TokenOutputs
 from luthier.model.teaching import compared_outputs, taught
 
 

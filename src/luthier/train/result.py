@@ -3,7 +3,7 @@
 An adapter is written in PEFT's format, trained base weights as a model folder, both with a manifest that lists every
 file with its digest and says what the run claims of it. Numbers that are not finite, a run without trained tokens and
 parameters that are still their start are refused before anything is written. Whether the files hold what is claimed
-is for another process to prove (`recipes/verify.py`); `release` makes room for it.
+is for another process to prove (`recipes/proving/verify.py`); `release` makes room for it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 
 from luthier.adapters import Adapter
 from luthier.core.errors import GateError, NumericError, StorageError
-from luthier.model.adapter_files import save_adapter, save_extras
-from luthier.model.attachment import Attachment
-from luthier.model.edits import TrainedParameters
+from luthier.model.editing.attachment import Attachment
+from luthier.model.editing.edits import TrainedParameters
+from luthier.model.files.adapter_files import save_adapter, save_extras
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import without_bars
 from luthier.store.folder import write_folder

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
 from luthier.kernels.lanes import Lane
-from luthier.model.attachment import Attachment
+from luthier.model.editing.attachment import Attachment
 from luthier.model.language_model import LanguageModel
-from luthier.model.parts import Part
+from luthier.model.running.parts import Part
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer, set_factors, set_rate
 from luthier.train.batcher import Batcher

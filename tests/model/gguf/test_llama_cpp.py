@@ -19,13 +19,13 @@ from torch import Tensor
 from luthier.data.forest import Ints
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters.gguf import Gguf
+from luthier.model.comparing.parity_sides import ModelSide
 from luthier.model.gguf.model_file import Model, read_weights_back, write_model
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.gguf.reading_tokens import backend_of
 from luthier.model.gguf.splits import APPROXIMATED, SPLITS, WHOLE_WORDS
 from luthier.model.gguf.vocabulary import PROBES
 from luthier.model.load import resolve_source
-from luthier.model.parity_sides import ModelSide
 from tests.exported import ARCHITECTURES, subject
 from tests.model.gguf import models
 from tests.model.gguf.test_vocabulary import byte_level, sentencepiece, stripping, with_runs

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.maths.ggml import FORMATS
-from luthier.model.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.files.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.files.json_files import write_object
+from luthier.model.files.tensor_files import load_tensors
 from luthier.model.gguf.families import turn
 from luthier.model.gguf.lora_file import lora_to_peft, require_writable, write_lora
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.gguf.writing import Planned, real, text, write_gguf
-from luthier.model.json_files import write_object
-from luthier.model.tensor_files import load_tensors
 from tests.model.gguf import models
 
 pytest.importorskip("gguf")

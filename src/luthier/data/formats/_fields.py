@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from luthier.core.errors import DataError
 from luthier.core.nearest import did_you_mean
-from luthier.data.reading.strict_json import Place, excerpt, parse
+from luthier.data.strict_json import Place, excerpt, parse
 
 Path = tuple[str | int, ...]
 SHOWN = 60

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, final
 
 from luthier.core.errors import DataError
-from luthier.data.reading.strict_json import EXCERPT, Place, excerpt, parse_at, skip_space, skip_value
+from luthier.data.strict_json import EXCERPT, Place, excerpt, parse_at, skip_space, skip_value
 
 MAX_VALUE: Final = 64 * 2**20
 """Characters of one value; a longer one is a broken file, not a row."""

@@ -21,7 +21,6 @@ from luthier.core.errors import DataError
 from luthier.core.nearest import nearest
 from luthier.core.optional import require
 from luthier.data.reading.json_list import elements
-from luthier.data.reading.strict_json import EXCERPT, Place, excerpt, locate, parse, skip_space, skip_value
 from luthier.data.reading.tables import table_rows
 from luthier.data.reading.text_files import (
     MAX_LINE_BYTES,
@@ -33,6 +32,7 @@ from luthier.data.reading.text_files import (
     too_long,
     unreadable,
 )
+from luthier.data.strict_json import EXCERPT, Place, excerpt, locate, parse, skip_space, skip_value
 
 _SPECIAL: Final = {
     stat.S_IFIFO: "a pipe",

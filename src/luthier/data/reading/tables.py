@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.core.errors import DataError
-from luthier.data.reading.strict_json import EXCERPT, excerpt
 from luthier.data.reading.text_files import MAX_LINE_BYTES, lines, too_long
+from luthier.data.strict_json import EXCERPT, excerpt
 
 Cell = tuple[str, int, int]
 """The text of a cell, and the line and column where it begins."""

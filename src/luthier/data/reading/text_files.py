@@ -13,7 +13,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from luthier.core.errors import DataError, StorageError
-from luthier.data.reading.strict_json import Place, decode_text, is_wide
+from luthier.data.strict_json import Place, decode_text, is_wide
 
 MAX_LINE_BYTES = 64 * 2**20
 """A longer line, cell or text is a broken file, not a row: it is refused without being held in memory."""

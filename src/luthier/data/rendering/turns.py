@@ -19,8 +19,8 @@ from typing import Any, Protocol, final
 
 from luthier.core.errors import DataError, TemplateError
 from luthier.data.conversation import Conversation, Message, Role, ToolCall
-from luthier.data.reading.strict_json import excerpt
 from luthier.data.rendering.template import Template, Wanted
+from luthier.data.strict_json import excerpt
 
 _PROBES = ("Qz4mT", "Wk9xB")
 _FORESEEN = 2**18

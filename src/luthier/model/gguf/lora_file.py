@@ -20,15 +20,15 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.maths.ggml import FORMATS
-from luthier.model.adapter_files import CONFIG, TENSORS, read_config
-from luthier.model.attachment import PEFT_PREFIX
+from luthier.model.editing.attachment import PEFT_PREFIX
+from luthier.model.files.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.files.json_files import write_object
+from luthier.model.files.tensor_files import load_tensors, tensor_shapes
+from luthier.model.files.weights import without_weights
 from luthier.model.gguf.families import Layout
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.gguf.writing import Planned, real, text, write_gguf
-from luthier.model.json_files import write_object
 from luthier.model.tasks import CAUSAL
-from luthier.model.tensor_files import load_tensors, tensor_shapes
-from luthier.model.weights import without_weights
 
 _FACTOR: Final = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _ENDINGS: Final = {"A": ".lora_a", "B": ".lora_b"}

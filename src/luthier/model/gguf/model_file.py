@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from luthier.core.errors import CorruptError
 from luthier.data.tokenizer import Tokenizer
 from luthier.maths.ggml import FORMATS
+from luthier.model.files.weights import without_weights
 from luthier.model.gguf.families import OUTPUT, ROPE_FACTORS, Layout
 from luthier.model.gguf.formats import FILE_TYPES, Choice, fallbacks, format_for
 from luthier.model.gguf.reading import GgufFile
@@ -32,7 +33,6 @@ from luthier.model.gguf.shape_keys import rope_factors, shape_keys, shape_notice
 from luthier.model.gguf.vocabulary import PREFIX, TEMPLATE, vocabulary
 from luthier.model.gguf.writing import Key, Planned, text, whole, write_gguf
 from luthier.model.tasks import CAUSAL
-from luthier.model.weights import without_weights
 
 _SETTINGS: Final = {
     "embedding_length": "hidden_size",

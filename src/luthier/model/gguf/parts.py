@@ -18,8 +18,11 @@ from luthier.core import optional
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.tokenizer import Tokenizer
-from luthier.model import attention
-from luthier.model.adapter_files import EXTRAS, trained_beside
+from luthier.model.attending import attention
+from luthier.model.comparing.parity import BRAIN, EXACT, HALF, Side, Tolerance
+from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.files.adapter_files import EXTRAS, trained_beside
+from luthier.model.files.weights import module_with
 from luthier.model.gguf.families import EXTRA, PURPOSE, Layout, family_of, is_matrix_to_pack
 from luthier.model.gguf.formats import Choice, format_for
 from luthier.model.gguf.lora_file import lora_to_peft, require_writable, write_lora
@@ -35,10 +38,7 @@ from luthier.model.gguf.model_file import (
 from luthier.model.gguf.reading import GgufFile
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import without_bars
-from luthier.model.parity import BRAIN, EXACT, HALF, Side, Tolerance
-from luthier.model.parity_sides import ModelSide
 from luthier.model.tasks import CAUSAL
-from luthier.model.weights import module_with
 
 Part = Literal["model", "adapter"]
 MODEL_FILE: Final = "model.gguf"

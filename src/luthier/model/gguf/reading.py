@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError
 from luthier.data.hub import open_regular
-from luthier.data.reading.strict_json import excerpt
+from luthier.data.strict_json import excerpt
 from luthier.maths.ggml import BY_CODE, Format, unpack
 
 MAGIC: Final = b"GGUF"

@@ -1,0 +1,1 @@
+"""Attention over a forest: by segment, by block mask, with keys that stay."""

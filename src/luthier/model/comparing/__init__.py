@@ -1,0 +1,1 @@
+"""Two models that ought to be one, or a tuned one beside its base."""

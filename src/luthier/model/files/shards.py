@@ -1,0 +1,359 @@
+"""The tensors of a model folder as a stream: read by rows from one file or many, written with an index.
+
+Idea: a model is larger than the memory that copies and merges it. A reader knows the place of every tensor from the
+headers, and gives any rows of any of them; a writer knows every type and shape before the first byte, lays its files
+out, and takes rows in any order from any thread. Rows are those of the last axis: a tensor of shape (a, b, c) has a * b
+rows of c numbers, a vector has one. Bytes are copied, never mapped: a file that somebody cuts short is an error, not
+the end of the process.
+The digest of a file is taken of the bytes as they are handed over, so that reading it back later proves the disk.
+
+Source: the safetensors format, and the index that transformers writes beside shards (`model.safetensors.index.json`).
+Use when: a model's tensors are needed without the model. Write inside `store.folder.write_folder`, which gives a place
+that appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import CorruptError
+from luthier.data.hub import ModelFiles, open_regular
+from luthier.data.strict_json import excerpt
+from luthier.model.files.tensor_files import DTYPES, TensorPlace, read_places
+from luthier.model.files.weight_files import INDEX, SINGLE, indexed_files
+from luthier.store.disk import explained
+from luthier.store.manifest import Entry
+
+SHARD_BYTES: Final = 5 * 10**9
+"""Bytes of a file at most, unless one tensor has more: what transformers has long written."""
+DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_SYNC: Final = 1 << 27
+"""Bytes after which a file is made durable beside the writing, so that not all of it is left for the end."""
+_FIRST: Final = 1 << 25
+"""The same for the first time: until then the disk has nothing to do."""
+_ALIGN: Final = 8
+_AGAIN: Final = "fetch the model again"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Type and shape of a tensor, and its size as rows."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        """Numbers of a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1]) if self.columns else 0
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@final
+class Shards:
+    """The tensors of a model folder or hub id, in the order of its files. Use it in a `with`; any thread may read."""
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.slots: dict[str, Slot] = {}
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        self._files = ExitStack()
+        try:
+            self._open(ModelFiles.of(source))
+        except BaseException:
+            self._files.close()
+            raise
+
+    def _open(self, files: ModelFiles) -> None:
+        single = files.find(SINGLE)
+        indexed = {} if single is not None else indexed_files(files)
+        paths = [single] if single is not None else sorted({path for path, _ in indexed.values()})
+        for path in paths:
+            file, size = self._files.enter_context(open_regular(path))
+            places = read_places(path, file, size)
+            start = size - max((place.end for place in places.values()), default=0)
+            for name, place in sorted(places.items(), key=lambda item: item[1].begin):
+                if name in self.slots:
+                    raise CorruptError(f"{excerpt(name)} stands in two files", where=str(path), do=_AGAIN)
+                self.slots[name] = Slot(place.dtype, place.shape)
+                self._places[name] = (path, file.fileno(), start + place.begin)
+        for name, (path, shard) in indexed.items():
+            if name not in self.slots or self._places[name][0] != path:
+                raise CorruptError(f"{INDEX} says that {shard} holds {excerpt(name)}, and it does not",
+                                   where=self.source, do=_AGAIN)  # fmt: skip
+        extra = [name for name in self.slots if indexed and name not in indexed]
+        if extra:
+            raise CorruptError(
+                f"{self._places[extra[0]][0].name} holds {excerpt(extra[0])}"
+                + (f" and {len(extra) - 1} more tensors" if len(extra) > 1 else "")
+                + f", which {INDEX} does not name",
+                where=self.source,
+                do=_AGAIN,
+            )
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.bytes for slot in self.slots.values())
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, out: Tensor | None = None) -> Tensor:
+        """Rows `first` to `last` of a tensor as a matrix; with neither, all of it in its own shape.
+
+        `out` is a matrix of that type and size to read into. Raises CorruptError where the file ends before them.
+        """
+        slot, (path, number, begin) = self.slots[name], self._places[name]
+        stop = slot.rows if last is None else last
+        if not 0 <= first <= stop <= slot.rows:
+            raise IndexError(f"rows {first} to {stop} of {slot.rows} of {name}")
+        whole = first == 0 and last is None and out is None
+        into = torch.empty(stop - first, slot.columns, dtype=slot.dtype) if out is None else out
+        view = memoryview(into.view(-1).view(torch.uint8).numpy().data)
+        offset = begin + first * slot.columns * slot.dtype.itemsize
+        while view:
+            with explained("read", path):
+                count = os.preadv(number, [view], offset)
+            if not count:
+                raise CorruptError(f"the file ends inside {excerpt(name)}", where=str(path), do=_AGAIN)
+            view, offset = view[count:], offset + count
+        return into.view(slot.shape) if whole else into
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, one after another."""
+        for name in self.slots:
+            yield name, self.read(name)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._files.close()
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@final
+class ShardWriter:
+    """The weight files of a model, laid out before they are written. Any thread may write; use it in a `with`.
+
+    `slots` says what will be written, in the order of the files. With one file it is `model.safetensors`, with more
+    they have numbers and an index. After the `with`, `entries` holds size and digest of each file.
+    """
+
+    def __init__(
+        self, folder: Path, slots: Mapping[str, Slot], *, shard_bytes: int = SHARD_BYTES, metadata: str = "pt"
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._folder, self._slots = folder, dict(slots)
+        self._owner: dict[str, _File] = {}
+        self._files: list[_File] = []
+        groups = shards_of(slots, shard_bytes)
+        for number, names in enumerate(groups, 1):
+            name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            try:
+                file = _File(folder / name, {key: self._slots[key] for key in names}, metadata)
+            except BaseException:
+                self._close()
+                raise
+            self._files.append(file)
+            self._owner.update(dict.fromkeys(names, file))
+
+    @property
+    def order(self) -> Sequence[str]:
+        """The names as their bytes lie: what is written in this order need not be read back for its digest."""
+        return [name for file in self._files for name in file.order]
+
+    def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Put a tensor, or rows of it from row `first` on, into its file. Raises StorageError, DiskFullError."""
+        slot = self._slots[name]
+        if tensor.dtype != slot.dtype or tensor.numel() % max(slot.columns, 1):
+            raise TypeError(f"{name} is laid out as {slot}, and {tensor.dtype} of {tuple(tensor.shape)} came")
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        begin = first * slot.columns * slot.dtype.itemsize
+        if begin + len(flat) > slot.bytes:
+            raise IndexError(f"row {first} and {len(flat):,} bytes, {name} has {slot.bytes:,}")
+        self._owner[name].write(name, memoryview(flat.numpy().data), begin)
+
+    def settle(self) -> None:
+        """Write the index and begin to make everything durable; the files can be read meanwhile."""
+        if len(self._files) > 1:
+            where = {name: self._owner[name].path.name for name in sorted(self._slots)}
+            total = sum(slot.bytes for slot in self._slots.values())
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+            with explained("write", self._folder / INDEX):
+                (self._folder / INDEX).write_text(text, encoding="utf-8")
+        for file in self._files:
+            file.settle()
+
+    def finish(self) -> None:
+        """Wait until everything is durable. Raises ValueError where a tensor has not been written."""
+        self.settle()
+        for file in self._files:
+            self.entries[file.path.name] = file.finish()
+
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._close()
+
+
+def shards_of(slots: Mapping[str, Slot], shard_bytes: int) -> list[list[str]]:
+    """The names of each file: as many tensors, in their order, as fit into `shard_bytes`, and at least one."""
+    groups: list[list[str]] = []
+    held = 0
+    for name, slot in slots.items():
+        if not groups or (held + slot.bytes > shard_bytes and groups[-1]):
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += slot.bytes
+    return groups or [[]]
+
+
+def write_shards(
+    folder: Path,
+    slots: Mapping[str, Slot],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Entry]:
+    """Write whole tensors, one after another, as `slots` lays them out; size and digest of each file."""
+    writer = ShardWriter(folder, slots, shard_bytes=shard_bytes)
+    with writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+    return writer.entries
+
+
+@final
+class _File:
+    """One safetensors file: its header first, then the bytes of its tensors, wherever they belong."""
+
+    def __init__(self, path: Path, slots: Mapping[str, Slot], metadata: str) -> None:
+        self.path = path
+        places = _laid_out(slots)
+        header = _header(places, metadata)
+        self.size = len(header) + max((place.end for place in places.values()), default=0)
+        self._begins = {name: len(header) + place.begin for name, place in places.items()}
+        self._missing = {name: slot.bytes for name, slot in slots.items()}
+        self._digest, self._hashed, self._synced = hashlib.sha256(), 0, _FIRST - _SYNC
+        self._lock, self._syncing = Lock(), ThreadPoolExecutor(1, "sync")
+        self._syncs: list[Future[None]] = []
+        with explained("write", path, needed_bytes=self.size):
+            self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                # All of the room now: a disk that is too small is found before the work and not in the middle of it.
+                os.posix_fallocate(self._number, 0, self.size)
+            except BaseException:
+                os.close(self._number)
+                raise
+        self._put(memoryview(header), 0)
+
+    @property
+    def order(self) -> Sequence[str]:
+        return list(self._begins)
+
+    def write(self, name: str, data: memoryview, begin: int) -> None:
+        self._put(data, self._begins[name] + begin)
+        with self._lock:
+            self._missing[name] -= len(data)
+
+    def _put(self, data: memoryview, at: int) -> None:
+        # What comes in the order of the file is hashed while it is here; the rest is read back at the end.
+        with self._lock:
+            in_order = at == self._hashed
+        if in_order:
+            self._digest.update(data)
+        rest, offset = data, at
+        with explained("write", self.path, needed_bytes=self.size):
+            while rest:
+                count = os.pwrite(self._number, rest, offset)
+                rest, offset = rest[count:], offset + count
+        with self._lock:
+            if in_order:
+                self._hashed = offset
+            due = self._hashed - self._synced >= _SYNC and all(sync.done() for sync in self._syncs)
+        if due:
+            self.settle()
+
+    def settle(self) -> None:
+        """Begin to make durable what has been written."""
+        with self._lock:
+            self._synced = self._hashed
+            # All are kept: the system tells of a lost page once.
+            self._syncs.append(self._syncing.submit(os.fdatasync, self._number))
+
+    def finish(self) -> Entry:
+        """Make the file durable; its size and digest."""
+        lacking = [name for name, count in self._missing.items() if count]
+        if lacking:
+            raise ValueError(f"{self.path.name}: {len(lacking)} tensors are not whole, {lacking[0]} among them")
+        with explained("write", self.path, needed_bytes=self.size):
+            for sync in self._syncs:
+                sync.result()
+            os.fsync(self._number)
+        with explained("read", self.path):
+            while self._hashed < self.size:
+                piece = os.pread(self._number, 1 << 24, self._hashed)
+                self._digest.update(piece)
+                self._hashed += len(piece)
+        return Entry(self.size, self._digest.hexdigest())
+
+    def close(self) -> None:
+        self._syncing.shutdown()
+        os.close(self._number)
+
+
+def _laid_out(slots: Mapping[str, Slot]) -> dict[str, TensorPlace]:
+    """One behind the other, wide numbers first, so that each tensor begins where its numbers may."""
+    places, begin = {}, 0
+    for name, slot in sorted(slots.items(), key=lambda item: -item[1].dtype.itemsize):
+        places[name] = TensorPlace(slot.dtype, slot.shape, begin, begin + slot.bytes)
+        begin += slot.bytes
+    return places
+
+
+def _header(places: Mapping[str, TensorPlace], metadata: str) -> bytes:
+    entries = {
+        name: {"dtype": DTYPE_NAMES[place.dtype], "shape": list(place.shape), "data_offsets": [place.begin, place.end]}
+        for name, place in places.items()
+    }
+    text = json.dumps({"__metadata__": {"format": metadata}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    return len(text).to_bytes(8, "little") + text

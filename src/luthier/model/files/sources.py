@@ -1,0 +1,33 @@
+"""What a model's name stands for: a folder, a hub id, the model that ships with luthier. Light: nothing is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.core.errors import MissingError
+from luthier.core.nearest import nearest
+
+FRESH = "fresh:"
+"""A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
+
+SEEDLING = "seedling"
+
+
+def resolve_source(source: str) -> str:
+    """The folder or hub id behind a model name: `seedling` is the folder that ships with luthier."""
+    name = source.removeprefix(FRESH)
+    if name == SEEDLING:
+        return str(Path(__file__).resolve().parents[2] / "assets" / "seedling")
+    place = Path(name).expanduser()
+    if place.is_file():
+        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling",
+                           do=f"name the folder it lies in: {place.parent}")  # fmt: skip
+    if place.exists():
+        return str(place)
+    # A hub id has one slash at most; anything else can only have meant a folder.
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        beside = [path.name for path in place.parent.iterdir() if path.is_dir()] if place.parent.is_dir() else []
+        close = nearest(place.name, beside)
+        do = f"did you mean {' or '.join(close)}?" if close else "check the path; a hub id has the form owner/name"
+        raise MissingError(f"there is no model folder {name}", do=do)
+    return name

@@ -1,0 +1,1 @@
+"""`luthier compare`: methods on one file, each at its own best rate."""

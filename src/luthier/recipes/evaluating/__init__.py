@@ -1,0 +1,1 @@
+"""`luthier eval`: what a run makes of rows it has not seen."""

@@ -1,0 +1,197 @@
+"""AI feedback: prompts and a judge become a better model, without an answer that a person wrote or ranked.
+
+Read top to bottom: the model answers each prompt twice, a judge says which answer is better and how sure it is, what it
+has decided becomes a data file, and that is trained on: by an objective that learns from pairs, or by way of a reward
+model and rollouts. Each stage leaves its files in the run: one that was killed goes on in the stage it was in. What has
+become of the model is a run of its own, `policy/`, which every later verb takes for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from luthier.core.errors import DataError, StoppedError
+from luthier.core.events import Recorder, Several, plain
+from luthier.core.knobs import validate
+from luthier.data.conversation import Asked
+from luthier.data.prepare import Reading, make_renderer
+from luthier.data.sample import Sample
+from luthier.model.speaker import Sampling
+from luthier.recipes.bench import reading_of
+from luthier.recipes.ending import SUMMARY
+from luthier.recipes.feedback import judged as feedback
+from luthier.recipes.finetune import RunResult, resume, start, told
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.opening.places import POLICY, located, started_in
+from luthier.recipes.reinforcing.tools import judge_named, require_judge
+from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
+from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.rewards import Tools
+from luthier.store.files import write_json
+from luthier.store.report import write_report
+from luthier.store.runs import RunDirectory, is_begun
+from luthier.train.signals import StopRequest, stop_on_signals
+
+REWARD: Final = "reward"
+"""The run of the reward model, where there is one."""
+
+
+@dataclass(frozen=True)
+class FeedbackResult:
+    """A run that has ended: what its judge decided, and the summary of the policy that was trained on it."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    def line(self) -> dict[str, Any]:
+        """The one line that `luthier train --json` ends with."""
+        policy = RunResult(Path(self.summary["policy"]["run"]), self.summary["policy"]).line()
+        return {**policy, "run": str(self.path), "policy": policy["run"], "feedback": self.summary["feedback"]}
+
+
+def start_feedback(recipe: AiFeedbackRecipe, *, recorder: Recorder, overwrite: bool = False) -> FeedbackResult:
+    """Run a recipe in a new run directory; one that this very recipe began and did not finish is gone on with."""
+    with stop_on_signals() as stop:
+        begun = None if overwrite else unfinished(recipe)
+        if begun is not None:
+            return _resume(begun, stop, recorder)
+        RunDirectory.require_free(place_of(recipe), overwrite=overwrite)
+        plan = plan_feedback(recipe)
+        with begin_run(recipe, overwrite=overwrite) as run:
+            run.write_plan(plan)
+            return told(run, stop, lambda: _go(dated(recipe), run, recorder))
+
+
+def resume_feedback(run: RunDirectory, *, recorder: Recorder) -> FeedbackResult:
+    """Go on with a run in the stage it was in."""
+    with stop_on_signals() as stop:
+        return _resume(run, stop, recorder)
+
+
+def plan_feedback(recipe: AiFeedbackRecipe) -> dict[str, Any]:
+    """What is going to happen, counted from the data; nothing is loaded. Raises what is wrong with data and judge."""
+    require_judge(recipe.judge)
+    prompts, pairs = len(feedback.prompts_of(recipe.data.train, _reading(recipe))), recipe.answers.pairs
+    stages = ["answer", "judge", *(["train a reward model"] if recipe.by_rollouts else []), "train the policy"]
+    return {
+        "model": recipe.model, "judge": recipe.judge, "speaker": recipe.speaker or recipe.model, "stages": stages,
+        "prompts": prompts, "pairs": prompts * pairs, "answers": 2 * prompts * pairs,
+        "most_answer_tokens": 2 * prompts * pairs * recipe.answers.max_new_tokens,
+        "judged_texts": 2 * prompts * pairs, "objective": recipe.objective.method_name(),
+    }  # fmt: skip
+
+
+def _resume(run: RunDirectory, stop: StopRequest, recorder: Recorder) -> FeedbackResult:
+    with run.lock():
+        if run.status().state == "finished":
+            return FeedbackResult(run.folder, run.read_json(SUMMARY))
+        recipe = located(validate(AiFeedbackRecipe, run.read_recipe()), started_in(run))
+        return told(run, stop, lambda: _go(recipe, run, recorder))
+
+
+def _go(recipe: FinetuneRecipe, run: RunDirectory, recorder: Recorder) -> FeedbackResult:
+    """All stages; what is done already is read from the files of the run."""
+    if not isinstance(recipe, AiFeedbackRecipe):
+        raise TypeError(f"{type(recipe).__name__} has no judge")
+    say = feedback.Teller(Several([run, recorder]))
+    plan = run.read_json("plan.json")
+    say(f"{plan['prompts']:,} prompts, {plan['pairs']:,} pairs of answers, judged by {recipe.judge} in both orders")
+    answers = _answered(recipe, run, say)
+    verdicts = _judged(recipe, run, answers, say)
+    figures = feedback.Feedback(answers, verdicts, recipe.tie).write(run.folder)
+    notices = feedback.lessons(figures)
+    say(f"{figures['preferences']:,} preferences of {figures['pairs']:,} pairs; the first place is preferred by "
+        f"{figures['position_bias']:+.3f}", *notices)  # fmt: skip
+    require_enough(figures, run.folder / feedback.PREFERENCES)
+    if recipe.by_rollouts:
+        reward = _trained(reward_recipe(recipe, run.folder / feedback.PREFERENCES, run.folder / REWARD), run, recorder)
+        notices += [f"reward model: {notice}" for notice in reward["notices"]]
+    chosen = policy_recipe(recipe, run.folder / feedback.PREFERENCES, run.folder / POLICY, run.folder / REWARD)
+    policy = _trained(chosen, run, recorder)
+    summary = {"run": str(run.folder), "status": "finished", "feedback": figures, "policy": policy,
+               "notices": [*notices, *policy["notices"]]}  # fmt: skip
+    write_json(run.folder / SUMMARY, plain(summary))
+    write_report(run.folder / POLICY, into=run.folder)
+    run.write_status("finished", values=plain(policy))
+    return FeedbackResult(run.folder, plain(summary))
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def _answered(recipe: AiFeedbackRecipe, run: RunDirectory, say: feedback.Teller) -> list[feedback.Row]:
+    """Both answers of each pair, sampled from the model or from who is to speak in its place."""
+    reading = _reading(recipe)
+    rows = [row for row in feedback.prompts_of(recipe.data.train, reading) for _ in range(recipe.answers.pairs)]
+    path = run.folder / feedback.ANSWERS
+    if feedback.is_whole(path, len(rows)):
+        return feedback.rows_of(path)
+    opened = open_named(recipe.speaker or recipe.model, precision=recipe.precision, device=recipe.device)
+    if recipe.speaker is None:
+        # As it will be trained: by the template of the recipe.
+        renderer, _ = make_renderer(opened.tokenizer, reading, context_tokens=opened.model.context_tokens)
+        opened = replace(opened, renderer=renderer, stop_ids=tuple(sorted({*opened.stop_ids, *renderer.stop_ids})))
+    engine = opened.engine
+
+    def answer(first: int, last: int) -> list[feedback.Row]:
+        asked = [(row, row.content.asked) for row in rows[first:last] if isinstance(row.content, Asked)]
+        prompts = [opened.renderer.prompt_ids(one.messages, one.tools) for _, one in asked for _ in range(2)]
+        sampling = Sampling(max_new_tokens=recipe.answers.max_new_tokens, temperature=recipe.answers.temperature,
+                            stop_ids=opened.stop_ids, seed=recipe.seed * 1_000_003 + first)  # fmt: skip
+        said = engine.speak(prompts, sampling)
+        return [
+            {"row": row.number, "prompt": feedback.as_row(one.messages),
+             "answers": [opened.text(each.tokens) for each in said[2 * at : 2 * at + 2]],
+             "ended": [each.ended for each in said[2 * at : 2 * at + 2]]}
+            for at, (row, one) in enumerate(asked)
+        ]  # fmt: skip
+
+    return feedback.in_groups(path, len(rows), recipe.answers.at_once, answer, say.counter("answered", len(rows)))
+
+
+def _judged(
+    recipe: AiFeedbackRecipe, run: RunDirectory, answers: list[feedback.Row], say: feedback.Teller
+) -> list[feedback.Row]:
+    """What the judge says of each pair. It is loaded when the model that answered is gone."""
+    path = run.folder / feedback.VERDICTS
+    if feedback.is_whole(path, len(answers)):
+        return feedback.rows_of(path)
+    tools = Tools(judge=judge_named(recipe.judge, precision=recipe.precision, device=recipe.device), seed=recipe.seed)
+
+    def judge(first: int, last: int) -> list[feedback.Row]:
+        group = [one for one in answers[first:last] if not feedback.alike(one)]
+        samples = [Sample(prompt=feedback.as_messages(one["prompt"]), answer=one["answers"][0]) for one in group]
+        found = recipe.verdict.compare(samples, [one["answers"][1] for one in group], tools)
+        verdicts = iter(feedback.verdict_row(each) for each in found)
+        return [{"same": True} if feedback.alike(one) else next(verdicts) for one in answers[first:last]]
+
+    return feedback.in_groups(path, len(answers), recipe.answers.at_once, judge, say.counter("judged", len(answers)))
+
+
+def _reading(recipe: AiFeedbackRecipe) -> Reading:
+    """How the data are read while they are prompts."""
+    return replace(reading_of(recipe), wanted=("asked",))
+
+
+def _trained(recipe: FinetuneRecipe, run: RunDirectory, recorder: Recorder) -> Mapping[str, Any]:
+    """A stage of training in a run of its own: begun, gone on with, or done already; its summary."""
+    try:
+        if is_begun(Path(str(recipe.run))):
+            return resume(RunDirectory.open(Path(str(recipe.run))), recorder=recorder).summary
+        return start(recipe, recorder=recorder).summary
+    except StoppedError as stopped:
+        raise StoppedError(stopped.received, do=f"luthier resume {run.folder}") from stopped
+
+
+def require_enough(figures: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError where the judge decided too little to train on."""
+    if len(feedback.rows_of(path)) < 2:
+        raise DataError(
+            f"{figures['preferences']} of {figures['pairs']} pairs became preferences ({figures['same_answer']} with "
+            f"the same answer, {figures['ties']} ties, {figures['failed']} without a verdict)",
+            allowed="at least 2", do=" ".join(feedback.lessons(figures)) or "take more prompts",
+        )  # fmt: skip

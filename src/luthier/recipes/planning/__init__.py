@@ -1,0 +1,1 @@
+"""`luthier plan`: what a recipe, or a shape alone, would take, and what fits."""

@@ -1,0 +1,84 @@
+"""The plan of a recipe: what `train` would say, and what would fit instead.
+
+Read top to bottom: everything a run needs is laid out, as for `--dry-run`; what fits is asked of the same model without
+memory, as long as that agrees with the run's own plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from luthier.core.errors import RecipeError
+from luthier.data.hub import ModelFiles
+from luthier.model.load import resolve_source
+from luthier.model.tasks import CAUSAL
+from luthier.recipes.bench import Bench, lay_out
+from luthier.recipes.planning.fits import advice, largest
+from luthier.recipes.planning.plan import Laid, PlanKnobs, lay
+from luthier.recipes.schemas.files import load_recipe
+from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.several import names_several
+
+AGREED: Final = 0.1
+"""How far the plan by config may be from the run's own, for what it says to be worth saying."""
+
+
+def plan_file(file: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """What a run of the recipe in a file would take, with values set over it."""
+    if names_several(file, sets):
+        raise RecipeError(
+            f"{file} trains several adapters", allowed="recipes with one", do="use luthier train --dry-run"
+        )
+    return plan_recipe(load_recipe(file, overrides=sets).recipe)
+
+
+def plan_recipe(recipe: FinetuneRecipe) -> dict[str, Any]:
+    """What a run of a recipe would take; nothing is trained and no run directory is made."""
+    bench = lay_out(recipe)
+    plan = bench.plan
+    memory, speed = plan["memory"], plan["speed"]
+    return {
+        "parameters": {"total": plan["parameters"], "trained": plan["trainable_parameters"]},
+        "memory": memory,
+        "flops_per_token": speed["flops_per_token"],
+        "seconds_per_1k_tokens": 1000 / speed["tokens_per_second"],
+        "fits": memory["total"] <= memory["available"],
+        "speed": {**speed, "efficiency": 1.0, "devices": 1},
+        **_instead(bench),
+        "plan": plan,
+    }
+
+
+def _instead(bench: Bench) -> dict[str, Any]:
+    """What would fit, where a plan by config is that of this run."""
+    nothing: dict[str, Any] = {"largest": None, "advice": []}
+    recipe, memory = bench.recipe, bench.plan["memory"]
+    path = ModelFiles.of(resolve_source(recipe.model)).find("config.json")
+    if bench.model.task != CAUSAL or path is None or memory["longest"] < 2:
+        return nothing
+    length = memory["longest"]
+    knobs = PlanKnobs(
+        adapter=recipe.adapter, quantizer=recipe.quantizer, optimizer=recipe.optimizer, sequence=length,
+        batch=max(1, round(memory["tokens"] / length)), recompute=recipe.batch.recompute,
+        trained_share=max(1e-9, bench.plan["tokens"]["trained"] / max(1, bench.plan["tokens"]["total"])),
+        precision="bfloat16" if bench.plan["speed"]["dtype"] == "bfloat16" else "float32",
+        device="cpu" if bench.model.device.type == "cpu" else "cuda", memory_bytes=float(memory["available"]),
+        offload=recipe.batch.offload,
+    )  # fmt: skip
+    try:
+        laid = lay(path, knobs, saves_meanwhile=bench.plan["disk"]["kept"] > 1)
+    except RecipeError:
+        # A family whose blocks are not known by config can be trained all the same.
+        return nothing
+    if not _agree(laid, memory["total"]):
+        return nothing
+    return {"largest": largest(laid), "advice": advice(path, laid)}
+
+
+def _agree(laid: Laid, total: int) -> bool:
+    """Whether the plan by config is near that of the run, in all."""
+    knobs = laid.knobs
+    told = laid.needed(knobs.batch, knobs.sequence, knobs.memory_bytes)["total"]
+    return abs(told - total) <= AGREED * total

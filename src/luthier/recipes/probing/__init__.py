@@ -1,0 +1,1 @@
+"""`luthier probe`: what tuning did to a model, and what can be taken back."""

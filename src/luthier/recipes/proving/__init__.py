@@ -1,0 +1,1 @@
+"""A finished run proved by a fresh process."""

@@ -1,0 +1,1 @@
+"""`recipe: reinforce`: what is particular to learning from rewards."""

@@ -1,0 +1,1 @@
+"""Several adapters trained at once over one base."""

@@ -1,0 +1,1 @@
+"""What a run takes: its memory, its operations, its time, and what is free for it."""
