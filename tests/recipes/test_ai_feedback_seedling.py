@@ -4,8 +4,8 @@ The judge is trained on pairs of the seedling's own answers, of which one asks t
 What it then says of other answers, in both orders, is all that the policy learns from. Measured with one thread of a
 busy CPU: of 512 pairs 124 became preferences (the place decided most others, which averaging made ties), in all 58 of
 them of which one answer writes that one was rejected, and held-out preference accuracy went from 0.50 to 0.81 over 31
-rows. A judge that was tuned to say why first, on 22 pairs that it had not seen: right in 57 % before and 82 % after, the
-place decided 71 % and then 18 % of them, and the first place was preferred or avoided by 0.23 and then 0.10.
+rows. A judge that was tuned to say why first, on 22 pairs that it had not seen: right in 57 % before and 82 % after,
+the place decided 71 % and then 18 % of them, and the first place was preferred or avoided by 0.23 and then 0.10.
 """
 
 from __future__ import annotations
