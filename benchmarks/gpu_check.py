@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from sft import commit
-from systems import SYSTEMS, interpreter
+from surroundings import interpreter
+from systems import SYSTEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 600
@@ -67,7 +68,7 @@ def steps(home: Path) -> list[Step]:
     runs, rows = home / "gpu-runs", home / "gpu-rows.jsonl"
     base = ("--model", "seedling", "--data", str(rows), "--set", "objective.method=language_model")
     lora, full = runs / "lora.yaml", runs / "full.yaml"
-    systems = [name for name in ("luthier", "trl-tuned") if interpreter(SYSTEMS[name], home).exists()]
+    systems = [name for name in ("luthier", "trl-tuned") if interpreter(SYSTEMS[name].environment, home).exists()]
     measured = ("--home", str(home), "--device", "cuda", "--tier", "quick", "--systems", ",".join(systems))
     return [
         Step("operations against their twins", _pytest("tests/kernels/test_backends.py"), 120),

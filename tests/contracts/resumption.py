@@ -48,7 +48,7 @@ BREAKS = {"first step": 1, "mid epoch": 2, "epoch end": 3, "bad step": BAD_STEP}
 FEW_BREAKS = {when: BREAKS[when] for when in ("mid epoch", "bad step")}
 FORGETTABLE = ("optimizer", "random", "cursor", "bad_steps")
 RATE = 1e-2
-_TIMES = ("seconds", "sampling_seconds", "time")
+_TIMES = ("seconds", "sampling_seconds", "source_seconds", "time")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ from transformers import AutoModelForSequenceClassification
 from luthier.assets.demo_task import demo_rows
 from luthier.core.errors import RecipeError
 from luthier.data.conversation import Labelled, Message
+from luthier.model.scorer import Begun
 from luthier.recipes.opening.opened import open_named
 from luthier.recipes.opening.session import load
+from luthier.recipes.reinforcing.tools import judge_named
 from luthier.recipes.samples import question
 from tests import forests, task_models
 from tests.cli.commands import luthier
@@ -80,6 +82,53 @@ def test_the_seedling_learns_to_prefer(method: str, rate: float, tmp_path: Path)
     before, after = summary["metrics"]["accuracy"]
     assert after >= 0.9 and after > before
     assert summary["loss"]["eval"] < summary["loss"]["eval_first"]
+
+
+def log_prob_margins(model: Path, pairs: list[dict[str, Any]]) -> np.ndarray:
+    """How much likelier the chosen answer of each pair is than the rejected one, in nats."""
+    scorer = judge_named(str(model), precision="float32")
+    margins = []
+    for pair in pairs:
+        asked = Begun((Message("user", pair["conversations"][0]["value"]),), "")
+        chosen, rejected = scorer.likely([asked], [pair["chosen"]["value"], pair["rejected"]["value"]])[0]
+        margins.append(chosen.log_prob - rejected.log_prob)
+    return np.array(margins)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ppo_teaches_by_a_reward_model_what_people_preferred(tmp_path: Path) -> None:
+    """From pairs to a policy by way of a reward: a seedling that gives both kinds of answers, a reward model of the
+    pairs, PPO. Held-out pairs then are right by their log-ratios to the policy before; measured with three seeds, all
+    24 of 24, and by log-probabilities alone 2 of 24 before and 11 to 17 after.
+    """
+    pairs = json.loads(preferences(tmp_path / "pairs.json", 96).read_text("utf-8"))
+    learned, held_out = pairs[:72], pairs[72:]
+    (tmp_path / "learned.json").write_text(json.dumps(learned), "utf-8")
+    asked = [{"prompt": pair["conversations"][0]["value"]} for pair in learned]
+    said = [{**row, "completion": pair[kind]["value"]} for row, pair in zip(asked, learned, strict=True)
+            for kind in ("chosen", "rejected")]  # fmt: skip
+    for name, rows in (("asked", asked), ("said", said)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    train("seedling", tmp_path / "said.jsonl", tmp_path / "before", "adapter.method=full", "budget.epochs=4",
+          "optimizer.learning_rate=1e-3")  # fmt: skip
+    metrics = train("seedling", tmp_path / "learned.json", tmp_path / "reward", "objective.method=reward_model",
+                    "optimizer.learning_rate=2e-3")["metrics"]  # fmt: skip
+    assert metrics["accuracy"][1] >= 0.9
+    before = tmp_path / "before" / "model"
+    recipe = {
+        "recipe": "reinforce", "model": str(before), "data": {"train": str(tmp_path / "asked.jsonl")},
+        "reward": {"method": "learned", "most": 8}, "reward_model": str(tmp_path / "reward"),
+        "objective": {"method": "ppo", "beta": 0.02}, "rollouts": {"prompts": 8, "answers": 4, "max_new_tokens": 24},
+        "optimizer": {"method": "adamw", "learning_rate": 1e-3}, "budget": {"steps": 24},
+        "evaluation": {"fraction": 0.1, "every": 0, "prompts": 0, "max_rows": 8}, "precision": "float32",
+    }  # fmt: skip
+    (tmp_path / "ppo.yaml").write_text(json.dumps(recipe), "utf-8")
+    luthier("train", tmp_path / "ppo.yaml", "--run", tmp_path / "after", "--json").must(0)
+    old, new = (log_prob_margins(model, held_out) for model in (before, tmp_path / "after"))
+    assert (new > old).mean() >= 0.9
+    assert (new > 0).mean() > (old > 0).mean() + 0.2
 
 
 def test_a_reward_model_is_what_the_zoo_loads_and_scores_answers(llama: Path, tmp_path: Path) -> None:

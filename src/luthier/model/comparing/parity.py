@@ -105,6 +105,10 @@ class Side(ABC):
         """The weights, by transformers' names; none where they go by others."""
         return ()
 
+    def sketches(self) -> Mapping[str, Sketch]:
+        """The weights as sketches, asked for when all logits have been."""
+        return sketched(self.tensors())
+
 
 @final
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def hear(side: Side, questions: Questions) -> Heard:
         rendered=tuple(side.rendered(row) for row in questions.rows),
         stop_ids=side.stop_ids(),
         settings=dict(side.settings()),
-        sketches=sketched(side.tensors()),
+        sketches=side.sketches(),
     )
 
 
@@ -367,7 +371,7 @@ def _compare_settings(source: Heard, artefact: Side, found: list[str]) -> None:
 
 def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side, most: float | None) -> Iterator[str]:
     """What sketches say of weights, the worst first; nothing where either side has none by these names."""
-    if not source or not (held := sketched(artefact.tensors())):
+    if not source or not (held := artefact.sketches()):
         return
     if missing := sorted(source.keys() - held.keys()):
         yield f"{len(missing)} tensors are missing ({', '.join(missing[:MOST_TENSORS])})"

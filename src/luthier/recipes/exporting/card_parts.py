@@ -94,9 +94,9 @@ def parity_section(report: Mapping[str, Any]) -> str:
              f"| max \\|logit difference\\| | {report['max_difference']:.3g} (spread of the logits "
              f"{report['spread']:.3g}) |"]  # fmt: skip
     if report["mean_kl"] is not None and report["agreement"] is not None:
-        sure = f"{percent_text(report['decided_agreement'])} of the {report['decided']} that are no near ties"
-        lines += [f"| mean KL | {report['mean_kl']:.3g} nats |",
-                  f"| greedy agreement | {percent_text(report['agreement'])} of the tokens; {sure} |"]
+        sure = f", {percent_text(report['decided_agreement'])} of the {report['decided']} that are no near ties"
+        same = f"{percent_text(report['agreement'])} of the tokens{sure if report['agreement'] < 1 else ''}"
+        lines += [f"| mean KL | {report['mean_kl']:.3g} nats |", f"| greedy agreement | {same} |"]
     if report["rows"]:
         lines.append(f"| training rows that render to the same ids | {report['rows_equal']} of {report['rows']} |")
     return ("## Parity\n\nThe files were read back and compared with what they were made from, before they were "
