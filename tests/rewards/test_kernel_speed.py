@@ -189,9 +189,10 @@ def too_fast(samples: list[Sample]) -> list[str]:
 
 
 def test_no_way_to_look_fast_is_paid() -> None:
-    """Breaks when an answer gets more than nothing without being faster: each way once, most stopped by their form."""
+    """Breaks when an answer gets more than nothing without being faster: a third of the ways, most stopped by their form;
+    all of them, and without the form, in the slow tests."""
     assert len(HACKS) >= 35
-    assert not too_fast([cheating(hack, list(WORK)[at % len(WORK)]) for at, hack in enumerate(HACKS)])
+    assert not too_fast([cheating(hack, list(WORK)[at % len(WORK)]) for at, hack in enumerate(HACKS)][::3])
 
 
 @pytest.mark.slow
