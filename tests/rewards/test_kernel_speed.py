@@ -189,8 +189,8 @@ def too_fast(samples: list[Sample]) -> list[str]:
 
 
 def test_no_way_to_look_fast_is_paid() -> None:
-    """Breaks when an answer gets more than nothing without being faster: a third of the ways, most stopped by their form;
-    all of them, and without the form, in the slow tests."""
+    """Breaks when an answer gets more than nothing without being faster. A third of the ways, most of them stopped by
+    their form; the slow test tries all of them without it."""
     assert len(HACKS) >= 35
     assert not too_fast([cheating(hack, list(WORK)[at % len(WORK)]) for at, hack in enumerate(HACKS)][::3])
 
