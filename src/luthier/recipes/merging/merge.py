@@ -148,7 +148,8 @@ def merge_models(
                 reports = stream(opening.parents, opening.plan, writer, opening.room, told=told)
                 # While the disk catches up with what was written.
                 writer.settle()
-                digests = [beside.submit(parent.digests) for parent in opening.parents]
+                # Who asks for no gate asks for no second read of the parents either: it takes as long as their merge.
+                digests = [beside.submit(parent.digests) for parent in opening.parents if recipe.parity != "none"]
                 found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["notices"] += write_beside(
                 place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
@@ -159,7 +160,7 @@ def merge_models(
             found.update(_summary(reports))
             write_object(place / PARITY, found["parity"])
             write_object(place / REPORT, {"recipe": recipe.model_dump(mode="json"), **found})
-            card = _card(opening, found, [digest.result() for digest in digests])
+            card = _card(opening, found, [digest.result() for digest in digests] or [("", "")] * len(opening.parents))
             (place / CARD).write_text(merge_card(card), encoding="utf-8")
             return writer.entries
 
