@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -143,14 +142,14 @@ class StreamedSide(SpokenSide):
     ) -> None:
         super().__init__(name, renderer, stop_ids)
         self.model, self.prompts, self.bare = model, prompts, bare
-
-    @cached_property
-    def _answers(self) -> dict[bytes, Float[np.ndarray, "n v"]]:
-        found = [] if self.model is None else self.model.logits(self.prompts)
-        return {prompt.tobytes(): logits for prompt, logits in zip(self.prompts, found, strict=True)}
+        # No cached_property: Python 3.11 has one lock for those of all objects, and two sides answer at once.
+        self._answers: dict[bytes, Float[np.ndarray, "n v"]] = {}
 
     def logits(self, tokens: Ints) -> Float[np.ndarray, "n v"]:
         """At each token what comes next."""
+        if not self._answers:
+            found = [] if self.model is None else self.model.logits(self.prompts)
+            self._answers = {prompt.tobytes(): each for prompt, each in zip(self.prompts, found, strict=True)}
         return self._answers[tokens.tobytes()]
 
     def settings(self) -> Mapping[str, Any]:
