@@ -1,0 +1,122 @@
+"""Blocks that are laid out for one call: never used when something of the model is not as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from luthier.adapters.ia3 import IA3
+from luthier.infer.engine import Engine
+from luthier.infer.request import Request
+from luthier.kernels.native_backend import NativeBackend
+from luthier.kernels.native_tokens import NativeTokenBlocks
+from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling
+from tests import forests
+
+
+@pytest.fixture
+def model() -> LanguageModel:
+    made = forests.language_model("llama")
+    if made.executor.backend.name != "native":
+        pytest.skip("only the C++ has whole blocks")
+    return made
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """How often blocks were laid out, and which went in one call."""
+    seen: dict[str, list[Any]] = {"laid": [], "through": []}
+    lay, through = NativeBackend.token_blocks, NativeTokenBlocks.through
+
+    def laid(self: NativeBackend, blocks: Any) -> Any:
+        seen["laid"].append(len(blocks))
+        return lay(self, blocks)
+
+    def gone(self: NativeTokenBlocks, x: Any, which: range, *more: Any) -> Any:
+        found = through(self, x, which, *more)
+        seen["through"].append((which.start, which.stop, found is not None))
+        return found
+
+    monkeypatch.setattr(NativeBackend, "token_blocks", laid)
+    monkeypatch.setattr(NativeTokenBlocks, "through", gone)
+    return seen
+
+
+def said(model: LanguageModel, tokens: int = 4) -> torch.Tensor:
+    """Log-probabilities of what a new engine says."""
+    engine = Engine(model)
+    engine.add(Request(prompt=forests.tokens(np.random.default_rng(1), 40), sampling=Sampling(max_new_tokens=tokens)))
+    told = []
+    while engine.busy:
+        told += [each.log_prob for news in engine.step() for each in news.said]
+    return torch.tensor(told)
+
+
+def by_operations(model: LanguageModel) -> torch.Tensor:
+    """The same with no block in one call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeTokenBlocks, "through", lambda *given: None)
+        return said(model)
+
+
+def layer_of(model: LanguageModel) -> Any:
+    return model.module.base_model.get_submodule("layers")[1]
+
+
+def in_place(layer: Any) -> None:
+    layer.mlp.up_proj.weight.mul_(1.5)
+
+
+def moved(layer: Any) -> None:
+    layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data * 1.5
+
+
+def norm_moved(layer: Any) -> None:
+    layer.post_attention_layernorm.weight.data = layer.post_attention_layernorm.weight.data * 1.5
+
+
+def another_parameter(layer: Any) -> None:
+    layer.mlp.gate_proj.weight = nn.Parameter(layer.mlp.gate_proj.weight * 1.5)
+
+
+def another_module(layer: Any) -> None:
+    made = nn.Linear(layer.mlp.down_proj.in_features, layer.mlp.down_proj.out_features, bias=False)
+    made.weight.data = layer.mlp.down_proj.weight.data * 1.5
+    layer.mlp.down_proj = made
+
+
+@pytest.mark.parametrize("change", [in_place, moved, norm_moved, another_parameter, another_module])
+@torch.no_grad()
+def test_a_change_of_the_model_is_heard_at_once(
+    model: LanguageModel, calls: dict[str, list[Any]], change: Callable[[Any], None]
+) -> None:
+    """Breaks when the C++ goes on with weights that are not the model's any more, or lays them out at every token."""
+    before = said(model)
+    assert calls["laid"] == [model.sites.layers] and all(fine for *_, fine in calls["through"][-3:])
+    change(layer_of(model))
+    after = said(model)
+    assert len(calls["laid"]) == (1 if change is in_place else 2)
+    assert torch.equal(after, by_operations(model)) and not torch.allclose(after, before)
+
+
+@torch.no_grad()
+def test_the_blocks_around_one_that_is_edited_still_go_in_one_call(
+    model: LanguageModel, calls: dict[str, list[Any]]
+) -> None:
+    """Breaks when an edit that is no low-rank term is passed over, or slows blocks that it is not on."""
+    before, layers = said(model), model.sites.layers
+    edits = [edit for edit in IA3().attach(model.sites) if "layers.1." in edit.site_name]
+    attachment = model.attach(edits)
+    forests.shake(attachment.named_parameters().values(), seed=3)
+    calls["through"].clear()
+    after = said(model)
+    assert {(start, stop) for start, stop, fine in calls["through"] if fine} == (
+        {(0, 1), (2, layers)} if layers > 2 else {(0, 1)}
+    )
+    assert torch.equal(after, by_operations(model)) and not torch.allclose(after, before)
