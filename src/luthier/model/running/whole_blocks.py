@@ -4,7 +4,7 @@ Idea: what the kernels have to know of the weights is the same from token to tok
 blocks. Before each pass it is looked up whether everything still stands where it stood: each module in its place, each
 parameter, and its memory; if not, it is laid out anew. Low-rank terms of adapters go along. A block with anything else
 on it goes by its operations, and the others around it still go in one call.
-Cost: three lookups a tensor for each pass: 0.05 ms for a model of 24 blocks.
+Cost: a lookup for each module and parameter in each pass, by functions of C alone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Found:
     @property
     def stands(self) -> bool:
         """Whether all of it is as it was."""
-        # By functions of C alone: there are a thousand entries in a small model.
+        # By functions of C alone: there are hundreds of entries in a small model.
         same = all(map(is_, map(dict.get, self.holders, self.names), self.values))  # type: ignore[arg-type]
         return same and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
 
