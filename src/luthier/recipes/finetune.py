@@ -130,6 +130,8 @@ def _train(
         wants_save=lambda: run.wants_save() or stop.take_save(),
     )  # fmt: skip
     state = work.state
+    if isinstance(bench.source, RolloutSource):
+        bench.source.bind(work.recorder.record, lambda: stop.error() if stop else None)
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
     remember(bench, run, state, work.recorder)

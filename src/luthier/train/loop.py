@@ -126,6 +126,7 @@ class Loop:
 
     def _steps(self, state: LoopState) -> Steps:
         self.source.seek(state.cursor)
+        self.source.expect(state.total_steps)
         if state.step == 0:
             self._evaluate(state)
             self._sample(state)
