@@ -110,6 +110,11 @@ def told(run: RunDirectory, stop: StopRequest, train: Callable[[], Result]) -> R
     except StoppedError as stopped:
         run.write_status("stopped", reason=stopped.received)
         raise
+    except UnavailableError as away:
+        run.write_status("stopped", reason=away.received)
+        raise StoppedError(
+            f"{away.received}; what was done is saved", do=f"when it is there again: luthier resume {run.folder}"
+        ) from away
     except (Exception, KeyboardInterrupt) as error:
         # Not swallowed: only written down on its way out.
         run.write_status("failed", reason=str(error) or type(error).__name__)
