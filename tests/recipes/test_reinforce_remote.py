@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_ENGINE_TOKEN", TOKEN)
-    monkeypatch.setattr(remote_policy, "_TEXTS", 1)
+    monkeypatch.setattr(remote_policy, "PROBED", 1)
 
 
 @pytest.fixture

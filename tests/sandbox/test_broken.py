@@ -235,8 +235,10 @@ def test_nothing_outlives_a_parent_that_is_killed(way: str) -> None:
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
     )  # fmt: skip
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
-    family = psutil.Process(parent.pid).children(recursive=True)
-    assert len(family) >= 4
+    until = time.monotonic() + 60
+    while len(family := psutil.Process(parent.pid).children(recursive=True)) < 4:
+        assert time.monotonic() < until and parent.poll() is None
+        time.sleep(0.05)
     parent.kill()
     parent.wait()
     parent.stdout.close()

@@ -112,7 +112,7 @@ def rollout_source(
         unrewarded if scoring is None else scoring.score,
         recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
         plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer, scoring, context),
-        beside=_beside(recipe, facts, data), waited=[] if scoring is None else waits_of(scoring),
+        beside=_beside(recipe, facts, data), waited=[] if scoring is None else waits_of(scoring.tools.judge),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ SHOWS: Final = 0.2
 """Mean change of a log-probability by a draft that shows, in nats: ten times what rounding to bfloat16 makes."""
 _SMALLEST, _DOUBLINGS = 0.01, 14
 """Noise of the first draft that is tried, and how often it is doubled."""
-_TEXTS, _LONGEST = 4, 64
+PROBED, LONGEST = 4, 64
 """Prompts that a probe compares, and their tokens."""
 
 
@@ -144,7 +144,7 @@ class RemotePolicy:
         self.patience = Patience(knobs.patience, waits=self.waits)
         self.context = room_of(policy.model)
         """How many tokens a prompt and its answer may have together, here and there."""
-        self.texts = [text[:_LONGEST] for text in texts if len(text) > 1][:_TEXTS]
+        self.texts = [text[:LONGEST] for text in texts if len(text) > 1][:PROBED]
         self.folder = Path(knobs.adapters).resolve()
         # Runs of one name, here or on other machines, may share an engine.
         place = hashlib.sha256(f"{platform.node()} {run.resolve()}".encode()).hexdigest()[:6]

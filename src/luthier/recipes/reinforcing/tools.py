@@ -66,9 +66,8 @@ def models_here(scoring: Scoring) -> bool:
     return tools.reward_model is not None or not isinstance(tools.judge, RemoteTextModel | None)
 
 
-def waits_of(scoring: Scoring) -> list[Waits]:
-    """How those are waited for who are asked over HTTP."""
-    judge = scoring.tools.judge
+def waits_of(judge: TextModel | None) -> list[Waits]:
+    """How a judge is waited for that is asked over HTTP."""
     return [judge.patience.waits] if isinstance(judge, RemoteTextModel) else []
 
 
