@@ -22,7 +22,8 @@ from luthier.model.speaker import Sampling, Spoken
 from luthier.optimizers.adamw import AdamW
 from luthier.rewards import Score
 from luthier.train.recall import recall
-from luthier.train.rollouts import Plan, RolloutSource
+from luthier.train.rolling import Plan
+from luthier.train.rollouts import RolloutSource
 from luthier.train.scoring import Scored
 from luthier.train.stepper import Stepper
 from tests import forests

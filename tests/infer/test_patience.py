@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import pairwise
 
 import pytest
 
 from luthier.core.errors import RecipeError
 from luthier.infer.patience import Patience
-from luthier.infer.wire import RemoteError, UnavailableError
+from luthier.infer.wire import RemoteError, UnavailableError, _seconds
 
 
 def failing(times: int, error: RemoteError) -> tuple[Callable[[], int], list[float]]:
@@ -51,3 +53,23 @@ def test_what_is_wrong_is_not_waited_for() -> None:
     assert len(asked) == 1
     with pytest.raises(RecipeError, match="a pause above 0"):
         Patience(1.0, pause=0.0)
+
+
+def test_who_wants_to_be_left_alone_is_left_alone() -> None:
+    """Breaks when Retry-After is not heard, or is waited for although there is no time for it."""
+    busy = UnavailableError("busy")
+    busy.pause = 0.3
+    ask, asked = failing(1, busy)
+    assert Patience(60.0, pause=0.01).get(ask) == 7 and asked[1] - asked[0] >= 0.3
+    ask, asked = failing(1, busy)
+    with pytest.raises(UnavailableError, match="not to be asked for 0.3 seconds, more than the 0.2 there are"):
+        Patience(0.2, pause=0.01).get(ask)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("said", "seconds"), [
+    ("", 0), ("7", 7), ("soon", 0), ("-1", 0), ("1e9", 0), ("99999999999", 1e6), ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    (format_datetime(datetime.now(UTC) + timedelta(seconds=3600), usegmt=True), 3600),
+])  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(said: str, seconds: float) -> None:
+    assert _seconds(said) == pytest.approx(seconds, abs=200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from luthier.core.errors import RecipeError
 from luthier.data.sample import Sample
 from luthier.infer.remote_text import RemoteTextModel
-from luthier.infer.wire import RemoteError, Wire
+from luthier.infer.wire import RemoteError, UnavailableError, Wire
+from luthier.recipes.reinforcing import tools
 from luthier.recipes.reinforcing.tools import judge_named, require_judge
 from luthier.rewards import Tools
 from luthier.rewards.judge import Comparison, Judge
@@ -28,6 +30,7 @@ class Engine(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.models = ["big", "small"]
         self.odd: dict[str, Any] | None = None
+        self.away: list[tuple[int, dict[str, str]]] = []
 
     @property
     def url(self) -> str:
@@ -53,8 +56,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self.server.odd or {"choices": [choice]})
 
     def _answer(self, values: Any) -> None:
-        content = json.dumps(values).encode()
-        self.send_response(200)
+        status, headers = self.server.away.pop(0) if self.server.away else (200, {})
+        content = json.dumps(values if status == 200 else {"error": "too much to do"}).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -116,3 +122,19 @@ def test_an_engine_that_is_otherwise_is_told(engine: Engine) -> None:
     engine.models = []
     with pytest.raises(RemoteError, match="/v1/models"):
         one.require()
+
+
+def test_a_judge_that_is_away_for_a_while_is_asked_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when one 503 ends a run, when a judge is asked sooner than it wants, or when it is waited for for ever."""
+    plain = compared(engine, most_tokens=9)
+    engine.away = [(503, {}), (429, {"Retry-After": "0"}), (502, {"Retry-After": "1"})]
+    began = time.monotonic()
+    assert compared(engine, most_tokens=9) == plain and not engine.away
+    assert time.monotonic() - began >= 1
+    engine.away = [(503, {"Retry-After": "130"})]
+    with pytest.raises(UnavailableError, match="not to be asked for 130 seconds, more than the 120 there are"):
+        compared(engine)
+    monkeypatch.setattr(tools, "PATIENCE", 0.0)
+    engine.away = [(503, {})] * 99
+    with pytest.raises(UnavailableError, match="answered 503: too much to do"):
+        compared(engine)

@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError, GateError, RecipeError
 from luthier.core.knobs import validate
+from luthier.infer.wire import UnavailableError
 from luthier.recipes.feedback import ai_feedback
 from luthier.recipes.feedback import judged as feedback
+from luthier.recipes.opening.opened import open_named
 from luthier.recipes.opening.places import of_policy
+from luthier.recipes.progress import Silent
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
 from luthier.rewards.judge import Comparison, Judge
 from luthier.store.runs import RunDirectory
 from luthier.train.stepper import Stepper
+from tests import forests
 from tests.cli.commands import events, luthier
+from tests.engines import Foreign, foreign
 
 RECIPE: dict[str, Any] = {
     "recipe": "ai_feedback",
@@ -236,3 +241,69 @@ def test_rows_are_made_in_fixed_groups_whatever_was_there(tmp_path: Path) -> Non
         row["n"] for row in feedback.rows_of(path)
     ]
     assert feedback.in_groups(path, 5, 2, make, lambda done: None) == rows and len(asked) == 2
+
+
+def test_pairs_are_sampled_by_an_engine(asked: Path, llama: Path, tmp_path: Path) -> None:
+    """Breaks when pairs come from another base than the one that is trained, are not those that this process would
+    resume with, or an engine that goes away costs the pairs that are there."""
+    base = open_named(str(llama), precision="float32")
+    with foreign(Foreign("vllm", {"": base})) as engine:
+        values = json.loads(asked.read_text("utf-8"))
+        knobs = {"url": engine.url, "patience": 0.0, "at_once": 1}
+        recipe = validate(AiFeedbackRecipe, {**values, "rollouts": {"engine": knobs}})
+        plan = ai_feedback.plan_feedback(recipe)
+        assert plan["speaker"] == f"{llama} at {engine.url}"
+        run = RunDirectory(tmp_path)
+        say = feedback.Teller(Silent())
+        whole = ai_feedback._answered(recipe, run, say, lambda waits: None)
+        bodies = [body for path, _, body in engine.asked if path == "/v1/completions" and not body.get("echo")]
+        assert len(whole) == 10 and {body["model"] for body in bodies} == {"base"} and not engine.loaded
+        assert [body["temperature"] for body in bodies].count(1.5) == 20
+        (tmp_path / feedback.ANSWERS).unlink()
+        left = iter(range(len(engine.asked) * 2 // 3))
+
+        def dies(path: str, body: Any) -> tuple[int, Any]:
+            return engine.answer(path, body) if next(left, None) is not None else (503, {"error": "no engine"})
+
+        engine.script = dies
+        with pytest.raises(UnavailableError, match="no engine"):
+            ai_feedback._answered(recipe, run, say, lambda waits: None)
+        kept = feedback.rows_of(tmp_path / feedback.ANSWERS)
+        assert kept and kept == whole[: len(kept)]
+        engine.script = None
+        assert ai_feedback._answered(recipe, run, say, lambda waits: None) == whole
+        other = open_named(str(llama), precision="float32")
+        forests.shake(other.model.module.parameters(), seed=3, std=0.02)
+        engine.models[""] = other
+        (tmp_path / feedback.ANSWERS).unlink()
+        with pytest.raises(GateError, match="does not compute the base as we do"):
+            ai_feedback._answered(recipe, run, say, lambda waits: None)
+
+
+@pytest.mark.parametrize(("keys", "told"), [
+    ({"rollouts": {"prompts": 3}}, "rollouts.prompts is set, and nobody would read it"),
+    ({"rollouts": {"engine": {"url": "http://127.0.0.1:9", "adapters": "x"}}}, "rollouts.engine.adapters is set"),
+    ({"rollouts": {"engine": {"url": "http://127.0.0.1:9"}}, "speaker": "runs/other"},
+     "rollouts.engine.url is set, .* answers are those of speaker"),
+    ({"reward_budget": {"steps": 3}}, "reward_budget.steps is set"),
+    ({"reward": {"method": "learned", "most": 5}}, "reward is set"),
+    ({"rollouts": {"engine": {"url": "http://127.0.0.1:9"}}, "objective": {"method": "ppo"}}, "adapters is empty"),
+])  # fmt: skip
+def test_what_no_stage_would_read_is_refused_by_name(keys: dict[str, Any], told: str, asked: Path) -> None:
+    values = {**json.loads(asked.read_text("utf-8")), **keys}
+    with pytest.raises(RecipeError, match=told):
+        validate(AiFeedbackRecipe, values)
+
+
+def test_an_engine_that_goes_away_stops_the_run(
+    asked: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when what was asked of an engine or a judge that went away ends a run as if it were broken."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise UnavailableError("the engine is gone")
+
+    monkeypatch.setattr(ai_feedback, "_answered", gone)
+    said = luthier("train", asked, "--run", tmp_path / "run").must(75, "the engine is gone; what was done is saved")
+    assert f"luthier resume {tmp_path / 'run'}" in said.err
+    assert RunDirectory.open(tmp_path / "run").status().state == "stopped"

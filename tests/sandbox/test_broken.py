@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -97,6 +98,46 @@ def test_a_zygote_that_is_killed_again_and_again_is_broken_not_a_verdict(sandbox
     finally:
         done.set()
         striker.join()
+    assert sandbox.run(GOOD).status is Status.ENDED
+
+
+LEFT = """#!{python}
+import os, socket, sys, time
+before = os.getpid()
+other = os.fork()
+if other:
+    open({note!r}, "w").write(str(other))
+    os._exit(0)
+while os.getppid() == before or {waits}: time.sleep(0.01)
+control = socket.socket(fileno=os.dup(0))
+control.send(b"W")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["goes on", "waits for ever"])
+def test_what_a_zygote_has_left_is_no_zygote(waits: bool, tmp_path: Path) -> None:
+    """Breaks when bubblewrap, killed before its child is bound to it, leaves a process that nobody ends: one that is
+    waited for for minutes, or that serves without the one who was to watch over it."""
+    script, note = tmp_path / "started", tmp_path / "note"
+    script.write_text(LEFT.format(python=sys.executable, note=str(note), waits=waits), encoding="utf-8")
+    script.chmod(0o755)
+    began = time.monotonic()
+    with pytest.raises(LostError):
+        Zygote(str(script), {"environment": {}})
+    assert time.monotonic() - began < zygotes.START_SECONDS / 2
+    left = int(note.read_text(encoding="utf-8"))
+    until = time.monotonic() + 20
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "it is still there"
+        time.sleep(0.01)
+
+
+def test_a_zygote_that_ends_while_its_child_goes_on_is_lost(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a candidate is believed whose zygote is watched over by nobody."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Zygote, "gone", lambda self: True)
+        broke(sandbox.run(GOOD))
     assert sandbox.run(GOOD).status is Status.ENDED
 
 
@@ -194,8 +235,10 @@ def test_nothing_outlives_a_parent_that_is_killed(way: str) -> None:
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
     )  # fmt: skip
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
-    family = psutil.Process(parent.pid).children(recursive=True)
-    assert len(family) >= 4
+    until = time.monotonic() + 60
+    while len(family := psutil.Process(parent.pid).children(recursive=True)) < 4:
+        assert time.monotonic() < until and parent.poll() is None
+        time.sleep(0.05)
     parent.kill()
     parent.wait()
     parent.stdout.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,33 @@ def test_where_no_next_step_is_to_be_had_those_before_it_are_saved(monkeypatch: 
     with pytest.raises(StorageError):
         run(Script(), total=5, diary=nothing)
     assert not nothing.saves, "before the first step there is nothing to lose"
+
+
+def test_an_evaluation_that_could_not_be_made_is_made_by_whoever_goes_on() -> None:
+    """Breaks when steps are lost because a judge was away when held-out answers were to be scored, or when the run
+    goes on as if they had been."""
+    cadence = Cadence(evaluate_every=2)
+    whole = run(Script(held_out=(3.0, 2.0, 2.5, 2.4)), total=5, cadence=cadence)
+    for dies_at, step in ((1, 2), (3, 5)):
+        diary, state = Diary(), LoopState(total_steps=5)
+        script = Script(held_out=(3.0, 2.0, 2.5, 2.4))
+        plain, left = script.evaluate, iter(range(dies_at))
+
+        def dies(trees: Sequence[Tree], plain: Any = plain, left: Any = left) -> PassReport:
+            if next(left, None) is None:
+                raise StorageError("the judge is away")
+            return plain(trees)  # type: ignore[no-any-return]
+
+        script.evaluate = dies  # type: ignore[method-assign]
+        with pytest.raises(StorageError, match="the judge is away"):
+            run(script, cadence=cadence, diary=diary, state=state)
+        assert diary.saves[-1] == (step, False) and state.step == step and state.unseen
+        script.evaluate = plain  # type: ignore[method-assign]
+        status, state, _ = run(script, cadence=cadence, diary=diary, state=state)
+        assert status == "finished" and not state.unseen
+        kinds = [each for each in diary.kinds() if each[0] != "checkpoint"]
+        assert kinds == [each for each in whole[2].kinds() if each[0] != "checkpoint"]
+        assert state.best_step == 2 and (2, True) in diary.saves
 
 
 def test_what_is_counted_and_logged() -> None:

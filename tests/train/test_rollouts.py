@@ -102,7 +102,7 @@ def test_a_rollout_without_any_score_ends_the_run() -> None:
     """Breaks when a sandbox that is down trains on nothing, in silence."""
     stepper = rollouts.stepper_for(GRPO())
     source = rollouts.source_for(stepper, even)
-    source.score = lambda samples: Scored(
+    source.roller.score = lambda samples: Scored(
         (None,) * len(samples), tuple(RewardError("the sandbox is down").of(one) for one in samples)
     )
     with pytest.raises(RecipeError, match=r"8 could not be scored \(8 x the sandbox is down\)"):
@@ -116,10 +116,10 @@ def test_groups_that_teach_nothing_are_drawn_again() -> None:
     source = rollouts.source_for(
         stepper, lambda sample: 1.0 if sample.facts["row"] in useless else even(sample), plan={"redraws": 3}
     )
-    source.prompts = [replace(prompt, facts={"row": prompt.row}) for prompt in source.prompts]
+    source.roller.prompts = [replace(prompt, facts={"row": prompt.row}) for prompt in source.roller.prompts]
     rows = {tree.row for tree in source.next_step()}
     assert not rows & useless and len(rows) == 2
-    source.score = rollouts.scorer(lambda sample: 1.0)
+    source.roller.score = rollouts.scorer(lambda sample: 1.0)
     before = source.cursor
     trees = source.next_step()
     assert source.report is not None
@@ -175,7 +175,7 @@ def test_the_same_seed_rolls_out_the_same_and_another_does_not() -> None:
     found = []
     for seed in (7, 7, 8):
         source = rollouts.source_for(rollouts.stepper_for(GRPO()), even)
-        source.seed = seed
+        source.roller.seed = seed
         found.append([leaf.tokens.tolist() for tree in source.next_step() for leaf in tree.segments[1:]])
     assert found[0] == found[1] != found[2]
     assert len({tuple(each) for each in found[0][:4]}) > 1

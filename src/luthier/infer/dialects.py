@@ -37,6 +37,10 @@ class Dialect(ABC):
     def models(self) -> dict[str, str | None]:
         """The names it serves, each with the base it is an adapter of."""
 
+    def context(self) -> int | None:
+        """How many tokens a prompt and its answer may have together, where it tells that."""
+        return None
+
     @abstractmethod
     def load(self, name: str, path: str) -> None:
         """Take the adapter at `path` of the engine's machine. Raises RemoteError with what to start the engine with."""
@@ -90,6 +94,14 @@ class _OpenAI(Dialect):
 
     def models(self) -> dict[str, str | None]:
         """The names in GET /v1/models."""
+        return {str(each["id"]): each.get("parent") for each in self._cards()}
+
+    def context(self) -> int | None:
+        """The least `max_model_len` in GET /v1/models."""
+        told = [each.get("max_model_len") for each in self._cards()]
+        return min((each for each in told if isinstance(each, int) and each > 0), default=None)
+
+    def _cards(self) -> list[Mapping[str, Any]]:
         path = "/v1/models"
         answer = self.wire.get(path)
         if answer.status == 404:
@@ -97,7 +109,7 @@ class _OpenAI(Dialect):
         found = self.whole(answer, path).get("data")
         if not isinstance(found, list) or not all(isinstance(each, Mapping) and "id" in each for each in found):
             raise self.strange(path, found)
-        return {str(each["id"]): each.get("parent") for each in found}
+        return found
 
     def unload(self, name: str) -> None:
         """POST /v1/unload_lora_adapter, or the same without /v1."""

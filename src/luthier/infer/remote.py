@@ -11,12 +11,12 @@ shares its weights and needs no probe.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect
 from luthier.infer.patience import Patience
@@ -27,12 +27,16 @@ from luthier.model.speaker import Sampling, Spoken
 @final
 @dataclass(frozen=True)
 class RemoteSpeaker:
-    """Speaks as the model of a probe. Raises GateError for a probe that failed."""
+    """Speaks as the model of a probe. Raises GateError for a probe that failed.
+
+    With a `context` an answer that would run out of it is cut off there, as in this process.
+    """
 
     engine: Dialect
     sync: Sync
     at_once: int = 16
     patience: Patience = field(default_factory=Patience)
+    context: int | None = None
 
     def __post_init__(self) -> None:
         self.sync.require()
@@ -43,17 +47,40 @@ class RemoteSpeaker:
         """One continuation for each prompt, in the order of the prompts; each draws with a seed of its own."""
         if not prompts:
             return []
-        drawn = [replace(sampling, seed=(sampling.seed * 1_000_003 + place) % 2**31) for place in range(len(prompts))]
+        drawn = [
+            replace(
+                sampling, seed=(sampling.seed * 1_000_003 + place) % 2**31,
+                max_new_tokens=self._room(prompt, sampling.max_new_tokens),
+            )
+            for place, prompt in enumerate(prompts)
+        ]  # fmt: skip
         with ThreadPoolExecutor(min(self.at_once, len(prompts))) as pool:
             asked = [
                 pool.submit(self.patience.get, partial(self.engine.speak, prompt, each, self.sync.model))
                 for prompt, each in zip(prompts, drawn, strict=True)
             ]
             try:
-                return [each.result() for each in asked]
+                with self.patience.waits():
+                    return [self._awaited(each) for each in asked]
             finally:
                 for each in asked:
                     each.cancel()
+
+    def _room(self, prompt: Ints, wanted: int) -> int:
+        """How many tokens may follow a prompt. Raises DataError where there is room for none."""
+        if self.context is None:
+            return wanted
+        if len(prompt) >= self.context:
+            raise DataError(
+                f"a prompt for {self.engine.wire.shown} has {len(prompt)} tokens",
+                allowed=f"fewer than {self.context}: that is its context or ours",
+                do="set data.max_tokens, or start the engine with a longer context",
+            )
+        return min(wanted, self.context - len(prompt))
+
+    def _awaited(self, asked: Future[Spoken]) -> Spoken:
+        self.patience.waits.until(lambda seconds: bool(wait([asked], seconds).done))
+        return asked.result()
 
     def renewed(
         self,

@@ -4,7 +4,7 @@ Idea: what a judge is asked is messages and the beginning of an answer, which en
 assistant that is gone on with (`continue_final_message` of vLLM and SGLang; llama.cpp's server does it unasked). How
 likely a continuation is, is read from the likeliest next tokens that the engine tells. So a continuation has to be one
 token, as the digits of a verdict on a pair are; for longer ones nothing is guessed.
-Cost: a request for each text, `at_once` of them under way at a time.
+Cost: a request for each text, `at_once` of them under way at a time, each asked again while there is `patience`.
 Use when: the judge is larger than this machine. Not when: a rating from 1 to 10 is asked for, of which 10 may be two
 tokens; or the engine cannot go on with an answer.
 """
@@ -12,11 +12,13 @@ tokens; or the engine cannot go on with an answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RecipeError
+from luthier.infer.patience import Patience
 from luthier.infer.wire import RemoteError, Wire
 from luthier.model.scorer import Begun, Likely, Said
 
@@ -36,6 +38,7 @@ class RemoteTextModel:
     wire: Wire
     model: str = ""
     at_once: int = 8
+    patience: Patience = field(default_factory=Patience)
 
     def require(self) -> None:
         """Raise RecipeError where the engine has no such model, RemoteError where it cannot be asked."""
@@ -58,7 +61,7 @@ class RemoteTextModel:
         return self._all(asked, lambda one: self._likely(one, name, continuations))
 
     def _name(self) -> str:
-        answer = self.wire.get("/v1/models")
+        answer = self.patience.get(lambda: self.wire.get("/v1/models"))
         listed = answer.body.get("data") if answer.fine and isinstance(answer.body, Mapping) else None
         names = [str(one["id"]) for one in listed or () if isinstance(one, Mapping) and "id" in one]
         if not names:
@@ -73,8 +76,19 @@ class RemoteTextModel:
     def _all(self, asked: Sequence[Begun], ask: Callable[[Begun], T]) -> list[T]:
         if not asked:
             return []
+        waits = self.patience.waits
         with ThreadPoolExecutor(min(self.at_once, len(asked))) as pool:
-            return list(pool.map(ask, asked))
+            found = [pool.submit(self.patience.get, partial(ask, one)) for one in asked]
+            try:
+                with waits():
+                    for each in found:
+                        waits.until(partial(_is_over, each))
+                        # The first that has failed ends it for all.
+                        each.result()
+                return [each.result() for each in found]
+            finally:
+                for each in found:
+                    each.cancel()
 
     def _said(self, asked: Begun, name: str, most_tokens: int, temperature: float, seed: int) -> Said:
         choice = self._choice(asked, name, max_tokens=most_tokens, temperature=temperature, seed=seed)
@@ -104,3 +118,7 @@ class RemoteTextModel:
         if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
             raise RemoteError(f"{self.wire.shown}{_PATH} answered {answer.status}: {answer.words}")
         return choices[0]
+
+
+def _is_over(asked: Future[Any], seconds: float) -> bool:
+    return bool(wait([asked], seconds).done)

@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any, Final, final
 from urllib.parse import SplitResult, urlsplit
@@ -27,6 +29,8 @@ from luthier.core.errors import LuthierError, RecipeError, RefusedError
 
 _LATER: Final = frozenset({429, 502, 503, 504})
 """Statuses of who has too much to do, or whose engine is not there: the same may be asked later."""
+_LATEST: Final = 1e6
+"""Seconds that are as good as never."""
 _WORDS: Final = 300
 """Characters of an engine's own words that are repeated."""
 
@@ -44,6 +48,9 @@ class UnavailableError(RemoteError):
 
     code = "unavailable"
     advice = "start the engine, or wait until it has less to do; then run the same command again"
+
+    pause: float = 0.0
+    """Seconds that it wants to be left alone."""
 
 
 @final
@@ -71,6 +78,31 @@ class Answer:
 
 
 @final
+class Calls:
+    """The calls of a wire that are under way, so that they can be cut off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+
+    def begin(self, sock: socket.socket) -> None:
+        """One more."""
+        with self._lock:
+            self._open.add(sock)
+
+    def over(self, sock: socket.socket | None) -> None:
+        """One less."""
+        with self._lock:
+            self._open.discard(sock)  # type: ignore[arg-type]
+
+    def cut(self) -> None:
+        """Have all of them fail now."""
+        with self._lock:
+            for sock in self._open:
+                _cut(sock)
+
+
+@final
 @dataclass(frozen=True)
 class Wire:
     """Calls to the engine at `url`, each at most `seconds` long, with answers of at most `most_bytes`.
@@ -84,6 +116,7 @@ class Wire:
     seconds: float = 60.0
     most_bytes: int = 64 * 2**20
     insecure: bool = False
+    calls: Calls = field(default_factory=Calls, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         place = self._place
@@ -126,10 +159,14 @@ class Wire:
         connection = self._connection(place)
         latest = time.monotonic() + self.seconds
         watch: threading.Timer | None = None
+        sock: socket.socket | None = None
         try:
             connection.connect()
+            # Kept here: a connection lets go of its own once the answer is to be read to its end.
+            sock = connection.sock
+            self.calls.begin(sock)
             # A time limit of the socket is one of each wait; this one is of the call, however slowly bytes drip.
-            watch = threading.Timer(self.seconds, _cut, [connection.sock])
+            watch = threading.Timer(self.seconds, _cut, [sock])
             watch.daemon = True
             watch.start()
             connection.request(method, _prefix(place) + path, body, self._headers(body))
@@ -153,6 +190,7 @@ class Wire:
         finally:
             if watch is not None:
                 watch.cancel()
+            self.calls.over(sock)
             connection.close()
 
     def _read(self, response: HTTPResponse, path: str) -> Answer:
@@ -167,7 +205,9 @@ class Wire:
             raise UnavailableError(f"{self.shown}{path} broke its answer off, {response.length:,} bytes before its end")
         answer = Answer(response.status, _plain(content))
         if answer.status in _LATER:
-            raise UnavailableError(f"{self.shown}{path} answered {answer.status}: {answer.words}")
+            away = UnavailableError(f"{self.shown}{path} answered {answer.status}: {answer.words}")
+            away.pause = _seconds(response.getheader("Retry-After", ""))
+            raise away
         return answer
 
     def _connection(self, place: SplitResult) -> HTTPConnection:
@@ -203,6 +243,19 @@ def _here(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _seconds(text: str) -> float:
+    """What Retry-After says: seconds from now, or a date (RFC 9110, section 10.2.3); 0 where it is neither."""
+    if text.strip().isdecimal():
+        return min(float(text), _LATEST)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return min(max((when - datetime.now(UTC)).total_seconds(), 0.0), _LATEST)
 
 
 def _reason(failure: Exception) -> str:

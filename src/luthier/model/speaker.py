@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from numpy.typing import NDArray
+
 from luthier.core.errors import RecipeError
+from luthier.core.waiting import Waits
 from luthier.data.forest import Ints
 
 Likely = tuple[tuple[int, float], ...]
@@ -116,12 +119,34 @@ class Speaker(Protocol):
         """One continuation for each prompt, in order."""
 
 
+class Pinned(Speaker, Protocol):
+    """Says what a policy would have said when it was pinned, whatever its weights have become; from any thread."""
+
+    @property
+    def weights(self) -> Mapping[str, NDArray[Any]]:
+        """The weights it speaks with, as they may be saved, and pinned again."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it could not speak because the weights were lost there."""
+
+
 @runtime_checkable
 class SpeakerElsewhere(Speaker, Protocol):
     """Continues prompts outside of this process."""
 
+    @property
+    def waits(self) -> Waits:
+        """How it is waited for."""
+
+    def pinned(self, sampling: Sampling, weights: Mapping[str, NDArray[Any]] | None = None) -> Pinned:
+        """The weights as they are now, or others, handed over to be sampled from in this way."""
+
     def told(self) -> Mapping[str, Any]:
         """What was found out about it since this was last asked, as plain values."""
+
+    def end(self) -> None:
+        """Have whoever still waits for an answer, in whatever thread, wait no longer."""
 
     def close(self) -> None:
         """Let go of what it holds there."""

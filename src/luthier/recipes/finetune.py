@@ -110,6 +110,11 @@ def told(run: RunDirectory, stop: StopRequest, train: Callable[[], Result]) -> R
     except StoppedError as stopped:
         run.write_status("stopped", reason=stopped.received)
         raise
+    except UnavailableError as away:
+        run.write_status("stopped", reason=away.received)
+        raise StoppedError(
+            f"{away.received}; what was done is saved", do=f"when it is there again: luthier resume {run.folder}"
+        ) from away
     except (Exception, KeyboardInterrupt) as error:
         # Not swallowed: only written down on its way out.
         run.write_status("failed", reason=str(error) or type(error).__name__)
@@ -130,6 +135,8 @@ def _train(
         wants_save=lambda: run.wants_save() or stop.take_save(),
     )  # fmt: skip
     state = work.state
+    if isinstance(bench.source, RolloutSource):
+        bench.source.bind(work.recorder.record, lambda: stop.error() if stop else None)
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
     remember(bench, run, state, work.recorder)

@@ -168,6 +168,17 @@ def _event_line(event: Event) -> str | None:
         return f"step {event.step}: out of memory; micro-batches are cut from {cut}, the gradient is the same"
     if event.kind == "feedback":
         return str(event.values["message"])
+    if event.kind == "waiting":
+        return _wait_line(event.values)
     if event.kind == "warning":
         return f"warning: {event.values['message']}"
     return None
+
+
+def _wait_line(values: Any) -> str:
+    """A wait that has become long, or is over."""
+    seconds = duration_text(values["waited_seconds"])
+    if values["over"]:
+        return f"{values['who']} has answered after {seconds}"
+    reason = f": {values['reason']}" if values["reason"] else ""
+    return f"waiting for {values['who']}, for {seconds} now{reason}"

@@ -154,7 +154,7 @@ class GuestProcess:
             for descriptor in given:
                 os.close(descriptor)
         ours.setblocking(False)
-        for source in (self._control, ours.fileno(), *self._sources):
+        for source in (self._control, self._zygote.life, ours.fileno(), *self._sources):
             self._poll.register(source, select.POLLIN)
         return ours
 
@@ -176,6 +176,8 @@ class GuestProcess:
                     self._read_channel()
             elif descriptor in self._sources:
                 self._read_text(descriptor)
+        if not any(descriptor == self._control for descriptor, _ in ready) and self._zygote.gone():
+            raise LostError("the zygote ended, and what it had started went on without it")
         if any(descriptor == self._control for descriptor, _ in ready):
             self._ended = self._zygote.ended()
             # Nobody can write any more, so what is left is all there is.

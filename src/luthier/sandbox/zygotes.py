@@ -1,10 +1,18 @@
-"""Our end of a zygote: start it, let it fork a candidate, kill, see how it ended."""
+"""Our end of a zygote: start it, let it fork a candidate, kill, see how it ended.
+
+Idea: the process that we start may end before what it has forked is bound to it (bubblewrap, killed between its clone
+and the moment where its child has asked to go with it). Such a child holds the other end of the control socket, so
+that no end of it is seen: it may wait for a parent that is gone, for ever, or go on to serve. So the process itself is
+watched, by a pidfd that no other process can come to stand for; without it nothing that is said counts. What is left
+of its session is killed while its number is still taken, by it, so that the number can be nobody else's.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +25,8 @@ MODULES: Final = ("kernel", "filters", "values", "frames", "candidate", "stand_i
 """Modules of guest/ in the order in which they need each other."""
 START_SECONDS: Final = 120.0
 """For a machine that is very busy, and modules that take long to import."""
+_LEAVE_SECONDS: Final = 2.0
+"""For a zygote that was told to go."""
 _MOST_BOOK: Final = 1 << 24
 _BOOT: Final = """
 import json, os, sys, types
@@ -67,6 +77,8 @@ class Zygote:
                 env=dict(settings["environment"]), cwd="/", start_new_session=True,
             )  # fmt: skip
             given.close()  # or the end of the other side would not be seen
+            self.life = os.pidfd_open(self._process.pid)
+            kept.callback(os.close, self.life)
             kept.callback(self._reap)
             self._expect(b"W", START_SECONDS)
             self._open = kept.pop_all()
@@ -101,9 +113,13 @@ class Zygote:
 
     def wait(self, seconds: float) -> Ended:
         """As `ended`, once it is said."""
-        if not _readable(self.control, seconds):
+        if not self._told(seconds):
             raise LostError(f"a process of a candidate did not end within {seconds:g} s of being killed")
         return self.ended()
+
+    def gone(self) -> bool:
+        """Whether the process that we started has ended."""
+        return _readable([self.life], 0)
 
     def close(self) -> None:
         """End it and all it started, and wait for that."""
@@ -116,17 +132,25 @@ class Zygote:
         # Closing alone is not seen by the other side as long as a thread of ours waits here.
         with suppress(OSError):
             self.control.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if not _readable([self.life], _LEAVE_SECONDS):
+            signal.pidfd_send_signal(self.life, signal.SIGKILL)
+            _readable([self.life], START_SECONDS)
+        # Before it is waited for, its number is its own, and that of its session: nobody else is hit.
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _expect(self, letter: bytes, seconds: float) -> None:
-        if not _readable(self.control, seconds):
+        if not self._told(seconds):
             raise LostError(f"the zygote did not answer within {seconds:g} s")
-        if self._said() != letter:
+        if self._said() != letter or self.gone():
             raise LostError(self._last_words() or "the zygote ended and left no words")
+
+    def _told(self, seconds: float) -> bool:
+        """Whether something was said within this time. Raises LostError where the process has ended without a word."""
+        if _readable([self.control.fileno(), self.life], seconds) and not _readable([self.control.fileno()], 0):
+            raise LostError(self._last_words() or "the zygote ended and left no words")
+        return _readable([self.control.fileno()], 0)
 
     def _said(self) -> bytes:
         try:
@@ -138,9 +162,11 @@ class Zygote:
         return os.pread(self._words, 2000, 0).decode("utf-8", "replace").strip()[-600:]
 
 
-def _readable(control: socket.socket, seconds: float) -> bool:
+def _readable(descriptors: list[int], seconds: float) -> bool:
+    """Whether one of them has something to be read, or is at its end, within this time."""
     waiting = select.poll()
-    waiting.register(control, select.POLLIN)
+    for descriptor in descriptors:
+        waiting.register(descriptor, select.POLLIN)
     return bool(waiting.poll(seconds * 1000))
 
 

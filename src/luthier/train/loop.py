@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
@@ -126,12 +126,15 @@ class Loop:
 
     def _steps(self, state: LoopState) -> Steps:
         self.source.seek(state.cursor)
+        self.source.expect(state.total_steps)
         if state.step == 0:
             self._evaluate(state)
             self._sample(state)
         # A run that was killed after its patience had run out has nothing left to do but to end.
         over = self._impatient(state) and state.step < state.total_steps
         status: Status = "early-stopped" if over else "finished"
+        if state.unseen and (ended := self._look(state)):
+            return ended
         while not over and state.step < state.total_steps:
             # ---------------------------------------------------------------------------------------- one step
             self._tell(self.keeper.poll())
@@ -148,26 +151,45 @@ class Loop:
             # ---------------------------------------------------------------------------------------------------
             times = {"seconds": seconds, "source_seconds": source_seconds}
             self._record_step(state, passed, norm, factor, times)
-            last = state.step >= state.total_steps
-            late = bool(self.cadence.minutes) and state.train_seconds >= 60 * self.cadence.minutes
-            better = False
-            if last or late or _due(state.step, self.cadence.evaluate_every):
-                better = self._evaluate(state)
-            if last or _due(state.step, self.cadence.sample_every):
-                self._sample(state)
-            asked = self.wants_save is not None and self.wants_save()
-            if better or last or asked or _due(state.step, self.cadence.save_every):
-                self._save(state, best=better)
-            if self._impatient(state) and not last:
-                status = "early-stopped"
-                break
-            if self.stop and not last:
-                status = "stopped"
-                break
-            if late and not last:
-                status = "out-of-time"
+            ended = self._look(state)
+            if ended:
+                status = ended
                 break
         return status
+
+    def _look(self, state: LoopState) -> Status | None:
+        """What follows a step: evaluation, samples, a save; how the run ends with it, if it does before its last."""
+        last = state.step >= state.total_steps
+        late = bool(self.cadence.minutes) and state.train_seconds >= 60 * self.cadence.minutes
+        better = False
+        if last or late or _due(state.step, self.cadence.evaluate_every):
+            with self._kept(state):
+                better = self._evaluate(state)
+        if last or _due(state.step, self.cadence.sample_every):
+            self._sample(state)
+        state.unseen = 0
+        asked = self.wants_save is not None and self.wants_save()
+        if better or last or asked or _due(state.step, self.cadence.save_every):
+            self._save(state, best=better)
+        if last:
+            return None
+        if self._impatient(state):
+            return "early-stopped"
+        if self.stop:
+            return "stopped"
+        return "out-of-time" if late else None
+
+    @contextmanager
+    def _kept(self, state: LoopState) -> Iterator[None]:
+        """Where somebody who is asked is away, nothing that was learned is lost."""
+        try:
+            yield
+        except LuthierError:
+            if state.step and self.saved_step != state.step:
+                state.unseen = 1
+                self._save(state, best=False)
+                self._tell(self.keeper.finish())
+            raise
 
     def _next_step(self, state: LoopState) -> Sequence[Tree]:
         """What the next step learns from. Where there is none to be had, nothing that was learned is lost."""

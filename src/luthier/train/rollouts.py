@@ -4,11 +4,12 @@ prompts -> sampled answers -> rewards -> groups -> notes (old, reference, values
 
 The loop knows nothing of this. What the source holds between two steps, the trees of its replay with their notes, is
 saved with every checkpoint, so a run that is killed in the middle of a replay goes on bit for bit. Random numbers are
-functions of (seed, rollout, attempt, prompt, answer), so that nothing else has to be remembered.
-A rollout may run ahead: the next one is then sampled before the steps of this one, with the weights that these begin
-with, and waits. So a sampler and a trainer side by side would see the same weights as they do here, one after the
-other, and come to the same numbers. What is then trained was said by a policy that is a rollout behind; what the one
-that learns finds likelier counts for more, up to a limit, and what it finds less likely for less.
+functions of (seed, rollout, attempt, prompt, answer), so that nothing else has to be remembered (rolling.py).
+A rollout may run ahead: the next one is then sampled with the weights that the steps of this one begin with. In this
+process it is sampled before these steps, and waits; an engine somewhere else samples it while they are taken, and both
+come to the same numbers. One that is under way is saved as where it started and the weights it is sampled with, and is
+sampled again by whoever goes on. What is then trained was said by a policy that is a rollout behind; what the one that
+learns finds likelier counts for more, up to a limit, and what it finds less likely for less.
 Equation: w_t = min(exp(log pi_begin(y_t) - log pi_sampled(y_t)), most), multiplied with the advantage.
 Source: Ouyang et al., arXiv 2203.02155, appendix C.4; Shao et al., arXiv 2402.03300, algorithm 1; drawing again where
     all answers of a group are worth the same: Yu et al., arXiv 2503.14476, section 3.2; a step off: Noukhovitch et al.,
@@ -21,17 +22,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, final
+from functools import partial
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError, LuthierError
 from luthier.core.events import Event
-from luthier.data.forest import Ints, Note, Tree
+from luthier.core.waiting import Waits
+from luthier.data.forest import Note, Tree
 from luthier.data.rollout_learner import RolloutLearner
 from luthier.data.rollouts import (
-    Answer,
     Arrays,
     Group,
     Prompt,
@@ -42,47 +44,32 @@ from luthier.data.rollouts import (
     leaf_notes,
     noting,
 )
-from luthier.data.sample import Sample
-from luthier.model.speaker import PolicySampling, Sampling, Speaker, SpeakerElsewhere, Spoken
-from luthier.rewards import Verdict
-from luthier.train.episodes import Episodes, settled
+from luthier.model.speaker import Pinned, Speaker, SpeakerElsewhere
+from luthier.train.episodes import Episodes
+from luthier.train.flight import Flight
 from luthier.train.pass_report import PassReport
+from luthier.train.rolling import Decode, Plan, Rolled, Roller, Said, Scorer, Start
 from luthier.train.rollout_report import RolloutReport
-from luthier.train.scoring import Scored
 from luthier.train.source import Cursor, Source
 
 MISMATCH: Final = 0.05
 """A mean difference of log-probabilities between sampler and trainer from which on a run is warned."""
+LOST: Final = 3
+"""How often an engine that has lost the weights gets them again for the same answers."""
+_LAST_SECONDS: Final = 5.0
+"""How long what is under way may take to end, when nobody waits for it any more."""
 
-Scorer = Callable[[Sequence[Sample]], Scored]
 Recall = Callable[[Sequence[Tree], frozenset[Note]], list[Tree]]
-Decode = Callable[[Ints], str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a rollout is made: so many `prompts`, each answered `answers` times, in at most `max_new_tokens` tokens.
+@dataclass(frozen=True)
+class _Due:
+    """A rollout that is to come: where it starts, by which weights, and who samples it now, if anybody does."""
 
-    An answer that was cut off is kept as it is, or left untrained (`mask`), though its group still knows its worth.
-    With `redraws`, groups whose answers were all worth the same are replaced by those of other prompts, in at most so
-    many attempts. With a `lag` of 1 each rollout is sampled before the steps of the one before it, and a token counts
-    for `correction` at most.
-    """
-
-    prompts: int
-    answers: int
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    cut: Literal["keep", "mask"] = "keep"
-    redraws: int = 0
-    lag: int = 0
-    correction: float = 2.0
-
-    def sampling(self, temperature: float, seed: int) -> Sampling:
-        """How answers are drawn: from the very policy that is trained, so nothing is cut off or steered."""
-        return PolicySampling(
-            max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed, stop_ids=self.stop_ids
-        )
+    start: Start
+    weights: Mapping[str, NDArray[Any]]
+    pinned: Pinned | None = None
+    flight: Flight[Rolled | Said] | None = None
 
 
 @final
@@ -102,22 +89,23 @@ class RolloutSource(Source):
         seed: int,
         episodes: Episodes | None = None,
         beside: Source | None = None,
+        waited: Sequence[Waits] = (),
     ) -> None:
         if not prompts:
             raise DataError(
                 "there are 0 prompts to answer", allowed="at least 1", do="look at the counts of: luthier data check"
             )
-        self.prompts = prompts
+        self.roller = Roller(
+            prompts=prompts, objective=objective, score=score, decode=decode, plan=plan, seed=seed, episodes=episodes
+        )
         self.objective = objective
         self.speaker = speaker
-        self.score = score
         self.recall = recall
-        self.decode = decode
         self.plan = plan
-        self.episodes = episodes
         self.beside = beside
         """Rows that each step imitates beside what is learned from rollouts."""
-        self.seed = seed
+        self.waited = waited
+        """Whoever else is waited for here: a judge."""
         self.leash = objective.leash
         self._reports: list[RolloutReport] = []
         self._cursor = Cursor()
@@ -130,6 +118,9 @@ class RolloutSource(Source):
         self._trees: list[Tree] = []
         self._ahead: list[Group] = []
         """The rollout that was sampled ahead, and waits."""
+        self._due: _Due | None = None
+        """The rollout that somebody else samples ahead."""
+        self._expected: int | None = None
         self._warned = False
 
     # ------------------------------------------------------------------------------------------------- as a source
@@ -144,14 +135,28 @@ class RolloutSource(Source):
 
     def _renew(self) -> None:
         """The next rollout. Where it fails the source is what it was, so a checkpoint can still be made of it."""
-        before = self._cursor, self._number, list(self._reports), self._ahead, self.leash
+        due = None if self._due is None else replace(self._due, pinned=None, flight=None)
+        before = self._cursor, self._number, list(self._reports), self._ahead, due, self.leash
         try:
             groups = self._ahead or self._sampled()
-            self._ahead = self._sampled() if self.plan.lag else []
+            self._ahead = []
+            if self.plan.lag and self._wants_more:
+                if isinstance(self.speaker, SpeakerElsewhere):
+                    self._due = self._flown(self.speaker, self._start)
+                else:
+                    self._ahead = self._sampled()
             self._trees, self._at = self._learnable(groups), 0
         except BaseException:
-            self._cursor, self._number, self._reports, self._ahead, self.leash = before
+            self._cursor, self._number, self._reports, self._ahead, self._due, self.leash = before
             raise
+
+    @property
+    def _wants_more(self) -> bool:
+        """Whether there are steps after those of the rollout at hand."""
+        return self._expected is None or self._steps + self._replays < self._expected
+
+    def expect(self, steps: int) -> None:
+        self._expected = steps
 
     @property
     def report(self) -> RolloutReport | None:
@@ -182,9 +187,19 @@ class RolloutSource(Source):
             events.append(Event("warning", {"what": "mismatch", "message": said}))
         return events
 
+    def bind(self, tell: Callable[[Event], None], stop: Callable[[], LuthierError | None]) -> None:
+        """Who is told of long waits, and what ends them."""
+        for waits in (*self.waited, *([self.speaker.waits] if isinstance(self.speaker, SpeakerElsewhere) else [])):
+            waits.bind(tell, stop)
+
     def close(self) -> None:
         """Let go of what the speaker has outside of this process; no step is asked for any more."""
         if isinstance(self.speaker, SpeakerElsewhere):
+            for waits in self.waited:
+                waits.end()
+            self.speaker.end()
+            if self._due is not None and self._due.flight is not None:
+                self._due.flight.join(_LAST_SECONDS)
             self.speaker.close()
 
     def held(self) -> Arrays:
@@ -197,6 +212,7 @@ class RolloutSource(Source):
             "beside": np.array([] if place is None else [place.epoch, place.used], dtype=np.int64),
             **as_arrays(left),
             **{f"ahead-{name}": each for name, each in groups_as_arrays(self._ahead).items()},
+            **({} if self._due is None else _due_as_arrays(self._due)),
         }
 
     def hold(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -209,8 +225,8 @@ class RolloutSource(Source):
             epoch, used = arrays["beside"].tolist()
             self.beside.seek(Cursor(epoch, used))
         self._trees = from_arrays(arrays)
-        ahead = {name.removeprefix("ahead-"): each for name, each in arrays.items() if name.startswith("ahead-")}
-        self._ahead = groups_from_arrays(ahead)
+        self._ahead = groups_from_arrays(_below("ahead-", arrays))
+        self._due = _due_from_arrays(arrays)
 
     # --------------------------------------------------------------------------------------------------- a replay
 
@@ -229,35 +245,57 @@ class RolloutSource(Source):
         if self._minibatches == 1:
             return list(self._trees)
         number = self._number - bool(self._ahead)
-        order = np.random.default_rng([self.seed, 1, number, done]).permutation(len(self._trees))
+        order = np.random.default_rng([self.roller.seed, 1, number, done]).permutation(len(self._trees))
         return [self._trees[index] for index in np.array_split(order, self._minibatches)[place]]
 
     # -------------------------------------------------------------------------------------------------- a rollout
 
+    @property
+    def _start(self) -> Start:
+        """Where the next rollout starts."""
+        return Start(self._cursor, self._number, self._steps)
+
     def _sampled(self) -> list[Group]:
-        """A new rollout by the model as it is."""
-        began = time.perf_counter()
-        report = RolloutReport(version=self._steps, compared=self.objective.rewarded)
-        kept: list[Group] = []
-        for attempt in range(self.plan.redraws + 1):
-            groups = self._groups(self._take(self.plan.prompts - len(kept)), attempt, report)
-            last = attempt == self.plan.redraws
-            kept += groups if last else [group for group in groups if not group.alike]
-            report.counts["redrawn"] += 0 if last else sum(group.alike for group in groups)
-            if len(kept) >= self.plan.prompts:
-                break
-        kept = [group for group in kept if group.trained]
-        if len(kept) < self._minibatches:
-            raise RecipeError(
-                f"rollout {self._number} has {len(kept)} groups with an answer to train, for {self._minibatches} "
-                f"steps: {report.why()}",
-                do="look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts",
-            )
-        report.sampled_in(time.perf_counter() - began)
+        """The next rollout: the one that is due, or a new one by the model as it is."""
+        if isinstance(self.speaker, SpeakerElsewhere):
+            rolled = self._landed(self.speaker, self._due or self._flown(self.speaker, self._start))
+            self._due = None
+        else:
+            rolled = self.roller.roll(self._start, self.speaker)
+        self._cursor = rolled.cursor
         self._number += 1
-        report.seconds = time.perf_counter() - began
-        self._reports.append(report)
-        return kept
+        self._reports.append(rolled.report)
+        return rolled.groups
+
+    def _flown(
+        self, speaker: SpeakerElsewhere, start: Start, weights: Mapping[str, NDArray[Any]] | None = None
+    ) -> _Due:
+        """A rollout that is under way from now on, by the weights as they are or by others."""
+        pinned = speaker.pinned(self.roller.sampling(start), weights)
+        work: Callable[[], Rolled | Said] = partial(
+            self.roller.roll if self.plan.scored_beside else self.roller.say, start, pinned
+        )
+        return _Due(start, pinned.weights, pinned, Flight(work, speaker.waits))
+
+    def _landed(self, speaker: SpeakerElsewhere, due: _Due) -> Rolled:
+        """What has come of a rollout under way. One that nobody samples, or whose weights were lost, is sampled now."""
+        left = LOST
+        while True:
+            if due.flight is None or due.pinned is None:
+                due = self._flown(speaker, due.start, due.weights)
+            left -= 1
+            try:
+                return self._finished(due)
+            except LuthierError:
+                if due.pinned is None or not due.pinned.lost or not left:
+                    raise
+            due = replace(due, pinned=None, flight=None)
+
+    def _finished(self, due: _Due) -> Rolled:
+        if due.flight is None or due.pinned is None:
+            raise TypeError(f"rollout {due.start.number} is not under way")
+        found = due.flight.result()
+        return found if isinstance(found, Rolled) else self.roller.finish(due.start, found, due.pinned)
 
     def _learnable(self, groups: Sequence[Group]) -> list[Tree]:
         """A rollout as trees with advantages, by the model as its steps begin with it."""
@@ -272,69 +310,6 @@ class RolloutSource(Source):
         if self._reports:
             self._reports[-1].seconds += time.perf_counter() - began
         return trees
-
-    def _take(self, count: int) -> list[Prompt]:
-        """The next prompts, in an order that is a pure function of (seed, epoch)."""
-        taken: list[Prompt] = []
-        while len(taken) < count:
-            epoch, used = self._cursor.epoch, self._cursor.used
-            if used >= len(self.prompts):
-                epoch, used = epoch + 1, 0
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.prompts))
-            own = order[used : used + count - len(taken)]
-            taken += [self.prompts[int(index)] for index in own]
-            self._cursor = Cursor(epoch, used + len(own))
-        return taken
-
-    def _groups(self, prompts: Sequence[Prompt], attempt: int, report: RolloutReport) -> list[Group]:
-        """The answers to some prompts, scored."""
-        seed = seed_of(self.seed, self._number, attempt)
-        sampling = self.plan.sampling(self.objective.temperature, seed)
-        asked = [prompt for prompt in prompts for _ in range(self.plan.answers)]
-        if self.episodes is None:
-            spoken = self.speaker.speak([prompt.tokens for prompt in asked], sampling)
-            drafts = [self._answer(each) for each in spoken]
-            scored = self.score([sample_of(prompt, draft) for prompt, draft in zip(asked, drafts, strict=True)])
-        else:
-            asked, drafts, scored = self._played(self.episodes, asked, sampling)
-        report.count(scored, drafts)
-        groups = []
-        for number in range(len(prompts)):
-            prompt = asked[number * self.plan.answers]
-            own = range(number * self.plan.answers, (number + 1) * self.plan.answers)
-            pairs = [(drafts[place], scored.scores[place]) for place in own]
-            answers = [
-                replace(draft, reward=score.value, parts=score.parts) for draft, score in pairs if score is not None
-            ]
-            groups.append(Group(prompt.tokens, tuple(answers), prompt.row, self._steps))
-        report.group(groups, longest=self.plan.max_new_tokens)
-        return [group for group in groups if group.answers]
-
-    def _played(
-        self, episodes: Episodes, asked: Sequence[Prompt], sampling: Sampling
-    ) -> tuple[list[Prompt], list[Answer], Scored]:
-        """Exchanges instead of answers. Those that ended without a verdict are scored as a whole."""
-        seeds = [seed_of(sampling.seed, place // self.plan.answers) for place in range(len(asked))]
-        prompts: list[Prompt] = []
-        answers: list[Answer] = []
-        verdicts: list[Sample | Verdict] = []
-        for prompt, answer, verdict in episodes.play(asked, self.speaker, sampling, seeds=seeds):
-            prompts.append(prompt)
-            answers.append(replace(answer, trained=answer.ended == "stop" or self.plan.cut == "keep"))
-            verdicts.append(verdict)
-        return prompts, answers, settled(verdicts, self.score)
-
-    def _answer(self, spoken: Spoken) -> Answer:
-        ended: Literal["stop", "length"] = "stop" if spoken.ended == "stop" else "length"
-        return Answer(
-            spoken.tokens,
-            np.ones(len(spoken.tokens), dtype=np.bool_),
-            np.array(spoken.log_probs, dtype=np.float32),
-            reward=float("nan"),
-            ended=ended,
-            text=self.decode(spoken.tokens),
-            trained=ended == "stop" or self.plan.cut == "keep",
-        )
 
 
 def weighing(rows: Sequence[Tree], beside: Sequence[Tree]) -> list[Tree]:
@@ -353,13 +328,19 @@ def corrected(tree: Tree, most: float) -> Tree:
     return noting(tree, "correction", [np.minimum(np.exp(old - sampled), most) for old, sampled in pairs])
 
 
-def sample_of(prompt: Prompt, answer: Answer) -> Sample:
-    """An answer as rewards see it."""
-    tokens = tuple(answer.tokens.tolist())
-    return Sample(prompt=prompt.messages, answer=answer.text, tokens=tokens, ended=answer.ended, facts=prompt.facts)
+def _due_as_arrays(due: _Due) -> Arrays:
+    """What a rollout that is to come has to be sampled from, by whoever goes on."""
+    start = [due.start.cursor.epoch, due.start.cursor.used, due.start.number, due.start.version]
+    return {"due": np.array(start, dtype=np.int64), **{f"due-{name}": each for name, each in due.weights.items()}}
 
 
-def seed_of(*numbers: int) -> int:
-    """A seed that is another one for other numbers."""
-    return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0]) >> 1
+def _due_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> _Due | None:
+    """The rollout that `_due_as_arrays` was given; None without one."""
+    if "due" not in arrays:
+        return None
+    epoch, used, number, version = arrays["due"].tolist()
+    return _Due(Start(Cursor(epoch, used), number, version), _below("due-", arrays))
 
+
+def _below(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    return {name.removeprefix(prefix): each for name, each in arrays.items() if name.startswith(prefix)}

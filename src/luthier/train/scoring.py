@@ -7,6 +7,7 @@ its batch with it. What fails then is left out: it is no 0, it is in no mean, an
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,11 +108,16 @@ def with_sandbox(reward: Reward, tools: Tools) -> Tools:
 @final
 @dataclass
 class Scoring:
-    """A reward with its tools. `retries` is how often a sample that failed is asked about again."""
+    """A reward with its tools. `retries` is how often a sample that failed is asked about again.
+
+    Held-out answers may be scored while a rollout is under way in another thread; who wrote a reward need not think of
+    that, so one thread at a time asks it.
+    """
 
     reward: Reward
     tools: Tools = field(default_factory=Tools)
     retries: int = 2
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
         there = {"judge": self.tools.judge, "reward-model": self.tools.reward_model, "sandbox": self.tools.sandbox}
@@ -152,7 +158,8 @@ class Scoring:
         if not samples:
             return []
         try:
-            verdicts = self.reward.score(samples, tools)
+            with self.lock:
+                verdicts = self.reward.score(samples, tools)
         except RewardError as failure:
             return [_again(failure, sample) for sample in samples]
         if len(verdicts) != len(samples):

@@ -69,6 +69,9 @@ class Source(ABC):
     def seek(self, cursor: Cursor) -> None:
         """Go on from a saved place."""
 
+    def expect(self, steps: int) -> None:  # noqa: B027 (most sources end by themselves)
+        """How many steps will be asked for in all, from the first one of the run."""
+
     def held(self) -> Mapping[str, NDArray[Any]]:
         """What has to be saved beside the cursor to go on from here: arrays by name; none where the cursor says all."""
         return {}

@@ -36,7 +36,8 @@ NUMBERS = "state.json"
 class LoopState:
     """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact.
 
-    `metrics` are an objective's own, of the first evaluation and of the best one.
+    `metrics` are an objective's own, of the first evaluation and of the best one. `unseen` is a step that was saved
+    before what follows it (evaluation, samples), because whoever was asked there was away.
     """
 
     step: int = 0
@@ -58,6 +59,7 @@ class LoopState:
     micro_tokens: int = 0
     events_bytes: int = 0
     samples_bytes: int = 0
+    unseen: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -212,6 +214,8 @@ def _read_numbers(folder: Path) -> _Numbers:
 def _loop(saved: Mapping[str, Any]) -> LoopState:
     """The loop's numbers. Raises ValueError when one is missing, not known, or of another kind."""
     expected = {field.name: str(field.type) for field in fields(LoopState)}
+    # Of before this was kept.
+    saved = {"unseen": 0, **saved}
     if differing := expected.keys() ^ saved.keys():
         raise ValueError(f"other numbers of the loop: {', '.join(sorted(differing))[:200]}")
     loop: dict[str, Any] = {key: _number(value) for key, value in saved.items() if key != "metrics"}

@@ -8,25 +8,28 @@ become of the model is a run of its own, `policy/`, which every later verb takes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from luthier.core.errors import DataError, StoppedError
 from luthier.core.events import Recorder, Several, plain
 from luthier.core.knobs import validate
+from luthier.core.waiting import Waits
 from luthier.data.conversation import Asked
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.sample import Sample
-from luthier.model.speaker import Sampling
+from luthier.model.speaker import PolicySampling, Speaker
 from luthier.recipes.bench import reading_of
 from luthier.recipes.ending import SUMMARY
 from luthier.recipes.feedback import judged as feedback
 from luthier.recipes.finetune import RunResult, resume, start, told
 from luthier.recipes.opening.opened import open_named
 from luthier.recipes.opening.places import POLICY, located, started_in
-from luthier.recipes.reinforcing.tools import judge_named, require_judge
+from luthier.recipes.reinforcing.remote_base import base_elsewhere, require_engine
+from luthier.recipes.reinforcing.tools import judge_named, require_judge, waits_of
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
 from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.schemas.finetune import FinetuneRecipe
@@ -63,7 +66,7 @@ def start_feedback(recipe: AiFeedbackRecipe, *, recorder: Recorder, overwrite: b
         plan = plan_feedback(recipe)
         with begin_run(recipe, overwrite=overwrite) as run:
             run.write_plan(plan)
-            return told(run, stop, lambda: _go(dated(recipe), run, recorder))
+            return told(run, stop, lambda: _go(dated(recipe), run, stop, recorder))
 
 
 def resume_feedback(run: RunDirectory, *, recorder: Recorder) -> FeedbackResult:
@@ -75,10 +78,15 @@ def resume_feedback(run: RunDirectory, *, recorder: Recorder) -> FeedbackResult:
 def plan_feedback(recipe: AiFeedbackRecipe) -> dict[str, Any]:
     """What is going to happen, counted from the data; nothing is loaded. Raises what is wrong with data and judge."""
     require_judge(recipe.judge)
+    engine = recipe.rollouts.engine
+    speaker = recipe.speaker or recipe.model
+    if engine.url:
+        require_engine(engine)
+        speaker += f" at {engine.url}" if recipe.speaker is None else ""
     prompts, pairs = len(feedback.prompts_of(recipe.data.train, _reading(recipe))), recipe.answers.pairs
     stages = ["answer", "judge", *(["train a reward model"] if recipe.by_rollouts else []), "train the policy"]
     return {
-        "model": recipe.model, "judge": recipe.judge, "speaker": recipe.speaker or recipe.model, "stages": stages,
+        "model": recipe.model, "judge": recipe.judge, "speaker": speaker, "stages": stages,
         "prompts": prompts, "pairs": prompts * pairs, "answers": 2 * prompts * pairs,
         "most_answer_tokens": 2 * prompts * pairs * recipe.answers.max_new_tokens,
         "judged_texts": 2 * prompts * pairs, "objective": recipe.objective.method_name(),
@@ -90,18 +98,19 @@ def _resume(run: RunDirectory, stop: StopRequest, recorder: Recorder) -> Feedbac
         if run.status().state == "finished":
             return FeedbackResult(run.folder, run.read_json(SUMMARY))
         recipe = located(validate(AiFeedbackRecipe, run.read_recipe()), started_in(run))
-        return told(run, stop, lambda: _go(recipe, run, recorder))
+        return told(run, stop, lambda: _go(recipe, run, stop, recorder))
 
 
-def _go(recipe: FinetuneRecipe, run: RunDirectory, recorder: Recorder) -> FeedbackResult:
+def _go(recipe: FinetuneRecipe, run: RunDirectory, stop: StopRequest, recorder: Recorder) -> FeedbackResult:
     """All stages; what is done already is read from the files of the run."""
     if not isinstance(recipe, AiFeedbackRecipe):
         raise TypeError(f"{type(recipe).__name__} has no judge")
     say = feedback.Teller(Several([run, recorder]))
     plan = run.read_json("plan.json")
     say(f"{plan['prompts']:,} prompts, {plan['pairs']:,} pairs of answers, judged by {recipe.judge} in both orders")
-    answers = _answered(recipe, run, say)
-    verdicts = _judged(recipe, run, answers, say)
+    bind = partial(_bound, recorder=Several([run, recorder]), stop=stop)
+    answers = _answered(recipe, run, say, bind)
+    verdicts = _judged(recipe, run, answers, say, bind)
     figures = feedback.Feedback(answers, verdicts, recipe.tie).write(run.folder)
     notices = feedback.lessons(figures)
     say(f"{figures['preferences']:,} preferences of {figures['pairs']:,} pairs; the first place is preferred by "
@@ -123,8 +132,15 @@ def _go(recipe: FinetuneRecipe, run: RunDirectory, recorder: Recorder) -> Feedba
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def _answered(recipe: AiFeedbackRecipe, run: RunDirectory, say: feedback.Teller) -> list[feedback.Row]:
-    """Both answers of each pair, sampled from the model or from who is to speak in its place."""
+def _bound(waits: Waits, *, recorder: Recorder, stop: StopRequest) -> None:
+    """Have long waits told, and ended when the run is to stop."""
+    waits.bind(recorder.record, lambda: stop.error() if stop else None)
+
+
+def _answered(
+    recipe: AiFeedbackRecipe, run: RunDirectory, say: feedback.Teller, bind: Callable[[Waits], None]
+) -> list[feedback.Row]:
+    """Both answers of each pair, sampled from the model, here or by an engine, or from who is to speak in its place."""
     reading = _reading(recipe)
     rows = [row for row in feedback.prompts_of(recipe.data.train, reading) for _ in range(recipe.answers.pairs)]
     path = run.folder / feedback.ANSWERS
@@ -135,14 +151,23 @@ def _answered(recipe: AiFeedbackRecipe, run: RunDirectory, say: feedback.Teller)
         # As it will be trained: by the template of the recipe.
         renderer, _ = make_renderer(opened.tokenizer, reading, context_tokens=opened.model.context_tokens)
         opened = replace(opened, renderer=renderer, stop_ids=tuple(sorted({*opened.stop_ids, *renderer.stop_ids})))
-    engine = opened.engine
+    speaker: Speaker = opened.engine
+    knobs = recipe.rollouts.engine
+    if knobs.url and recipe.speaker is None:
+        waits = Waits(f"the engine at {knobs.url}")
+        bind(waits)
+        asked = [row.content.asked for row in rows if isinstance(row.content, Asked)]
+        texts = [opened.renderer.prompt_ids(one.messages, one.tools) for one in asked[:: recipe.answers.pairs][:8]]
+        speaker = base_elsewhere(opened.model, knobs, texts, waits)
 
     def answer(first: int, last: int) -> list[feedback.Row]:
         asked = [(row, row.content.asked) for row in rows[first:last] if isinstance(row.content, Asked)]
         prompts = [opened.renderer.prompt_ids(one.messages, one.tools) for _, one in asked for _ in range(2)]
-        sampling = Sampling(max_new_tokens=recipe.answers.max_new_tokens, temperature=recipe.answers.temperature,
-                            stop_ids=opened.stop_ids, seed=recipe.seed * 1_000_003 + first)  # fmt: skip
-        said = engine.speak(prompts, sampling)
+        sampling = PolicySampling(
+            max_new_tokens=recipe.answers.max_new_tokens, temperature=recipe.answers.temperature,
+            stop_ids=opened.stop_ids, seed=recipe.seed * 1_000_003 + first,
+        )  # fmt: skip
+        said = speaker.speak(prompts, sampling)
         return [
             {"row": row.number, "prompt": feedback.as_row(one.messages),
              "answers": [opened.text(each.tokens) for each in said[2 * at : 2 * at + 2]],
@@ -154,13 +179,17 @@ def _answered(recipe: AiFeedbackRecipe, run: RunDirectory, say: feedback.Teller)
 
 
 def _judged(
-    recipe: AiFeedbackRecipe, run: RunDirectory, answers: list[feedback.Row], say: feedback.Teller
-) -> list[feedback.Row]:
+    recipe: AiFeedbackRecipe, run: RunDirectory, answers: list[feedback.Row], say: feedback.Teller,
+    bind: Callable[[Waits], None],
+) -> list[feedback.Row]:  # fmt: skip
     """What the judge says of each pair. It is loaded when the model that answered is gone."""
     path = run.folder / feedback.VERDICTS
     if feedback.is_whole(path, len(answers)):
         return feedback.rows_of(path)
-    tools = Tools(judge=judge_named(recipe.judge, precision=recipe.precision, device=recipe.device), seed=recipe.seed)
+    model = judge_named(recipe.judge, precision=recipe.precision, device=recipe.device)
+    for waits in waits_of(model):
+        bind(waits)
+    tools = Tools(judge=model, seed=recipe.seed)
 
     def judge(first: int, last: int) -> list[feedback.Row]:
         group = [one for one in answers[first:last] if not feedback.alike(one)]

@@ -32,7 +32,8 @@ from luthier.model.editing.attachment import Attachment
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling, Speaker
 from luthier.recipes.measuring import measured
-from luthier.recipes.reinforcing.remote_policy import Policy, RemotePolicy
+from luthier.recipes.reinforcing.remote_policy import Policy, RemotePolicy, room_of
+from luthier.recipes.reinforcing.tools import models_here, waits_of
 from luthier.recipes.schemas.finetune import Paths
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.rewards import Environment, Score
@@ -40,7 +41,8 @@ from luthier.train.episodes import Episodes, settled
 from luthier.train.pass_report import PassReport
 from luthier.train.recall import recall
 from luthier.train.reference import Reference
-from luthier.train.rollouts import Plan, RolloutSource, seed_of
+from luthier.train.rolling import Plan, seed_of
+from luthier.train.rollouts import RolloutSource
 from luthier.train.scoring import Scored, Scoring
 from luthier.train.source import DataSource
 from luthier.train.stepper import Stepper
@@ -100,12 +102,17 @@ def rollout_source(
     plan = Plan(
         prompts=knobs.prompts, answers=knobs.answers, max_new_tokens=knobs.max_new_tokens, cut=knobs.cut,
         redraws=knobs.redraws, lag=knobs.lag, correction=knobs.correction, stop_ids=tuple(sorted(data.store.stop_ids)),
+        # Models of ours that judge would share the cores, and what is kept for passes, with the one that is trained.
+        scored_beside=scoring is None or not models_here(scoring),
     )  # fmt: skip
+    speaker = _speaker(recipe, data, tokenizer, stepper, attachment, prompts)
+    context = speaker.context if isinstance(speaker, RemotePolicy) else room_of(stepper.model)
     return RolloutSource(
-        prompts, recipe.learner, _speaker(recipe, data, tokenizer, stepper, attachment, prompts),
+        prompts, recipe.learner, speaker,
         unrewarded if scoring is None else scoring.score,
         recall=lambda trees, wanted: recall(stepper, trees, wanted), decode=_decoder(tokenizer, data),
-        plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer), beside=_beside(recipe, facts, data),
+        plan=plan, seed=recipe.seed, episodes=_episodes(recipe, data, tokenizer, scoring, context),
+        beside=_beside(recipe, facts, data), waited=[] if scoring is None else waits_of(scoring.tools.judge),
     )  # fmt: skip
 
 
@@ -208,7 +215,7 @@ class HeldOut:
         """Those of a recipe, or the prompts of other `views`."""
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
         prompts = facts.prompts(views or data.held_out, scoring, most=recipe.evaluation.max_rows)
-        episodes = _episodes(recipe, data, tokenizer)
+        episodes = _episodes(recipe, data, tokenizer, scoring, room_of(model))
         return cls(model, prompts, scoring, tokenizer, data, recipe, reference, episodes)
 
     def by(self, model: LanguageModel) -> HeldOut:
@@ -265,7 +272,8 @@ class HeldOut:
         if self.episodes is not None:
             seeds = [seed_of(scoring.tools.seed, place) for place in range(len(self.prompts))]
             played = self.episodes.play(self.prompts, engine, sampling, seeds=seeds)
-            return settled([each for _, _, each in played], scoring.score), [each.length for _, each, _ in played]
+            verdicts, retried = [each.verdict for each in played], sum(each.retried for each in played)
+            return settled(verdicts, scoring.score, retried=retried), [each.answer.length for each in played]
         spoken = engine.speak([prompt.tokens for prompt in self.prompts], sampling)
         samples = [
             Sample(
@@ -277,11 +285,16 @@ class HeldOut:
         return scoring.score(samples), [len(said.tokens) for said in spoken]
 
 
-def _episodes(recipe: ReinforceRecipe, data: Prepared, tokenizer: Tokenizer) -> Episodes | None:
+def _episodes(
+    recipe: ReinforceRecipe, data: Prepared, tokenizer: Tokenizer, scoring: Scoring | None, context: int | None
+) -> Episodes | None:
     """Exchanges with the reward, where it is an environment."""
-    if recipe.reward is None or not isinstance(recipe.reward, Environment):
+    if recipe.reward is None or scoring is None or not isinstance(recipe.reward, Environment):
         return None
-    return Episodes(recipe.reward, data.renderer.prompt_ids, _decoder(tokenizer, data), heard=message_said)
+    return Episodes(
+        recipe.reward, data.renderer.prompt_ids, _decoder(tokenizer, data), heard=message_said, context=context,
+        lock=scoring.lock,
+    )  # fmt: skip
 
 
 def _decoder(tokenizer: Tokenizer, data: Prepared) -> Any:

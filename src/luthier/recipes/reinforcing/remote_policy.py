@@ -6,6 +6,8 @@ go. An engine that has lost them, because it was started anew, gets them again.
 Idea: an adapter that has hardly been trained changes nothing that shows, so an engine that ignores it, or halves it,
 would go unnoticed just then. So before anything is sampled the engine gets a draft: the same adapter with noise that
 shows. What computes that rightly may be given one that is too small to be told from rounding.
+All of that asks the model, so it is done by whoever trains it, between two steps. What comes of it, a policy that is
+pinned, needs the engine only, and may be asked by another thread while the weights here go on.
 Cost: at each round a probe of some dozen short requests and three passes of ours over the same tokens, and a copy of
 the trained weights.
 """
@@ -18,18 +20,20 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.adapters import Adapter
-from luthier.core.errors import GateError, RecipeError
+from luthier.core.errors import CorruptError, GateError, RecipeError
+from luthier.core.waiting import Waits
 from luthier.data.forest import Ints
 from luthier.infer.dialects import Dialect, dialect_named
 from luthier.infer.patience import Patience
@@ -44,14 +48,13 @@ from luthier.recipes.own_scores import scores_by
 from luthier.recipes.reinforcing.tools import TOKEN
 from luthier.recipes.schemas.reinforce import EngineKnobs
 from luthier.train.result import ADAPTER, save_result
+from luthier.train.rollouts import LOST
 
 SHOWS: Final = 0.2
 """Mean change of a log-probability by a draft that shows, in nats: ten times what rounding to bfloat16 makes."""
-LOST: Final = 3
-"""How often an engine that has lost the weights gets them again for the same answers."""
 _SMALLEST, _DOUBLINGS = 0.01, 14
 """Noise of the first draft that is tried, and how often it is doubled."""
-_TEXTS, _LONGEST = 4, 64
+PROBED, LONGEST = 4, 64
 """Prompts that a probe compares, and their tokens."""
 
 
@@ -94,6 +97,35 @@ class Policy:
 
 
 @final
+@dataclass
+class PinnedPolicy:
+    """What the engine says with the weights of one hand-over. `lost` once it was found to have them no more."""
+
+    speaker: RemoteSpeaker
+    given: Mapping[str, Tensor] = field(repr=False)
+    lost: bool = False
+
+    @property
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """The weights as bytes: numpy knows no bfloat16."""
+        return {name: each.cpu().reshape(-1).view(torch.uint8).numpy() for name, each in self.given.items()}
+
+    def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
+        """One continuation for each prompt."""
+        try:
+            return self.speaker.speak(prompts, sampling)
+        except RemoteError as failure:
+            if self.speaker.sync.model not in self.speaker.patience.get(self.speaker.engine.models):
+                # It was started anew, and has lost what it was given.
+                self.lost = True
+                raise RemoteError(
+                    f"{self.speaker.engine.wire.shown} has lost the adapter while it answered",
+                    do="look why it is started anew, or who unloads its adapters",
+                ) from failure
+            raise
+
+
+@final
 class RemotePolicy:
     """A Speaker that says what the policy would say now. Raises RecipeError for one that no engine can be given."""
 
@@ -108,13 +140,17 @@ class RemotePolicy:
         self.policy = policy
         self.knobs = knobs
         self.engine: Dialect = dialect_named(knobs.dialect, wire)
-        self.patience = Patience(knobs.patience)
-        self.texts = [text[:_LONGEST] for text in texts if len(text) > 1][:_TEXTS]
+        self.waits = Waits(f"the engine at {wire.shown}")
+        self.patience = Patience(knobs.patience, waits=self.waits)
+        self.context = room_of(policy.model)
+        """How many tokens a prompt and its answer may have together, here and there."""
+        self.texts = [text[:LONGEST] for text in texts if len(text) > 1][:PROBED]
         self.folder = Path(knobs.adapters).resolve()
         # Runs of one name, here or on other machines, may share an engine.
         place = hashlib.sha256(f"{platform.node()} {run.resolve()}".encode()).hexdigest()[:6]
         self._prefix = f"{run.name}-{place}-"
         self._speaker: RemoteSpeaker | None = None
+        self._pinned: PinnedPolicy | None = None
         self._given: dict[str, Tensor] = {}
         self._heat = 1.0
         self._figures: dict[str, Any] = {}
@@ -122,29 +158,53 @@ class RemotePolicy:
     def require(self) -> None:
         """Raise what is wrong with the engine that can be told at once, without giving it anything."""
         self.engine.models()
+        lengths = [each for each in (self.engine.context(), self.context) if each is not None]
+        self.context = min(lengths, default=None)
         if not self.folder.is_dir():
             raise RecipeError(f"rollouts.engine.adapters is {self.folder}, which is no folder",
                               do="make it where both this process and the engine can see it")  # fmt: skip
 
     def speak(self, prompts: Sequence[Ints], sampling: Sampling) -> list[Spoken]:
         """One continuation for each prompt by the weights as they are now."""
-        for _ in range(LOST):
+        for left in reversed(range(LOST)):
+            pinned = self.pinned(sampling)
+            try:
+                return pinned.speak(prompts, sampling)
+            except RemoteError:
+                if not pinned.lost or not left:
+                    raise
+        return []
+
+    def pinned(self, sampling: Sampling, weights: Mapping[str, NDArray[Any]] | None = None) -> PinnedPolicy:
+        """The weights as they are now, or those of a pinned policy, handed over; told is at the heat of `sampling`."""
+        with self.waits(), nullcontext() if weights is None else self.policy.having(self._from(weights)):
+            if self._pinned is not None and self._pinned.lost:
+                self._speaker = None
             speaker = self.patience.get(self._current)
             self._require_heat(speaker, sampling)
-            try:
-                return speaker.speak(prompts, sampling)
-            except RemoteError:
-                if speaker.sync.model in self.patience.get(self.engine.models):
-                    raise
-            # It was started anew, and has lost what it was given.
-            self._speaker = None
-        raise RemoteError(f"{self.engine.wire.shown} has lost the adapter {LOST} times while it answered",
-                          do="look why it is started anew, or who unloads its adapters")  # fmt: skip
+        self._pinned = PinnedPolicy(speaker, self._given)
+        return self._pinned
+
+    def _from(self, weights: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """The weights that a pinned policy has told."""
+        found = {}
+        for name, own in self.policy.attachment.named_parameters().items():
+            kept = weights.get(name)
+            if kept is None or kept.nbytes != own.nbytes:
+                raise CorruptError(f"the checkpoint has {0 if kept is None else kept.nbytes} bytes of {name} as they "
+                                   "were sampled from", allowed=f"{own.nbytes}")  # fmt: skip
+            found[name] = torch.from_numpy(kept.copy()).view(own.dtype).reshape(own.shape).to(own.device)
+        return found
 
     def told(self) -> Mapping[str, Any]:
         """What the newest probes have found, since this was last asked."""
         found, self._figures = self._figures, {}
         return found
+
+    def end(self) -> None:
+        """Have whoever waits for it, in whatever thread, wait no longer, and break off what is asked."""
+        self.waits.end()
+        self.engine.wire.calls.cut()
 
     def close(self) -> None:
         """Take what is left of the run off the engine and its folder."""
@@ -180,7 +240,7 @@ class RemotePolicy:
         if self._speaker is None:
             sync = loaded(self.engine, name, path, self.texts, ours=ours, base=base, proved=True,
                           tolerance=self.knobs.tolerance)  # fmt: skip
-            return RemoteSpeaker(self.engine, sync, self.knobs.at_once, self.patience)
+            return RemoteSpeaker(self.engine, sync, self.knobs.at_once, self.patience, self.context)
         return self._speaker.renewed(name, path, self.texts, ours=ours, base=base, before=self._before, proved=True)
 
     def _before(self, texts: Sequence[Ints]) -> list[list[float]]:
@@ -251,6 +311,12 @@ class RemotePolicy:
                 do="start vLLM with --logprobs-mode processed_logprobs, or set objective.temperature to 1",
             )
         self._heat = sampling.told_at
+
+
+def room_of(model: LanguageModel) -> int | None:
+    """How many tokens a prompt and its answer may have together: the context, less what a learned root takes."""
+    limit, root = model.context_tokens, model.active_root
+    return None if limit is None else limit - (0 if root is None else root.token_count)
 
 
 def _flat(lists: Sequence[Sequence[float]]) -> list[float]:

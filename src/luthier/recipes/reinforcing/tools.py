@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from luthier.core.errors import RecipeError
+from luthier.core.waiting import Waits
 from luthier.infer.engine import Engine
+from luthier.infer.patience import Patience
 from luthier.infer.remote_text import RemoteTextModel
 from luthier.infer.wire import Wire
 from luthier.model.files.configs import config_of
@@ -27,6 +29,8 @@ from luthier.train.scoring import Scoring, with_sandbox
 
 TOKEN: Final = "LUTHIER_ENGINE_TOKEN"
 """The variable with the token of an engine behind HTTP, where it wants one."""
+PATIENCE: Final = 120.0
+"""Seconds for which a judge behind HTTP that is away or has too much to do is asked again."""
 _REMOTE: Final = ("http://", "https://")
 
 
@@ -48,11 +52,23 @@ def judge_named(name: str, *, precision: Precision = "auto", device: str = "auto
     """The model that judges, opened. Raises RecipeError for one that says no text."""
     if name.startswith(_REMOTE):
         url, _, model = name.partition("#")
-        return RemoteTextModel(Wire(url, token=os.environ.get(TOKEN, "")), model)
+        wire = Wire(url, token=os.environ.get(TOKEN, ""))
+        return RemoteTextModel(wire, model, patience=Patience(PATIENCE, waits=Waits(f"the judge at {wire.shown}")))
     opened = open_named(name, precision=precision, device=device)
     if not opened.model.task.speaks:
         raise RecipeError(f"judge is {name!r}, a {opened.model.task.name} model", allowed="a model that says text")
     return LocalTextModel(opened.model, Engine(opened.model), opened.renderer)
+
+
+def models_here(scoring: Scoring) -> bool:
+    """Whether a model in this process has a say in what answers are worth."""
+    tools = scoring.tools
+    return tools.reward_model is not None or not isinstance(tools.judge, RemoteTextModel | None)
+
+
+def waits_of(judge: TextModel | None) -> list[Waits]:
+    """How a judge is waited for that is asked over HTTP."""
+    return [judge.patience.waits] if isinstance(judge, RemoteTextModel) else []
 
 
 def require_judge(name: str) -> None:

@@ -27,6 +27,10 @@ SHARED: Final = ("model", "adapter", "quantizer", "optimizer", "schedule", "max_
 """What each stage of training takes from the recipe as it is."""
 
 
+_OF_ADAPTERS: Final = ("adapters", "seen_as", "max_rank")
+"""Knobs of an engine that say how it gets an adapter."""
+
+
 class AnswerKnobs(Knobs):
     """What is asked of whoever answers, and how much is done between two saves."""
 
@@ -97,10 +101,38 @@ class AiFeedbackRecipe(FinetuneRecipe):
             )
         return self
 
+    @model_validator(mode="after")
+    def _uses_what_is_set(self) -> AiFeedbackRecipe:
+        """A key that no stage would read is refused: somebody has set it for a reason."""
+        engine = self.rollouts.engine
+        if self.by_rollouts:
+            engine.require_folder()
+            return self
+        unused = [f"rollouts.{name}" for name in _differing(self.rollouts) if name != "engine"]
+        unused += [f"reward_budget.{name}" for name in _differing(self.reward_budget)]
+        unused += ["reward"] if self.reward != choose("rewards", Reward, "learned") else []
+        # Only the base answers there, so no adapter is handed over; and where another answers, nobody is asked.
+        idle = _OF_ADAPTERS if self.speaker is None else tuple(engine.given)
+        unused += [f"rollouts.engine.{name}" for name in engine.given if name in idle]
+        if unused:
+            who = " and answers are those of speaker" if self.speaker is not None else ""
+            raise RecipeError(
+                f"{', '.join(unused)} is set, and nobody would read it: the objective "
+                f"{self.objective.method_name()} learns from pairs{who}",
+                do="leave it out, or choose an objective that learns from rollouts, such as ppo",
+            )
+        return self
+
     @property
     def by_rollouts(self) -> bool:
         """Whether preferences become a reward model first."""
         return isinstance(self.objective, RolloutLearner)
+
+
+def _differing(knobs: Knobs) -> list[str]:
+    """The knobs that are not as they come."""
+    plain = type(knobs)()
+    return [name for name in type(knobs).model_fields if getattr(knobs, name) != getattr(plain, name)]
 
 
 def softened(objective: Objective) -> Objective:

@@ -43,20 +43,27 @@ class EngineKnobs(Knobs):
     insecure_http: bool = Field(False, description="let the token travel to another machine without TLS")
 
     @model_validator(mode="after")
-    def _has_a_folder(self) -> EngineKnobs:
+    def _has_an_address(self) -> EngineKnobs:
+        if self.given and not self.url:
+            raise RecipeError(
+                f"url is empty, and {', '.join(self.given)} is set",
+                allowed="the address of an engine, or none of its knobs",
+            )
+        return self
+
+    @property
+    def given(self) -> list[str]:
+        """The knobs that are not as they come; a run keeps every one of them, so what counts is whether it differs."""
+        return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+
+    def require_folder(self) -> None:
+        """Raise RecipeError where the engine cannot read what is trained."""
         if self.url and not self.adapters:
             raise RecipeError(
                 f"adapters is empty, and the engine at {self.url!r:.200} has to read the adapter after each round",
                 allowed="a folder that both can see",
-                do="with luthier serve BASE --adapters DIR set it to DIR",
+                do="with luthier serve BASE --adapters DIR set rollouts.engine.adapters to DIR",
             )
-        # A run keeps every knob, so what counts is whether one differs from its default.
-        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
-        if given and not self.url:
-            raise RecipeError(
-                f"url is empty, and {', '.join(given)} is set", allowed="the address of an engine, or none of its knobs"
-            )
-        return self
 
 
 class RolloutKnobs(Knobs):
@@ -120,6 +127,11 @@ class ReinforceRecipe(FinetuneRecipe):
                 allowed="an objective that learns from rollouts, such as grpo or ppo",
             )
         return value
+
+    @model_validator(mode="after")
+    def _has_a_folder_for_its_engine(self) -> ReinforceRecipe:
+        self.rollouts.engine.require_folder()
+        return self
 
     @model_validator(mode="after")
     def _names_who_is_asked(self) -> ReinforceRecipe:

@@ -105,12 +105,14 @@ def _enter_namespaces() -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
+    parent = os.pidfd_open(os.getpid())
     process = os.fork()
     if process:
         os.close(CONTROL)
         _, status = os.waitpid(process, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    k.end_with_parent()
+    k.end_with_parent(parent)
+    os.close(parent)
 
 
 def _make_root(settings: dict[str, Any], view: list[list[str]]) -> None:

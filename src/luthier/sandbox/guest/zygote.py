@@ -141,7 +141,7 @@ class _Zygote:
 
     def _lock(self, descriptors: list[int]) -> None:
         settings = self._settings
-        k.end_with_parent()
+        k.end_with_parent(self._self)
         os.setsid()
         if settings["work"]:
             k.unshare(k.NEW_MOUNTS)
