@@ -112,6 +112,8 @@ def test_what_takes_too_long_is_ended_and_ctrl_c_drains_too(tmp_path: Path) -> N
         (["seedling", "--tls-cert", "a.pem", "--tls-key", "b.pem"], 2, "no file"),
         (["seedling", "--adapters", "nowhere"], 2, "no folder"),
         (["seedling", "--precision", "int2"], 2, "float32"),
+        (["seedling", "--drafts", "65"], 2, "0 (off) to 64"),
+        (["seedling", "--draft-model", "no/such/model"], 69, "no/such/model"),
         (["no/such/model"], 69, "no/such/model"),
     ],
 )

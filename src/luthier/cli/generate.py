@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.options import Json, require_no_lost_run
+from luthier.cli.options import DRAFTED, DraftModel, Drafts, Json, require_no_lost_run
 from luthier.cli.show import print_json
 from luthier.core.errors import DataError, MissingError, RecipeError
 from luthier.core.imports import uncollected
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from luthier.recipes.opening.opened import Opened
 
 
-DRAFTED = 4
-"""Tokens that a draft model looks ahead where nothing is said of it."""
 Answers = list[list[list[tuple[str, "Spoken"]]]]
 """By model, prompt and choice: the text, and the tokens it was made of."""
 
@@ -53,13 +51,6 @@ Schema = Annotated[Path | None, typer.Option(metavar="FILE", help="JSON schema t
 Regex = Annotated[str, typer.Option(metavar="PATTERN", help="Regular expression that answers match (extra: guided).")]
 OneOf = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="A text that may be the answer; repeat it for each.")
-]
-Drafts = Annotated[
-    int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
-]
-DraftModel = Annotated[
-    str | None,
-    typer.Option(metavar="RUN|MODEL", help="Smaller model of the same vocabulary that looks ahead instead."),
 ]
 Quantize = Annotated[
     str, typer.Option("--quantizer", metavar="NAME", help="Pack the weights, head included: int8, nf4, ...")

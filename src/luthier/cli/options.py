@@ -18,6 +18,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, such as adapter.rank=32.")
 ]
+DRAFTED = 4
+"""Tokens that a draft model looks ahead where nothing is said of it."""
+Drafts = Annotated[
+    int, typer.Option(metavar="N", help="Tokens to look ahead where a text repeats itself; the text is the same.")
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(metavar="RUN|MODEL", help="Smaller model of the same vocabulary that looks ahead instead."),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from luthier.cli.hand_over import As, Engine, Rank, Replace, There, Tolerance, Url, hand_over, hands_over
-from luthier.cli.options import Json, require_no_lost_run
+from luthier.cli.options import DRAFTED, DraftModel, Drafts, Json, require_no_lost_run
 from luthier.cli.show import print_json
 from luthier.core.child import WAIT_POLICY
 from luthier.core.errors import RecipeError, RefusedError
@@ -67,6 +67,8 @@ def serve(
     waiting: Waiting = 256,
     max_new_tokens: Longest = 4096,
     cache_tokens: Kept = None,
+    drafts: Drafts = 0,
+    draft_model: DraftModel = None,
     drain: Drain = 30.0,
     access_log: Access = False,
     quantizer: Packed = "none",
@@ -96,7 +98,8 @@ def serve(
         return
     # Before torch is loaded: threads that spin while they wait would keep those that speak HTTP from the cores.
     os.environ.setdefault(WAIT_POLICY, "passive")
-    wanted = _wanted(name, adapter, precision, quantizer=quantizer, tokens=cache_tokens, waiting=waiting)
+    ahead = _Ahead(drafts or DRAFTED * bool(draft_model), draft_model)
+    wanted = _wanted(name, adapter, precision, quantizer=quantizer, tokens=cache_tokens, waiting=waiting, ahead=ahead)
     if adapters is not None and not adapters.is_dir():
         raise RecipeError(f"--adapters {adapters} is no folder", do="make it, or name another one")
     certified = _certified(listen, tls_cert, tls_key, insecure=insecure_http)
@@ -104,16 +107,21 @@ def serve(
     with uncollected():
         from luthier.server.settings import Limits, Settings
 
-    settings = Settings(
-        token=token, port=port, listen=listen, names=_names(listen, host_name or []), adapters=adapters, state=state,
-        limits=Limits(new_tokens=max_new_tokens), drain_seconds=drain,
-    )  # fmt: skip
+    settings = Settings(token=token, port=port, listen=listen, names=_names(listen, host_name or []), adapters=adapters,
+                        state=state, limits=Limits(new_tokens=max_new_tokens), drain_seconds=drain)  # fmt: skip
     with _logged(access=access_log):
         _serve(wanted, settings, certified, told=token if made else "", json=json)
 
 
+class _Ahead(NamedTuple):
+    """How far texts are looked ahead, and by which model."""
+
+    drafts: int
+    model: str | None
+
+
 def _wanted(
-    name: str, adapter: str | None, precision: str, *, quantizer: str, tokens: int | None, waiting: int
+    name: str, adapter: str | None, precision: str, *, quantizer: str, tokens: int | None, waiting: int, ahead: _Ahead
 ) -> Wanted:
     """What is served. Raises MissingError without the extra that serves."""
     if precision not in ("auto", "float32", "bfloat16"):
@@ -124,7 +132,8 @@ def _wanted(
         from luthier.server.opening import Wanted
 
     kept: Literal["auto", "float32", "bfloat16"] = precision  # type: ignore[assignment]  # checked above
-    return Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=tokens, waiting=waiting)
+    return Wanted(name=name, adapter=adapter, precision=kept, quantizer=quantizer, tokens=tokens, waiting=waiting,
+                  drafts=ahead.drafts, draft_model=ahead.model)  # fmt: skip
 
 
 def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:

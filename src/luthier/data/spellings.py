@@ -56,7 +56,10 @@ class _Known(dict[int, bytes]):
         written = self._backend.id_to_token(token)
         if written is None:
             return b""  # not remembered: a token may be added later
-        # A control token may hold a sign that no byte is written as: then it stands for itself.
-        in_bytes = all(sign in BYTE_OF for sign in written)
-        self[token] = bytes(BYTE_OF[sign] for sign in written) if in_bytes else written.encode()
-        return self[token]
+        try:
+            spelled = bytes(map(BYTE_OF.__getitem__, written))
+        except KeyError:
+            # A control token may hold a sign that no byte is written as: then it stands for itself.
+            spelled = written.encode()
+        self[token] = spelled
+        return spelled

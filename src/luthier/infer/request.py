@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Final, Literal, final
 
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.forest import Ints
@@ -13,6 +13,8 @@ from luthier.model.speaker import Likely, Sampling
 
 Ended = Literal["", "stop", "length", "cancelled", "failed"]
 """Why a continuation is over; empty while it goes on."""
+MOST_DRAFTED: Final = 64
+"""Tokens that may be looked ahead."""
 
 
 @final
@@ -41,7 +43,7 @@ class Request:
             "choices": (self.choices >= 1, "at least 1"),
             "best_of": (self.best_of == 0 or self.best_of >= self.choices, f"0 (off) or {self.choices} and more"),
             "beams": (self.beams == 1 or self.beams >= self.choices, f"1 (off) or {self.choices} and more"),
-            "drafts": (0 <= self.drafts <= 64, "0 (off) to 64"),
+            "drafts": (0 <= self.drafts <= MOST_DRAFTED, f"0 (off) to {MOST_DRAFTED}"),
         }
         for name, (fine, allowed) in limits.items():
             if not fine:

@@ -35,6 +35,7 @@ class TextStream:
     The text ends before the stop string that is complete first (of those that end together, the longest), wherever
     it lies in the tokens; `stopped` then says which one it was. Tokens of `skip` are not part of the text. Where tokens
     continue those of `after`, a space between the two is kept that decoders take away from the beginning of a text.
+    `spelled` tokens (see data/spellings.py) say the same wherever they stand: none are read along before them.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TextStream:
         *,
         skip: frozenset[int] = frozenset(),
         after: Sequence[int] | Ints = (),
+        spelled: bool = False,
     ) -> None:
         for text in stop:
             if not text:
@@ -52,11 +54,14 @@ class TextStream:
         self._stop = tuple(stop)
         self._skip = skip
         self._decode = decode
+        self._spelled = spelled
         self._window = [int(token) for token in after[-_CONTEXT:] if int(token) not in skip]
         before = self._read(self._window)
         self._told = before[: _certain(before)]
         self._whole = len(self._window) if self._told == before else 0
         self._held = ""
+        if spelled and self._whole:
+            self._begin()
 
     def push(self, token: int) -> str:
         """The text that is certain with `token` and was not told before."""
@@ -80,7 +85,9 @@ class TextStream:
             text = self._read(self._window)
         certain = _certain(text)
         told = text[len(self._told) : certain]
-        if certain == len(text) and told:
+        if certain == len(text) and self._spelled:
+            self._begin()
+        elif certain == len(text) and told:
             self._window = self._window[self._whole :]
             self._whole = len(self._window)
             self._told = self._read(self._window)
@@ -97,8 +104,12 @@ class TextStream:
         rest = self._until_stop(self._read(self._window)[len(self._told) :])
         if self.stopped is None:
             rest, self._held = rest + self._held, ""
-        self._window, self._whole, self._told = [], 0, ""
+        self._begin()
         return rest
+
+    def _begin(self) -> None:
+        """Go on as if nothing had been read."""
+        self._window, self._whole, self._told = [], 0, ""
 
     def _read(self, tokens: list[int]) -> str:
         return self._decode(np.array(tokens, np.int32)) if tokens else ""

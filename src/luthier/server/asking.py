@@ -34,7 +34,8 @@ async def chat_request(serving: Serving, body: ChatBody) -> Request:
     guide = await serving.in_words(lambda: _chat_guide(serving.grammars, body, prompt)) if _bound(body) else None
     likeliest = (body.top_logprobs or 0) if body.logprobs else 0
     sampling = sampling_of(serving, body, len(prompt), limit=body.limit, likeliest=likeliest)
-    return Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1, guide=guide)
+    return Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1, guide=guide,
+                   drafts=_drafts(serving, body))  # fmt: skip
 
 
 async def completion_requests(serving: Serving, body: CompletionBody) -> list[Request]:
@@ -60,7 +61,7 @@ async def completion_requests(serving: Serving, body: CompletionBody) -> list[Re
         if _is_given_form(body):
             guide = await serving.in_words(lambda prompt=prompt: _guide(serving.grammars, body, prompt))  # type: ignore[misc]
         requests.append(Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1,
-                                best_of=body.best_of or 0, guide=guide))  # fmt: skip
+                                best_of=body.best_of or 0, guide=guide, drafts=_drafts(serving, body)))  # fmt: skip
     return requests
 
 
@@ -93,6 +94,15 @@ def sampling_of(
         likeliest=likeliest,
         prompt_log_probs=of_prompt,
     )
+
+
+def _drafts(serving: Serving, body: Drawn) -> int:
+    """How many tokens are looked ahead."""
+    asked = serving.drafts if body.drafts is None else body.drafts
+    if asked > serving.drafts:
+        raise RecipeError(f"drafts is {asked}", allowed=f"at most {serving.drafts}",
+                          do="ask for fewer, or start the server with more: --drafts")  # fmt: skip
+    return asked
 
 
 def message_of(index: int, said: Said) -> Message:

@@ -72,6 +72,9 @@ class Drawn(Body):
     guided_regex: str | None = Field(None, max_length=4096)
     guided_choice: list[Word] | None = Field(None, min_length=1, max_length=256)
     structured_outputs: Structure | None = None
+    drafts: int | None = Field(
+        None, ge=0, lt=2**31, description="tokens to look ahead, at most as the server was started; 0 is off"
+    )
     lora: list[Scaled] | None = Field(None, max_length=16)
     user: str | None = Field(None, max_length=1024, description="taken and not used")
 

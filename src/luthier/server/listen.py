@@ -21,6 +21,7 @@ import uvicorn
 
 from luthier.core.errors import StorageError
 from luthier.server.app import application
+from luthier.server.connection import Connection
 from luthier.server.serving import Serving
 
 _POLL: Final = 0.05
@@ -42,7 +43,7 @@ def listen(serving: Serving, *, certificate: Certificate | None = None, ready: C
     place = bound(settings.listen, settings.port)
     config = uvicorn.Config(
         application(serving),
-        http="h11",
+        http=Connection,
         loop="asyncio",
         lifespan="off",
         log_config=None,

@@ -101,6 +101,8 @@ class Metrics:
             ("pages_kept", "gauge", "Pages that nobody holds and that may be found again.", counts.kept),
             ("tokens_read_total", "counter", "Tokens that went through the model.", counts.read),
             ("tokens_reused_total", "counter", "Tokens of prompts that were found read already.", counts.reused),
+            ("tokens_drafted_total", "counter", "Tokens of drafts that the model looked at.", counts.drafted),
+            ("tokens_accepted_total", "counter", "Tokens of drafts that were right.", counts.agreed),
             ("tokens_said_total", "counter", "Tokens of answers.", self.said),
             ("start_time_seconds", "gauge", "When the server began, in Unix time.", round(self.started, 3)),
         ]

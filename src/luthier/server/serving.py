@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 @final
 class Serving:
-    """Everything a route needs. `room` is how many tokens a prompt and its answer may be together."""
+    """Everything a route needs. `room` is how many tokens a prompt and its answer may be together.
+
+    `drafts` is how many tokens a text is looked ahead where its request says nothing of it.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class Serving:
         *,
         room: int | None = None,
         pooling: Pooling | None = None,
+        drafts: int = 0,
     ) -> None:
         self.opened = opened
         self.worker = worker
@@ -51,6 +55,7 @@ class Serving:
         self.settings = settings
         self.room = room
         self.pooling = pooling
+        self.drafts = drafts
         self.files = Files(settings.state / "files")
         self.jobs = Jobs(settings.state / "jobs", self._serve_result)
         self.metrics = Metrics()

@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from luthier.core.errors import LuthierError
+from luthier.server.connection import Connection
 from luthier.server.errors import body_of, refuse
 from luthier.server.guard import Message, Receive, Send
 from luthier.server.ticket import Ticket
@@ -36,17 +37,19 @@ class EventStream(Response):
         self._tickets = tickets
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:  # type: ignore[override]
-        await _until_gone(receive, self._send(send), self._tickets)
+        await _until_gone(receive, self._send(send, Connection.of(scope)), self._tickets)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, connection: Connection | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         ready: list[bytes] = []
         try:
             async for chunks in self._chunks:
                 ready += chunks
-                if not all(ticket.read for ticket in self._tickets):
-                    await send({"type": "http.response.body", "body": b"".join(ready), "more_body": True})
+                if ready and not all(ticket.read for ticket in self._tickets):
+                    piece = b"".join(ready)
                     ready.clear()
+                    if connection is None or not connection.write(piece):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
         except LuthierError as error:
             ready.append(event(body_of(error)))
         # What comes last goes out in one piece: each write costs as much as some tokens.

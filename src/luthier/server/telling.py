@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 from luthier.data.tokenizer import Tokenizer
@@ -53,9 +53,10 @@ def voices_of(
 ) -> list[Voice]:
     """A voice for each choice of a request. Control tokens are not heard, but for those of `loud`."""
     silent = (serving.tokenizer.special_ids | set(request.sampling.stop_ids)) - loud
-    stop, decode = request.sampling.stop, serving.tokenizer.decode
+    stop, tokenizer = request.sampling.stop, serving.tokenizer
+    skip, spelled = frozenset(silent), tokenizer.spellings is not None
     return [
-        Voice(TextStream(decode, stop, skip=frozenset(silent), after=request.prompt), frozenset(silent), every)
+        Voice(TextStream(tokenizer.decode, stop, skip=skip, after=request.prompt, spelled=spelled), skip, every)
         for _ in range(request.choices)
     ]
 
@@ -67,14 +68,14 @@ def merged(news: Sequence[News]) -> Sequence[News]:
     by_choice: dict[int, list[News]] = {}
     for each in news:
         by_choice.setdefault(each.choice, []).append(each)
-    return [
-        replace(
-            found[-1],
-            said=tuple(said for each in found for said in each.said),
-            prompt=next((each.prompt for each in found if each.prompt is not None), None),
-        )
-        for found in by_choice.values()
-    ]
+    return [_joined(found) for found in by_choice.values()]
+
+
+def _joined(news: Sequence[News]) -> News:
+    """The news of one choice as one."""
+    prompt = next((each.prompt for each in news if each.prompt is not None), None)
+    said, last = tuple([said for each in news for said in each.said]), news[-1]
+    return News(last.request, last.choice, said, last.ended, prompt, last.failure)
 
 
 def chat_log_probs(tokenizer: Tokenizer, said: Sequence[Said]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A request under way, as the async side sees it: its news wait here until they are read.
 
-Idea: the reader of a ticket is woken for the first news at once, and then at most each `gather` seconds, for to wake it
-and to write what it makes costs as much as several tokens; one that wants the `whole` answer is woken at its end. What
-waits is bounded: a reader that does not keep up loses its request when `buffer` news wait.
+Idea: the reader of a ticket is woken for the first news and for the end at once, and for what comes between them when
+the worker looks, for to wake it and to write what it makes costs as much as several tokens; one that wants the `whole`
+answer is woken at its end. What waits is bounded: a reader that does not keep up loses its request when `buffer` news
+wait.
 """
 
 from __future__ import annotations
@@ -20,16 +21,12 @@ KEPT: Final = 256
 
 
 class Desk(Protocol):
-    """Who gave a ticket out: it is told when the reader goes, and wakes readers who would be woken too often."""
+    """Who gave a ticket out, and is told when its reader goes."""
 
     loop: asyncio.AbstractEventLoop
-    gather: float
 
     def leave(self, ticket: Ticket) -> None:
         """Nobody reads the ticket any more."""
-
-    def wake_later(self, ticket: Ticket) -> None:
-        """Call the ticket's `wake` when `gather` seconds have passed since the last time."""
 
 
 @final
@@ -53,7 +50,7 @@ class Ticket:
         self._left = self.unended = request.choices
         self._error: LuthierError | None = None
         self._wake = asyncio.Event()
-        self._woken = 0.0
+        self._begun = False
 
     async def news(self) -> list[News]:
         """All that came since the last call, at least one; an empty list when the request is over. Raises its error."""
@@ -73,17 +70,17 @@ class Ticket:
             self.closed = True
             self._desk.leave(self)
 
-    def take(self, news: Sequence[News], buffer: int) -> None:
-        """Keep news for the reader; on the event loop."""
+    def take(self, news: Sequence[News], buffer: int) -> bool:
+        """Keep news for the reader, and say whether they may not wait; on the event loop."""
         if self._error is not None or self.closed:
-            return
-        failure = next((each.failure for each in news if each.failure is not None), None)
-        if failure is not None:
-            self._left = 0
-            self.fail(failure)
-            return
+            return False
+        for each in news:
+            if each.failure is not None:
+                self._left = 0
+                self.fail(each.failure)
+                return True
+            self._left -= bool(each.ended)
         self._news.extend(news)
-        self._left -= sum(1 for each in news if each.ended)
         # A whole answer is read by us, and no client keeps that waiting.
         if len(self._news) > buffer and not self.whole:
             self._news.clear()
@@ -92,16 +89,12 @@ class Ticket:
                 do="read faster, or ask without stream",
             ))  # fmt: skip
             self._desk.leave(self)
-        now = self._desk.loop.time()
-        much = len(self._news) >= KEPT
-        if self.over or self._error is not None or much or now - self._woken >= self._desk.gather:
-            self.wake(now)
-        else:
-            self._desk.wake_later(self)
+            return True
+        first, self._begun = not self._begun, True
+        return first or self.over or len(self._news) >= KEPT
 
-    def wake(self, now: float) -> None:
+    def wake(self) -> None:
         """Let the reader see what there is; on the event loop."""
-        self._woken = now
         self._wake.set()
 
     def fail(self, error: LuthierError) -> None:

@@ -1,8 +1,10 @@
 """The thread that owns the engine.
 
-Idea: one thread adds requests, runs steps while there is something to do, and tells what came of each step to the event
-loop in one call. A request is a ticket (ticket.py), from which its reader hears of it; generation never pauses for one
+Idea: one thread adds requests, runs steps while there is something to do, and lays what came of each where the event
+loop finds it. A request is a ticket (ticket.py), from which its reader hears of it; generation never pauses for one
 client. A ticket that is closed early cancels its request before the next step.
+The loop is called for what nobody may wait for: the first news of a request, its end, its failure. It then looks again
+each `gather` seconds, for all readers together, as long as it finds something: a call costs as much as some tokens.
 When a step raises, every request under way is told so and cancelled, and the thread goes on; after three such steps in
 a row, or when cancelling raises too, it ends, and says so to whoever asks from then on. Nothing waits for ever.
 Use when: async code wants text. What else touches the model goes through `do`.
@@ -15,6 +17,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,8 +30,12 @@ from luthier.server.errors import BusyError, DrainingError, EngineFailedError
 from luthier.server.ticket import Ticket, due
 
 T = TypeVar("T")
+Found = dict[Ticket, list[News]]
+"""What came of a step, for whom."""
 MOST_FAILURES: Final = 3
 """Steps in a row that may fail."""
+_MOST_STEPS: Final = 16
+"""Steps whose news may wait for the next look: of quicker ones the loop is told earlier."""
 _BREAKS: Final = (
     LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
     OSError,
@@ -77,7 +84,10 @@ class Worker:
         self._tickets: dict[int, Ticket] = {}
         self._held: dict[Ticket, int] = {}
         self._waiting: set[asyncio.Future[Any]] = set()
-        self._later: list[Ticket] = []
+        self._fresh: deque[Found] = deque()
+        self._looking = False
+        self._unread: set[Ticket] = set()
+        self._timer: asyncio.TimerHandle | None = None
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ending = False
@@ -156,12 +166,6 @@ class Worker:
         if not ticket.over:
             self._actions.put(partial(self._cancel, ticket))
 
-    def wake_later(self, ticket: Ticket) -> None:
-        """Wake a reader with the others that wait for it; on the event loop."""
-        if not self._later:
-            self.loop.call_later(self.gather, self._wake_all)
-        self._later.append(ticket)
-
     # ------------------------------------------------------------------------------------------- on the engine's thread
 
     def _run(self) -> None:
@@ -216,21 +220,27 @@ class Worker:
             self.engine.cancel(ticket.number)
 
     def _deliver(self, news: Sequence[News]) -> None:
-        by_ticket: dict[Ticket, list[News]] = {}
-        now = time.monotonic()
+        by_ticket: Found = {}
+        now, urgent = time.monotonic(), False
         for each in news:
             ticket = self._tickets.get(each.request)
             if ticket is None:
                 continue
+            urgent = urgent or ticket.first is None or each.failure is not None
             ticket.first = ticket.first or now
             by_ticket.setdefault(ticket, []).append(each)
             ticket.unended -= bool(each.ended)
             if not ticket.unended:
+                urgent = True
                 del self._tickets[each.request]
         self.counts = self.engine.counts
         told = {ticket: found for ticket, news in by_ticket.items() if (found := due(ticket, news))}
         if told:
-            self._tell(partial(self._hand_out, told))
+            self._fresh.append(told)
+            # First the news, then the question whether somebody will look: `_look` asks the other way round.
+            if urgent or not self._looking or len(self._fresh) >= _MOST_STEPS:
+                self._looking = True
+                self._tell(self._hand_out)
 
     def _publish(self) -> None:
         self.counts = self.engine.counts
@@ -264,19 +274,45 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ on the event loop
 
-    def _hand_out(self, by_ticket: dict[Ticket, list[News]]) -> None:
-        for ticket, news in by_ticket.items():
-            ticket.take(news, self.buffer)
+    def _hand_out(self) -> None:
+        """Somebody may not wait; the others are looked after in `gather` seconds, or now if nobody was just before."""
+        self._take()
+        if self._timer is None:
+            self._wake_all()
+
+    def _look(self) -> None:
+        self._timer = None
+        self._looking = False
+        self._take()
+        if self._unread:
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Wake all readers that have something to read, and look again later."""
+        unread, self._unread = self._unread, set()
+        for ticket in unread:
+            ticket.wake()
+        self._looking = True
+        self._timer = self.loop.call_later(self.gather, self._look)
+
+    def _take(self) -> None:
+        """Give all tickets their news. Who may not wait is woken at once."""
+        found: Found = {}
+        while self._fresh:
+            for ticket, news in self._fresh.popleft().items():
+                found.setdefault(ticket, []).extend(news)
+        for ticket, news in found.items():
+            if ticket.take(news, self.buffer):
+                self._unread.discard(ticket)
+                ticket.wake()
+            else:
+                self._unread.add(ticket)
             if ticket.over:
                 self._held.pop(ticket, None)
 
-    def _wake_all(self) -> None:
-        tickets, self._later = self._later, []
-        now = self.loop.time()
-        for ticket in tickets:
-            ticket.wake(now)
-
     def _all_failed(self, tickets: Sequence[Ticket], error: LuthierError) -> None:
+        # What was said before is heard before.
+        self._take()
         for ticket in tickets:
             ticket.fail(error)
             self._held.pop(ticket, None)

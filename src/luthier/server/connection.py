@@ -1,0 +1,49 @@
+"""A connection, as uvicorn drives it, that lets a stream write its pieces without the layers between.
+
+Idea: a piece of an answer is the same few bytes at the top of a dozen layers (routes, guard, h11's state of the
+connection) and at their bottom, where each of them has taken its time. All that is left to do below an answer that has
+begun is to frame the piece, which is what `write` does; how an answer begins and ends goes through all layers.
+Source: chunked bodies: RFC 9112, section 7.1.
+Not when: the client is slow. Who waits for a reader does so in the layers, where the wait is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, final
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from luthier.server.guard import Message
+
+_PLACE: Final = "luthier.connection"
+
+
+@final
+class Connection(H11Protocol):
+    """One connection; requests find it in the state of their scope."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, {**app_state, _PLACE: self}, _loop)
+
+    @classmethod
+    def of(cls, scope: Message) -> Connection | None:
+        """The connection of a request whose answer may be written to directly: it has to be framed in chunks."""
+        found = scope.get("state", {}).get(_PLACE)
+        chunked = scope.get("http_version") == "1.1" and scope.get("method") == "POST"
+        return found if chunked and isinstance(found, cls) else None
+
+    def write(self, piece: bytes) -> bool:
+        """Send a piece of the answer that has begun and not ended; False where it has to go through the layers."""
+        if not piece or self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
