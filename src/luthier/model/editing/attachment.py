@@ -26,8 +26,8 @@ from luthier.model.editing.edits import (
     inner_module,
     module_at,
 )
+from luthier.model.editing.role_names import PEFT_PREFIX
 
-PEFT_PREFIX = "base_model.model."
 ROOT_PREFIX = "base_model."
 
 
