@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.adapters.lora import LoRA
-from luthier.model.files.adapter_files import CONFIG, TENSORS, save_adapter
+from luthier.model.files.adapter_config import CONFIG, TENSORS
+from luthier.model.files.adapter_files import save_adapter
 from luthier.recipes.opening.opened import open_named
 from tests import forests
 

@@ -16,7 +16,8 @@ from luthier.adapters.lora import LoRA
 from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.core.knobs import validate
-from luthier.model.files.adapter_files import CONFIG, TENSORS, fill, read_config
+from luthier.model.files.adapter_config import CONFIG, TENSORS, read_config
+from luthier.model.files.adapter_files import fill
 from luthier.train.result import save_result
 from tests import forests
 from tests.tiny import HIDDEN

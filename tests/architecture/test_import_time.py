@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.architecture.source import SOURCE
 
@@ -32,13 +34,18 @@ else:
 sys.exit(code)
 """
 HELP = f"import sys; sys.argv = ['luthier', '--help']\n{COMMAND}"
-LIGHT = ("run list", "data show rows.jsonl --rows 1", "data stats rows.jsonl", "data check rows.jsonl --json")
+LIGHT = ("run list", "data show rows.jsonl --rows 1", "data stats rows.jsonl", "data check rows.jsonl --json",
+         "describe", "describe lora", "lint adapter")  # fmt: skip
 """Commands that look at files only."""
 
 
 @pytest.mark.parametrize("command", LIGHT)
 def test_commands_that_run_no_model_do_without_torch(command: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What is it?", "completion": "A cow."}\n', "utf-8")
+    (folder := tmp_path / "adapter").mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}', "utf-8")
+    name = "base_model.model.layers.0.q_proj.lora_A.weight"
+    save_file({name: np.zeros((1, 4), np.float32)}, folder / "adapter_model.safetensors")
     said = seconds(f"import sys; sys.argv = {['luthier', *command.split()]!r}\n{COMMAND}", cwd=tmp_path)[2]
     assert "torch" not in json.loads(said.strip().splitlines()[-1])
 

@@ -247,3 +247,23 @@ def test_flags_of_the_data_commands_are_checked(rows: Path, llama: Path) -> None
     luthier(*show, "--format", "alpca").must(2, "'alpca' is no data format; did you mean alpaca?")
     luthier(*show, "--template", "zz").must(2, "no chat template is called 'zz'")
     luthier("describe", "lorra").must(2, "no method is called 'lorra'; did you mean lora")
+
+
+@pytest.mark.parametrize(("command", "sentence"), [
+    ("export {llama} --to ggfu --out x", "'ggfu' is no method of exporters; did you mean gguf? known: gguf, merged, "),
+    ("export {llama} --set exporter.precison=x --out x", "unknown key exporter.precison; did you mean precision?\n"),
+    ("quantize {llama} --quantizer nf5 --out x", "'nf5' is no method of quantizers; did you mean nf4? known: int4_"),
+    ("merge {llama} {llama} --method slrep --out x", "did you mean slerp? known: breadcrumbs, dare"),
+    ("merge {llama} {llama} --data {rows} --metric blue --out x", "did you mean bleu? known: bleu, exact_match, lik"),
+    ("merge none.yaml --out x", "there is no recipe none.yaml; check the path, or name models"),
+    ("probe {run} --probe drfit", "there is no probe 'drfit'; did you mean drift? known: alpha_rank, attention, "),
+    ("plan --model-config {llama} --method lorra", "did you mean lora or qlora or dora? known: bitfit, bottleneck"),
+    ("plan --model-config {llama} --sharding zero4", "or 'fsdp'; luthier plan --help shows the options"),
+    ("generate {llama} --prompt x --precision int3", "or bfloat16; luthier generate --help shows its options\n"),
+])  # fmt: skip
+def test_a_misspelt_choice_is_told_with_the_nearest_one_and_all_there_are(
+    command: str, sentence: str, llama: Path, rows: Path, finished: Path
+) -> None:
+    """Breaks when a flag with a wrong name is answered by advice about the keys of recipes."""
+    told = luthier(*command.format(llama=llama, rows=rows, run=finished).split()).must(2, sentence)
+    assert "luthier init" not in told.err and "Errno" not in told.err and not Path("x").exists()

@@ -17,7 +17,8 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Tree
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import EditedModule
-from luthier.model.files.adapter_files import fill, read_config
+from luthier.model.files.adapter_config import read_config
+from luthier.model.files.adapter_files import fill
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model
 from luthier.model.packed import PackedWeight

@@ -22,7 +22,8 @@ from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import EditedModule
-from luthier.model.files.adapter_files import check_base, fill, read_config
+from luthier.model.files.adapter_config import read_config
+from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.language_model import LanguageModel
 from luthier.train.result import save_result
 from tests import forests

@@ -33,6 +33,11 @@ def test_every_problem_is_told_with_its_path() -> None:
     with pytest.raises(RecipeError) as caught:
         validate(Large, {"small": {"rnk": 3}})
     assert str(caught.value) == "unknown key small.rnk; did you mean rank?; name is missing"
+    # Where each problem says what to do, nothing general follows it.
+    assert caught.value.do == ""
+    with pytest.raises(RecipeError) as known:
+        validate(Large, {"small": {"rnk": 3}, "nam": "x", "name": "x"})
+    assert known.value.told() == "unknown key small.rnk; did you mean rank?; unknown key nam; did you mean name?"
     with pytest.raises(RecipeError, match="lora.name is missing"):
         validate(Large, {}, where="lora")
     with pytest.raises(RecipeError, match="small: rank 3 is odd; even ranks"):

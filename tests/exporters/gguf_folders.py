@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from luthier.model.files.adapter_files import CONFIG, TENSORS
+from luthier.model.files.adapter_config import CONFIG, TENSORS
 from luthier.model.files.json_files import write_object
 
 PREFIX = "base_model.model.model.layers."

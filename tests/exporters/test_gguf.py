@@ -13,7 +13,7 @@ import torch
 
 from luthier.core.errors import DiskFullError, GateError, MissingError, RecipeError
 from luthier.exporters.gguf import Gguf
-from luthier.model.files.adapter_files import EXTRAS
+from luthier.model.files.adapter_config import EXTRAS
 from luthier.model.files.json_files import write_object
 from luthier.model.files.tensor_files import load_tensors
 from luthier.model.gguf import families, model_file, writing

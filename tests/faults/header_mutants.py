@@ -155,14 +155,14 @@ def _without_digests() -> Iterator[None]:
 
 def targets(folder: Path) -> list[Target]:
     """Every file, as it is written by luthier itself."""
-    from luthier.model.files import adapter_files
+    from luthier.model.files import adapter_config
 
     folder.mkdir(parents=True, exist_ok=True)
     made = [
         Target("adapter_model.safetensors", _tensors(folder), mutate_header, _tensor_reader(), 60, wrong_tensors),
         Target("manifest.json", _manifest(folder), mutate_json, manifest.read_manifest, 12, guards=True),
         Target("adapter_config.json", _adapter_config(folder), mutate_json, _read_adapter, 10),
-        Target(adapter_files.EXTRAS, _extras(), mutate_json, adapter_files.read_extras, 8),
+        Target(adapter_config.EXTRAS, _extras(), mutate_json, adapter_config.read_extras, 8),
         # The id in run.json is compared with that of each checkpoint: see flips.py.
         Target("run.json", _run_mark(), mutate_json, _read_run, 4, told_only=True),
         Target("status.json", _status(), mutate_json, _read_run_with_status, 4, told_only=True),
@@ -173,7 +173,7 @@ def targets(folder: Path) -> list[Target]:
 def _tensor_reader() -> Reader:
     """The strict reader of tensor files."""
     if importlib.util.find_spec("luthier.model.files.tensor_files") is None:
-        from luthier.model.files.adapter_files import tensor_sizes
+        from luthier.model.files.adapter_config import tensor_sizes
 
         return tensor_sizes
     load = importlib.import_module("luthier.model.files.tensor_files").load_tensors
@@ -214,7 +214,7 @@ def _adapter_config(folder: Path) -> bytes:
 
 def _read_adapter(place: Path) -> object:
     from luthier.adapters import adapter_of
-    from luthier.model.files.adapter_files import read_config
+    from luthier.model.files.adapter_config import read_config
 
     tensors = place / "adapter_model.safetensors"
     if not tensors.exists():

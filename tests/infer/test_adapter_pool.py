@@ -27,7 +27,7 @@ from luthier.infer.adapter_pool import AdapterPool
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.infer.scheduler import Room
-from luthier.model.files.adapter_files import CONFIG, EXTRAS, TENSORS
+from luthier.model.files.adapter_config import CONFIG, EXTRAS, TENSORS
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
 from luthier.recipes.opening.opened import put_on

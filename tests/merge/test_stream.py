@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from luthier.core import catalog
 from luthier.core.errors import NumericError, RecipeError
 from luthier.maths.numbered_draws import key_of
-from luthier.merge.parents import Parent
+from luthier.merge.parents import Parent, require_alike
 from luthier.merge.plan import Plan, Slice, Wanted, plan
 from luthier.merge.settings import Setting
 from luthier.merge.stream import Room, stream
@@ -232,3 +232,16 @@ def _forget_peak() -> None:
 def _memory(what: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def test_one_base_of_positions_in_the_words_of_either_line_of_transformers_is_the_same(tmp_path: Path) -> None:
+    """Breaks when a model and its fine-tune, saved by another version, are said to differ; or when they do, unsaid."""
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    configs = {"new": new, "old": old, "both": {**old, **new}, "other": {**old, "rope_theta": 1e4}}
+    held = {"model.norm.weight": torch.zeros(WIDTH)}
+    folders = {name: folder(tmp_path / name, held, config=config) for name, config in configs.items()}
+    first, same, both, other = (Parent.open(name, str(place)) for name, place in folders.items())
+    assert require_alike([first, same, both]) == require_alike([same, both, first]) == ()
+    (notice,) = require_alike([first, other])
+    assert notice == "config: rope_theta of other and new differ; the latter's hold"

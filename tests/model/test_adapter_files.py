@@ -14,16 +14,8 @@ from luthier.adapters import adapter_of, saved_adapter
 from luthier.adapters.lora import LoRA
 from luthier.core.errors import CorruptError, DriftError, LuthierError, RecipeError, UnsafeArtifactError
 from luthier.model.editing.attachment import Attachment
-from luthier.model.files.adapter_files import (
-    CONFIG,
-    EXTRAS,
-    TENSORS,
-    check_base,
-    fill,
-    read_config,
-    read_extras,
-    save_adapter,
-)
+from luthier.model.files.adapter_config import CONFIG, EXTRAS, TENSORS, read_config, read_extras
+from luthier.model.files.adapter_files import check_base, fill, save_adapter
 from luthier.model.language_model import LanguageModel
 from tests import forests
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, UnsafeArtifactError
-from luthier.model.files.tensor_files import DTYPES, load_tensors, tensor_places, tensor_shapes
+from luthier.model.files.tensor_files import DTYPES, load_tensors, tensor_places
+from luthier.model.files.tensor_headers import tensor_shapes
 
 TWO = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
        "b": {"dtype": "I64", "shape": [1], "data_offsets": [8, 16]}}  # fmt: skip

@@ -20,7 +20,8 @@ from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.adapters.prompt_tuning import PromptTuning
 from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core.errors import CorruptError, RecipeError
-from luthier.model.files.adapter_files import check_base, fill, read_config
+from luthier.model.files.adapter_config import read_config
+from luthier.model.files.adapter_files import check_base, fill
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.train.result import save_result

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.model.files.adapter_files import CONFIG
+from luthier.model.files.adapter_config import CONFIG
 from luthier.recipes.exporting import questions
 from luthier.recipes.exporting.hand_over import Wanted, texts_of
 from luthier.recipes.opening.opened import open_named

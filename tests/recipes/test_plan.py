@@ -16,6 +16,7 @@ from luthier.adapters import Adapter
 from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
+from luthier.core.recipe_file import read_layers, validated
 from luthier.model.load import load_model
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
@@ -24,7 +25,9 @@ from luthier.recipes.planning import plan as planning
 from luthier.recipes.planning.asked import asked
 from luthier.recipes.planning.explained import explained
 from luthier.recipes.planning.fits import _far_inputs, _far_optimizer, advice, largest
+from luthier.recipes.planning.of_recipe import in_keys_of_recipes
 from luthier.recipes.planning.plan import Laid, Machine, PlanKnobs, cost, lay, plan_training
+from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.sizing.memory import Formulas, lasting
 from luthier.train.source import MicroBatch
 from tests.arithmetic.published import config as published
@@ -179,6 +182,13 @@ def test_what_would_fit_does(eight: Path) -> None:
             sets = [*each["set"], "device=cuda", "batch=4"]
         changed = lay(eight, asked("full", sets, 80e9), laid)
         assert total(changed) == each["total"] and (each["total"] <= 80e9) == each["fits"]
+    # The same for the plan of a recipe, in keys that a recipe has; it cannot ask for more devices.
+    written = in_keys_of_recipes(found, 2048)
+    assert "optimizer adamw_8bit" in (known := [each["change"] for each in written]) and len(known) < len(found)
+    for each in written:
+        layered = read_layers(None, sets=each["set"], defaults={"model": "m", "data": "rows.jsonl", "adapter": "full"})
+        validated(FinetuneRecipe, layered)
+    assert next(each["set"] for each in written if "at once" in each["change"])[-1].startswith("batch.micro_tokens=")
     lay(eight, laid.knobs, laid)
     two = advice(eight, lay(eight, knobs("qlora", 7e9, batch=8), laid))[0]
     assert two["fits"] and " and " in two["change"] and two["set"] == ["batch=1", "offload=both"]

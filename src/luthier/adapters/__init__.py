@@ -19,7 +19,7 @@ from luthier.core.errors import CorruptError, LuthierError, RecipeError
 from luthier.core.knobs import Method
 from luthier.model.editing.edits import Edit
 from luthier.model.editing.sites import Sites
-from luthier.model.files.adapter_files import read_config, tensor_sizes
+from luthier.model.files.adapter_config import read_config, tensor_sizes
 
 SPARE_PARAMETERS = 1_000_000
 """What a config may ask for beyond twice its tensor file: too little to matter, so that `fill` can name the tensors."""

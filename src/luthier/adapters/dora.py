@@ -26,7 +26,7 @@ from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.model.editing.edits import Edit, Kept, SiteEdit
 from luthier.model.editing.sites import Site, Sites
-from luthier.model.files.adapter_files import require_plain_start
+from luthier.model.files.adapter_config import require_plain_start
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
 

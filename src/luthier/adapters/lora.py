@@ -39,7 +39,7 @@ from luthier.maths import low_rank
 from luthier.model.editing.edits import Edit, Kept, SiteEdit
 from luthier.model.editing.sites import Site, Sites
 from luthier.model.editing.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
-from luthier.model.files.adapter_files import require_plain_start
+from luthier.model.files.adapter_config import require_plain_start
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Targets = str | Names

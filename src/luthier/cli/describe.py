@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +42,8 @@ def describe(
             typer.echo(f"{key + ':':<10} {text}")
         typer.echo("\nknobs:" if knobs else "\nno knobs")
         for knob in knobs:
-            typer.echo(f"  {knob['name']} = {knob['default']!r}\n      {knob['description']}")
+            value = "(has to be given)" if knob["required"] else f"= {knob['default']!r}"
+            typer.echo(f"  {knob['name']} {value}\n      {knob['description']}")
     return None
 
 
@@ -59,7 +61,6 @@ def _list_all(*, as_json: bool) -> None:
 
 
 def _knobs(family: str, name: str) -> list[dict[str, Any]]:
-    fields = catalog.load(family, name).model_fields
-    return [
-        {"name": key, "default": field.default, "description": field.description} for key, field in fields.items()
-    ]
+    from luthier.core.told_knobs import told_knobs
+
+    return [asdict(each) for each in told_knobs(family, name)]

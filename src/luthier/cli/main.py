@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import final
 
@@ -72,6 +73,8 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(run_commands.app, name="run")
 
 
+READS_RECIPES = ("init", "plan", "train", "resume", "compare", "reward")
+"""Commands that recipes, or --set with their keys, are given to."""
 INTERRUPTED = 130
 """What a shell says of a command that Ctrl-C has ended."""
 
@@ -129,6 +132,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         typer.main.get_command(app).main(arguments, prog_name="luthier")
     except LuthierError as error:
+        _advise(error, arguments)
         return _tell(error, as_json="--json" in arguments, debug=debug)
     except SystemExit as leave:
         # typer tells usage errors itself (2) and turns Ctrl-C into 130. A reader of our output that goes away
@@ -149,6 +153,15 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         short.__cause__ = failure
         return _tell(short, as_json="--json" in arguments, debug=debug)
     return 0
+
+
+def _advise(error: LuthierError, arguments: Sequence[str]) -> None:
+    """Have an error of a command that takes no recipe point to the help of that command: recipes are no help there."""
+    general = isinstance(error, RecipeError) and not error.do and error.advice == RecipeError.advice
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    if general and words and words[0] not in READS_RECIPES:
+        named = words if words[0] in ("data", "run") else words[:1]
+        error.do = f"luthier {' '.join(named)} --help shows its options"
 
 
 def _tell(error: LuthierError, *, as_json: bool, debug: bool) -> int:

@@ -10,7 +10,7 @@ import typer
 from luthier.cli.options import Json, Set
 from luthier.cli.show import print_json
 from luthier.cli.show_plan import print_explained, print_inference, print_needs
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, advised
 from luthier.core.imports import uncollected
 
 ModelConfig = Annotated[
@@ -22,6 +22,7 @@ _OF_A_RECIPE = {"recipe", "set_", "json"}
 _OF_ANSWERING = {"model_config", "inference", "clients", "context", "precision", "quantizer", "memory", "tflops",
                  "bandwidth", "json"}  # fmt: skip
 _ONLY_ANSWERING = {"inference", "clients", "context"}
+_ADVICE = "luthier plan --help shows the options, luthier describe METHOD the knobs of a method"
 
 
 def plan(
@@ -106,6 +107,7 @@ def _of_recipe(recipe: Path, sets: list[str], *, as_json: bool) -> None:
     print_json(found) if as_json else print_needs(found)
 
 
+@advised(_ADVICE)
 def _of_config(
     config: Path,
     method: str,
@@ -134,6 +136,7 @@ def _of_config(
     print_explained(found.get("formulas", {}))
 
 
+@advised(_ADVICE)
 def _of_inference(
     config: Path, load: tuple[int, int], precision: str, quantizer: str | None, memory: str | None,
     rates: tuple[float | None, float | None], *, as_json: bool,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.core.errors import RecipeError
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice, did_you_mean
 
 if TYPE_CHECKING:
     from luthier.core.knobs import Method
@@ -77,7 +77,7 @@ def load(family: str, name: str) -> type[Method]:
     """
     known = modules(family)
     if name not in known:
-        raise RecipeError(f"{name!r} is no method of {family}", do=did_you_mean(name, known))
+        raise RecipeError(f"{name!r} is no method of {family}", do=choice(name, known))
     # Names and cards are asked for where pydantic is not: it takes a third of what `luthier --help` may take.
     from luthier.core.knobs import Method
 
@@ -100,13 +100,29 @@ def find(name: str) -> list[tuple[str, str]]:
 @cache
 def card(family: str, name: str) -> Card:
     """The card of a method, read from its file without importing it."""
+    return _parse_card(family, name, ast.get_docstring(ast.parse(source(family, name).read_text("utf-8"))) or "")
+
+
+def source(family: str, name: str) -> Path:
+    """The file of a method. Raises RecipeError with the nearest names when there is none."""
     known = modules(family)
     if name not in known:
-        raise RecipeError(f"{name!r} is no method of {family}", do=did_you_mean(name, known))
+        raise RecipeError(f"{name!r} is no method of {family}", do=choice(name, known))
+    if (own := own_file(known[name])) is not None:
+        return own
     spec = importlib.util.find_spec(known[name])
     if spec is None or spec.origin is None:
         raise RecipeError(f"the file of {family}.{name} ({known[name]}) cannot be found")
-    return _parse_card(family, name, ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or "")
+    return Path(spec.origin)
+
+
+def own_file(module: str) -> Path | None:
+    """The file of a module of this package, by its name: Python would import the packages around it to tell."""
+    package, *parts = module.split(".")
+    if package != ROOT.name:
+        return None
+    place = ROOT.joinpath(*parts)
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 def _parse_card(family: str, name: str, text: str) -> Card:

@@ -53,9 +53,12 @@ class LuthierError(Exception):
             self.add_note(f"next: {self.advice}")
 
     def __str__(self) -> str:
+        return "; ".join(part for part in (self.cause(), self.do) if part)
+
+    def cause(self) -> str:
+        """The error without what to do about it."""
         address = f"{self.where}: " if self.where else ""
-        parts = [f"{address}{self.received}", self.allowed, self.do]
-        return "; ".join(part for part in parts if part)
+        return "; ".join(part for part in (f"{address}{self.received}", self.allowed) if part)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments would be lost by the default pickling of exceptions, and workers send errors home.

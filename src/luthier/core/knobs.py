@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,11 +45,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Problem:
-    """One key that does not fit: what is said before and after its path."""
+    """One key that does not fit: what is said before and after its path, and what to do, if that is known."""
 
     before: str
     path: tuple[str, ...]
     after: str
+    do: str = ""
 
     def text(self, where: str) -> str:
         """The problem as a sentence; `where` stands before the path."""
@@ -78,7 +79,10 @@ def validate(
     for problem in problems:
         place = address(".".join(problem.path)) if address else ""
         texts.append((f"{place}: " if place else "") + problem.text(where))
-    error = KnobsError("; ".join(texts))
+        texts += [problem.do] if problem.do else []
+    # What to do about each of them is as good as what to do: nothing general is to follow it.
+    do = texts.pop() if all(problem.do for problem in problems) else ""
+    error = KnobsError("; ".join(texts), do=do)
     error.problems = problems
     raise error
 
@@ -87,14 +91,14 @@ def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
     path = tuple(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = fields_at(kind, error["loc"][:-1])
-        return [Problem("unknown key ", path, f"; {did_you_mean(path[-1], known)}")]
+        return [Problem("unknown key ", path, "", did_you_mean(path[-1], known))]
     if error["type"] == "missing":
         return [Problem("", path, " is missing")]
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, KnobsError):
-        return [Problem(inner.before, path + inner.path, inner.after) for inner in cause.problems]
+        return [replace(inner, path=path + inner.path) for inner in cause.problems]
     if isinstance(cause, LuthierError):
-        return [Problem("", path, f": {cause}" if path else str(cause))]
+        return [Problem("", path, f": {cause.cause()}" if path else cause.cause(), cause.do)]
     return [Problem("", path, f": {error['input']!r} is not allowed: {error['msg'][:1].lower()}{error['msg'][1:]}")]
 
 

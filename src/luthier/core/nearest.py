@@ -20,3 +20,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"known: {', '.join(sorted(names))}" if names else "none is known"
+
+
+def choice(name: str, known: Iterable[str]) -> str:
+    """The same for one of a few: the nearest, and all there are."""
+    names = list(known)
+    close = did_you_mean(name, names)
+    return f"{close} known: {', '.join(sorted(names))}" if close.endswith("?") else close

@@ -22,6 +22,8 @@ from luthier.core.errors import RecipeError
 from luthier.core.yaml_text import parse, parse_value
 
 ENVIRONMENT_PREFIX: Final = "LUTHIER_SET__"
+DEFAULT: Final = "default"
+"""The origin of what nobody wrote down."""
 _ALIASES: Final = Path(__file__).with_name("aliases.toml")
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,10 +49,10 @@ class Layered:
     notes: tuple[str, ...] = ()
 
     def address(self, key: str) -> str:
-        """Where `key`, or the nearest key around it, was written; empty when nowhere."""
+        """Where `key`, or the nearest key around it, was written; empty when nowhere, as what nobody wrote."""
         while key:
             if key in self.places:
-                return self.places[key]
+                return self.places[key] if self.places[key] != DEFAULT else ""
             key = key.rpartition(".")[0]
         return ""
 
@@ -65,7 +67,7 @@ def read_layers(
     known: Collection[str] = (),
 ) -> Layered:
     """The merged recipe. `known` are the top-level keys of the schema: they are never read as another tool's names."""
-    layers = [plain_layer(defaults or {}, origin="default")]
+    layers = [plain_layer(defaults or {}, origin=DEFAULT)]
     if preset is not None:
         layers.append(preset)
     if file is not None:
@@ -82,7 +84,8 @@ def read_layer(file: Path, *, known: Collection[str] = ()) -> Layer:
     except FileNotFoundError:
         raise no_recipe(file) from None
     except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(file)) from None
+        why = failure.strerror if isinstance(failure, OSError) else "it is no UTF-8 text"
+        raise RecipeError(f"the recipe cannot be read: {why}", where=str(file), do="check the path") from None
     return text_layer(text, name=str(file), known=known)
 
 
@@ -285,7 +288,7 @@ def _nearest_place(places: Mapping[str, str], key: str) -> str:
         key = key.rpartition(".")[0]
         if key in places:
             return places[key]
-    return "default"
+    return DEFAULT
 
 
 def _origin_of(key: str, layered: Layered) -> str:
@@ -294,7 +297,7 @@ def _origin_of(key: str, layered: Layered) -> str:
     # A bare value stands for one knob of the mapping the schema made of it; the others are defaults.
     parent, _, name = key.rpartition(".")
     is_short = parent in layered.origins and name == _short_for(parent)
-    return layered.origins[parent] if is_short else "default"
+    return layered.origins[parent] if is_short else DEFAULT
 
 
 def _origin(place: str) -> str:

@@ -35,7 +35,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from luthier.exporters import Exporter, Subject, Told
 from luthier.model.comparing.parity import Side
 from luthier.model.comparing.parity_sides import folder_side
-from luthier.model.files.adapter_files import save_extras
+from luthier.model.files.adapter_config import save_extras
 from luthier.model.files.json_files import read_object, write_object
 from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import ShardWriter, Slot

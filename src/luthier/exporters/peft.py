@@ -28,7 +28,7 @@ from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
 from luthier.model.comparing.parity import EXACT, Side, Tolerance
 from luthier.model.comparing.parity_sides import ModelSide, folder_texts
-from luthier.model.files.adapter_files import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
+from luthier.model.files.adapter_config import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
 from luthier.model.files.json_files import write_object
 from luthier.model.files.texts_beside import save_texts
 from luthier.model.tasks import AUTO

@@ -22,7 +22,7 @@ from typing import final
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
 from luthier.infer.engine import Pool
-from luthier.model.files.adapter_files import CONFIG, TENSORS
+from luthier.model.files.adapter_config import CONFIG, TENSORS
 from luthier.model.language_model import LanguageModel
 
 Load = Callable[[Path, str], None]

@@ -19,6 +19,7 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.merge.lora import Factors, factors_of
+from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import Shards
 from luthier.model.files.weight_files import folder_digest, weight_files
 
@@ -124,10 +125,24 @@ def require_alike(parents: Sequence[Parent]) -> tuple[str, ...]:
                 raise RecipeError(f"{key} is {one!r:.60} in {first.name} and {other!r:.60} in {parent.name}",
                                   allowed="models of one architecture",
                                   do="merge models of the same architecture and size")  # fmt: skip
-        unlike = [key for key in _TOLD if first.text_config.get(key) != parent.text_config.get(key)]
+        one_told, other_told = _told(first.text_config), _told(parent.text_config)
+        if not (one_told["rope_parameters"] and other_told["rope_parameters"]):
+            # Said in the words of transformers 5 and of 4: the old keys are made of the new ones, and say the same.
+            one_told["rope_parameters"] = other_told["rope_parameters"] = None
+        unlike = [key for key in _TOLD if one_told[key] != other_told[key]]
         if unlike:
             notices.append(f"config: {', '.join(unlike)} of {parent.name} and {first.name} differ; the latter's hold")
     return tuple(notices)
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What may differ, in the words of either line of transformers."""
+    found = with_old_keys(config)
+    scaling = found.get("rope_scaling")
+    if isinstance(scaling, Mapping) and "type" in scaling:
+        found["rope_scaling"] = {"rope_type": scaling["type"], **scaling}
+        del found["rope_scaling"]["type"]
+    return {key: found.get(key) for key in _TOLD}
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

@@ -28,8 +28,7 @@ from luthier.recipes.merging.merge import Gate, merge_models
 from luthier.recipes.merging.recipe import MergeRecipe
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.files import write_json
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import MODEL
+from luthier.store.runs import MODEL, RunDirectory, is_run
 
 ADAPTATION: Final = "domain_adaptation"
 FOUND: Final = "adaptation.json"

@@ -18,10 +18,9 @@ from typing import Any, Final, Literal, final
 
 from luthier.core.errors import GateError, RecipeError
 from luthier.core.nearest import did_you_mean
-from luthier.model.files.adapter_files import CONFIG, TENSORS, read_config
-from luthier.model.files.tensor_files import tensor_shapes
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER
+from luthier.model.files.adapter_config import CONFIG, TENSORS, read_config
+from luthier.model.files.tensor_headers import tensor_shapes
+from luthier.store.runs import ADAPTER, RunDirectory, is_run
 
 Kind = Literal["refuses", "otherwise"]
 MERGE: Final = "merge it into the base, and serve that"

@@ -26,8 +26,7 @@ from luthier.server.pooling import Pooling
 from luthier.server.serving import Serving
 from luthier.server.settings import Settings
 from luthier.server.worker import Steps, Worker
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER
+from luthier.store.runs import ADAPTER, RunDirectory, is_run
 
 
 @final

@@ -25,8 +25,7 @@ from luthier.server.pooling import Pooling
 from luthier.server.settings import Settings
 from luthier.server.store import Files
 from luthier.server.worker import Worker
-from luthier.store.runs import RunDirectory
-from luthier.train.result import ADAPTER
+from luthier.store.runs import ADAPTER, RunDirectory
 
 T = TypeVar("T")
 

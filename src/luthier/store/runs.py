@@ -39,6 +39,9 @@ from luthier.store.lock import holder, locked
 State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
 WRITTEN_STATES: Final[tuple[State, ...]] = ("running", "finished", "stopped", "failed")
 SAVE_NOW: Final = "save"
+ADAPTER: Final = "adapter"
+MODEL: Final = "model"
+"""The folder of a result: an adapter, or a model all of whose weights were trained."""
 _MARK: Final = "run.json"
 _LOCK: Final = "run.lock"
 _FORMAT: Final = 1

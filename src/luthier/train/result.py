@@ -21,14 +21,14 @@ from luthier.adapters import Adapter
 from luthier.core.errors import GateError, NumericError, StorageError
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import TrainedParameters
-from luthier.model.files.adapter_files import save_adapter, save_extras
+from luthier.model.files.adapter_config import save_extras
+from luthier.model.files.adapter_files import save_adapter
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import without_bars
 from luthier.store.folder import write_folder
+from luthier.store.runs import ADAPTER, MODEL
 from luthier.train.stepper import Stepper
 
-ADAPTER = "adapter"
-MODEL = "model"
 Format = Literal["peft", "transformers"]
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.maths.ggml import FORMATS
-from luthier.model.files.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.files.adapter_config import CONFIG, TENSORS, read_config
 from luthier.model.files.json_files import write_object
 from luthier.model.files.tensor_files import load_tensors
 from luthier.model.gguf.families import turn

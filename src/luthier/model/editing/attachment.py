@@ -26,9 +26,9 @@ from luthier.model.editing.edits import (
     inner_module,
     module_at,
 )
+from luthier.model.editing.role_names import PEFT_PREFIX
 from luthier.model.packed import packing_of
 
-PEFT_PREFIX = "base_model.model."
 ROOT_PREFIX = "base_model."
 
 

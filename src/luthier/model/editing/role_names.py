@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+PEFT_PREFIX: Final = "base_model.model."
+"""What PEFT puts before the name of a module in its files."""
 _ROLE_OF_NAME: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(("q_proj", "query", "wq", "q", "q_lin"), ("q",)),
     **dict.fromkeys(("k_proj", "key", "wk", "k", "k_lin"), ("k",)),

@@ -11,7 +11,7 @@ from typing import Final
 from luthier.core.errors import CorruptError, LuthierError, MissingError, RecipeError, UnsafeArtifactError
 from luthier.data.hub import ModelFiles
 from luthier.data.strict_json import excerpt
-from luthier.model.files.tensor_files import CONVERT, PICKLES
+from luthier.model.files.tensor_headers import CONVERT, PICKLES
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.maths.ggml import FORMATS
-from luthier.model.editing.attachment import PEFT_PREFIX
-from luthier.model.files.adapter_files import CONFIG, TENSORS, read_config
+from luthier.model.editing.role_names import PEFT_PREFIX
+from luthier.model.files.adapter_config import CONFIG, TENSORS, read_config
 from luthier.model.files.json_files import write_object
-from luthier.model.files.tensor_files import load_tensors, tensor_shapes
+from luthier.model.files.tensor_files import load_tensors
+from luthier.model.files.tensor_headers import tensor_shapes
 from luthier.model.files.weights import without_weights
 from luthier.model.gguf.families import Layout
 from luthier.model.gguf.reading import GgufFile

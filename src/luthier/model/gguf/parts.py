@@ -21,7 +21,7 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.attending import attention
 from luthier.model.comparing.parity import BRAIN, EXACT, HALF, Side, Tolerance
 from luthier.model.comparing.parity_sides import ModelSide
-from luthier.model.files.adapter_files import EXTRAS, trained_beside
+from luthier.model.files.adapter_config import EXTRAS, trained_beside
 from luthier.model.files.weights import module_with
 from luthier.model.gguf.families import EXTRA, PURPOSE, Layout, family_of, is_matrix_to_pack
 from luthier.model.gguf.formats import Choice, format_for

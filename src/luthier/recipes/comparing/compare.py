@@ -25,7 +25,7 @@ from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.core.events import Event, Recorder, plain
 from luthier.core.knobs import Knobs
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice
 from luthier.metrics import Metric
 from luthier.model.load import resolve_source
 from luthier.recipes.comparing.rates import beyond, chosen, grid, settings_of_try
@@ -56,7 +56,7 @@ class Measures(Knobs):
         if value is None or value == LIKELIHOOD:
             return None
         if isinstance(value, str) and value not in (names := catalog.names("metrics")):
-            raise RecipeError(f"there is no metric {value!r}", do=did_you_mean(value, [LIKELIHOOD, *names]))
+            raise RecipeError(f"there is no metric {value!r}", do=choice(value, [LIKELIHOOD, *names]))
         return choose("metrics", Metric, value)
 
     @field_serializer("metric")

@@ -25,8 +25,7 @@ from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.recipes.sizing.accounts import held_out_trees
 from luthier.recipes.teacher import reference_of
-from luthier.store.runs import RunDirectory
-from luthier.train.result import MODEL
+from luthier.store.runs import MODEL, RunDirectory
 
 
 def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from luthier.recipes.reinforcing.reinforce import HeldOut
 from luthier.recipes.reinforcing.tools import scoring_of
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.recipes.teacher import reference_of
-from luthier.store.runs import RunDirectory
-from luthier.train.result import MODEL
+from luthier.store.runs import MODEL, RunDirectory
 
 
 def evaluate_rewards(run: RunDirectory, recipe: ReinforceRecipe, *, data: Path | None = None) -> dict[str, Any]:

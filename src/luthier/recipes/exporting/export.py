@@ -26,7 +26,7 @@ from luthier.model.comparing.parity import Heard, ParityReport, compare, hear
 from luthier.model.comparing.parity_sides import ModelSide
 from luthier.model.comparing.sketches import sketched
 from luthier.model.editing.merging import unmergeable
-from luthier.model.files.adapter_files import read_config, read_extras
+from luthier.model.files.adapter_config import read_config, read_extras
 from luthier.model.files.json_files import write_object
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, kind_of_source
@@ -40,8 +40,8 @@ from luthier.recipes.opening.opened import Opened, open_encoder, open_named, res
 from luthier.recipes.opening.places import model_from, started_in
 from luthier.recipes.opening.purpose import kept_task, read_as
 from luthier.store.folder import write_folder
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER, release
+from luthier.store.runs import ADAPTER, RunDirectory, is_run
+from luthier.train.result import release
 
 _NOT_WHOLE: Final = (CorruptError, RecipeError, DataError, MissingError)
 """What reading an artefact raises that holds no whole model."""

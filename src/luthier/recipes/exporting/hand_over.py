@@ -22,8 +22,7 @@ from luthier.recipes.lint import require_clean
 from luthier.recipes.opening.opened import Opened, open_named, result_of
 from luthier.recipes.opening.places import of_policy
 from luthier.recipes.own_scores import scores_by
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER
+from luthier.store.runs import ADAPTER, RunDirectory, is_run
 
 
 @final

@@ -18,7 +18,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import DriftError, RecipeError
 from luthier.core.knobs import Knobs, validate
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice
 from luthier.core.units import percent_text
 from luthier.merge.adapters import CAT, SVD, Joining, share_lost
 from luthier.merge.lora import CONFIG, PREFIX, TENSORS, Factors, config_of, pairs_of
@@ -53,7 +53,7 @@ class AdapterKnobs(Knobs):
             raise RecipeError(f"{len(weights)} weights for {len(names)} adapters", allowed="--weight once for each")
         known = [CAT, SVD, *catalog.names("mergers")]
         if method not in known:
-            raise RecipeError(f"there is no way {method!r} to merge adapters", do=did_you_mean(method, known))
+            raise RecipeError(f"there is no way {method!r} to merge adapters", do=choice(method, known))
         knobs = {key.removeprefix("method."): value for key, value in given.items() if key.startswith("method.")}
         if other := sorted(set(given) - {"rank"} - {f"method.{key}" for key in knobs}):
             raise RecipeError(f"--set {other[0]}", allowed="--set rank=N, or --set method.KNOB=VALUE")

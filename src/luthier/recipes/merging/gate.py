@@ -20,7 +20,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import GateError, RecipeError
 from luthier.core.knobs import validate
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice
 from luthier.metrics import Metric
 from luthier.recipes.comparing.answers import answered, questions
 from luthier.recipes.evaluating.evaluate import held_out_of
@@ -37,7 +37,7 @@ def metric_of(name: str | None) -> Metric | None:
     if name is None or name == LIKELIHOOD:
         return None
     if name not in (known := [LIKELIHOOD, *catalog.names("metrics")]):
-        raise RecipeError(f"there is no metric {name!r}", allowed=", ".join(known), do=did_you_mean(name, known))
+        raise RecipeError(f"there is no metric {name!r}", do=choice(name, known))
     found = choose("metrics", Metric, name)
     found.require()
     return found

@@ -152,8 +152,12 @@ def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[M
     """The recipe in a file, ours or mergekit's, with top-level keys replaced by `sets`; and what to tell of it."""
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        do = "check the path, or name models and a folder: luthier merge A B --out DIR"
+        raise RecipeError(f"there is no recipe {path}", do=do) from None
     except (OSError, UnicodeDecodeError) as failure:
-        raise RecipeError(f"the recipe cannot be read: {failure}", where=str(path), do="check the path") from None
+        why = failure.strerror if isinstance(failure, OSError) else "it is no UTF-8 text"
+        raise RecipeError(f"the recipe cannot be read: {why}", where=str(path), do="check the path") from None
     values = parse(text, name=str(path)).value
     if not isinstance(values, dict):
         raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",

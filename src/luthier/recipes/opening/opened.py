@@ -27,7 +27,8 @@ from luthier.infer.engine import Engine
 from luthier.infer.request import Request
 from luthier.infer.text import TextStream
 from luthier.kernels import pool
-from luthier.model.files.adapter_files import check_base, fill, read_config, read_extras
+from luthier.model.files.adapter_config import read_config, read_extras
+from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.files.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
@@ -39,8 +40,7 @@ from luthier.recipes.opening.places import model_from, of_policy, started_in, te
 from luthier.recipes.opening.purpose import SOME, kept_task, read_as
 from luthier.recipes.opening.quantized import kept_quantizer, load_base, quantize
 from luthier.store.manifest import NAME, Manifest, verify
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER, MODEL
+from luthier.store.runs import ADAPTER, MODEL, RunDirectory, is_run
 
 AT_ONCE = 4096
 """Tokens that are classified at once."""

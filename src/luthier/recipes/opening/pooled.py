@@ -11,8 +11,7 @@ import torch
 from luthier.infer.adapter_pool import AdapterPool
 from luthier.model.language_model import LanguageModel
 from luthier.recipes.opening.opened import put_on
-from luthier.store.runs import is_run
-from luthier.train.result import ADAPTER
+from luthier.store.runs import ADAPTER, is_run
 
 
 def pool_of(model: LanguageModel, adapters: Mapping[str, Path] | None = None, *, most: int = 64) -> AdapterPool:

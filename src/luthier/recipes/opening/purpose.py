@@ -17,9 +17,9 @@ from luthier.data.conversation import Meaning
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.editing.edits import Edit
-from luthier.model.files.adapter_files import TENSORS
+from luthier.model.files.adapter_config import TENSORS
 from luthier.model.files.configs import config_of, start_token
-from luthier.model.files.tensor_files import tensor_shapes
+from luthier.model.files.tensor_headers import tensor_shapes
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import kind_of_source
 from luthier.model.running.encoder_decoder import start_of

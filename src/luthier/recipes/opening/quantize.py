@@ -17,7 +17,7 @@ from luthier.core.chosen import Chosen
 from luthier.core.errors import GateError, RecipeError
 from luthier.core.knobs import Knobs
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.files.adapter_files import save_extras
+from luthier.model.files.adapter_config import save_extras
 from luthier.model.files.generation_files import save_generation_config
 from luthier.model.files.packed_files import save_packed
 from luthier.model.language_model import LanguageModel

@@ -24,7 +24,8 @@ from luthier.data.rendering.renderer import OverLength, Renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.engine import Engine
 from luthier.kernels.pool import bound_caches
-from luthier.model.files.adapter_files import CONFIG, check_base, fill, read_config, read_extras
+from luthier.model.files.adapter_config import CONFIG, read_config, read_extras
+from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
 from luthier.model.speaker import Sampling

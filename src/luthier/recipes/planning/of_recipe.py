@@ -6,8 +6,9 @@ memory, as long as that agrees with the run's own plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from luthier.core.errors import RecipeError
@@ -23,6 +24,9 @@ from luthier.recipes.schemas.several import names_several
 
 AGREED: Final = 0.1
 """How far the plan by config may be from the run's own, for what it says to be worth saying."""
+_OF_RECIPES: Final = MappingProxyType({"recompute": "batch.recompute", "offload": "batch.offload"})
+_LEAST: Final = 16
+"""The fewest tokens that a recipe lets go through the model at once, and the shortest limit of a row."""
 
 
 def plan_file(file: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
@@ -74,7 +78,24 @@ def _instead(bench: Bench) -> dict[str, Any]:
         return nothing
     if not _agree(laid, memory["total"]):
         return nothing
-    return {"largest": largest(laid), "advice": advice(path, laid)}
+    return {"largest": largest(laid), "advice": in_keys_of_recipes(advice(path, laid), length)}
+
+
+def in_keys_of_recipes(changes: Sequence[Mapping[str, Any]], length: int) -> list[dict[str, Any]]:
+    """The changes that a recipe can make, in its keys, for rows of that length at once; a run is on one device."""
+    found = []
+    for change in changes:
+        keys = {key: value for key, _, value in (one.partition("=") for one in change["set"])}
+        if "devices" in keys:
+            continue
+        rows, tokens = keys.pop("batch", None), keys.pop("sequence", None)
+        if tokens is not None:
+            keys |= {"data.max_tokens": str(max(_LEAST, int(tokens))), "data.over_length": "truncate"}
+        if rows is not None:
+            keys["batch.micro_tokens"] = str(max(_LEAST, int(rows) * int(tokens or length)))
+        sets = [f"{_OF_RECIPES.get(key, key)}={value}" for key, value in keys.items()]
+        found.append({**change, "set": sets})
+    return found
 
 
 def _agree(laid: Laid, total: int) -> bool:

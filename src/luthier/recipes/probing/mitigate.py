@@ -26,7 +26,8 @@ from luthier.maths.intruders import correction, likeness, norm_of_factors
 from luthier.model.comparing.pair import Change, Factors, Pair
 from luthier.model.editing.edits import Edit
 from luthier.model.editing.sites import Sites
-from luthier.model.files.adapter_files import read_config, read_extras, save_adapter
+from luthier.model.files.adapter_config import read_config, read_extras
+from luthier.model.files.adapter_files import save_adapter
 from luthier.model.language_model import LanguageModel
 from luthier.model.running.probing import tolerance
 from luthier.probes import Curves, Report, Table, Value

@@ -14,7 +14,7 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.core.events import Event, Recorder, plain
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice
 from luthier.core.units import rate_text
 from luthier.core.yaml_text import parse_value
 from luthier.model.comparing.pair import Pair
@@ -34,7 +34,7 @@ def chosen_probes(names: Sequence[str], sets: Sequence[str]) -> list[Probe]:
     known = catalog.names("probes")
     for name in names:
         if name not in known:
-            raise RecipeError(f"there is no probe {name!r}", do=did_you_mean(name, known))
+            raise RecipeError(f"there is no probe {name!r}", do=choice(name, known))
     if len(set(names)) < len(names):
         raise RecipeError(f"--probe names {', '.join(names)}", allowed="each probe once")
     knobs = knobs_of(sets, list(names) or known)
@@ -112,6 +112,6 @@ def knobs_of(sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, A
         if not equals or not dot or not knob:
             raise RecipeError(f"--set {one!r}", allowed="PROBE.KNOB=VALUE, such as intruder_dimensions.k=5")
         if name not in names:
-            raise RecipeError(f"--set {one!r} is for a probe that is not made", do=did_you_mean(name, names))
+            raise RecipeError(f"--set {one!r} is for a probe that is not made", do=choice(name, names))
         found.setdefault(name, {})[knob] = parse_value(value, name=f"--set {key}")
     return found

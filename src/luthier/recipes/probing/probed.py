@@ -22,7 +22,7 @@ from luthier.data.forest import Ints, Tree
 from luthier.data.prepare import Reading, prepare
 from luthier.model.comparing.base_spectra import FOLDER, BaseSpectra
 from luthier.model.comparing.pair import Pair, Text, pair_of_adapter, pair_of_models
-from luthier.model.files.adapter_files import CONFIG
+from luthier.model.files.adapter_config import CONFIG
 from luthier.model.files.sources import SEEDLING
 from luthier.objectives.language_model import LanguageModelling
 from luthier.objectives.sft import SFT
@@ -35,8 +35,7 @@ from luthier.recipes.opening.quantized import load_base
 from luthier.recipes.probing.rows import MOST_TREES, first_path, known_of_prompts, known_of_rows, text_of
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
-from luthier.store.runs import RunDirectory, is_run
-from luthier.train.result import ADAPTER, MODEL
+from luthier.store.runs import ADAPTER, MODEL, RunDirectory, is_run
 
 PLAIN = (".txt", ".md")
 """Endings of kept files that are one text each; others are rows."""

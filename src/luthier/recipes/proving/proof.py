@@ -24,7 +24,8 @@ from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, DriftError, GateError, NumericError
 from luthier.core.knobs import validate
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.files.adapter_files import CONFIG, EXTRAS, beside, fill, read_config, read_extras
+from luthier.model.files.adapter_config import CONFIG, EXTRAS, read_config, read_extras
+from luthier.model.files.adapter_files import beside, fill
 from luthier.model.files.generation_files import GENERATION, read_stop_ids
 from luthier.model.files.tensor_files import each_tensor
 from luthier.model.language_model import LanguageModel
@@ -46,8 +47,8 @@ from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.recipes.sizing.accounts import LIBRARIES
 from luthier.recipes.teacher import reference_of
 from luthier.store.environment import processor
-from luthier.store.runs import RunDirectory
-from luthier.train.result import MODEL, release
+from luthier.store.runs import MODEL, RunDirectory
+from luthier.train.result import release
 
 LOSS_TOLERANCE = 1e-5
 """Relative difference allowed between the loss reported and that of the files; the bytes of the weights are equal."""

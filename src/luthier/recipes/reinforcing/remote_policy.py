@@ -47,7 +47,8 @@ from luthier.recipes.lint import require_clean
 from luthier.recipes.own_scores import scores_by
 from luthier.recipes.reinforcing.tools import TOKEN
 from luthier.recipes.schemas.reinforce import EngineKnobs
-from luthier.train.result import ADAPTER, save_result
+from luthier.store.runs import ADAPTER
+from luthier.train.result import save_result
 from luthier.train.rollouts import LOST
 
 SHOWS: Final = 0.2

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
-from luthier.core.nearest import did_you_mean
+from luthier.core.nearest import choice
 
 IN_CONTEXT: Final = "in_context"
 """No training: examples are put before each question."""
@@ -58,4 +58,4 @@ def preset(name: str) -> Mapping[str, Any]:
     if name in adapters:
         return {"adapter": {"method": name}}
     known = sorted({*PRESETS, *adapters})
-    raise RecipeError(f"there is no method {name!r} to compare", do=did_you_mean(name, known))
+    raise RecipeError(f"there is no method {name!r} to compare", do=choice(name, known))
