@@ -39,9 +39,10 @@ from luthier.data.rendering.document import document
 from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
+from luthier.data.rendering.shown import Notice, Shown, show
 from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
-from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
+from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
 from luthier.data.tokenizer import Tokenizer
 
 _ENCODED = 64

@@ -12,7 +12,8 @@ import numpy as np
 
 from luthier.data.forest import Floats, Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES
-from luthier.data.rendering.turns import Shown, View
+from luthier.data.rendering.shown import Shown
+from luthier.data.rendering.turns import View
 
 
 def lead(tokens: Ints, bos: int) -> int:
