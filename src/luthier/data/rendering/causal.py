@@ -107,8 +107,8 @@ class CausalRenderer(ClassRenderer):
         for one in staged:
             if isinstance(one.ready, Text):
                 texts[one.ready.text] = None
-            for stage in one.stages:
-                texts.update(dict.fromkeys(stage.known_texts()))
+            if not isinstance(one.row.content, Asked):
+                texts.update(dict.fromkeys(text for stage in one.stages for text in stage.texts()))
         self._ahead = {}
         self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
 

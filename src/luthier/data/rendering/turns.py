@@ -71,7 +71,36 @@ class View:
 
 
 def lay_out(stage: Stage, notice: Notice) -> list[View]:
-    """The views of a conversation in which the messages of the stage's weights are trained, with that weight."""
+    """The views of a conversation in which the messages of the stage's weights are trained, with that weight.
+
+    What came of it is kept, so it may be asked for ahead: `notice` hears the same again.
+    """
+    if stage.laid is None:
+        told: list[tuple[str, str]] = []
+
+        def hear(text: str, example: str = "") -> None:
+            told.append((text, example))
+
+        try:
+            stage.laid = _Laid(_laid_out(stage, hear), told)
+        except DataError as error:
+            stage.laid = _Laid(error, told)
+    for text, example in stage.laid.told:
+        notice(text, example)
+    if isinstance(stage.laid.views, DataError):
+        raise placed(stage.laid.views, stage.laid.views.where)
+    return stage.laid.views
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """The views of a conversation, or why there are none, and what there was to notice."""
+
+    views: list[View] | DataError
+    told: Sequence[tuple[str, str]]
+
+
+def _laid_out(stage: Stage, notice: Notice) -> list[View]:
     count = len(stage.shown)
     full = stage.text(count)
     turns = {index: stage.turn(index, weight, notice) for index, weight in stage.weights.items()}
@@ -113,6 +142,7 @@ class Stage:
         self._write = write
         self._tools = tools
         self._known: dict[Place, str | TemplateError] = {}
+        self.laid: _Laid | None = None
 
     @property
     def contents(self) -> Sequence[str]:
@@ -154,11 +184,13 @@ class Stage:
         """What became of a foreseen rendering."""
         self._known[place] = outcome
 
-    def known_texts(self) -> list[str]:
-        """The whole conversation and the prompts of its trained turns, as far as their renderings were handed in."""
-        places = [("text", len(self._fields)), *(("prompt", index) for index in self.weights)]
-        known = [self._known.get(place) for place in places]
-        return [text for text in known if isinstance(text, str)]
+    def texts(self) -> list[str]:
+        """The texts of its views, each with the prompts of the answers in it; none where it cannot be laid out."""
+        try:
+            views = lay_out(self, _quiet)
+        except DataError:
+            return []
+        return [text for view in views for text in (view.text, *(view.text[: each.start] for each in view.answers))]
 
     def prompt_like(self, wanted: Wanted) -> str | None:
         """The prompt that `wanted` asks for, when it is one of this conversation's and is known."""
@@ -273,7 +305,7 @@ class Stage:
         lead = opening[len(prompt) :] if opening.startswith(prompt) else ""
         if not lead.strip():
             return
-        if self._write(Wanted(self._fields[:index], self._tools)) == prompt:
+        if self.text(index) == prompt:
             raise TemplateError(
                 f"the template writes {lead!r} before an answer but not when it is asked for an answer",
                 do="let the template write it when add_generation_prompt is set, or choose another data.template",
@@ -299,6 +331,10 @@ class Stage:
         if len(opening) + len(ending) > len(text) or said.strip() != content.strip():
             raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
         return said
+
+
+def _quiet(text: str, example: str = "") -> None:
+    """Who looks ahead tells nobody."""
 
 
 def _foreseen(
