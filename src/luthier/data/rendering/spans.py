@@ -24,6 +24,15 @@ def lead(tokens: Ints, bos: int) -> int:
     return count
 
 
+def leading(tokens: Ints, spans: Ints, text: str, bos: int) -> tuple[int, int]:
+    """The [start, stop) of the BOS at the start, before which a template may write white space; empty without one."""
+    start = 0
+    while start < len(tokens) and text[int(spans[start, 0]) : int(spans[start, 1])].isspace():
+        start += 1
+    count = lead(tokens[start:], bos)
+    return (start, start + count) if count else (0, 0)
+
+
 def closed(spans: Ints, text: str) -> Ints:
     """The spans with white space that no token claims given to the token after it, so that they cover the text."""
     if not len(spans) or (spans[0, 0] == 0 and np.array_equal(spans[1:, 0], spans[:-1, 1])):
