@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import DataError, RecipeError, TemplateError
 from luthier.data.checks import check_rendered
-from luthier.data.conversation import Conversation, Message, Row, Text, ToolCall
+from luthier.data.conversation import Conversation, Message, Preference, Row, Text, ToolCall
 from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.process import RenderProcess
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
@@ -265,6 +265,22 @@ def test_over_length(make_tokenizer, talk):
     assert said([view], tokenizer) == ["the dog<|im_end|>"] and cutting.counts.truncated == 1
     long = talk(("user", "hi"), ("assistant", SENTENCE))
     assert cutting.render(long) == [] and cutting.counts.answers_too_long == 1
+
+
+@pytest.mark.parametrize("white", ["", "\n", "\n  \n "])
+def test_white_space_before_bos_is_cut_away_with_the_beginning(make_tokenizer, talk, white):
+    tokenizer = make_tokenizer("bytes")
+    words = "One two three four five six seven eight nine ten"
+    cutting = renderer(tokenizer, white + "{{ bos_token }}" + CHATML, max_tokens=24, over_length="truncate")
+    (view,) = sound(cutting, talk(("user", words), ("assistant", "the dog")))
+    assert view.tokens[0] == tokenizer.bos_id and tokenizer.bos_id not in view.tokens[1:] and len(view.tokens) <= 24
+    assert said([view], tokenizer) == ["the dog<|im_end|>"]
+    short = sound(cutting, talk(("user", "a"), ("assistant", "b")))[0]
+    assert tokenizer.decode(short.tokens).startswith(white + "<s>")
+    answers = tuple((Message("assistant", said),) for said in ("the dog", "b"))
+    pair = Preference(Conversation((Message("user", words),)), answers)
+    (view,) = sound(cutting, Row(0, "rows.jsonl:1:1", pair))
+    assert view.tokens[0] == tokenizer.bos_id and tokenizer.bos_id not in view.tokens[1:]
 
 
 SENTENCE = "How vexingly quick daft zebras jump, é 你好 👋🏽! " * 3

@@ -125,7 +125,7 @@ def test_forgotten_words_are_learned_again() -> None:
     for _ in range(2):
         demand_same(words.encode(SENTENCES), tokenizer, SENTENCES)
         words.forget()
-        assert not words._known and not words._ids.size
+        assert not words._known and not words._size
 
 
 def test_ascii_patterns_cut_nothing_out() -> None:

@@ -19,12 +19,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, filterfalse
 from threading import Lock
 from typing import Any, Final, NamedTuple, final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from luthier.data.forest import Ints
 
@@ -46,6 +45,7 @@ _SLICE: Final = 2**20
 """Characters that are looked up at once: a word costs about ten times its characters in memory."""
 _MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
 """What is remembered, at most, about 30 MB; then it begins anew."""
+_RECORD_BYTES: Final = 12
 
 
 @final
@@ -78,16 +78,16 @@ class Words:
     def encode(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
         """The ids (n,) of each text and their character spans (n, 2); None when its words do not add up to it."""
         with self._lock:
-            if len(self._known) > _MOST_WORDS or self._ids.size > _MOST_TOKENS:
+            if len(self._known) > _MOST_WORDS or self._size > _MOST_TOKENS:
                 self._begin()
             beginnings = _beginnings(texts)
-            rests = [text[begun.stop :] for text, begun in zip(texts, beginnings, strict=True)]
+            rests = [text[begun.stop :] if begun.stop else text for text, begun in zip(texts, beginnings, strict=True)]
             made: list[tuple[Ints, Ints]] = []
             for group in _groups(rests):
                 parts = self._looked_up(group)
-                if any(length != len(text) for text, (_, _, length) in zip(group, parts, strict=True)):
+                if parts is None:
                     return None
-                made += [(ids, spans) for ids, spans, _ in parts]
+                made += parts
             return _continued(beginnings, _whole(rests, made))
 
     def forget(self) -> None:
@@ -96,62 +96,63 @@ class Words:
             self._begin()
 
     def _begin(self) -> None:
-        self._known: dict[str, int] = {}
-        self._ids, self._spans = _Growing(()), _Growing((2,))
-        # For each word: where its tokens begin, how many they are, and how many characters it has.
-        self._words = _Growing((3,))
+        # For each word its tokens, as bytes. Three int32 each: the id, how far the token begins behind the end of the
+        # one before (-1 in the middle of a character), and how many characters it has.
+        self._known: dict[str, bytes] = {}
+        self._size = 0
 
-    def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints, int]]:
-        """The ids and spans of each text, and the characters of all its words."""
-        words: list[str] = []
-        word_ends: list[int] = []
-        for text in texts:
-            self._cut(text, words)
-            word_ends.append(len(words))
-        places = np.fromiter(map(self._known.get, words, repeat(-1)), np.int64, len(words))
-        unknown = np.flatnonzero(places < 0).tolist()
+    def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
+        """The ids and spans of each text; None when its words do not add up to it."""
+        cut = [self._cut(text) for text in texts]
+        known = self._known
+        unknown = dict.fromkeys(chain.from_iterable(filterfalse(known.__contains__, words) for words in cut))
         if unknown:
-            self._learn(dict.fromkeys(words[index] for index in unknown))
-            places[unknown] = [self._known[words[index]] for index in unknown]
-        first, counts, lengths = self._words.taken(places).T
-        # Behind word w of all texts are so many tokens and characters.
-        tokens, characters = (np.concatenate([[0], np.cumsum(each)]) for each in (counts, lengths))
-        # Token t is the one at this place among those of all known words.
-        at = np.arange(tokens[-1]) + np.repeat(first - tokens[:-1], counts)
-        begins = np.concatenate([[0], word_ends])
-        base = characters[:-1] - np.repeat(characters[begins[:-1]], np.diff(begins))
-        base = np.repeat(base.astype(np.int32), counts)
-        ids, spans = self._ids.taken(at), self._spans.taken(at)
-        for side in (0, 1):
-            spans[:, side] += base
-        edges = tokens[begins].tolist()
-        sizes = np.diff(characters[begins]).tolist()
-        return [
-            (ids[start:end], spans[start:end], size)
-            for start, end, size in zip(edges, edges[1:], sizes, strict=False)
-        ]
+            self._learn(list(unknown))
+        records = [b"".join(map(known.__getitem__, words)) for words in cut]
+        whole = np.frombuffer(b"".join(records), np.int32).reshape(-1, 3)
+        ids = whole[:, 0].copy()
+        spans = np.cumsum(whole[:, 1:], dtype=np.int32).reshape(-1, 2)
+        made: list[tuple[Ints, Ints]] = []
+        token = character = 0
+        for text, record in zip(texts, records, strict=True):
+            end = token + len(record) // _RECORD_BYTES
+            own = spans[token:end]
+            own -= character
+            if (int(own[-1, 1]) if len(own) else 0) != len(text):
+                return None
+            made.append((ids[token:end], own))
+            token, character = end, character + len(text)
+        return made
 
-    def _learn(self, words: Mapping[str, None]) -> None:
-        """Ask the tokenizer for the tokens of words."""
-        for word, made in zip(words, self._backend.encode_batch(list(words), add_special_tokens=False), strict=True):
-            ids = made.ids
-            self._known[word] = self._words.size
-            self._words.append([(self._ids.size, len(ids), len(word))])
-            self._ids.append(ids)
-            self._spans.append(made.offsets)
+    def _learn(self, words: Sequence[str]) -> None:
+        """Ask the tokenizer for the tokens of words: all at once, as if they stood in a list."""
+        made = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
+        records = np.empty((len(made), 3), np.int32)
+        starts, ends = np.array(made.offsets, np.int32).reshape(-1, 2).T
+        counts = np.bincount(np.array(made.word_ids, np.int64), minlength=len(words))
+        edges = [0, *np.cumsum(counts).tolist()]
+        before = np.concatenate([[0], ends[:-1]])
+        before[[edge for edge in edges[:-1] if edge < len(before)]] = 0  # spans are those in each word
+        records[:, 0], records[:, 1], records[:, 2] = made.ids, starts - before, ends - starts
+        raw = records.tobytes()
+        for word, start, end in zip(words, edges, edges[1:], strict=False):
+            self._known[word] = raw[start * _RECORD_BYTES : end * _RECORD_BYTES]
+        self._size += len(records)
 
-    def _cut(self, text: str, words: list[str]) -> None:
-        """Append the words of a text, in order."""
+    def _cut(self, text: str) -> list[str]:
+        """The words of a text, in order."""
         if self._added is None:
-            words += self._words_of(text)
-            return
-        for index, part in enumerate(self._added.split(text)):
-            words += [part] if index % 2 else self._words_of(part)
+            return self._words_of(text)
+        first, *more = self._added.split(text)
+        words = self._words_of(first)
+        for index, part in enumerate(more):
+            words += self._words_of(part) if index % 2 else [part]
+        return words
 
     def _words_of(self, text: str) -> list[str]:
         """The words of a text without control tokens; what is not ASCII stays in one piece with its surroundings."""
         if text.isascii():
-            return list(self._find(text))
+            return self._find(text)
         words: list[str] = []
         done = 0
         while (other := _OTHER.search(text, done)) is not None:
@@ -162,29 +163,6 @@ class Words:
             words.append(text[start:end])
             done = end
         return words + self._find(text[done:])
-
-
-@final
-class _Growing:
-    """An array of int32 that grows at its end."""
-
-    def __init__(self, tail: tuple[int, ...]) -> None:
-        self._values: NDArray[np.int32] = np.empty((1024, *tail), np.int32)
-        self.size = 0
-
-    def append(self, values: Sequence[Any]) -> None:
-        end = self.size + len(values)
-        if end > len(self._values):
-            grown = np.empty((max(2 * len(self._values), end), *self._values.shape[1:]), np.int32)
-            grown[: self.size] = self._values[: self.size]
-            self._values = grown
-        if len(values):
-            self._values[self.size : end] = values
-        self.size = end
-
-    def taken(self, places: NDArray[np.int64]) -> Ints:
-        """The values at `places`, as a new array."""
-        return self._values.take(places, axis=0)
 
 
 class _Begun(NamedTuple):

@@ -39,9 +39,10 @@ from luthier.data.rendering.document import document
 from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
-from luthier.data.rendering.spans import closed, lead, message_weights, role_of_each
+from luthier.data.rendering.shown import Notice, Shown, show
+from luthier.data.rendering.spans import closed, lead, leading, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
-from luthier.data.rendering.turns import Answer, Notice, Shown, Stage, View, lay_out, placed, show
+from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
 from luthier.data.tokenizer import Tokenizer
 
 _ENCODED = 64
@@ -106,8 +107,8 @@ class CausalRenderer(ClassRenderer):
         for one in staged:
             if isinstance(one.ready, Text):
                 texts[one.ready.text] = None
-            for stage in one.stages:
-                texts.update(dict.fromkeys(stage.known_texts()))
+            if not isinstance(one.row.content, Asked):
+                texts.update(dict.fromkeys(text for stage in one.stages for text in stage.texts()))
         self._ahead = {}
         self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
 
@@ -331,10 +332,13 @@ class CausalRenderer(ClassRenderer):
     def _cut(self, view: Rendered, trained: Sequence[_Trained], limit: int) -> list[Rendered]:
         """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
         bos = self.tokenizer.bos_id
-        head = lead(view.tokens, bos) if bos is not None and self.tokenizer.adds_bos else 0
+        begin, end = 0, 0
+        if bos is not None and self.tokenizer.adds_bos:
+            begin, end = leading(view.tokens, view.spans, view.text, bos)
+        head = end - begin
         stop = trained[-1].stop
-        start = max(stop - (limit - head), head)
-        while head < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
+        start = max(stop - (limit - head), end)
+        while end < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
             start += 1  # not in the middle of a character
         # Without BOS one token of context must stay: the first token of an answer needs something that predicts it.
         first = start if head else start + 1
@@ -346,7 +350,8 @@ class CausalRenderer(ClassRenderer):
             if turn.start < first:
                 weights[turn.start : turn.stop] = 0.0
                 self._notice("an earlier answer was cut away by truncation")
-        keep = np.concatenate([np.arange(head), np.arange(start, stop)])
+        # White space before BOS is part of the beginning that goes.
+        keep = np.concatenate([np.arange(begin, end), np.arange(start, stop)])
         weights = weights[keep]
         weights[: max(head, 1)] = 0.0
         self.counts.truncated += 1

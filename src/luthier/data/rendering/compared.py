@@ -18,7 +18,7 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.data.forest import Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.data.rendering.spans import lead
+from luthier.data.rendering.spans import leading
 
 _RIGHT, _WRONG = TOKEN_ROLES.index("assistant"), TOKEN_ROLES.index("wrong")
 MOST_ANSWERS = 255
@@ -93,17 +93,17 @@ def longest(view: Rendered) -> int:
 
 def shortened(view: Rendered, limit: int, bos: int | None) -> Rendered | None:
     """The view with the beginning of its prompt cut away, so that the longest way has `limit` tokens; None where an
-    answer alone is too long. A leading `bos` stays."""
+    answer alone is too long. A leading `bos` stays, but for white space before it."""
     numbers = _numbers(view)
     prompt = int(np.count_nonzero(numbers == 0))
-    head = 0 if bos is None else lead(view.tokens, bos)
-    start = head + longest(view) - limit
-    while head < start < prompt and view.spans[start, 0] < view.spans[start - 1, 1]:
+    begin, end = (0, 0) if bos is None else leading(view.tokens, view.spans, view.text, bos)
+    start = max(end + longest(view) - begin - limit, end)
+    while end < start < prompt and view.spans[start, 0] < view.spans[start - 1, 1]:
         start += 1  # not in the middle of a character
     # What predicts the first token of an answer has to stay.
-    if start >= prompt and not (head and start == prompt):
+    if start >= prompt and not (end and start == prompt):
         return None
-    keep: Ints = np.concatenate([np.arange(head), np.arange(start, len(view.tokens))]).astype(np.int32)
+    keep: Ints = np.concatenate([np.arange(begin, end), np.arange(start, len(view.tokens))]).astype(np.int32)
     return replace(
         view,
         tokens=view.tokens[keep],

@@ -12,8 +12,8 @@ import numpy as np
 
 from luthier.data.forest import Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.rendering.shown import Notice
 from luthier.data.rendering.spans import whole_character
-from luthier.data.rendering.turns import Notice
 from luthier.data.tokenizer import Tokenizer
 
 

@@ -110,6 +110,41 @@ class RenderProcess:
                         self._limited(program, made, before, _ended(program, gone.status))
         return made
 
+    def outline(self, program: Program, jobs: Sequence[str]) -> list[str | None]:
+        """What the template writes around contents that are left open, as JSON; None where that cannot be told."""
+        made: list[str | None] = []
+        with self._lock:
+            try:
+                if sum(map(len, jobs)) <= _AT_ONCE:
+                    self._outline(program, jobs, made)
+            except (_GoneError, TemplateError):
+                # Whoever asks for the texts themselves hears of it.
+                self.close()
+        return [*made, *[None] * (len(jobs) - len(made))]
+
+    def _outline(self, program: Program, jobs: Sequence[str], made: list[str | None]) -> None:
+        worker = self._asked("outline", program, jobs)
+        for _ in jobs:
+            kind, words = worker.answer()
+            made.append(words if kind == "o" else None)
+            if kind == "l":
+                self.close()
+                return
+
+    def _asked(self, do: str, program: Program, jobs: Sequence[str]) -> _Worker:
+        """The process, which knows the template and has the answers to these jobs to give."""
+        # The jobs are JSON already: they go into the list as they are.
+        request = _request(do, program, tokens=program.tokens)[:-1] + f',"jobs":[{",".join(jobs)}]}}'
+        worker = self._ready()
+        worker.ask(request, 1 + len(jobs))
+        if worker.answer()[0] == "u":
+            # The process is a new one, or it serves many templates.
+            worker.owed = 0
+            self._compile(program)
+            worker.ask(request, 1 + len(jobs))
+            worker.answer()
+        return worker
+
     def _limited(self, program: Program, made: list[str | TemplateError], before: int, error: TemplateError) -> None:
         """Append the error for a limit, and count how many there were with nothing between them."""
         self._lost[program.key] = 1 + (self._lost.get(program.key, 0) if len(made) == before else 0)
@@ -146,16 +181,7 @@ class RenderProcess:
         if len(jobs[0]) > MAX_REQUEST:
             made.append(_long(program, len(jobs[0])))
             return
-        # The jobs are JSON already: they go into the list as they are.
-        request = _request("render", program, tokens=program.tokens)[:-1] + f',"jobs":[{",".join(jobs)}]}}'
-        worker = self._ready()
-        worker.ask(request, 1 + len(jobs))
-        if worker.answer()[0] == "u":
-            # The process is a new one, or it serves many templates.
-            worker.owed = 0
-            self._compile(program)
-            worker.ask(request, 1 + len(jobs))
-            worker.answer()
+        worker = self._asked("render", program, jobs)
         for _ in jobs:
             kind, words = worker.answer()
             if kind == "t":

@@ -20,6 +20,7 @@ from luthier.data.conversation import Content, Meaning, Message, Row
 from luthier.data.forest import Ints
 from luthier.data.rendering.classes import Classes
 from luthier.data.rendering.counts import RenderCounts
+from luthier.data.rendering.outline import Outlines
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.template import Template
 from luthier.data.rendering.turns import Stage, placed
@@ -93,6 +94,7 @@ class Renderer(ABC):
         self.train_on = train_on
         self.over_length = over_length
         self.max_tokens = max_tokens
+        self._outlines = Outlines(template)
         self.counts = RenderCounts()
         self.classes = Classes(classes)
         self.bos_text = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
@@ -142,14 +144,13 @@ class Renderer(ABC):
 
     def foresee(self, staged: Sequence[Staged]) -> None:
         """Have the template asked once, ahead, for what these rows will need."""
-        stages = [stage for one in staged for stage in one.stages]
-        slots = [(stage, slot, wanted) for stage in stages for slot, wanted in stage.foreseen()]
+        asked = self._outlines.give(stage for one in staged for stage in one.stages)
         try:
-            outcomes = self.template.render_many([wanted for _, _, wanted in slots]) if slots else []
+            outcomes = self.template.render_many([wanted for _, _, wanted in asked]) if asked else []
         except TemplateError:
             outcomes = []  # a row that cannot be sent at all says so when its turn comes, and hides no other
-        for (stage, slot, _), outcome in zip(slots, outcomes, strict=False):
-            stage.take(slot, outcome)
+        for (stage, place, _), outcome in zip(asked, outcomes, strict=False):
+            stage.take(place, outcome)
 
     @abstractmethod
     def encode_ahead(self, staged: Sequence[Staged]) -> None:

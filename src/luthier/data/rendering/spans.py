@@ -12,7 +12,8 @@ import numpy as np
 
 from luthier.data.forest import Floats, Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES
-from luthier.data.rendering.turns import Shown, View
+from luthier.data.rendering.shown import Shown
+from luthier.data.rendering.turns import View
 
 
 def lead(tokens: Ints, bos: int) -> int:
@@ -21,6 +22,15 @@ def lead(tokens: Ints, bos: int) -> int:
     while count < len(tokens) and int(tokens[count]) == bos:
         count += 1
     return count
+
+
+def leading(tokens: Ints, spans: Ints, text: str, bos: int) -> tuple[int, int]:
+    """The [start, stop) of the BOS at the start, before which a template may write white space; empty without one."""
+    start = 0
+    while start < len(tokens) and text[int(spans[start, 0]) : int(spans[start, 1])].isspace():
+        start += 1
+    count = lead(tokens[start:], bos)
+    return (start, start + count) if count else (0, 0)
 
 
 def closed(spans: Ints, text: str) -> Ints:

@@ -88,6 +88,11 @@ class Template:
         return self._seen
 
     @property
+    def pid(self) -> int | None:
+        """The number of its process; None when there is none."""
+        return self._process.pid
+
+    @property
     def knows_calls(self) -> bool:
         """Whether it has a place for tool calls."""
         return self.compile().calls
@@ -128,6 +133,11 @@ class Template:
         made = self._process.render(self._program, jobs)
         self._ahead = dict(zip(jobs, made, strict=True))
         return made
+
+    def outlines(self, wanted: Sequence[Wanted]) -> list[str | None]:
+        """What is written around the contents of `wanted` that are numbers, as JSON (see `outline.py`)."""
+        written: dict[int, str] = {}
+        return self._process.outline(self._program, [_job(one, written) for one in wanted])
 
     def close(self) -> None:
         """End the process; it is started again when it is needed."""

@@ -13,13 +13,14 @@ proven this way is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from luthier.core.errors import DataError, TemplateError
-from luthier.data.conversation import Conversation, Message, Role, ToolCall
-from luthier.data.rendering.template import Template, Wanted
+from luthier.data.conversation import ToolCall
+from luthier.data.rendering.shown import Notice, Shown, call_fields
+from luthier.data.rendering.template import Wanted
 from luthier.data.strict_json import excerpt
 
 _PROBES = ("Qz4mT", "Wk9xB")
@@ -27,12 +28,6 @@ _FORESEEN = 2**18
 """Characters of one row's renderings that are made ahead: those of a very long conversation would fill the memory."""
 _BEFORE, _AFTER = 20, 40
 """Characters shown before and after the place where two renderings part."""
-
-
-class Notice(Protocol):
-    """Hears of something that a user should know, in words that are the same for every row, with one row's example."""
-
-    def __call__(self, text: str, example: str = "") -> None: ...
 
 
 HISTORY = (
@@ -45,15 +40,8 @@ PROMPT = (
     "view of its own; a template whose prompt is the beginning needs one view, such as data.template: chatml"
 )
 Write = Callable[[Wanted], str]
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A message as the template gets it, whose words it is, and the loss weight its row gives it."""
-
-    fields: dict[str, Any]
-    role: Role
-    weight: float | None
+Place = tuple[str, int]
+"""Which rendering of a conversation: what it is for, and how many messages it has or which one it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,42 +70,37 @@ class View:
         return View(self.text[: answer.stop], (answer,), bounds)
 
 
-def show(conversation: Conversation, template: Template, notice: Notice) -> list[Shown]:
-    """The messages as `template` can show them; what it has no place for becomes text, with a notice."""
-    if conversation.tools and not template.knows_tools:
-        notice("tools on offer are not shown: the template has no place for them")
-    shown: list[Shown] = []
-    open_calls: list[str] = []
-    for message in conversation.messages:
-        if message.weight is not None and not 0 <= message.weight < float("inf"):
-            raise DataError(f"a message has weight {message.weight}", allowed="0 or a positive number")
-        fields: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.name:
-            fields["name"] = message.name
-        if message.tool_calls:
-            open_calls = [call.id for call in message.tool_calls]
-            if template.knows_calls:
-                fields["tool_calls"] = [_call_fields(call) for call in message.tool_calls]
-            else:
-                notice("tool calls are written as JSON in the answer: the template does not know them")
-                fields["content"] = _calls_as_text(message)
-        if message.role == "tool":
-            if template.knows_results:
-                if open_calls and (call_id := open_calls.pop(0)):
-                    fields["tool_call_id"] = call_id
-            else:
-                notice("tool results are shown as user messages: the template does not know them")
-                fields["role"] = "user"
-                if shown and shown[-1].role == "tool":
-                    # Templates that want strict alternation take one user message where several tools answered.
-                    before = shown.pop()
-                    fields["content"] = f"{before.fields['content']}\n{message.content}"
-        shown.append(Shown(fields, message.role, message.weight))
-    return shown
-
-
 def lay_out(stage: Stage, notice: Notice) -> list[View]:
-    """The views of a conversation in which the messages of the stage's weights are trained, with that weight."""
+    """The views of a conversation in which the messages of the stage's weights are trained, with that weight.
+
+    What came of it is kept, so it may be asked for ahead: `notice` hears the same again.
+    """
+    if stage.laid is None:
+        told: list[tuple[str, str]] = []
+
+        def hear(text: str, example: str = "") -> None:
+            told.append((text, example))
+
+        try:
+            stage.laid = _Laid(_laid_out(stage, hear), told)
+        except DataError as error:
+            stage.laid = _Laid(error, told)
+    for text, example in stage.laid.told:
+        notice(text, example)
+    if isinstance(stage.laid.views, DataError):
+        raise placed(stage.laid.views, stage.laid.views.where)
+    return stage.laid.views
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """The views of a conversation, or why there are none, and what there was to notice."""
+
+    views: list[View] | DataError
+    told: Sequence[tuple[str, str]]
+
+
+def _laid_out(stage: Stage, notice: Notice) -> list[View]:
     count = len(stage.shown)
     full = stage.text(count)
     turns = {index: stage.turn(index, weight, notice) for index, weight in stage.weights.items()}
@@ -158,27 +141,56 @@ class Stage:
         self._fields = [message.fields for message in shown]
         self._write = write
         self._tools = tools
-        self._known: dict[tuple[str, int], str | TemplateError] = {}
+        self._known: dict[Place, str | TemplateError] = {}
+        self.laid: _Laid | None = None
 
-    def foreseen(self) -> list[tuple[tuple[str, int], Wanted]]:
+    @property
+    def contents(self) -> Sequence[str]:
+        """What each message says."""
+        return [fields["content"] for fields in self._fields]
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether its renderings may be made ahead: they are not too long."""
+        size = sum(len(fields["content"]) for fields in self._fields) + 1
+        return size * (len(self._fields) + 3 * len(self.weights)) <= _FORESEEN
+
+    def shape(self, *, tools: bool) -> Hashable:
+        """All that the renderings depend on besides the contents; of these only whether there is any.
+
+        Without `tools`, for a template that does not look at these.
+        Raises what `json.dumps` does where a call or a tool cannot be written.
+        """
+        messages = tuple(
+            (fields["role"], not fields["content"])
+            if len(fields) == 2
+            else json.dumps([{**fields, "content": ""}, not fields["content"]])
+            for fields in self._fields
+        )
+        return messages, json.dumps(self._tools) if tools and self._tools else "", tuple(self.weights)
+
+    def foreseen(self) -> list[tuple[Place, Wanted]]:
         """The renderings that laying out will ask for, as far as can be told; give what became of them to `take`."""
-        fields = self._fields
-        wanted = [(("text", count), Wanted(fields[:count], self._tools)) for count in range(1, len(fields) + 1)]
-        for index in self.weights:
-            wanted.append((("prompt", index), self._prompt(index)))
-            wanted += [((probe, index), self._changed(index, {"content": probe})) for probe in _PROBES]
-        size = sum(len(field["content"]) for field in fields) + 1
-        return wanted if size * len(wanted) <= _FORESEEN else []
+        return _foreseen(self._fields, self._tools, self.weights) if self.foreseeable else []
 
-    def take(self, slot: tuple[str, int], outcome: str | TemplateError) -> None:
+    def opened(self) -> list[tuple[Place, Wanted]]:
+        """The same renderings with the number of the message in the place of each content, where there is any."""
+        fields = [
+            {**each, "content": index} if each["content"] else each for index, each in enumerate(self._fields)
+        ]
+        return _foreseen(fields, self._tools, self.weights)
+
+    def take(self, place: Place, outcome: str | TemplateError) -> None:
         """What became of a foreseen rendering."""
-        self._known[slot] = outcome
+        self._known[place] = outcome
 
-    def known_texts(self) -> list[str]:
-        """The whole conversation and the prompts of its trained turns, as far as their renderings were handed in."""
-        slots = [("text", len(self._fields)), *(("prompt", index) for index in self.weights)]
-        known = [self._known.get(slot) for slot in slots]
-        return [text for text in known if isinstance(text, str)]
+    def texts(self) -> list[str]:
+        """The texts of its views, each with the prompts of the answers in it; none where it cannot be laid out."""
+        try:
+            views = lay_out(self, _quiet)
+        except DataError:
+            return []
+        return [text for view in views for text in (view.text, *(view.text[: each.start] for each in view.answers))]
 
     def prompt_like(self, wanted: Wanted) -> str | None:
         """The prompt that `wanted` asks for, when it is one of this conversation's and is known."""
@@ -191,14 +203,14 @@ class Stage:
         """The rendering of the first `count` messages."""
         return self._rendered(("text", count), lambda: Wanted(self._fields[:count], self._tools))
 
-    def _rendered(self, slot: tuple[str, int], wanted: Callable[[], Wanted]) -> str:
-        known = self._known.get(slot)
+    def _rendered(self, place: Place, wanted: Callable[[], Wanted]) -> str:
+        known = self._known.get(place)
         if known is None:
             try:
                 known = self._write(wanted())
             except TemplateError as error:
                 known = error
-            self._known[slot] = known
+            self._known[place] = known
         if isinstance(known, TemplateError):
             # A new one each time, since an error that was raised keeps what was around it alive.
             raise placed(known, known.where)
@@ -276,7 +288,7 @@ class Stage:
         ending = text
         # A text and a number: the quote that closes a text belongs to the arguments.
         for probe in (*_PROBES, 70417):
-            probed = _call_fields(ToolCall(name, {"probe": probe}, call_id))
+            probed = call_fields(ToolCall(name, {"probe": probe}, call_id))
             changed = self._changed(index, {"tool_calls": [*calls[:-1], probed]})
             ending = _common_end(ending, self._write(changed))
         for probe in _PROBES:
@@ -293,7 +305,7 @@ class Stage:
         lead = opening[len(prompt) :] if opening.startswith(prompt) else ""
         if not lead.strip():
             return
-        if self._write(Wanted(self._fields[:index], self._tools)) == prompt:
+        if self.text(index) == prompt:
             raise TemplateError(
                 f"the template writes {lead!r} before an answer but not when it is asked for an answer",
                 do="let the template write it when add_generation_prompt is set, or choose another data.template",
@@ -321,6 +333,23 @@ class Stage:
         return said
 
 
+def _quiet(text: str, example: str = "") -> None:
+    """Who looks ahead tells nobody."""
+
+
+def _foreseen(
+    fields: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], indexes: Iterable[int]
+) -> list[tuple[Place, Wanted]]:
+    wanted = [(("text", count), Wanted(fields[:count], tools)) for count in range(1, len(fields) + 1)]
+    for index in indexes:
+        before = fields[:index]
+        wanted.append((("prompt", index), Wanted(before, tools, add_generation_prompt=True)))
+        wanted += [
+            ((probe, index), Wanted([*before, {**fields[index], "content": probe}], tools)) for probe in _PROBES
+        ]
+    return wanted
+
+
 def _apart(index: int, prompt: str, text: str) -> str:
     """How the generation prompt and the template's own text differ, where they part."""
     at = len(_common_start(prompt, text))
@@ -333,20 +362,6 @@ def _unproven(index: int, why: str) -> TemplateError:
         f"where the answer of message {index + 1} stands cannot be proven: {why}",
         do="choose another template with data.template, or give this message weight 0",
     )
-
-
-def _call_fields(call: ToolCall) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": dict(call.arguments)}
-    fields: dict[str, Any] = {"type": "function", "function": function}
-    return {**fields, "id": call.id} if call.id else fields
-
-
-def _calls_as_text(message: Message) -> str:
-    calls = [
-        json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
-        for call in message.tool_calls
-    ]
-    return "\n".join([*([message.content] if message.content else []), *calls])
 
 
 def _common_start(one: str, two: str) -> str:

@@ -8,7 +8,8 @@ Source: CVE-2024-56326 and CVE-2025-27516 (ways out of the sandbox), CVE-2025-62
 
 Protocol: frames of a length in four bytes and that many bytes. A request is a JSON object. `compile` puts a template
 under a `key`. `render` names the key and lists jobs, each a context; it is answered by one frame that says whether the
-key is known, and then by one for each job. An answer is one letter (see `Answer`) and a text.
+key is known, and then by one for each job. `outline` is the same for contexts whose contents are left open (see
+`symbolic.py`). An answer is one letter (see `Answer`) and a text.
 It imports jinja2 and the standard library only, so it starts in 0.1 s.
 """
 
@@ -22,6 +23,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import StrEnum
 from functools import partial
@@ -36,6 +38,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from luthier.core.child import bound_to_parent
+from luthier.data.rendering.symbolic import (
+    LookedError,
+    Premises,
+    joined,
+    outline,
+    pieces_of,
+    symbolic,
+    with_slots,
+    with_texts,
+)
 
 LENGTH: Final = struct.Struct(">I")
 MAX_OUTPUT: Final = 4 * 1024 * 1024
@@ -68,6 +80,7 @@ class Answer(StrEnum):
 
     COMPILED = "c"  # JSON: what the template looks at
     TEXT = "t"  # the rendered text
+    OUTLINE = "o"  # JSON: an outline that is proved
     WORDS = "w"  # what the template, or jinja2, complains about
     LIMIT = "l"  # the limit that was reached; this process is not to be used again
     KNOWN = "k"  # the template of this key is here, and the texts follow
@@ -81,7 +94,7 @@ def main() -> None:
     bound_to_parent(thread=False)
     _warm_up()
     _confine()
-    known: dict[str, jinja2.Template] = {}
+    known: dict[str, _Known] = {}
     while (request := _next_request(parent)) is not None:
         for kind, words in _answers(request, known):
             body = kind.encode() + words.encode("utf-8", "surrogatepass")
@@ -149,7 +162,17 @@ def _write(body: bytes) -> None:
         view = view[os.write(1, view) :]
 
 
-def _answers(request: dict[str, Any], known: dict[str, jinja2.Template]) -> Iterator[tuple[Answer, str]]:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A template that was compiled, and all it needs to be compiled for outlines as well, when one is asked for."""
+
+    template: jinja2.Template
+    source: str
+    now: datetime
+    open: list[jinja2.Template | None]
+
+
+def _answers(request: dict[str, Any], known: dict[str, _Known]) -> Iterator[tuple[Answer, str]]:
     """The answers, made one by one; a limit that was reached is the last one."""
     key = str(request["key"])
     if request["do"] == "compile":
@@ -160,8 +183,9 @@ def _answers(request: dict[str, Any], known: dict[str, jinja2.Template]) -> Iter
         yield Answer.UNKNOWN, ""
     else:
         yield Answer.KNOWN, ""
+        work = _outline if request["do"] == "outline" else _render
         for job in request["jobs"]:
-            answer = _limited(partial(_render, known[key], {**request["tokens"], **job}))
+            answer = _limited(partial(work, known[key], {**request["tokens"], **job}))
             yield answer
             if answer[0] is Answer.LIMIT:
                 return
@@ -182,7 +206,7 @@ def _limited(work: Callable[[], tuple[Answer, str]]) -> tuple[Answer, str]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _compile(key: str, request: Mapping[str, Any], known: dict[str, jinja2.Template]) -> tuple[Answer, str]:
+def _compile(key: str, request: Mapping[str, Any], known: dict[str, _Known]) -> tuple[Answer, str]:
     seconds, offset, zone = request["now"]
     now = datetime.fromtimestamp(seconds, timezone(timedelta(seconds=offset), zone))
     environment = _environment(now)
@@ -192,10 +216,27 @@ def _compile(key: str, request: Mapping[str, Any], known: dict[str, jinja2.Templ
         "results": _mentions(tree, "tool"),
         "tools": "tools" in jinja2.meta.find_undeclared_variables(tree),
     }
-    known[key] = template = environment.from_string(tree)
+    known[key] = _Known(_compiled(environment, tree), str(request["source"]), now, [])
+    return Answer.COMPILED, json.dumps(seen)
+
+
+def _compiled(environment: _Environment, tree: nodes.Template) -> jinja2.Template:
+    template = environment.from_string(tree)
     # A chain of mappings, which each rendering would walk through; nothing is added to it any more.
     template.globals = dict(template.globals)
-    return Answer.COMPILED, json.dumps(seen)
+    return template
+
+
+def _opened(known: _Known) -> jinja2.Template | None:
+    """The template for outlines; None when it uses what these have not."""
+    if not known.open:
+        environment = _environment(known.now)
+        symbolic(environment)
+        try:
+            known.open.append(_compiled(environment, environment.parse(known.source)))
+        except jinja2.TemplateError:
+            known.open.append(None)
+    return known.open[0]
 
 
 def _mentions(tree: nodes.Template, name: str) -> bool:
@@ -205,14 +246,38 @@ def _mentions(tree: nodes.Template, name: str) -> bool:
     return any(node.value == name for node in tree.find_all(nodes.Const))
 
 
-def _render(template: jinja2.Template, context: Mapping[str, Any]) -> tuple[Answer, str]:
+def _render(known: _Known, context: Mapping[str, Any]) -> tuple[Answer, str]:
     pieces: list[str] = []
     size = 0
-    for piece in template.generate(context):
+    for piece in known.template.generate(context):
         size += len(piece)
         _check(size)
         pieces.append(piece)
     return Answer.TEXT, "".join(pieces)
+
+
+def _outline(known: _Known, context: Mapping[str, Any]) -> tuple[Answer, str]:
+    """The outline of a context whose contents are numbers, or words about why there is none."""
+    template, premises = _opened(known), Premises()
+    if template is None:
+        return Answer.WORDS, "the template cannot be outlined"
+    try:
+        pieces = pieces_of(joined(template.generate(with_slots(context, premises))))
+    except LookedError as looked:
+        return Answer.WORDS, f"the template looks at a text: {looked}"
+    # That is the proof; two renderings are to show that it is one.
+    for filling in _FILLINGS:
+        texts = [filling.format(slot=slot) for slot in range(len(context["messages"]))]
+        if not premises.hold(texts):
+            return Answer.WORDS, "the template looks for something that the fillings hold"
+        made = "".join(piece if isinstance(piece, str) else piece.of(texts) for piece in pieces)
+        if _render(known, with_texts(context, texts))[1] != made:
+            return Answer.WORDS, "the outline is not what the template writes"
+    return Answer.OUTLINE, outline(pieces, premises)
+
+
+_FILLINGS: Final = ("\n {slot}w\u00e9 \n<b>1\t", "x{slot}\n\n y")
+"""A text for each slot, with white space around it and without."""
 
 
 class _LimitError(Exception):

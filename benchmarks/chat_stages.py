@@ -1,0 +1,179 @@
+"""Where the time of chat rows goes on the way from a file to stored tokens, stage by stage.
+
+    python benchmarks/chat_stages.py --files rows.jsonl more.json --templates chatml path/to/mine.jinja
+
+For each file under each template: megabytes of its text a second of processor time, for each stage alone and for the
+whole way. The stages are those of `luthier.data.prepare`, in its order and in batches of its size, on one thread:
+
+- parse: a file's rows read twice, as a run does, once to find those that cannot be read;
+- render: messages to texts, the template's process included (its processor time is read from /proc);
+- tokenise: texts to ids and spans;
+- weights: where answers stand, and the weight and the role of each token;
+- check: what must hold of every row, looked at again;
+- pack: digests of rows, and the arrays on the disk.
+
+The tokenizer is that of --model (a folder or a hub id), by default the small base model that ships with luthier.
+`alone` is the tokenizers library on the same text, nothing else being done. Rows that a template refuses count as text
+but not in full as work, so a template that refuses many seems quick: see `kept`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from startup_tokens import PIECE, texts
+
+from luthier.core.errors import DataError
+from luthier.data.checks import check_rendered
+from luthier.data.conversation import Row
+from luthier.data.findings import digests
+from luthier.data.intake import BATCH_ROWS
+from luthier.data.prepare import Reading, make_renderer, sources_of
+from luthier.data.reading.rows import open_source
+from luthier.data.rendering.rendered import Rendered
+from luthier.data.rendering.renderer import Renderer
+from luthier.data.token_store import TokenStore
+from luthier.data.tokenizer import Tokenizer
+
+STAGES = ("parse", "render", "tokenise", "weights", "check", "pack")
+
+
+class Clock:
+    """Processor seconds of each stage: this process's, and in `render` also the template's."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.process_time()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.process_time() - began
+
+
+def text_bytes(path: Path) -> tuple[int, list[str]]:
+    """Bytes of text in the rows of a file, and the texts in pieces, as the library is given them alone."""
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text("utf-8"))
+        found = [text for row in rows for text in _strings(row)]
+    else:
+        found = list(texts(path))
+    pieces = [text[start : start + PIECE] for text in found for start in range(0, len(text), PIECE)]
+    return sum(len(text.encode()) for text in found), pieces
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One file under one template, nothing cached."""
+    clock = Clock()
+    reading = Reading(template=template, over_length="drop", max_tokens=4096)
+    renderer, _ = make_renderer(tokenizer, reading)
+    (source,) = sources_of(path, reading)
+    with clock.stage("parse"):
+        for _ in open_source(source).items:
+            pass
+    before = _process_seconds(renderer)
+    items = open_source(source).items
+    kept: list[Rendered] = []
+    rows = 0
+    while True:
+        with clock.stage("parse"):
+            batch = [item for item in islice(items, BATCH_ROWS) if isinstance(item, Row)]
+        if not batch:
+            break
+        rows += len(batch)
+        kept += _views(batch, renderer, clock)
+    clock.seconds["render"] += _process_seconds(renderer) - before
+    if tokenizer.words is not None:
+        tokenizer.words.forget()
+    with clock.stage("pack"), tempfile.TemporaryDirectory() as folder:
+        for view in kept:
+            digests([view])
+        if kept:
+            TokenStore.open_or_build(lambda _: (view for view in kept), renderer, key="k", folder=Path(folder))
+    renderer.template.close()
+    size, pieces = text_bytes(path)
+    began = time.process_time()
+    tokenizer.raw.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+    alone = time.process_time() - began
+    speeds = {name: round(size / 1e6 / max(spent, 1e-9), 2) for name, spent in clock.seconds.items()}
+    whole = sum(clock.seconds.values())
+    return {
+        "file": path.name,
+        "template": Path(template).stem,
+        "rows": rows,
+        "kept": len(kept),
+        "text_mb": round(size / 1e6, 2),
+        **speeds,
+        "whole": round(size / 1e6 / whole, 2),
+        "alone": round(size / 1e6 / max(alone, 1e-9), 2),
+    }
+
+
+def _views(batch: list[Row], renderer: Renderer, clock: Clock) -> list[Rendered]:
+    with clock.stage("render"):
+        staged = [renderer.stage(row) for row in batch]
+        renderer.foresee([one for one in staged if one.asks])
+    with clock.stage("tokenise"):
+        renderer.encode_ahead(staged)
+    kept: list[Rendered] = []
+    for one in staged:
+        with clock.stage("weights"):
+            made = renderer.finish(one)
+        if isinstance(made, DataError):
+            continue
+        with clock.stage("check"):
+            sound = not any(check_rendered(view, renderer, one.row) for view in made)
+        kept += made if sound else []
+    return kept
+
+
+def _process_seconds(renderer: Renderer) -> float:
+    """Processor seconds of the template's process so far; 0 where there is no /proc, or no process."""
+    pid = renderer.template.pid
+    try:
+        after_name = Path(f"/proc/{pid}/schedstat").read_text("ascii").split()
+    except OSError:
+        return 0.0
+    return int(after_name[0]) / 1e9
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="seedling", help="whose tokenizer: a folder or a hub id")
+    parser.add_argument("--files", type=Path, nargs="+", required=True, help="data files of conversations")
+    parser.add_argument("--templates", nargs="+", default=["instruction", "chatml"], help="names, or .jinja files")
+    parser.add_argument("--repetitions", type=int, default=1, help="the best of so many is shown")
+    args = parser.parse_args()
+    folder = Path(sys.modules["luthier"].__path__[0]) / "assets" / "seedling"
+    tokenizer = Tokenizer.load(folder if args.model == "seedling" else args.model)
+    columns = ("file", "template", "rows", "kept", "text_mb", *STAGES, "whole", "alone")
+    print("  ".join(f"{name:>9}" for name in columns))
+    for path in args.files:
+        for template in args.templates:
+            lines = [measured(path, template, tokenizer) for _ in range(args.repetitions)]
+            best = {name: max(line[name] for line in lines) for name in columns}
+            print("  ".join(f"{str(best[name])[-24:]:>9}" for name in columns), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
