@@ -10,17 +10,21 @@ template <typename Kind, typename T> struct Plain {
     const T* weight;
     const T* bias;
     int64_t size, outs;
-    static constexpr bool LINES = sizeof(T) == sizeof(Number);
+    static constexpr bool LINES = true, AS_IT_IS = sizeof(T) == sizeof(Number);
+    static constexpr int together(int rows) { return AS_IT_IS ? 1 : rows == 1 ? 4 : 2; }
     struct Line {
-        const Number* from;
-        Vector at(int64_t k) const { return Kind::load(from + k); }
-        void fetch(int64_t k) const { fetch_once(reinterpret_cast<const char*>(from + k) + AHEAD); }
+        const T* from;
+        Vector at(int64_t k) const {
+            if constexpr (AS_IT_IS) return Kind::load(reinterpret_cast<const Number*>(from + k));
+            else return widened(from + k);
+        }
+        void fetch(int64_t k, int64_t ahead) const { fetch_once(reinterpret_cast<const char*>(from + k) + ahead); }
     };
-    Line line(int64_t out) const { return {reinterpret_cast<const Number*>(weight + out * size)}; }
+    Line line(int64_t out) const { return {weight + out * size}; }
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const T* own = weight + first * size + from;
-        if constexpr (sizeof(T) == sizeof(Number)) {
+        if constexpr (AS_IT_IS) {
             if (until <= size && count == OUTS) {
                 const T* next = first + 2 * OUTS <= outs ? own + OUTS * size : nullptr;
                 return {reinterpret_cast<const Number*>(own), size, reinterpret_cast<const Number*>(next)};

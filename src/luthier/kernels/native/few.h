@@ -38,6 +38,29 @@ struct Halves {
 };
 #endif
 
+// A vector of floats from what is kept: floats, bfloat16 numbers, or whole numbers of eight bits.
+static inline Vector widened(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+static inline Vector widened(const bf16* from) {
+    typedef uint16_t Kept __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(4 * LANES)));
+    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Kept*>(from), Wide) << 16);
+}
+#if defined(__AVX512F__)
+static inline Vector widened(const int8_t* from) {
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+#elif defined(__AVX2__)
+static inline Vector widened(const int8_t* from) {
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+}
+#else
+static inline Vector widened(const int8_t* from) {
+    typedef int8_t Kept __attribute__((vector_size(LANES), aligned(1), may_alias));
+    typedef int32_t Wide __attribute__((vector_size(4 * LANES)));
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Kept*>(from), Wide), Vector);
+}
+#endif
+
 // How rows of a type are multiplied.
 template <typename T> struct KindOf { typedef Floats Kind; };
 #if defined(__AVX512BF16__)
@@ -55,6 +78,14 @@ static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
     const __m512 parts = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
     const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(parts), 1));
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(parts), upper);
+    Four found;
+    _mm_storeu_ps(found.at, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    return found;
+}
+#elif defined(__AVX2__)
+static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
+    const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+    const __m256 halves = _mm256_hadd_ps(ab, cd);
     Four found;
     _mm_storeu_ps(found.at, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
     return found;
@@ -96,13 +127,15 @@ template <typename Kind, typename T> struct FewRows {
 };
 
 constexpr int64_t OUTS = 4;           // rows of W at once
-constexpr int64_t GROUP = 4;          // rows of x at once
+constexpr int64_t LINE_ROWS = 4;      // rows of x, at most, for which W is read row by row
+constexpr int64_t GROUP = LANES == 16 ? 4 : 3;  // rows of x at once otherwise: with OUTS rows of W their sums fill the registers
 constexpr int64_t PIECE = 1024;       // numbers of a row at once: with OUTS rows they stay in the nearest cache
 constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once, and the most where there is much of it
 constexpr int64_t MOST = 512 << 10;
 constexpr int64_t SHARES = 6;         // parts that a weight is at least taken in, if these are not too small
 constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread is not worth waking
 constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
+constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and are not longer: those after them
 
 static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
 
@@ -168,27 +201,43 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const typen
     }
 }
 
-// A row of W with ROWS rows of x, into every OUTS-th of `sums`. `line.at(k)` is a vector of the row.
-template <typename Kind, int ROWS, typename Line>
-static inline void line_dots(const Line& line, const typename Kind::Number* x, int64_t x_stride, int64_t count,
-                             Vector* sums) {
-    Vector own[ROWS];
-    for (int r = 0; r < ROWS; r++) own[r] = Vector{};
+// TOGETHER rows of W with ROWS rows of x, into every OUTS-th of `sums`. `line.at(k)` is a vector of a row. Each sum waits
+// for the one before it: where a vector is small, or takes long to make, other rows fill that time.
+template <typename Kind, int ROWS, int TOGETHER, typename Source>
+static inline void line_dots(const Source& source, int64_t first, const typename Kind::Number* x, int64_t x_stride,
+                             int64_t count, Vector* sums) {
+    typename Source::Line each[TOGETHER];
+    for (int t = 0; t < TOGETHER; t++) each[t] = source.line(first + t);
+    const int64_t block = TOGETHER * source.row_bytes();
+    const int64_t ahead = TOGETHER > 1 && block <= BLOCK_AHEAD ? block : AHEAD;
+    Vector own[TOGETHER][ROWS];
+    for (int t = 0; t < TOGETHER; t++)
+        for (int r = 0; r < ROWS; r++) own[t][r] = Vector{};
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
-        line.fetch(k);
-        const Vector right = line.at(k);
-        for (int r = 0; r < ROWS; r++) own[r] = Kind::dot(own[r], right, Kind::load(x + r * x_stride + k));
+        Vector right[TOGETHER];
+        for (int t = 0; t < TOGETHER; t++) {
+            each[t].fetch(k, ahead);
+            right[t] = each[t].at(k);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            const Vector left = Kind::load(x + r * x_stride + k);
+            for (int t = 0; t < TOGETHER; t++) own[t][r] = Kind::dot(own[t][r], right[t], left);
+        }
     }
-    for (int r = 0; r < ROWS; r++) sums[r * OUTS] = own[r];
+    for (int t = 0; t < TOGETHER; t++)
+        for (int r = 0; r < ROWS; r++) sums[r * OUTS + t] = own[t][r];
 }
 
-// OUTS rows of W from `first` on, the first `count` of which are there, one after another with a group of rows of x.
+// OUTS rows of W from `first` on, the first `count` of which are there, a few after another with a group of rows of x.
 template <typename Kind, int ROWS, typename T, typename Source>
 __attribute__((noinline)) static void lines_dots(const Source& source, const FewRows<Kind, T>& x, int64_t first,
                                                  int64_t count, Vector* sums) {
-    for (int64_t o = 0; o < count; o++)
-        line_dots<Kind, ROWS>(source.line(first + o), x.at, x.stride, x.whole, sums + o);
-    for (int64_t o = count; o < OUTS; o++)
+    constexpr int TOGETHER = Source::together(ROWS);
+    int64_t o = 0;
+    for (; o + TOGETHER <= count; o += TOGETHER)
+        line_dots<Kind, ROWS, TOGETHER>(source, first + o, x.at, x.stride, x.whole, sums + o);
+    for (; o < count; o++) line_dots<Kind, ROWS, 1>(source, first + o, x.at, x.stride, x.whole, sums + o);
+    for (; o < OUTS; o++)
         for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = Vector{};
 }
 
@@ -236,7 +285,7 @@ static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t ou
     const int64_t blocks = (outs + OUTS - 1) / OUTS, row_bytes = source.row_bytes();
     const int64_t taken = std::min(MOST, std::max(LEAST, outs * row_bytes / SHARES));
     const int64_t share = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
-    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= GROUP;
+    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS;
     const auto work = [&](int64_t part, int member) {
         auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);

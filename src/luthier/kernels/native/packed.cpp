@@ -8,14 +8,16 @@ namespace {
 
 // Whole numbers of eight bits with a scale for each row, which is multiplied in at the end.
 template <typename Number> static inline void whole_numbers(const int8_t* from, int64_t count, Number* to) {
-    for (int64_t i = 0; i < count; i++) to[i] = narrow<Number>(float(from[i]));
+    int64_t i = 0;
+    if constexpr (sizeof(Number) == sizeof(float))
+        for (; i + LANES <= count; i += LANES) *reinterpret_cast<Vector*>(to + i) = widened(from + i);
+    for (; i < count; i++) to[i] = narrow<Number>(float(from[i]));
 }
 #if defined(__AVX512BF16__)
 template <> inline void whole_numbers<bf16>(const int8_t* from, int64_t count, bf16* to) {
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + i))));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + i + 16))));
+        const __m512 low = (__m512)widened(from + i), high = (__m512)widened(from + i + LANES);
         _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
     for (; i < count; i++) to[i] = narrow<bf16>(float(from[i]));
@@ -32,16 +34,10 @@ static inline void fetch(const void* from, int64_t bytes) {
 }
 
 // A vector of numbers as they are multiplied.
-template <typename Kind> static inline Vector vector_of(const int8_t* from) {
-    Vector found;
-    for (int i = 0; i < LANES; i++) found[i] = float(from[i]);
-    return found;
-}
+template <typename Kind> static inline Vector vector_of(const int8_t* from) { return widened(from); }
 #if defined(__AVX512BF16__)
 template <> inline Vector vector_of<Halves>(const int8_t* from) {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16))));
-    return (Vector)_mm512_cvtne2ps_pbh(high, low);
+    return (Vector)_mm512_cvtne2ps_pbh((__m512)widened(from + LANES), (__m512)widened(from));
 }
 #endif
 
@@ -51,12 +47,13 @@ template <typename Kind> struct Bytes {
     const float* scales;
     int64_t size, outs;
     static constexpr bool LINES = true;
+    static constexpr int together(int rows) { return rows == 1 ? 4 : 2; }
     struct Line {
         const int8_t* from;
         Vector at(int64_t k) const { return vector_of<Kind>(from + k); }
-        void fetch(int64_t k) const {
-            // Two vectors of them lie in one line of the cache.
-            if (k % 64 == 0) fetch_once(from + k + AHEAD);
+        void fetch(int64_t k, int64_t ahead) const {
+            // Some vectors of them lie in one line of the cache.
+            if (k % 64 == 0) fetch_once(from + k + ahead);
         }
     };
     Line line(int64_t out) const { return {codes + out * size}; }

@@ -20,7 +20,7 @@ constexpr int LANES = 4, TILE_ROWS = 6, TILE_VECTORS = 3;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
