@@ -24,7 +24,7 @@ struct Floats {
     typedef float Number;
     static constexpr int WIDE = LANES;
     static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-    static inline Vector dot(Vector sum, Vector a, Vector b) { return sum + a * b; }
+    static inline Vector dot(Vector sum, Vector a, Vector b) { return fused(sum, a, b); }
 };
 
 #if defined(__AVX512BF16__)

@@ -24,12 +24,26 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 #include <immintrin.h>
 #endif
 
+// sum + a b, rounded once where the processor can: a compiler that is left to choose takes two roundings in one loop and
+// one in another, and then a row's sums would depend on how many rows are beside it.
+#if defined(__AVX512F__)
+static inline Vector fused(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+static inline Vector fused(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
+#else
+static inline Vector fused(Vector sum, Vector a, Vector b) { return sum + a * b; }
+#endif
+
 // A step of k as it is packed: one float, or two bfloat16 numbers, the lower one first.
 struct Single {
     typedef float Word;
     static constexpr int NUMBERS = 1;
     static inline Vector add(Vector sum, const Word* row, Word factor) {
-        return sum + factor * *reinterpret_cast<const Vector*>(row);
+        return fused(sum, *reinterpret_cast<const Vector*>(row), Vector{} + factor);
     }
     static inline Word word(float number) { return number; }
 };
