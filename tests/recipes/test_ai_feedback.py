@@ -253,7 +253,7 @@ def test_pairs_are_sampled_by_an_engine(asked: Path, llama: Path, tmp_path: Path
         recipe = validate(AiFeedbackRecipe, {**values, "rollouts": {"engine": knobs}})
         plan = ai_feedback.plan_feedback(recipe)
         assert plan["speaker"] == f"{llama} at {engine.url}"
-        run = RunDirectory(tmp_path)
+        run = RunDirectory(tmp_path, run_id="x", created="")
         say = feedback.Teller(Silent())
         whole = ai_feedback._answered(recipe, run, say, lambda waits: None)
         bodies = [body for path, _, body in engine.asked if path == "/v1/completions" and not body.get("echo")]

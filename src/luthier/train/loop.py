@@ -167,7 +167,7 @@ class Loop:
                 better = self._evaluate(state)
         if last or _due(state.step, self.cadence.sample_every):
             self._sample(state)
-        state.unseen = 0
+        state.unseen = False
         asked = self.wants_save is not None and self.wants_save()
         if better or last or asked or _due(state.step, self.cadence.save_every):
             self._save(state, best=better)
@@ -186,7 +186,7 @@ class Loop:
             yield
         except LuthierError:
             if state.step and self.saved_step != state.step:
-                state.unseen = 1
+                state.unseen = True
                 self._save(state, best=False)
                 self._tell(self.keeper.finish())
             raise

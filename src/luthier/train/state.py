@@ -32,12 +32,15 @@ TENSORS = "state.safetensors"
 NUMBERS = "state.json"
 
 
+_OWED = "owed"
+
+
 @dataclass
 class LoopState:
     """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact.
 
-    `metrics` are an objective's own, of the first evaluation and of the best one. `unseen` is a step that was saved
-    before what follows it (evaluation, samples), because whoever was asked there was away.
+    `metrics` are an objective's own, of the first evaluation and of the best one, and none of one that is owed: see
+    `unseen`.
     """
 
     step: int = 0
@@ -59,12 +62,22 @@ class LoopState:
     micro_tokens: int = 0
     events_bytes: int = 0
     samples_bytes: int = 0
-    unseen: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def cursor(self) -> Cursor:
         return Cursor(self.epoch, self.used)
+
+    @property
+    def unseen(self) -> bool:
+        """Whether the step was saved before what follows it (evaluation, samples), as whoever was asked was away."""
+        return _OWED in self.metrics
+
+    @unseen.setter
+    def unseen(self, owed: bool) -> None:
+        self.metrics.pop(_OWED, None)
+        if owed:
+            self.metrics[_OWED] = {}
 
 
 @final
@@ -214,8 +227,6 @@ def _read_numbers(folder: Path) -> _Numbers:
 def _loop(saved: Mapping[str, Any]) -> LoopState:
     """The loop's numbers. Raises ValueError when one is missing, not known, or of another kind."""
     expected = {field.name: str(field.type) for field in fields(LoopState)}
-    # Of before this was kept.
-    saved = {"unseen": 0, **saved}
     if differing := expected.keys() ^ saved.keys():
         raise ValueError(f"other numbers of the loop: {', '.join(sorted(differing))[:200]}")
     loop: dict[str, Any] = {key: _number(value) for key, value in saved.items() if key != "metrics"}
