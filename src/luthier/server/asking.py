@@ -149,7 +149,7 @@ def _prompts(serving: Serving, body: CompletionBody) -> list[Ints]:
 
 
 def _ids(serving: Serving, tokens: Sequence[int]) -> Ints:
-    if any(token >= serving.tokenizer.vocabulary_size for token in tokens):
+    if tokens and max(tokens) >= serving.tokenizer.vocabulary_size:
         raise DataError(f"the prompt has the token {max(tokens)}",
                         allowed=f"tokens below {serving.tokenizer.vocabulary_size}")  # fmt: skip
     return np.array(tokens, np.int32)

@@ -79,14 +79,12 @@ class _Answer:
 
     async def chunks(self, ticket: Ticket) -> AsyncIterator[Sequence[bytes]]:
         """The answer as it grows."""
-        frame = Frame({**self.head, "object": "chat.completion.chunk"})
+        frame = Frame({**self.head, "object": "chat.completion.chunk"}, _said)
         yield [frame(_piece(index, {"role": "assistant", "content": ""})) for index in range(len(self.voices))]
         try:
             while news := await ticket.news():
                 self.clock.heard()
-                made = [frame(choice) for each in merged(news) for choice in self._grown(each)]
-                if made:
-                    yield made
+                yield [piece for each in merged(news) for piece in self._grown(frame, each)]
         finally:
             self.serving.metrics.said += self.said
         options = self.body.stream_options
@@ -100,22 +98,27 @@ class _Answer:
             return [text] if text else []
         return reader.push(text) + (reader.end() if news.ended else [])
 
-    def _grown(self, news: News) -> Sequence[Part]:
-        voice = self.voices[news.choice]
+    def _grown(self, frame: Frame, news: News) -> list[bytes]:
+        """The pieces that news of a choice make."""
+        voice, index = self.voices[news.choice], news.choice
+        if not news.ended and not self.body.logprobs and self.readers[index] is None:
+            text = voice.push(news)
+            voice.taken()
+            return [frame.text(index, text)] if text else []
         made: list[dict[str, Any]] = []
         for piece in self._heard(news):
-            delta: dict[str, Any] = {"content": piece}
             if isinstance(piece, Called):
-                delta = {"tool_calls": [piece.as_plain(self.told[news.choice])]}
-                self.told[news.choice] += 1
-            made.append(_piece(news.choice, delta))
+                made.append(_piece(index, {"tool_calls": [piece.as_plain(self.told[index])]}))
+                self.told[index] += 1
+            else:
+                made.append(_said(index, piece))
         said = voice.taken()
         if self.body.logprobs and said:
-            made = made or [_piece(news.choice, {})]
+            made = made or [_piece(index, {})]
             made[-1]["logprobs"] = chat_log_probs(self.serving.tokenizer, said)
         if voice.ended:
-            made.append(_piece(news.choice, {}, self._reason(news.choice)))
-        return made
+            made.append(_piece(index, {}, self._reason(index)))
+        return [frame(choice) for choice in made]
 
     def _choice(self, index: int, found: Sequence[str | Called]) -> Part:
         calls = [one.as_plain() for one in found if isinstance(one, Called)]
@@ -133,6 +136,11 @@ class _Answer:
     def _reason(self, index: int) -> str:
         reader, voice = self.readers[index], self.voices[index]
         return "tool_calls" if reader is not None and reader.calls and voice.ended == "stop" else voice.ended
+
+
+def _said(index: int, text: str) -> dict[str, Any]:
+    """A piece of a choice that is text."""
+    return _piece(index, {"content": text})
 
 
 def _piece(index: int, delta: Part, reason: str | None = None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any, final
 
@@ -76,6 +77,11 @@ class _Prompt:
         text = self.voices[news.choice].push(news)
         return "" if self.body.max_tokens == 0 else text
 
+    def plain(self, index: int) -> bool:
+        """Whether the next piece of a choice is its text and nothing else, if it is not the last."""
+        body = self.body
+        return body.logprobs is None and not body.return_token_ids and (self.begun[index] or not body.echo)
+
     def choice(self, index: int, text: str, *, ended: bool) -> Part:
         """A choice, or a piece of one, with the tokens since the last."""
         voice, known, first = self.voices[index], self.body.logprobs, not self.begun[index]
@@ -88,7 +94,7 @@ class _Prompt:
             self.serving.tokenizer, said, at=at, top=known > 0, as_ids=bool(self.body.return_tokens_as_token_ids)
         )  # fmt: skip
         reason = "length" if self.body.max_tokens == 0 else voice.ended
-        made = {"index": self.first + index, "text": text, "logprobs": told, "finish_reason": reason if ended else None}
+        made = _piece(self.first + index, text, told, reason if ended else None)
         return {**made, **self._ids(index, first=first)} if self.body.return_token_ids else made
 
     def _ids(self, index: int, *, first: bool) -> Part:
@@ -137,22 +143,20 @@ class _Answer:
 
     async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[bytes]]:
         """The answers as they grow, those of several prompts side by side."""
-        frame = Frame(self.head)
-        grown = self._one(*tickets) if len(tickets) == 1 else self._several(tickets)
+        frame = Frame(self.head, _piece)
         try:
-            async for prompt, news in grown:
-                prompt.clock.heard()
-                yield [frame(choice) for each in merged(news) if (choice := self._grown(prompt, each))]
+            if len(tickets) == 1:
+                while news := await tickets[0].news():
+                    yield self._grown(frame, self.prompts[0], news)
+            else:
+                async with aclosing(self._several(tickets)) as several:
+                    async for prompt, found in several:
+                        yield self._grown(frame, prompt, found)
         finally:
-            await grown.aclose()
             self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
         options = self.body.stream_options
         if options is not None and options.include_usage:
             yield [frame.last(self.usage())]
-
-    async def _one(self, ticket: Ticket) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
-        while news := await ticket.news():
-            yield self.prompts[0], news
 
     async def _several(self, tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
         waiting = {
@@ -171,11 +175,24 @@ class _Answer:
             for task in waiting:
                 task.cancel()
 
-    def _grown(self, prompt: _Prompt, news: News) -> Part | None:
-        text = prompt.heard(news)
-        if not text and not news.ended and (self.body.logprobs is None or not news.said):
-            return None
-        return prompt.choice(news.choice, text, ended=bool(news.ended))
+    def _grown(self, frame: Frame, prompt: _Prompt, news: Sequence[News]) -> list[bytes]:
+        """The pieces that news of a prompt's choices make."""
+        prompt.clock.heard()
+        made = []
+        for each in merged(news):
+            text = prompt.heard(each)
+            if each.ended or not prompt.plain(each.choice):
+                if text or each.ended or (self.body.logprobs is not None and each.said):
+                    made.append(frame(prompt.choice(each.choice, text, ended=bool(each.ended))))
+            elif text:
+                prompt.voices[each.choice].taken()
+                made.append(frame.text(prompt.first + each.choice, text))
+        return made
+
+
+def _piece(index: int, text: str, told: Part | None = None, reason: str | None = None) -> dict[str, Any]:
+    """A choice, or a piece of one."""
+    return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
 
 def _is_text(body: CompletionBody) -> bool:

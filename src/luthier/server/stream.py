@@ -18,6 +18,8 @@ from luthier.server.ticket import Ticket
 
 T = TypeVar("T")
 Chunks = AsyncIterator[Sequence[bytes]]
+_MARK = "\ue000text\ue001"
+"""A text that stands for the text of a piece; whatever the head of an answer holds, it is the last one there."""
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -63,10 +65,23 @@ def event(values: Mapping[str, Any]) -> bytes:
 
 @final
 class Frame:
-    """The events of one answer: what is the same in all of them is written once."""
+    """The events of one answer: what is the same in all of them is written once.
 
-    def __init__(self, head: Mapping[str, Any]) -> None:
+    `plain` makes the piece of a choice that is a text and nothing else.
+    """
+
+    def __init__(self, head: Mapping[str, Any], plain: Callable[[int, str], Mapping[str, Any]]) -> None:
         self._start = f'data: {_dump(head)[:-1]},"choices":['
+        self._plain = plain
+        self._around: dict[int, tuple[str, str]] = {}
+
+    def text(self, index: int, text: str) -> bytes:
+        """What `self(plain(index, text))` is, with nothing but the text written anew."""
+        around = self._around.get(index)
+        if around is None:
+            before, after = self(self._plain(index, _MARK)).decode().rsplit(_dump(_MARK), 1)
+            around = self._around[index] = before, after
+        return f"{around[0]}{_dump(text)}{around[1]}".encode()
 
     def __call__(self, choice: Mapping[str, Any]) -> bytes:
         """A piece of one choice."""

@@ -49,7 +49,7 @@ class Ticket:
         self._news: list[News] = []
         self._left = self.unended = request.choices
         self._error: LuthierError | None = None
-        self._wake = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
         self._begun = False
 
     async def news(self) -> list[News]:
@@ -59,8 +59,8 @@ class Ticket:
                 raise type(self._error)(self._error.received, allowed=self._error.allowed, do=self._error.do)
             if self._left <= 0:
                 return []
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiting = self._desk.loop.create_future()
+            await self._waiting
         news, self._news = self._news, []
         return news
 
@@ -95,7 +95,8 @@ class Ticket:
 
     def wake(self) -> None:
         """Let the reader see what there is; on the event loop."""
-        self._wake.set()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def fail(self, error: LuthierError) -> None:
         """The request is over, and why; on the event loop."""
@@ -103,7 +104,7 @@ class Ticket:
         if not self.accepted.done():
             self.accepted.set_exception(self._error)
             self.accepted.exception()
-        self._wake.set()
+        self.wake()
 
     @property
     def over(self) -> bool:
