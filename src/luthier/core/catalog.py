@@ -59,9 +59,15 @@ def modules(family: str) -> dict[str, str]:
         for path in sorted((ROOT / family).glob("*.py"))
         if not path.stem.startswith("_")
     }
-    for entry in importlib.metadata.entry_points(group=f"luthier.{family}"):
+    for entry in _entry_points().select(group=f"luthier.{family}"):
         found.setdefault(entry.name, entry.module)
     return found
+
+
+@cache
+def _entry_points() -> importlib.metadata.EntryPoints:
+    """Those of all packages. Read once: to find them, Python looks into each package that is installed."""
+    return importlib.metadata.entry_points()
 
 
 def names(family: str) -> list[str]:
