@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import choice, did_you_mean
@@ -65,8 +65,8 @@ def modules(family: str) -> dict[str, str]:
 
 
 @cache
-def _entry_points() -> importlib.metadata.EntryPoints:
-    """Those of all packages. Read once: to find them, Python looks into each package that is installed."""
+def _entry_points() -> Any:
+    """Those of all packages, of a type that changed with Python 3.12. Read once: Python looks into each package."""
     return importlib.metadata.entry_points()
 
 
