@@ -173,6 +173,9 @@ class _Form:
         return grammars.regex(self.regex) if self.regex else grammars.choices(self.one_of)
 
 
+_SCHEMA = 'write one JSON schema into it, such as {"type": "object", "required": ["name"]}'
+
+
 def _schema(path: Path | None) -> dict[str, object] | None:
     if path is None:
         return None
@@ -181,9 +184,9 @@ def _schema(path: Path | None) -> dict[str, object] | None:
     try:
         found = json_module.loads(path.read_text("utf-8"))
     except (ValueError, UnicodeDecodeError) as failure:
-        raise DataError(f"{path} is no JSON: {failure}", allowed="a JSON schema", where=str(path)) from None
+        raise DataError(f"it is no JSON: {failure}", where=str(path), do=_SCHEMA) from None
     if not isinstance(found, dict):
-        raise DataError(f"{path} holds a {type(found).__name__}", allowed="a JSON object: a schema", where=str(path))
+        raise DataError(f"it holds a {type(found).__name__}", where=str(path), do=_SCHEMA)
     return found
 
 

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from luthier.core.events import plain
 from luthier.core.units import bytes_text, count_text, duration_text, percent_text, rate_text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from luthier.recipes.inspect_data import Measured
 
 ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "blue", "tool": "yellow", "text": "white"}
@@ -32,11 +33,16 @@ def print_json(values: Mapping[str, Any]) -> None:
 
 def console_of() -> Console:
     """Stdout. What is printed are facts, so brackets are no markup and no line is cut or broken in a pipe."""
+    # Here and below: most commands print lines and JSON, and are done before rich would be imported.
+    from rich.console import Console
+
     return Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def print_table(table: Table) -> None:
     """A table with whole cells: folded to the terminal, as wide as they are where there is none."""
+    from rich.console import Console
+
     console = console_of()
     piped = not console.is_terminal and "COLUMNS" not in os.environ
     (Console(highlight=False, markup=False, width=WIDE) if piped else console).print(table, soft_wrap=False)
@@ -52,6 +58,8 @@ def print_plan(origins: Sequence[tuple[str, Any, str]], plan: Mapping[str, Any])
 
 def print_origins(origins: Sequence[tuple[str, Any, str]]) -> None:
     """The resolved recipe with the origin of each value."""
+    from rich.text import Text
+
     table = _table("key", "value", "origin", title="recipe")
     for key, value, origin in origins:
         table.add_row(key, Text(str(value)), Text(origin, style="dim" if origin == "default" else "bold"))
@@ -146,6 +154,8 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         typer.echo("no runs here yet; start one with: luthier demo")
         return
+    from rich.text import Text
+
     table = _table("run", "state", "model", "adapter", "step", "before", "after")
     for row in rows:
         cells = [row["name"], row["state"], row["model"], row["adapter"], str(row["step"])]
@@ -155,6 +165,8 @@ def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
     """The doctor's findings."""
+    from rich.text import Text
+
     console = console_of()
     for check in checks:
         mark, style = MARKS[check["state"]]
@@ -163,6 +175,8 @@ def print_checks(checks: Sequence[Mapping[str, str]]) -> None:
 
 def print_rows(shown: Mapping[str, Any]) -> None:
     """Rows as coloured text: trained tokens stand out, context is dim, special tokens are visible."""
+    from rich.text import Text
+
     console = console_of()
     for file in shown["files"]:
         console.print(_format_line(file), style="dim")
@@ -189,6 +203,8 @@ def print_rows(shown: Mapping[str, Any]) -> None:
 
 def _legend(*, coloured: bool) -> Text:
     """How trained tokens are told from context."""
+    from rich.text import Text
+
     if not coloured:
         return Text("each row in full, then the part that is trained; the rest is context and carries no loss")
     roles = [part for role, style in ROLE_STYLES.items() for part in (" ", (role, f"dim {style}"))]
@@ -230,6 +246,8 @@ def _format_line(file: Mapping[str, str]) -> str:
 
 
 def _table(*names: str, title: str | None = None) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None)
     for name in names:
         table.add_column(name, overflow="fold")

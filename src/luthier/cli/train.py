@@ -44,10 +44,10 @@ def train(
         _refuse_busy(recipe, set_ or [], run)
     with uncollected():
         from luthier.recipes.bench import lay_out
-        from luthier.recipes.domain_adaptation import names_adaptation
         from luthier.recipes.finetune import start
         from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
         from luthier.recipes.schemas.files import load_recipe
+        from luthier.recipes.schemas.kinds import names_adaptation
         from luthier.recipes.schemas.several import names_several
 
     if names_adaptation(recipe):

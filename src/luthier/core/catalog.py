@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import choice, did_you_mean
@@ -59,9 +59,15 @@ def modules(family: str) -> dict[str, str]:
         for path in sorted((ROOT / family).glob("*.py"))
         if not path.stem.startswith("_")
     }
-    for entry in importlib.metadata.entry_points(group=f"luthier.{family}"):
+    for entry in _entry_points().select(group=f"luthier.{family}"):
         found.setdefault(entry.name, entry.module)
     return found
+
+
+@cache
+def _entry_points() -> Any:
+    """Those of all packages, of a type that changed with Python 3.12. Read once: Python looks into each package."""
+    return importlib.metadata.entry_points()
 
 
 def names(family: str) -> list[str]:

@@ -99,7 +99,9 @@ def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
         return [replace(inner, path=path + inner.path) for inner in cause.problems]
     if isinstance(cause, LuthierError):
         return [Problem("", path, f": {cause.cause()}" if path else cause.cause(), cause.do)]
-    return [Problem("", path, f": {error['input']!r} is not allowed: {error['msg'][:1].lower()}{error['msg'][1:]}")]
+    # A recipe has mappings; what Python calls them is no help.
+    why = f"{error['msg'][:1].lower()}{error['msg'][1:]}".replace("a valid dictionary", "a mapping: {key: value}")
+    return [Problem("", path, f": {error['input']!r} is not allowed: {why}")]
 
 
 def fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

@@ -22,6 +22,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.yaml_text import parse, parse_value
 
 ENVIRONMENT_PREFIX: Final = "LUTHIER_SET__"
+_OF_ROWS: Final = (".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 DEFAULT: Final = "default"
 """The origin of what nobody wrote down."""
 _ALIASES: Final = Path(__file__).with_name("aliases.toml")
@@ -79,6 +80,9 @@ def read_layers(
 
 def read_layer(file: Path, *, known: Collection[str] = ()) -> Layer:
     """The layer of a YAML file."""
+    if file.suffix in _OF_ROWS and file.is_file():
+        raise RecipeError(f"{file} is a data file", allowed="a recipe, in YAML",
+                          do=f"write one with: luthier init recipe.yaml --data {file} --model MODEL")  # fmt: skip
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final, final
 
 import yaml
@@ -47,8 +48,7 @@ def parse(text: str, *, name: str) -> Parsed:
     if len(text) > _MOST_CHARACTERS:
         raise RecipeError(f"{len(text):,} characters", allowed=f"at most {_MOST_CHARACTERS:,}", where=name)
     try:
-        _check_events(text, name)
-        node = yaml.compose(text, Loader=_Loader)
+        node = _composed(text, name)
     except yaml.MarkedYAMLError as failure:
         where = _address(name, failure.problem_mark or failure.context_mark)
         raise RecipeError(f"not valid YAML: {failure.problem or failure.context}", where=where) from None
@@ -94,6 +94,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {  # noqa: RUF012  # the name and the place are PyYAML's
         None: [(_TAG + kind, pattern) for kind, (pattern, _) in _SCALARS.items()]
     }
+
+
+@lru_cache(maxsize=16)
+def _composed(text: str, name: str) -> yaml.Node | None:
+    """The nodes of a text. Kept: a command asks a recipe several things, each of which reads the file."""
+    _check_events(text, name)
+    return yaml.compose(text, Loader=_Loader)
 
 
 def _check_events(text: str, name: str) -> None:

@@ -114,6 +114,19 @@ def read_bytes(path: Path, *, most: int) -> bytes:
         return file.read(most + 1)
 
 
+def no_model_but(files: ModelFiles) -> str:
+    """What somebody meant who named a run or an adapter where a model belongs, and what to do; "" for anything else."""
+    from luthier.store.runs import is_run
+
+    if files.folder is None:
+        return ""
+    if is_run(files.folder):
+        return f"it is a run: name its base, or make a model of it: luthier export {files.folder} --out DIR"
+    if (files.folder / "adapter_config.json").is_file():
+        return f"it is an adapter: name its run, or its base and --adapter {files.folder}"
+    return ""
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[FileIO, int]]:
     """A regular file, unbuffered, and its size.

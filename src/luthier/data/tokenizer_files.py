@@ -16,7 +16,7 @@ from typing import Any, Final
 from tokenizers import AddedToken
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, UnsafeArtifactError
-from luthier.data.hub import ModelFiles, read_bytes
+from luthier.data.hub import ModelFiles, no_model_but, read_bytes
 from luthier.data.strict_json import Place, decode_text, excerpt
 
 MAX_TOKENIZER: Final = 256 * 1024 * 1024
@@ -99,7 +99,8 @@ def _no_tokenizer(files: ModelFiles) -> LuthierError:
     older = [name for name in names if name.startswith(("vocab.", "merges.", "spiece.")) or name.endswith(".model")]
     return MissingError(
         f"there is no tokenizer.json in {files.source!r}" + (f" (it has {', '.join(older[:3])})" if older else ""),
-        do="convert the tokenizer once with transformers' save_pretrained, or take a version that has a tokenizer.json",
+        do=no_model_but(files)
+        or "convert the tokenizer once with transformers' save_pretrained, or take a version that has a tokenizer.json",
     )
 
 

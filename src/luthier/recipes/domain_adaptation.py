@@ -30,7 +30,6 @@ from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.files import write_json
 from luthier.store.runs import MODEL, RunDirectory, is_run
 
-ADAPTATION: Final = "domain_adaptation"
 FOUND: Final = "adaptation.json"
 MERGED: Final = "merged"
 
@@ -58,14 +57,6 @@ class AdaptationRecipe(Knobs):
     metric: str = Field(LIKELIHOOD, description="what they are measured by: likelihood, or a metric of their answers")
     allow_worse: bool = Field(False, description="whether a merge that is worse than its best parent is kept")
     run: str = Field(description="folder for all stages and the result")
-
-
-def names_adaptation(path: Path) -> bool:
-    """Whether a recipe file tells this story."""
-    try:
-        return read_layers(path, known=("recipe",)).values.get("recipe") == ADAPTATION
-    except RecipeError:
-        return False
 
 
 def load_adaptation(path: Path, *, overrides: list[str], run: Path | None) -> AdaptationRecipe:

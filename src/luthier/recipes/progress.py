@@ -6,13 +6,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any, final
 
 from luthier.core.events import Event, Recorder
 from luthier.core.units import count_text, duration_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 LINES = 20
 """About how many lines a run prints where nobody watches a terminal."""
@@ -21,16 +22,20 @@ LINES = 20
 @contextmanager
 def progress(*, quiet: bool = False, notices: Sequence[str] = ()) -> Iterator[Recorder]:
     """A recorder that shows what happens while the block runs."""
-    # Paths and notices may hold brackets and be long: no markup, and a line stays one line where nobody sees a width.
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if quiet:
         yield Silent()
         return
+    from rich.console import Console
+
+    # Paths and notices may hold brackets and be long: no markup, and a line stays one line where nobody sees a width.
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     for notice in notices:
         console.print(f"note: {notice}", style="yellow")
     if not console.is_terminal:
         yield Lines(console)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -20,8 +20,9 @@ def resolve_source(source: str) -> str:
         return str(Path(__file__).resolve().parents[2] / "assets" / "seedling")
     place = Path(name).expanduser()
     if place.is_file():
-        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling",
-                           do=f"name the folder it lies in: {place.parent}")  # fmt: skip
+        of_a_model = place.suffix in (".safetensors", ".json")
+        do = f"name the folder it lies in: {place.parent}" if of_a_model else "name a folder that holds a config.json"
+        raise MissingError(f"{name} is a file", allowed="a model folder, a hub id, or seedling", do=do)
     if place.exists():
         return str(place)
     # A hub id has one slash at most; anything else can only have meant a folder.

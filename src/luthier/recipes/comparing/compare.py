@@ -203,6 +203,7 @@ def require_methods(text: str) -> list[str]:
     """The methods of a list with commas. Raises RecipeError when there is none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise RecipeError(f"--methods is {text!r}", allowed="names with commas between them, such as lora,ia3")
+        raise RecipeError(f"--methods is {text!r}", allowed="names with commas between them",
+                          do="for example --methods lora,ia3; without --methods all are compared")  # fmt: skip
     return names
 
