@@ -131,7 +131,7 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
 def _views(batch: list[Row], renderer: Renderer, clock: Clock) -> list[Rendered]:
     with clock.stage("render"):
         staged = [renderer.stage(row) for row in batch]
-        renderer.foresee([one for one in staged if one.asks])
+        renderer.foresee(staged)
     with clock.stage("tokenise"):
         renderer.encode_ahead(staged)
     kept: list[Rendered] = []

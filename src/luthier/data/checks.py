@@ -39,6 +39,7 @@ from luthier.data.kind_checks import (
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.seq2seq import Seq2SeqRenderer
+from luthier.data.rendering.spans import alike
 
 _EXCERPT = 8
 """Tokens shown where a row and what inference feeds part."""
@@ -110,7 +111,8 @@ def _paths(view: Rendered) -> Iterator[Rendered]:
 def _trained(view: Rendered) -> Finding:
     if not (len(view.tokens) == len(view.weights) == len(view.roles) == len(view.spans)):
         return "trained", "tokens, weights, roles and spans have different lengths", "report this as a defect"
-    if not np.isfinite(view.weights).all() or (view.weights < 0).any():
+    # No number compares with NaN.
+    if len(view.weights) and not (view.weights.min() >= 0 and view.weights.max() < np.inf):
         return "trained", "a loss weight is negative or not finite", "give weights of 0 or more"
     # The first token carries no loss whatever its weight: nothing predicts it.
     if not np.count_nonzero(view.weights[1:]):
@@ -129,6 +131,8 @@ def _stops(view: Rendered, renderer: Renderer) -> Finding:
     known = renderer.stop_ids
     for start, stop in turns:
         tokens = view.tokens[start:stop].tolist()
+        if renderer.train_on != "all" and tokens[-1] in known and known.isdisjoint(tokens[:-1]):
+            continue  # as almost always; all of a run has weight
         stops = [index for index, token in enumerate(tokens, start) if token in known and view.weights[index] > 0]
         if not stops or (renderer.train_on != "all" and stops != [stop - 1]):
             end = renderer.tokenizer.decode(view.tokens[max(start, stop - 4) : stop])
@@ -226,7 +230,7 @@ def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> F
         before = prompt = view.tokens[:start]
         while answers:
             prompt = _ids(renderer, conversation, messages, answers.pop(0))
-            if np.array_equal(prompt, before) or (_cut(view, renderer) and _is_end(before, prompt, renderer)):
+            if alike(prompt, before) or (_cut(view, renderer) and _is_end(before, prompt, renderer)):
                 break
         else:
             return _differs(prompt, before, renderer)
@@ -257,11 +261,11 @@ def _cut(view: Rendered, renderer: Renderer) -> bool:
 def _is_end(before: Ints, prompt: Ints, renderer: Renderer) -> bool:
     head = 1 if renderer.tokenizer.adds_bos and int(before[0]) == renderer.tokenizer.bos_id else 0
     kept = before[head:]
-    return len(kept) <= len(prompt) and bool(np.array_equal(prompt[len(prompt) - len(kept) :], kept))
+    return len(kept) <= len(prompt) and alike(prompt[len(prompt) - len(kept) :], kept)
 
 
 def _begins(prompt: Ints, tokens: Ints) -> bool:
-    return bool(np.array_equal(tokens[: len(prompt)], prompt))
+    return alike(tokens[: len(prompt)], prompt)
 
 
 def _empty(span: Ints) -> bool:

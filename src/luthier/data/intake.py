@@ -88,9 +88,9 @@ class Intake:
             waiting: _Batch | None = None
             for items in self._batches():
                 staged = [item if isinstance(item, DataError) else self._renderer.stage(item) for _, item in items]
+                asked = self._renderer.fill([one for one in staged if isinstance(one, Staged)])
                 # The template's process works on the next rows while these become tokens.
-                wanted = [one for one in staged if isinstance(one, Staged) and one.asks]
-                ahead = thread.submit(self._renderer.foresee, wanted) if wanted else None
+                ahead = thread.submit(self._renderer.ask, asked) if asked else None
                 if waiting is not None:
                     yield from self._finished(waiting, self._renderer)
                 waiting = _Batch([file for file, _ in items], staged, ahead)

@@ -40,7 +40,7 @@ from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
 from luthier.data.rendering.shown import Notice, Shown, show
-from luthier.data.rendering.spans import closed, lead, leading, message_weights, role_of_each
+from luthier.data.rendering.spans import alike, closed, lead, leading, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
 from luthier.data.tokenizer import Tokenizer
@@ -243,7 +243,7 @@ class CausalRenderer(ClassRenderer):
         starts: list[int] = []
         for answer in view.answers:
             prompt = self._encode(view.text[: answer.start], _quiet)[0]
-            if not np.array_equal(tokens[: len(prompt)], prompt):
+            if not alike(tokens[: len(prompt)], prompt):
                 break
             starts.append(len(prompt))
         if len(starts) < len(view.answers):

@@ -4,7 +4,7 @@ Idea: which tokens a row becomes depends on what the model is: a causal decoder 
 (`encoder.py`), an encoder-decoder (`seq2seq.py`). What is asked of them is the same: views of a row, or its error with
 an address; what was counted, and how to take a row's share back; the classes that were seen; what a prompt looks like.
 
-Use it through `render`; for many rows: stage each, foresee all of them at once (in another thread, if that helps),
+Use it through `render`; for many rows: stage each, foresee all of them at once (`ask` may be in another thread),
 encode all of them ahead, finish each in its turn.
 """
 
@@ -20,7 +20,7 @@ from luthier.data.conversation import Content, Meaning, Message, Row
 from luthier.data.forest import Ints
 from luthier.data.rendering.classes import Classes
 from luthier.data.rendering.counts import RenderCounts
-from luthier.data.rendering.outline import Outlines
+from luthier.data.rendering.outline import Asked, Outlines
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.template import Template
 from luthier.data.rendering.turns import Stage, placed
@@ -61,11 +61,6 @@ class Staged:
     def stages(self) -> Stages:
         """What the template will be asked for: one conversation, one for each answer to a prompt, or none."""
         return self.ready if isinstance(self.ready, tuple) else ()
-
-    @property
-    def asks(self) -> bool:
-        """Whether the template will be asked for it."""
-        return bool(self.stages)
 
 
 class Renderer(ABC):
@@ -143,8 +138,15 @@ class Renderer(ABC):
         return Staged(row, row.content, ())
 
     def foresee(self, staged: Sequence[Staged]) -> None:
-        """Have the template asked once, ahead, for what these rows will need."""
-        asked = self._outlines.give(stage for one in staged for stage in one.stages)
+        """Make what these rows will need of the template, once, ahead."""
+        self.ask(self.fill(staged))
+
+    def fill(self, staged: Sequence[Staged]) -> list[Asked]:
+        """Hand these rows all that outlines say (see `outline.py`). Returns what the template has to be asked for."""
+        return self._outlines.give(stage for one in staged for stage in one.stages)
+
+    def ask(self, asked: Sequence[Asked]) -> None:
+        """Hand rows what the template makes of them."""
         try:
             outcomes = self.template.render_many([wanted for _, _, wanted in asked]) if asked else []
         except TemplateError:

