@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from luthier.data.forest import Forest, Segment, Tree, pack, row_tree
 from luthier.model.running import blocks
-from luthier.model.running.executor import run_segments, run_unrolled
+from luthier.model.running.executor import run_segments
+from luthier.model.running.unrolled import run_unrolled
 from tests import forests
 from tests.forests import ARCHITECTURES
 from tests.tiny import WINDOW

@@ -21,7 +21,8 @@ from luthier.model.editing.edits import EditedModule, base_parameters
 from luthier.model.files.adapter_files import check_base
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.running.executor import run_segments, run_unrolled
+from luthier.model.running.executor import run_segments
+from luthier.model.running.unrolled import run_unrolled
 from luthier.train.result import save_result
 from tests import forests
 

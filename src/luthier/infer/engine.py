@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import final
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.forest import Ints
+from luthier.infer.asked import Asked, Turn, as_spoken
 from luthier.infer.beams import Search
 from luthier.infer.continuation import Continuation
 from luthier.infer.drafts import Drafting, from_the_text
@@ -48,36 +46,6 @@ class Pool(ABC):
     @abstractmethod
     def key(self, name: str) -> Hashable:
         """What tells this adapter from another that had its name before."""
-
-
-@dataclass
-class _Asked:
-    """A request on its way: its choices, those that wait for the first to have read the prompt, what is held back."""
-
-    request: Request
-    choices: list[Continuation]
-    followers: list[Continuation] = field(default_factory=list)
-    search: Search | None = None
-    open: set[int] = field(default_factory=set)
-    told: bool = False
-    held: dict[int, list[News]] = field(default_factory=dict)
-
-
-@final
-@dataclass(frozen=True)
-class _Turn:
-    """A continuation that may speak: row `row` of the logits of a pass is what comes after its text, and the next ones
-    what comes after each token of its draft."""
-
-    continuation: Continuation
-    passed: Float[Tensor, "n V"]
-    row: int
-    draft: tuple[int, ...] = ()
-
-    @property
-    def logits(self) -> Float[Tensor, "d V"]:
-        """Its own rows."""
-        return self.passed[self.row : self.row + 1 + len(self.draft)]
 
 
 @final
@@ -108,7 +76,7 @@ class Engine:
         self.drafting = drafting
         self._gate = Gate(model, room, reads_text=decode is not None, pooled=pool is not None)
         self._reader: Reader | None = None
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
         self._news: list[News] = []
         self._next = self._drafted = self._agreed = 0
 
@@ -196,7 +164,7 @@ class Engine:
                 if news.failure is not None:
                     raise news.failure
                 told[news.request].setdefault(news.choice, []).append(news)
-        return [[_as_spoken(choices[choice]) for choice in sorted(choices)] for choices in told.values()]
+        return [[as_spoken(choices[choice]) for choice in sorted(choices)] for choices in told.values()]
 
     def _add(self, request: Request, *, draw: int) -> int:
         if self.pool is None or not request.adapter:
@@ -214,7 +182,7 @@ class Engine:
         if self._reader is None:
             self._reader = self._gate.reader()
         number, self._next = self._next, self._next + 1
-        asked = _Asked(request, [])
+        asked = Asked(request, [])
         count = 1 if request.beams > 1 else max(request.choices, request.best_of)
         for choice in range(count):
             asked.choices.append(self._continuation(number, choice, request, draw=draw + choice))
@@ -236,9 +204,9 @@ class Engine:
             drafter=self.drafting(request, draw) if request.drafts else None,
         )  # fmt: skip
 
-    def _with_twins(self, reading: Reading) -> list[_Turn]:
+    def _with_twins(self, reading: Reading) -> list[Turn]:
         """Those that speak now, twins of them that begin here included, each with what it may say."""
-        turns: list[_Turn] = []
+        turns: list[Turn] = []
         drafts = reading.drafts or [()] * len(reading.continuations)
         for each, rows, draft in zip(reading.continuations, reading.rows, drafts, strict=True):
             asked = self._asked[each.number]
@@ -247,13 +215,13 @@ class Engine:
                 self._news.append(News(each.number, each.choice, prompt=tuple(each.prompt_said)))
                 asked.told = True
             running = [twin for twin in twins if self._reader is not None and self._reader.fork(each, twin)]
-            turns.append(_Turn(each, reading.logits, rows.start, draft))
-            turns += [_Turn(twin, reading.logits, rows.start) for twin in running]
+            turns.append(Turn(each, reading.logits, rows.start, draft))
+            turns += [Turn(twin, reading.logits, rows.start) for twin in running]
         return turns
 
-    def _say(self, turns: Sequence[_Turn]) -> None:
+    def _say(self, turns: Sequence[Turn]) -> None:
         """A token for each, or several where a draft was right; beams only learn what they may say."""
-        plain: list[_Turn] = []
+        plain: list[Turn] = []
         for turn in turns:
             asked = self._asked.get(turn.continuation.number)
             if asked is not None and asked.search is not None:
@@ -265,7 +233,7 @@ class Engine:
             if turn.draft:
                 self._choose_drafted(turn)
 
-    def _bounded(self, turn: _Turn) -> bool:
+    def _bounded(self, turn: Turn) -> bool:
         """Whether its guide has said what may come next; one that fails ends its own request and no other."""
         each = turn.continuation
         try:
@@ -275,7 +243,7 @@ class Engine:
             return False
         return True
 
-    def _choose(self, turns: Sequence[_Turn]) -> None:
+    def _choose(self, turns: Sequence[Turn]) -> None:
         # Of a request that has failed nobody says anything more.
         turns = [turn for turn in turns if turn.continuation.number in self._asked]
         if not turns:
@@ -296,7 +264,7 @@ class Engine:
         for turn, token in zip(turns, said, strict=True):
             self._tell(turn.continuation, token)
 
-    def _choose_drafted(self, turn: _Turn) -> None:
+    def _choose_drafted(self, turn: Turn) -> None:
         each, number = turn.continuation, turn.continuation.number
         if number not in self._asked:
             return
@@ -362,39 +330,14 @@ class Engine:
         if asked.open:
             return
         if asked.request.best_of:
-            self._send_best(each.number, asked)
+            self._news += asked.best(each.number)
         self._close(each.number, asked)
 
-    def _close(self, number: int, asked: _Asked) -> None:
+    def _close(self, number: int, asked: Asked) -> None:
         del self._asked[number]
         if self.pool is not None and asked.request.adapter:
             self.pool.release(asked.request.adapter)
 
     def _send(self, news: News) -> None:
-        asked = self._asked[news.request]
-        if asked.request.best_of:
-            asked.held.setdefault(news.choice, []).append(news)
-        else:
+        if self._asked[news.request].passes(news):
             self._news.append(news)
-
-    def _send_best(self, number: int, asked: _Asked) -> None:
-        """Of all that were made the likeliest, by the mean log-probability of a token, as choices 0, 1 and so on."""
-        def mean(choice: int) -> float:
-            log_probs = asked.choices[choice].chooser.log_probs
-            return sum(log_probs) / max(1, len(log_probs))
-
-        best = sorted(asked.held, key=lambda choice: (-mean(choice), choice))[: asked.request.choices]
-        for place, choice in enumerate(best):
-            held = asked.held[choice]
-            said = tuple(one for news in held for one in news.said)
-            self._news.append(News(number, place, said, held[-1].ended))
-
-
-def _as_spoken(told: Sequence[News]) -> Spoken:
-    said = [each for news in told for each in news.said]
-    return Spoken(
-        np.array([each.token for each in said], dtype=np.int32),
-        [each.log_prob for each in said],
-        told[-1].ended,
-        tuple(each.likeliest for each in said if each.likeliest),
-    )

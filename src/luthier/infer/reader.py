@@ -27,7 +27,8 @@ from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attending.attention import ForestPlan, Root
 from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, routes_over
-from luthier.model.running.executor import flat_hidden, logits_of
+from luthier.model.running.executor import flat_hidden
+from luthier.model.running.scoring import logits_of
 
 PROMPT_ROWS: Final = 32
 """Rows of a prompt whose logits are looked at together: beside 150,000 words they are memory."""

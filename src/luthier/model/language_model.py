@@ -32,15 +32,16 @@ from luthier.model.editing.sites import Sites, find_sites
 from luthier.model.editing.thin_terms import TermKeeper
 from luthier.model.editing.token_rows import ADD_ROWS
 from luthier.model.editing.value_head import ValueHead, value_head_of
-from luthier.model.packed import packing_of
 from luthier.model.routes import Parts, Routes, parts_of, routes_over
-from luthier.model.running.executor import AnyHead, Executor, run_segments, run_unrolled, seen_root
+from luthier.model.running.executor import Executor, run_segments, seen_root
 from luthier.model.running.guests import Guest, require_guests, sole
 from luthier.model.running.head import edited_head, head_of
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.parts import Loss, Part, backward_in_parts
 from luthier.model.running.probing import probe
+from luthier.model.running.scoring import AnyHead
 from luthier.model.running.task_executor import probe_task, run_task, task_head_of
+from luthier.model.running.unrolled import run_unrolled
 from luthier.model.running.zoo_head import head_modules, new_parts, tempered
 from luthier.model.tasks import CAUSAL, Task
 
@@ -262,23 +263,7 @@ class LanguageModel:
             raise RecipeError(f"{name!r} cannot name an attachment", allowed="an unused name without dots")
         edits = [*edits, *new_parts(edits, self.sites, self.task, self.fresh)]
         attachment = Attachment(name, edits, named_only=named_only)
-        if named_only and attachment.trains_base:
-            raise RecipeError(
-                f"{name!r} trains the model's own weights, which are the same for all rows",
-                allowed="adapters beside the weights for rows that name them",
-            )
-        for others in self.attachments.values():
-            if (attachment.trains_base and others.trains_base) or set(attachment.new_parts) & set(others.new_parts):
-                raise RecipeError(
-                    f"{name!r} and {others.name!r} would train the same parameters of the model",
-                    allowed="one at a time",
-                )
-        if attachment.trains_base and any(packing_of(each) is not None for each in self.module.parameters()):
-            raise RecipeError(
-                f"{name!r} trains the model's own parameters, and its weights are packed",
-                allowed="adapters beside the weights, such as lora",
-                do="use a model that is not quantized",
-            )
+        surgery.require_apart(attachment, self.attachments.values(), self.module)
         surgery.put_on(self.module, attachment)
         self.attachments[name] = attachment
         for edit in edits:

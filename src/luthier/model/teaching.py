@@ -28,8 +28,10 @@ from luthier.kernels.head import Head
 from luthier.kernels.torch_backend import wide
 from luthier.maths.divergences import Comparison, divergences
 from luthier.model.language_model import LanguageModel
-from luthier.model.running.executor import AnyHead, long, outputs_of, predicting_states, unrolled_states
+from luthier.model.running.executor import predicting_states
 from luthier.model.running.outputs import TokenOutputs
+from luthier.model.running.scoring import AnyHead, long, outputs_of
+from luthier.model.running.unrolled import unrolled_states
 from luthier.model.running.zoo_head import FeatureHead, tempered
 
 CHUNK_ROWS = 64

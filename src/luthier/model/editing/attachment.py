@@ -8,7 +8,7 @@ their edits apply in the order in which they came.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import final
 
@@ -26,6 +26,7 @@ from luthier.model.editing.edits import (
     inner_module,
     module_at,
 )
+from luthier.model.packed import packing_of
 
 PEFT_PREFIX = "base_model.model."
 ROOT_PREFIX = "base_model."
@@ -135,6 +136,28 @@ def _digest(named: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def require_apart(attachment: Attachment, others: Iterable[Attachment], model: nn.Module) -> None:
+    """Raise RecipeError unless `attachment` can train beside `others`, and what it trains of `model` can be trained."""
+    name, trains_base = attachment.name, attachment.trains_base
+    if attachment.active.named_only and trains_base:
+        raise RecipeError(
+            f"{name!r} trains the model's own weights, which are the same for all rows",
+            allowed="adapters beside the weights for rows that name them",
+        )
+    for other in others:
+        if (trains_base and other.trains_base) or set(attachment.new_parts) & set(other.new_parts):
+            raise RecipeError(
+                f"{name!r} and {other.name!r} would train the same parameters of the model",
+                allowed="one at a time",
+            )
+    if trains_base and any(packing_of(each) is not None for each in model.parameters()):
+        raise RecipeError(
+            f"{name!r} trains the model's own parameters, and its weights are packed",
+            allowed="adapters beside the weights, such as lora",
+            do="use a model that is not quantized",
+        )
 
 
 def put_on(model: nn.Module, attachment: Attachment) -> None:

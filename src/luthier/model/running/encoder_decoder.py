@@ -26,8 +26,9 @@ from luthier.model.attending.attention import ForestPlan, Memory
 from luthier.model.attending.relative_bias import by_segment
 from luthier.model.editing.edits import LearnedPrompt, LearnedRoot, routed
 from luthier.model.routes import Routes
-from luthier.model.running.executor import AnyHead, long, outputs_of, score, seen_keys_values
+from luthier.model.running.executor import seen_keys_values
 from luthier.model.running.outputs import TokenOutputs
+from luthier.model.running.scoring import AnyHead, long, outputs_of, score
 
 READERS = ("EncDecAttention", "encoder_attn", "crossattention")
 """What the zoo calls the attention of a decoder over an encoder's states."""

@@ -28,8 +28,9 @@ from luthier.model.editing.edits import LearnedRoot
 from luthier.model.editing.value_head import ValueHead
 from luthier.model.routes import Routes, whole
 from luthier.model.running.blocks import Blocks
-from luthier.model.running.executor import AnyHead, flat_hidden, long, outputs_of, score, seen_root
+from luthier.model.running.executor import flat_hidden, seen_root
 from luthier.model.running.outputs import LossReport, TokenOutputs
+from luthier.model.running.scoring import AnyHead, long, outputs_of, score
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
 Part = tuple[Forest, TokenOutputs, LossReport]

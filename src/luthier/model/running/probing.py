@@ -18,8 +18,10 @@ from luthier.model.attending.attention import NAME, ForestPlan
 from luthier.model.attending.block_mask import MaskedAttention, MaskedCall, plain_attention
 from luthier.model.attending.kept import AttentionCall
 from luthier.model.running.blocks import Blocks
-from luthier.model.running.executor import AnyHead, Executor, flat_hidden, paths, run_segments, run_unrolled
+from luthier.model.running.executor import Executor, flat_hidden, run_segments
 from luthier.model.running.head import head_of
+from luthier.model.running.scoring import AnyHead
+from luthier.model.running.unrolled import paths, run_unrolled
 
 PROBE_TOLERANCE = 2e-2
 """Largest difference of a log-probability between executors that rounding in bfloat16 explains."""

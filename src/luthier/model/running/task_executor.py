@@ -25,9 +25,10 @@ from luthier.model.attending.attention import NAME
 from luthier.model.editing.edits import LearnedRoot
 from luthier.model.running import encoder_decoder
 from luthier.model.running.blocks import Blocks
-from luthier.model.running.executor import AnyHead, Entry, Executor, long, outputs_of, predicting_states, score
+from luthier.model.running.executor import Entry, Executor, predicting_states
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.probing import apart, attention_calls, tolerance
+from luthier.model.running.scoring import AnyHead, long, outputs_of, score
 from luthier.model.running.zoo_head import FeatureHead, task_head, zoo_logits
 from luthier.model.tasks import Task, kind_of
 
