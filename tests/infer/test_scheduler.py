@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -27,25 +28,32 @@ LONGEST = 3 + 12 + 8
 
 
 class Memory:
-    """What is written in each slot of each page, and what a text must find there."""
+    """What is written in each slot of each page of each store, and what a text must find there."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.slots: dict[int, tuple[object, ...]] = {}
+        self.slots: dict[tuple[int, int], tuple[object, ...]] = {}
         self.adapters: dict[int, str] = {}
 
-    def slot(self, each: Continuation, place: int) -> int:
-        size = self.scheduler.room.page
-        return each.pages[place // size - each.passed] * size + place % size
+    def slot(self, each: Continuation, store: int, place: int) -> tuple[int, int]:
+        size, table = self.scheduler.room.page, each.tables[store]
+        assert place // size - table.passed >= 0
+        return store, table.pages[place // size - table.passed] * size + place % size
 
     def read(self, part: Part) -> None:
         each = part.continuation
-        for place in range(part.start, part.stop):
-            self.slots[self.slot(each, place)] = self.expected(each, place)
-        # All that it sees is there: its own, and nobody else's.
-        window = self.scheduler.window
-        for place in range(0 if window is None else max(0, part.start + 1 - window), part.stop):
-            assert self.slots[self.slot(each, place)] == self.expected(each, place)
+        for store, window in enumerate(self.scheduler.stores.windows):
+            for place in range(part.start, part.stop):
+                self.slots[self.slot(each, store, place)] = self.expected(each, place)
+            # All that it sees is there: its own, and nobody else's.
+            for place in range(0 if window is None else max(0, part.start + 1 - window), part.stop):
+                assert self.slots[self.slot(each, store, place)] == self.expected(each, place)
+
+    def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        size = self.scheduler.room.page
+        for store, (page, to) in enumerate(copies):
+            for within in range(size):
+                self.slots[store, to * size + within] = self.slots.get((store, page * size + within), ())
 
     def expected(self, each: Continuation, place: int) -> tuple[object, ...]:
         return (self.adapters[each.number], *each.tokens(0, place + 1).tolist())
@@ -56,13 +64,14 @@ class Memory:
 def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject) -> None:
     """Breaks when a page is shared that should not be, a place is skipped, or a text starves."""
     page = data.draw(st.integers(1, 5))
-    window = data.draw(st.none() | st.integers(1, 12))
+    windows = data.draw(st.sampled_from([[None], [None, 1], [None, 9, 2]]) | st.lists(st.integers(1, 12), min_size=1))
+    windows = sorted(set(windows), key=lambda each: (each is not None, -(each or 0)))
     room = Room(
-        tokens=data.draw(st.integers(24 if window is None else 6, 60)), page=page,
+        tokens=data.draw(st.integers(24 if windows[0] is None else 6, 60)), page=page,
         pass_tokens=data.draw(st.integers(1, 30)), rows=data.draw(st.integers(1, 6)),
     )  # fmt: skip
-    assume(room.holds(LONGEST, window))
-    scheduler = Scheduler(room, window=window)
+    assume(room.holds(LONGEST, windows[0]))
+    scheduler = Scheduler(room, windows=windows)
     memory = Memory(scheduler)
     # Few symbols, so that many begin alike.
     prompts = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=7))
@@ -84,7 +93,8 @@ def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject
         assert bool(parts) == bool(alive)
         for part in parts:
             assert part.start == part.continuation.done < part.stop <= part.continuation.length
-            assert len(part.continuation.pages) * page <= room.held(LONGEST, window)
+            for table, window in zip(part.continuation.tables, windows, strict=True):
+                assert len(table.pages) * page <= room.held(LONGEST, window)
         for part in parts:
             memory.read(part)
         for part in parts:
@@ -92,6 +102,16 @@ def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject
         for part in parts:
             each = part.continuation
             if part.speaks:
+                twin = continuation(each.number, each.request.prompt.tolist(), says=each.limit, root=each.root_tokens,
+                                    adapter=memory.adapters[each.number])  # fmt: skip
+                twin.said.extend(each.said)
+                if draw.random() < 0.1:
+                    memory.copy(scheduler.fork(each, twin))
+                    twin.said.append(draw.randrange(2))
+                    alive.append(twin)
+                    if len(twin.said) == twin.limit:
+                        scheduler.remove(twin)
+                        alive.remove(twin)
                 each.said.append(draw.randrange(2))
                 if len(each.said) == each.limit:
                     scheduler.remove(each)
@@ -102,7 +122,8 @@ def test_every_text_sees_its_own_keys_and_all_come_to_an_end(data: st.DataObject
         if not alive and not waiting:
             break
     assert not alive and not waiting and not scheduler.running and not scheduler.waiting
-    assert scheduler.pages.held == 0 and scheduler.pages.available == room.pages
+    for pages, window in zip(scheduler.stores.pages, windows, strict=True):
+        assert pages.held == 0 and pages.available == pages.count == room.pages_of(window)
 
 
 def test_whoever_speaks_goes_on_while_a_long_prompt_is_read_in_pieces() -> None:
@@ -128,7 +149,8 @@ def test_whoever_speaks_goes_on_while_a_long_prompt_is_read_in_pieces() -> None:
 def test_what_no_window_sees_any_more_is_free_while_a_text_grows() -> None:
     """Breaks when a text that is longer than all room takes more than its windows, or cannot begin."""
     room = Room(tokens=24, page=4, pass_tokens=512)
-    scheduler = Scheduler(room, window=10)
+    scheduler = Scheduler(room, windows=(10,))
+    (pages,) = scheduler.stores.pages
     assert Room(tokens=1).held(10**6, 4096) == 4096 + 512 + 16 and Room(tokens=1).held(100, 4096) == 112
     assert room.holds(10**6, 10) and not Room(tokens=12, page=4).holds(10**6, 10) and not room.holds(25, None)
     text = continuation(0, list(range(100)), says=60)
@@ -136,19 +158,19 @@ def test_what_no_window_sees_any_more_is_free_while_a_text_grows() -> None:
     held, pieces = [], []
     while len(text.said) < 60:
         (part,) = scheduler.plan()
-        held.append(scheduler.pages.held)
+        held.append(pages.held)
         pieces.append(part.stop - part.start)
         scheduler.read(part)
         text.said.extend([7] * part.speaks)
     assert max(held) <= room.pages and max(held[-59:]) <= 4 and pieces[0] == 12
-    assert text.done == 159 and text.passed == (159 + 1 - 10) // 4
+    assert text.done == 159 and text.tables[0].passed == (159 + 1 - 10) // 4
     scheduler.remove(text)
-    assert scheduler.pages.held == 0
+    assert pages.held == 0
     # Its last pages are found by one that begins with all of it, though its first ones are not there any more.
     again = continuation(1, [*range(100), *[7] * 60], says=1)
     scheduler.waiting.append(again)
     (part,) = scheduler.plan()
-    assert part.start == 156 and again.passed + len(again.pages) == 40
+    assert part.start == 156 and again.tables[0].stop == 40
 
 
 def test_a_room_without_a_page_is_refused() -> None:

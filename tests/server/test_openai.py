@@ -244,4 +244,5 @@ def test_models_tokens_and_numbers(client: OpenAI, server: Running, opened: Open
     numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(numbers["luthier_tokens_said_total"]) > 100 and float(numbers["luthier_running"]) == 0
     assert float(numbers["luthier_pages_held"]) == 0 and float(numbers["luthier_open"]) == 0
+    assert float(numbers["luthier_cache_bytes_held"]) == 0 < float(numbers["luthier_cache_bytes"])
     assert float(numbers["luthier_time_to_first_token_seconds_count"]) > 10

@@ -9,7 +9,7 @@ import numpy as np
 
 from luthier.data.forest import Ints
 from luthier.infer.drafts import Drafter
-from luthier.infer.pages import Name, first_name
+from luthier.infer.pages import Name, Table, first_name
 from luthier.infer.request import Request, Said
 from luthier.infer.sampler import Chooser
 from luthier.infer.text import Decode, TextStream
@@ -19,8 +19,8 @@ from luthier.infer.text import Decode, TextStream
 class Continuation:
     """`number` and `choice` say whose it is; places are those of a learned root, the prompt and the answer.
 
-    `pages` hold the keys of its first `done` places, save for `passed` pages that nothing of it sees any more; `names`
-    are those of its first full pages. `limit` is how many tokens it may say.
+    `tables` say where the keys of its first `done` places lie, in each store of pages, once it runs; `names` are those
+    of its first full pages. `limit` is how many tokens it may say.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class Continuation:
         stops = request.sampling.stop
         self._text = TextStream(decode, stops) if decode is not None and stops else None
         self._drafter = drafter
-        self.pages: list[int] = []
-        self.passed = 0
+        self.tables: list[Table] = []
         self.names: list[Name] = []
         self.done = 0
         self.prompt_said: list[Said] = []

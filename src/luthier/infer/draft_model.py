@@ -47,7 +47,8 @@ class DraftModel:
         self.vocabulary = vocabulary
         with torch.no_grad():
             # All pages are kept, windows or not: a draft that was wrong is read over.
-            self.layers = Layers(layers_of(model.module).widths, None)
+            widths = layers_of(model.module).widths
+            self.layers = Layers(widths, (None,) * len(widths))
 
     def __call__(self, request: Request, draw: int) -> Drafter:
         return _Ahead(self, request, draw)

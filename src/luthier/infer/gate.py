@@ -93,7 +93,9 @@ class Gate:
         needs = sorted((plain.held(places, window) for places, count in texts for _ in range(count)), reverse=True)
         wanted = sum(needs[:SPOKEN_ROWS])
         most = default_room(self.model, self.layers).tokens
-        return self._reader(Room(tokens=max(needs[0], min(wanted, most)), rows=SPOKEN_ROWS))
+        # Beams that split run beside those that they take the place of.
+        rows = sum(max(each.choices, each.best_of, 2 * each.beams if each.beams > 1 else 1) for each in requests)
+        return self._reader(Room(tokens=max(needs[0], min(wanted, most)), rows=min(SPOKEN_ROWS, rows)))
 
     @cached_property
     def layers(self) -> Layers:

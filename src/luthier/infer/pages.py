@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -21,6 +22,20 @@ from luthier.data.forest import Ints
 
 Name = bytes
 """What a full page holds: a digest of the adapter and of all tokens up to its last one."""
+
+
+@final
+@dataclass
+class Table:
+    """The pages of a text in their order, without the first `passed` ones, which nothing of it sees any more."""
+
+    pages: list[int] = field(default_factory=list)
+    passed: int = 0
+
+    @property
+    def stop(self) -> int:
+        """Behind which page it ends."""
+        return self.passed + len(self.pages)
 
 
 @final

@@ -7,6 +7,7 @@ lengths and adapters. Cohorts (cohorts.py) are for the others.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.data.forest import Span
-from luthier.infer.cache import Cache, Layers, PassKeys, paged
+from luthier.infer.cache import Cache, Layers, PassKeys, paged, rows_of
 from luthier.infer.continuation import Continuation
 from luthier.infer.sampler import log_probs_of
 from luthier.infer.scheduler import Part, Room, Scheduler
@@ -42,8 +43,8 @@ LONGEST: Final = 8192
 @dataclass(frozen=True)
 class Counts:
     """What a reader holds: continuations that wait and that run; pages there are, that are held, and that nobody holds
-    but may be found again; tokens that were read, and that were found read already; tokens of drafts that were looked
-    at, and that were right."""
+    but may be found again, in all stores together; tokens that were read, and that were found read already; tokens of
+    drafts that were looked at, and that were right; bytes of these pages, which differ from store to store."""
 
     waiting: int
     running: int
@@ -54,6 +55,9 @@ class Counts:
     reused: int = 0
     drafted: int = 0
     agreed: int = 0
+    bytes: int = 0
+    bytes_held: int = 0
+    bytes_kept: int = 0
 
 
 @final
@@ -76,15 +80,20 @@ class Reading:
 
 def default_room(model: LanguageModel, layers: Layers) -> Room:
     """Room for as many full contexts as run at once, as far as a share of the memory that is free now goes."""
-    numbers = sum(heads * (key + value) for heads, key, value in layers.widths)
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
     else:
         free = psutil.virtual_memory().available
-    room = Room(tokens=1)
-    most = room.rows * room.held(model.context_tokens or LONGEST, layers.window)
-    tokens = min(most, int(SHARE * free) // (numbers * model.dtype.itemsize))
-    return replace(room, tokens=max(tokens, room.page))
+    plain = Room(tokens=1)
+    most = plain.rows * plain.held(model.context_tokens or LONGEST, layers.window) // plain.page
+
+    def taken(pages: int) -> int:
+        room = replace(plain, tokens=pages * plain.page)
+        sizes = layers.page_bytes(room.page, model.dtype)
+        return sum(room.pages_of(window) * own for window, own in zip(layers.groups, sizes, strict=True))
+
+    pages = bisect_right(range(1, most + 1), int(SHARE * free), key=taken)
+    return replace(plain, tokens=max(1, pages) * plain.page)
 
 
 class Reader(ABC):
@@ -126,9 +135,10 @@ class PagedReader(Reader):
 
     def __init__(self, model: LanguageModel, room: Room, layers: Layers, *, mixed: bool) -> None:
         self.model = model
-        self.scheduler = Scheduler(room, window=layers.window)
+        self.scheduler = Scheduler(room, windows=layers.groups)
         self.mixed = mixed
-        self.cache = Cache(layers.widths, pages=room.pages, size=room.page, dtype=model.dtype, device=model.device)
+        pages = [each.count for each in self.scheduler.stores.pages]
+        self.cache = Cache(layers, pages=pages, size=room.page, dtype=model.dtype, device=model.device)
         self._roots: dict[str, Root | None] = {}
         self._read = 0
 
@@ -139,24 +149,28 @@ class PagedReader(Reader):
         self.scheduler.remove(each)
 
     def fork(self, source: Continuation, twin: Continuation) -> bool:
-        copied = self.scheduler.fork(source, twin)
-        if copied is not None:
-            self.cache.copy_page(*copied)
+        for group, (page, to) in enumerate(self.scheduler.fork(source, twin)):
+            self.cache.copy_page(group, page, to)
         return twin.done > 0
 
     def agree(self, each: Continuation) -> None:
         self.scheduler.agree(each)
 
     def forget(self) -> None:
-        self.scheduler.pages.forget()
+        self.scheduler.stores.forget()
         self._roots.clear()
 
     @property
     def counts(self) -> Counts:
-        one, pages = self.scheduler, self.scheduler.pages
+        one, stores = self.scheduler, self.scheduler.stores.pages
+        pages = np.array([(each.count, each.held, each.kept) for each in stores])
+        of_bytes = pages.T @ np.array(self.cache.page_bytes)
+        count, held, kept = pages.sum(0).tolist()
+        total, total_held, total_kept = of_bytes.tolist()
         return Counts(
-            len(one.waiting), len(one.running), pages.count, pages.held, pages.kept, self._read, one.reused
-        )
+            len(one.waiting), len(one.running), count, held, kept, self._read, one.reused,
+            bytes=total, bytes_held=total_held, bytes_kept=total_kept,
+        )  # fmt: skip
 
     def root(self, adapter: str) -> Root | None:
         """The learned root of an adapter as attention sees it, or of what is switched on."""
@@ -199,16 +213,11 @@ class PagedReader(Reader):
         root = self.root(each.request.adapter)
         stop = min(part.stop, root_tokens)
         if root is not None:
-            self.cache.put(self._rows(each, part.start, stop), root, part.start)
+            self.cache.put(rows_of([each.tables], [(part.start, stop)], self.cache), root, part.start)
         behind = Part(each, stop, part.stop)
         if behind.start == behind.stop:
             self.scheduler.read(Part(each, part.start, stop))
         return behind
-
-    def _rows(self, each: Continuation, start: int, stop: int) -> Tensor:
-        places, size = np.arange(start, stop), self.cache.size
-        pages = np.array(each.pages, dtype=np.int64)
-        return torch.from_numpy(pages[places // size - each.passed] * size + places % size).to(self.model.device)
 
     def _hidden(self, parts: Sequence[Part]) -> tuple[Float[Tensor, "m d"], dict[int, slice]]:
         """The final states that somebody looks at, and which of them are whose, by the part's identity.
@@ -228,16 +237,11 @@ class PagedReader(Reader):
             wanted.append(np.arange(start + count - kept, start + count))
             rows[id(part)] = slice(looked, looked + kept)
             start, looked = start + count, looked + kept
-        texts = paged(
-            [part.continuation.pages for part in parts],
-            # What its windows have passed is not there: who sees whom is a matter of distances.
-            [part.stop - part.continuation.passed * self.cache.size for part in parts],
-            [part.stop - part.start for part in parts],
-            self.cache,
-        )
-        where = torch.cat([self._rows(part.continuation, part.start, part.stop) for part in parts])
-        adapters = [part.continuation.request.adapter for part in parts]
+        tables = [part.continuation.tables for part in parts]
         counts, looked_at = [part.stop - part.start for part in parts], [len(each) for each in wanted]
+        texts = paged(tables, [part.stop for part in parts], counts, self.cache)
+        where = rows_of(tables, [(part.start, part.stop) for part in parts], self.cache)
+        adapters = [part.continuation.request.adapter for part in parts]
         routes = self._routes(adapters, counts)
         plan = ForestPlan(
             spans=(Span(0, start, ()),),

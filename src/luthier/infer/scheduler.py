@@ -4,8 +4,8 @@ Idea: whoever is speaking goes on, a token each; what is left of a pass goes to 
 new ones come in while there are pages for all of their prompt. Nobody waits for others to end. When pages run out, the
 one that came last gives all of its own back and reads again later; most of it is then still there, by name.
 A prompt whose beginning another one is just about to read waits for it, and then finds it there.
-Where every layer of a model sees no further back than a window, a text holds the pages that its next token may see; the
-others are free while it grows.
+Of layers that see no further back than a window, a text holds the pages that its next token may see; the others are
+free while it grows (stores.py).
 Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agrawal et al., arXiv 2308.16369; preemption
     by recomputation: Kwon et al., arXiv 2309.06180, section 4.5.
 """
@@ -13,6 +13,7 @@ Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agraw
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -21,7 +22,8 @@ import numpy as np
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.continuation import Continuation
-from luthier.infer.pages import Name, Pages, next_name
+from luthier.infer.pages import Name, next_name
+from luthier.infer.stores import Stores
 
 DRAFTED_ROWS: Final = 16
 """Drafts are looked at while a pass has no more rows than these: so many cost little more than one."""
@@ -30,7 +32,10 @@ DRAFTED_ROWS: Final = 16
 @final
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What generation may take: keys of `tokens` tokens in pages of `page`, `pass_tokens` a pass, `rows` at once."""
+    """What generation may take: keys of `tokens` tokens in pages of `page`, `pass_tokens` a pass, `rows` at once.
+
+    Layers that see less far back than others have so many pages at most, and no more than all rows together can use.
+    """
 
     tokens: int
     page: int = 16
@@ -44,8 +49,16 @@ class Room:
 
     @property
     def pages(self) -> int:
-        """How many pages there are."""
+        """How many pages there are, for the layers that see furthest back."""
         return -(-self.tokens // self.page)
+
+    def pages_of(self, window: int | None) -> int:
+        """How many pages there are for layers with such a window."""
+        if window is None:
+            return self.pages
+        # What a token sees lies in so many pages, wherever the first begins; and each new piece may begin one more.
+        seen = -(-(window + self.page - 1) // self.page)
+        return min(self.pages, self.rows * (seen + 1) + -(-self.pass_tokens // self.page))
 
     def held(self, places: int, window: int | None) -> int:
         """How much room a text of so many places takes at most, in whole pages; with a window it is what is seen."""
@@ -82,12 +95,11 @@ class Part:
 
 @final
 class Scheduler:
-    """Continuations that wait and that run, and their pages."""
+    """Continuations that wait and that run, and their pages: a store for each of the windows that layers have."""
 
-    def __init__(self, room: Room, *, window: int | None = None) -> None:
+    def __init__(self, room: Room, *, windows: Sequence[int | None] = (None,)) -> None:
         self.room = room
-        self.window = window
-        self.pages = Pages(room.pages, room.page)
+        self.stores = Stores(windows, [room.pages_of(window) for window in windows], room.page)
         self.waiting: deque[Continuation] = deque()
         self.running: list[Continuation] = []
         self.reused = 0
@@ -139,38 +151,27 @@ class Scheduler:
             at = len(each.names)
             name = next_name(each.last_name, each.tokens(at * size, (at + 1) * size))
             each.names.append(name)
-            self.pages.name(each.pages[at - each.passed], name)
+            self.stores.name(each.tables, at, name)
             if self._coming.get(name) is each:
                 del self._coming[name]
-        if gone := self._unseen(each.done) - each.passed:
-            self.pages.give_back(each.pages[:gone])
-            each.pages, each.passed = each.pages[gone:], each.passed + gone
+        self.stores.pass_by(each.tables, each.done)
 
-    def fork(self, source: Continuation, twin: Continuation) -> tuple[int, int] | None:
+    def fork(self, source: Continuation, twin: Continuation) -> Sequence[tuple[int, int]]:
         """Let `twin`, which says other things, run on from where `source` is: it holds the same pages.
 
-        Returns the page that is to be copied, and where to, when the last one is not full. A twin for which there is no
-        room waits like any other.
+        Returns for each store the page that is to be copied, and where to, when the last one is not full. A twin for
+        which there is no room waits like any other.
         """
-        if source not in self.running:
+        runs = source in self.running and len(self.running) < self.room.rows
+        found = self.stores.fork(source.tables, source.done) if runs else None
+        if found is None:
             self.waiting.append(twin)
-            return None
-        whole, rest = divmod(source.done, self.room.page)
-        page = self.pages.take() if rest and len(self.running) < self.room.rows else None
-        if len(self.running) >= self.room.rows or (rest and page is None):
-            self.waiting.append(twin)
-            return None
-        whole -= source.passed
-        for each in source.pages[:whole]:
-            self.pages.hold(each)
-        twin.pages, twin.passed = source.pages[:whole], source.passed
+            return ()
+        twin.tables, copies = found
         twin.names = list(source.names)
         twin.done = source.done
         self.running.append(twin)
-        if page is None:
-            return None
-        twin.pages.append(page)
-        return source.pages[whole], page
+        return copies
 
     def agree(self, each: Continuation) -> None:
         """What it has said is what its draft was: the keys of all but the last token are there."""
@@ -192,39 +193,23 @@ class Scheduler:
         for part in parts:
             each = part.continuation
             draft = each.draft(left) if left > 0 else ()
-            short = self._short(each, part.stop + len(draft))
-            taken = [self.pages.take() for _ in range(min(short, self.pages.available))]
-            each.pages += [page for page in taken if page is not None]
-            draft = draft[: max(0, (each.passed + len(each.pages)) * self.room.page - part.stop)]
+            if not self.stores.grow(each.tables, part.stop + len(draft)):
+                draft = draft[: max(0, self.stores.reach(each.tables) - part.stop)]
             left -= len(draft)
             found.append(Part(each, part.start, part.stop + len(draft), draft) if draft else part)
         return found
 
-    def _unseen(self, done: int) -> int:
-        """How many of its first pages a text of which `done` places are read sees no more."""
-        return 0 if self.window is None else max(0, done + 1 - self.window) // self.room.page
-
     def _stop(self, each: Continuation, left: int) -> int:
         """Up to where it is read next, in a pass that has `left` places."""
-        size, pages = self.room.page, self.room.pages
-        if self.window is not None and each.length > pages * size:
-            # Longer than all room: in pieces that have some beside what they see.
-            left = min(left, max(1, (pages - 1) * size - self.window + 2))
-        return min(each.length, each.done + left)
-
-    def _short(self, each: Continuation, stop: int) -> int:
-        """How many pages it lacks to be read up to a place."""
-        return max(0, -(-stop // self.room.page) - each.passed - len(each.pages))
+        return min(each.length, each.done + self.stores.piece(each.length, left))
 
     def _grow(self, each: Continuation, stop: int) -> bool:
         """Give it room up to a place, others giving way if need be; False when it had to give way itself."""
-        for _ in range(self._short(each, stop)):
-            while (page := self.pages.take()) is None:
-                last = self.running[-1]
-                self._put_back(last)
-                if last is each:
-                    return False
-            each.pages.append(page)
+        while not self.stores.grow(each.tables, stop):
+            last = self.running[-1]
+            self._put_back(last)
+            if last is each:
+                return False
         return True
 
     def _put_back(self, each: Continuation) -> None:
@@ -233,8 +218,8 @@ class Scheduler:
         self.waiting.appendleft(each)
 
     def _empty(self, each: Continuation) -> None:
-        self.pages.give_back(each.pages)
-        each.pages, each.names, each.done, each.passed = [], [], 0, 0
+        self.stores.give_back(each.tables)
+        each.tables, each.names, each.done = [], [], 0
         for name in [name for name, owner in self._coming.items() if owner is each]:
             del self._coming[name]
 
@@ -244,19 +229,16 @@ class Scheduler:
         That is all of its text, or its next piece where pages come free while it is read.
         """
         for each in list(self.waiting):
-            names, known, found, blocked = self._known(each)
-            if blocked:
+            names, known = self._known(each)
+            if known < len(names) and names[known] in self._coming and not each.wants_prompt:
                 # Somebody reads what it begins with; the next one may begin with something else.
                 continue
             each.done = known * self.room.page
-            each.pages, each.passed = found, known - len(found)
-            stop = each.length if self.window is None else self._stop(each, self.room.pass_tokens)
-            short = self._short(each, stop)
-            if short > self.pages.available:
+            each.tables = self.stores.find(names[:known])
+            if not self.stores.admit(each.tables, whole=each.length, piece=self._stop(each, self.room.pass_tokens)):
                 self._empty(each)
                 return None
             self.waiting.remove(each)
-            each.pages += [page for page in (self.pages.take() for _ in range(short)) if page is not None]
             each.names = names[:known]
             self.reused += max(0, each.done - each.root_tokens)
             for name in names[known:]:
@@ -265,24 +247,12 @@ class Scheduler:
             return each
         return None
 
-    def _known(self, each: Continuation) -> tuple[list[Name], int, list[int], bool]:
-        """The names of all pages it will fill by reading, how many of the first it need not read, pages that hold what
-        is seen of them, now held by it too, and whether another one is about to read the next."""
+    def _known(self, each: Continuation) -> tuple[list[Name], int]:
+        """The names of all pages it will fill by reading, and how many of the first it need not read."""
         size = self.room.page
         names: list[Name] = []
         # The last token is always read: the next one is predicted from it.
         for at in range((each.length - 1) // size):
             name = next_name(names[-1] if names else each.last_name, each.tokens(at * size, (at + 1) * size))
             names.append(name)
-        if each.wants_prompt:
-            return names, 0, [], False
-        known = there = 0
-        for count, name in enumerate(names, 1):
-            there = there + 1 if name in self.pages else 0
-            if there >= count - self._unseen(count * size):
-                known = count
-        if known < len(names) and names[known] in self._coming:
-            return names, 0, [], True
-        seen = names[self._unseen(known * size) : known]
-        found = [page for page in map(self.pages.find, seen) if page is not None]
-        return names, known, found, False
+        return names, 0 if each.wants_prompt else self.stores.known(names)

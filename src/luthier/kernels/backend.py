@@ -109,12 +109,14 @@ class BareBlock:
 @final
 @dataclass(frozen=True)
 class KeptRows:
-    """The keys and values of layers that stay, and where those of new tokens go: row i to `rows[i]`."""
+    """The keys and values of layers that stay. Layer j lies as group `of[j]` has it: those of new token i go to its
+    `rows[i]`, and its `texts` say who sees what. Their starts are those of all groups."""
 
     keys: Sequence[Float[Tensor, "kept groups size"]]
     values: Sequence[Float[Tensor, "kept groups size"]]
-    rows: Int[Tensor, " n"]
-    texts: Paged
+    of: Sequence[int]
+    rows: Sequence[Int[Tensor, " n"]]
+    texts: Sequence[Paged]
 
 
 @final

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from luthier.kernels.addresses import nowhere
-from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, RowCodes, TokenBlocks
+from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, Paged, RowCodes, TokenBlocks
 from luthier.kernels.thin import MOST_RANKS
 
 FEW: Final = 32
@@ -25,7 +25,7 @@ FEW: Final = 32
 EVERYTHING: Final = 2**62
 """The window of a token that sees all that is before it."""
 _POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
-ARGUMENTS: Final = (*[_POINTER] * 15, *[_WHOLE] * 7)
+ARGUMENTS: Final = (*[_POINTER] * 14, *[_WHOLE] * 6)
 """What the function takes: pointers, then counts."""
 _LAYERS: Final = 7
 
@@ -37,6 +37,12 @@ class _Block(ctypes.Structure):
         ("layers", _POINTER * (3 * _LAYERS)), ("norms", _POINTER * 4), ("heads", _WHOLE), ("groups", _WHOLE),
         ("head", _WHOLE), ("inner", _WHOLE), ("window", _WHOLE), ("eps", ctypes.c_float * 3), ("scale", ctypes.c_float),
     )  # fmt: skip
+
+
+class _Group(ctypes.Structure):
+    """Where new keys of a group's layers go, and the texts in them, as C++ reads it."""
+
+    _fields_ = (("rows", _POINTER), ("pages", _POINTER), ("counts", _POINTER), ("most", _WHOLE))
 
 
 @final
@@ -63,17 +69,19 @@ class NativeTokenBlocks(TokenBlocks):
         alike = all(own.shape == other.shape for own, other in zip(kept.keys, kept.values, strict=True))
         if not alike or (added is not None and not _fit(added, len(x))):
             return None
-        out, texts = torch.empty_like(x), kept.texts
+        out, texts = torch.empty_like(x), kept.texts[0]
         sides = [pair for both in zip(kept.keys, kept.values, strict=True) for pair in both]
         held = (_POINTER * len(sides))(*map(Tensor.data_ptr, sides))
+        groups = (_Group * len(kept.rows))(*map(_group, kept.rows, kept.texts))
+        of = (_WHOLE * len(which))(*kept.of)
         rows = None if added is None else added.rows.together
         terms = None if added is None else _table(added)
         tiles = (None,) * 4 if rows is None else (rows.tiles, rows.firsts, rows.numbers, rows.weights)
-        tensors = (x, out, *angles, kept.rows, texts.pages, texts.counts, texts.starts, *tiles)
+        tensors = (x, out, *angles, texts.starts, *tiles)
         pointers = [None if each is None else _address(each) for each in tensors]
         first = ctypes.addressof(self._laid_out) + which.start * ctypes.sizeof(_Block)
-        counts = (len(which), *x.shape, *texts.pages.shape, texts.size, 0 if rows is None else len(rows.tiles))
-        if self._function(first, held, terms, *pointers, *counts):
+        counts = (len(which), *x.shape, len(texts.counts), texts.size, 0 if rows is None else len(rows.tiles))
+        if self._function(first, held, groups, of, terms, *pointers, *counts):
             raise torch.OutOfMemoryError("no memory for the workspace of token_blocks in C++")
         return out
 
@@ -108,6 +116,10 @@ def _laid_out(block: BareBlock) -> _Block:
     found.eps[:] = [0.0 if each is None else each[1] for each in norms[:3]]
     found.inner, found.scale, found.window = outs[4], block.scale, block.window or EVERYTHING
     return found
+
+
+def _group(rows: Tensor, texts: Paged) -> _Group:
+    return _Group(_address(rows), _address(texts.pages), _address(texts.counts), texts.pages.shape[1])
 
 
 def _layer(weight: Tensor | RowCodes, bias: Tensor | None) -> tuple[int | None, int | None, int | None]:

@@ -69,13 +69,18 @@ struct BlockTerms {
     Terms query, key, value, output, gate, up, down;
 };
 
-// What all blocks of a pass have in common: the new rows and where their keys go, the texts, and which rows take which
-// terms.
+// Where the keys of new rows go in the blocks of one group, and the pages of the texts there.
+struct Group {
+    const int64_t *rows, *pages, *counts;
+    int64_t most;
+};
+
+// What all blocks of a pass have in common: the new rows, the texts, and which rows take which terms.
 template <typename T> struct Pass {
     int64_t n, width;
     const T *cosines, *sines;
-    const int64_t *rows, *pages, *counts, *starts;
-    int64_t texts, most, page;
+    const int64_t* starts;
+    int64_t texts, page;
     const int64_t *tiles, *firsts, *numbers;
     const float* weights;
     int64_t count_of_tiles;
@@ -113,8 +118,8 @@ template <typename T> int layers(const T* x, const Linear<T>* const (&each)[3], 
 }
 
 template <typename T>
-int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms, T* keys, T* values, const Pass<T>& pass,
-              float* inverse) {
+int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms, T* keys, T* values,
+              const Group& group, const Pass<T>& pass, float* inverse) {
     const int64_t n = pass.n, width = pass.width, head = block.head, inner = block.inner;
     const int64_t all = block.heads * head, side = block.groups * head;
     T* const h = static_cast<T*>(static_cast<void*>(inverse + n * block.heads));
@@ -138,10 +143,10 @@ int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms
     Calls<T>::rotated(query, pass.cosines, pass.sines, query, n, block.heads, head / 2, 1.0f);
     Calls<T>::rotated(key, pass.cosines, pass.sines, key, n, block.groups, head / 2, 1.0f);
     for (int64_t i = 0; i < n; i++) {
-        std::memcpy(keys + pass.rows[i] * side, key + i * side, sizeof(T) * side);
-        std::memcpy(values + pass.rows[i] * side, value + i * side, sizeof(T) * side);
+        std::memcpy(keys + group.rows[i] * side, key + i * side, sizeof(T) * side);
+        std::memcpy(values + group.rows[i] * side, value + i * side, sizeof(T) * side);
     }
-    if (Calls<T>::attend(query, keys, values, attended, pass.pages, pass.counts, pass.starts, pass.texts, pass.most,
+    if (Calls<T>::attend(query, keys, values, attended, group.pages, group.counts, pass.starts, pass.texts, group.most,
                          pass.page, block.heads, block.groups, head, block.scale, block.window)) return 1;
     if (layers<T>(attended, {&block.output}, {h}, {width}, n, all)) return 1;
     more(terms.output, attended, h, all, width);
@@ -158,10 +163,10 @@ int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms
     return 0;
 }
 
-// All of them in turn. `kept` has keys and values of each, `terms` those of each or is nothing.
+// All of them in turn. `kept` has keys and values of each, `of` the group of each, `terms` those of each or is nothing.
 template <typename T>
-int all_blocks(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, int64_t count, const T* x, T* out,
-               const Pass<T>& pass) {
+int all_blocks(const Block<T>* blocks, T* const* kept, const Group* groups, const int64_t* of, const BlockTerms* terms,
+               int64_t count, const T* x, T* out, const Pass<T>& pass) {
     int64_t wide = 0, heads = 0;
     for (int64_t i = 0; i < count; i++) {
         const Block<T>& own = blocks[i];
@@ -175,7 +180,7 @@ int all_blocks(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, 
     int failed = 0;
     for (int64_t i = 0; i < count && !failed; i++)
         failed = one_block<T>(i == 0 ? x : out, out, blocks[i], terms == nullptr ? none : terms[i], kept[2 * i],
-                              kept[2 * i + 1], pass, inverse);
+                              kept[2 * i + 1], groups[of[i]], pass, inverse);
     std::free(inverse);
     return failed;
 }
@@ -183,15 +188,14 @@ int all_blocks(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, 
 }  // namespace
 
 #define FOR_BOTH(T, NAME)                                                                                              \
-    extern "C" int token_blocks_##NAME(const Block<T>* blocks, T* const* kept, const BlockTerms* terms, const T* x,    \
-                                       T* out, const T* cosines, const T* sines, const int64_t* rows,                  \
-                                       const int64_t* pages, const int64_t* counts, const int64_t* starts,             \
-                                       const int64_t* tiles, const int64_t* firsts, const int64_t* numbers,            \
-                                       const float* weights, int64_t count, int64_t n, int64_t width, int64_t texts,   \
-                                       int64_t most, int64_t page, int64_t count_of_tiles) {                           \
-        const Pass<T> pass = {n,    width, cosines, sines,  rows,    pages,   counts,        starts, texts,            \
-                              most, page,  tiles,   firsts, numbers, weights, count_of_tiles};                         \
-        return all_blocks<T>(blocks, kept, terms, count, x, out, pass);                                                \
+    extern "C" int token_blocks_##NAME(const Block<T>* blocks, T* const* kept, const Group* groups, const int64_t* of, \
+                                       const BlockTerms* terms, const T* x, T* out, const T* cosines, const T* sines,  \
+                                       const int64_t* starts, const int64_t* tiles, const int64_t* firsts,             \
+                                       const int64_t* numbers, const float* weights, int64_t count, int64_t n,         \
+                                       int64_t width, int64_t texts, int64_t page, int64_t count_of_tiles) {           \
+        const Pass<T> pass = {n,    width, cosines, sines,   starts,  texts,                                           \
+                              page, tiles, firsts,  numbers, weights, count_of_tiles};                                 \
+        return all_blocks<T>(blocks, kept, groups, of, terms, count, x, out, pass);                                    \
     }
 
 FOR_BOTH(float, float32)
