@@ -264,7 +264,7 @@ def test_flags_of_the_data_commands_are_checked(rows: Path, llama: Path) -> None
     ("quantize {run} --out x", "it is a run: name its base, or make a model of it: luthier export"),
     ("data stats {rows} --model {run}", "it is a run: name its base"),
     ("generate {llama} --prompt x --schema {rows}", "write one JSON schema into it"),
-    ("probe", "neither run nor models are named; a run, or both of before and after; luthier probe RUN"),
+    ("probe", "is not clear: nothing is named; a run, or both of before and after; luthier probe RUN"),
     ("generate {llama} --prompt x --precision int3", "or bfloat16; luthier generate --help shows its options\n"),
 ])  # fmt: skip
 def test_a_misspelt_choice_is_told_with_the_nearest_one_and_all_there_are(

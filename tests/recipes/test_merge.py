@@ -128,7 +128,7 @@ def test_wrong_input_is_told_what_to_do_next(llama: Path, tiny_path: Callable[[s
         ((llama, llama / "config.json"), 69, ("is a file", f"name the folder it lies in: {llama}")),
         ((stack,), 2, ("takes the layers 0 to 2", "the layers 0 to 1, which it has")),
         ((training,), 2, ("names data and no models", f"luthier train {training}")),
-        ((tmp_path / "none.yaml",), 2, ("cannot be read", "check the path")),
+        ((tmp_path / "none.yaml",), 2, ("there is no recipe", "check the path")),
     ):  # fmt: skip
         said = luthier("merge", *arguments, *to).must(code, *parts).err
         assert "luthier init" not in said and "luthier doctor" not in said

@@ -72,8 +72,8 @@ def _require_clear(asked: Asked) -> None:
     """Raise RecipeError for what does not go together."""
     if (asked.run is None) != bool(asked.before and asked.after) or (asked.run and (asked.before or asked.after)):
         named = [str(each) for each in (asked.run, asked.before, asked.after) if each]
-        what = f"what to look at is not clear from {', '.join(named)}" if named else "neither run nor models are named"
-        raise RecipeError(what, allowed="a run, or both of before and after",
+        what = f" from {', '.join(named)}" if named else ": nothing is named"
+        raise RecipeError(f"what to look at is not clear{what}", allowed="a run, or both of before and after",
                           do="luthier probe RUN, or luthier probe --before MODEL --after MODEL")  # fmt: skip
     if asked.out is not None and asked.scaling is None:
         raise RecipeError(f"--out {asked.out} is given without --mitigate",
