@@ -132,6 +132,10 @@ def _views(batch: list[Row], renderer: Renderer, clock: Clock) -> list[Rendered]
     with clock.stage("render"):
         staged = [renderer.stage(row) for row in batch]
         renderer.foresee(staged)
+    with clock.stage("weights"):
+        for one in staged:
+            for stage in one.stages:
+                stage.texts()
     with clock.stage("tokenise"):
         renderer.encode_ahead(staged)
     kept: list[Rendered] = []

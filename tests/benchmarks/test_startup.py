@@ -90,3 +90,17 @@ def test_rows_are_numbered_so_that_none_is_a_copy(
 def test_the_model_whose_start_is_timed_can_be_prepared(startup: ModuleType) -> None:
     """Breaks when the workloads are renamed and the script finds out only when it runs."""
     assert startup.MODEL in importlib.import_module("workloads").MODELS
+
+
+def test_the_stages_of_chat_rows_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Breaks when a way from rows to tokens changes and the benchmark of its stages is left behind."""
+    from luthier.data.tokenizer import Tokenizer
+    from tests.tiny import tiny_tokenizer
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    stages = importlib.import_module("chat_stages")
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} and {n}?", "completion": f" {2 * n}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = stages.measured(path, "instruction", Tokenizer.of(tiny_tokenizer()))
+    assert line["rows"] == line["kept"] == 40 and all(line[name] > 0 for name in stages.STAGES)
