@@ -28,7 +28,7 @@ COMPILERS: Final = ("g++", "c++", "clang++")
 # Neither -ffast-math nor a part of it that assumes finite numbers: a NaN has to come out as one.
 FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
                 "-fopenmp", "-fPIC", "-shared")  # fmt: skip
-SECONDS: Final = 120.0
+SECONDS: Final = 600.0
 
 
 def library(folder: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
