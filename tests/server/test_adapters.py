@@ -90,7 +90,10 @@ def test_each_says_what_it_says_alone(loaded: Running, folder: Path) -> None:
     assert len({*said.values(), text(loaded, "seedling")}) == 4
     assert text(loaded, "seedling:french") == said["french"]
     with loaded.client() as client:
-        cards = {each["id"]: each["parent"] for each in client.get("/v1/models").json()["data"]}
+        models = client.get("/v1/models").json()["data"]
+        limit = client.post("/tokenize", json={"prompt": "a"}).json()["max_model_len"]
+    assert limit and {each["max_model_len"] for each in models} == {limit}
+    cards = {each["id"]: each["parent"] for each in models}
     assert cards == {"seedling": None, **dict.fromkeys(NAMES, "seedling")}
 
 

@@ -106,7 +106,7 @@ class CompletionAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served; an adapter has a parent."""
+    """A model that is served; an adapter has a parent. `max_model_len` is how many tokens it takes, as vLLM tells it."""
 
     id: str
     object: Literal["model"]
@@ -114,6 +114,7 @@ class ModelCard(BaseModel):
     owned_by: str
     root: str
     parent: str | None
+    max_model_len: int | None
 
 
 class ModelList(BaseModel):

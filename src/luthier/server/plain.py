@@ -90,6 +90,7 @@ def _card(serving: Serving, name: str) -> dict[str, object]:
         "owned_by": "luthier",
         "root": names.base if own is None else name,
         "parent": None if own is None else names.base,
+        "max_model_len": serving.opened.model.context_tokens,
     }
 
 
