@@ -71,5 +71,5 @@ def test_what_does_not_fit_together_is_refused(finished: Path, tmp_path: Path) -
     luthier(*ask, "--schema", tmp_path / "none.json").must(69, "there is no file")
     bad = tmp_path / "bad.json"
     bad.write_text("[1]")
-    luthier(*ask, "--schema", bad).must(65, "holds a list; a JSON object: a schema")
+    luthier(*ask, "--schema", bad).must(65, "it holds a list; write one JSON schema into it")
     luthier(*ask, "--adapter", tmp_path, "--beside", finished).must(2, "were given; one of them")

@@ -92,7 +92,7 @@ _SLOW = [{"passes": 2}, {"divergence": "reverse"}, {"divergence": "forward"}]
 )
 def test_a_student_comes_to_its_teacher(knobs: dict[str, Any]) -> None:
     """Breaks when a sign is wrong, or the teacher is asked about other tokens than those that were said."""
-    stepper = rollouts.stepper_for(Distillation(**knobs), rate=2e-2, shaken=False)
+    stepper = rollouts.stepper_for(Distillation(**knobs), rate=1e-2, shaken=False)
     stepper.batcher.reference = Reference(teacher_for(stepper.model))
     rng = np.random.default_rng(0)
     prompts = [Prompt(forests.tokens(rng, 3), row=row) for row in range(2)]

@@ -69,15 +69,15 @@ def test_it_comes_near_to_the_best_that_any_could_be() -> None:
     method = RewardModel()
     model = task_models.language_model("llama", SCORES)
     torch.manual_seed(0)
-    attachment = model.attach(LoRA(rank=8, targets="all-linear").attach(model.sites))
-    stepper = Stepper(model, attachment, method, AdamW(learning_rate=1e-2))
-    training, _ = compared(3072, seed=1)
+    attachment = model.attach(LoRA(rank=32, targets="all-linear").attach(model.sites))
+    stepper = Stepper(model, attachment, method, AdamW(learning_rate=7e-3))
+    training, _ = compared(8192, seed=1)
     held_out, best = compared(600, seed=2)
     made = [tree for view in training for tree in method.trees(view)]
-    for step in range(160):
+    for step in range(256):
         start = step * 64 % len(made)
         stepper.forward_backward(made[start : start + 64])
-        stepper.optim_step(factor=1 - step / 160)
+        stepper.optim_step(factor=1 - step / 256)
     found = stepper.evaluate([tree for view in held_out for tree in method.trees(view)])
     right, total = found.metrics["accuracy"]
     assert 0.7 < best < 0.95, "the task is neither trivial nor hopeless"

@@ -106,7 +106,7 @@ class CompletionAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served; an adapter has a parent. `max_model_len` is how many tokens it takes, as vLLM tells it."""
+    """A model that is served; an adapter has a parent. `max_model_len` is how many tokens it takes, as with vLLM."""
 
     id: str
     object: Literal["model"]
