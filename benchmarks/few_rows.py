@@ -3,7 +3,8 @@
     python benchmarks/few_rows.py
 
 Each product has another matrix than the one before it, so that weights come from memory. The library's own product of
-the same tensors stands beside ours. The best of five looks.
+the same tensors stands beside ours, and how many times as fast ours is with whole numbers of eight bits as weights. The
+best of five looks.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ def seconds(product: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float
 def main() -> int:
     backend, missing = backend_for("auto", torch.device("cpu"), torch.bfloat16)
     print(f"{backend.identity} {missing}, {torch.get_num_threads()} threads, bfloat16")
-    print(f"{'weight':>14} {'rows':>4} {'GB/s':>6} {'GFLOP/s':>8} {'library GB/s':>13}")
+    print(f"{'weight':>14} {'rows':>4} {'GB/s':>6} {'GFLOP/s':>8} {'library GB/s':>13} {'int8 x':>6}")
     for outs, size in SHAPES:
         count = max(1, BYTES // (2 * outs * size))
         weights = [torch.randn(outs, size).bfloat16() for _ in range(count)]
+        codes = [torch.randint(-127, 128, (outs, size), dtype=torch.int8) for _ in range(2 * count)]
+        scales = torch.rand(outs)
         for rows in ROWS:
             x = torch.randn(rows, size).bfloat16()
             with torch.no_grad():
                 ours = seconds(lambda weight, x=x: backend.product(x, weight, None), weights)
+                packed = seconds(lambda own, x=x, scales=scales: backend.product_of_bytes(x, own, scales), codes)
                 theirs = seconds(lambda weight, x=x: torch.nn.functional.linear(x, weight), weights)
             moved, work = 2 * outs * size / 1e9, 2 * rows * outs * size / 1e9
-            print(f"{outs:>7}x{size:<6} {rows:>4} {moved / ours:6.1f} {work / ours:8.0f} {moved / theirs:13.1f}")
+            print(f"{outs:>7}x{size:<6} {rows:>4} {moved / ours:6.1f} {work / ours:8.0f} {moved / theirs:13.1f} "
+                  f"{ours / packed:6.2f}")
     return 0
 
 

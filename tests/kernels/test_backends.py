@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.kernels import halves, native_backend
 from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
@@ -147,6 +148,22 @@ def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, o
                 continue
             wide = None if added is None else added.double()
             close(found, TWIN.product(*exact(x, weight), wide).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_of_many_rows_without_instructions_for_them(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a piece of the weight is left out, or a sum is rounded before its end."""
+    monkeypatch.setattr(halves, "_PIECE", 300)
+    monkeypatch.setattr(native_backend, "multiplies_halves", lambda: False)
+    x, weight = draw(40, 70, dtype=torch.bfloat16), draw(30, 70, dtype=torch.bfloat16, seed=1)
+    bias = draw(30, dtype=torch.bfloat16, seed=2) if biased else None
+    wanted = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
+    found = NativeBackend.build().product(x, weight, bias)
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=0)
+    codes, scales = torch.randint(-127, 128, (30, 70), dtype=torch.int8), draw(30, dtype=torch.float32, seed=3)
+    packed = NativeBackend.build().product_of_bytes(x, codes, scales)
+    wanted = F.linear(x.float(), codes.float() * scales[:, None]).bfloat16()
+    torch.testing.assert_close(packed, wanted, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

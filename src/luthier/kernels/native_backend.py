@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from luthier.kernels import native_build
 from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
+from luthier.kernels.halves import multiplies_halves, product_of_many, product_of_many_bytes
 from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, is_bare
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
@@ -258,7 +259,10 @@ class NativeBackend(Backend):
         self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[Float[Tensor, "n _"]]:
         rows, size = x.shape
-        if not 0 < rows <= FEW or len(layers) > 3 or not all(_are_plain(x, *layer) for layer in layers):
+        plain = all(_are_plain(x, *layer) for layer in layers)
+        if plain and rows > FEW and x.dtype == torch.bfloat16 and not multiplies_halves():
+            return [product_of_many(x, weight, bias) for weight, bias in layers]
+        if not 0 < rows <= FEW or len(layers) > 3 or not plain:
             return [F.linear(x, weight, bias) for weight, bias in layers]
         sizes = [weight.shape[0] for weight, _ in layers]
         found = [x.new_empty(rows, outs) for outs in sizes]
@@ -278,6 +282,8 @@ class NativeBackend(Backend):
         (rows, size), outs = x.shape, codes.shape[0]
         if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
+        if rows > FEW and not multiplies_halves():
+            return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
         self._call("product_of_bytes", x.dtype, *given, out, rows, size, outs)

@@ -28,6 +28,7 @@ from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
 from luthier.kernels.chosen import backend_for, wanted_kernels
+from luthier.kernels.halves import multiplies_halves
 from luthier.model.attending import attention
 from luthier.model.files.configs import checked_config, config_of
 from luthier.model.files.packed_files import Found, PackedReader, make_room, put_packed, take_packed
@@ -112,7 +113,7 @@ def choose_precision(precision: Precision, shape: tuple[int, int], device: torch
         return getattr(torch, precision), f"{precision}, as asked"
     if device.type == "cuda":
         return torch.bfloat16, "bfloat16, the GPU's matrix units compute in it"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if not multiplies_halves():
         # Not measured: without such instructions a single product may take minutes.
         return torch.float32, "float32, this CPU has no bfloat16 products"
     inputs, outputs = shape
