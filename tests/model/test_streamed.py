@@ -51,8 +51,7 @@ def test_it_computes_what_the_whole_model_does(every_tiny_path: Path, monkeypatc
     wanted = sketched(rows.shards.each())
     found = model.sketches()
     assert rows.asked == before and found.keys() == wanted.keys()
-    # Blocks are added up in float32, and cut elsewhere.
-    assert all(wanted[name].apart(found[name]) < 1e-6 and found[name].norm == pytest.approx(wanted[name].norm)
+    assert all(wanted[name].apart(found[name]) < 1e-9 and found[name].norm == pytest.approx(wanted[name].norm)
                for name in wanted)  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """The parity of a merge: what the written folder computes, held against the parents merged once more.
 
-Idea: the source of a merge is no model that anybody has. So it is made again from the parents, in blocks of another
-height, without the workers, the queue and the writer of the stream; the result is read back by the library that
-everybody else reads it with. Both go through the zoo's own forward, a few rows at a time, with the same prompts; every
-tensor is sketched on the way. Products are in float32, so that what is seen is the rounding of the files and nothing
-else.
+Idea: the source of a merge is no model that anybody has. So it is made again from the parents, each tensor in one piece
+where memory has room for that, without the workers, the queue and the writer of the stream; the result is read back by
+the library that everybody else reads it with. Both go through the zoo's own forward, a few rows at a time, with the
+same prompts; every tensor is sketched on the way. Products are in float32, so that what is seen is the rounding of the
+files and nothing else.
 Cost: two more reads of each parent and one of the result; the products of a forward for each prompt, twice.
 """
 
@@ -26,7 +26,7 @@ from luthier.data.rendering.renderer import Renderer
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
-from luthier.merge.stream import BLOCK, Room, Source, copied, one_thread_each
+from luthier.merge.stream import Room, Source, copied, one_thread_each
 from luthier.merge.vocabulary import United
 from luthier.model.comparing.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
 from luthier.model.comparing.parity_sides import StreamedSide, folder_texts
@@ -38,9 +38,7 @@ from luthier.model.load import config_of
 
 ANEW: Final = "the parents, merged anew"
 _PIECE: Final = 1 << 22
-"""Numbers that are read back at once."""
-_OTHER_CUT: Final = 3
-"""Quarters of a block of the stream that a block is here, so that what a cut breaks is broken elsewhere."""
+"""Numbers of a block that is read back."""
 _SHARE: Final = 8
 """Of the memory one part in so many may be logits that are kept."""
 _FOLDER: Final = "the merged folder"
@@ -118,17 +116,17 @@ class Anew(RowSource):
         self._jobs = {job.name: job for job in merge.plan.jobs}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """In blocks that a cache holds, and that are cut elsewhere than those of the stream."""
+        """In one piece, or in blocks where memory has no room for one."""
         job, room, parents = self._jobs[name], self.merge.room, self.merge.parents
-        slot = job.slot
+        slot, count = job.slot, len(job.origins)
         if job.copied:
             yield copied(parents, job)
             return
         source = Source(parents, job)
-        if job.method.passes and room.keeps(source.bytes):
-            for number in range(len(job.origins)):
-                source.keep(number)
-        height = max(1, room.block(len(job.origins), slot.columns) * _OTHER_CUT // 4)
+        if room.holds(count, slot.rows * slot.columns):
+            yield job.method.whole(source.part(0, slot.rows))
+            return
+        height = room.block(count, slot.columns)
         firsts = range(0, slot.rows, height)
         seen = source.looks(firsts, height, lambda work: (each() for each in work))
         for first in firsts:
@@ -153,23 +151,18 @@ class Written(RowSource):
         """A few rows, for which the file is opened and closed: what it maps does not stay in memory."""
         slot = self.slots[name]
         if len(slot.shape) < 2:
-            yield from self._read(name, None)
+            yield self._read(name, None)
             return
         step = max(1, _PIECE // max(1, slot.rows * slot.columns // slot.shape[0]))
         for first in range(0, slot.shape[0], step):
-            yield from self._read(name, slice(first, first + step))
+            yield self._read(name, slice(first, first + step))
 
-    def _read(self, name: str, part: slice | None) -> Iterator[Tensor]:
-        """Rows in blocks that a cache holds: what is done to one finds it there."""
+    def _read(self, name: str, part: slice | None) -> Tensor:
         slot = self.slots[name]
         with safe_open(self._files[name], "pt") as file:
             found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
             found = found.reshape(-1, slot.columns)
-            if not slot.dtype.is_floating_point:
-                yield found.clone()
-                return
-            for block in found.split(max(1, BLOCK // max(1, slot.columns))):
-                yield block.float()
+            return found.float() if slot.dtype.is_floating_point else found.clone()
 
 
 def _anew(merge: Merge, place: Path) -> tuple[StreamedModel | None, str]:

@@ -112,7 +112,8 @@ def _merged(
     height = room.block(len(job.origins), slot.columns)
     firsts = range(0, slot.rows, height)
     source = Source(parents, job)
-    if job.method.passes and len(firsts) > 1 and room.keeps(source.bytes):
+    raw = sum(parents[origin.parent].shards.slots[origin.name].bytes for origin in job.origins)
+    if job.method.passes and len(firsts) > 1 and room.keeps(raw):
         keeping = [partial(source.keep, number) for number in range(len(job.origins))]
         list(_in_order(workers, room.threads, keeping))
     seen = source.looks(firsts, height, partial(_in_order, workers, room.threads))
@@ -146,13 +147,7 @@ class Source:
         self.kept: dict[int, Tensor] = {}
         self.key = key_of(job.name)
 
-    @property
-    def bytes(self) -> int:
-        """Those of the whole tensor in the files of all models."""
-        return sum(self.parents[origin.parent].shards.slots[origin.name].bytes for origin in self.job.origins)
-
     def keep(self, number: int) -> None:
-        """Read the tensor of one model once for all looks."""
         origin = self.job.origins[number]
         if origin.rows is None:
             slot = self.parents[origin.parent].shards.slots[origin.name]

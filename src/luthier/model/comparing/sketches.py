@@ -75,16 +75,15 @@ class Sketching:
     def add(self, piece: Tensor) -> None:
         """The next elements."""
         signs = _signs(piece.device)
-        # Sums of a piece that a cache holds are taken in float32, those of all pieces in float64.
-        for part in piece.detach().reshape(-1).split(_SIGNS):
-            at, plain = self.count % _SIGNS, part.float()
-            self.square += float(torch.dot(plain, plain))
-            signed = plain * signs[at : at + len(plain)]
+        flat = piece.detach().reshape(-1)
+        while len(flat):
+            at = self.count % _SIGNS
+            plain, flat = flat[: _SIGNS - at].float(), flat[_SIGNS - at :]
+            self.square += float(plain.square().sum(dtype=torch.float64))
             front = at % BUCKETS
             behind = -(front + len(plain)) % BUCKETS
-            if front or behind:
-                signed = torch.nn.functional.pad(signed, (front, behind))
-            self.sums += signed.view(-1, BUCKETS).sum(0).cpu()
+            signed = torch.nn.functional.pad(plain * signs[at : at + len(plain)], (front, behind))
+            self.sums += signed.view(-1, BUCKETS).sum(0, dtype=torch.float64).cpu()
             self.count += len(plain)
 
     def sketch(self, shape: tuple[int, ...]) -> Sketch:
@@ -95,6 +94,4 @@ class Sketching:
 @cache
 def _signs(device: torch.device) -> Tensor:
     draws = torch.Generator().manual_seed(0)
-    once = (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(device, torch.float32)
-    # Twice, so that a piece which begins anywhere finds its signs in a row.
-    return torch.cat([once, once])
+    return (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(device, torch.float32)

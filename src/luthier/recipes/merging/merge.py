@@ -143,22 +143,19 @@ def merge_models(
         found: dict[str, Any] = {**opening.as_dict(), "folder": str(out)}
 
         def write(place: Path) -> Mapping[str, Entry]:
-            gated = recipe.parity != "none"
             writer = ShardWriter(place, opening.plan.slots, shard_bytes=int(recipe.shard_gb * GIGA))
-            with ThreadPoolExecutor(recipe.threads + 1, "beside") as beside, writer:
-                if gated:
-                    beside.submit(_zoo)
+            with ThreadPoolExecutor(recipe.threads, "digest") as beside, writer:
                 reports = stream(opening.parents, opening.plan, writer, opening.room, told=told)
-                # While the disk catches up with what was written, the gate reads and computes.
+                # While the disk catches up with what was written.
                 writer.settle()
                 # Who asks for no gate asks for no second read of the parents either: it takes as long as their merge.
-                digests = [beside.submit(parent.digests) for parent in opening.parents if gated]
+                digests = [beside.submit(parent.digests) for parent in opening.parents if recipe.parity != "none"]
                 found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
-                found["notices"] += write_beside(
-                    place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
-                    slices=opening.wanted.slices, united=opening.united,
-                )  # fmt: skip
-                found["parity"] = _parity(opening, place, found["notices"].append)
+            found["notices"] += write_beside(
+                place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
+                slices=opening.wanted.slices, united=opening.united,
+            )  # fmt: skip
+            found["parity"] = _parity(opening, place, found["notices"].append)
             found["evaluation"] = None if gate is None else gate.judge(place, scores)
             found.update(_summary(reports))
             write_object(place / PARITY, found["parity"])
@@ -174,19 +171,12 @@ def merge_models(
     return found
 
 
-def _zoo() -> None:
-    """Bring what a gate of logits needs: seconds of a processor, in which the stream waits for the disk.
-
-    A failure is met again where the gate imports the same.
-    """
-    import luthier.recipes.merging.parity  # noqa: F401
-
-
 def _parity(opening: Opening, place: Path, noticed: Callable[[str], None]) -> dict[str, Any]:
     """What was measured of logits, texts and all tensors. Raises GateError where that is another model."""
     recipe = opening.recipe
     if recipe.parity == "none":
         return {"passed": None, "not_compared": "nobody asked for it (parity is none)"}
+    # It brings the model zoo, which takes seconds, and a merge needs no model.
     from luthier.merge.parity import Merge
     from luthier.recipes.merging.parity import parity_of_models
 
