@@ -1,7 +1,7 @@
 """Products of many rows in bfloat16, or with weights of eight bits, on a CPU without instructions for them.
 
-Idea: such a CPU takes the library's product of bfloat16 number by number, some twenty times as long as one of floats.
-Weights that are widened a piece at a time cost one more pass over them, and the product is one of floats; what is kept
+Idea: such a CPU takes the library's product of bfloat16 number by number, many times as long as one of floats. Weights
+that are widened a piece at a time cost one more pass over them, and the product is one of floats; what is kept
 in memory stays half as large, which is what a few rows are read from.
 Cost: 4 MB of floats; one pass over the weight.
 Use when: rows are too many for the kernels of few rows. Not when: the CPU has AVX512-BF16 or AMX.
@@ -9,10 +9,11 @@ Use when: rows are too many for the kernels of few rows. Not when: the CPU has A
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,11 +30,8 @@ def product_of_many(
     x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
 ) -> Float[Tensor, "n out"]:
     """x W^T + b, added up in float32 and rounded once."""
-    (rows, size), outs = x.shape, weight.shape[0]
-    found, wide = x.new_empty(rows, outs), x.float()
-    height = max(1, _PIECE // max(1, size))
-    for first in range(0, outs, height):
-        own = slice(first, first + height)
+    found, wide = x.new_empty(len(x), len(weight)), x.float()
+    for own in _pieces(weight):
         found[:, own] = F.linear(wide, weight[own].float(), None if bias is None else bias[own].float())
     return found
 
@@ -42,10 +40,15 @@ def product_of_many_bytes(
     x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
 ) -> Float[Tensor, "n out"]:
     """x W^T for a weight of whole numbers with a scale for each row of it, rounded once."""
-    (rows, size), outs = x.shape, codes.shape[0]
-    found, wide = x.new_empty(rows, outs), x.float()
-    height = max(1, _PIECE // max(1, size))
-    for first in range(0, outs, height):
-        own = slice(first, first + height)
+    found, wide = x.new_empty(len(x), len(codes)), x.float()
+    for own in _pieces(codes):
         found[:, own] = F.linear(wide, codes[own].float()).mul_(scales[own])
     return found
+
+
+def _pieces(weight: Shaped[Tensor, "out in"]) -> Iterator[slice]:
+    """Rows that are widened at once."""
+    outs, size = weight.shape
+    height = max(1, _PIECE // max(1, size))
+    for first in range(0, outs, height):
+        yield slice(first, first + height)
