@@ -20,7 +20,6 @@ from luthier.core.errors import (
     DiskFullError,
     LuthierError,
     MissingError,
-    StorageError,
     UnsafeArtifactError,
 )
 from luthier.model.files import shards
@@ -204,21 +203,3 @@ def test_a_full_disk_is_an_error_of_its_own_and_leaves_nothing(
         write_folder(tmp_path / "model", lambda folder: write_shards(folder, slots(), TENSORS.items()), {})
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_page_that_was_lost_on_the_way_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks when what a sync beside the writing has found out is forgotten: the system says it once."""
-    calls = []
-
-    def failing(number: int) -> None:
-        calls.append(number)
-        if len(calls) == 1:
-            raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(shards, "_SYNC", 64)
-    monkeypatch.setattr(shards, "_FIRST", 64)
-    monkeypatch.setattr(os, "fdatasync", failing)
-    laid_out = {name: Slot(torch.float32, (8, 8)) for name in "abc"}
-    with pytest.raises(StorageError, match="Input/output error"):
-        write_shards(tmp_path, laid_out, ((name, torch.ones(8, 8)) for name in laid_out))
-    assert len(calls) > 1

@@ -14,11 +14,9 @@ that appears whole or not at all.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -36,15 +34,12 @@ from luthier.data.strict_json import excerpt
 from luthier.model.files.tensor_files import DTYPES, TensorPlace, read_places
 from luthier.model.files.weight_files import INDEX, SINGLE, indexed_files
 from luthier.store.disk import explained
+from luthier.store.large_file import LargeFile
 from luthier.store.manifest import Entry
 
 SHARD_BYTES: Final = 5 * 10**9
 """Bytes of a file at most, unless one tensor has more: what transformers has long written."""
 DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-_SYNC: Final = 1 << 27
-"""Bytes after which a file is made durable beside the writing, so that not all of it is left for the end."""
-_FIRST: Final = 1 << 25
-"""The same for the first time: until then the disk has nothing to do."""
 _ALIGN: Final = 8
 _AGAIN: Final = "fetch the model again"
 
@@ -269,75 +264,34 @@ class _File:
         self.path = path
         places = _laid_out(slots)
         header = _header(places, metadata)
-        self.size = len(header) + max((place.end for place in places.values()), default=0)
         self._begins = {name: len(header) + place.begin for name, place in places.items()}
         self._missing = {name: slot.bytes for name, slot in slots.items()}
-        self._digest, self._hashed, self._synced = hashlib.sha256(), 0, _FIRST - _SYNC
-        self._lock, self._syncing = Lock(), ThreadPoolExecutor(1, "sync")
-        self._syncs: list[Future[None]] = []
-        with explained("write", path, needed_bytes=self.size):
-            self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                # All of the room now: a disk that is too small is found before the work and not in the middle of it.
-                os.posix_fallocate(self._number, 0, self.size)
-            except BaseException:
-                os.close(self._number)
-                raise
-        self._put(memoryview(header), 0)
+        self._lock = Lock()
+        self._file = LargeFile(path, len(header) + max((place.end for place in places.values()), default=0))
+        self._file.write(memoryview(header), 0)
 
     @property
     def order(self) -> Sequence[str]:
         return list(self._begins)
 
     def write(self, name: str, data: memoryview, begin: int) -> None:
-        self._put(data, self._begins[name] + begin)
+        self._file.write(data, self._begins[name] + begin)
         with self._lock:
             self._missing[name] -= len(data)
 
-    def _put(self, data: memoryview, at: int) -> None:
-        # What comes in the order of the file is hashed while it is here; the rest is read back at the end.
-        with self._lock:
-            in_order = at == self._hashed
-        if in_order:
-            self._digest.update(data)
-        rest, offset = data, at
-        with explained("write", self.path, needed_bytes=self.size):
-            while rest:
-                count = os.pwrite(self._number, rest, offset)
-                rest, offset = rest[count:], offset + count
-        with self._lock:
-            if in_order:
-                self._hashed = offset
-            due = self._hashed - self._synced >= _SYNC and all(sync.done() for sync in self._syncs)
-        if due:
-            self.settle()
-
     def settle(self) -> None:
         """Begin to make durable what has been written."""
-        with self._lock:
-            self._synced = self._hashed
-            # All are kept: the system tells of a lost page once.
-            self._syncs.append(self._syncing.submit(os.fdatasync, self._number))
+        self._file.settle()
 
     def finish(self) -> Entry:
         """Make the file durable; its size and digest."""
         lacking = [name for name, count in self._missing.items() if count]
         if lacking:
             raise ValueError(f"{self.path.name}: {len(lacking)} tensors are not whole, {lacking[0]} among them")
-        with explained("write", self.path, needed_bytes=self.size):
-            for sync in self._syncs:
-                sync.result()
-            os.fsync(self._number)
-        with explained("read", self.path):
-            while self._hashed < self.size:
-                piece = os.pread(self._number, 1 << 24, self._hashed)
-                self._digest.update(piece)
-                self._hashed += len(piece)
-        return Entry(self.size, self._digest.hexdigest())
+        return self._file.finish()
 
     def close(self) -> None:
-        self._syncing.shutdown()
-        os.close(self._number)
+        self._file.close()
 
 
 def _laid_out(slots: Mapping[str, Slot]) -> dict[str, TensorPlace]:

@@ -1,0 +1,187 @@
+"""A large file on its way to the disk: what comes in order goes past the page cache, with its digest.
+
+Idea: a file of a model's size fills the page cache with bytes that nobody asks for again, and the system writes them
+back in small pieces, late, all at the end: until they are durable takes several times as long as the disk needs for
+them. So bytes are gathered in two aligned buffers; while one is filled, the other is written by a thread with O_DIRECT,
+which the disk takes at its own speed. What comes out of order, the ends that are not aligned, and everything on file
+systems that know no such writing goes through the page cache, and is made durable beside the work.
+The digest is that of the bytes as they were handed over, so that reading the file back later proves the disk.
+Source: open(2), O_DIRECT: memory, offset and length are multiples of the block.
+Cost: two buffers of 8 MB while a file is being written in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from mmap import mmap
+from pathlib import Path
+from threading import Lock
+from typing import Final, final
+
+import numpy as np
+
+from luthier.core.errors import StorageError
+from luthier.store.disk import explained
+from luthier.store.manifest import Entry
+
+PIECE: Final = 1 << 23
+"""Bytes of a buffer."""
+BLOCK: Final = 4096
+"""What offsets and lengths are multiples of: enough for every disk's block."""
+_SYNC: Final = 1 << 27
+"""Bytes in the page cache after which they are made durable beside the writing, so that not all is left for the end."""
+_FIRST: Final = 1 << 25
+"""The same for the first time: until then the disk has nothing to do."""
+_REFUSED: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system says that knows no O_DIRECT."""
+
+
+@final
+class LargeFile:
+    """A new file of a size that is known. Any thread may write; each byte is written once.
+
+    Raises DiskFullError, before a byte of it is written, where the disk has no room for it; StorageError for all else.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        self._digest, self._end = hashlib.sha256(), 0
+        """What came in order, and where it ends."""
+        self._lock, self._cached = Lock(), _SYNC - _FIRST
+        self._writing, self._syncing = ThreadPoolExecutor(1, "direct"), ThreadPoolExecutor(1, "sync")
+        self._written: Future[None] | None = None
+        self._syncs: list[Future[None]] = []
+        self._buffers: tuple[mmap, mmap] | None = None
+        self._filled = 0
+        with explained("write", path, needed_bytes=size):
+            self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                # All of the room now: a disk that is too small is found before the work and not in the middle of it.
+                os.posix_fallocate(self._number, 0, size)
+                self._direct = _opened_direct(path)
+            except BaseException:
+                os.close(self._number)
+                raise
+
+    def write(self, data: memoryview, at: int) -> None:
+        """Put bytes at an offset. What follows on what came before is fast; the rest goes through the page cache."""
+        with self._lock:
+            in_order = at == self._end
+        if not in_order:
+            self._put(data, at)
+            return
+        # Only one thread can have the bytes that come next.
+        self._digest.update(data)
+        self._append(data)
+        with self._lock:
+            self._end = at + len(data)
+
+    def settle(self) -> None:
+        """Begin to make durable what has been written; after it the file can be read."""
+        if self._filled and self._buffers is not None:
+            # It stays in its buffer, and is written again with the rest of it where more comes.
+            begin = self._end - self._filled
+            self._put(memoryview(self._buffers[0])[: self._filled], begin)
+        self._wait()
+        with self._lock:
+            self._sync()
+
+    def finish(self) -> Entry:
+        """Make the file durable; its size and the digest of what was handed over."""
+        self.settle()
+        with explained("write", self.path, needed_bytes=self.size):
+            # The system tells of a lost page once: every answer is heard.
+            for sync in self._syncs:
+                sync.result()
+            os.fsync(self._number)
+        with explained("read", self.path):
+            while self._end < self.size:
+                piece = os.pread(self._number, 1 << 24, self._end)
+                if not piece:
+                    raise StorageError(f"{self.path} ends at byte {self._end:,} of {self.size:,}", do="write it again")
+                self._digest.update(piece)
+                self._end += len(piece)
+        return Entry(self.size, self._digest.hexdigest())
+
+    def close(self) -> None:
+        """Let go of file, threads and buffers, whether all was written or not."""
+        self._writing.shutdown()
+        self._syncing.shutdown()
+        for number in (self._number, self._direct):
+            if number is not None:
+                os.close(number)
+        self._direct, self._buffers = None, None
+
+    def _append(self, data: memoryview) -> None:
+        """Into the first buffer; a full one changes places with the second and is written meanwhile."""
+        if self._buffers is None:
+            self._buffers = (mmap(-1, PIECE), mmap(-1, PIECE))
+        at = self._end
+        while data:
+            count = min(len(data), PIECE - self._filled)
+            full, other = self._buffers
+            # numpy copies without Python's lock.
+            np.frombuffer(full, np.uint8)[self._filled : self._filled + count] = np.frombuffer(data[:count], np.uint8)
+            self._filled, data, at = self._filled + count, data[count:], at + count
+            if self._filled == PIECE:
+                self._wait()
+                self._written = self._writing.submit(self._put_direct, full, at - PIECE)
+                self._buffers, self._filled = (other, full), 0
+        if at == self.size:
+            # A model has many such files: one that is whole keeps no buffers.
+            self._put(memoryview(self._buffers[0])[: self._filled], at - self._filled)
+            self._wait()
+            self._buffers, self._filled = None, 0
+
+    def _wait(self) -> None:
+        """Until no buffer is being written."""
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    def _put_direct(self, buffer: mmap, at: int) -> None:
+        """Past the page cache, or through it where that is refused."""
+        rest = memoryview(buffer)
+        if self._direct is not None:
+            try:
+                count = os.pwrite(self._direct, rest, at)
+                rest, at = rest[count:], at + count
+            except OSError as failure:
+                if failure.errno not in _REFUSED:
+                    with explained("write", self.path, needed_bytes=self.size):
+                        raise
+        # The rest of a piece that was cut short: the next try tells why, or writes it.
+        self._put(rest, at)
+
+    def _put(self, data: memoryview, at: int) -> None:
+        """Through the page cache."""
+        with explained("write", self.path, needed_bytes=self.size):
+            while data:
+                count = os.pwrite(self._number, data, at)
+                data, at = data[count:], at + count
+                with self._lock:
+                    self._cached += count
+        with self._lock:
+            # One at a time: the next one takes what has come meanwhile.
+            if self._cached >= _SYNC and all(sync.done() for sync in self._syncs):
+                self._sync()
+
+    def _sync(self) -> None:
+        self._cached = 0
+        self._syncs.append(self._syncing.submit(os.fdatasync, self._number))
+
+
+def _opened_direct(path: Path) -> int | None:
+    """The file once more for writing past the page cache; None where the file system knows no such thing."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
+    except OSError as failure:
+        if failure.errno not in _REFUSED:
+            raise
+        return None
