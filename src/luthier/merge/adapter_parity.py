@@ -24,6 +24,7 @@ from luthier.merge.adapters import Joined, Joining, merged_change, share_lost
 from luthier.merge.lora import placed
 from luthier.merge.parents import Parent
 from luthier.merge.parity import Parity, side_by_side
+from luthier.mergers import WeightedSum
 from luthier.model.comparing.parity import EXACT, Questions, compare, hear
 from luthier.model.comparing.parity_sides import StreamedSide
 from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
@@ -100,7 +101,7 @@ def _add(joining: Joining, module: str, rows: Float[Tensor, "rows columns"], fir
     if joining.method is None:
         for part, weight in zip(parts, joining.weights, strict=True):
             replace(part, up=part.up * weight).add_to(rows, first)
-    elif joining.method.linear_in:
+    elif isinstance(joining.method, WeightedSum):
         changes = [torch.zeros(part.shape) for part in parts]
         for change, part in zip(changes, parts, strict=True):
             part.add_to(change, 0)

@@ -27,7 +27,7 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.lora import Factors
-from luthier.mergers import Merger, Part
+from luthier.mergers import Merger, Part, WeightedSum
 
 CAT: Final = "cat"
 SVD: Final = "svd"
@@ -87,7 +87,7 @@ def joined(
         if rank is None:
             return Joined(Factors(down, up, parts[0].transposed), _square(down, up), 0.0)
         return _cut(down, up, rank, parts[0])
-    if method.linear_in:
+    if isinstance(method, WeightedSum):
         down, up = _by_cores(name, parts, weights, method)
     else:
         down, up = _in_shared_basis(name, parts, weights, method)

@@ -11,17 +11,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, final
+from typing import Any, ClassVar, Final, Literal, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Method
+from luthier.maths.spheres import combined, gram
 
 Rows = Float[Tensor, "rows columns"]
 Sums = Mapping[str, Tensor]
 """What a look at some rows gives; those of two pieces are added, name by name."""
+GRAM: Final = "gram"
+"""What inner products are called among the sums of a look."""
 BASE: Final = "base"
 """What a merger requires that works on changes: the model that all others come from."""
 
@@ -64,8 +68,6 @@ class Merger(Method):
     """The fewest and the most models that it merges, besides the base."""
     ordered: ClassVar[bool] = False
     """Whether it matters which model comes first, weights being equal."""
-    linear_in: ClassVar[bool] = False
-    """Whether a merged tensor is a weighted sum of the models' and the base's."""
 
     def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
         """What has to be known of these rows before any are merged; `seen` has the sums of earlier passes."""
@@ -101,6 +103,38 @@ class Merger(Method):
                 allowed="the model that all of them come from",
                 do="name it: --base MODEL",
             )
+
+
+class WeightedSum(Merger):
+    """A way that makes each tensor a weighted sum of the models' and the base's: their inner products say how much of
+    each. It looks at nothing else and computes nothing else, so a machine may do both without this class.
+    """
+
+    @property
+    def looks_at(self) -> Literal["weights", "changes"]:
+        """Whose inner products it has to know, where it has a look."""
+        return "weights"
+
+    @abstractmethod
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        """How much of each model is taken, and behind these of the base where it takes any.
+
+        `products` is empty where it has no look.
+        """
+
+    @final
+    def shares_of(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
+        """The same, by what was seen."""
+        return self.shares(weights, seen[0][GRAM] if self.passes else torch.zeros(0, 0))
+
+    @final
+    def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
+        return {GRAM: gram(part.models if self.looks_at == "weights" else part.changes)}
+
+    @final
+    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
+        shares = self.shares_of(part.weights, seen)
+        return combined(part.models if len(shares) == len(part.models) else (*part.models, part.origin), shares)
 
 
 def added(one: Sums | None, other: Sums) -> Sums:

@@ -16,28 +16,27 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
+from jaxtyping import Float
+from torch import Tensor
+
 from luthier.core.errors import RecipeError
-from luthier.maths.spheres import combined, cosine, gram, karcher_weights
-from luthier.mergers import Merger, Part, Rows, Sums
+from luthier.maths.spheres import cosine, karcher_weights
+from luthier.mergers import GRAM, Sums, WeightedSum
 
 
 @final
-class Karcher(Merger):
+class Karcher(WeightedSum):
     """The spherical mean, with weights."""
 
     passes: ClassVar[int] = 1
     models: ClassVar[tuple[int, int | None]] = (2, None)
-    linear_in: ClassVar[bool] = True
 
-    def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
-        return {"gram": gram(part.models)}
-
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        if min(part.weights) < 0 or not sum(part.weights):
-            raise RecipeError(f"the weights are {list(part.weights)}", allowed="weights from 0 on, not all of them 0")
-        return combined(part.models, karcher_weights(seen[0]["gram"], part.weights))
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        if min(weights) < 0 or not sum(weights):
+            raise RecipeError(f"the weights are {list(weights)}", allowed="weights from 0 on, not all of them 0")
+        return tuple(karcher_weights(products, weights))
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:
-        products = seen[0]["gram"]
+        products = seen[0][GRAM]
         widest = min(cosine(products, one, other) for one in range(len(products)) for other in range(one))
         return {"angle_degrees": math.degrees(math.acos(widest))}

@@ -12,26 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import final
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.maths.spheres import combined
-from luthier.mergers import Merger, Part, Rows, Sums
+from luthier.mergers import WeightedSum
 
 
 @final
-class Linear(Merger):
+class Linear(WeightedSum):
     """A weighted mean."""
-
-    linear_in: ClassVar[bool] = True
 
     normalize: bool = Field(True, description="whether the weights are divided by their sum")
 
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        total = math.fsum(part.weights) if self.normalize else 1.0
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        total = math.fsum(weights) if self.normalize else 1.0
         if not total:
-            raise RecipeError(f"the weights {list(part.weights)} have the sum 0", allowed="weights with another sum",
+            raise RecipeError(f"the weights {list(weights)} have the sum 0", allowed="weights with another sum",
                               do="change a weight, or set normalize to false")  # fmt: skip
-        return combined(part.models, [weight / total for weight in part.weights])
+        return tuple(weight / total for weight in weights)

@@ -14,36 +14,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
-from luthier.maths.spheres import combined, cosine, gram
-from luthier.mergers import BASE, Merger, Part, Rows, Sums
+from jaxtyping import Float
+from torch import Tensor
+
+from luthier.maths.spheres import cosine
+from luthier.mergers import BASE, GRAM, Sums, WeightedSum
 
 
 @final
-class ModelStock(Merger):
+class ModelStock(WeightedSum):
     """Where the angle puts the centre. Weights do not matter."""
 
     requires: ClassVar[frozenset[str]] = frozenset({BASE})
     passes: ClassVar[int] = 1
     models: ClassVar[tuple[int, int | None]] = (2, None)
-    linear_in: ClassVar[bool] = True
 
-    def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
-        return {"gram": gram(part.changes)}
+    @property
+    def looks_at(self) -> Literal["weights", "changes"]:
+        return "changes"
 
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        share, _ = self._share(seen)
-        count = len(part.models)
-        return combined((*part.models, part.origin), (*[share / count] * count, 1 - share))
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        share, _ = self._share(products)
+        return (*[share / len(weights)] * len(weights), 1 - share)
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:
-        share, cos = self._share(seen)
+        share, cos = self._share(seen[0][GRAM])
         return {"t": share, "angle_degrees": math.degrees(math.acos(cos))}
 
-    def _share(self, seen: Sequence[Sums]) -> tuple[float, float]:
+    def _share(self, products: Float[Tensor, "k k"]) -> tuple[float, float]:
         """How far from the base to the mean, and the mean cosine."""
-        products = seen[0]["gram"]
         count = len(products)
         cosines = [cosine(products, one, other) for one in range(count) for other in range(one)]
         cos = max(0.0, math.fsum(cosines) / len(cosines))

@@ -15,21 +15,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from luthier.maths.spheres import combined
-from luthier.mergers import Merger, Part, Rows, Sums
+from luthier.mergers import WeightedSum
 
 
 @final
-class Passthrough(Merger):
+class Passthrough(WeightedSum):
     """One model, times a number."""
 
     models: ClassVar[tuple[int, int | None]] = (1, 1)
     ordered: ClassVar[bool] = True
-    linear_in: ClassVar[bool] = True
 
     scale: float = Field(1.0, description="what each number is multiplied by")
 
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        return combined(part.models, (self.scale,))
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        return (self.scale,)

@@ -19,35 +19,35 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from luthier.maths.spheres import STRAIGHT, combined, cosine, gram, slerp_weights
-from luthier.mergers import Merger, Part, Rows, Sums
+from luthier.maths.spheres import STRAIGHT, cosine, slerp_weights
+from luthier.mergers import GRAM, Sums, WeightedSum
 
 
 @final
-class Slerp(Merger):
+class Slerp(WeightedSum):
     """Between two models; t = 0 is the first, t = 1 the second."""
 
     passes: ClassVar[int] = 1
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     ordered: ClassVar[bool] = True
-    linear_in: ClassVar[bool] = True
 
     t: float = Field(0.5, ge=0, le=1, description="how far from the first model to the second")
     of: Literal["weights", "changes"] = Field(
         "weights", description="what is turned: weights, or what each model has changed of the base"
     )
 
-    def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
-        return {"gram": gram(part.models if self.of == "weights" else part.changes)}
+    @property
+    def looks_at(self) -> Literal["weights", "changes"]:
+        return self.of
 
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        one, other = slerp_weights(cosine(seen[0]["gram"], 0, 1), self.t)
-        if self.of == "weights":
-            return combined(part.models, (one, other))
-        return combined((*part.models, part.origin), (one, other, 1 - one - other))
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        one, other = slerp_weights(cosine(products, 0, 1), self.t)
+        return (one, other) if self.of == "weights" else (one, other, 1 - one - other)
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:
-        cos = cosine(seen[0]["gram"], 0, 1)
+        cos = cosine(seen[0][GRAM], 0, 1)
         return {"t": self.t, "angle_degrees": math.degrees(math.acos(cos)), "lerp": abs(cos) > STRAIGHT}

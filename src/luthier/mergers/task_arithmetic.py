@@ -15,27 +15,27 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.maths.spheres import combined
-from luthier.mergers import BASE, Merger, Part, Rows, Sums
+from luthier.mergers import BASE, WeightedSum
 
 
 @final
-class TaskArithmetic(Merger):
+class TaskArithmetic(WeightedSum):
     """The base and a weighted sum of changes."""
 
     requires: ClassVar[frozenset[str]] = frozenset({BASE})
-    linear_in: ClassVar[bool] = True
 
     scale: float = Field(1.0, description="what the sum of all changes is multiplied by")
     normalize: bool = Field(False, description="whether the weights are divided by their sum")
 
-    def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        total = math.fsum(part.weights) if self.normalize else 1.0
+    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+        total = math.fsum(weights) if self.normalize else 1.0
         if not total:
-            raise RecipeError(f"the weights {list(part.weights)} have the sum 0", allowed="weights with another sum",
+            raise RecipeError(f"the weights {list(weights)} have the sum 0", allowed="weights with another sum",
                               do="change a weight, or set normalize to false")  # fmt: skip
-        weights = [self.scale * weight / total for weight in part.weights]
-        return combined((*part.models, part.origin), (*weights, 1 - math.fsum(weights)))
+        scaled = [self.scale * weight / total for weight in weights]
+        return (*scaled, 1 - math.fsum(scaled))

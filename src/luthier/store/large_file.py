@@ -7,7 +7,7 @@ which the disk takes at its own speed. What comes out of order, the ends that ar
 systems that know no such writing goes through the page cache, and is made durable beside the work.
 The digest is that of the bytes as they were handed over, so that reading the file back later proves the disk.
 Source: open(2), O_DIRECT: memory, offset and length are multiples of the block.
-Cost: two buffers of 8 MB while a file is being written in order.
+Cost: two buffers of 2 MB while a file is being written in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from luthier.core.errors import StorageError
 from luthier.store.disk import explained
 from luthier.store.manifest import Entry
 
-PIECE: Final = 1 << 23
+PIECE: Final = 1 << 21
 """Bytes of a buffer."""
 BLOCK: Final = 4096
 """What offsets and lengths are multiples of: enough for every disk's block."""
