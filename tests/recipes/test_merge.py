@@ -23,6 +23,7 @@ from luthier.model.files.shards import INDEX, SINGLE
 from luthier.recipes.merging.merge import merge_models
 from luthier.recipes.merging.recipe import MergeRecipe, read_recipe
 from luthier.recipes.opening.opened import open_named
+from luthier.store import large_file
 from luthier.store.manifest import verify
 from tests.cli.commands import luthier
 
@@ -246,6 +247,7 @@ def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
         return pwrite(number, data, at)
 
     monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(large_file, "PIECE", large_file.BLOCK)
     with pytest.raises(DiskFullError, match="No space left"):
         merge_models(recipe(llama, other), tmp_path / "out")
     assert not list(tmp_path.iterdir())

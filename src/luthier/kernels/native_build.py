@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,8 +32,10 @@ FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-t
 SECONDS: Final = 600.0
 
 
-def library(folder: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
+def library(folder: Path, flags: tuple[str, ...], *, headers: Sequence[Path] = ()) -> tuple[ctypes.CDLL, str]:
     """A folder's sources as a library, and what tells it from others; compiled where the cache has none like it.
+
+    `headers` are those of other folders that the sources include.
 
     Raises MissingError when there is no compiler, it fails, or this is no Linux.
     """
@@ -46,7 +49,7 @@ def library(folder: Path, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, str]:
             do="install one (apt-get install g++)",
         )
     sources = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
-    place = cache_folder() / "native" / f"{_digest(sources, compiler, flags)}.so"
+    place = cache_folder() / "native" / f"{_digest([*sources, *headers], compiler, flags)}.so"
     if not place.is_file():
         _compile(compiler, [path for path in sources if path.suffix == ".cpp"], place, flags)
     try:

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from luthier.maths.spheres import cosine, gram
-from luthier.mergers import Part, Rows, Sums
+from luthier.kernels.vectors import Moved, TorchVectors, Vectors, moved
+from luthier.maths.spheres import cosine
+from luthier.mergers import GRAM, Part, Rows, Sums
 from luthier.model.editing.role_names import layer_of, tensor_roles
 
 
@@ -38,22 +38,17 @@ class Measured:
 
 
 def measured(part: Part, merged: Rows, seen: Sequence[Sums]) -> Measured:
-    """What these rows add to the measures of their tensor; inner products only where no look has taken them."""
-    reference = part.models[0] if part.base is None else part.base
-    moved = (merged - reference).reshape(-1)
-    flat = reference.reshape(-1)
-    conflicts, products = 0.0, None
-    several = len(part.models) > 1
-    known = any("gram" in sums for sums in seen)
-    if several and (part.base is not None or not known):
-        vectors = part.models if part.base is None else part.changes
-        products = None if known else gram(vectors)
-        if part.base is not None:
-            most, least = vectors[0], vectors[0]
-            for vector in vectors[1:]:
-                most, least = torch.maximum(most, vector), torch.minimum(least, vector)
-            conflicts = float(((most > 0) & (least < 0)).sum())
-    return Measured(float(torch.dot(moved, moved)), float(torch.dot(flat, flat)), conflicts, products)
+    """What these rows add to the measures of their tensor."""
+    based = part.base is not None
+    rows = (*part.models, part.origin) if based else part.models
+    return of_rows(rows, moved(merged, rows, based=based), seen, TorchVectors(), based=based)
+
+
+def of_rows(rows: Sequence[Rows], found: Moved, seen: Sequence[Sums], vectors: Vectors, *, based: bool) -> Measured:
+    """The same with what has been found already; inner products only where no look has taken them."""
+    wanted = len(rows) - based > 1 and not any(GRAM in sums for sums in seen)
+    products = vectors.products(rows, based=based) if wanted else None
+    return Measured(found.moved, found.whole, found.conflicts, products)
 
 
 @final
@@ -72,7 +67,7 @@ class TensorReport:
     def of(cls, name: str, found: Measured, seen: Sequence[Sums], told: Mapping[str, Any], *, numbers: int,
            based: bool) -> TensorReport:  # fmt: skip
         """From the sums of all rows."""
-        products = next((sums["gram"] for sums in seen if "gram" in sums), found.products)
+        products = next((sums[GRAM] for sums in seen if GRAM in sums), found.products)
         cos = None
         if products is not None and len(products) > 1:
             pairs = [cosine(products, one, other) for one in range(len(products)) for other in range(one)]

@@ -2,7 +2,7 @@
 
 Idea: the stream cuts tensors into blocks, shares them out and writes them from a thread of its own. A few tensors of
 every kind are read from the parents and merged in one piece, without any of that; the files must hold the same numbers,
-up to the last bit of their type, since sums over other blocks may round otherwise.
+up to the last bit of their type or of float32, since sums over other blocks may round otherwise.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LARGEST: Final = 1 << 22
 _COPIES: Final = 10
 """Float32 copies of a tensor that are held for each parent, about."""
 MOST: Final = 12
+ROUNDED: Final = 2.0**-20
+"""What sums in float32 may be off, in another order and with weights from such sums, by the largest of their terms."""
 
 
 @torch.no_grad()
@@ -35,11 +37,15 @@ def prove(folder: Path, parents: Sequence[Parent], plan: Plan, memory_bytes: int
     chosen = _some_of_each_kind(plan, min(LARGEST, memory_bytes // (4 * _COPIES * len(parents))))
     with Shards(folder) as written:
         for job in chosen:
-            wanted = job.method.whole(Source(parents, job).part(0, job.slot.rows)).to(job.slot.dtype)
-            found = written.read(job.name, 0, job.slot.rows)
+            part = Source(parents, job).part(0, job.slot.rows)
+            wanted = job.method.whole(part).to(job.slot.dtype).float()
+            found = written.read(job.name, 0, job.slot.rows).float()
             # Equal, or neighbours: numbers of a type in a row have bit patterns in a row.
-            apart = (wanted.float() - found.float()).abs()
-            step = torch.finfo(job.slot.dtype).eps * torch.maximum(wanted.float().abs(), found.float().abs())
+            apart = (wanted - found).abs()
+            step = torch.finfo(job.slot.dtype).eps * torch.maximum(wanted.abs(), found.abs())
+            for rows in part.models if part.base is None else (*part.models, part.base):
+                # Where numbers cancel, what is left is as uncertain as they were.
+                step = torch.maximum(step, ROUNDED * rows.abs())
             if bool((apart > step + torch.finfo(job.slot.dtype).tiny).any()):
                 raise GateError(
                     f"{excerpt(job.name)} was written with {int((apart > step).sum())} numbers that differ from those "

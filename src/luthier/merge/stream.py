@@ -24,11 +24,13 @@ from torch import Tensor
 from luthier.core.errors import NumericError, RecipeError
 from luthier.core.units import bytes_text
 from luthier.data.strict_json import excerpt
+from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.vectors import TorchVectors, Vectors, vectors_for
 from luthier.maths.numbered_draws import key_of
-from luthier.merge.measures import Measured, TensorReport, measured
+from luthier.merge.measures import Measured, TensorReport, measured, of_rows
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Origin, Plan
-from luthier.mergers import Part, Rows, Sums, added
+from luthier.mergers import GRAM, Part, Rows, Sums, WeightedSum, added, no_base
 from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
@@ -37,6 +39,7 @@ COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
 WAITING: Final = 4
 """Blocks that wait to be written, at most."""
+TWIN: Final = TorchVectors()
 Found = TypeVar("Found")
 
 
@@ -78,7 +81,7 @@ def stream(
 
     Raises NumericError for a tensor that is not finite.
     """
-    reports = []
+    reports, vectors = [], vectors_for(wanted_kernels())
     with (
         one_thread_each(),
         ThreadPoolExecutor(room.threads, "merge") as workers,
@@ -97,28 +100,28 @@ def stream(
             if job.copied:
                 write(job.name, copied(parents, job), 0)
             else:
-                reports.append(_merged(parents, job, room, workers, write))
+                reports.append(_merged(parents, job, vectors, room, workers, write))
         for future in waiting:
             future.result()
     return reports
 
 
 def _merged(
-    parents: Sequence[Parent], job: Job, room: Room, workers: ThreadPoolExecutor,
+    parents: Sequence[Parent], job: Job, vectors: Vectors, room: Room, workers: ThreadPoolExecutor,
     write: Callable[[str, Tensor, int], None],
 ) -> TensorReport:  # fmt: skip
     """All looks at one tensor, then its blocks."""
     slot = job.slot
     height = room.block(len(job.origins), slot.columns)
     firsts = range(0, slot.rows, height)
-    source = Source(parents, job)
+    source = Source(parents, job, vectors)
     raw = sum(parents[origin.parent].shards.slots[origin.name].bytes for origin in job.origins)
     if job.method.passes and len(firsts) > 1 and room.keeps(raw):
         keeping = [partial(source.keep, number) for number in range(len(job.origins))]
         list(_in_order(workers, room.threads, keeping))
     seen = source.looks(firsts, height, partial(_in_order, workers, room.threads))
     whole = Measured(0.0, 0.0, 0.0, None)
-    blocks = [partial(_block, source, job, first, height, tuple(seen)) for first in firsts]
+    blocks = [partial(_block, source, first, height, tuple(seen)) for first in firsts]
     for first, (rows, found) in zip(firsts, _in_order(workers, room.threads, blocks), strict=True):
         whole = found if first == 0 else whole + found
         write(job.name, rows, first)
@@ -126,24 +129,21 @@ def _merged(
                            based=job.base is not None)  # fmt: skip
 
 
-def _block(source: Source, job: Job, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
-    part = source.part(first, height)
-    merged = job.method.merge(part, seen)
-    found = measured(part, merged, seen)
-    rounded = merged.to(job.slot.dtype)
+def _block(source: Source, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
+    rounded, found = source.merged(first, height, seen, source.job.slot.dtype)
     # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
-    narrow = job.slot.dtype == torch.float16
+    narrow = rounded.dtype == torch.float16
     if (narrow or found.moved - found.moved or found.whole - found.whole) and not bool(rounded.isfinite().all()):
-        raise source.not_finite(part, merged)
+        raise source.not_finite(first, height, seen)
     return rounded, found
 
 
 @final
 class Source:
-    """The rows of one job, from files or from what was kept of them."""
+    """The rows of one job, from files or from what was kept of them. `vectors` does the sums of weighted sums."""
 
-    def __init__(self, parents: Sequence[Parent], job: Job) -> None:
-        self.parents, self.job = parents, job
+    def __init__(self, parents: Sequence[Parent], job: Job, vectors: Vectors = TWIN) -> None:
+        self.parents, self.job, self.vectors = parents, job, vectors
         self.kept: dict[int, Tensor] = {}
         self.key = key_of(job.name)
 
@@ -155,7 +155,30 @@ class Source:
 
     def look(self, first: int, height: int, seen: Sequence[Sums]) -> Sums:
         """What the method has to know of some rows."""
-        return self.job.method.look(self.part(first, height), seen)
+        method = self.job.method
+        if not isinstance(method, WeightedSum):
+            return method.look(self.part(first, height), seen)
+        rows, changes = self.rows(first, height), method.looks_at == "changes"
+        if changes and self.job.base is None:
+            raise no_base()
+        if self.job.base is not None and not changes:
+            rows = rows[:-1]
+        return {GRAM: self.vectors.products(rows, based=changes)}
+
+    def merged(self, first: int, height: int, seen: Sequence[Sums], dtype: torch.dtype) -> tuple[Rows, Measured]:
+        """Some rows merged and rounded once, and their measures."""
+        method = self.job.method
+        if not isinstance(method, WeightedSum):
+            part = self.part(first, height)
+            found = method.merge(part, seen)
+            return found.to(dtype), measured(part, found, seen)
+        rows, based = self.rows(first, height), self.job.base is not None
+        shares = method.shares_of(self.job.weights, seen)
+        if len(shares) > len(rows):
+            raise no_base()
+        weights = (*shares, *[0.0] * (len(rows) - len(shares)))
+        rounded, moved = self.vectors.weighted(rows, weights, dtype=dtype, based=based)
+        return rounded, of_rows(rows, moved, seen, self.vectors, based=based)
 
     def looks(
         self, firsts: range, height: int, done: Callable[[Sequence[Callable[[], Sums]]], Iterable[Sums]]
@@ -169,10 +192,18 @@ class Source:
             seen.append(total or {})
         return seen
 
+    def rows(self, first: int, height: int) -> list[Rows]:
+        """Rows of all models and then of the base, in the type of their file where they are what it holds."""
+        if any(each.rows is not None or each.name in self.parents[each.parent].factors for each in self.job.origins):
+            part = self.part(first, height)
+            return [*part.models, *([] if part.base is None else [part.base])]
+        last = min(first + height, self.job.slot.rows)
+        return [self._raw(number, first, last) for number in range(len(self.job.origins))]
+
     def part(self, first: int, height: int) -> Part:
         """Rows of all models and the base; those that a vocabulary lacks are the mean of those that have them."""
         last = min(first + height, self.job.slot.rows)
-        rows = [self._rows(number, first, last) for number in range(len(self.job.origins))]
+        rows = [self._wide(number, first, last) for number in range(len(self.job.origins))]
         maps = [None if origin.rows is None else origin.rows[first:last] for origin in self.job.origins]
         if any(own is not None and bool((own < 0).any()) for own in maps):
             there = [torch.ones(last - first, dtype=torch.bool) if own is None else own >= 0 for own in maps]
@@ -184,7 +215,13 @@ class Source:
         columns = self.job.slot.columns
         return Part(models, base, self.job.weights, first * columns, prod(self.job.slot.shape), self.key)
 
-    def _rows(self, number: int, first: int, last: int) -> Tensor:
+    def _raw(self, number: int, first: int, last: int) -> Tensor:
+        origin = self.job.origins[number]
+        if number in self.kept:
+            return self.kept[number][first:last]
+        return self.parents[origin.parent].shards.read(origin.name, first, last)
+
+    def _wide(self, number: int, first: int, last: int) -> Tensor:
         origin = self.job.origins[number]
         parent = self.parents[origin.parent]
         if origin.rows is not None:
@@ -198,8 +235,10 @@ class Source:
             parent.factors[origin.name].add_to(wide, first)
         return wide
 
-    def not_finite(self, part: Part, merged: Tensor) -> NumericError:
+    def not_finite(self, first: int, height: int, seen: Sequence[Sums]) -> NumericError:
         """Which parent has numbers that are not finite, or that the result is too large for its type."""
+        part = self.part(first, height)
+        merged = self.job.method.merge(part, seen)
         every = part.models if part.base is None else (*part.models, part.base)
         for origin, rows in zip(self.job.origins, every, strict=True):
             if count := int((~rows.isfinite()).sum()):

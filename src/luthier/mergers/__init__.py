@@ -50,7 +50,7 @@ class Part:
     def origin(self) -> Rows:
         """The base. Raises RecipeError where there is none."""
         if self.base is None:
-            raise RecipeError("no base was given to a merger of changes", allowed="a base model", do="name it: --base")
+            raise no_base()
         return self.base
 
     @property
@@ -135,6 +135,11 @@ class WeightedSum(Merger):
     def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
         shares = self.shares_of(part.weights, seen)
         return combined(part.models if len(shares) == len(part.models) else (*part.models, part.origin), shares)
+
+
+def no_base() -> RecipeError:
+    """What is wrong where changes are asked for, and nothing says of what."""
+    return RecipeError("no base was given to a merger of changes", allowed="a base model", do="name it: --base")
 
 
 def added(one: Sums | None, other: Sums) -> Sums:
