@@ -103,6 +103,24 @@ def test_halves_are_rounded_to_even(native: Vectors) -> None:
     assert torch.equal(found.view(torch.int16), given[0].bfloat16().view(torch.int16))
 
 
+@pytest.mark.parametrize("cuts", [(), (1,), (63, 64, 65), (1000, 1024), (8191, 8192, 8193), (5000, 12_345)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_signed_sums_do_not_depend_on_where_a_vector_is_cut(
+    native: Vectors, dtype: torch.dtype, cuts: tuple[int, ...]
+) -> None:
+    """Breaks when a piece begins in another bucket, or behind the end of the signs."""
+    [given], period = drawn(1, 20_000, dtype), 64 * 33
+    signs = torch.randint(0, 2, (period,), generator=torch.manual_seed(0), dtype=torch.int8) * 2 - 1
+    places = torch.arange(len(given))
+    wanted = torch.zeros(64, dtype=torch.float64).index_add_(0, places % 64, given.double() * signs[places % period])
+    for each in (native, TorchVectors()):
+        sums, square = torch.zeros(64, dtype=torch.float64), 0.0
+        for begin, end in zip((0, *cuts), (*cuts, len(given)), strict=True):
+            square += each.signed_sums(given[begin:end], signs, sums, at=begin)
+        torch.testing.assert_close(sums, wanted, rtol=1e-6, atol=1e-6)
+        assert square == pytest.approx(float(given.double().square().sum()), rel=1e-6)
+
+
 def test_more_vectors_or_other_types_are_the_twins_work(native: Vectors) -> None:
     """Breaks when C++ reads float64 as float, or writes behind its tiles."""
     for given in (drawn(MOST + 1, 300), drawn(2, 300, torch.float64)):

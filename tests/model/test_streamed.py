@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
+from luthier.kernels.vectors import TorchVectors
 from luthier.model.comparing import streamed
 from luthier.model.comparing.parity_sides import ModelSide
 from luthier.model.comparing.sketches import Sketching, sketched
@@ -58,7 +59,7 @@ def test_it_computes_what_the_whole_model_does(every_tiny_path: Path, monkeypatc
 def test_a_sketch_that_grows_in_pieces_is_that_of_the_whole() -> None:
     """Breaks when a sign or a bucket depends on where a piece begins."""
     tensor = torch.randn(3, 100_003, generator=torch.Generator().manual_seed(0))
-    growing = Sketching()
+    growing = Sketching(TorchVectors())
     for piece in tensor.reshape(-1).split(70_001):
         growing.add(piece)
     whole = sketched([("x", tensor)])["x"]

@@ -1,9 +1,10 @@
-"""Inner products and weighted sums of long vectors, in the types that they lie in: one pass over memory in C++.
+"""Inner products, weighted and signed sums of long vectors, in the types they lie in: one pass over memory in C++.
 
 Idea: what merging does to most tensors is two passes over numbers in bfloat16: how long vectors are and what angle they
 have, then so much of each. In torch either is a dozen passes over float32 copies. Here tiles are widened in the first
 cache, everything is done to them there, and the result is rounded once. See vectors/vectors.cpp for how.
-Equation: P_ij = <u_i, u_j>; s = sum_i w_i u_i; told |s - r|^2, |r|^2, r the base or the first vector.
+Equation: P_ij = <u_i, u_j>; s = sum_i w_i u_i; told |s - r|^2, |r|^2, r the base or the first vector;
+    b_j = sum_{i: i mod 64 = j} sign_{i mod period} u_i.
 Cost: one read of each vector, one write of the result.
 Use when: float32, bfloat16 or float16 on a CPU with a compiler, up to 16 vectors. Not when: anything else; the twin in
     plain torch does the same, slower. The compiler is asked once for a machine; the library is a small one of its own.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Final, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from luthier.core.errors import MissingError
@@ -27,6 +28,8 @@ from luthier.kernels.native_build import FLAGS, SOURCES, library
 from luthier.maths.spheres import combined, gram
 
 KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BUCKETS: Final = 64
+"""Sums that C++ makes of signed numbers."""
 MOST: Final = 16
 """Vectors that C++ takes at once."""
 _FOLDER: Final = Path(__file__).parent / "vectors"
@@ -62,6 +65,16 @@ class Vectors(ABC):
         A vector of weight 0 is left out, and one of weight 1 alone comes back bit for bit.
         """
 
+    @abstractmethod
+    def signed_sums(
+        self, vector: Float[Tensor, " n"], signs: Int8[Tensor, " period"], sums: Float[Tensor, " buckets"], *, at: int
+    ) -> float:
+        """Add numbers, with the signs of their places, to the buckets of their places; the sum of their squares.
+
+        The first has the place `at`. Signs begin again after the last, buckets too; they divide the number of signs.
+        `sums` are in float64, on the CPU.
+        """
+
 
 @final
 class TorchVectors(Vectors):
@@ -81,6 +94,22 @@ class TorchVectors(Vectors):
         found = combined(wide, weights)
         return found.to(dtype), moved(found, wide, based=based)
 
+    def signed_sums(
+        self, vector: Float[Tensor, " n"], signs: Int8[Tensor, " period"], sums: Float[Tensor, " buckets"], *, at: int
+    ) -> float:
+        square, buckets = 0.0, len(sums)
+        own = signs.to(vector.device, torch.float32)
+        while len(vector):
+            at %= len(signs)
+            plain, vector = vector[: len(signs) - at].float(), vector[len(signs) - at :]
+            square += float(plain.square().sum(dtype=torch.float64))
+            front = at % buckets
+            behind = -(front + len(plain)) % buckets
+            signed = torch.nn.functional.pad(plain * own[at : at + len(plain)], (front, behind))
+            sums += signed.view(-1, buckets).sum(0, dtype=torch.float64).cpu()
+            at += len(plain)
+        return square
+
 
 @final
 class NativeVectors(Vectors):
@@ -88,6 +117,8 @@ class NativeVectors(Vectors):
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._products, self._weighted, self._twin = loaded.vector_products, loaded.weighted_sum, TorchVectors()
+        self._signed = loaded.signed_sums
+        self._signed.restype = ctypes.c_double
         for function in (self._products, self._weighted):
             function.restype = ctypes.c_int64
 
@@ -118,6 +149,19 @@ class NativeVectors(Vectors):
                               ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(KINDS[dtype]), told)  # fmt: skip
         assert done, "no more vectors than C++ takes"
         return found, Moved(*told)
+
+    def signed_sums(
+        self, vector: Float[Tensor, " n"], signs: Int8[Tensor, " period"], sums: Float[Tensor, " buckets"], *, at: int
+    ) -> float:
+        if not _known([vector]) or len(sums) != BUCKETS or len(signs) % BUCKETS:
+            return self._twin.signed_sums(vector, signs, sums, at=at)
+        held = vector.contiguous()
+        found: float = self._signed(
+            ctypes.c_void_p(held.data_ptr()), ctypes.c_int64(KINDS[held.dtype]), ctypes.c_int64(len(held)),
+            ctypes.c_int64(at), ctypes.c_void_p(signs.data_ptr()), ctypes.c_int64(len(signs)),
+            ctypes.c_void_p(sums.data_ptr()),
+        )  # fmt: skip
+        return found
 
 
 def vectors_for(choice: str) -> Vectors:

@@ -23,6 +23,8 @@ from torch import Tensor
 from luthier.core.errors import CorruptError, GateError, LuthierError
 from luthier.data.prepare import Reading
 from luthier.data.rendering.renderer import Renderer
+from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.vectors import vectors_for
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
@@ -113,6 +115,7 @@ class Anew(RowSource):
 
     def __init__(self, merge: Merge) -> None:
         self.merge, self.slots = merge, merge.plan.slots
+        self._vectors = vectors_for(wanted_kernels())
         self._jobs = {job.name: job for job in merge.plan.jobs}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
@@ -122,15 +125,13 @@ class Anew(RowSource):
         if job.copied:
             yield copied(parents, job)
             return
-        source = Source(parents, job)
-        if room.holds(count, slot.rows * slot.columns):
-            yield job.method.whole(source.part(0, slot.rows))
-            return
-        height = room.block(count, slot.columns)
-        firsts = range(0, slot.rows, height)
+        source = Source(parents, job, self._vectors)
+        whole = room.holds(count, slot.rows * slot.columns)
+        height = max(1, slot.rows) if whole else room.block(count, slot.columns)
+        firsts = range(0, max(1, slot.rows), height)
         seen = source.looks(firsts, height, lambda work: (each() for each in work))
         for first in firsts:
-            yield job.method.merge(source.part(first, height), seen)
+            yield source.merged(first, height, seen)
 
 
 @final

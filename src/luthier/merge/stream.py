@@ -25,7 +25,7 @@ from luthier.core.errors import NumericError, RecipeError
 from luthier.core.units import bytes_text
 from luthier.data.strict_json import excerpt
 from luthier.kernels.chosen import wanted_kernels
-from luthier.kernels.vectors import TorchVectors, Vectors, vectors_for
+from luthier.kernels.vectors import Moved, TorchVectors, Vectors, vectors_for
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.measures import Measured, TensorReport, measured, of_rows
 from luthier.merge.parents import Parent
@@ -130,7 +130,7 @@ def _merged(
 
 
 def _block(source: Source, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
-    rounded, found = source.merged(first, height, seen, source.job.slot.dtype)
+    rounded, found = source.rounded(first, height, seen)
     # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
     narrow = rounded.dtype == torch.float16
     if (narrow or found.moved - found.moved or found.whole - found.whole) and not bool(rounded.isfinite().all()):
@@ -165,20 +165,32 @@ class Source:
             rows = rows[:-1]
         return {GRAM: self.vectors.products(rows, based=changes)}
 
-    def merged(self, first: int, height: int, seen: Sequence[Sums], dtype: torch.dtype) -> tuple[Rows, Measured]:
-        """Some rows merged and rounded once, and their measures."""
+    def merged(self, first: int, height: int, seen: Sequence[Sums]) -> Rows:
+        """Some rows merged, in float32."""
         method = self.job.method
+        if not isinstance(method, WeightedSum):
+            return method.merge(self.part(first, height), seen)
+        return self._weighted(method, self.rows(first, height), seen, torch.float32)[0]
+
+    def rounded(self, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
+        """Some rows merged and rounded once, and their measures."""
+        method, dtype = self.job.method, self.job.slot.dtype
         if not isinstance(method, WeightedSum):
             part = self.part(first, height)
             found = method.merge(part, seen)
             return found.to(dtype), measured(part, found, seen)
-        rows, based = self.rows(first, height), self.job.base is not None
+        rows = self.rows(first, height)
+        narrow, moved = self._weighted(method, rows, seen, dtype)
+        return narrow, of_rows(rows, moved, seen, self.vectors, based=self.job.base is not None)
+
+    def _weighted(
+        self, method: WeightedSum, rows: Sequence[Rows], seen: Sequence[Sums], dtype: torch.dtype
+    ) -> tuple[Rows, Moved]:
         shares = method.shares_of(self.job.weights, seen)
         if len(shares) > len(rows):
             raise no_base()
         weights = (*shares, *[0.0] * (len(rows) - len(shares)))
-        rounded, moved = self.vectors.weighted(rows, weights, dtype=dtype, based=based)
-        return rounded, of_rows(rows, moved, seen, self.vectors, based=based)
+        return self.vectors.weighted(rows, weights, dtype=dtype, based=self.job.base is not None)
 
     def looks(
         self, firsts: range, height: int, done: Callable[[Sequence[Callable[[], Sums]]], Iterable[Sums]]

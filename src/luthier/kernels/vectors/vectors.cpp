@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 1024, LANES = 32, MOST = 16;
+constexpr int64_t TILE = 1024, LANES = 32, MOST = 16, BUCKETS = 64;
 enum Kind : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 void widen_tile(const void* from, int64_t kind, int64_t first, int64_t count, float* to) {
@@ -130,4 +130,32 @@ extern "C" int64_t weighted_sum(const void* const* vectors, const int64_t* kinds
     told[1] = whole;
     told[2] = double(conflicts);
     return 1;
+}
+
+// To each of 64 buckets the numbers of its places, with the signs of theirs; the sum of all squares. The first number has
+// the place `at`; signs begin again after `period`, which is a multiple of 64.
+extern "C" double signed_sums(const void* numbers, int64_t kind, int64_t count, int64_t at, const int8_t* signs,
+                              int64_t period, double* sums) {
+    alignas(64) float row[TILE];
+    alignas(64) double buckets[BUCKETS] = {}, squares[LANES] = {};
+    for (int64_t first = 0; first < count;) {
+        // Up to the next row of buckets, to the end of the signs, or a tile: what lies beside it in a row is zero.
+        const int64_t place = (at + first) % period, front = place % BUCKETS;
+        const int64_t taken = least(least(TILE - front, period - place), count - first);
+        const int64_t end = front + taken, rows = (end + BUCKETS - 1) / BUCKETS;
+        widen_tile(numbers, kind, first, taken, row + front);
+        for (int64_t i = 0; i < front; i++) row[i] = 0;
+        for (int64_t i = end; i < rows * BUCKETS; i++) row[i] = 0;
+        const int8_t* own = signs + (place - front);
+        for (int64_t each = 0; each < rows; each++)
+            for (int64_t i = 0; i < BUCKETS; i++)
+                buckets[i] += double(row[each * BUCKETS + i] * float(own[each * BUCKETS + i]));
+        for (int64_t i = 0; i < rows * BUCKETS; i += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) squares[lane] += double(row[i + lane]) * double(row[i + lane]);
+        first += taken;
+    }
+    double square = 0;
+    for (double lane : squares) square += lane;
+    for (int64_t i = 0; i < BUCKETS; i++) sums[i] += buckets[i];
+    return square;
 }

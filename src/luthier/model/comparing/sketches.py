@@ -17,10 +17,12 @@ from typing import Final, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor
 
-BUCKETS: Final = 64
+from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.vectors import BUCKETS, Vectors, vectors_for
+
 _SIGNS: Final = BUCKETS * 4093
 """After so many elements the signs begin again."""
 
@@ -55,9 +57,9 @@ class Sketch:
 @torch.no_grad()
 def sketched(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Sketch]:
     """A sketch of each tensor, one at a time."""
-    found = {}
+    found, vectors = {}, vectors_for(wanted_kernels())
     for name, tensor in tensors:
-        growing = Sketching()
+        growing = Sketching(vectors)
         growing.add(tensor)
         found[name] = growing.sketch(tuple(tensor.shape))
     return found
@@ -67,24 +69,17 @@ def sketched(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Sketch]:
 class Sketching:
     """A sketch that grows while the elements of a tensor pass, in their order, in pieces of any size."""
 
-    def __init__(self) -> None:
+    def __init__(self, vectors: Vectors) -> None:
+        self._vectors = vectors
         self.count, self.square = 0, 0.0
         self.sums = torch.zeros(BUCKETS, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, piece: Tensor) -> None:
         """The next elements."""
-        signs = _signs(piece.device)
         flat = piece.detach().reshape(-1)
-        while len(flat):
-            at = self.count % _SIGNS
-            plain, flat = flat[: _SIGNS - at].float(), flat[_SIGNS - at :]
-            self.square += float(plain.square().sum(dtype=torch.float64))
-            front = at % BUCKETS
-            behind = -(front + len(plain)) % BUCKETS
-            signed = torch.nn.functional.pad(plain * signs[at : at + len(plain)], (front, behind))
-            self.sums += signed.view(-1, BUCKETS).sum(0, dtype=torch.float64).cpu()
-            self.count += len(plain)
+        self.square += self._vectors.signed_sums(flat, _signs(), self.sums, at=self.count)
+        self.count += len(flat)
 
     def sketch(self, shape: tuple[int, ...]) -> Sketch:
         """The sketch of what has passed, a tensor of this shape."""
@@ -92,6 +87,6 @@ class Sketching:
 
 
 @cache
-def _signs(device: torch.device) -> Tensor:
+def _signs() -> Int8[Tensor, " period"]:
     draws = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(device, torch.float32)
+    return (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(torch.int8)

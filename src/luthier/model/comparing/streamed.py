@@ -25,6 +25,8 @@ from transformers import PretrainedConfig
 
 from luthier.core.errors import CorruptError, MissingError, RecipeError
 from luthier.data.forest import Ints
+from luthier.kernels.chosen import wanted_kernels
+from luthier.kernels.vectors import vectors_for
 from luthier.model.attending import attention
 from luthier.model.comparing.sketches import Sketch, Sketching
 from luthier.model.files.shards import Slot
@@ -56,6 +58,7 @@ class StreamedModel:
         if kind_of(config) != "causal":
             raise RecipeError(f"{source} does not read from left to right", allowed="a causal language model")
         self.rows, self._sketches = rows, dict[str, Sketch]()
+        self._vectors = vectors_for(wanted_kernels())
         attention.register()
         stand_ins = {name: _stand_in(rows, name) for name in rows.slots}
         with without_bars(local=True):
@@ -105,7 +108,7 @@ class StreamedModel:
 
     def _passing(self, name: str) -> Iterator[Tensor]:
         """The blocks of a tensor, sketched as they pass."""
-        growing = Sketching()
+        growing = Sketching(self._vectors)
         for block in self.rows.blocks(name):
             growing.add(block)
             yield block
