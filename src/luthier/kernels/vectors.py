@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, final
+from typing import ClassVar, Final, final
 
 import torch
 from jaxtyping import Float, Int8
@@ -48,6 +48,9 @@ class Moved:
 
 class Vectors(ABC):
     """What is asked of vectors of one shape. With `based` the last one is what all others come from."""
+
+    in_place: ClassVar[bool] = False
+    """Whether it makes no copies of vectors of up to 32 bits."""
 
     @abstractmethod
     def products(
@@ -114,6 +117,8 @@ class TorchVectors(Vectors):
 @final
 class NativeVectors(Vectors):
     """In C++. What it has no types for, its twin does."""
+
+    in_place: ClassVar[bool] = True
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._products, self._weighted, self._twin = loaded.vector_products, loaded.weighted_sum, TorchVectors()

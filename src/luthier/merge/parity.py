@@ -127,7 +127,7 @@ class Anew(RowSource):
             return
         source = Source(parents, job, self._vectors)
         whole = room.holds(count, slot.rows * slot.columns)
-        height = max(1, slot.rows) if whole else room.block(count, slot.columns)
+        height = max(1, slot.rows) if whole else room.block(count, slot.columns, lean=source.lean)
         firsts = range(0, max(1, slot.rows), height)
         seen = source.looks(firsts, height, lambda work: (each() for each in work))
         for first in firsts:

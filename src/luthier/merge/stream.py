@@ -35,6 +35,8 @@ from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
 """Numbers of a block at most: a megabyte in float32, so that what is done to it finds it in a cache."""
+LEAN_BLOCK: Final = 1 << 20
+"""The same where nothing is copied: as few pieces as threads can share out well."""
 COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
 WAITING: Final = 4
@@ -51,9 +53,9 @@ class Room:
     memory_bytes: int
     threads: int
 
-    def block(self, models: int, columns: int) -> int:
-        """Rows of a block. Raises RecipeError where not one row fits."""
-        each = 4 * columns * (models * COPIES + 2)
+    def block(self, models: int, columns: int, *, lean: bool = False) -> int:
+        """Rows of a block; `lean` where no copies are made. Raises RecipeError where not one row fits."""
+        each = 4 * columns * (models + 1 if lean else models * COPIES + 2)
         rows = int(self.memory_bytes // 2 // ((self.threads + WAITING) * each))
         if not rows:
             raise RecipeError(
@@ -61,7 +63,7 @@ class Room:
                 f"{bytes_text(2 * (self.threads + WAITING) * each)}",
                 do="give it more: --set memory_gb=2",
             )
-        return max(1, min(rows, BLOCK // max(columns, 1)))
+        return max(1, min(rows, (LEAN_BLOCK if lean else BLOCK) // max(columns, 1)))
 
     def holds(self, models: int, numbers: int) -> bool:
         """Whether a tensor of so many numbers may be merged in one piece."""
@@ -112,9 +114,9 @@ def _merged(
 ) -> TensorReport:  # fmt: skip
     """All looks at one tensor, then its blocks."""
     slot = job.slot
-    height = room.block(len(job.origins), slot.columns)
-    firsts = range(0, slot.rows, height)
     source = Source(parents, job, vectors)
+    height = room.block(len(job.origins), slot.columns, lean=source.lean)
+    firsts = range(0, slot.rows, height)
     raw = sum(parents[origin.parent].shards.slots[origin.name].bytes for origin in job.origins)
     if job.method.passes and len(firsts) > 1 and room.keeps(raw):
         keeping = [partial(source.keep, number) for number in range(len(job.origins))]
@@ -146,6 +148,18 @@ class Source:
         self.parents, self.job, self.vectors = parents, job, vectors
         self.kept: dict[int, Tensor] = {}
         self.key = key_of(job.name)
+
+    @property
+    def lean(self) -> bool:
+        """Whether rows are merged where they lie, without copies in float32."""
+        return isinstance(self.job.method, WeightedSum) and self.vectors.in_place and self._as_they_lie
+
+    @property
+    def _as_they_lie(self) -> bool:
+        """Whether files hold the rows that are merged: none are gathered or filled in, no adapter is added."""
+        return not any(
+            each.rows is not None or each.name in self.parents[each.parent].factors for each in self.job.origins
+        )
 
     def keep(self, number: int) -> None:
         origin = self.job.origins[number]
@@ -206,7 +220,7 @@ class Source:
 
     def rows(self, first: int, height: int) -> list[Rows]:
         """Rows of all models and then of the base, in the type of their file where they are what it holds."""
-        if any(each.rows is not None or each.name in self.parents[each.parent].factors for each in self.job.origins):
+        if not self._as_they_lie:
             part = self.part(first, height)
             return [*part.models, *([] if part.base is None else [part.base])]
         last = min(first + height, self.job.slot.rows)
