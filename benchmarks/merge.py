@@ -14,8 +14,8 @@ small rest are finer than float32 computes: such numbers are told apart, and mus
 number.
 
 The limit that is told is the larger of two times: the bytes of the result at the speed with which this disk took a
-file of that size just before, and all bytes that move (each input twice, the result once) at the speed with which
-torch copies memory.
+file of that size just before (through the page cache or past it, whichever is faster), and all bytes that move (each
+input twice, the result once) at the speed with which torch copies memory.
 mergekit is measured where its environment is: `setup_peers.py --peers mergekit`.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -179,14 +180,7 @@ def limit(home: Path, in_bytes: int, out_bytes: int) -> dict[str, float]:
     """The least time that this disk and this memory allow, in seconds."""
     import torch
 
-    piece = bytes(1 << 24)
-    with tempfile.NamedTemporaryFile(dir=home) as file:
-        began = time.perf_counter()
-        for _ in range(max(1, out_bytes // len(piece))):
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-        disk = out_bytes / (time.perf_counter() - began)
+    disk = max(_disk_speed(home, out_bytes, direct) for direct in (False, True))
     source = torch.empty(1 << 28, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
     best = min(_timed(lambda: target.copy_(source)) for _ in range(5))
@@ -194,6 +188,25 @@ def limit(home: Path, in_bytes: int, out_bytes: int) -> dict[str, float]:
     memory = 2 * source.numel() / best
     return {"disk_s": out_bytes / disk, "memory_s": (2 * in_bytes + out_bytes) / memory,
             "disk_bytes_per_s": disk, "memory_bytes_per_s": memory}  # fmt: skip
+
+
+def _disk_speed(home: Path, size: int, direct: bool) -> float:
+    """Bytes a second until a file of that size is durable: through the page cache, or past it where that is known."""
+    piece = mmap.mmap(-1, 1 << 22)
+    piece.write(os.urandom(len(piece)))
+    with tempfile.NamedTemporaryFile(dir=home) as file:
+        try:
+            number = os.open(file.name, os.O_WRONLY | (os.O_DIRECT if direct else 0))
+        except OSError:
+            return 0.0
+        os.posix_fallocate(number, 0, size)
+        began = time.perf_counter()
+        for at in range(0, size, len(piece)):
+            os.pwrite(number, piece, at)
+        os.fsync(number)
+        seconds = time.perf_counter() - began
+        os.close(number)
+    return size / seconds
 
 
 def _timed(work: Any) -> float:

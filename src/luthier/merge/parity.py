@@ -1,7 +1,7 @@
 """The parity of a merge: what the written folder computes, held against the parents merged once more.
 
-Idea: the source of a merge is no model that anybody has. So it is made again from the parents, each tensor in one piece
-where memory has room for that, without the workers, the queue and the writer of the stream; the result is read back by
+Idea: the source of a merge is no model that anybody has. So it is made again from the parents, without the workers, the
+queue and the writer of the stream, and in one piece where memory has room for copies; the result is read back by
 the library that everybody else reads it with. Both go through the zoo's own forward, a few rows at a time, with the
 same prompts; every tensor is sketched on the way. Products are in float32, so that what is seen is the rounding of the
 files and nothing else.
@@ -126,7 +126,8 @@ class Anew(RowSource):
             yield copied(parents, job)
             return
         source = Source(parents, job, self._vectors)
-        whole = room.holds(count, slot.rows * slot.columns)
+        # What makes no copies is as fast in blocks, and the heap stays in one piece.
+        whole = not source.lean and room.holds(count, slot.rows * slot.columns)
         height = max(1, slot.rows) if whole else room.block(count, slot.columns, lean=source.lean)
         firsts = range(0, max(1, slot.rows), height)
         seen = source.looks(firsts, height, lambda work: (each() for each in work))
