@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Final, final
+from typing import Any, Final, final
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from luthier.core.errors import CorruptError
 from luthier.maths.ggml import Format, pack
 from luthier.model.gguf.reading import ARRAY, MAGIC, SCALARS, STRING, VERSION, padded
 from luthier.store.disk import explained, require_space
+from luthier.store.large_file import LargeFile
 
 U32: Final = 4
 I32: Final = 5
@@ -112,11 +114,11 @@ def write_gguf(
     with explained("write", path, needed_bytes=size):
         done = False
         try:
-            with beside.open("wb") as file:
-                file.write(head.ljust(padded(len(head)), b"\0"))
-                _write_tensors(file, plan, tensors, told)
-                file.flush()
-                os.fsync(file.fileno())
+            beside.unlink(missing_ok=True)
+            with closing(LargeFile(beside, size)) as file:
+                file.write(memoryview(head.ljust(padded(len(head)), b"\0")), 0)
+                _write_tensors(file, padded(len(head)), plan, tensors, told)
+                file.finish()
             beside.replace(path)
             done = True
         finally:
@@ -138,8 +140,10 @@ def _header(keys: Mapping[str, Key], plan: Sequence[Planned]) -> bytes:
 
 
 def _write_tensors(
-    file: BinaryIO, plan: Sequence[Planned], tensors: Iterable[tuple[str, Tensor]], told: Callable[[int], None]
-) -> None:
+    file: LargeFile, at: int, plan: Sequence[Planned], tensors: Iterable[tuple[str, Tensor]],
+    told: Callable[[int], None],
+) -> None:  # fmt: skip
+    """From byte `at` on."""
     coming = iter(tensors)
     for each in plan:
         name, tensor = next(coming, ("the end", None))
@@ -149,8 +153,11 @@ def _write_tensors(
                                do="report it: the plan of the file and its tensors differ")  # fmt: skip
         flat = tensor.reshape(-1)
         for start in range(0, flat.numel(), _ROWS):
-            file.write(pack(flat[start : start + _ROWS], each.kind))
-        file.write(b"\0" * (padded(each.bytes) - each.bytes))
+            packed = memoryview(pack(flat[start : start + _ROWS], each.kind))
+            file.write(packed, at)
+            at += packed.nbytes
+        file.write(memoryview(bytes(padded(each.bytes) - each.bytes)), at)
+        at += padded(each.bytes) - each.bytes
         told(each.bytes)
 
 
