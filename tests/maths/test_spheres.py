@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.maths.spheres import combined, cosine, gram, karcher_weights, slerp_weights
+from luthier.kernels.vectors import combined, gram
+from luthier.maths.spheres import cosine, karcher_weights, slerp_weights
 
 
 def test_inner_products_are_those_of_float64() -> None:

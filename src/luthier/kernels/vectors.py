@@ -25,13 +25,14 @@ from torch import Tensor
 
 from luthier.core.errors import MissingError
 from luthier.kernels.native_build import FLAGS, SOURCES, library
-from luthier.maths.spheres import combined, gram
 
 KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BUCKETS: Final = 64
 """Sums that C++ makes of signed numbers."""
 MOST: Final = 16
 """Vectors that C++ takes at once."""
+_PIECE: Final = 1 << 18
+"""Numbers that float32 sums well."""
 _FOLDER: Final = Path(__file__).parent / "vectors"
 
 
@@ -183,6 +184,31 @@ def vectors_for(choice: str) -> Vectors:
             raise
         return TorchVectors()
     return NativeVectors(loaded)
+
+
+def gram(vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "k k"]:
+    """All inner products, summed in float64 over pieces that float32 sums well."""
+    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    flat = [vector.reshape(-1) for vector in vectors]
+    for begin in range(0, len(flat[0]), _PIECE):
+        pieces = [vector[begin : begin + _PIECE] for vector in flat]
+        for row, one in enumerate(pieces):
+            for column in range(row + 1):
+                found[row, column] += float(torch.dot(one, pieces[column]))
+    return found + found.tril(-1).t()
+
+
+def combined(
+    vectors: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float]
+) -> Float[Tensor, "*shape"]:
+    """The weighted sum. A vector of weight 0 is left out, and one of weight 1 alone comes back bit for bit."""
+    parts = [(vector, weight) for vector, weight in zip(vectors, weights, strict=True) if weight]
+    if not parts:
+        return torch.zeros_like(vectors[0])
+    found = parts[0][0].clone() if parts[0][1] == 1 else parts[0][0] * parts[0][1]
+    for vector, weight in parts[1:]:
+        found.add_(vector, alpha=weight)
+    return found
 
 
 def moved(

@@ -21,22 +21,9 @@ from torch import Tensor
 
 STRAIGHT: Final = 0.9995
 """The cosine beyond which a great circle is taken for a straight line."""
-_PIECE: Final = 1 << 18
 _STEPS: Final = 100
 _STILL: Final = 1e-12
 """A tangent shorter than this does not move a mean any more."""
-
-
-def gram(vectors: Sequence[Float[Tensor, "*shape"]]) -> Float[Tensor, "k k"]:
-    """All inner products, summed in float64 over pieces that float32 sums well."""
-    found = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    flat = [vector.reshape(-1) for vector in vectors]
-    for begin in range(0, len(flat[0]), _PIECE):
-        pieces = [vector[begin : begin + _PIECE] for vector in flat]
-        for row, one in enumerate(pieces):
-            for column in range(row + 1):
-                found[row, column] += float(torch.dot(one, pieces[column]))
-    return found + found.tril(-1).t()
 
 
 def cosine(products: Float[Tensor, "k k"], one: int, other: int) -> float:
@@ -79,19 +66,6 @@ def karcher_weights(products: Float[Tensor, "k k"], weights: Sequence[float]) ->
         mean = math.cos(step) * mean + math.sin(step) * tangent / step
         mean = mean / _length(units, mean)
     found: list[float] = (mean * inverse * float((shares * lengths).sum())).tolist()
-    return found
-
-
-def combined(
-    vectors: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float]
-) -> Float[Tensor, "*shape"]:
-    """The weighted sum. A vector of weight 0 is left out, and one of weight 1 alone comes back bit for bit."""
-    parts = [(vector, weight) for vector, weight in zip(vectors, weights, strict=True) if weight]
-    if not parts:
-        return torch.zeros_like(vectors[0])
-    found = parts[0][0].clone() if parts[0][1] == 1 else parts[0][0] * parts[0][1]
-    for vector, weight in parts[1:]:
-        found.add_(vector, alpha=weight)
     return found
 
 

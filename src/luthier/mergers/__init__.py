@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Method
-from luthier.maths.spheres import combined, gram
+from luthier.kernels.vectors import combined, gram
 
 Rows = Float[Tensor, "rows columns"]
 Sums = Mapping[str, Tensor]

@@ -20,9 +20,9 @@ import torch
 from pydantic import Field, model_validator
 
 from luthier.core.errors import RecipeError
+from luthier.kernels.vectors import combined
 from luthier.maths.magnitudes import drawer_counts, drawer_of, inner_counts, kth_largest
 from luthier.maths.signs import agreed
-from luthier.maths.spheres import combined
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
 
 

@@ -20,9 +20,9 @@ from typing import ClassVar, Literal, final
 import torch
 from pydantic import Field
 
+from luthier.kernels.vectors import combined
 from luthier.maths.numbered_draws import key_of, uniform
 from luthier.maths.signs import agreed
-from luthier.maths.spheres import combined
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
 
 

@@ -22,9 +22,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
+from luthier.kernels.vectors import combined
 from luthier.maths.numbered_draws import key_of, uniform
 from luthier.maths.signs import agreed
-from luthier.maths.spheres import combined
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
 
 
