@@ -5,7 +5,7 @@
 For each file under each template: megabytes of its text a second of processor time, for each stage alone and for the
 whole way. The stages are those of `luthier.data.prepare`, in its order and in batches of its size, on one thread:
 
-- parse: a file's rows read twice, as a run does, once to find those that cannot be read;
+- parse: a file's rows, which a run reads once more where they are many (`row_log.KEPT_CHARACTERS`);
 - render: messages to texts, the template's process included (its processor time is read from /proc);
 - tokenise: texts to ids and spans;
 - weights: where answers stand, and the weight and the role of each token;
@@ -13,14 +13,14 @@ whole way. The stages are those of `luthier.data.prepare`, in its order and in b
 - pack: digests of rows, and the arrays on the disk.
 
 The tokenizer is that of --model (a folder or a hub id), by default the small base model that ships with luthier.
-`alone` is the tokenizers library on the same text, nothing else being done. Rows that a template refuses count as text
+`alone` is the tokenizers library on the same text, nothing else being done, and `share` the speed of the whole way
+against it. Rows that a template refuses count as text
 but not in full as work, so a template that refuses many seems quick: see `kept`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -64,21 +64,9 @@ class Clock:
 
 def text_bytes(path: Path) -> tuple[int, list[str]]:
     """Bytes of text in the rows of a file, and the texts in pieces, as the library is given them alone."""
-    if path.suffix == ".json":
-        rows = json.loads(path.read_text("utf-8"))
-        found = [text for row in rows for text in _strings(row)]
-    else:
-        found = list(texts(path))
+    found = list(texts(path))
     pieces = [text[start : start + PIECE] for text in found for start in range(0, len(text), PIECE)]
     return sum(len(text.encode()) for text in found), pieces
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
 
 
 def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -87,9 +75,6 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     reading = Reading(template=template, over_length="drop", max_tokens=4096)
     renderer, _ = make_renderer(tokenizer, reading)
     (source,) = sources_of(path, reading)
-    with clock.stage("parse"):
-        for _ in open_source(source).items:
-            pass
     before = _process_seconds(renderer)
     items = open_source(source).items
     kept: list[Rendered] = []
@@ -125,6 +110,7 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
         **speeds,
         "whole": round(size / 1e6 / whole, 2),
         "alone": round(size / 1e6 / max(alone, 1e-9), 2),
+        "share": round(max(alone, 1e-9) / whole, 2),
     }
 
 
@@ -169,7 +155,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(sys.modules["luthier"].__path__[0]) / "assets" / "seedling"
     tokenizer = Tokenizer.load(folder if args.model == "seedling" else args.model)
-    columns = ("file", "template", "rows", "kept", "text_mb", *STAGES, "whole", "alone")
+    columns = ("file", "template", "rows", "kept", "text_mb", *STAGES, "whole", "alone", "share")
     print("  ".join(f"{name:>9}" for name in columns))
     for path in args.files:
         for template in args.templates:

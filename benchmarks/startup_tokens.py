@@ -34,17 +34,21 @@ def texts(path: Path) -> Iterator[str]:
     if path.suffix == ".txt":
         yield path.read_text("utf-8")
         return
+    if path.suffix == ".json":
+        yield from strings(json.loads(path.read_text("utf-8")))
+        return
     with path.open(encoding="utf-8") as lines:
         for line in lines:
-            yield from _strings(json.loads(line))
+            yield from strings(json.loads(line))
 
 
-def _strings(value: object) -> Iterator[str]:
+def strings(value: object) -> Iterator[str]:
+    """The strings of a row, however deep they stand."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from strings(item)
 
 
 def write_text(path: Path) -> None:

@@ -62,6 +62,10 @@ def test_what_prints_has_json_and_what_writes_has_a_dry_run(path: tuple[str, ...
 def test_an_unknown_command_or_option_is_a_usage_error_with_the_nearest_name() -> None:
     luthier("trian").must(2, "No such command 'trian'", "train")
     luthier("train", "recipe.yaml", "--bogus").must(2, "No such option: --bogus")
+    for more in ((), ("recipe.yaml",)):
+        luthier("train", *more, "--data", "rows.jsonl").must(2, "luthier init recipe.yaml --data", "--set data.train=")
+    assert "init" not in luthier("train", "recipe.yaml", "--bogus").err
+    assert "init" not in luthier("export", "runs/a", "--data", "rows.jsonl").err
     luthier("train").must(2, "Missing argument")
     luthier().must(2)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import TemplateError
+from luthier.data import prepare as prepare_module
+from luthier.data import row_log
 from luthier.data.conversation import Row, Text
 from luthier.data.intake import Intake
 from luthier.data.prepare import Reading, make_renderer, prepare
@@ -58,8 +60,22 @@ def test_reading_holds_one_row_at_a_time(tmp_path: Path) -> None:
     assert peak(lambda: take(SourceFile(many))) - before > 4_000_000
 
 
-def test_a_row_leaves_a_few_numbers_in_memory(tmp_path: Path) -> None:
+def test_rows_are_kept_up_to_a_size_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when rows that are to be read once fill the memory, or are fewer than those of the file."""
+    few, many = (rows(tmp_path / f"{count}.jsonl", count, characters=5000) for count in (20, 1000))
+    read = demand_readable([SourceFile(few)], keep=200_000)
+    assert read is not None and len(read.rows) == 20
+    assert [row.content for _, row in read.rows] == [one.content for one in take(SourceFile(few)).rows]
+    before = peak(lambda: demand_readable([SourceFile(few)]))
+    assert peak(lambda: demand_readable([SourceFile(many)], keep=200_000)) - before < 500_000
+    assert demand_readable([SourceFile(many)], keep=200_000) is None
+    monkeypatch.setattr(row_log, "_KEPT_ROWS", 19)
+    assert demand_readable([SourceFile(few)], keep=200_000) is None
+
+
+def test_a_row_leaves_a_few_numbers_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when preparing keeps texts or tokens: a million rows would not fit. The control keeps them."""
+    monkeypatch.setattr(prepare_module, "KEPT_CHARACTERS", 0)
     tokenizer = Tokenizer.of(tiny_tokenizer())
     renderer, _ = make_renderer(tokenizer, Reading())
     found, control = {}, {}
@@ -67,6 +83,7 @@ def test_a_row_leaves_a_few_numbers_in_memory(tmp_path: Path) -> None:
         path = rows(tmp_path / f"{count}.jsonl", count, characters=150)
         found[count] = peak(lambda path=path: prepare(path, tokenizer, Reading(), fraction=0.1, cache=tmp_path / "c"))  # type: ignore[misc]
         control[count] = peak(lambda path=path: list(Intake([SourceFile(path)], renderer)))  # type: ignore[misc]
+    # Rows are kept until they are rendered where they are few; here none is.
     assert (found[600] - found[100]) / 500 < 1000 < (control[600] - control[100]) / 500
 
 

@@ -142,14 +142,19 @@ def test_a_log_that_is_damaged_is_made_again(made: Make) -> None:
         assert made(rows).counts() == first.counts()
 
 
-def test_a_file_that_changes_while_it_is_prepared(made: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_file_that_changes_while_it_is_prepared(
+    made: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, again: bool
+) -> None:
     """Breaks when tokens are stored under the digest of another content."""
     plain = prepare_module.demand_readable
 
-    def changed(sources: Any) -> None:
-        plain(sources)
+    def changed(sources: Any, *, keep: int) -> Any:
+        read = plain(sources, keep=0 if again else keep)
+        assert (read is None) == again
         with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
             file.write(ask("e", "f"))
+        return read
 
     monkeypatch.setattr(prepare_module, "demand_readable", changed)
     with pytest.raises(DataError, match="changed while it was read"):

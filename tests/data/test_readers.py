@@ -210,6 +210,14 @@ def test_missing_files_name_their_neighbours(tmp_path: Path) -> None:
     put(tmp_path, "train.xyz", GOOD)
     with pytest.raises(DataError, match=r"did you mean train\.jsonl"):
         take(SourceFile(tmp_path / "trian.jsonl"))
+    with pytest.raises(DataError, match=r"did you mean train\.jsonl"):
+        take(SourceFile(tmp_path / "Train.json.gz"))
+    put(tmp_path, "testing.json", b"[]")
+    # What is only called a file of the same kind, or is no data, was not meant.
+    with pytest.raises(DataError, match=r"data files there: testing\.json, train\.jsonl"):
+        take(SourceFile(tmp_path / "nothing.json"))
+    with pytest.raises(DataError, match="data files there"):
+        take(SourceFile(tmp_path / "a.xyz"))
     with pytest.raises(DataError, match="no folder"):
         find_sources(tmp_path / "no" / "file.jsonl")
     with pytest.raises(DataError, match="no kind of data file"):

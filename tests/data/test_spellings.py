@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from luthier.data import spellings as spellings_module
 from luthier.data.spellings import BYTE_OF, Spellings
 from luthier.data.tokenizer import Tokenizer
-from tests.data.test_words import backend, seedling
+from tests.data.test_words import backend, seedling, way
+
+__all__ = ["way"]
 
 
 def tokenizer_of(tokens: list[str]) -> Backend:
@@ -20,8 +24,10 @@ def tokenizer_of(tokens: list[str]) -> Backend:
 
 
 @pytest.mark.parametrize("make", [backend, seedling])
-def test_any_tokens_say_what_the_tokenizer_decodes(make) -> None:
+def test_any_tokens_say_what_the_tokenizer_decodes(make, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half characters among them: most draws are no UTF-8."""
+    monkeypatch.setattr(spellings_module, "_MANY", 0)
+    monkeypatch.setattr(spellings_module, "is_compiled", lambda: True)
     tokenizer = make()
     tokenizer.add_special_tokens(["<é 中 >", "<|end|>"])
     spellings = Spellings.of(tokenizer)
@@ -31,7 +37,9 @@ def test_any_tokens_say_what_the_tokenizer_decodes(make) -> None:
     for count in (0, 1, 2, 3, 5, 20, 200):
         for _ in range(100):
             ids = [draw.randrange(size) for _ in range(count)]
-            assert spellings.text(ids) == tokenizer.decode(ids, skip_special_tokens=False)
+            wanted = tokenizer.decode(ids, skip_special_tokens=False)
+            assert spellings.text(ids) == spellings.text(np.array(ids, np.int32)) == wanted
+    assert (spellings._native is not None) == (way == "C++")
 
 
 def test_bytes_that_are_no_characters_read_the_same() -> None:
@@ -48,12 +56,15 @@ def test_bytes_that_are_no_characters_read_the_same() -> None:
             assert spellings.text(ids) == tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_a_token_that_is_added_later_is_spelled() -> None:
+def test_a_token_that_is_added_later_is_spelled(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spellings_module, "_MANY", 0)
+    monkeypatch.setattr(spellings_module, "is_compiled", lambda: True)
     tokenizer = tokenizer_of(["a", "b"])
     spellings = Spellings.of(tokenizer)
-    assert spellings is not None and spellings.text([0, 2, 1]) == "ab"
+    ids = np.array([0, 2, 1], np.int32)
+    assert spellings is not None and spellings.text([0, 2, 1]) == spellings.text(ids) == "ab"
     tokenizer.add_tokens(["<new>"])
-    assert spellings.text([0, 2, 1]) == tokenizer.decode([0, 2, 1]) == "a<new>b"
+    assert spellings.text([0, 2, 1]) == spellings.text(ids) == tokenizer.decode([0, 2, 1]) == "a<new>b"
 
 
 def test_other_decoders_have_no_spellings(make_tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import luthier.assets
+from luthier.core.errors import MissingError
 from luthier.data import words as words_module
+from luthier.data.covering import closed
 from luthier.data.tokenizer import Tokenizer
 from luthier.data.words import PATTERNS, Words
+from luthier.kernels import words as native_module
+from luthier.kernels.native_build import COMPILERS
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog. It's THE dog's, we'll see; they've 1234 dogs!!\n\n  And so on...\n",
@@ -54,6 +59,21 @@ BACKENDS = {
 }
 
 
+@pytest.fixture(params=["Python", "C++"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to the tokens of words: the twin, and C++ from the first word on."""
+    if request.param == "Python":
+        monkeypatch.setenv("LUTHIER_KERNELS", "torch")
+    elif not any(map(shutil.which, COMPILERS)):
+        pytest.skip("there is no compiler")
+    monkeypatch.setattr(words_module, "_MUCH", 0)
+    return request.param
+
+
+def demand_way(words: Words, way: str) -> None:
+    assert (words._native is not None) == (way == "C++")
+
+
 def texts(seed: int) -> list[str]:
     draw = random.Random(seed)
     alphabets = (USUAL, PLAIN + USUAL, USUAL * 3 + OTHER, [*OTHER, " ", "a"], SENTENCES)
@@ -72,19 +92,26 @@ def demand_same(made, tokenizer: Backend, given: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_tokens_and_spans_are_those_of_the_whole_text(name: str) -> None:
+def test_tokens_and_spans_are_those_of_the_whole_text(name: str, way: str) -> None:
     tokenizer = BACKENDS[name]()
     words = Words.of(tokenizer)
     assert words is not None
-    for seed in range(4):
+    for seed in range(2):
         given = texts(seed)
         # The second time from memory.
         for _ in range(2):
-            demand_same(words.encode(given), tokenizer, given)
+            made = words.encode(given)
+            demand_same(made, tokenizer, given)
+        closing = words.encode(given, closing=True)
+        assert all(
+            np.array_equal(spans, closed(raw, text))
+            for text, (_, spans), (_, raw) in zip(given, closing, made, strict=True)
+        )
+    demand_way(words, way)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_long_texts_are_sliced_without_a_trace(name: str, monkeypatch) -> None:
+def test_long_texts_are_sliced_without_a_trace(name: str, way: str, monkeypatch) -> None:
     monkeypatch.setattr(words_module, "_SLICE", 40)
     tokenizer = BACKENDS[name]()
     words = Words.of(tokenizer)
@@ -94,12 +121,12 @@ def test_long_texts_are_sliced_without_a_trace(name: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_beginnings_of_a_text_have_the_tokens_they_have_alone(name: str) -> None:
+def test_beginnings_of_a_text_have_the_tokens_they_have_alone(name: str, way: str) -> None:
     """Breaks when a prompt takes over a token of its conversation that it would not have by itself."""
     tokenizer = BACKENDS[name]()
     words = Words.of(tokenizer)
     draw = random.Random(0)
-    for text in [*texts(5)[:50], *SENTENCES]:
+    for text in [*texts(5)[:30], *SENTENCES]:
         stops = [draw.randrange(len(text) + 1) for _ in range(4)]
         given = [text, *(text[:stop] for stop in stops), text[1:], text]
         demand_same(words.encode(given), tokenizer, given)
@@ -107,32 +134,61 @@ def test_beginnings_of_a_text_have_the_tokens_they_have_alone(name: str) -> None
     assert shared == [0, 7, 0, 7]
 
 
-def test_what_is_remembered_is_bounded(monkeypatch) -> None:
+def test_what_is_remembered_is_bounded(monkeypatch, way: str) -> None:
     monkeypatch.setattr(words_module, "_MOST_WORDS", 100)
     tokenizer = backend()
     words = Words.of(tokenizer)
     for seed in range(5):
         given = texts(seed)[:40]
         demand_same(words.encode(given), tokenizer, given)
-        first = len(words._known)
+        first, _ = words.sizes
         words.encode(["a few words"])
-        assert len(words._known) <= max(100, first) and (first <= 100 or len(words._known) == 3)
+        assert words.sizes[0] <= max(100, first) and (first <= 100 or words.sizes[0] == 3)
+    demand_way(words, way)
 
 
-def test_forgotten_words_are_learned_again() -> None:
+def test_forgotten_words_are_learned_again(way: str) -> None:
     tokenizer = backend()
     words = Words.of(tokenizer)
     for _ in range(2):
         demand_same(words.encode(SENTENCES), tokenizer, SENTENCES)
+        assert all(words.sizes)
         words.forget()
-        assert not words._known and not words._size
+        assert words.sizes == (0, 0)
+
+
+def test_more_new_words_than_are_told_at_once(monkeypatch, way: str) -> None:
+    monkeypatch.setattr(native_module, "_UNKNOWN", 3)
+    tokenizer = backend()
+    words = Words.of(tokenizer)
+    demand_same(words.encode(texts(1)), tokenizer, texts(1))
+
+
+def test_it_is_compiled_only_for_much_text(monkeypatch) -> None:
+    """Breaks when a few rows wait for a compiler, or many never use it."""
+    built: list[str] = []
+
+    def build(pattern: str) -> None:
+        built.append(pattern)
+        raise MissingError("none here")
+
+    monkeypatch.setattr(words_module, "is_compiled", lambda: False)
+    monkeypatch.setattr(words_module.NativeWords, "build", build)
+    monkeypatch.setattr(words_module, "_MUCH", 50)
+    words, tokenizer = Words.of(backend()), backend()
+    words.encode(["a few words"])
+    assert not built
+    for _ in range(3):
+        demand_same(words.encode(SENTENCES), tokenizer, SENTENCES)
+    # And where it cannot be built it is not tried again.
+    assert built == ["gpt2"]
 
 
 def test_ascii_patterns_cut_nothing_out() -> None:
     every = "".join(a + b for a in PLAIN for b in PLAIN)
     for pattern in PATTERNS:
         words = Words(backend(), pattern, ())
-        assert "".join(words._words_of(every)) == every
+        assert "".join(words._cut(every)) == every
 
 
 def without(**parts: object) -> Backend:
@@ -191,6 +247,7 @@ def test_what_leaves_words_alone_is_taken() -> None:
 
 
 def test_a_text_that_its_words_do_not_make_up_goes_to_the_tokenizer(make_tokenizer, monkeypatch) -> None:
+    monkeypatch.setenv("LUTHIER_KERNELS", "torch")
     tokenizer: Tokenizer = make_tokenizer("bytes")
     assert tokenizer.words is not None
     wanted = tokenizer.encode("one, two")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -92,3 +95,71 @@ def test_trouble_is_told_and_the_twin_runs(
 def test_float64_is_left_to_the_twin() -> None:
     """Breaks when a precision that the C++ does not have is handed to it."""
     assert backend_for("native", CPU, torch.float64)[0].name == "blocks"
+
+
+SLOW_COMPILER = """#!{python}
+import os, pathlib, sys, time
+log = pathlib.Path({log!r})
+made = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+source = sys.argv[-1]
+def tell(what):
+    with log.open("a") as file:
+        file.write(f"{{what}} {{os.getpid()}} {{pathlib.Path(source).name}}\\n")
+tell("begin")
+if "-c" in sys.argv:
+    if source.endswith("wrong.cpp"):
+        while log.read_text().count("begin") < 2:
+            time.sleep(0.01)
+        sys.exit("wrong.cpp:1: no such thing")
+    time.sleep({seconds})
+made.write_text("made of " + source)
+tell("end")
+"""
+
+
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[str], *, seconds: float) -> Path:
+    """A folder of sources for a compiler that takes its time and logs when it begins and ends; the log."""
+    sources, log, compiler = tmp_path / "sources", tmp_path / "log", tmp_path / "slow-compiler"
+    sources.mkdir()
+    for name in names:
+        (sources / name).write_text("", "utf-8")
+    compiler.write_text(SLOW_COMPILER.format(python=sys.executable, log=str(log), seconds=seconds), "utf-8")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(native_build, "COMPILERS", (str(compiler),))
+    return log
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_files_are_compiled_side_by_side_and_then_linked(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int
+) -> None:
+    """Breaks when one waits for another, more run than there are processors, or the library lacks one."""
+    names = [f"{name}.cpp" for name in "abcdef"]
+    log = fake(tmp_path, monkeypatch, names, seconds=0.5)
+    monkeypatch.setattr(native_build.os, "sched_getaffinity", lambda _: set(range(processors)))
+    with pytest.raises(MissingError, match="cannot be loaded"):
+        native_build.library(tmp_path / "sources", ())
+    running = most = 0
+    lines = log.read_text("utf-8").splitlines()
+    for line in lines:
+        running += 1 if line.startswith("begin") else -1
+        most = max(most, running)
+    assert most == processors and len(lines) == 2 * (len(names) + 1)
+    assert sorted(line.split()[-1] for line in lines[:-2] if line.startswith("begin")) == names
+    (made,) = own_cache.iterdir()
+    assert made.suffix == ".so" and made.read_text("utf-8").endswith(".o")
+
+
+def test_one_that_fails_ends_the_others_and_leaves_nothing(
+    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a compiler goes on for minutes after its library was given up."""
+    log = fake(tmp_path, monkeypatch, ["slow.cpp", "wrong.cpp"], seconds=600)
+    monkeypatch.setattr(native_build.os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(MissingError, match="no such thing"):
+        native_build.library(tmp_path / "sources", ())
+    begun = [line.split() for line in log.read_text("utf-8").splitlines()]
+    (slow,) = [int(pid) for what, pid, name in begun if (what, name) == ("begin", "slow.cpp")]
+    # It is killed together with what we wait for, and may take a moment longer.
+    assert not psutil.wait_procs([psutil.Process(slow)] if psutil.pid_exists(slow) else [], timeout=30)[1]
+    assert not list(own_cache.iterdir())

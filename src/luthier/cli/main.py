@@ -73,6 +73,8 @@ app.add_typer(data_commands.app, name="data")
 app.add_typer(run_commands.app, name="run")
 
 
+OF_RECIPES = {"--data": "data.train", "--model": "model"}
+"""Options of `init` that people give to `train`, and the keys that a recipe has for them."""
 READS_RECIPES = ("init", "plan", "train", "resume", "compare", "reward")
 """Commands that recipes, or --set with their keys, are given to."""
 INTERRUPTED = 130
@@ -140,8 +142,11 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         if isinstance(leave.__context__, BrokenPipeError):
             return 0
         say = getattr(leave.__context__, "format_message", None)
+        do = _of_recipe(arguments, str(getattr(leave.__context__, "option_name", "")))
+        if do:
+            sys.stderr.write(f"{do}\n")
         if callable(say) and "--json" in arguments:
-            _print_error(RecipeError(str(say()), do="look at --help"))
+            _print_error(RecipeError(str(say()), do=do or "look at --help"))
         return int(leave.code or 0)
     except OSError as failure:
         place = f"{failure.filename}: " if failure.filename is not None else ""
@@ -167,6 +172,17 @@ def _run_asked(arguments: list[str]) -> None:
     known = only.registered_commands or only.registered_groups
     command = typer.main.get_group(only) if known else typer.main.get_command(app)
     command.main(arguments, prog_name="luthier")
+
+
+def _of_recipe(arguments: Sequence[str], option: str) -> str:
+    """What to do where `train` is given what stands in a recipe; empty where it is not that."""
+    key = OF_RECIPES.get(option)
+    if key is None or arguments[:1] != ["train"]:
+        return ""
+    return (
+        f"a recipe says that: luthier init recipe.yaml {option} ... writes one for: luthier train recipe.yaml; "
+        f"in one that is there, {key} is the key (--set {key}=...)"
+    )
 
 
 def _advise(error: LuthierError, arguments: Sequence[str]) -> None:

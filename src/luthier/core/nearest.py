@@ -6,10 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
-    """The known names closest to `name`, best first; empty when nothing is close."""
+def nearest(name: str, known: Iterable[str], *, count: int = 3, cutoff: float = 0.5) -> list[str]:
+    """The known names closest to `name`, best first; empty when nothing is close.
+
+    `cutoff` is the share of letters that are the same, in order, from which on a name is close.
+    """
     by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=count, cutoff=cutoff)
     return [by_lower[lower] for lower in close]
 
 

@@ -66,7 +66,17 @@ class Problem:
 def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem]:
     """The problems of one view of `row`; an empty list is what every view must give."""
     content = row.content
-    if isinstance(renderer, Seq2SeqRenderer):
+    found: list[Finding]
+    if isinstance(content, Conversation) and renderer.kind == "causal":  # first, as most rows are
+        turns = list(runs(view.weights > 0))
+        found = [
+            _trained(view, turns),
+            _bos(view, renderer, row),
+            _text(view, renderer),
+            _stops(view, renderer, turns),
+            _prompt(view, renderer, content, turns),
+        ]
+    elif isinstance(renderer, Seq2SeqRenderer):
         found = [*seq2seq_findings(view, renderer, row), text_finding(view, renderer)]
     elif isinstance(content, Labelled | Tagged):
         found = [*class_findings(view, renderer, row), text_finding(view, renderer)]
@@ -79,11 +89,8 @@ def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem
     elif renderer.kind == "encoder":
         found = [*encoder_findings(view, renderer), text_finding(view, renderer)]
     else:
-        found = [_trained(view), _bos(view, renderer, row), _text(view, renderer)]
-        if isinstance(content, Conversation):
-            found += [_stops(view, renderer), _prompt(view, renderer, content)]
-        else:
-            found.append(_last(view, renderer))
+        turns = list(runs(view.weights > 0))
+        found = [_trained(view, turns), _bos(view, renderer, row), _text(view, renderer), _last(view, renderer)]
     return [Problem(row.where, *problem) for problem in found if problem is not None]
 
 
@@ -108,26 +115,28 @@ def _paths(view: Rendered) -> Iterator[Rendered]:
         )
 
 
-def _trained(view: Rendered) -> Finding:
+_Turns = Sequence[tuple[int, int]]
+"""The [start, stop) of each unbroken run of tokens with weight."""
+
+
+def _trained(view: Rendered, turns: _Turns) -> Finding:
     if not (len(view.tokens) == len(view.weights) == len(view.roles) == len(view.spans)):
         return "trained", "tokens, weights, roles and spans have different lengths", "report this as a defect"
     # No number compares with NaN.
     if len(view.weights) and not (view.weights.min() >= 0 and view.weights.max() < np.inf):
         return "trained", "a loss weight is negative or not finite", "give weights of 0 or more"
     # The first token carries no loss whatever its weight: nothing predicts it.
-    if not np.count_nonzero(view.weights[1:]):
+    if not any(stop > 1 for _, stop in turns):
         return "trained", "no token is trained", "give the row an answer, or take it out"
     if view.weights[0] != 0:
         return "trained", "the first token has weight, but nothing predicts it", "report this as a defect"
     return None
 
 
-def _stops(view: Rendered, renderer: Renderer) -> Finding:
+def _stops(view: Rendered, renderer: Renderer, turns: _Turns) -> Finding:
     """Each trained assistant turn ends in a trained token at which generation stops."""
     if renderer.train_on == "all":
         turns = [(start, stop) for start, stop in runs(view.roles == _ASSISTANT) if view.weights[start:stop].any()]
-    else:
-        turns = list(runs(view.weights > 0))
     known = renderer.stop_ids
     for start, stop in turns:
         tokens = view.tokens[start:stop].tolist()
@@ -156,18 +165,24 @@ def _bos(view: Rendered, renderer: Renderer, row: Row) -> Finding:
     bos = renderer.tokenizer.bos_id
     if bos is None or not renderer.tokenizer.adds_bos:
         return None
-    places = np.flatnonzero(view.tokens == bos)
-    white = 0
-    while white < len(view.tokens) and view.text[slice(*view.spans[white])].isspace():
-        white += 1
-    if not len(places) or places[0] not in (0, white):
-        return "bos", "the row does not begin with BOS", "choose another data.template"
-    if len(places) > 1 and places[1] == places[0] + 1:
-        return "bos", "the row begins with BOS twice", "take bos_token out of the template"
+    found = view.tokens == bos
+    # Nearly every row begins with its only one.
+    if not (len(found) and found[0] and np.count_nonzero(found) == 1):
+        places = np.flatnonzero(found)
+        white = 0
+        while white < len(view.tokens) and view.text[slice(*view.spans[white])].isspace():
+            white += 1
+        if not len(places) or places[0] not in (0, white):
+            return "bos", "the row does not begin with BOS", "choose another data.template"
+        if len(places) > 1 and places[1] == places[0] + 1:
+            return "bos", "the row begins with BOS twice", "take bos_token out of the template"
     if bos in renderer.tokenizer.eos_ids:
         return None
     mark = renderer.bos_text
-    if any(mark in text.removeprefix(mark if isinstance(row.content, Text) else "") for text in _words(row.content)):
+    words = _words(row.content)
+    if isinstance(row.content, Text):
+        words = [row.content.text.removeprefix(mark)]
+    if any(mark in text for text in words):
         return "bos", f"the row's text contains {mark!r}, which is read as BOS", "take it out of the text"
     return None
 
@@ -218,7 +233,7 @@ def _text(view: Rendered, renderer: Renderer) -> Finding:
     )
 
 
-def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> Finding:
+def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation, turns: _Turns) -> Finding:
     """What inference feeds before a trained turn is what stands before it in the row, token for token."""
     messages = conversation.messages
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
@@ -226,7 +241,7 @@ def _prompt(view: Rendered, renderer: Renderer, conversation: Conversation) -> F
         prompts = [_ids(renderer, conversation, messages, index) for index in answers[-1:]]
         wrong = [prompt for prompt in prompts if not _cut(view, renderer) and not _begins(prompt, view.tokens)]
         return _differs(wrong[0], view.tokens, renderer) if wrong else None
-    for start, _ in runs(view.weights > 0):
+    for start, _ in turns:
         before = prompt = view.tokens[:start]
         while answers:
             prompt = _ids(renderer, conversation, messages, answers.pop(0))

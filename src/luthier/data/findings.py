@@ -40,15 +40,18 @@ Where = Callable[[int], str]
 
 def digests(views: Sequence[Rendered]) -> tuple[int, int, int]:
     """Digests of a row's tokens, of its text without capitals and white space, and of its trained tokens."""
-    made = (blake2b(digest_size=8), blake2b(digest_size=8), blake2b(digest_size=8))
+    tokens = words = answer = b""
     for view in views:
         text = view.text[int(view.spans[0, 0]) : int(view.spans[-1, 1])]
-        made[0].update(view.tokens.tobytes() + b"\xff\xff\xff\xff")  # where a view ends; no token has this id
-        made[1].update(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\xff")
+        tokens += view.tokens.tobytes() + b"\xff\xff\xff\xff"  # where a view ends; no token has this id
+        words += " ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\xff"
         learned = view.tokens if view.labels is None else view.labels
-        made[2].update(learned[view.weights > 0].tobytes() + b"\xff\xff\xff\xff")
-    tokens, words, answer = (int.from_bytes(digest.digest(), "little") for digest in made)
-    return tokens, words, answer
+        answer += learned[view.weights > 0].tobytes() + b"\xff\xff\xff\xff"
+    return _digest(tokens), _digest(words), _digest(answer)
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 @final

@@ -60,16 +60,28 @@ class Refused:
     rendering: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What an earlier pass has read of the same sources: the files, and each row with the number of its file."""
+
+    files: Sequence[FileReport]
+    rows: Sequence[tuple[int, Row]]
+
+
 @final
 class Intake:
-    """One pass over `sources`; `files` counts while it is iterated. Without a renderer rows are only read."""
+    """One pass over `sources`; `files` counts while it is iterated. Without a renderer rows are only read.
 
-    def __init__(self, sources: Sequence[SourceFile], renderer: Renderer | None) -> None:
+    With `read`, all of whose rows could be read, the files are not read again.
+    """
+
+    def __init__(self, sources: Sequence[SourceFile], renderer: Renderer | None, *, read: Read | None = None) -> None:
         if not sources:
             raise RecipeError("no data file is named", allowed="at least one")
         self.sources = sources
         self.files: list[FileReport] = []
         self._renderer = renderer
+        self._read = read
 
     @property
     def read(self) -> int:
@@ -102,7 +114,7 @@ class Intake:
         size = 0
         for file, item in self._items():
             batch.append((file, item))
-            size += _size(item) if isinstance(item, Row) else 0
+            size += size_of(item) if isinstance(item, Row) else 0
             if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
@@ -110,6 +122,10 @@ class Intake:
             yield batch
 
     def _items(self) -> Iterator[tuple[int, Row | DataError]]:
+        if self._read is not None:
+            self.files = [replace(file, read=0, kept=0) for file in self._read.files]
+            yield from self._read.rows
+            return
         number = 0
         for file, source in enumerate(self.sources):
             opened = open_source(source)
@@ -157,18 +173,18 @@ def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[
     return tuple(problem.error() for view in views for problem in check_rendered(view, renderer, row))
 
 
-def _size(row: Row) -> int:
+def size_of(row: Row) -> int:
     """About how many characters a row has."""
     return _characters(row.content)
 
 
 def _characters(content: Content) -> int:
+    if isinstance(content, Conversation):
+        return sum([len(message.content) for message in content.messages])
     if isinstance(content, Preference | Judged | Asked):
         answers = content.answers if isinstance(content, Preference) else ()
         answers = (content.answer,) if isinstance(content, Judged) else answers
         return _characters(content.asked) + sum(len(message.content) for answer in answers for message in answer)
-    if isinstance(content, Conversation):
-        return sum(len(message.content) for message in content.messages)
     if isinstance(content, Tagged):
         return sum(map(len, content.words))
     if isinstance(content, Choices):

@@ -1,7 +1,8 @@
 """From data files to training and held-out rows: read, render, check, split, and count every row on the way.
 
 Idea: the one path from files to tokens, for a run and for its evaluation. Rows stream: a file is read once to find all
-rows that cannot be read, and once more to render, check and store the others; memory holds a few numbers a row. For
+rows that cannot be read, and once more, where it is large, to render, check and store the others; memory holds a few
+numbers a row, and no more than some 80 MB of rows. For
 the same content and settings all of it is cached, the log of the rows included.
 """
 
@@ -30,7 +31,7 @@ from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import MODELS, Kind, OverLength, Renderer, TrainOn
 from luthier.data.rendering.seq2seq import Seq2SeqRenderer
 from luthier.data.rendering.template import Template, choose
-from luthier.data.row_log import RowLog, RowReport, demand_readable
+from luthier.data.row_log import KEPT_CHARACTERS, RowLog, RowReport, demand_readable
 from luthier.data.split import Split, split
 from luthier.data.statistics import LengthHistogram
 from luthier.data.token_store import TokenStore, store_key
@@ -287,10 +288,9 @@ def _stored(
     def make(folder: Path) -> Generator[Rendered]:
         if reading.kind == "causal":
             renderer.template.compile()
-        if reading.on_bad_row == "raise":
-            # Found in seconds; rendering takes minutes where there are many rows.
-            demand_readable(sources)
-        log = RowLog(Intake(sources, renderer), renderer, folder=folder)
+        # What cannot be read is found in seconds; rendering takes minutes where there are many rows.
+        read = demand_readable(sources, keep=KEPT_CHARACTERS) if reading.on_bad_row == "raise" else None
+        log = RowLog(Intake(sources, renderer, read=read), renderer, folder=folder)
         for item in log.sound(reading.on_bad_row):
             yield from item.views
         # The digests in the key are of the files as they were before; so must be what was read.

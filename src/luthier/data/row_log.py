@@ -19,13 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.errors import DataError, StorageError, TemplateError
+from luthier.data.conversation import Row
 from luthier.data.findings import Answers, Watch, digests
-from luthier.data.intake import FileReport, Intake, Kept, Refused
+from luthier.data.intake import FileReport, Intake, Kept, Read, Refused, size_of
 from luthier.data.reading.rows import OnBadRow, SourceFile
 from luthier.data.rendering.renderer import Renderer, TooLongError
 
 MAX_ERRORS: Final = 20
 """Bad rows after which reading stops, where they are errors."""
+KEPT_CHARACTERS: Final = 2**24
+"""What is read is kept up to here until it is rendered; with the rows around it some 80 MB. More is read again."""
+_KEPT_ROWS: Final = 2**16
 _RECORD: Final = np.dtype(
     {
         "names": ["row", "file", "line", "column", "tokens", "text", "answer"],
@@ -219,17 +223,28 @@ class Problems:
         return [f"{error}{more[key]}" for key, error in self._first.items()]
 
 
-def demand_readable(sources: Sequence[SourceFile]) -> None:
-    """Read all rows and render none. Raises one DataError that lists those that cannot be read."""
+def demand_readable(sources: Sequence[SourceFile], *, keep: int = 0) -> Read | None:
+    """Read all rows and render none. Returns them where they have up to `keep` characters, so that they are read once.
+
+    Raises one DataError that lists those that cannot be read.
+    """
     intake = Intake(sources, None)
     bad: list[Refused] = []
+    rows: list[tuple[int, Row]] = []
+    size = 0
     for item in intake:
         if isinstance(item, Refused):
             bad.append(item)
+        elif size < keep and len(rows) < _KEPT_ROWS:
+            rows.append((item.file, item.row))
+            size += size_of(item.row)
+        else:
+            rows, keep = [], 0
         if len(bad) == MAX_ERRORS:
             break
     if bad:
         raise bad_rows(intake, bad)
+    return Read(intake.files, rows) if keep else None
 
 
 def bad_rows(intake: Intake, bad: Sequence[Refused]) -> DataError:

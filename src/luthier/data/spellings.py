@@ -3,7 +3,8 @@
 Idea: a byte-level tokenizer writes each byte as a letter of its own, and its decoder joins the bytes of all tokens and
 reads them as UTF-8. What a token stands for is the same wherever it stands, so the tokenizer is asked once for each
 token, and a text is then a look-up and a join: several times as fast as the decoder, and the same text. A tokenizer
-with any other decoder has no spellings.
+with any other decoder has no spellings. Of many tokens the bytes are joined in C++ (`kernels/words.py`), where that was
+compiled for words.
 
 Source: the decoder ByteLevel of the tokenizers library, and the alphabet of GPT-2's `bytes_to_unicode`.
 """
@@ -12,8 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, Final, final
+
+import numpy as np
+
+from luthier.core.errors import MissingError
+from luthier.data.forest import Ints
+from luthier.kernels.words import NativeSpellings, is_compiled
 
 _SHOWN: Final = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 """The bytes that are written as the character of that number; the others follow behind the last byte, in order."""
@@ -24,12 +32,19 @@ BYTE_OF: Final[Mapping[str, int]] = MappingProxyType(
 """Each letter of the alphabet, and the byte it stands for."""
 
 
+_MANY: Final = 2**16
+"""Tokens after which it is looked whether they can be joined in C++."""
+
+
 @final
 class Spellings:
     """The bytes of the tokens seen so far. Make one with `of`; several threads may use it."""
 
     def __init__(self, backend: Any) -> None:
         self._known = _Known(backend)
+        self._spelled = 0
+        self._lock = Lock()
+        self._native: NativeSpellings | None = None
 
     @classmethod
     def of(cls, backend: Any) -> Spellings | None:
@@ -39,9 +54,39 @@ class Spellings:
             return None
         return cls(backend)
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int] | Ints) -> str:
         """What the tokens say, as the tokenizer's own decoder has it: U+FFFD stands for what is no character."""
+        if isinstance(ids, np.ndarray):
+            if ids.dtype == np.int32 and (spelled := self._quickly(ids)) is not None:
+                return spelled.decode("utf-8", "replace")
+            ids = ids.tolist()
         return b"".join(map(self._known.__getitem__, ids)).decode("utf-8", "replace")
+
+    def _quickly(self, ids: Ints) -> bytes | None:
+        """The bytes of tokens, joined in C++ where that is compiled and enough was asked for; else None."""
+        native = self._built(len(ids))
+        if native is None:
+            return None
+        plain = np.ascontiguousarray(ids)
+        with self._lock:
+            while not isinstance(spelled := native.text(plain), bytes):
+                token = int(plain[spelled])
+                if token < 0 or (known := self._known[token]) is not self._known.get(token):
+                    return None  # no token, or one that may be added later
+                native.put(token, known)
+        return spelled
+
+
+    def _built(self, count: int) -> NativeSpellings | None:
+        if self._native is None:
+            self._spelled += count
+            if self._spelled >= _MANY:
+                self._spelled = 0
+                try:
+                    self._native = NativeSpellings.build() if is_compiled() else None
+                except MissingError:
+                    return None  # the twin does the same, slower
+        return self._native
 
 
 @final

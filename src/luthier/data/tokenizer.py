@@ -18,6 +18,7 @@ from typing import Any, final
 import numpy as np
 
 from luthier.core.errors import UnsafeArtifactError
+from luthier.data.covering import closed
 from luthier.data.forest import Ints
 from luthier.data.hub import ModelFiles
 from luthier.data.spellings import Spellings
@@ -39,6 +40,10 @@ class Specials:
     def split(self, text: str) -> list[str]:
         """`text` cut at control tokens: text, token, text, token, ..., text."""
         return self.pattern.split(text) if self.pattern else [text]
+
+    def within(self, text: str) -> bool:
+        """Whether `text` holds the text of a control token."""
+        return self.pattern is not None and self.pattern.search(text) is not None
 
 
 @final
@@ -136,6 +141,13 @@ class Tokenizer:
             for one in self.raw.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
         ]
 
+    def encode_closed(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
+        """Ids and spans of each text, the spans such that they cover it, as `covering.closed` makes them."""
+        made = self.words.encode(texts, closing=True) if self.words is not None else None
+        if made is not None:
+            return made
+        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, self.encode_many(texts), strict=True)]
+
     def encode_after(self, before: Ints, text: str) -> tuple[Ints, Ints] | None:
         """The ids of `text` as a continuation of the ids `before`; None when no encoding reads as that text there."""
         start = self.decode(before)
@@ -152,9 +164,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | Ints) -> str:
         """The text of `ids`, control tokens included, nothing cleaned up."""
-        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
         if self.spellings is not None:
-            return self.spellings.text(plain)
+            return self.spellings.text(ids if isinstance(ids, np.ndarray) else [int(token) for token in ids])
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
         # Not through `raw.decode`, which looks at the type of each id before it makes this same call.
         return str(self.raw.backend_tokenizer.decode(plain, skip_special_tokens=False))
 

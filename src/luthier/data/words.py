@@ -11,6 +11,8 @@ one: no listed pattern makes one word across such a place, or looks back over it
 would let a neighbour change a word's tokens (another kind, a space added in front, tokens that swallow white space)
 means that there are no words for it, and the tokenizer does all the work.
 
+Of much text, cutting and looking up is done in C++ (`kernels/words.py`), where there is a compiler.
+
 Source: the pre-tokenizers of the tokenizers library (ByteLevel, Split) and the patterns of GPT-2, Llama 3 and Qwen 2.
 """
 
@@ -18,14 +20,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, filterfalse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, filterfalse, pairwise
 from threading import Lock
 from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 
+from luthier.core.errors import MissingError
+from luthier.data.covering import closed
 from luthier.data.forest import Ints
+from luthier.kernels.words import ORDER, NativeWords, is_compiled
 
 _GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3: Final = (
@@ -36,11 +41,13 @@ _QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _SEEDLING: Final = (
     r"'(?:[sdmt]|ll|ve|re)|\p{Lu}\p{L}*| ?(?!\p{Lu})\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
-PATTERNS: Final = (_GPT2, _LLAMA3, _QWEN2, _SEEDLING)
+PATTERNS: Final = (_GPT2, _LLAMA3, _QWEN2, _SEEDLING)  # as kernels/words.py names them, in ORDER
 """What is known to cut at each letter that a space or a line break follows, without looking back over it."""
 _IN_CLASS: Final = {r"\p{Lu}": "A-Z", r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
 _OTHER: Final = re.compile(r"[^\x00-\x7f]+")
 _CUT: Final = re.compile(r"[A-Za-z](?=[ \n])")
+_MUCH: Final = 2**20
+"""Characters after which it pays to compile; what is compiled is used from the first one on."""
 _SLICE: Final = 2**20
 """Characters that are looked up at once: a word costs about ten times its characters in memory."""
 _MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
@@ -54,10 +61,14 @@ class Words:
 
     def __init__(self, backend: Any, pattern: str, added: Sequence[str]) -> None:
         self._backend = backend
+        self._pattern = pattern
         self._find = re.compile(_ascii(pattern), re.ASCII).findall
         longest_first = sorted(added, key=len, reverse=True)
         self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
         self._lock = Lock()
+        self._seen = 0
+        self._native: NativeWords | None = None
+        self._may_build = True
         self._begin()
 
     @classmethod
@@ -75,34 +86,54 @@ class Words:
             return None
         return cls(backend, pattern, [token.content for token in added])
 
-    def encode(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
-        """The ids (n,) of each text and their character spans (n, 2); None when its words do not add up to it."""
+    def encode(self, texts: Sequence[str], *, closing: bool = False) -> list[tuple[Ints, Ints]] | None:
+        """The ids (n,) of each text and their character spans (n, 2); None when its words do not add up to it.
+
+        With `closing` the spans cover the text, as `covering.closed` makes them.
+        """
         with self._lock:
-            if len(self._known) > _MOST_WORDS or self._size > _MOST_TOKENS:
-                self._begin()
-            beginnings = _beginnings(texts)
-            rests = [text[begun.stop :] if begun.stop else text for text, begun in zip(texts, beginnings, strict=True)]
-            made: list[tuple[Ints, Ints]] = []
-            for group in _groups(rests):
-                parts = self._looked_up(group)
-                if parts is None:
-                    return None
-                made += parts
-            return _continued(beginnings, _whole(rests, made))
+            made, covered = self._encoded(texts)
+        if made is None or covered or not closing:
+            return made
+        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, made, strict=True)]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The words that are remembered, and their tokens."""
+        return (len(self._known), self._size) if self._native is None else self._native.sizes
 
     def forget(self) -> None:
         """Let go of the words: they are of use only while many texts are encoded."""
         with self._lock:
             self._begin()
 
+    def _encoded(self, texts: Sequence[str]) -> tuple[list[tuple[Ints, Ints]] | None, bool]:
+        """The tokens of texts, and whether their spans are known to cover them."""
+        beginnings = _beginnings(texts)
+        rests = [text[begun.stop :] if begun.stop else text for text, begun in zip(texts, beginnings, strict=True)]
+        if sum(map(len, rests)) <= _SLICE and (native := self._built()) is not None:
+            return self._quickly(native, rests, beginnings)
+        made: list[tuple[Ints, Ints]] = []
+        for group in _groups(rests):
+            parts = self._looked_up(group)
+            if parts is None:
+                return None, False
+            made += parts
+        return _continued(beginnings, _whole(rests, made)), False
+
     def _begin(self) -> None:
         # For each word its tokens, as bytes. Three int32 each: the id, how far the token begins behind the end of the
         # one before (-1 in the middle of a character), and how many characters it has.
         self._known: dict[str, bytes] = {}
         self._size = 0
+        if self._native is not None:
+            self._native.clear()
 
     def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
         """The ids and spans of each text; None when its words do not add up to it."""
+        if (native := self._built()) is not None:
+            return self._quickly(native, texts, [_Begun(-1, 0)] * len(texts))[0]
+        self._seen += sum(map(len, texts))
         cut = [self._cut(text) for text in texts]
         known = self._known
         unknown = dict.fromkeys(chain.from_iterable(filterfalse(known.__contains__, words) for words in cut))
@@ -124,8 +155,58 @@ class Words:
             token, character = end, character + len(text)
         return made
 
+    def _built(self) -> NativeWords | None:
+        """The words in C++, once there is enough text for them; what was learned until then is forgotten.
+
+        Much that was learned is forgotten too.
+        """
+        words, tokens = self.sizes
+        if words > _MOST_WORDS or tokens > _MOST_TOKENS:
+            self._begin()
+        if self._native is None and self._may_build and self._seen >= (0 if is_compiled() else _MUCH):
+            self._may_build = False
+            try:
+                self._native = NativeWords.build(ORDER[PATTERNS.index(self._pattern)])
+            except MissingError:
+                return None  # the twin does the same, slower
+            self._begin()
+        return self._native
+
+    def _quickly(
+        self, native: NativeWords, rests: Sequence[str], beginnings: Sequence[_Begun]
+    ) -> tuple[list[tuple[Ints, Ints]] | None, bool]:
+        """What `_encoded` returns, with cuts and look-ups in C++; no tokens when words do not add up to a text."""
+        parts: list[bytes] = []
+        whole, last = bytearray(), []
+        for text in rests:
+            for part, one in self._parts(text):
+                parts.append(part.encode())
+                whole.append(one)
+            last.append(len(parts))
+        begun = [(like if stop else -1, stop) for like, stop in beginnings]
+        while isinstance(found := native.encode(parts, bytes(whole), last, begun), list):
+            records, edges = self._asked([word.decode() for word in found])
+            native.put(found, records, edges[1:])
+        sizes = [stop + len(rest) for (_, stop), rest in zip(beginnings, rests, strict=True)]
+        if found is None or found.characters != sizes:
+            return None, False
+        begins = [0, *found.ends]
+        made = [(found.ids[start:end], found.spans[start:end]) for start, end in pairwise(begins)]
+        return made, found.covered
+
     def _learn(self, words: Sequence[str]) -> None:
-        """Ask the tokenizer for the tokens of words: all at once, as if they stood in a list."""
+        """Remember the tokens of words."""
+        records, edges = self._asked(words)
+        raw = records.tobytes()
+        for word, start, end in zip(words, edges, edges[1:], strict=False):
+            self._known[word] = raw[start * _RECORD_BYTES : end * _RECORD_BYTES]
+        self._size += len(records)
+
+    def _asked(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
+        """Records of the tokens of words, and where those of each begin and end.
+
+        The tokenizer is asked for all at once, as if they stood in a list.
+        """
         made = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
         records = np.empty((len(made), 3), np.int32)
         starts, ends = np.array(made.offsets, np.int32).reshape(-1, 2).T
@@ -134,35 +215,30 @@ class Words:
         before = np.concatenate([[0], ends[:-1]])
         before[[edge for edge in edges[:-1] if edge < len(before)]] = 0  # spans are those in each word
         records[:, 0], records[:, 1], records[:, 2] = made.ids, starts - before, ends - starts
-        raw = records.tobytes()
-        for word, start, end in zip(words, edges, edges[1:], strict=False):
-            self._known[word] = raw[start * _RECORD_BYTES : end * _RECORD_BYTES]
-        self._size += len(records)
+        return records, edges
 
     def _cut(self, text: str) -> list[str]:
         """The words of a text, in order."""
-        if self._added is None:
-            return self._words_of(text)
-        first, *more = self._added.split(text)
-        words = self._words_of(first)
-        for index, part in enumerate(more):
-            words += self._words_of(part) if index % 2 else [part]
+        words: list[str] = []
+        for part, whole in self._parts(text):
+            words += [part] if whole else self._find(part)
         return words
 
-    def _words_of(self, text: str) -> list[str]:
-        """The words of a text without control tokens; what is not ASCII stays in one piece with its surroundings."""
-        if text.isascii():
-            return self._find(text)
-        words: list[str] = []
-        done = 0
-        while (other := _OTHER.search(text, done)) is not None:
-            start = _cut_before(text, done, other.start())
-            cut = _CUT.search(text, other.end())
-            end = cut.end() if cut else len(text)
-            words += self._find(text[done:start])
-            words.append(text[start:end])
-            done = end
-        return words + self._find(text[done:])
+    def _parts(self, text: str) -> Iterable[tuple[str, bool]]:
+        """A text in parts of ASCII, which are cut into words, and others, each of which stays whole as one word."""
+        if self._added is None:
+            return _ascii_parts(text)
+        first, *more = self._added.split(text)
+        return self._all_parts(first, more) if more else _ascii_parts(first)
+
+    def _all_parts(self, first: str, more: Sequence[str]) -> Iterator[tuple[str, bool]]:
+        """The same for a text that is `first` and then a control token and a text, again and again."""
+        yield from _ascii_parts(first)
+        for index, part in enumerate(more):
+            if index % 2:
+                yield from _ascii_parts(part)
+            else:
+                yield part, True
 
 
 class _Begun(NamedTuple):
@@ -234,6 +310,23 @@ def _whole(texts: Sequence[str], made: Sequence[tuple[Ints, Ints]]) -> list[tupl
         joined = (np.concatenate([part[kind] for part in parts]) for kind in (0, 1))
         whole.append(parts[0] if len(parts) == 1 else (next(joined), next(joined)))
     return whole
+
+
+def _ascii_parts(text: str) -> Iterable[tuple[str, bool]]:
+    """The parts of a text without control tokens; what is not ASCII stays in one piece with its surroundings."""
+    return ((text, False),) if text.isascii() else _mixed_parts(text)
+
+
+def _mixed_parts(text: str) -> Iterator[tuple[str, bool]]:
+    done = 0
+    while (other := _OTHER.search(text, done)) is not None:
+        start = _cut_before(text, done, other.start())
+        cut = _CUT.search(text, other.end())
+        end = cut.end() if cut else len(text)
+        yield text[done:start], False
+        yield text[start:end], True
+        done = end
+    yield text[done:], False
 
 
 def _cut_before(text: str, start: int, end: int) -> int:

@@ -10,29 +10,18 @@ A backend that is asked for and cannot run here is an error; `auto` says why it 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 
-from luthier.core.errors import MissingError, RecipeError
+from luthier.core.errors import MissingError
 from luthier.kernels.backend import Backend
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
 
-CHOICES = ("auto", "torch", "blocks", "native", "triton")
 BEST = {"cpu": "native", "cuda": "triton"}
 """What `auto` takes on a kind of device; plain torch on all others."""
-
-
-def wanted_kernels(environ: Mapping[str, str] = os.environ) -> str:
-    """What LUTHIER_KERNELS says."""
-    value = environ.get("LUTHIER_KERNELS") or "auto"
-    if value not in CHOICES:
-        raise RecipeError(f"LUTHIER_KERNELS is {value!r}", allowed=", ".join(CHOICES))
-    return value
 
 
 def backend_for(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:

@@ -23,8 +23,8 @@ from torch import Tensor
 from luthier.core.errors import CorruptError, GateError, LuthierError
 from luthier.data.prepare import Reading
 from luthier.data.rendering.renderer import Renderer
-from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.vectors import vectors_for
+from luthier.kernels.wanted import wanted_kernels
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan

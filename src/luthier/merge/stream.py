@@ -24,8 +24,8 @@ from torch import Tensor
 from luthier.core.errors import NumericError, RecipeError
 from luthier.core.units import bytes_text
 from luthier.data.strict_json import excerpt
-from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.vectors import Moved, TorchVectors, Vectors, vectors_for
+from luthier.kernels.wanted import wanted_kernels
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.measures import Measured, TensorReport, measured, of_rows
 from luthier.merge.parents import Parent

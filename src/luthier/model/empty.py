@@ -15,7 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
-from luthier.kernels.chosen import planned_backend, wanted_kernels
+from luthier.kernels.chosen import planned_backend
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.attending import attention
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import Edit

@@ -27,8 +27,9 @@ from luthier.core.errors import MissingError, RecipeError
 from luthier.core.units import rate_text
 from luthier.data.hub import ModelFiles
 from luthier.data.rendering.renderer import Kind
-from luthier.kernels.chosen import backend_for, wanted_kernels
+from luthier.kernels.chosen import backend_for
 from luthier.kernels.halves import multiplies_halves
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.attending import attention
 from luthier.model.files.configs import checked_config, config_of
 from luthier.model.files.packed_files import Found, PackedReader, make_room, put_packed, take_packed

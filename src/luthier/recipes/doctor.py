@@ -13,7 +13,8 @@ import torch
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.paths import cache_folder
 from luthier.core.units import bytes_text, rate_text
-from luthier.kernels.chosen import backend_for, wanted_kernels
+from luthier.kernels.chosen import backend_for
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.load import choose_precision, resolve_source
 from luthier.model.machine import rates
 from luthier.sandbox.sandbox import open_sandbox

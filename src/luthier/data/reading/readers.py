@@ -40,6 +40,8 @@ _SPECIAL: Final = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_NEAR: Final = 0.7
+"""Share of the letters of a file's name, without suffixes, from which on it may have been meant."""
 BATCH_BYTES = 16 * 2**20
 """How much of a Parquet file is decoded at once, about."""
 
@@ -100,10 +102,23 @@ def missing_file(path: Path) -> DataError:
         names = sorted(item.name for item in path.parent.iterdir() if item.is_file())
     except (OSError, ValueError) as failure:
         raise unreadable(path, failure) from failure
-    close = nearest(path.name, names)
-    there = [name for name in names if suffix_of(Path(name)) in READERS][:5]
-    do = f"did you mean {' or '.join(close)}?" if close else f"data files there: {', '.join(there) or 'none'}"
+    there = [name for name in names if suffix_of(Path(name)) in READERS]
+    close = _near(path.name, there)
+    do = f"did you mean {' or '.join(close)}?" if close else f"data files there: {', '.join(there[:5]) or 'none'}"
     return DataError("there is no such file", allowed="a file that exists", do=do, where=str(path))
+
+
+def _near(name: str, there: Sequence[str]) -> list[str]:
+    """The files that `name` may be a slip for. Suffixes say nothing of that: most files of a folder share one."""
+    stems: dict[str, list[str]] = {}
+    for file in there:
+        stems.setdefault(_stem(file), []).append(file)
+    close = nearest(_stem(name), stems, cutoff=_NEAR)
+    return [file for stem in close for file in stems[stem]][:3]
+
+
+def _stem(name: str) -> str:
+    return Path(name.lower().removesuffix(".gz")).stem
 
 
 def suffix_of(path: Path) -> str:

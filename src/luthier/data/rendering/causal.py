@@ -40,7 +40,7 @@ from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
 from luthier.data.rendering.shown import Notice, Shown, show
-from luthier.data.rendering.spans import alike, closed, lead, leading, message_weights, role_of_each
+from luthier.data.rendering.spans import alike, lead, leading, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
 from luthier.data.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ class CausalRenderer(ClassRenderer):
         if not conversation.messages:
             raise DataError("the conversation has no message")
         for message in conversation.messages:
-            if len(self.tokenizer.specials.split(message.content)) > 1:
+            if self.tokenizer.specials.within(message.content):
                 notice("a message contains the text of a control token, which is read as that token")
         shown = show(conversation, self.template, notice)
         weights = {index: weight for index, weight in self._turn_weights(shown).items() if index >= given}
@@ -287,9 +287,12 @@ class CausalRenderer(ClassRenderer):
         """The token range of an answer up to its stop token; refused when there is no such token."""
         ids, stops = self.tokenizer, self.tokenizer.stop_ids
         begins = spans[start:, 0]
-        behind = begins >= answer.stop
-        end = start + (int(behind.argmax()) if behind.any() else len(behind))
-        tail = (start + np.flatnonzero(begins[: end - start] >= answer.ending)).tolist()
+        behind = (begins >= answer.ending).nonzero()[0]
+        tail: list[int] = []
+        for index, begin in zip(behind.tolist(), begins[behind].tolist(), strict=True):
+            if begin >= answer.stop:
+                break
+            tail.append(start + index)
         known = [index for index in tail if int(tokens[index]) in stops]
         special = [index for index in tail if int(tokens[index]) in stops or int(tokens[index]) in ids.specials.ends]
         if not special:
@@ -306,8 +309,9 @@ class CausalRenderer(ClassRenderer):
         at = (known[0] if known else special[-1]) if answer.calls else special[0]
         stop = int(tokens[at])
         within = tokens[start:at].tolist()
-        if stop in within or not stops.isdisjoint(within):
-            early = next(token for token in within if token == stop or token in stops)
+        ends = stops if stop in stops else stops | {stop}
+        if not ends.isdisjoint(within):
+            early = next(token for token in within if token in ends)
             raise DataError(
                 f"the answer of message {answer.message + 1} contains {ids.token_text(early)!r}, "
                 "at which generation stops",
@@ -366,8 +370,7 @@ class CausalRenderer(ClassRenderer):
 
     def _covered(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
         """The tokens of each text, with spans that cover it."""
-        encoded = self.tokenizer.encode_many(texts)
-        return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, encoded, strict=True)]
+        return self.tokenizer.encode_closed(texts)
 
     def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
         """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""

@@ -196,7 +196,7 @@ class Renderer(ABC):
         self.counts.notice(text, (self._now.row.where if self._now is not None else "", example))
 
     def _notice_controls(self, text: str) -> None:
-        if len(self.tokenizer.specials.split(text)) > 1:
+        if self.tokenizer.specials.within(text):
             self._notice("a text contains the text of a control token, which is read as that token")
 
     def _fate(self, row: Row, count: int, what: str) -> Literal["fits", "dropped", "cut"]:

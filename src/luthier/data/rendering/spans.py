@@ -5,15 +5,18 @@ A span is a pair of character offsets, as the tokenizer gives it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.data.forest import Floats, Ints
 from luthier.data.rendering.rendered import TOKEN_ROLES
 from luthier.data.rendering.shown import Shown
 from luthier.data.rendering.turns import View
+
+_ROLES: Mapping[str, int] = {name: number for number, name in enumerate(TOKEN_ROLES)}
 
 
 def alike(one: Ints, two: Ints) -> bool:
@@ -40,18 +43,6 @@ def leading(tokens: Ints, spans: Ints, text: str, bos: int) -> tuple[int, int]:
     return (start, start + count) if count else (0, 0)
 
 
-def closed(spans: Ints, text: str) -> Ints:
-    """The spans with white space that no token claims given to the token after it, so that they cover the text."""
-    if not len(spans) or (spans[0, 0] == 0 and (spans[1:, 0] == spans[:-1, 1]).all()):
-        return spans
-    covering = spans.copy()
-    before = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])[:-1]])
-    for index in np.flatnonzero(spans[:, 0] > before):
-        if not text[before[index] : spans[index, 0]].strip():
-            covering[index, 0] = before[index]
-    return covering
-
-
 def whole_character(spans: Ints, index: int) -> int:
     """The last place up to `index` where no character is cut in two."""
     while index > 0 and spans[index, 0] < spans[index - 1, 1]:
@@ -61,19 +52,20 @@ def whole_character(spans: Ints, index: int) -> int:
 
 def role_of_each(spans: Ints, view: View, shown: Sequence[Shown]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The role (an index of TOKEN_ROLES) of each token."""
-    names = np.array([TOKEN_ROLES.index(shown[message].role) for _, message in view.bounds], np.uint8)
-    roles = names[_owners(spans, view)]
+    names = [_ROLES[shown[message].role] for _, message in view.bounds]
+    roles = np.array([*names, names[-1]], np.uint8)[_owners(spans, view)]
     # A token that no character stands for, such as an added BOS, is nobody's.
-    roles[spans[:, 0] == spans[:, 1]] = TOKEN_ROLES.index("template")
+    roles[spans[:, 0] == spans[:, 1]] = _ROLES["template"]
     return roles
 
 
 def message_weights(spans: Ints, view: View, shown: Sequence[Shown]) -> Floats:
     """The loss weight of each token where every message is trained."""
     values = [shown[message].weight if shown[message].role == "assistant" else None for _, message in view.bounds]
-    return np.array([1.0 if value is None else value for value in values], np.float32)[_owners(spans, view)]
+    weights = [1.0 if value is None else value for value in values]
+    return np.array([*weights, weights[-1]], np.float32)[_owners(spans, view)]
 
 
-def _owners(spans: Ints, view: View) -> Ints:
-    ends = np.array([end for end, _ in view.bounds], np.int32)
-    return np.minimum(np.searchsorted(ends, spans[:, 0], side="right"), len(ends) - 1).astype(np.int32)
+def _owners(spans: Ints, view: View) -> NDArray[np.int64]:
+    """For each token the place of its message among the bounds; one more, which is as the last, behind them all."""
+    return np.array([end for end, _ in view.bounds], np.int32).searchsorted(spans[:, 0], side="right")

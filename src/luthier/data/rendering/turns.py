@@ -277,6 +277,11 @@ class Stage:
     def _around(self, index: int) -> tuple[str, str]:
         """What the template writes before and after the content of message `index`, whatever the content is."""
         one, two = (self._probed(index, probe) for probe in _PROBES)
+        # Where nothing but the probe differs, which is nearly everywhere, it is what they do not share.
+        at = one.find(_PROBES[0])
+        end = at + len(_PROBES[0])
+        if at >= 0 and two == f"{one[:at]}{_PROBES[1]}{one[end:]}":
+            return one[:at], one[end:]
         if one == two:
             raise _unproven(index, "the template does not show it")
         return _common_start(one, two), _common_end(one, two)

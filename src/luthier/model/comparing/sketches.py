@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.vectors import BUCKETS, Vectors, vectors_for
+from luthier.kernels.wanted import wanted_kernels
 
 _SIGNS: Final = BUCKETS * 4093
 """After so many elements the signs begin again."""

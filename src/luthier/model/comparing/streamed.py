@@ -25,8 +25,8 @@ from transformers import PretrainedConfig
 
 from luthier.core.errors import CorruptError, MissingError, RecipeError
 from luthier.data.forest import Ints
-from luthier.kernels.chosen import wanted_kernels
 from luthier.kernels.vectors import vectors_for
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.attending import attention
 from luthier.model.comparing.sketches import Sketch, Sketching
 from luthier.model.files.shards import Slot

@@ -1,0 +1,169 @@
+"""Words in C++: texts of ASCII cut into words, and their tokens put together from those of words seen before.
+
+Idea: where a tokenizer makes tokens of each word alone, a text is a look-up of its words; cutting and looking up take
+0.2 microseconds a word in Python and a tenth of that here. What a word's tokens are is not known here: words that are
+new are told, and whoever asks says what they are. The way back joins the bytes that tokens stand for. The twins in
+Python, which decide when there are words at all and what tokens are, are `data/words.py` and `data/spellings.py`.
+No torch: data is looked at without it.
+Use through these, for much text: compiling takes a second or two, once a machine (`native_build.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.core.errors import MissingError
+from luthier.kernels.native_build import is_built, library
+from luthier.kernels.wanted import wanted_kernels
+
+SOURCES: Final = Path(__file__).parent / "words"
+FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-shared")
+ORDER: Final = ("gpt2", "llama3", "qwen2", "seedling")
+"""The patterns by which it can cut, as words.cpp numbers them."""
+_UNKNOWN: Final = 2**14
+"""New words that are told at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of texts, one text behind the other: `ids` (n,), `spans` (n, 2) in characters of their text.
+
+    For each text where its tokens end, and how many characters they make up. `covered` says that no token begins behind
+    the end of all before it.
+    """
+
+    ids: NDArray[np.int32]
+    spans: NDArray[np.int32]
+    ends: list[int]
+    characters: list[int]
+    covered: bool
+
+
+@final
+class NativeWords:
+    """The words of one tokenizer. Make one with `build`; it is not for several threads at once."""
+
+    def __init__(self, compiled: ctypes.CDLL, pattern: str) -> None:
+        self._library = compiled
+        compiled.words_new.restype = ctypes.c_void_p
+        compiled.words_encode.restype = ctypes.c_int64
+        self._handle = ctypes.c_void_p(compiled.words_new(ctypes.c_int32(ORDER.index(pattern))))
+        weakref.finalize(self, compiled.words_free, self._handle)
+
+    @classmethod
+    def build(cls, pattern: str) -> NativeWords:
+        """The words of a tokenizer that cuts by this pattern. Raises MissingError where nothing can be compiled."""
+        return cls(_compiled(), pattern)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The words that are remembered, and their tokens."""
+        sizes = np.zeros(2, np.int64)
+        self._library.words_sizes(self._handle, _at(sizes))
+        return int(sizes[0]), int(sizes[1])
+
+    def clear(self) -> None:
+        """Forget all words."""
+        self._library.words_clear(self._handle)
+
+    def put(self, words: Sequence[bytes], records: NDArray[np.int32], ends: Sequence[int]) -> None:
+        """Remember words: each has the records (n, 3) up to its one of `ends`, as `data/words.py` has them."""
+        raw = b"".join(words)
+        edges = np.fromiter(accumulate(map(len, words)), np.int64, len(words))
+        tokens, rows = np.array(ends, np.int64), np.ascontiguousarray(records, np.int32)
+        count = ctypes.c_int64(len(words))
+        self._library.words_put(self._handle, raw, _at(edges), _at(rows), _at(tokens), count)
+
+    def encode(
+        self, parts: Sequence[bytes], whole: bytes, last: Sequence[int], begun: Sequence[tuple[int, int]]
+    ) -> Encoded | list[bytes] | None:
+        """The tokens of texts, or words of theirs that are to be put before; None where a word has too many tokens.
+
+        `parts` are ASCII or, where `whole` has a 1, one word each; each text is the parts up to its one of `last`.
+        These stand behind what its one of `begun` says: the tokens of that earlier text up to that character, none for
+        -1.
+        """
+        raw = b"".join(parts)
+        edges = np.fromiter(accumulate(map(len, parts)), np.int64, len(parts))
+        texts = len(last)
+        lasts = np.array(last, np.int64)
+        like, stop = np.array(begun, np.int64).reshape(texts, 2).T.copy()
+        room = len(raw) + 4 * int(stop.sum())  # a token has a byte or more, a character four bytes or fewer
+        ids, spans = np.empty(room, np.int32), np.empty((room, 2), np.int32)
+        ends, characters = np.zeros(texts, np.int64), np.zeros(texts, np.int64)
+        covered, unknown = np.zeros(1, np.int32), np.empty((_UNKNOWN, 2), np.int64)
+        missing = self._library.words_encode(
+            self._handle, raw, _at(edges), whole, _at(lasts), _at(like), _at(stop),
+            ctypes.c_int64(texts), _at(ids), _at(spans), ctypes.c_int64(room), _at(ends), _at(characters),
+            _at(covered), _at(unknown), ctypes.c_int64(_UNKNOWN),
+        )  # fmt: skip
+        if missing < 0:
+            return None
+        if missing:
+            return [raw[start:end] for start, end in unknown[:missing].tolist()]
+        count = int(ends[-1]) if texts else 0
+        # Without the rest of the room, which would live as long.
+        ids, spans = ids[:count].copy(), spans[:count].copy()
+        return Encoded(ids, spans, ends.tolist(), characters.tolist(), bool(covered[0]))
+
+
+@final
+class NativeSpellings:
+    """The bytes of tokens, joined in C++. Make one with `build`; it is not for several threads at once."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        compiled.spellings_new.restype = ctypes.c_void_p
+        self._handle = ctypes.c_void_p(compiled.spellings_new())
+        # Said once, since a call of these is otherwise mostly the making of its arguments.
+        self._put, self._text = compiled.spellings_put, compiled.spellings_text
+        self._put.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
+        self._text.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self._text.restype = ctypes.c_int64
+        self._longest = 1
+        self._made = np.empty(0, np.uint8)
+        self._address = 0
+        weakref.finalize(self, compiled.spellings_free, self._handle)
+
+    @classmethod
+    def build(cls) -> NativeSpellings:
+        """Empty ones. Raises MissingError where nothing can be compiled."""
+        return cls(_compiled())
+
+    def put(self, token: int, spelled: bytes) -> None:
+        """Remember what a token stands for."""
+        self._put(self._handle, token, spelled, len(spelled))
+        self._longest = max(self._longest, len(spelled))
+
+    def text(self, ids: NDArray[np.int32]) -> bytes | int:
+        """The bytes of tokens, or the place of the first one that has not been put."""
+        room = len(ids) * self._longest
+        if room > len(self._made):
+            self._made = np.empty(2 * room, np.uint8)
+            self._address = self._made.ctypes.data
+        size = int(self._text(self._handle, ids.tobytes(), len(ids), self._address, room))
+        return self._made[:size].tobytes() if size >= 0 else -1 - size
+
+
+def is_compiled() -> bool:
+    """Whether `build` would find it compiled."""
+    return is_built(SOURCES, FLAGS)
+
+
+def _compiled() -> ctypes.CDLL:
+    if wanted_kernels() not in ("auto", "native"):
+        raise MissingError(f"LUTHIER_KERNELS is {wanted_kernels()}")
+    return library(SOURCES, FLAGS)[0]
+
+
+def _at(values: NDArray[Any]) -> ctypes.c_void_p:
+    """The address of an array, which has to be kept by name until C++ is done with it."""
+    return ctypes.c_void_p(values.ctypes.data)
