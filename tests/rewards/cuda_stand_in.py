@@ -41,8 +41,21 @@ R cuOccupancyMaxActiveClusters(void) { return 1; }
 
 PRELUDE = f'''
 import ctypes, os, subprocess
+from types import SimpleNamespace
 import torch, triton
 from triton.runtime import driver
+
+class Event:
+    """One millisecond passes between any two."""
+
+    def __init__(self, enable_timing=True):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1.0
 
 def stand_in():
     """Answers as a GPU of Hopper's kind; the functions of torch that Triton asks are those of a CPU build."""
@@ -58,9 +71,56 @@ def stand_in():
     from triton.backends.nvidia.driver import CudaDriver
     cuda = CudaDriver()
     cuda.get_current_stream = lambda device: 0
+    cuda.get_device_interface = lambda: SimpleNamespace(Event=Event, synchronize=lambda: None)
+    cuda.get_empty_cache_for_benchmark = lambda: torch.empty(64, dtype=torch.int)
     driver.set_active(cuda)
     return loaded
 
 library = stand_in()
 '''
 """Put before a program: its kernels are compiled, loaded and launched by Triton, and `library.launches()` counts."""
+
+COMPILES = r'''
+import importlib.util, json, os, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from luthier.assets.kernels import kernel_rows
+from luthier.data.kernel_programs import kernel_form
+from tests.rewards.kernels import SOLUTIONS
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device):
+        assert kernel[:4] == b"\x7fELF"
+        return (1, 2, 32, 0, 1024)
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 101376, "multiprocessor_count": 100}
+
+class Chip:
+    """What Triton asks a driver; it launches nothing."""
+    utils = Utils()
+    def __init__(self, kind): self.kind = kind
+    def launcher_cls(self, source, metadata): return lambda *arguments: None
+    def get_current_target(self): return GPUTarget("cuda", self.kind, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+rows = {row["function"]: row for row in map(json.loads, kernel_rows().splitlines())}
+for kind in (80, 90, 100):
+    driver.set_active(Chip(kind))
+    for name in sys.argv[1].split(","):
+        drawing = {}
+        exec(rows[name]["inputs"], drawing)
+        timed = [torch.zeros(size) if isinstance(size, list) else size for size in rows[name]["timed"]]
+        for text in (SOLUTIONS[name], kernel_form(SOLUTIONS[name], name).without):
+            path = os.path.join(os.environ["TRITON_CACHE_DIR"], f"{name}_{kind}.py")
+            with open(path, "w") as file:
+                file.write(text)
+            found = importlib.util.spec_from_file_location(name, path)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+            for given in (*drawing["draw"](7), timed):
+                getattr(module, name)(*[torch.tensor(each) if isinstance(each, list) else each for each in given])
+        print(f"{kind}:{name}")
+'''
+"""Compiles the solutions of operators for three kinds of chips, by the way of a launch."""
