@@ -77,6 +77,15 @@ def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) 
     assert "Reward: format" in report and "<h2>Reward</h2>" in report
 
 
+def test_a_group_of_one_is_refused_where_answers_are_compared() -> None:
+    """Breaks when a run of which nobody can learn anything begins."""
+    asked: dict[str, Any] = {"recipe": "reinforce", "model": "seedling", "data": "p.jsonl", "reward": "numeric",
+                             "rollouts": {"answers": 1}}  # fmt: skip
+    with pytest.raises(RecipeError, match=r"rollouts\.answers is 1.*take the objective ppo"):
+        validate(ReinforceRecipe, {**asked, "objective": "grpo"})
+    assert validate(ReinforceRecipe, {**asked, "objective": "ppo"}).rollouts.answers == 1
+
+
 def test_held_out_answers_that_nobody_can_score_end_the_run_with_the_reason(asked: Path, tmp_path: Path) -> None:
     """Breaks when a run goes on without a measure, ends with advice about learning rates, or loses what it learned."""
     (tmp_path / "worth.py").write_text(
