@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from luthier.core.errors import SandboxUnavailableError
 from luthier.data.kernel_programs import MAKES, kernel_form
 from luthier.data.sample import Sample
 from luthier.rewards import RewardError, Tools
@@ -144,6 +145,18 @@ def test_a_gpu_is_given_time_to_start_and_products_are_of_float32(monkeypatch: p
     _, [opened] = on_a_gpu("OutOfMemoryError: CUDA out of memory", monkeypatch)
     assert opened["limits"].seconds == opened["limits"].cpu_seconds == Kernel().seconds + 60
     assert opened["devices"] == (LENT,) and dict(opened["environment"]) == {"TRITON_F32_DEFAULT": "ieee"}
+
+
+def test_where_a_gpu_cannot_be_lent_the_interpreter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a container without walls for a device leaves nobody knowing what to do."""
+    pytest.importorskip("triton", reason=NO_TRITON)
+    monkeypatch.setattr("luthier.rewards.kernel.gpus_for", lambda device: (LENT,))
+
+    def lend(limits: Limits, **more: Any) -> Any:
+        raise SandboxUnavailableError("no walls stand here: landlock: a device is let in only with a root of its own")
+
+    with pytest.raises(SandboxUnavailableError, match="cannot be lent.*no walls stand.*device: interpreter"):
+        Kernel().score([GOOD], Tools(sandbox=lend))
 
 
 @pytest.mark.parametrize(("built", "count"), [("13.0", 1), (None, 0)])

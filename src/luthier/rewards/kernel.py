@@ -125,7 +125,15 @@ class Kernel(Reward):
         seconds = self.seconds + START_SECONDS[device]
         limits = Limits(seconds, seconds, self.memory_megabytes << 20, processes=_PROCESSES)
         environment = PRECISE if lent else (("TRITON_INTERPRET", "1"),)
-        sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=environment, devices=lent)
+        try:
+            sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=environment, devices=lent)
+        except SandboxUnavailableError as failure:
+            if not lent:
+                raise
+            raise SandboxUnavailableError(
+                f"the GPU cannot be lent to programs: {failure.received}", allowed=failure.allowed,
+                do="or set device: interpreter; docs/sandbox.md says what a container needs for it",
+            ) from failure  # fmt: skip
         place = _Place(device, sandbox.run_all)
         return [self._one(sample, place, _seed(sample, tools)) for sample in samples]
 

@@ -40,7 +40,7 @@ WARM: Final = (
 _LOOK_MILLISECONDS: Final = 50
 """How often the memory of a candidate that has many processes is added up."""
 _HIGH: Final = 32
-_DESCRIPTORS, _DESCRIPTORS_OF_GPUS = 256, 4096
+_DESCRIPTORS, _DESCRIPTORS_OF_GPUS = 256, 512
 
 
 def serve(control: socket.socket, settings: dict[str, Any]) -> None:
