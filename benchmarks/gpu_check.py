@@ -4,9 +4,10 @@
     python benchmarks/gpu_check.py --list                # what would be done, with the limit of each step; needs no GPU
 
 The steps come in the order of what depends on them: operations against their twins, what only a GPU has (streams,
-graphs), a LoRA run, a run of all weights with its optimizer on the host, generation, and speed. A step that fails or
-takes too long is told, and the others go on; those for which no time is left are told as not begun. HOME/gpu-check.json
-has the date, the device, the versions, the commit, and of each step its command, seconds, exit code and last words.
+graphs), kernels as models write them, behind the walls (`gpu_kernels.py`), a LoRA run, a run of all weights with its
+optimizer on the host, generation, and speed. A step that fails or takes too long is told, and the others go on; those
+for which no time is left are told as not begun. HOME/gpu-check.json has the date, the device, the versions, the commit,
+and of each step its command, seconds, exit code and last words.
 Run it with luthier's interpreter; TRL is measured where `setup_peers.py` has installed it.
 """
 
@@ -71,19 +72,21 @@ def steps(home: Path) -> list[Step]:
     systems = [name for name in ("luthier", "trl-tuned") if interpreter(SYSTEMS[name].environment, home).exists()]
     measured = ("--home", str(home), "--device", "cuda", "--tier", "quick", "--systems", ",".join(systems))
     return [
-        Step("operations against their twins", _pytest("tests/kernels/test_backends.py"), 120),
-        Step("streams, graphs and masks", _pytest("tests/model/test_on_gpu.py"), 60),
-        Step("a recipe for LoRA", _luthier("init", str(lora), *base), 60),
-        Step("LoRA", _luthier("train", str(lora), "--run", str(runs / "lora"), *_SHORT), 60),
-        Step("a recipe for all weights", _luthier("init", str(full), *base, "--set", "adapter.method=full"), 60),
+        Step("operations against their twins", _pytest("tests/kernels/test_backends.py"), 90),
+        Step("streams, graphs and masks", _pytest("tests/model/test_on_gpu.py"), 40),
+        Step("kernels behind the walls", (sys.executable, str(_KERNELS), "--home", str(home)), 180),
+        Step("a recipe for LoRA", _luthier("init", str(lora), *base), 30),
+        Step("LoRA", _luthier("train", str(lora), "--run", str(runs / "lora"), *_SHORT), 50),
+        Step("a recipe for all weights", _luthier("init", str(full), *base, "--set", "adapter.method=full"), 30),
         Step("all weights, the host steps", _luthier("train", str(full), "--run", str(runs / "full"), *_SHORT,
-             "--set", "batch.offload=both", "--set", "batch.recompute=all"), 60),
-        Step("generation", _luthier("generate", str(runs / "lora"), "--prompt", "one two three"), 60),
-        Step("speed, 0.5 billion parameters", _benchmark("m2-lora-64", *measured), 120),
+             "--set", "batch.offload=both", "--set", "batch.recompute=all"), 50),
+        Step("generation", _luthier("generate", str(runs / "lora"), "--prompt", "one two three"), 40),
+        Step("speed, 0.5 billion parameters", _benchmark("m2-lora-64", *measured), 90),
         Step("speed, 8 billion parameters", _benchmark("m8-lora-4096", *measured), 400),
     ]  # fmt: skip
 
 
+_KERNELS = ROOT / "benchmarks" / "gpu_kernels.py"
 _SHORT = ("--set", "device=cuda", "--set", "budget.steps=8")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from luthier.data.sample import Sample
 from luthier.recipes.schemas.files import load_recipe
+from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from tests.benchmarks.lines import module
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +79,56 @@ def test_without_a_gpu_it_only_tells(capsys: pytest.CaptureFixture[str], tmp_pat
         with pytest.raises(SystemExit):
             check.main(["--home", str(tmp_path)])
         assert "there is no GPU here" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the kernels of the rewards, by themselves
+LOG = """12 openat(AT_FDCWD, "/proc/self/task/13/comm", O_RDWR) = -1 ENOENT (No such file or directory)
+12 openat(AT_FDCWD, "/proc/self/task/13/comm", O_RDWR) = 4
+12 openat(AT_FDCWD, "/usr/lib/libcuda.so.1", O_RDONLY) = 5
+12 io_uring_setup(1, {}) = -1 EPERM (Operation not permitted)
+13 stat("/sys/module/nvidia", {st_mode=S_IFDIR|0755, st_size=0, ...}) = 0
+13 read(5, "x", 1) = 1
+"""
+
+
+def test_what_cuda_wanted_is_read_from_a_trace() -> None:
+    """Breaks when a call that the walls refuse, or a file of the machine, is not told."""
+    found = module("gpu_kernels").looked_through(LOG)
+    assert found == {"calls": {"io_uring_setup": 1}, "files": {"/proc/self/task/N/comm": 1, "/sys/module/nvidia": 0}}
+
+
+class Answering(Reward):
+    """Gives what is written in an answer."""
+
+    def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+        said = samples[0].answer
+        return [RewardError("the GPU is gone") if said == "gone" else Score(float(said), {"right": 1.0}, "so")]
+
+
+def test_no_verdict_is_no_value_and_ends_nothing() -> None:
+    """Breaks when an operator without a verdict ends the check, or looks as if it had got 0."""
+    samples = {said: Sample(prompt=(), answer=said) for said in ("1.0", "gone", "0.3")}
+    found = module("gpu_kernels").scored(Answering(), samples, Tools(), 2)
+    assert [each["value"] for each in found.values()] == [1.0, None, 0.3] and "gone" in found["gone"]["reason"]
+
+
+def test_kernels_are_not_begun_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = module("gpu_kernels")
+    if not kernels.gpus_for("cuda"):
+        with pytest.raises(SystemExit):
+            kernels.main(["--home", str(tmp_path)])
+        assert "there is no GPU of NVIDIA here" in capsys.readouterr().err
+
+
+def test_the_evidence_of_kernels_says_where_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when walls that keep CUDA out look like kernels that are wrong, or the file lacks why."""
+    kernels = module("gpu_kernels")
+    monkeypatch.setattr(kernels, "gpus_for", lambda device: ("/dev/nvidia0",))
+    monkeypatch.setattr(kernels, "without_walls", lambda: "")
+    monkeypatch.setattr(kernels, "behind_walls", lambda: {"walls": [], "passed_over": [], "why": "CUDA error 304"})
+    monkeypatch.setattr(kernels, "traced", lambda: {"calls": {"memfd_create": 1}})
+    monkeypatch.setattr(kernels, "version", lambda name: "1")
+    assert kernels.main(["--home", str(tmp_path)]) == 1
+    kept = json.loads((tmp_path / "gpu-kernels.json").read_text("utf-8"))
+    assert kept["good"] is False and kept["behind walls"]["why"] == "CUDA error 304" and kept["traced"]["calls"]
+    assert kept["date"] and "kernel" not in kept

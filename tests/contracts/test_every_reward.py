@@ -19,6 +19,7 @@ from luthier.core.errors import DataError, LuthierError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, Score, Tools
 from luthier.train.scoring import Scoring
+from tests.rewards.samples import asked_again
 
 each = pytest.mark.parametrize("name", catalog.names("rewards"))
 
@@ -32,7 +33,7 @@ def asked(name: str) -> tuple[Reward, Tools, Sample, Sample]:
 
 def values(reward: Reward, samples: list[Sample], tools: Tools) -> list[float]:
     found = []
-    for verdict in reward.score(samples, tools):
+    for verdict in asked_again(reward, samples, tools):
         assert isinstance(verdict, Score), verdict
         found.append(verdict.value)
     return found
@@ -42,7 +43,7 @@ def values(reward: Reward, samples: list[Sample], tools: Tools) -> list[float]:
 def test_a_good_answer_gets_more_than_a_bad_one_within_bounds(name: str) -> None:
     """Breaks when the sign is turned, a value leaves its bounds, or a number is not finite."""
     reward, tools, good, bad = asked(name)
-    [better, worse] = reward.score([good, bad], tools)
+    [better, worse] = asked_again(reward, [good, bad], tools)
     assert isinstance(better, Score) and isinstance(worse, Score), (better, worse)
     low, high = reward.bounds
     assert low <= worse.value < better.value <= high

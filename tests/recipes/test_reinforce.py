@@ -77,6 +77,32 @@ def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) 
     assert "Reward: format" in report and "<h2>Reward</h2>" in report
 
 
+def test_a_group_of_one_is_refused_where_answers_are_compared() -> None:
+    """Breaks when a run of which nobody can learn anything begins."""
+    asked: dict[str, Any] = {"recipe": "reinforce", "model": "seedling", "data": "p.jsonl", "reward": "numeric",
+                             "rollouts": {"answers": 1}}  # fmt: skip
+    with pytest.raises(RecipeError, match=r"rollouts\.answers is 1.*take the objective ppo"):
+        validate(ReinforceRecipe, {**asked, "objective": "grpo"})
+    assert validate(ReinforceRecipe, {**asked, "objective": "ppo"}).rollouts.answers == 1
+
+
+def test_held_out_answers_that_nobody_can_score_end_the_run_with_the_reason(asked: Path, tmp_path: Path) -> None:
+    """Breaks when a run goes on without a measure, ends with advice about learning rates, or loses what it learned."""
+    (tmp_path / "worth.py").write_text(
+        "def f(prompts, completions, completion_ids, **more):\n    if len(completions) == 1 or more['seen'][0]:\n"
+        "        raise KeyError('no such row')\n    return [float(sum(ids) % 5) for ids in completion_ids]\n"
+    )
+    for name, seen in (("learned", False), ("held", True)):
+        rows = [{"prompt": f"What colour has thing {number}?", "seen": seen} for number in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sets = [f"reward={{method: function, path: '{tmp_path / 'worth.py'}:f'}}", "objective={method: grpo}",
+            f"data.train={tmp_path / 'learned.jsonl'}", f"data.evaluation={tmp_path / 'held.jsonl'}"]  # fmt: skip
+    words = [word for each in sets for word in ("--set", each)]
+    done = luthier("train", asked, "--run", tmp_path / "run", *words).must(2)
+    assert "held-out answers could be scored: " in done.err and "KeyError: 'no such row'" in done.err
+    assert "worth.py, line 3" in done.err and "mend the reward" in done.err
+
+
 def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
     """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
     found = luthier("eval", unbroken, "--json").must(0).json

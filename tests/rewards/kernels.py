@@ -33,21 +33,26 @@ def {name}({params}):
     return out
 '''
 _MATMUL = '''@triton.jit
-def kernel(x_ptr, y_ptr, out, k, n, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    row = tl.program_id(0)
-    inner = tl.arange(0, BLOCK_K)
-    column = tl.arange(0, BLOCK_N)
-    x = tl.load(x_ptr + row * k + inner, mask=inner < k, other=0.0)
-    both = (inner[:, None] < k) & (column[None, :] < n)
-    y = tl.load(y_ptr + inner[:, None] * n + column[None, :], mask=both, other=0.0)
-    tl.store(out + row * n + column, tl.sum(x[:, None] * y, axis=0), mask=column < n)
+def kernel(x_ptr, y_ptr, out, m, n, k, BLOCK: tl.constexpr):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, k, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        left = (rows[:, None] < m) & (inner[None, :] < k)
+        right = (inner[:, None] < k) & (columns[None, :] < n)
+        x = tl.load(x_ptr + rows[:, None] * k + inner[None, :], mask=left, other=0.0)
+        total += tl.dot(x, tl.load(y_ptr + inner[:, None] * n + columns[None, :], mask=right, other=0.0))
+    there = (rows[:, None] < m) & (columns[None, :] < n)
+    tl.store(out + rows[:, None] * n + columns[None, :], total, mask=there)
 
 
 def matmul(x, y):
     m, k = x.shape
     n = y.shape[1]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    kernel[(m,)](x, y, out, k, n, BLOCK_K=triton.next_power_of_2(k), BLOCK_N=triton.next_power_of_2(n))
+    grid = (triton.cdiv(m, 32), triton.cdiv(n, 32))
+    kernel[grid](x, y, out, m, n, k, BLOCK=32)
     return out
 '''
 _STORE = "    tl.store(out + row * n + at, {value}, mask=mask)"

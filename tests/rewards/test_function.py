@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
-from luthier.rewards import RewardError, Score, Tools
+from luthier.rewards import Reward, RewardError, Score, Tools
 from luthier.rewards.function import Function
+from luthier.train.scoring import Scoring
 from tests.rewards.samples import failure, sample, score
 
 FILE = Path(__file__).with_name("trl_functions.py")
@@ -57,6 +63,67 @@ def test_it_may_be_async_and_may_be_made_by_another() -> None:
 def test_none_does_not_apply_and_numbers_of_torch_do() -> None:
     assert values(of("sometimes"), ROWS) == [1.0, None]
     assert values(of("tensors"), ROWS) == [5.0, 4.0]
+
+
+def test_arrays_are_taken_as_in_trl() -> None:
+    """Breaks when a function that gives an array of numpy or torch, as in TRL, has to be rewritten."""
+    assert values(of("array"), ROWS) == values(of("tensor"), ROWS) == [5.0, 4.0]
+    assert "tensor([[0." in str(failure(of("table"), ROWS[0]))
+
+
+def test_too_few_numbers_are_not_asked_for_again_one_by_one() -> None:
+    """Breaks when a function that gives one number for a batch looks right, since it is asked about each alone."""
+    scored = Scoring(of("short")).score(ROWS)
+    assert scored.scores == (None, None) and scored.retried == 0 and "1 values for 2 samples" in scored.told
+
+
+def test_one_that_leaves_has_failed_and_ends_nothing() -> None:
+    """Breaks when sys.exit(0) in a reward ends the run as if all were well."""
+    told = str(failure(of("leaves"), ROWS[0]))
+    assert "it left with sys.exit(0)" in told and re.search(r"trl_functions.py, line \d+", told), told
+
+
+def test_one_that_hangs_has_failed_and_other_alarms_go_on() -> None:
+    """Breaks when a function that never comes back keeps a run for ever, or takes the alarm of somebody else away."""
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.6)
+    try:
+        assert "TimeoutError: it took longer than 0.2 s" in str(failure(of("hangs", seconds=0.2), ROWS[0]))
+        assert not rung
+        time.sleep(0.8)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [signal.SIGALRM]
+
+
+def test_in_another_thread_it_is_called_without_an_alarm() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(values, of("letters"), ROWS).result() == [5.0, 4.0]
+
+
+def test_a_file_is_read_as_a_script_is(tmp_path: Path) -> None:
+    """Breaks when data classes, or a neighbour of the file, are not found."""
+    assert values(of("weighed"), ROWS) == [2.0, 2.0]
+    (tmp_path / "a_neighbour_of_rewards.py").write_text("WORTH = 3.0\n")
+    file = tmp_path / "rewards_with_a_neighbour.py"
+    file.write_text("from a_neighbour_of_rewards import WORTH\ndef f(completions):\n    return [WORTH, WORTH]\n")
+    assert values(Function(path=f"{file}:f"), ROWS) == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("import nowhere_to_be_found", "ModuleNotFoundError"), ("def f(completions) return 1", "SyntaxError"),
+     ("\n1 / 0", "ZeroDivisionError: division by zero (broken.py, line 2)"),
+     ("import sys; sys.exit(0)", "SystemExit: 0")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_told_and_ends_nothing_as_if_well(text: str, part: str, tmp_path: Path) -> None:
+    """Breaks when a mistake in somebody's file is called a fault of ours, or sys.exit(0) a success."""
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(RecipeError, match="try it: python") as told:
+        choose("rewards", Reward, {"method": "function", "path": f"{tmp_path / 'broken.py'}:f"})
+    assert part in str(told.value) and f"function: {tmp_path}" in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 CONSTANT = 1
+
+
+@dataclass
+class Weight:
+    of: float = 2.0
 
 
 def capitals(completions, **kwargs):
@@ -77,3 +87,27 @@ def infinite(completions, **kwargs):
 
 def huge(completions, **kwargs):
     return [10**5000] * len(completions)
+
+
+def array(completion_ids, **kwargs):
+    return np.array([len(ids) for ids in completion_ids], dtype=np.float32)
+
+
+def tensor(completion_ids, **kwargs):
+    return torch.tensor([len(ids) for ids in completion_ids])
+
+
+def table(completion_ids, **kwargs):
+    return torch.zeros(len(completion_ids), 1)
+
+
+def weighed(completion_ids, **kwargs):
+    return [Weight().of for _ in completion_ids]
+
+
+def leaves(completions, **kwargs):
+    sys.exit(0)
+
+
+def hangs(completions, **kwargs):
+    time.sleep(60)

@@ -25,8 +25,11 @@ from luthier.sandbox.tiers import Steps, Tier, UnreachableError, ways
 from luthier.sandbox.zygotes import LostError
 from tests.architecture.source import REPOSITORY
 
+LENT = "/dev/full"
+"""In the place of a GPU: a device that every machine has, no guest may open, and any may be lent."""
 WAYS = {
     "bubblewrap": Tier.A,
+    "lent": Tier.A,
     "namespaces": Tier.B,
     "root": Tier.B,
     "bare": Tier.B,
@@ -39,21 +42,24 @@ def steps_of(way: str) -> Steps:
     """The steps of a way. Skips where this machine does not have it."""
     try:
         for steps in ways(WAYS[way]):
-            if (way == "bubblewrap") == bool(steps.bubblewrap) and steps.walls == _WALLS[way]:
+            if (way in ("bubblewrap", "lent")) == bool(steps.bubblewrap) and steps.walls == _WALLS[way]:
                 return steps
     except SandboxUnavailableError as failure:
         pytest.skip(str(failure))
     pytest.skip("only root that may mount has this way")
 
 
-_WALLS = {"bubblewrap": "", "namespaces": "user", "root": "root", "bare": ""}
+_WALLS = {"bubblewrap": "", "lent": "", "namespaces": "user", "root": "root", "bare": ""}
 
 
 def opened(way: str, limits: Limits = SMALL, **more: Any) -> Sandbox:
     """A sandbox by this way. Skips, with the kernel's reason, where its walls cannot be built here."""
     steps = steps_of(way)
+    devices = [LENT] if way == "lent" else []
+    if devices and not Path(LENT).exists():
+        pytest.skip(f"there is no {LENT}")
     try:
-        return Sandbox(limits, steps, more.pop("workers", 1), more.pop("preload", ()), more).proved()
+        return Sandbox(limits, steps, more.pop("workers", 1), more.pop("preload", ()), more, devices).proved()
     except (LostError, UnreachableError) as failure:
         pytest.skip(f"{steps}: {failure}")
 
@@ -66,7 +72,10 @@ def strongest(limits: Limits = SMALL, **more: Any) -> Sandbox:
         pytest.skip(str(failure))
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
+@pytest.fixture(
+    scope="module",
+    params=[way if way != "lent" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+)
 def walled(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A sandbox of each way in turn."""
     with opened(request.param) as sandbox:

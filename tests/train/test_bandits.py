@@ -122,6 +122,14 @@ def test_ppo_reaches_the_tilted_reference(worth: dict[tuple[int, ...], float], a
     assert distance < WITHIN, (found, best)
 
 
+def test_reinforce_finds_the_best_arm() -> None:
+    """Breaks when plain policy gradients do not: PPO whose values are not learned, in one pass: ratios are 1."""
+    objective = PPO(beta=0.0, value_factor=0.0, lam=1.0, passes=1)
+    _, model = learn(objective, THREE, arms=3, steps=50, rate=1e-2, answers=16)
+    assert policy(bandit(3), 3, 1)[(0,)] < 0.6
+    assert policy(model, 3, 1)[(0,)] > 1 - WITHIN
+
+
 @pytest.mark.parametrize(
     "preset", ["grpo", "rloo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("dr_grpo", "dapo", "gspo"))]
 )

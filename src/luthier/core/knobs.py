@@ -54,7 +54,10 @@ class Problem:
 
     def text(self, where: str) -> str:
         """The problem as a sentence; `where` stands before the path."""
-        return self.before + ".".join([where] * bool(where) + list(self.path)) + self.after
+        place = ".".join([where] * bool(where) + list(self.path))
+        # What is about a whole method begins a sentence of its own.
+        gap = ": " if place and self.after[:1] not in ("", ":", " ", ",", ";") else ""
+        return self.before + place + gap + self.after
 
 
 class KnobsError(RecipeError):

@@ -9,11 +9,13 @@ of it is told. How much of the form is there is a share of checks, as something 
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from luthier.data.programs import parsed, program_in
+from luthier.sandbox.devices import gpu_devices
 from luthier.sandbox.program import Call, Outcome, Program, Status
 
 _MAKING: Final = frozenset({
@@ -70,11 +72,19 @@ _STATEMENTS: Final = (ast.Try, ast.TryStar, ast.With, ast.AsyncFunctionDef, ast.
 MAKES: Final = (
     *sorted(_METHODS), "empty", "empty_like", "empty_strided", "zeros", "zeros_like", "full", "full_like", "__get__",
     "data_ptr", "cpu", "to", "copy_", "untyped_storage", "storage_offset", "set_", "is_pinned", "nelement", "__set__",
+    "zero_", "clone",
 )  # fmt: skip
-"""What may be asked of tensors while a function with kernels runs; the second half is what Triton asks."""
+"""What may be asked of tensors while a function with kernels runs; the second half is what Triton asks, and the last
+two are its autotuner's, which no program may name."""
+PRECISE: Final = (("TRITON_F32_DEFAULT", "ieee"),)
+"""A variable of Triton: products of float32 are what they are for the reference and in the interpreter, not of tf32."""
+START_SECONDS: Final = {"cpu": 0.0, "cuda": 60.0}
+"""For CUDA to start, and for the C compiler, ptxas and the autotuner: not the answer's time."""
 
 
-_PROOF: Final = """
+_OF_THE_GPU: Final = ("device is busy", "devices unavailable", "ecc error", "gpu is lost", "fallen off the bus")
+_SAID: Final = 300
+PROOF: Final = """
 import torch
 import triton
 import triton.language as tl
@@ -186,9 +196,38 @@ def why_no_kernel_runs(run: Callable[[Program], Outcome]) -> str:
 
     A compiler that is not there, or a driver that wants what is walled off, must not become a bad reward.
     """
-    proof = run(Program(_PROOF, (Call("proof"),)))
-    told = next((each.error for each in proof.returned if each.error), "")
-    return "" if answered(proof) else told or proof.reason or proof.raised or str(proof.status)
+    proof = run(Program(PROOF, (Call("proof"),)))
+    return "" if answered(proof) else why_not(proof)
+
+
+def why_not(outcome: Outcome) -> str:
+    """Why a program has not answered every call, in words; what a compiler said last stands behind it."""
+    told = next((each.error for each in outcome.returned if each.error), "")
+    lines = [line.strip() for line in outcome.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    said = errors[0][:_SAID] if errors else ""
+    told = told or outcome.reason or outcome.raised or str(outcome.status)
+    return told if not said or said in told else f"{told[:_SAID]} ({said})"
+
+
+def is_of_the_gpu(told: str) -> bool:
+    """Whether an error tells of a GPU that has no room, or is gone: it says nothing about the program."""
+    words = told.lower()
+    return "out of memory" in words or any(word in words for word in _OF_THE_GPU)
+
+
+def gpus_for(device: str) -> tuple[str, ...]:
+    """The device files to lend where `device` is auto or cuda: none where PyTorch or Triton could not use them."""
+    if device not in ("auto", "cuda") or importlib.util.find_spec("triton") is None:
+        return ()
+    return gpu_devices() if built_for_gpus() else ()
+
+
+def built_for_gpus() -> bool:
+    """Whether this PyTorch is one for GPUs of NVIDIA."""
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def _entry(tree: ast.Module, name: str) -> ast.FunctionDef | None:

@@ -30,6 +30,8 @@ class RolloutLearner(ABC):
     requires: ClassVar[frozenset[str]] = frozenset({"rollouts"})
     rewarded: ClassVar[bool] = True
     """Whether it learns from what answers were worth."""
+    compared: ClassVar[bool] = False
+    """Whether answers to one prompt are compared with each other: one that stands alone teaches nothing."""
 
     passes: int
     minibatches: int

@@ -68,6 +68,7 @@ class GRPO(RolloutLearner, Objective):
     """Clipped policy gradients with the group as the baseline."""
 
     separable: ClassVar[bool] = True
+    compared: ClassVar[bool] = True
 
     preset: Preset = Field("dr_grpo", description="which of the kin, and what is not set below")
     beta: float | None = Field(None, ge=0, description="factor of the KL to the model without its adapter")

@@ -18,11 +18,19 @@ import asyncio
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.abc import Loader
 from pathlib import Path
-from typing import Any, Literal, final
+from types import FrameType, ModuleType
+from typing import Any, Final, Literal, final
 
 from pydantic import Field, model_validator
 
@@ -44,6 +52,10 @@ class Function(Reward):
     form: Literal["auto", "messages", "text"] = Field(
         "auto", description="prompts and completions as lists of messages or as texts; auto: as the prompt is"
     )
+    seconds: float = Field(
+        600.0, gt=0,
+        description="the longest that one call may take; then it has failed (no limit in a thread, beside an engine)",
+    )  # fmt: skip
     least: float | None = Field(None, description="the least it may give, if there is one; less is an error")
     most: float | None = Field(None, description="the most it may give, if there is one; more is an error")
 
@@ -73,16 +85,21 @@ class Function(Reward):
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if not samples:
             return []
-        call = _Call(samples, tools, self.form)
+        call = _Call(samples, tools, self.form, self.seconds)
         found = call.make(self._function(), self.path)
         if call.failure is not None:
-            told = f"{self.path} raised {type(call.failure).__name__}: {call.failure}"
+            place = _line_in(call.failure, self.path.rpartition(":")[0])
+            told = f"{self.path} raised {type(call.failure).__name__}: {call.failure}{place}"
             return [_error(told, sample, call.failure) for sample in samples]
-        if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(samples):
-            size = f"{len(found)} values" if isinstance(found, Sequence) else f"{found!r}"
+        numbers = _listed(found)
+        if numbers is None or len(numbers) != len(samples):
+            size = f"{len(numbers)} values" if numbers is not None else shown(found)
             told = f"{self.path} gave {size} for {len(samples)} samples"
-            return [RewardError(told, allowed="one number, or None, for each").of(sample) for sample in samples]
-        return [self._verdict(value, at, call) for at, value in enumerate(found)]
+            # Asked about one of them alone it would look right: a mean, or the value of the first.
+            return [
+                RewardError(told, allowed="one number, or None, for each").of(sample, again=False) for sample in samples
+            ]
+        return [self._verdict(value, at, call) for at, value in enumerate(numbers)]
 
     def _verdict(self, value: object, at: int, call: _Call) -> Verdict:
         if value is None:
@@ -98,6 +115,11 @@ class Function(Reward):
         return Score(float(number), call.metrics | extras, f"{self.path.rpartition(':')[2]} gave {float(number):g}")
 
 
+_OF_FILES: Final = (
+    ImportError, SyntaxError, OSError, ValueError, TypeError, AttributeError, NameError, LookupError, ArithmeticError,
+    AssertionError, RuntimeError, SystemExit,
+)  # fmt: skip
+"""What a file of somebody else's raises when it is read."""
 _ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
@@ -116,6 +138,7 @@ class _Call:
     samples: Sequence[Sample]
     tools: Tools
     form: str
+    seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     extras: dict[str, Sequence[Any]] = field(default_factory=dict)
     failure: Exception | None = None
@@ -127,8 +150,12 @@ class _Call:
         if not any(each.kind is each.VAR_KEYWORD for each in taken):
             given = {name: value for name, value in given.items() if name in {each.name for each in taken}}
         try:
-            found = function(**given)
-            return asyncio.run(found) if inspect.iscoroutine(found) else found
+            with _at_most(self.seconds):
+                found = function(**given)
+                return asyncio.run(found) if inspect.iscoroutine(found) else found
+        except SystemExit as failure:
+            self.failure = RuntimeError(f"it left with sys.exit({'' if failure.code is None else failure.code!r})")
+            self.failure.__traceback__ = failure.__traceback__
         except Exception as failure:  # noqa: BLE001
             # It is somebody else's code, and whatever it raises is told with the samples.
             self.failure = failure
@@ -145,6 +172,39 @@ class _Call:
             "log_extra": self.extras.__setitem__,
             "log_metric": lambda name, value: self.metrics.__setitem__(name, float(value)),
         }
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once it has taken so long; in another thread than the first there is no limit.
+
+    The alarm of signals interrupts waiting too. Functions that set one of their own, as math-verify does, take ours
+    away, and keep to their own limit. An alarm that was set before goes on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    handler, began = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    before, again = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, max(before - time.monotonic() + began, 1e-3), again)
+
+
+def _listed(found: Any) -> list[Any] | None:
+    """What a function gave, one by one: a list, or an array of numpy or torch with one dimension; None for others."""
+    array = getattr(found, "tolist", None)
+    if callable(array) and getattr(found, "ndim", 0) == 1:
+        return list(array())
+    return list(found) if isinstance(found, Sequence) and not isinstance(found, str | bytes) else None
 
 
 def _is_float(number: float) -> bool:
@@ -185,8 +245,32 @@ def _load(path: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise RecipeError(f"{file} cannot be read as a Python module", allowed="a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    _read(module, spec.loader, file)
     if name not in vars(module) or not callable(vars(module)[name]):
         functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
         raise RecipeError(f"{file} has no function {name!r}", do=did_you_mean(name, functions))
     return vars(module)[name]  # type: ignore[no-any-return]
+
+
+def _read(module: ModuleType, loader: Loader, file: str) -> None:
+    """Run the file, which finds its neighbours as a script does. Raises RecipeError for what it raises."""
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    # Data classes look for the module that they are of.
+    sys.modules[module.__name__] = module
+    try:
+        loader.exec_module(module)
+    except _OF_FILES as failure:
+        del sys.modules[module.__name__]
+        told = f"{type(failure).__name__}: {failure}{_line_in(failure, file)}"
+        raise RecipeError(
+            f"{file} cannot be read: {told}", allowed="a Python file that can be imported", do=f"try it: python {file}"
+        ) from failure
+
+
+def _line_in(failure: BaseException, file: str) -> str:
+    """The last line of this file that a failure went through."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(file).name]
+    return f" ({Path(file).name}, line {lines[-1]})" if lines else ""

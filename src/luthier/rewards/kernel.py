@@ -26,10 +26,19 @@ from pydantic import Field
 
 from luthier.core.errors import DataError, MissingError, RecipeError, SandboxUnavailableError
 from luthier.data.cases import Sameness, shown
-from luthier.data.kernel_programs import MAKES, answered, kernel_form, why_no_kernel_runs
+from luthier.data.kernel_programs import (
+    MAKES,
+    PRECISE,
+    START_SECONDS,
+    answered,
+    gpus_for,
+    is_of_the_gpu,
+    kernel_form,
+    why_no_kernel_runs,
+    why_not,
+)
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
-from luthier.sandbox.devices import gpu_devices
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Status
 
 _PRELOAD: Final = (
@@ -42,6 +51,11 @@ from torch.overrides import TorchFunctionMode as {mode}
 {torch}._C._set_deterministic_algorithms(True, warn_only=True)
 {torch}._C._set_deterministic_fill_uninitialized_memory(True)
 """
+_FIRST_CHOICE: Final = """
+from triton.runtime.autotuner import Autotuner as {tuner}
+{tuner}._bench = lambda *ignored, **more: [0.0, 0.0, 0.0]
+"""
+"""In the interpreter nothing can be timed: Triton's autotuner takes the first of its choices."""
 _PROCESSES: Final = 64
 _AFTER: Final = """
 
@@ -79,7 +93,9 @@ class Kernel(Reward):
     device: Literal["auto", "interpreter", "cuda"] = Field(
         "auto", description="where kernels run; auto: on the GPU where there is one, else in Triton's interpreter"
     )
-    seconds: float = Field(20.0, gt=0, description="the longest that all inputs may take together")
+    seconds: float = Field(
+        20.0, gt=0, description="the longest that all inputs may take together; on a GPU a minute more, for it to start"
+    )
     memory_megabytes: int = Field(2048, ge=256, description="the most memory it may use")
 
     requires = frozenset({"sandbox"})
@@ -100,13 +116,25 @@ class Kernel(Reward):
                 "the reward kernel needs the package triton, which is not installed",
                 allowed="Linux, where its interpreter runs", do='install it with: pip install "luthier[gpu]"',
             )  # fmt: skip
-        lent = gpu_devices() if self.device != "interpreter" else ()
+        lent = gpus_for(self.device)
         if self.device == "cuda" and not lent:
-            raise SandboxUnavailableError("there is no GPU of NVIDIA here", allowed="device: interpreter, or auto")
-        limits = Limits(self.seconds, self.seconds, self.memory_megabytes << 20, processes=_PROCESSES)
-        environment = () if lent else (("TRITON_INTERPRET", "1"),)
-        sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=environment, devices=lent)
-        place = _Place("cuda" if lent else "cpu", sandbox.run_all)
+            raise SandboxUnavailableError(
+                "there is no GPU of NVIDIA here, or a PyTorch without CUDA", allowed="device: interpreter, or auto"
+            )
+        device = "cuda" if lent else "cpu"
+        seconds = self.seconds + START_SECONDS[device]
+        limits = Limits(seconds, seconds, self.memory_megabytes << 20, processes=_PROCESSES)
+        environment = PRECISE if lent else (("TRITON_INTERPRET", "1"),)
+        try:
+            sandbox = tools.sandbox(limits, preload=_PRELOAD, environment=environment, devices=lent)
+        except SandboxUnavailableError as failure:
+            if not lent:
+                raise
+            raise SandboxUnavailableError(
+                f"the GPU cannot be lent to programs: {failure.received}", allowed=failure.allowed,
+                do="or set device: interpreter; docs/sandbox.md says what a container needs for it",
+            ) from failure  # fmt: skip
+        place = _Place(device, sandbox.run_all)
         return [self._one(sample, place, _seed(sample, tools)) for sample in samples]
 
     def _one(self, sample: Sample, place: _Place, seed: int) -> Verdict:
@@ -127,6 +155,8 @@ class Kernel(Reward):
             return RewardError(f"the sandbox broke: {broken[0]}").of(sample)
         if told := place.lacking(known, said, without):
             return RewardError(f"no kernel runs on this GPU behind the walls: {told}").of(sample, again=False)
+        if not answered(known) and place.device == "cuda" and is_of_the_gpu(told := why_not(known)):
+            return RewardError(f"the GPU has no room for the reference: {told}", do="leave it some").of(sample)
         return self._verdict(calls, known, said, without)
 
     def _calls(self, drawn: Outcome, seed: int) -> tuple[Call, ...]:
@@ -139,11 +169,10 @@ class Kernel(Reward):
     def _verdict(self, calls: tuple[Call, ...], known: Outcome, said: Outcome, without: Outcome) -> Verdict:
         expected = [each.value for each in known.returned if each.error is None]
         if len(expected) != len(calls):
-            told = next((each.error for each in known.returned if each.error), known.reason or known.raised)
-            raise DataError(f"{self.reference} fails: {told}", allowed="a program that answers every input")
+            raise DataError(f"{self.reference} fails: {why_not(known)}", allowed="a program that answers every input")
         answers = [each.value for each in said.returned if each.error is None]
         if len(answers) != len(calls):
-            told = next((each.error for each in said.returned if each.error), said.reason or said.raised) or said.status
+            told = why_not(said)
             return Score(self.form, _parts(1.0), told, told)
         troubles = [self._trouble(call, *pair) for call, *pair in zip(calls, answers, expected, strict=True)]
         empty = [each.value for each in without.returned if each.error is None]
@@ -183,11 +212,12 @@ class _Place:
 
 def _wrapped(source: str, function: str, seed: int, place: _Place, *, free: bool) -> str:
     """The program between what makes memory NaN and what hands in tensors; the reference is `free` to compute."""
-    names = {name: f"{name}_{seed}" for name in ("torch", "mode", "guard", "call")}
+    names = {name: f"{name}_{seed}" for name in ("torch", "mode", "guard", "call", "tuner")}
     after = _AFTER.format(function=function, allowed=repr(MAKES), device=place.device, **names)
     if free:
         after = after.replace(f"name not in {MAKES!r}", "False")
-    return f"{_BEFORE.format(**names)}\n{source}\n{after}"
+    before = _BEFORE if place.device == "cuda" else _BEFORE + _FIRST_CHOICE
+    return f"{before.format(**names)}\n{source}\n{after}"
 
 
 def _seed(sample: Sample, tools: Tools) -> int:

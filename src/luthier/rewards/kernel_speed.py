@@ -19,7 +19,6 @@ Not when: the GPU trains or serves at the same time: a reference that then diffe
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import random
 from collections.abc import Sequence
@@ -32,10 +31,19 @@ from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError, SandboxUnavailableError
 from luthier.data.cases import Sameness, shown
-from luthier.data.kernel_programs import MAKES, kernel_form, torch_form, why_no_kernel_runs
+from luthier.data.kernel_programs import (
+    MAKES,
+    PRECISE,
+    START_SECONDS,
+    gpus_for,
+    is_of_the_gpu,
+    kernel_form,
+    torch_form,
+    why_no_kernel_runs,
+    why_not,
+)
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
-from luthier.sandbox.devices import gpu_devices
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
 _PRELOAD: Final = {
@@ -51,6 +59,8 @@ _LEAST_GAP: Final = 2e-4
 """Seconds by which two rounds differ from outside for no reason."""
 _SHARE: Final = 0.01
 """Of the processor time of a process: what two that do the same may differ by."""
+_LEAST_TIME: Final = 2e-7
+"""Seconds that no call of a function takes less than."""
 _PROCESSES: Final = 64
 
 
@@ -73,7 +83,7 @@ class KernelSpeed(Reward):
     most: float = Field(8.0, gt=1, description="how many times as fast gets 1; beyond it the part suspicious is 1")
     absolute: float = Field(1e-4, ge=0, description="how far off a right value may be")
     relative: float = Field(1e-3, ge=0, lt=1, description="how far off, as a share of the right value")
-    seconds: float = Field(60.0, gt=0, description="the longest that all of it may take")
+    seconds: float = Field(60.0, gt=0, description="the longest that all of it may take; on a GPU a minute more")
     memory_megabytes: int = Field(4096, ge=256, description="the most memory it may use")
 
     requires = frozenset({"sandbox"})
@@ -85,17 +95,19 @@ class KernelSpeed(Reward):
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:
             raise RecipeError("the reward kernel_speed needs the sandbox", allowed="a machine that has one")
-        lent = gpu_devices() if self.device != "cpu" and importlib.util.find_spec("triton") is not None else ()
+        lent = gpus_for(self.device)
         if self.device == "cuda" and not lent:
             raise SandboxUnavailableError(
-                "there is no GPU of NVIDIA here, or no triton", allowed="device: cpu for PyTorch, or auto"
+                "there is no GPU of NVIDIA here, no triton, or a PyTorch without CUDA",
+                allowed="device: cpu for PyTorch, or auto",
             )
         if self.device == "auto" and not lent:
             told = "not timed: there is no GPU, and under Triton's interpreter time says nothing"
             return [self._untimed(sample, told) for sample in samples]
-        limits = Limits(self.seconds, self.seconds, self.memory_megabytes << 20, processes=_PROCESSES)
         device = "cuda" if lent else "cpu"
-        sandbox = tools.sandbox(limits, preload=_PRELOAD[device], devices=lent)
+        seconds = self.seconds + START_SECONDS[device]
+        limits = Limits(seconds, seconds, self.memory_megabytes << 20, processes=_PROCESSES)
+        sandbox = tools.sandbox(limits, preload=_PRELOAD[device], environment=PRECISE if lent else (), devices=lent)
         # One at a time: whatever runs beside it is timed too.
         return [self._one(sample, sandbox.run, device, _secret(sample, tools)) for sample in samples]
 
@@ -114,13 +126,17 @@ class KernelSpeed(Reward):
         for outcome in (said, known):
             if outcome.status is Status.BROKEN:
                 return RewardError(f"the sandbox broke: {outcome.reason}").of(sample)
-        if told := _failed(known, 0, race.calls) or _failed(said, 0, race.second):
-            raise DataError(f"{self.reference} fails on {self.timed}: {told}", allowed="a program that can be timed")
-        if told := _failed(said, race.second, race.calls):
-            if device == "cuda" and (lacking := why_no_kernel_runs(run)):
-                told = f"no kernel runs on this GPU behind the walls: {lacking}"
-                return RewardError(told).of(sample, again=False)
-            return Score(0.0, _parts(), told, told)
+        own = _failed(known, 0, race.calls) or _failed(said, 0, race.second)
+        other = _failed(said, race.second, race.calls)
+        if device == "cuda" and (own or other) and (lacking := why_no_kernel_runs(run)):
+            told = f"no kernel runs on this GPU behind the walls: {lacking}"
+            return RewardError(told).of(sample, again=False)
+        if own and device == "cuda" and is_of_the_gpu(own):
+            return RewardError(f"the GPU has no room for the reference: {own}", do="leave it some").of(sample)
+        if own:
+            raise DataError(f"{self.reference} fails on {self.timed}: {own}", allowed="a program that can be timed")
+        if other:
+            return Score(0.0, _parts(), other, other)
         if told := self._wrong(said.returned[-1].value, known.returned[-1].value):
             return Score(0.0, _parts(), told, told)
         return self._verdict(_Result(race, said, known), sample)
@@ -152,7 +168,11 @@ class KernelSpeed(Reward):
         if slowest > _NOISE * fastest:
             told = f"times of the reference differ {slowest / max(fastest, 1e-9):.1f} times"
             return RewardError(told, do="let the machine do less else, or the reference more").of(sample)
-        speedup = fastest / max(result.fast.each, 1e-9)
+        if result.fast.each < _LEAST_TIME:
+            # Not left to the outer clock alone, which other work disturbs.
+            told = "by the inner clock it takes no time at all"
+            return Score(0.0, _parts(1.0, clock=1.0), told, told)
+        speedup = fastest / result.fast.each
         if speedup >= self.least and result.hidden > max(result.gained, 0.0) / 2 + result.slack:
             told = f"{result.hidden * 1e3:.1f} of {result.gained * 1e3:.1f} ms by which it is faster went elsewhere"
             # Other work may have taken as much from the answer as from the reference: then nobody knows.
@@ -290,7 +310,7 @@ class _Pace:
 
 
 def _claimed(lap: Returned, repeats: int) -> list[float]:
-    """What the inner clock says; nonsense is no time at all, so that only the outer clock is left."""
+    """What the inner clock says; nonsense is no time at all, which pays nothing."""
     said = lap.value
     if isinstance(said, list) and len(said) == repeats and all(isinstance(each, float) and each >= 0 for each in said):
         return said
@@ -301,7 +321,7 @@ def _failed(outcome: Outcome, first: int, end: int) -> str:
     """Why the calls from `first` to before `end` have not all been answered; empty where they have."""
     calls = outcome.returned[first:end]
     told = next((each.error for each in calls if each.error is not None), "")
-    return told or ("" if len(calls) == end - first else outcome.reason or outcome.raised or str(outcome.status))
+    return told or ("" if len(calls) == end - first else why_not(outcome))
 
 
 def _secret(sample: Sample, tools: Tools) -> bytes:

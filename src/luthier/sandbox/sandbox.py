@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, final
 
 from luthier.core.errors import RefusedError, SandboxUnavailableError
-from luthier.sandbox.devices import ABOUT, ALWAYS, require_devices
+from luthier.sandbox.devices import ALWAYS, SETTINGS, about_devices, require_devices
 from luthier.sandbox.examining import examine_program
 from luthier.sandbox.guest.kernel import DEVICE_CONTROL, LOOK, READ, WRITE, landlock_version
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Status
@@ -111,7 +111,8 @@ class Sandbox:
         self._owner = os.getpid()
         self.passed_over: tuple[str, ...] = ()
         """Stronger walls that were tried first, and why they do not stand here."""
-        self._settings = _settings(limits, steps, view(preload), preload, environment, devices)
+        seen = view(preload, system=bool(devices))
+        self._settings = _settings(limits, steps, seen, preload, environment, devices)
         self._count = workers
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._zygote) for _ in range(workers)]
@@ -250,10 +251,10 @@ def _settings(
         "places": places if version else [],
         "devices": [*ALWAYS, *devices],
         "lent": bool(devices),
-        "about": [name for name in ABOUT if devices and Path(name).exists()],
+        "about": about_devices() if devices else None,
         "statm": None,
         "preload": list(preload),
-        "environment": {**_environment(home or "/"), **environment},
+        "environment": {**_environment(home or "/", lent=bool(devices)), **environment},
         "limits": {**dataclasses.asdict(limits), "files": _FILES, "others": _OTHERS},
     }
 
@@ -263,10 +264,10 @@ def _below(folder: str, seen: View) -> bool:
     return any(Path(target).is_relative_to(folder) for _, target in seen.folders)
 
 
-def _environment(home: str) -> dict[str, str]:
-    loader = {"LD_LIBRARY_PATH": os.environ["LD_LIBRARY_PATH"]} if "LD_LIBRARY_PATH" in os.environ else {}
+def _environment(home: str, *, lent: bool) -> dict[str, str]:
+    ours = ("LD_LIBRARY_PATH", *(SETTINGS if lent else ()))
     return {
-        **loader,
+        **{name: os.environ[name] for name in ours if name in os.environ},
         "PATH": "/usr/bin:/bin",
         "HOME": home,
         "TMPDIR": home,

@@ -26,7 +26,7 @@ def must_hold(run: Callable[[Program], Outcome], name: str, settings: Mapping[st
     """Raises SandboxUnavailableError if one probe gets what it reaches for, LostError if they cannot be run."""
     source = files("luthier.sandbox.guest").joinpath("probes.py").read_text("utf-8")
     with _outside() as facts:
-        facts["environment"] = list(settings["environment"])
+        facts |= {"environment": list(settings["environment"]), "lent": settings["lent"]}
         facts["names"] = _names(Path.home(), [Path(target) for _, target in settings["view"]])
         outcome = run(Program(source, (Call("succeeded", (facts,)),)))
         if outcome.status is not Status.ENDED or outcome.returned[0].error is not None:

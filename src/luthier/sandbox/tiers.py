@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from luthier.core.errors import SandboxUnavailableError
+from luthier.sandbox.devices import SYSTEM
 from luthier.sandbox.guest.filters import known
 from luthier.sandbox.guest.kernel import landlock_version
 
@@ -91,17 +92,22 @@ def ways(tier: Tier | None) -> Iterator[Steps]:
             raise SandboxUnavailableError("the kernel has no Landlock, or it is switched off", allowed=FIX)
 
 
-def view(preload: Sequence[str]) -> View:
-    """The interpreter, its libraries and, where modules are to be `preload`ed, the packages that we have."""
+def view(preload: Sequence[str], *, system: bool = False) -> View:
+    """The interpreter, its libraries and, where modules are to be `preload`ed, the packages that we have.
+
+    With `system`, for a device that is lent, what /sys tells of the machine, and the headers of Python too: Triton has
+    a C compiler make the module with which it starts kernels.
+    """
     prefix = os.path.realpath(sys.base_prefix)
     interpreter = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))] if preload else []
     # Of a prefix only what holds the interpreter and its libraries: it may be somebody's home.
     library = os.path.realpath(sysconfig.get_path("stdlib"))
     needed = ("/usr", f"{prefix}/lib", f"{prefix}/lib64", library, str(Path(interpreter).parent))
+    devices = (SYSTEM, sysconfig.get_path("include"), sysconfig.get_path("platinclude")) if system else ()
     folders: list[str] = []
     links: dict[str, str] = {}
-    for name in (*needed, *packages, *_SETTINGS):
+    for name in (*needed, *packages, *_SETTINGS, *devices):
         if Path(name).exists() and not any(Path(name).is_relative_to(other) for other in folders):
             folders.append(name)
     for name in _LIBRARIES:

@@ -131,7 +131,7 @@ class Roller:
             raise RecipeError(
                 f"rollout {start.number} has {len(kept)} groups with an answer to train, for "
                 f"{self.objective.minibatches} steps: {report.why()}",
-                do="look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts",
+                do=report.advice(),
             )
         report.seconds = spent + time.perf_counter() - began
         report.sampled_in(report.seconds)

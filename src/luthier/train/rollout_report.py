@@ -70,6 +70,15 @@ class RolloutReport:
             f"{self.counts['unasked']} had no reward and {self.counts['cut']} were cut off"
         )
 
+    def advice(self) -> str:
+        """What to do where hardly any answer could be trained."""
+        left = self.counts["answers"]
+        if self.counts["failed"] == left:
+            return "mend the reward, and try it with luthier reward RECIPE FILE on answers that are there"
+        if self.counts["failed"] + self.counts["unasked"] == left:
+            return "give a number for more of them: where the reward gives None an answer is left out"
+        return "look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts"
+
     def values(self) -> dict[str, Any]:
         """Plain numbers. Means are over answers that have a score."""
         best = max(self._rewards, default=math.nan)

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from luthier.core.errors import CorruptError
+from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.conversation import Asked, Row
 from luthier.data.forest import Ints, Note, Tree
 from luthier.data.intake import Intake, Kept
@@ -239,6 +239,12 @@ class HeldOut:
             for name, value in {"reward": score.value, **score.parts, "answer_tokens": length}.items():
                 total, count = metrics.get(name, (0.0, 0.0))
                 metrics[name] = (total + value, count + 1)
+        if self.prompts and not rows:
+            reasons = scored.told or "the reward gave None"
+            raise RecipeError(
+                f"none of {len(self.prompts)} held-out answers could be scored: {reasons}",
+                do="mend the reward (luthier reward RECIPE FILE tries it), then luthier resume RUN",
+            )
         tokens = sum(lengths)
         return PassReport(
             sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics

@@ -167,6 +167,17 @@ class ReinforceRecipe(FinetuneRecipe):
         return self
 
     @model_validator(mode="after")
+    def _has_answers_to_compare(self) -> ReinforceRecipe:
+        if self.learner.compared and self.rollouts.answers < 2:
+            raise RecipeError(
+                f"rollouts.answers is {self.rollouts.answers}, and nothing can be compared with an answer that stands "
+                "alone",
+                allowed="at least 2, and 8 as a rule",
+                do="set rollouts.answers=8, or take the objective ppo, which learns from each answer by itself",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _knows_its_end(self) -> ReinforceRecipe:
         if len(self.objective.meanings or ()) > 1 and self.budget.steps is None:
             raise RecipeError(

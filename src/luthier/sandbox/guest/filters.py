@@ -49,6 +49,13 @@ getsockopt 55 209; setsockopt 54 208
 # Their paths are not under Landlock: only where the candidate has a file system of its own.
 _WITH_OWN_FILES: Final = "chmod 90 -; fchmod 91 52; fchmodat 268 53; utimensat 280 88; utime 132 -; utimes 235 -"
 _WITH_OWN_PROCESSES: Final = "fork 57 -; vfork 58 -; execve 59 221; setsid 112 157; setpgid 109 154"
+# What the library of a GPU asks for before it opens one: files without a name, where its memory is to lie, threads that
+# are bound to cores, and the socket of a service of its maker. That is not there: a socket leads to nothing.
+_WITH_LENT: Final = """
+memfd_create 319 279; get_mempolicy 239 236; set_mempolicy 238 237; mbind 237 235; sched_setaffinity 203 122;
+connect 42 203
+"""
+_SOCKET: Final = (41, 198)
 _CLONE, _CLONE3, _KILL, _TGKILL, _TKILL = (56, 220), (435, 435), (62, 129), (234, 131), (200, 130)
 _FCNTL, _IOCTL, _PRCTL, _PRLIMIT = (72, 25), (16, 29), (157, 167), (302, 261)
 _SOCKETPAIR, _SENDTO = (53, 199), (44, 206)
@@ -79,7 +86,7 @@ def known(machine: str) -> bool:
 def program(machine: str, *, own_files: bool, own_processes: bool, process: int, lent: bool) -> bytes:
     """The filter for the process of this number, which may signal itself, and where `own_processes` any of its own.
 
-    Where a GPU is `lent` to it, it may send the requests that the GPU's driver knows.
+    Where a GPU is `lent` to it, it may send the requests that the GPU's driver knows, and do what its library does.
     """
     column, name = _MACHINES[machine]
     made: list[Instruction] = [
@@ -87,7 +94,8 @@ def program(machine: str, *, own_files: bool, own_processes: bool, process: int,
         # Numbers of the x32 interface reach the same calls by another name.
         (_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _REFUSE),
     ]  # fmt: skip
-    plain = [_ALLOWED, _WITH_OWN_FILES if own_files else "", _WITH_OWN_PROCESSES if own_processes else ""]
+    plain = [_ALLOWED, _WITH_OWN_FILES if own_files else "", _WITH_OWN_PROCESSES if own_processes else "",
+             _WITH_LENT if lent else ""]
     for line in "; ".join(filter(None, plain)).split(";"):
         number = line.split()[1 + column]
         if number != "-":
@@ -104,6 +112,7 @@ def program(machine: str, *, own_files: bool, own_processes: bool, process: int,
         _PRCTL: _one_of(0, _PRCTL_OPTIONS),
         _PRLIMIT: _one_of(0, (0,)),
         _SOCKETPAIR: _one_of(0, (1,)),
+        _SOCKET: _one_of(0, (1,) if lent else ()),
         # An address would reach a socket of the host; between the two of a pair there is none.
         _SENDTO: [(_LOAD, 0, 0, 48), (_EQUAL, 0, 3, 0), (_LOAD, 0, 0, 52), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _PASS),
                   (_RETURN, 0, 0, _REFUSE)],

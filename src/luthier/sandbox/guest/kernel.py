@@ -2,7 +2,7 @@
 
 Idea: Python has none of these calls, and a compiled helper would have to be built for every machine. Each function is
 one call of the kernel and raises OSError where that fails; what is locked when is decided in `zygote.py`.
-Source: capabilities(7), landlock(7) and its ABI versions 1 to 7, mount_setattr(2), user_namespaces(7).
+Source: capabilities(7), landlock(7) and its ABI versions 1 to 7, mount_setattr(2), open_tree(2), user_namespaces(7).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ NEW_CGROUP: Final = 0x02000000
 READ_ONLY: Final = 0x1
 NO_SETUID: Final = 0x2
 NO_DEVICES: Final = 0x4
+NO_PROGRAMS: Final = 0x8
 _BIND, _RECURSIVE, _PRIVATE, _DETACH = 0x1000, 0x4000, 0x40000, 2
 _AT_RECURSIVE, _AT_FDCWD, _AT_EMPTY_PATH = 0x8000, -100, 0x1000
 
@@ -33,6 +34,7 @@ _SYSCALLS: Final = {
 }
 """Only those that differ between machines; the newer ones have one number everywhere."""
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
+_OPEN_TREE, _MOVE_MOUNT, _OPEN_TREE_CLONE, _MOVE_FROM_DESCRIPTOR = 428, 429, 1, 4
 
 _PDEATHSIG, _DUMPABLE, _NO_NEW_PRIVS, _BOUNDING_DROP, _AMBIENT, _AMBIENT_CLEAR = 1, 4, 38, 24, 47, 4
 _LAST_CAPABILITY: Final = 63
@@ -126,12 +128,23 @@ def mount_memory(folder: str, size: int, *, entries: int = 0) -> None:
 
 def mount_processes(folder: str) -> None:
     """The /proc of our own process namespace."""
-    _mount("proc", folder, "proc", NO_SETUID | NO_DEVICES | 0x8, None)
+    _mount("proc", folder, "proc", NO_SETUID | NO_DEVICES | NO_PROGRAMS, None)
 
 
 def bind(source: int, target: str) -> None:
     """What the descriptor `source` (O_PATH, opened in this namespace) stands for, to be seen at `target` too."""
     _mount(f"/proc/self/fd/{source}", target, None, _BIND | _RECURSIVE, None)
+
+
+def taken_along(folder: str) -> int:
+    """What is seen at `folder`, held by a descriptor, to be put in its place again once that was covered."""
+    return called(_OPEN_TREE, _AT_FDCWD, folder.encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+
+
+def put_at(held: int, folder: str) -> None:
+    """Let what `taken_along` holds be seen at `folder`, and close it."""
+    called(_MOVE_MOUNT, held, b"", _AT_FDCWD, folder.encode(), _MOVE_FROM_DESCRIPTOR)
+    os.close(held)
 
 
 def restrict_mount(target: str, attributes: int) -> None:

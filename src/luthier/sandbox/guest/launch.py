@@ -91,7 +91,10 @@ def _bubblewrap(settings: dict[str, Any], view: list[list[str]]) -> None:
         words += ["--ro-bind", source, target]
     for name, target in settings["links"].items():
         words += ["--symlink", target, name]
-    words += ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dir", settings["work"]]
+    words += ["--proc", "/proc", "--dir", settings["work"]]
+    if not settings["lent"]:
+        # Where a device is lent, a candidate gets a new /proc, which the kernel refuses beside one with covers.
+        words += ["--ro-bind", "/proc/sys", "/proc/sys"]
     for name in settings["devices"]:
         words += ["--dev-bind", name, name]
     words += ["--remount-ro", "/", "--chdir", "/", "--", *settings["again"], INSIDE]

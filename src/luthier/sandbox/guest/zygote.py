@@ -40,8 +40,7 @@ WARM: Final = (
 _LOOK_MILLISECONDS: Final = 50
 """How often the memory of a candidate that has many processes is added up."""
 _HIGH: Final = 32
-_MOST_ABOUT: Final = 1 << 14
-_DESCRIPTORS: Final = 256
+_DESCRIPTORS, _DESCRIPTORS_OF_GPUS = 256, 512
 
 
 def serve(control: socket.socket, settings: dict[str, Any]) -> None:
@@ -150,7 +149,9 @@ class _Zygote:
             os.chdir(settings["work"])
         self._arrange(descriptors)
         own = [(os.open(settings["work"], os.O_PATH), k.OWN)] if settings["work"] else []
-        own += [(os.open("/proc", os.O_PATH), k.READ | k.LIST)] if settings["about"] else []
+        if settings["lent"]:
+            own += [(os.open("/proc", os.O_PATH), k.READ | k.LIST)]
+            own += [(os.open("/proc/self/task", os.O_PATH), k.READ | k.LIST | k.WRITE)]
         _limit(settings["limits"], self._size, counted=settings["counted"], lent=settings["lent"])
         k.drop_capabilities()
         k.no_new_privileges()
@@ -175,21 +176,38 @@ def _raised(descriptor: int, least: int) -> int:
     return higher
 
 
-def _hide_processes(about: list[str]) -> None:
-    """Cover /proc, and leave a copy of some of its texts there.
+def _hide_processes(about: dict[str, str] | None) -> None:
+    """Cover /proc: not even where the kernel has no Landlock shall it look at those who watch over it.
 
-    Not even where the kernel has no Landlock shall it look at those who watch over it.
+    Where a device is lent, texts `about` it stay in its place, and so does what is told there of this process itself:
+    the library of a GPU gives its threads their names there, and ends where it cannot.
     """
-    texts = {}
-    for name in about:
-        with open(name, "rb") as file:
-            texts[name] = file.read(_MOST_ABOUT)
-    k.mount_memory("/proc", 4096 + 2 * _MOST_ABOUT * len(texts), entries=1 + 4 * len(texts))
+    texts = about or {}
+    itself = _itself() if about is not None else None
+    pages = sum(1 + (len(text) >> 11) for text in texts.values())
+    k.mount_memory("/proc", 4096 * (8 + pages), entries=8 + 8 * len(texts))
     for name, text in texts.items():
         os.makedirs(os.path.dirname(name), exist_ok=True)
-        with open(name, "wb") as file:
+        with open(name, "w", encoding="latin-1") as file:
             file.write(text)
+    if itself is not None:
+        os.makedirs("/proc/1")
+        os.symlink("1", "/proc/self")
     k.restrict_mount("/proc", k.READ_ONLY)
+    if itself is not None:
+        k.put_at(itself, "/proc/1")
+
+
+def _itself() -> int:
+    """What /proc tells of this process, which is the first one of its namespace."""
+    try:
+        k.mount_processes("/proc")
+    except OSError as failure:
+        raise OSError(
+            failure.errno, "no /proc of its own, which a device needs; a container gives it that is started with "
+            "--security-opt systempaths=unconfined",
+        ) from None  # fmt: skip
+    return k.taken_along("/proc/1")
 
 
 def _limit(limits: dict[str, Any], size: int, *, counted: bool, lent: bool) -> None:
@@ -202,8 +220,10 @@ def _limit(limits: dict[str, Any], size: int, *, counted: bool, lent: bool) -> N
         resource.RLIMIT_MEMLOCK: 0,
     }
     if lent:
-        # A GPU's library reserves addresses by the terabyte; what is really held is added up while it runs.
-        del most[resource.RLIMIT_AS]
+        # A GPU's library reserves addresses by the terabyte; what is really held is added up while it runs. It holds
+        # on to pages, and opens each GPU many times.
+        del most[resource.RLIMIT_AS], most[resource.RLIMIT_MEMLOCK]
+        most[resource.RLIMIT_NOFILE] = _DESCRIPTORS_OF_GPUS
     if counted:
         most[resource.RLIMIT_NPROC] = limits["processes"] + limits["others"]
     for kind, value in most.items():
