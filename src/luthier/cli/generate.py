@@ -129,7 +129,9 @@ def _opened(name: str, draft_model: str | None, *, adapter: str | None, precisio
 
     require_no_lost_run(name)
     packed = quantizer_named(quantizer)
-    opened = open_named(name, adapter=adapter, precision=precision, quantizer=packed)  # type: ignore[arg-type]
+    opened = open_named(
+        name, adapter=adapter, precision=precision, quantizer=packed, speaks=True  # type: ignore[arg-type]
+    )
     if draft_model is None:
         return opened
     return with_draft_model(opened, draft_model, precision=precision)  # type: ignore[arg-type]

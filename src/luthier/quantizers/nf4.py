@@ -95,7 +95,7 @@ class NF4Packing(Packing):
         return flat.view(self.shape)
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
-        if not 0 < x.shape[0] <= self.backend.few:
+        if not self.backend.multiplies_packed(len(x), x.dtype):
             return None
         scales = BlockScales(self.scales) if self.scales is not None else self._coded_scales()
         levels = codebooks.table(codebooks.NF4, self.codes.device)
