@@ -42,8 +42,9 @@ def dtype(source: str, *, speaks: bool = True) -> torch.dtype:
 def test_text_is_made_in_the_precision_of_the_files() -> None:
     """Breaks when a laptop reads twice the bytes for each token, or training loses its float32."""
     model = load_model("seedling", device="cpu", speaks=True)
-    assert model.dtype == torch.bfloat16 and "as in the files" in model.notices[0]
-    assert load_model("seedling", device="cpu").dtype == torch.float32
+    assert model.dtype == torch.bfloat16 and spoken.is_told(model.notices) == model.notices[0]
+    trained = load_model("seedling", device="cpu")
+    assert trained.dtype == torch.float32 and not spoken.is_told(trained.notices)
     asked = load_model("seedling", device="cpu", precision="float32")
     assert asked.dtype == torch.float32 and asked.notices[0].endswith("as asked")
 

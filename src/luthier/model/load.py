@@ -43,7 +43,7 @@ from luthier.model.files.weights import (
 )
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
-from luthier.model.spoken import speaks_in_halves
+from luthier.model.spoken import REASON, speaks_in_halves
 from luthier.model.tasks import CAUSAL, Task, kind_of
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -80,7 +80,7 @@ def load_model(
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
     may_round = speaks and dtype == torch.float32 and _device(device).type == "cpu" and task == CAUSAL and not fresh
     if may_round and speaks_in_halves(checked.config, weight_files(files), source=source):
-        dtype, reason = torch.bfloat16, "bfloat16, as in the files: this CPU reads it in half the time"
+        dtype, reason = torch.bfloat16, REASON
     found: dict[str, Found] = {}
     # Read beside the work, which reads the same bytes: neither waits for the other.
     with _beside(None if fresh else files.folder) as folders_digest:

@@ -12,7 +12,7 @@ are not ours, since a library imitates bfloat16 products number by number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,8 @@ from luthier.model.files.tensor_files import tensor_places
 
 CACHED: Final = 64 << 20
 """Bytes of a model in float32 that a cache may hold: reading it costs little in either precision."""
+REASON: Final = "bfloat16, as in the files: this CPU reads it in half the time"
+"""What a model that is loaded so says of its precision."""
 _WIDENING: Final = ("AVX2", "AVX512")
 """Instructions for which our kernels widen bfloat16 numbers in vectors; with others nothing was measured."""
 
@@ -38,6 +40,12 @@ def speaks_in_halves(config: PreTrainedConfig, paths: Sequence[Path], *, source:
     if wanted == "torch" or backend_for(wanted, torch.device("cpu"), torch.bfloat16)[0].name != "native":
         return False
     return empty_model(config, source, dtype=torch.bfloat16, device="cpu").executor.blocks is not None
+
+
+def is_told(notices: Iterable[str]) -> str:
+    """What a user has to be told of the precision of a model that was opened to make text; empty where it is that of
+    training."""
+    return next((each for each in notices if each.endswith(REASON)), "")
 
 
 def _hold_halves(paths: Sequence[Path]) -> bool:

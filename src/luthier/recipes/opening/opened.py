@@ -32,6 +32,7 @@ from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.files.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
+from luthier.model.packed import packing_of
 from luthier.model.tasks import SCORES, Task
 from luthier.model.text_model import LocalTextScorer
 from luthier.objectives.classification import Classification
@@ -179,9 +180,18 @@ def open_named(
     float32 (`model/spoken.py`). Raises RecipeError when an adapter is named beside a run, which has its own.
     """
     speaks = speaks and precision == "auto"
-    if device != "cuda":
-        # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
-        pool.install()
+    # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
+    pooled = device != "cuda" and not pool.install()
+    opened = _open(name, adapter, precision, device, quantizer, speaks=speaks)
+    if pooled and any(packing_of(each) is not None for each in opened.model.module.parameters()):
+        # What was packed is freed, and nobody will ask for as much again.
+        pool.release()
+    return opened
+
+
+def _open(
+    name: str, adapter: str | None, precision: Precision, device: str, quantizer: Quantizer | None, *, speaks: bool
+) -> Opened:
     if is_run(Path(name)):
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
