@@ -28,13 +28,15 @@ from luthier.recipes.opening.quantized import quantize
 
 def make(job: Job) -> Engine:
     """The engine over the prepared model, packed where that is asked for, its adapters registered."""
-    # As `open_named` does it.
-    pool.install()
+    # As `open_named` does it, here and below.
+    pooled = not pool.install()
     model = load_model(
         str(job.folder / "model"), precision="bfloat16" if job.precision == "bfloat16" else "float32", device="cpu"
     )
     if "quantizer" in job.settings:
         quantize(model, choose("quantizers", Quantizer, str(job.settings["quantizer"])), head=True)
+        if pooled:
+            pool.release()
     model.train(False)
     adapters = {f"a{number:02d}": job.adapter(number) for number in range(job.work.adapters)}
     return Engine(model, pool=pool_of(model, adapters) if adapters else None)

@@ -168,7 +168,8 @@ class Nothing:
 
 def measure(model: str, clients: int, requests: int, repetitions: int, *, pause: float | None = None) -> dict[str, Any]:
     """Engine and HTTP by turns; the medians of some repetitions. With `pause` an engine of nothing takes its place."""
-    opened = open_named(model)
+    # As `luthier serve` opens it.
+    opened = open_named(model, speaks=True)
     token = secrets.token_hex(16)
     vocabulary = opened.tokenizer.vocabulary_size
     work, warm = work_of(requests, vocabulary), work_of(2 * clients, vocabulary, seed=1)

@@ -36,7 +36,7 @@ class Run:
         self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
         """What the tuned model answers to these user messages."""
-        opened = open_named(str(self.path))
+        opened = open_named(str(self.path), speaks=True)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop_ids=opened.stop_ids
         )

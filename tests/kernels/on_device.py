@@ -103,6 +103,9 @@ class OnDevice(Backend):
     def few(self) -> int:
         return self._inner.few
 
+    def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
+        return self._inner.multiplies_packed(rows, dtype)
+
     def product_of_bytes(self, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         given = [self._there(each) for each in (x, codes, scales)]
         return self._inner.product_of_bytes(given[0], given[1], given[2]).cpu()

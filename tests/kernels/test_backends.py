@@ -166,6 +166,62 @@ def test_products_of_many_rows_without_instructions_for_them(biased: bool, monke
     torch.testing.assert_close(packed, wanted, rtol=2**-7, atol=2**-7)
 
 
+def test_what_others_multiply_without_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a module of the zoo has its bfloat16 products imitated, or has ours beside a backward pass."""
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: False)
+    seen: list[int] = []
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(len(x))
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    layer, x = torch.nn.Linear(24, 5).bfloat16().requires_grad_(False), draw(2, 3, 24, dtype=torch.bfloat16)
+    with torch.no_grad(), halves.our_products(x, product):
+        found = layer(x)
+        layer.float()(x.float())
+    assert seen == [6] and found.shape == (2, 3, 5)
+    close(found, F.linear(x.double(), layer.weight.double(), layer.bias.double()).bfloat16(), torch.bfloat16)
+    with halves.our_products(x, product):
+        layer.bfloat16()(x)
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: True)
+    with torch.no_grad(), halves.our_products(x, product):
+        layer(x)
+    assert seen == [6]
+
+
+@pytest.mark.parametrize("imitated", [True, False])
+def test_low_rank_terms_are_added_where_they_lie(imitated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when a term is rounded twice, or its rows are a copy of those it belongs to."""
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: not imitated)
+    y, low, up = (draw(*shape, dtype=torch.bfloat16, seed=seed) for seed, shape in enumerate([(9, 7), (4, 3), (3, 7)]))
+    wanted = (y[2:6].double() + low.double() @ up.double()).bfloat16()
+    others = y[6:].clone()
+    halves.add_low_rank(y[2:6], low, up)
+    close(y[2:6], wanted, torch.bfloat16)
+    assert torch.equal(y[6:], others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "outs", "block"), [(70, 30, 64), (64, 33, 64), (10, 200, 32), (2, 5, 4096)])
+def test_products_of_many_rows_with_codes_without_instructions_for_them(
+    size: int, outs: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a piece of the weight begins inside a block of codes, or the last one is left out."""
+    monkeypatch.setattr(halves, "_PIECE", 300)
+    monkeypatch.setattr(native_backend, "multiplies_halves", lambda: False)
+    native, blocks = NativeBackend.build(), -(-outs * size // block)
+    assert native.multiplies_packed(40, dtype)
+    codes, levels = whole(-(-outs * size // 2), most=255, seed=1), draw(16, dtype=torch.float32).sort().values
+    scales = BlockScales(draw(blocks, dtype=torch.float32, seed=2).abs() + 0.1)
+    weight = TWIN.unpacked(codes, scales.each(), levels, block, outs * size, torch.float32).view(outs, size)
+    x = draw(40, size, dtype=dtype)
+    found = native.product_of_codes(x, codes, scales, levels, block, outs)
+    close(found, (x.double() @ weight.double().t()).to(dtype), dtype)
+    x[3, 1] = float("nan")
+    found = native.product_of_codes(x, codes, scales, levels, block, outs)
+    assert found[3].isnan().all() and not found[:3].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_products_of_what_lies_elsewhere(backend: Backend, dtype: torch.dtype) -> None:
     """Breaks when rows are taken to lie end to end."""

@@ -123,13 +123,18 @@ def generate(
 def _opened(name: str, draft_model: str | None, *, adapter: str | None, precision: str, quantizer: str) -> Opened:
     """What a name stands for, with the model that goes ahead of it if there is one."""
     with uncollected():
+        from luthier.model.spoken import is_told
         from luthier.recipes.drafting import with_draft_model
         from luthier.recipes.opening.opened import open_named
         from luthier.recipes.opening.quantized import quantizer_named
 
     require_no_lost_run(name)
     packed = quantizer_named(quantizer)
-    opened = open_named(name, adapter=adapter, precision=precision, quantizer=packed)  # type: ignore[arg-type]
+    opened = open_named(
+        name, adapter=adapter, precision=precision, quantizer=packed, speaks=True  # type: ignore[arg-type]
+    )
+    if told := is_told(opened.model.notices):
+        typer.echo(f"{told} (--precision float32 for the other)", err=True)
     if draft_model is None:
         return opened
     return with_draft_model(opened, draft_model, precision=precision)  # type: ignore[arg-type]

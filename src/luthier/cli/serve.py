@@ -138,11 +138,14 @@ def _wanted(
 
 def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | None, *, told: str, json: bool) -> None:
     with uncollected():
+        from luthier.model.spoken import is_told
         from luthier.server.listen import Certificate, listen
         from luthier.server.opening import open_serving
 
     sys.stderr.write(f"loading {wanted.name} ...\n")
     serving = open_serving(wanted, settings)
+    if told := is_told(serving.opened.model.notices):
+        sys.stderr.write(f"{told} (--precision float32 for the other)\n")
     certificate = Certificate(*certified) if certified is not None else None
     place = f"http{'s' if certificate else ''}://{_shown(settings.listen)}"
     code = listen(

@@ -316,7 +316,11 @@ class Backend(ABC):
     @property
     @abstractmethod
     def few(self) -> int:
-        """Up to how many rows the products with packed weights are faster here than to unpack them and multiply."""
+        """Up to how many rows our products are faster here than the library's, or as fast."""
+
+    def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
+        """Whether products of so many rows with packed weights are faster here than to unpack them and multiply."""
+        return 0 < rows <= self.few
 
     @abstractmethod
     def product_of_bytes(

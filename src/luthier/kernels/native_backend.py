@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from luthier.kernels import native_build
 from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
-from luthier.kernels.halves import multiplies_halves, product_of_many, product_of_many_bytes
+from luthier.kernels.halves import (
+    multiplies_halves,
+    product_of_many,
+    product_of_many_bytes,
+    product_of_many_codes,
+)
 from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, is_bare
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
@@ -276,6 +281,10 @@ class NativeBackend(Backend):
     def few(self) -> int:
         return FEW
 
+    def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
+        # Many rows by floats in pieces, where a library's product of bfloat16 numbers would be imitated.
+        return rows > 0 and (rows <= FEW or not multiplies_halves())
+
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
     ) -> Float[Tensor, "n out"]:
@@ -302,6 +311,14 @@ class NativeBackend(Backend):
         if not rows or x.dtype not in _PRECISIONS or block % 2 or size % 2:
             # Two rows, or two blocks, in one byte have no place in the C++.
             return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+        if rows > FEW and not multiplies_halves():
+            each = scales.each()
+
+            def numbers(first: int, last: int) -> Float[Tensor, " numbers"]:
+                own = each[first // block : -(-last // block)]
+                return self.unpacked(codes[first // 2 :], own, levels, block, last - first, torch.float32)
+
+            return product_of_many_codes(x, outs, block, numbers)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes, scales.numbers, scales.codes, scales.levels, levels)
         mean = 0.0 if scales.mean is None else float(scales.mean)

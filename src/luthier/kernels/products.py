@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from luthier.kernels.backend import Backend
+from luthier.kernels.halves import add_low_rank
 from luthier.kernels.thin_pass import Around
 
 
@@ -125,7 +126,7 @@ class Products:
             up = self.ups[index]
             if low is not None and up is not None:
                 for rows, own, ranks in self._shares(index):
-                    y[rows].addmm_(low[rows, own], up[:, ranks].t())
+                    add_low_rank(y[rows], low[rows, own], up[:, ranks].t())
             outputs.append(y)
         return outputs, low
 

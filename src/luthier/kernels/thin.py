@@ -13,7 +13,7 @@ Cost: r (in + out) numbers read for each adapter and site, 2 r (in + out) FLOPs 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, final
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from luthier.kernels.addresses import nowhere
+from luthier.kernels.halves import add_low_rank
 
 Numbered = tuple[tuple[int, float], ...]
 """Terms by their numbers, and what each is multiplied by."""
@@ -165,15 +166,19 @@ class ThinRows:
 
 
 def add_range(
-    x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, own: tuple[int, int, Numbered]
+    x: Float[Tensor, "n in"],
+    y: Float[Tensor, "n out"],
+    terms: ThinTerms,
+    own: tuple[int, int, Numbered],
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> None:
-    """Add the terms of one range, by the library's products."""
+    """Add the terms of one range by products of many rows; `product` is that of the backend."""
     start, stop, parts = own
     for number, weight in parts:
         term = terms.terms.get(number)
         if term is not None:
-            low = (x[start:stop] @ term.down.t()).mul_(term.scale * weight)
-            y[start:stop].addmm_(low, term.up)
+            low = product(x[start:stop], term.down, None).mul_(term.scale * weight)
+            add_low_rank(y[start:stop], low, term.up)
 
 
 def add_gathered(

@@ -49,7 +49,7 @@ class ThinTerm(Around):
         if self.rows.stop > len(x):
             raise ValueError(f"terms for {self.rows.stop} rows, of which there are {len(x)}")
         for each in self.rows.long:
-            add_range(x, y, self.terms, each)
+            add_range(x, y, self.terms, each, self.backend.product)
         if self.rows.short:
             self.backend.thin(x, y, self.terms, self.rows)
 

@@ -44,6 +44,7 @@ from luthier.model.files.weights import (
 )
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
+from luthier.model.spoken import REASON, speaks_in_halves
 from luthier.model.tasks import CAUSAL, Task, kind_of
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -62,10 +63,12 @@ def load_model(
     seed: int = 0,
     task: Task = CAUSAL,
     packed: ReaderOf | None = None,
+    speaks: bool = False,
 ) -> LanguageModel:
     """The base model `source` for `task`, frozen, in evaluation mode, on its device.
 
-    `packed` finds what reads files whose weights are packed; without it they are refused.
+    `packed` finds what reads files whose weights are packed; without it they are refused. With `speaks` it is to make
+    text, and where it would be in float32 it is in bfloat16 if that is faster (see `spoken.py`).
     Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model,
     CorruptError for damaged files, and RecipeError when it is no model for the task.
     """
@@ -76,6 +79,9 @@ def load_model(
     checked = checked_config(files, quantized=packed is not None and not fresh)
     reader = packed(checked.quantization) if packed is not None and checked.quantization else None
     dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
+    may_round = speaks and dtype == torch.float32 and _device(device).type == "cpu" and task == CAUSAL and not fresh
+    if may_round and speaks_in_halves(checked.config, weight_files(files), source=source):
+        dtype, reason = torch.bfloat16, REASON
     found: dict[str, Found] = {}
     # Read beside the work, which reads the same bytes: neither waits for the other.
     with _beside(None if fresh else files.folder) as folders_digest:

@@ -35,6 +35,8 @@ from luthier.quantizers import Quantizer
 
 ROWS: Final = 1024
 """Tokens whose products of whole numbers are made at once: they are wider than what comes of them."""
+PIECE: Final = 1 << 22
+"""Numbers that are packed at once."""
 EXACT: Final = 1040
 """Products of two codes whose sum float32 holds without rounding: 2^24 / 127^2."""
 
@@ -50,11 +52,11 @@ class RowInt8(Quantizer):
     )
 
     def pack(self, weight: Float[Tensor, "out in"], backend: Backend) -> Packing | None:
-        wide = weight.float().contiguous()
-        scales = wide.abs().amax(1) / 127
-        # A row of zeros keeps a scale of zero, and divides by one.
-        codes = (wide / torch.where(scales > 0, scales, 1.0)[:, None]).round_().to(torch.int8)
-        return Int8Packing((weight.shape[0], weight.shape[1]), codes, scales, self.outlier_threshold, backend)
+        shape = (weight.shape[0], weight.shape[1])
+        # Some rows at a time: a head in float32 takes more memory than the whole model that is packed.
+        parts = [_packed_rows(own.float().contiguous()) for own in weight.split(max(1, PIECE // max(1, shape[1])))]
+        codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+        return Int8Packing(shape, codes, scales, self.outlier_threshold, backend)
 
     def packed_bytes(self, shape: tuple[int, int]) -> int | None:
         return shape[0] * shape[1] + 4 * shape[0]
@@ -78,8 +80,8 @@ class Int8Packing(Packing):
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if self.outlier_threshold is None:
-            few = 0 < x.shape[0] <= self.backend.few
-            return self.backend.product_of_bytes(x, self.codes, self.scales) if few else None
+            ours = self.backend.multiplies_packed(len(x), x.dtype)
+            return self.backend.product_of_bytes(x, self.codes, self.scales) if ours else None
         outliers = x.abs() >= self.outlier_threshold
         columns = outliers.any(0)
         chosen = columns.nonzero().view(-1)
@@ -93,6 +95,13 @@ class Int8Packing(Packing):
         if len(chosen):
             found.addmm_(x[:, chosen], torch.mul(self.codes[:, chosen], self.scales[:, None]).to(x.dtype).t())
         return found
+
+
+def _packed_rows(wide: Float[Tensor, "out in"]) -> tuple[Int8[Tensor, "out in"], Float[Tensor, " out"]]:
+    """The codes and scales of some rows."""
+    scales = wide.abs().amax(1) / 127
+    # A row of zeros keeps a scale of zero, and divides by one.
+    return (wide / torch.where(scales > 0, scales, 1.0)[:, None]).round_().to(torch.int8), scales
 
 
 def whole_product(left: Int8[Tensor, "n in"], right: Int8[Tensor, "out in"]) -> Float[Tensor, "n out"]:

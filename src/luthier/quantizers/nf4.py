@@ -33,6 +33,8 @@ from luthier.quantizers import Quantizer
 
 Block = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 _BLOCKS: Final[tuple[Block, ...]] = get_args(Block)
+PIECE: Final = 1 << 22
+"""Numbers that are packed at once: a multiple of every block."""
 SCALES: Final = 256
 """Scales that share a scale of their own."""
 
@@ -48,8 +50,9 @@ class NF4(Quantizer):
     double: bool = Field(True, description="keep the scales in eight bits too")
 
     def pack(self, weight: Float[Tensor, "out in"], backend: Backend) -> Packing | None:
-        flat = weight.reshape(-1).float()
-        codes, scales = nf4_codes(flat, self.block)
+        # In pieces of whole blocks: a head in float32 takes more memory than the whole model that is packed.
+        parts = [nf4_codes(own.float(), self.block) for own in weight.reshape(-1).split(PIECE)]
+        codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
         halves = torch.cat([codes, codes.new_full((len(codes) % 2,), _ZERO)]).view(-1, 2)
         packed = (halves[:, 0] << 4) | halves[:, 1]
         shape = (weight.shape[0], weight.shape[1])
@@ -95,7 +98,7 @@ class NF4Packing(Packing):
         return flat.view(self.shape)
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
-        if not 0 < x.shape[0] <= self.backend.few:
+        if not self.backend.multiplies_packed(len(x), x.dtype):
             return None
         scales = BlockScales(self.scales) if self.scales is not None else self._coded_scales()
         levels = codebooks.table(codebooks.NF4, self.codes.device)

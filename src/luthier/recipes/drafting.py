@@ -12,7 +12,7 @@ from luthier.recipes.opening.opened import Opened, open_named
 
 def with_draft_model(opened: Opened, name: str, *, precision: Precision = "auto") -> Opened:
     """The same, with drafts by the model that `name` stands for. Raises RecipeError for one of another vocabulary."""
-    other = open_named(name, precision=precision)
+    other = open_named(name, precision=precision, speaks=True)
     differing = opened.tokenizer.differing(other.tokenizer)
     if differing:
         raise RecipeError(

@@ -77,7 +77,9 @@ def open_serving(wanted: Wanted, settings: Settings) -> Serving:
         opened = open_encoder(wanted.name, precision=wanted.precision)
     else:
         packed = quantizer_named(wanted.quantizer)
-        opened = open_named(wanted.name, adapter=wanted.adapter, precision=wanted.precision, quantizer=packed)
+        opened = open_named(
+            wanted.name, adapter=wanted.adapter, precision=wanted.precision, quantizer=packed, speaks=True
+        )
     require_drafts(opened, wanted.drafts)
     if wanted.draft_model is not None:
         opened = with_draft_model(opened, wanted.draft_model, precision=wanted.precision)

@@ -24,10 +24,11 @@ template <typename Kind, typename T> struct Plain {
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const T* own = weight + first * size + from;
+        const char* next = first + 2 * OUTS <= outs ? reinterpret_cast<const char*>(own + OUTS * size) : nullptr;
+        const int64_t step = Kind::WIDE * int64_t(sizeof(T));
         if constexpr (AS_IT_IS) {
             if (until <= size && count == OUTS) {
-                const T* next = first + 2 * OUTS <= outs ? own + OUTS * size : nullptr;
-                return {reinterpret_cast<const Number*>(own), size, reinterpret_cast<const Number*>(next)};
+                return {reinterpret_cast<const Number*>(own), size, next, row_bytes(), step};
             }
         }
         const int64_t there = std::min(until, size) - from;
@@ -36,7 +37,7 @@ template <typename Kind, typename T> struct Plain {
             for (int64_t i = 0; i < held; i++) room[o * PIECE + i] = narrow<Number>(widen(own[o * size + i]));
             for (int64_t i = held; i < until - from; i++) room[o * PIECE + i] = narrow<Number>(0.0f);
         }
-        return {room, PIECE, nullptr};
+        return {room, PIECE, next, row_bytes(), step};
     }
     Four finish(int64_t first, int64_t count, Four sums) const {
         for (int64_t o = 0; bias != nullptr && o < count; o++) sums.at[o] += widen(bias[first + o]);

@@ -139,11 +139,22 @@ constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and 
 
 static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
 
-// A piece of each of some rows of W, and where the same piece of the rows after them lies, if that is in memory.
+// A vector that stays in its register: GCC would read x from memory once for each row of W, and there are two loads a
+// cycle. The registers are enough for OUTS by GROUP sums, GROUP vectors of x and one of W.
+static inline Vector in_register(Vector vector) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+x"(vector));
+#endif
+    return vector;
+}
+
+// A piece of each of some rows of W, and where the same piece of the rows after them lies as it is kept, if it shall come
+// nearer: bytes from row to row of it, and of what becomes one vector.
 template <typename Number> struct Piece {
     const Number* at;
     int64_t stride;
-    const Number* next;
+    const char* next;
+    int64_t next_stride, next_step;
 };
 
 // Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
@@ -151,17 +162,17 @@ template <typename Number> struct Piece {
 // sums stay in registers.
 template <typename Kind, int ROWS, int FETCHED, bool FIRST>
 __attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w, const typename Kind::Number* x,
-                                           int64_t x_stride, int64_t count, const typename Kind::Number* next,
-                                           Vector* sums) {
+                                           int64_t x_stride, int64_t count, const char* next, Vector* sums) {
     Vector own[OUTS][ROWS];
     for (int o = 0; o < OUTS; o++)
         for (int r = 0; r < ROWS; r++) own[o][r] = FIRST ? Vector{} : sums[r * OUTS + o];
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
-        for (int o = 0; o < FETCHED; o++) fetch_once(next + o * w.stride + k);
+        for (int o = 0; o < FETCHED; o++) fetch_once(next + o * w.next_stride);
+        if (FETCHED > 0) next += w.next_step;
         Vector left[ROWS];
-        for (int r = 0; r < ROWS; r++) left[r] = Kind::load(x + r * x_stride + k);
+        for (int r = 0; r < ROWS; r++) left[r] = in_register(Kind::load(x + r * x_stride + k));
         for (int o = 0; o < OUTS; o++) {
-            const Vector right = Kind::load(w.at + o * w.stride + k);
+            const Vector right = in_register(Kind::load(w.at + o * w.stride + k));
             for (int r = 0; r < ROWS; r++) own[o][r] = Kind::dot(own[o][r], right, left[r]);
         }
     }
@@ -171,7 +182,7 @@ __attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w,
 
 template <typename Kind, int FETCHED, bool FIRST>
 static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
-                             int64_t rows, int64_t count, const typename Kind::Number* next, Vector* sums) {
+                             int64_t rows, int64_t count, const char* next, Vector* sums) {
     if (rows == 1) dots<Kind, 1, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
     else if (rows == 2) dots<Kind, 2, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
     else if (rows == 3) dots<Kind, 3, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
@@ -185,7 +196,7 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const typen
                               int64_t rows, int64_t count, Vector* sums) {
     const int64_t groups = (rows + GROUP - 1) / GROUP;
     int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
-    const typename Kind::Number* next = w.next;
+    const char* next = w.next;
     for (int64_t group = 0; group < groups; group++) {
         const int64_t take = rows * (group + 1) / groups - row;
         const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
@@ -197,7 +208,7 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const typen
         else some_dots<Kind, OUTS, FIRST>(w, from, x_stride, take, count, next, own);
         row += take;
         left -= share;
-        next += share * w.stride;
+        next += share * w.next_stride;
     }
 }
 

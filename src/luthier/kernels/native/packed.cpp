@@ -66,7 +66,7 @@ template <typename Kind> struct Bytes {
             if (o < count) whole_numbers<Number>(own, there, room + o * PIECE);
             filled_up(room + o * PIECE, o < count ? there : 0, until - from);
         }
-        return {room, PIECE, nullptr};
+        return {room, PIECE, nullptr, 0, 0};
     }
     Four finish(int64_t first, int64_t count, Four sums) const {
         for (int64_t o = 0; o < count; o++) sums.at[o] *= scales[first + o];
@@ -109,7 +109,7 @@ template <typename Kind> struct Coded {
             }
             filled_up(room + o * PIECE, o < count ? there : 0, until - from);
         }
-        return {room, PIECE, nullptr};
+        return {room, PIECE, nullptr, 0, 0};
     }
     Four finish(int64_t, int64_t, Four sums) const { return sums; }
 };

@@ -31,6 +31,7 @@ from luthier.data.forest import Span
 from luthier.kernels.backend import Backend, Seen
 from luthier.kernels.blocks import added_product, gated_feed_forward, normed, normed_products, rotated
 from luthier.kernels.causal import causal_attention
+from luthier.kernels.halves import our_products
 from luthier.kernels.lanes import Lane
 from luthier.kernels.products import Product
 from luthier.model.attending.attention import ForestPlan, forest_attention
@@ -181,7 +182,7 @@ class Blocks:
     ) -> Float[Tensor, "N d"]:
         if isinstance(layer, EditedModule) or watched:
             # What surrounds a block, or watches it, gets it as it is.
-            with routed(layer, plan.routes):
+            with routed(layer, plan.routes), our_products(x, self.backend.product):
                 out = layer(x[None], position_embeddings=angles, attention_mask=_untouched(x), forest_plan=plan)
             states: Tensor = (out if isinstance(out, Tensor) else out[0])[0]
             return states if rows is None else states.index_select(0, rows)
@@ -189,7 +190,7 @@ class Blocks:
         outer, feeds = attention_layers(attention, plan.routes), feed_layers(layer, plan.routes)
         routes = plan.routes
         if outer is None:
-            with routed(attention, routes):
+            with routed(attention, routes), our_products(x, self.backend.product):
                 attended = attention(
                     hidden_states=norm(x[None]), position_embeddings=angles, attention_mask=_untouched(x),
                     forest_plan=plan,
@@ -252,7 +253,7 @@ class Blocks:
         norm, feed = inner(layer, "post_attention_layernorm"), inner(layer, "mlp")
         if layers is None:
             # As the zoo calls it, with a batch of one.
-            with routed(feed, routes):
+            with routed(feed, routes), our_products(x, self.backend.product):
                 fed: Tensor = x + feed(norm(x[None]))[0]
             return fed
         weight, eps = norm_of(norm)

@@ -32,6 +32,7 @@ from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.files.generation_files import read_stop_ids
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, resolve_source
+from luthier.model.packed import packing_of
 from luthier.model.tasks import SCORES, Task
 from luthier.model.text_model import LocalTextScorer
 from luthier.objectives.classification import Classification
@@ -170,24 +171,38 @@ def open_named(
     precision: Precision = "auto",
     device: str = "auto",
     quantizer: Quantizer | None = None,
+    speaks: bool = False,
 ) -> Opened:
     """What `name` stands for: a run directory, or a model folder or id; `adapter` is put on top of a model.
 
     Its weights are packed as they were when it was trained, or by `quantizer`, the head included, to speak faster in
-    less memory. Raises RecipeError when an adapter is named beside a run, which has its own.
+    less memory. With `speaks` it is opened to make text, and `precision` auto may be bfloat16 where it was trained in
+    float32 (`model/spoken.py`). Raises RecipeError when an adapter is named beside a run, which has its own.
     """
-    if device != "cuda":
-        # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
-        pool.install()
+    speaks = speaks and precision == "auto"
+    # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
+    pooled = device != "cuda" and not pool.install()
+    opened = _open(name, adapter, precision, device, quantizer, speaks=speaks)
+    if pooled and any(packing_of(each) is not None for each in opened.model.module.parameters()):
+        # What was packed is freed, and nobody will ask for as much again.
+        pool.release()
+    return opened
+
+
+def _open(
+    name: str, adapter: str | None, precision: Precision, device: str, quantizer: Quantizer | None, *, speaks: bool
+) -> Opened:
     if is_run(Path(name)):
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
-        return _open_run(of_policy(RunDirectory.open(Path(name))), precision, device, quantizer)
+        run = of_policy(RunDirectory.open(Path(name)))
+        return _open_run(run, precision, device, quantizer, speaks=speaks and not _asked_float32(run))
     extras = read_extras(Path(adapter or name))
     config = {} if adapter is None else read_config(Path(adapter))
     task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
     seed = int(extras.get("base_seed", 0))
-    model = load_base(name, precision=kept_precision(extras, precision), device=device, seed=seed, task=task)
+    kept = kept_precision(extras, precision)
+    model = load_base(name, precision=kept, device=device, seed=seed, task=task, speaks=speaks)
     if adapter is None:
         _pack(model, {}, quantizer)
         return _opened(model, resolve_source(name), {})
@@ -288,7 +303,14 @@ def kept_precision(extras: dict[str, object], precision: Precision) -> Precision
     return next((kept for kept in known if precision == "auto" and extras.get("precision") == kept), precision)
 
 
-def _open_run(run: RunDirectory, precision: Precision, device: str, quantizer: Quantizer | None) -> Opened:
+def _asked_float32(run: RunDirectory) -> bool:
+    """Whether a run's recipe names the precision that it was trained in."""
+    return run.read_recipe().get("precision") == "float32"
+
+
+def _open_run(
+    run: RunDirectory, precision: Precision, device: str, quantizer: Quantizer | None, *, speaks: bool
+) -> Opened:
     folder, _ = result_of(run)
     if (state := run.status().state) != "finished":
         raise RecipeError(
@@ -298,13 +320,13 @@ def _open_run(run: RunDirectory, precision: Precision, device: str, quantizer: Q
     place = started_in(run)
     if folder.name == MODEL:
         kept = kept_precision(extras, precision)
-        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras))
+        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras), speaks=speaks)
         _pack(whole, {}, quantizer)
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
     seed, task = int(extras.get("base_seed", 0)), kept_task(extras)
-    model = load_base(base, precision=kept, device=device, seed=seed, task=task)
+    model = load_base(base, precision=kept, device=device, seed=seed, task=task, speaks=speaks)
     _pack(model, extras, quantizer)
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))

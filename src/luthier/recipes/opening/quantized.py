@@ -26,10 +26,21 @@ KEY = "quantizer"
 
 
 def load_base(
-    source: str, *, precision: Precision = "auto", device: str = "auto", seed: int = 0, task: Task = CAUSAL
+    source: str,
+    *,
+    precision: Precision = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    task: Task = CAUSAL,
+    speaks: bool = False,
 ) -> LanguageModel:
-    """The base model `source` for `task`, whose files may hold weights that some quantizer has packed."""
-    return load_model(source, precision=precision, device=device, seed=seed, task=task, packed=packed_reader)
+    """The base model `source` for `task`, whose files may hold weights that some quantizer has packed.
+
+    `speaks` is that of `load_model`.
+    """
+    return load_model(
+        source, precision=precision, device=device, seed=seed, task=task, packed=packed_reader, speaks=speaks
+    )
 
 
 def packed_reader(config: Mapping[str, object]) -> PackedReader:
