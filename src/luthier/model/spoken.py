@@ -19,8 +19,9 @@ from typing import Final
 import torch
 from transformers import PreTrainedConfig
 
-from luthier.kernels.chosen import backend_for, wanted_kernels
+from luthier.kernels.chosen import backend_for
 from luthier.kernels.halves import multiplies_halves
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.empty import empty_model
 from luthier.model.files.tensor_files import tensor_places
 
