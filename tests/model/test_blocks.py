@@ -16,8 +16,8 @@ from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree, row_tree
-from luthier.kernels.wanted import wanted_kernels
 from luthier.kernels.torch_backend import TorchBackend
+from luthier.kernels.wanted import wanted_kernels
 from luthier.model.attending import attention
 from luthier.model.attending.kept import AttentionCall
 from luthier.model.editing.edits import Edit
