@@ -26,6 +26,7 @@ def tokenizer_of(tokens: list[str]) -> Backend:
 @pytest.mark.parametrize("make", [backend, seedling])
 def test_any_tokens_say_what_the_tokenizer_decodes(make, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half characters among them: most draws are no UTF-8."""
+    monkeypatch.setattr(spellings_module, "_AT_ONCE", 70)
     monkeypatch.setattr(spellings_module, "_MANY", 0)
     monkeypatch.setattr(spellings_module, "is_compiled", lambda: True)
     tokenizer = make()

@@ -34,6 +34,8 @@ BYTE_OF: Final[Mapping[str, int]] = MappingProxyType(
 
 _MANY: Final = 2**16
 """Tokens after which it is looked whether they can be joined in C++."""
+_AT_ONCE: Final = 2**13
+"""Tokens that are joined at once: there has to be room for the longest token as often."""
 
 
 @final
@@ -45,6 +47,7 @@ class Spellings:
         self._spelled = 0
         self._lock = Lock()
         self._native: NativeSpellings | None = None
+        self._put: set[int] = set()
 
     @classmethod
     def of(cls, backend: Any) -> Spellings | None:
@@ -67,14 +70,21 @@ class Spellings:
         native = self._built(len(ids))
         if native is None:
             return None
-        plain = np.ascontiguousarray(ids)
+        spelled: list[bytes] = []
         with self._lock:
-            while not isinstance(spelled := native.text(plain), bytes):
-                token = int(plain[spelled])
-                if token < 0 or (known := self._known[token]) is not self._known.get(token):
-                    return None  # no token, or one that may be added later
-                native.put(token, known)
-        return spelled
+            for start in range(0, len(ids), _AT_ONCE):
+                piece = ids[start : start + _AT_ONCE]
+                if isinstance(made := native.text(piece), int):
+                    for token in set(piece.tolist()) - self._put:
+                        if token < 0 or (known := self._known[token]) is not self._known.get(token):
+                            return None  # no token, or one that may be added later
+                        native.put(token, known)
+                        self._put.add(token)
+                    made = native.text(piece)
+                if isinstance(made, int):
+                    return None
+                spelled.append(made)
+        return b"".join(spelled)
 
 
     def _built(self, count: int) -> NativeSpellings | None:

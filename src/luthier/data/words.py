@@ -69,6 +69,7 @@ class Words:
         self._seen = 0
         self._native: NativeWords | None = None
         self._may_build = True
+        self._least: int | None = None
         self._begin()
 
     @classmethod
@@ -163,7 +164,11 @@ class Words:
         words, tokens = self.sizes
         if words > _MOST_WORDS or tokens > _MOST_TOKENS:
             self._begin()
-        if self._native is None and self._may_build and self._seen >= (0 if is_compiled() else _MUCH):
+        if self._native is None and self._may_build:
+            if self._least is None:
+                self._least = 0 if is_compiled() else _MUCH  # asked once: it takes a millisecond
+            if self._seen < self._least:
+                return None
             self._may_build = False
             try:
                 self._native = NativeWords.build(ORDER[PATTERNS.index(self._pattern)])
