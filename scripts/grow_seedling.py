@@ -34,7 +34,7 @@ from luthier.schedules.cosine import Cosine
 from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import stop_on_signals
 from luthier.train.source import Cursor, Source
-from luthier.train.state import LoopState, load_state, save_state
+from luthier.train.state import LoopState, load_state, take_snapshot
 from luthier.train.stepper import Stepper
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "luthier" / "assets" / "seedling"
@@ -239,7 +239,7 @@ class FolderKeeper:
         made.mkdir(parents=True, exist_ok=True)
         # The corpus is endless, so the loss of a row is of no use here.
         self.row_excess.clear()
-        save_state(made, state, self.stepper, self.row_excess)
+        take_snapshot(state, self.stepper, self.row_excess, copied=False).write(made)
         shutil.rmtree(self.folder, ignore_errors=True)
         made.rename(self.folder)
 

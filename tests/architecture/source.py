@@ -65,6 +65,13 @@ def contract(folder: str) -> ast.ClassDef | None:
     return None
 
 
+def contracts(family: str) -> list[ast.ClassDef]:
+    """The contract class of a family, and those beside it that say more for some of its methods."""
+    base = contract(family)
+    module = next(module for module in modules() if module.name == f"luthier.{family}")
+    return [] if base is None else [base, *(kind for kind in classes(module) if bases(kind) & {base.name})]
+
+
 def methods(family: str) -> list[Module]:
     """The files of a family that hold a method."""
     return [module for module in modules()

@@ -12,7 +12,7 @@ from tests.architecture.source import (
     Module,
     bases,
     classes,
-    contract,
+    contracts,
     families,
     field_name,
     fields,
@@ -38,8 +38,7 @@ def test_the_catalog_sees_what_is_there() -> None:
 
 @every_method
 def test_a_method_file_holds_exactly_one_method(family: str, module: Module) -> None:
-    base = contract(family)
-    known = {base.name} if base is not None else set()
+    known = {kind.name for kind in contracts(family)}
     found = [kind.name for kind in classes(module) if bases(kind) & known]
     assert len(found) == 1, f"{module.shown} holds {len(found)} classes made from {', '.join(known)}: {found}"
 

@@ -10,7 +10,8 @@ import torch
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
-from luthier.mergers import BASE, Merger, Part, Sums, WeightedSum, added
+from luthier.merge.stream import added
+from luthier.mergers import BASE, Merger, Part, Sums, WeightedSum
 from tests.mergers_of import family, merger, part
 
 NAMES = catalog.names("mergers")

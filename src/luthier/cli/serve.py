@@ -144,8 +144,8 @@ def _serve(wanted: Wanted, settings: Settings, certified: tuple[Path, Path] | No
 
     sys.stderr.write(f"loading {wanted.name} ...\n")
     serving = open_serving(wanted, settings)
-    if told := is_told(serving.opened.model.notices):
-        sys.stderr.write(f"{told} (--precision float32 for the other)\n")
+    if precision := is_told(serving.opened.model.notices):
+        sys.stderr.write(f"{precision} (--precision float32 for the other)\n")
     certificate = Certificate(*certified) if certified is not None else None
     place = f"http{'s' if certificate else ''}://{_shown(settings.listen)}"
     code = listen(

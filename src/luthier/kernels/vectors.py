@@ -138,7 +138,8 @@ class NativeVectors(Vectors):
         held, addresses, kinds = _laid_out(vectors)
         done = self._products(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(held[0].numel()),
                               ctypes.c_int64(based), ctypes.c_void_p(found.data_ptr()))  # fmt: skip
-        assert done, "no more vectors than C++ takes"
+        if not done:
+            raise ValueError(f"{len(held)} vectors, and C++ takes {MOST}")
         return found
 
     def weighted(
@@ -153,7 +154,8 @@ class NativeVectors(Vectors):
         done = self._weighted(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(found.numel()),
                               (ctypes.c_float * len(weights))(*weights), ctypes.c_int64(based),
                               ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(KINDS[dtype]), told)  # fmt: skip
-        assert done, "no more vectors than C++ takes"
+        if not done:
+            raise ValueError(f"{len(held)} vectors, and C++ takes {MOST}")
         return found, Moved(*told)
 
     def signed_sums(

@@ -30,7 +30,7 @@ from luthier.maths.numbered_draws import key_of
 from luthier.merge.measures import Measured, TensorReport, measured, of_rows
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Origin, Plan
-from luthier.mergers import GRAM, Part, Rows, Sums, WeightedSum, added, no_base
+from luthier.mergers import GRAM, Part, Rows, Sums, WeightedSum, no_base
 from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
@@ -200,7 +200,7 @@ class Source:
     def _weighted(
         self, method: WeightedSum, rows: Sequence[Rows], seen: Sequence[Sums], dtype: torch.dtype
     ) -> tuple[Rows, Moved]:
-        shares = method.shares_of(self.job.weights, seen)
+        shares = method.shares(self.job.weights, seen)
         if len(shares) > len(rows):
             raise no_base()
         weights = (*shares, *[0.0] * (len(rows) - len(shares)))
@@ -279,6 +279,11 @@ class Source:
             f"{str(self.job.slot.dtype).removeprefix('torch.')}; nothing was kept",
             do="write it in a wider type: --set dtype=bfloat16",
         )
+
+
+def added(one: Sums | None, other: Sums) -> Sums:
+    """The sums over two pieces of rows."""
+    return other if one is None else {name: one[name] + tensor for name, tensor in other.items()}
 
 
 def copied(parents: Sequence[Parent], job: Job) -> Tensor:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -98,11 +97,8 @@ class Merger(Method):
             raise RecipeError(f"{self.method_name()} was given {count} model{'s' * (count != 1)}", allowed=wanted,
                               do="name as many, or choose another --method: luthier describe lists them")  # fmt: skip
         if BASE in self.requires and not base:
-            raise RecipeError(
-                f"{self.method_name()} merges what models have changed, and there is no base",
-                allowed="the model that all of them come from",
-                do="name it: --base MODEL",
-            )
+            raise RecipeError(f"{self.method_name()} merges what models have changed, and there is no base",
+                              allowed="the model that all of them come from", do="name it: --base MODEL")  # fmt: skip
 
 
 class WeightedSum(Merger):
@@ -116,16 +112,8 @@ class WeightedSum(Merger):
         return "weights"
 
     @abstractmethod
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
-        """How much of each model is taken, and behind these of the base where it takes any.
-
-        `products` is empty where it has no look.
-        """
-
-    @final
-    def shares_of(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
-        """The same, by what was seen."""
-        return self.shares(weights, seen[0][GRAM] if self.passes else torch.zeros(0, 0))
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
+        """How much of each model is taken, and behind these of the base where it takes any."""
 
     @final
     def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
@@ -133,15 +121,10 @@ class WeightedSum(Merger):
 
     @final
     def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
-        shares = self.shares_of(part.weights, seen)
+        shares = self.shares(part.weights, seen)
         return combined(part.models if len(shares) == len(part.models) else (*part.models, part.origin), shares)
 
 
 def no_base() -> RecipeError:
     """What is wrong where changes are asked for, and nothing says of what."""
     return RecipeError("no base was given to a merger of changes", allowed="a base model", do="name it: --base")
-
-
-def added(one: Sums | None, other: Sums) -> Sums:
-    """The sums over two pieces of rows."""
-    return other if one is None else {name: one[name] + tensor for name, tensor in other.items()}

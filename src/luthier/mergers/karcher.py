@@ -16,9 +16,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
-from jaxtyping import Float
-from torch import Tensor
-
 from luthier.core.errors import RecipeError
 from luthier.maths.spheres import cosine, karcher_weights
 from luthier.mergers import GRAM, Sums, WeightedSum
@@ -31,10 +28,10 @@ class Karcher(WeightedSum):
     passes: ClassVar[int] = 1
     models: ClassVar[tuple[int, int | None]] = (2, None)
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
         if min(weights) < 0 or not sum(weights):
             raise RecipeError(f"the weights are {list(weights)}", allowed="weights from 0 on, not all of them 0")
-        return tuple(karcher_weights(products, weights))
+        return tuple(karcher_weights(seen[0][GRAM], weights))
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:
         products = seen[0][GRAM]

@@ -14,12 +14,10 @@ import math
 from collections.abc import Sequence
 from typing import final
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.mergers import WeightedSum
+from luthier.mergers import Sums, WeightedSum
 
 
 @final
@@ -28,7 +26,7 @@ class Linear(WeightedSum):
 
     normalize: bool = Field(True, description="whether the weights are divided by their sum")
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
         total = math.fsum(weights) if self.normalize else 1.0
         if not total:
             raise RecipeError(f"the weights {list(weights)} have the sum 0", allowed="weights with another sum",

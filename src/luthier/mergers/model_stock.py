@@ -35,8 +35,8 @@ class ModelStock(WeightedSum):
     def looks_at(self) -> Literal["weights", "changes"]:
         return "changes"
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
-        share, _ = self._share(products)
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
+        share, _ = self._share(seen[0][GRAM])
         return (*[share / len(weights)] * len(weights), 1 - share)
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:

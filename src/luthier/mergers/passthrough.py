@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
-from luthier.mergers import WeightedSum
+from luthier.mergers import Sums, WeightedSum
 
 
 @final
@@ -31,5 +29,5 @@ class Passthrough(WeightedSum):
 
     scale: float = Field(1.0, description="what each number is multiplied by")
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
         return (self.scale,)

@@ -19,9 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from luthier.maths.spheres import STRAIGHT, cosine, slerp_weights
 from luthier.mergers import GRAM, Sums, WeightedSum
@@ -44,8 +42,8 @@ class Slerp(WeightedSum):
     def looks_at(self) -> Literal["weights", "changes"]:
         return self.of
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
-        one, other = slerp_weights(cosine(products, 0, 1), self.t)
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
+        one, other = slerp_weights(cosine(seen[0][GRAM], 0, 1), self.t)
         return (one, other) if self.of == "weights" else (one, other, 1 - one - other)
 
     def told(self, weights: Sequence[float], seen: Sequence[Sums]) -> dict[str, Any]:

@@ -15,12 +15,10 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.mergers import BASE, WeightedSum
+from luthier.mergers import BASE, Sums, WeightedSum
 
 
 @final
@@ -32,7 +30,7 @@ class TaskArithmetic(WeightedSum):
     scale: float = Field(1.0, description="what the sum of all changes is multiplied by")
     normalize: bool = Field(False, description="whether the weights are divided by their sum")
 
-    def shares(self, weights: Sequence[float], products: Float[Tensor, "k k"]) -> tuple[float, ...]:
+    def shares(self, weights: Sequence[float], seen: Sequence[Sums]) -> tuple[float, ...]:
         total = math.fsum(weights) if self.normalize else 1.0
         if not total:
             raise RecipeError(f"the weights {list(weights)} have the sum 0", allowed="weights with another sum",
