@@ -2,7 +2,7 @@
 
 Idea: the stream cuts tensors into blocks, shares them out and writes them from a thread of its own. A few tensors of
 every kind are read from the parents and merged in one piece, without any of that; the files must hold the same numbers,
-up to the last bit of their type or of float32, since sums over other blocks may round otherwise.
+up to the last bit of their type, and for weighted sums of float32, since sums over other blocks may round otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from luthier.data.strict_json import excerpt
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Plan
 from luthier.merge.stream import Source
+from luthier.mergers import WeightedSum
 from luthier.model.editing.role_names import tensor_roles
 from luthier.model.files.shards import Shards
 
@@ -43,9 +44,10 @@ def prove(folder: Path, parents: Sequence[Parent], plan: Plan, memory_bytes: int
             # Equal, or neighbours: numbers of a type in a row have bit patterns in a row.
             apart = (wanted - found).abs()
             step = torch.finfo(job.slot.dtype).eps * torch.maximum(wanted.abs(), found.abs())
-            for rows in part.models if part.base is None else (*part.models, part.base):
-                # Where numbers cancel, what is left is as uncertain as they were.
-                step = torch.maximum(step, ROUNDED * rows.abs())
+            if isinstance(job.method, WeightedSum):
+                # C++ adds up in another order: where numbers cancel, what is left is as uncertain as they were.
+                for rows in part.models if part.base is None else (*part.models, part.base):
+                    step = torch.maximum(step, ROUNDED * rows.abs())
             if bool((apart > step + torch.finfo(job.slot.dtype).tiny).any()):
                 raise GateError(
                     f"{excerpt(job.name)} was written with {int((apart > step).sum())} numbers that differ from those "
