@@ -126,7 +126,7 @@ class NativeVectors(Vectors):
         self._signed = loaded.signed_sums
         self._signed.restype = ctypes.c_double
         for function in (self._products, self._weighted):
-            function.restype = ctypes.c_int64
+            function.restype = None
 
     def products(
         self, vectors: Sequence[Float[Tensor, "*shape"]], *, based: bool = False
@@ -136,10 +136,8 @@ class NativeVectors(Vectors):
         own = len(vectors) - based
         found = torch.empty(own, own, dtype=torch.float64)
         held, addresses, kinds = _laid_out(vectors)
-        done = self._products(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(held[0].numel()),
-                              ctypes.c_int64(based), ctypes.c_void_p(found.data_ptr()))  # fmt: skip
-        if not done:
-            raise ValueError(f"{len(held)} vectors, and C++ takes {MOST}")
+        self._products(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(held[0].numel()),
+                       ctypes.c_int64(based), ctypes.c_void_p(found.data_ptr()))  # fmt: skip
         return found
 
     def weighted(
@@ -151,11 +149,9 @@ class NativeVectors(Vectors):
         found = torch.empty(vectors[0].shape, dtype=dtype)
         held, addresses, kinds = _laid_out(vectors)
         told = (ctypes.c_double * 3)()
-        done = self._weighted(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(found.numel()),
-                              (ctypes.c_float * len(weights))(*weights), ctypes.c_int64(based),
-                              ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(KINDS[dtype]), told)  # fmt: skip
-        if not done:
-            raise ValueError(f"{len(held)} vectors, and C++ takes {MOST}")
+        self._weighted(addresses, kinds, ctypes.c_int64(len(held)), ctypes.c_int64(found.numel()),
+                       (ctypes.c_float * len(weights))(*weights), ctypes.c_int64(based),
+                       ctypes.c_void_p(found.data_ptr()), ctypes.c_int64(KINDS[dtype]), told)  # fmt: skip
         return found, Moved(*told)
 
     def signed_sums(

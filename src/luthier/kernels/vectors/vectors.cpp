@@ -63,10 +63,9 @@ int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
 }  // namespace
 
-// The inner products of `many` vectors, or with `based` those of all but the last after it was subtracted: a matrix.
-extern "C" int64_t vector_products(const void* const* vectors, const int64_t* kinds, int64_t many, int64_t length,
-                                   int64_t based, double* products) {
-    if (many > MOST) return 0;
+// The inner products of `many` vectors, MOST at most here and below, or with `based` those of all but the last after it was subtracted: a matrix.
+extern "C" void vector_products(const void* const* vectors, const int64_t* kinds, int64_t many, int64_t length,
+                                int64_t based, double* products) {
     Tiles tiles;
     const int64_t own = many - (based ? 1 : 0);
     std::memset(products, 0, size_t(own * own) * sizeof(double));
@@ -81,15 +80,13 @@ extern "C" int64_t vector_products(const void* const* vectors, const int64_t* ki
     }
     for (int64_t row = 0; row < own; row++)
         for (int64_t column = 0; column < row; column++) products[column * own + row] = products[row * own + column];
-    return 1;
 }
 
 // sum_i weights[i] vectors[i], rounded once; a vector of weight 0 is not looked at, one of weight 1 alone stays as it is.
 // Told: |sum - reference|^2, |reference|^2 before rounding, and where there is a base (the last vector) how many numbers
 // two of the others move in opposite directions.
-extern "C" int64_t weighted_sum(const void* const* vectors, const int64_t* kinds, int64_t many, int64_t length,
-                                const float* weights, int64_t based, void* found, int64_t found_kind, double* told) {
-    if (many > MOST) return 0;
+extern "C" void weighted_sum(const void* const* vectors, const int64_t* kinds, int64_t many, int64_t length,
+                             const float* weights, int64_t based, void* found, int64_t found_kind, double* told) {
     Tiles tiles;
     const int64_t own = many - (based ? 1 : 0), reference = based ? own : 0;
     double moved = 0, whole = 0;
@@ -129,7 +126,6 @@ extern "C" int64_t weighted_sum(const void* const* vectors, const int64_t* kinds
     told[0] = moved;
     told[1] = whole;
     told[2] = double(conflicts);
-    return 1;
 }
 
 // To each of 64 buckets the numbers of its places, with the signs of theirs; the sum of all squares. The first number has
