@@ -86,7 +86,6 @@ class Spellings:
                 spelled.append(made)
         return b"".join(spelled)
 
-
     def _built(self, count: int) -> NativeSpellings | None:
         if self._native is None:
             self._spelled += count

@@ -2,7 +2,7 @@
 
 Idea: a token of an answer takes as long as its weights take to be read, and bfloat16 numbers are half the bytes. Our
 kernels widen them on their way from memory and multiply floats, and the many rows of a prompt are multiplied as floats
-too, of weights that are widened piece by piece. So such a CPU makes text in bfloat16: in half the memory, and faster
+too, of weights that are widened piece by piece. So such a CPU makes text in bfloat16: from half the bytes, and faster
 where few texts are made at once (docs/generation.md has figures). It is decided by what is known of the kernels
 and not by a measurement at the start, which a busy machine would falsify: a model shall speak alike on all days.
 Cost: the model's modules without memory, at each start.
