@@ -281,7 +281,8 @@ def main() -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"limit      {max(least['disk_s'], least['memory_s']):.2f} s (disk {least['disk_s']:.2f} s at "
           f"{least['disk_bytes_per_s'] / 1e9:.2f} GB/s, memory {least['memory_s']:.2f} s at "
-          f"{least['memory_bytes_per_s'] / 1e9:.1f} GB/s; through the page cache {least['cached_s']:.2f} s)")  # fmt: skip
+          f"{least['memory_bytes_per_s'] / 1e9:.1f} GB/s; the disk through the page cache "
+          f"{least['cached_s']:.2f} s)")  # fmt: skip
     for name, found in differences.items():
         print(f"luthier and {name}: {found}")
     return 0 if not any(found["more"] or found["missing"] or found["unread"] for found in differences.values()) else 1
