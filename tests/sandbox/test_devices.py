@@ -173,6 +173,7 @@ def test_what_is_no_device_is_refused(tmp_path: Path) -> None:
 def test_the_files_of_gpus_are_found_where_they_are_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when the control file alone counts as a GPU, or another's device is taken for one."""
     monkeypatch.setattr("luthier.sandbox.devices._is_device", lambda path: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # machines without a GPU are often told so by it
     (tmp_path / "nvidiactl").touch()
     assert gpu_devices(tmp_path) == ()
     (tmp_path / "nvidia-caps").mkdir()
@@ -182,6 +183,8 @@ def test_the_files_of_gpus_are_found_where_they_are_devices(tmp_path: Path, monk
         (tmp_path / "nvidia-caps" / name).touch(mode)
     assert {Path(name).name for name in gpu_devices(tmp_path)} == {
         "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia0", "nvidia12", "nvidia-cap21"}  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_devices(tmp_path) == (), "hidden from us"
 
 
 def test_bare_walls_lend_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
