@@ -10,7 +10,7 @@ import torch
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
-from luthier.merge.stream import added
+from luthier.merge.source import total
 from luthier.mergers import BASE, Merger, Part, Sums, WeightedSum
 from tests.mergers_of import family, merger, part
 
@@ -39,11 +39,7 @@ def in_pieces(method: Merger, whole: Part, height: int) -> torch.Tensor:
     pieces = [piece(first) for first in range(0, ROWS, height)]
     seen: list[Sums] = []
     for _ in range(method.passes):
-        total: Sums | None = None
-        for each in pieces:
-            total = added(total, method.look(each, seen))
-        assert total is not None
-        seen.append(total)
+        seen.append(total([method.look(each, seen) for each in pieces]))
     return torch.cat([method.merge(each, seen) for each in pieces])
 
 

@@ -75,7 +75,7 @@ def test_a_missing_row_is_filled_from_those_that_have_it(tmp_path: Path) -> None
     """Breaks when a token that one model lacks is merged with zeros."""
     from luthier.merge.plan import Wanted, plan
     from luthier.merge.settings import Setting
-    from luthier.merge.stream import Source
+    from luthier.merge.source import Source
     from tests.mergers_of import merger
 
     opened, found = union(tmp_path, ["<x>"], ["<z>"])

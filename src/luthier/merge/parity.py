@@ -28,7 +28,8 @@ from luthier.kernels.wanted import wanted_kernels
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
-from luthier.merge.stream import Room, Source, copied, one_thread_each
+from luthier.merge.source import Source, copied
+from luthier.merge.stream import Room, one_thread_each
 from luthier.merge.vocabulary import United
 from luthier.model.comparing.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
 from luthier.model.comparing.parity_sides import StreamedSide, folder_texts

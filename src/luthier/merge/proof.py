@@ -18,7 +18,7 @@ from luthier.core.errors import GateError
 from luthier.data.strict_json import excerpt
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Plan
-from luthier.merge.stream import Source
+from luthier.merge.source import Source
 from luthier.mergers import WeightedSum
 from luthier.model.editing.role_names import tensor_roles
 from luthier.model.files.shards import Shards
