@@ -84,7 +84,7 @@ def run(tmp_path: Path) -> Path:
         "run": "runs/orders",
         "status": "finished",
         "model": "seedling",
-        "adapter": {"method": "lora", "rank": 16},
+        "adapter": {"method": "lora", "rank": 16, "rslora": False, "rank_pattern": {}, "init": None, "dropout": 0.0},
         "steps": 60,
         "tokens": {"total": 6000, "trained": 2400},
         "loss": {"first": 3.0, "last": 0.3, "eval_first": 3.4, "eval": 0.41, "best": 0.4, "best_step": 40},
@@ -93,7 +93,6 @@ def run(tmp_path: Path) -> Path:
         "peak_memory_bytes": 913_000_000,
         "trainable_parameters": 311_296,
         "parameters": 5_812_224,
-        "command": "luthier train recipe.yaml --set 'run=<x>'",
         "result": "adapter",
         "proof": {"tensors": 84, "differs_from_start": True, "eval_loss": 0.41, "reloaded_loss": 0.41},
         "data": {"read": 100, "kept": 97, "rejected": 3, "files": ["rows.jsonl"], "rendered": {"trained_tokens": 2400}},
@@ -105,6 +104,8 @@ def run(tmp_path: Path) -> Path:
         },
     }
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    made_with = {"command": "/opt/bin/luthier train recipe.yaml --set 'run=<x>'", "folder": "/home/me/<work>"}
+    (folder / "environment.json").write_text(json.dumps(made_with), encoding="utf-8")
     (folder / "recipe.yaml").write_text("model: seedling # <recipe>\n", encoding="utf-8")
     (folder / "worst_rows.json").write_text(
         json.dumps([{"row": 7, "loss": 2.5, "text": "</td><script>alert(1)</script>"}]), encoding="utf-8"
@@ -124,10 +125,11 @@ def test_it_is_one_file_that_loads_nothing(run: Path) -> None:
 def test_the_verdict_comes_first_and_the_order_is_kept(run: Path) -> None:
     page = render_report(run)
     sentence = "Held-out loss fell from 3.400 to 0.410, best at step 40 with 0.400, on 2,400 trained tokens in 1 min"
+    assert "lora (rank 16)" in page
     wanted = [
         "3 rows were rejected", "Before and after", "0.4 % →</span> 91.5 %", "<svg", "Tokens, time and memory",
         "2,400 (40.0 %)", "0.2 % of that", "913 MB", "311k of 5.8M (5.4 %)", "Rows kept", "Rows with the worst loss",
-        "Proof", "0.410000", "luthier train recipe.yaml", "&lt;recipe&gt;",
+        "Proof", "0.410000", "in /home/me/&lt;work&gt;", ">luthier train recipe.yaml --set", "&lt;recipe&gt;",
     ]  # fmt: skip
     places = [page.index(text, page.index("<main>")) for text in (sentence, *wanted)]
     assert places == sorted(places)

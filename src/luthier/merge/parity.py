@@ -97,7 +97,8 @@ def parity(
     found = None if why_not else _read_back(place)
     artefact = StreamedSide(_FOLDER, found, asked.prompts, renderer=their_renderer, stop_ids=their_stop_ids)
     report = side_by_side(said, artefact, asked, tolerance_for(merge.dtype))
-    report.require()
+    wider = merge.dtype != torch.float32
+    report.require(instead="write it in a wider type: --set dtype=float32" if wider else "merge it again")
     return Parity(report=report, why_not=why_not)
 
 

@@ -28,6 +28,8 @@ from luthier.store.report_files import RunFiles, first_of, listing, mapping, num
 
 REPORT: Final = "report.html"
 _TEMPLATE: Final = "report.html.jinja"
+_KNOBS: Final = 4
+"""Knobs of a method that are told beside its name; all of them stand in the recipe."""
 _STATUS: Final = {
     "finished": ("finished", "good"),
     "early-stopped": ("stopped early, as the held-out loss no longer fell", "good"),
@@ -84,7 +86,8 @@ def render_report(run: Path, *, judged: Path | None = None) -> str:
         data=_data(mapping(summary.get("data"))),
         worst=_worst(files, evaluations),
         proof=_proof(mapping(summary.get("proof")), text_of(summary.get("result"))),
-        command=text_of(summary.get("command")),
+        command=_command(text_of(files.environment.get("command"))),
+        folder=text_of(files.environment.get("folder")),
         resume=f"luthier resume {shlex.quote(text_of(summary.get('run')) or str(run))}" if tone == "open" else "",
         recipe=files.recipe,
     )
@@ -140,6 +143,12 @@ def _about(files: RunFiles, steps: Sequence[dict[str, Any]]) -> list[str]:
         moment = datetime.fromtimestamp(times[-1], UTC)
         parts.append(f"{moment.day} {moment:%B %Y, %H:%M} UTC")
     return [part for part in parts if part]
+
+
+def _command(command: str) -> str:
+    """The command without the folder that it lay in."""
+    program, space, rest = command.partition(" ")
+    return program.rpartition("/")[2] + space + rest
 
 
 def _error(files: RunFiles) -> str:
@@ -283,9 +292,10 @@ def _value(value: Any) -> str:
 
 
 def _brief(value: Any) -> str:
-    """A name, or what stands for one: `lora (rank 16, alpha 32)`."""
+    """A name, or what stands for one, and the first few of its knobs that say something: `lora (rank 16, alpha 32)`."""
     if not isinstance(value, Mapping):
         return text_of(value)
     name = next((text_of(value[key]) for key in ("method", "path", "file", "name") if value.get(key)), "")
-    rest = {key: item for key, item in value.items() if item is not None and text_of(item) != name}
+    told = [(key, item) for key, item in value.items() if item and text_of(item) != name]
+    rest = dict(told[:_KNOBS])
     return f"{name} ({_value(rest)})" if name and rest else name or _value(value)

@@ -23,6 +23,7 @@ class RunFiles:
     samples: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
     worst: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
@@ -40,6 +41,7 @@ def read_run(run: Path) -> RunFiles:
     summary = _read_json(files, "summary.json", "the run has not finished, or was ended before it could say so")
     files.summary = mapping(summary)
     files.status = mapping(_read_json(files, "status.json", ""))
+    files.environment = mapping(_read_json(files, "environment.json", ""))
     worst = _read_json(files, "worst_rows.json", "") or []
     files.worst = [entry for entry in listing(worst) if isinstance(entry, dict)]
     files.recipe = _read_text(files, "recipe.yaml", "the recipe cannot be shown") or ""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.tokenizer import Tokenizer
+from luthier.model.comparing.parity import COARSE, Tolerance
 from luthier.model.gguf import families
 from luthier.model.gguf.families import FAMILIES, Layout, turn, turn_back
 from luthier.model.gguf.formats import Choice, format_for
@@ -115,24 +116,46 @@ def test_eight_bits_decide_near_ties_only(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@torch.no_grad()
 def test_what_rounding_decides_in_the_seedling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run with -s for the table of docs/export.md: 768 tokens of prose that the seedling knows little of."""
+    """Run with -s for the table of docs/export.md: prose that the seedling knows little of, in its weights, nudged.
+
+    What rounding alone does must stay well within the bounds, in 12,288 tokens as in the few that a gate asks: the
+    largest difference of so many is several times that of a hundred.
+    """
     source = load_model("seedling", precision="float32")
+    nudged(source.module)
     tokenizer = Tokenizer.load(resolve_source("seedling"))
-    ids = torch.from_numpy(tokenizer.encode(Path("LICENSE").read_text("utf-8"))[0][:768].reshape(12, 64)).long()
+    prose = "\n".join(path.read_text("utf-8") for path in [Path("LICENSE"), *sorted(Path("docs").glob("*.md"))])
+    ids = torch.from_numpy(tokenizer.encode(prose)[0][:12288].reshape(96, 128)).long()
     wanted = logits(source.module, ids)
     for choice, bounds in TOLERANCES.items():
         write_model(tmp_path / "m.gguf", replace(models.whole(source.module), tokenizer=tokenizer), choice)
-        found = logits(read(tmp_path / "m.gguf", source.module.config), ids)
-        away = float((wanted - found).abs().max() / wanted.std(-1).mean())
-        ahead, same = margins(wanted, found)
-        sure = ahead > bounds.tie
-        decided, widest = float(same[sure].float().mean()), max(ahead[~same].tolist(), default=0.0)
-        kl = torch.nn.functional.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1).mean()
-        with capsys.disabled():
-            print(f"\n{choice:5} furthest {away:.2g}, KL {kl:.2g}, same {same.float().mean():.1%}, widest tie "
-                  f"{widest:.2g}, {sure.float().mean():.0%} beyond {bounds.tie:g}, of which {decided:.1%}", end="")
-        assert away < bounds.difference and kl < bounds.kl and decided >= bounds.agreement
+        within(choice, bounds, wanted, logits(read(tmp_path / "m.gguf", source.module.config), ids), capsys)
+    within("products too", COARSE, wanted, logits(source.module.bfloat16(), ids).float(), capsys)
+
+
+def nudged(module: torch.nn.Module) -> None:
+    """The seedling's weights are numbers of bfloat16, which rounds none of them: these lie anywhere between."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in module.parameters():
+            each.mul_(1 + torch.rand(each.shape, generator=draw) / 128)
+
+
+def within(
+    form: str, bounds: Tolerance, wanted: Tensor, found: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = float((wanted - found).abs().max() / wanted.std(-1).mean())
+    ahead, same = margins(wanted, found)
+    sure = ahead > bounds.tie
+    decided, widest = float(same[sure].float().mean()), max(ahead[~same].tolist(), default=0.0)
+    kl = torch.nn.functional.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1).mean()
+    with capsys.disabled():
+        print(f"\n{form:5} furthest {away:.2g}, KL {kl:.2g}, same {same.float().mean():.1%}, widest tie {widest:.2g}, "
+              f"{sure.float().mean():.0%} beyond {bounds.tie:g}, of which {decided:.1%}", end="")  # fmt: skip
+    assert 1.5 * away < bounds.difference and 1.5 * kl < bounds.kl and decided >= bounds.agreement
 
 
 def test_blocks_of_256_in_a_model(tmp_path: Path) -> None:

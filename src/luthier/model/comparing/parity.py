@@ -38,7 +38,7 @@ Gives = Literal["logits", "states"]
 MOST_FINDINGS: Final = 4
 MOST_TENSORS: Final = 3
 _SHOWN: Final = 48
-_NEXT: Final = "nothing was kept; choose a form that rounds less, or report this"
+_FORM: Final = "choose a form that rounds less"
 
 
 @final
@@ -75,8 +75,8 @@ class Tolerance:
 
 EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, tie=1e-3, weights=1e-6)
 HALF: Final = Tolerance(form="weights in float16", difference=0.03, kl=1e-5, tie=0.01, weights=2e-3)
-BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.15, kl=1e-3, tie=0.05, weights=4e-3)
-COARSE: Final = Tolerance(form="weights and products in bfloat16", difference=0.5, kl=5e-3, tie=0.15, weights=4e-3)
+BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.5, kl=2e-3, tie=0.05, weights=4e-3)
+COARSE: Final = Tolerance(form="weights and products in bfloat16", difference=1.2, kl=5e-3, tie=0.15, weights=4e-3)
 
 
 class Side(ABC):
@@ -188,8 +188,8 @@ class ParityReport:
         rows = f", {self.rows_equal} of {self.rows} training rows render alike" if self.rows else ""
         return f"{', '.join(parts)} over {self.tokens} tokens{rows}"
 
-    def require(self) -> None:
-        """Raise GateError, with what differs and all numbers, unless it has passed."""
+    def require(self, *, instead: str = _FORM) -> None:
+        """Raise GateError, with what differs and all numbers, unless it has passed; `instead` is a way out."""
         if self.passed:
             return
         more = len(self.findings) - MOST_FINDINGS
@@ -197,7 +197,7 @@ class ParityReport:
         raise GateError(
             f"{self.artefact} is not the model it was made from: {'; '.join(told)} ({self.numbers()})",
             allowed=self.tolerance.bounds(),
-            do=_NEXT,
+            do=f"nothing was kept; {instead}, or report this",
         )
 
 
@@ -389,10 +389,11 @@ def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side, most: flo
 def tolerance_for(dtype: torch.dtype, *, computed: Precision = "float32") -> Tolerance:
     """What is let pass for weights that are written in `dtype`, where both sides compute in `computed`.
 
-    Measured, as shares of the spread, on the seedling with a LoRA and on 24 random layers of Qwen2's shape: 1e-5, 0.007
-    (float16), 0.06 (bfloat16), and 0.16 where products are in bfloat16 too. Random models are nearly undecided between
-    words: there a tenth of the likeliest changes at a mean KL of 4e-4, so near ties convict nobody. The widest margin
-    at which rounding was seen to choose another word is in docs/export.md.
+    The largest difference is that of the few tokens where a model is at its most sensitive: among 512 tokens of the
+    seedling it is several times that of a hundred. So bounds are at least one and a half times what rounding alone does
+    in 12,288 tokens of prose (docs/export.md has the figures and their command); what is wrong in a tensor is found by
+    its sketch. Random models are nearly undecided between words: there a tenth of the likeliest changes at a mean KL of
+    4e-4, so near ties convict nobody.
     """
     if computed != "float32":
         return COARSE

@@ -47,9 +47,9 @@ TOLERANCES: Final[dict[Choice, Tolerance]] = {
     "F32": EXACT,
     "F16": HALF,
     "BF16": BRAIN,
-    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.5, kl=5e-3, tie=0.15, weights=0.03),
-    "Q4_K": Tolerance(form="weights in Q4_K", difference=2.0, kl=0.1, tie=0.5, weights=0.2),
-    "Q4_0": Tolerance(form="weights in Q4_0", difference=4.0, kl=0.3, tie=1.0, weights=0.2),
+    "Q8_0": Tolerance(form="weights in Q8_0", difference=0.7, kl=5e-3, tie=0.15, weights=0.03),
+    "Q4_K": Tolerance(form="weights in Q4_K", difference=4.0, kl=0.1, tie=0.5, weights=0.2),
+    "Q4_0": Tolerance(form="weights in Q4_0", difference=8.0, kl=0.5, tie=1.0, weights=0.2),
 }
 """How far a file may be from its source, by format."""
 
