@@ -63,6 +63,11 @@ def merge(
             raise RecipeError(
                 f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR"
             )
+        if out is not None and not dry_run:
+            # Before what takes seconds to import.
+            from luthier.store.folder import require_new
+
+            require_new(out)
         given = _set(set_ or [])
         if adapters:
             _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)

@@ -48,8 +48,8 @@ def write_folder(
     """
     _make_parents(place, disk)
     recover_folder(place, disk=disk)
-    if not replace and _is_there(place):
-        raise RefusedError(f"{place} is there already; nothing was changed", do="name a new folder")
+    if not replace:
+        require_new(place)
     require_space(place.parent, needed_bytes, disk=disk)
     beside, old = _beside(place, "tmp"), _beside(place, "old")
     with _undone_on_error(place, lambda: _drop(beside, disk)):
@@ -65,6 +65,12 @@ def write_folder(
         with explained("remove", old):
             disk.remove(old)
     return manifest
+
+
+def require_new(place: Path) -> None:
+    """Raise RefusedError for a place that something is at: for whoever has long work before it is written."""
+    if _is_there(place):
+        raise RefusedError(f"{place} is there already; nothing was changed", do="name a new folder")
 
 
 def fill_folder(

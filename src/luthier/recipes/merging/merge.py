@@ -32,7 +32,7 @@ from luthier.model.files.sources import resolve_source
 from luthier.recipes.exporting.card_parts import CARD, PARITY
 from luthier.recipes.merging.card import CardFacts, ParentFacts, merge_card
 from luthier.recipes.merging.recipe import MergeRecipe
-from luthier.store.folder import write_folder
+from luthier.store.folder import require_new, write_folder
 from luthier.store.manifest import Entry
 from luthier.store.runs import RunDirectory, is_run
 
@@ -136,6 +136,7 @@ def merge_models(
     Raises GateError, with nothing left there, where the files hold something else than was computed, or where `gate`
     finds the result worse than its best parent.
     """
+    require_new(out)
     scores: Mapping[str, float] = {}
     if gate is not None:
         scores = gate.parents([(each.model, *_named(each.model, each.adapter)) for each in recipe.models])

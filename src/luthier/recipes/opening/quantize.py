@@ -25,7 +25,7 @@ from luthier.model.load import Precision, resolve_source, without_bars
 from luthier.model.packed import stored_bytes
 from luthier.quantizers import Quantizer
 from luthier.recipes.opening.quantized import KEY, load_base, quantize
-from luthier.store.folder import write_folder
+from luthier.store.folder import require_new, write_folder
 from luthier.train.result import release
 
 
@@ -53,6 +53,7 @@ def quantize_model(
             allowed="nf4",
             do="name it in a recipe instead: training packs the weights when it loads them",
         )
+    require_new(out)
     base = load_base(model, precision=precision, device=device)
     before = sum(map(stored_bytes, base.module.parameters()))
     quantize(base, quantizer)
