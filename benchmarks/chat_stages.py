@@ -91,7 +91,7 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
         tokenizer.words.forget()
     with clock.stage("pack"), tempfile.TemporaryDirectory() as folder:
         for view in kept:
-            digests([view])
+            digests([view], renderer.native_rows)
         if kept:
             TokenStore.open_or_build(lambda _: (view for view in kept), renderer, key="k", folder=Path(folder))
     renderer.template.close()

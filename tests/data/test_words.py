@@ -16,7 +16,8 @@ from luthier.core.errors import MissingError
 from luthier.data import words as words_module
 from luthier.data.covering import closed
 from luthier.data.tokenizer import Tokenizer
-from luthier.data.words import PATTERNS, Words
+from luthier.data.word_patterns import PATTERNS
+from luthier.data.words import Words
 from luthier.kernels import words as native_module
 from luthier.kernels.native_build import COMPILERS
 
@@ -268,3 +269,16 @@ def test_many_at_once_are_as_one_by_one(kind: str, make_tokenizer) -> None:
         alone = tokenizer.encode(text)
         assert ids.tolist() == alone[0].tolist() and spans.tolist() == alone[1].tolist()
     assert tokenizer.encode_many([]) == []
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_model_alone_says_of_a_word_what_the_tokenizer_says(name: str) -> None:
+    """Breaks when a letter is written otherwise, or a word has to go through what stands before the model."""
+    words = Words.of(BACKENDS[name]())
+    assert words is not None
+    every = [*texts(1), *texts(2), *(one + two for one in PLAIN for two in "a 1'\n.")]
+    found = {word for text in every for word in words._cut(text)}
+    asked = sorted(word for word in found if word.isascii() and word not in words._specials)
+    assert len(asked) > 200
+    (alone, own), (whole, edges) = words._asked_alone(asked), words._asked_whole(asked)
+    assert np.array_equal(alone, whole) and alone.dtype == whole.dtype and own == edges

@@ -17,17 +17,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialized
 
 from luthier.core.errors import LuthierError, StorageError
+from luthier.store import large_file
 from luthier.store.checkpoints import CheckpointStore
 from luthier.store.disk import REAL, Disk
+from luthier.store.folder import Writer
+from luthier.store.manifest import Entry
 from luthier.store.runs import RunDirectory
 from tests.faults.broken import LazyDisk
 
 RUN = "r"
 OLD = (10, 20)
 NEW = 30
+TENSORS = "state.safetensors"
 READY = "ready"
 """A file beside the gate: the process waits there, and has done what does not count."""
 
@@ -41,14 +45,22 @@ def content(step: int) -> bytes:
     return random.Random(step).randbytes(6000)
 
 
-def writer(step: int) -> Callable[[Path], None]:
-    """Writes a checkpoint in the form that runs give it: tensors by the safetensors library, numbers as JSON."""
+def writer(step: int) -> Writer:
+    """Writes a checkpoint as runs do: tensors past the page cache, in smaller pieces here; numbers as JSON."""
 
-    def write(folder: Path) -> None:
-        save_file({"master/a": np.frombuffer(content(step), dtype=np.uint8)}, folder / "state.safetensors")
+    def write(folder: Path) -> dict[str, Entry]:
+        large_file.PIECE = large_file.BLOCK
+        data = serialized({"master/a": np.frombuffer(content(step), dtype=np.uint8)})
+        file = large_file.LargeFile(folder / TENSORS, len(data))
+        try:
+            file.write(memoryview(data), 0)
+            told = file.finish()
+        finally:
+            file.close()
         (folder / "state.json").write_text(f'{{"step": {step}}}', encoding="utf-8")
         (folder / "adapter").mkdir()
         (folder / "adapter" / "weights").write_bytes(content(-step)[:500])
+        return {TENSORS: told}
 
     return write
 
@@ -60,7 +72,7 @@ def template(folder: Path) -> None:
         store.save(step, writer(step), {})
     for name in STALE:
         (folder / name).mkdir()
-        (folder / name / "state.safetensors").write_bytes(b"half")
+        (folder / name / TENSORS).write_bytes(b"half")
 
 
 def traceable() -> None:

@@ -41,8 +41,8 @@ TYPED = "a StorageError that names the reason; older checkpoints untouched; a cl
 EARLY_LINKS = "links that move before their checkpoint is written"
 CONTROL = "older checkpoints are removed before the new one is written"
 KILLED = (
-    "openat", "write", "pwrite64", "writev", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir",
-    "mkdirat", "unlink", "unlinkat", "rmdir", "ftruncate", "symlink", "symlinkat", "read", "getdents64",
+    "openat", "write", "pwrite64", "writev", "fallocate", "fsync", "fdatasync", "rename", "renameat", "renameat2",
+    "mkdir", "mkdirat", "unlink", "unlinkat", "rmdir", "ftruncate", "symlink", "symlinkat", "read", "getdents64",
 )  # fmt: skip
 ASKED = ("statfs", "fstatfs", "newfstatat", "read", "getdents64")
 """Calls that only ask: they know no full disk."""

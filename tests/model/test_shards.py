@@ -23,7 +23,7 @@ from luthier.core.errors import (
     UnsafeArtifactError,
 )
 from luthier.model.files import shards
-from luthier.model.files.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, write_shards
+from luthier.model.files.shards import INDEX, SINGLE, Shards, ShardWriter, Slot, write_shards, write_tensors
 from luthier.store.folder import write_folder
 from luthier.store.manifest import Entry, verify
 
@@ -71,6 +71,20 @@ def test_what_is_written_is_what_safetensors_and_we_read(tmp_path: Path, limit: 
             assert list(writer.order) == list(ours.slots)
             for name, tensor in TENSORS.items():
                 writer.write(name, tensor)
+
+
+def test_one_file_of_tensors_is_what_safetensors_reads(tmp_path: Path) -> None:
+    """Breaks when a tensor that does not lie in order, has no shape or no numbers is written as another."""
+    tensors = {**TENSORS, "turned": torch.randn(4, 6).T, "every other": torch.arange(10)[::2]}
+    entry = write_tensors(tmp_path / "x", tensors)
+    found, data = load_file(tmp_path / "x"), (tmp_path / "x").read_bytes()
+    assert found.keys() == tensors.keys() and all(same(found[name], tensors[name]) for name in tensors)
+    assert entry == Entry(len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_the_order_in_which_tensors_come_does_not_change_the_file(tmp_path: Path) -> None:
+    """Breaks when a run that was killed and went on has other files than one that was not: it made its state anew."""
+    assert write_tensors(tmp_path / "x", TENSORS) == write_tensors(tmp_path / "y", dict(reversed(TENSORS.items())))
 
 
 def test_rows_are_read_alone_and_into_a_buffer(tmp_path: Path) -> None:

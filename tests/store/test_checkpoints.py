@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import pytest
 
 from luthier.core.errors import CorruptError, StorageError
 from luthier.store.checkpoints import CheckpointStore
-from luthier.store.manifest import read_manifest, verify
+from luthier.store.manifest import Entry, read_manifest, verify
 from tests.store.faults import FaultyDisk, Killed
 
 
@@ -54,6 +55,21 @@ def test_a_checkpoint_is_whole_linked_and_carries_its_facts(tmp_path: Path) -> N
     assert store.latest_valid() == tmp_path / "checkpoints/step-1234567"
     assert names(tmp_path / "checkpoints") == ["best", "last", "step-000120", "step-1234567"]
     assert store.notices == []
+
+
+def test_what_a_writer_tells_of_a_file_is_compared_with_the_disk(tmp_path: Path) -> None:
+    """Breaks when the digest of what was handed over is not used, or the file is trusted because of it."""
+    store = saved(tmp_path, 1)
+    meant = random.Random(2).randbytes(2000)
+
+    def spoiled(folder: Path) -> dict[str, Entry]:
+        writer(2)(folder)
+        (folder / "state.safetensors").write_bytes(meant[:-1] + b"?")
+        return {"state.safetensors": Entry(len(meant), hashlib.sha256(meant).hexdigest())}
+
+    with pytest.raises(CorruptError, match=r"state\.safetensors does not match its manifest"):
+        store.save(2, spoiled, {})
+    assert names(tmp_path) == [".bad-step-000002-1", "last", "step-000001"] and store.linked("last") == 1
 
 
 def test_the_run_may_move(tmp_path: Path) -> None:

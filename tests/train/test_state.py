@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from itertools import product
@@ -19,6 +20,7 @@ from luthier.core.errors import CorruptError
 from luthier.objectives.sft import SFT
 from luthier.optimizers import Optimizer, set_rate
 from luthier.schedules.cosine import Cosine
+from luthier.store.manifest import Entry
 from luthier.train.loop import Cadence, Loop
 from luthier.train.signals import StopRequest
 from luthier.train.source import DataSource
@@ -133,6 +135,13 @@ def saved(tmp_path: Path) -> Path:
     run.go(state)
     take_snapshot(state, run.stepper, {3: 0.5}).write(tmp_path)
     return tmp_path
+
+
+def test_the_digest_that_is_told_is_that_of_the_tensors_file(tmp_path: Path) -> None:
+    run = Run()
+    told = take_snapshot(LoopState(), run.stepper, {}).write(tmp_path)
+    data = (tmp_path / TENSORS).read_bytes()
+    assert told == {TENSORS: Entry(len(data), hashlib.sha256(data).hexdigest())}
 
 
 def change_tensors(folder: Path, *, drop: str = "", add: bool = False, cut: str = "") -> None:

@@ -68,12 +68,13 @@ def check_rendered(view: Rendered, renderer: Renderer, row: Row) -> list[Problem
     content = row.content
     found: list[Finding]
     if isinstance(content, Conversation) and renderer.kind == "causal":  # first, as most rows are
-        turns = list(runs(view.weights > 0))
+        sound = _sound_turns(view, renderer)
+        turns = list(runs(view.weights > 0)) if sound is None else sound
         found = [
-            _trained(view, turns),
+            _trained(view, turns) if sound is None else None,
             _bos(view, renderer, row),
-            _text(view, renderer),
-            _stops(view, renderer, turns),
+            _text(view, renderer) if sound is None else None,
+            _stops(view, renderer, turns) if sound is None else None,
             _prompt(view, renderer, content, turns),
         ]
     elif isinstance(renderer, Seq2SeqRenderer):
@@ -117,6 +118,19 @@ def _paths(view: Rendered) -> Iterator[Rendered]:
 
 _Turns = Sequence[tuple[int, int]]
 """The [start, stop) of each unbroken run of tokens with weight."""
+
+
+def _sound_turns(view: Rendered, renderer: Renderer) -> list[tuple[int, int]] | None:
+    """The trained turns of a row in which C++ finds nothing that `_trained`, `_text` and `_stops` would name.
+
+    None where it cannot say so.
+    """
+    tokenizer, rows = renderer.tokenizer, renderer.native_rows
+    if rows is None or tokenizer.spellings is None or renderer.train_on == "all" or len(view.roles) != len(view.tokens):
+        return None
+    row = (view.tokens, view.weights, view.spans, view.text)
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    return tokenizer.spellings.sound(rows, row, renderer.stop_ids, bos)
 
 
 def _trained(view: Rendered, turns: _Turns) -> Finding:

@@ -23,6 +23,7 @@ from luthier.core.units import percent_text
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.token_store import TokenStore
+from luthier.kernels.rows import NativeRows
 
 SHOWN: Final = 3
 """Addresses that a warning names."""
@@ -38,8 +39,16 @@ Where = Callable[[int], str]
 """The address of a row by its place among the rows."""
 
 
-def digests(views: Sequence[Rendered]) -> tuple[int, int, int]:
-    """Digests of a row's tokens, of its text without capitals and white space, and of its trained tokens."""
+def digests(views: Sequence[Rendered], rows: NativeRows | None = None) -> tuple[int, int, int]:
+    """Digests of a row's tokens, of its text without capitals and white space, and of its trained tokens.
+
+    Of most rows `rows` makes the same.
+    """
+    if rows is not None and len(views) == 1 and views[0].labels is None:
+        (view,) = views
+        marks = rows.marks(view.tokens, view.weights, view.spans, view.text)
+        if marks is not None:
+            return marks
     tokens = words = answer = b""
     for view in views:
         text = view.text[int(view.spans[0, 0]) : int(view.spans[-1, 1])]
@@ -111,10 +120,15 @@ class Watch:
         """Count the answers of one row. A text has none, and where everything is trained no loss hangs on them."""
         if self._renderer.train_on == "all" or self._renderer.kind == "encoder":
             return
-        stops = self._renderer.stop_ids
+        stops, rows = self._renderer.stop_ids, self._renderer.native_rows
         for view in views:
             if view.labels is not None or (len(view.roles) and view.roles[-1] == _TEXT):
                 continue
+            if rows is not None:
+                specials = self._renderer.tokenizer.special_ids
+                if rows.answer(view.tokens, view.weights, stops, specials) > SHORT:
+                    self.answers.trained += 1  # nearly always: one answer, and one that shows something
+                    continue
             content: list[int] = []
             trained = view.tokens[view.weights > 0].tolist()
             if trained and trained[-1] in stops and stops.isdisjoint(trained[:-1]):

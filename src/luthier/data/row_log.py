@@ -135,7 +135,7 @@ class RowLog:
                     rejects.write(json.dumps(_stored(item, self._intake.sources)) + "\n")
                 elif item.views:
                     _, line, column = item.row.where.rsplit(":", 2)
-                    marks = digests(item.views)
+                    marks = digests(item.views, self._renderer.native_rows)
                     self._records += _PACK.pack(item.row.number, item.file, int(line), int(column), *marks)
                     self._watch.see(item.row.where, item.views)
                 yield item

@@ -20,7 +20,8 @@ from typing import Any, Final, final
 import numpy as np
 
 from luthier.core.errors import MissingError
-from luthier.data.forest import Ints
+from luthier.data.forest import Floats, Ints
+from luthier.kernels.rows import NativeRows
 from luthier.kernels.words import NativeSpellings, is_compiled
 
 _SHOWN: Final = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
@@ -32,7 +33,7 @@ BYTE_OF: Final[Mapping[str, int]] = MappingProxyType(
 """Each letter of the alphabet, and the byte it stands for."""
 
 
-_MANY: Final = 2**16
+_MANY: Final = 2**13
 """Tokens after which it is looked whether they can be joined in C++."""
 _AT_ONCE: Final = 2**13
 """Tokens that are joined at once: there has to be room for the longest token as often."""
@@ -47,7 +48,7 @@ class Spellings:
         self._spelled = 0
         self._lock = Lock()
         self._native: NativeSpellings | None = None
-        self._put: set[int] = set()
+        self._put = np.zeros(0, np.bool_)
 
     @classmethod
     def of(cls, backend: Any) -> Spellings | None:
@@ -65,6 +66,28 @@ class Spellings:
             ids = ids.tolist()
         return b"".join(map(self._known.__getitem__, ids)).decode("utf-8", "replace")
 
+    def foresee(self, texts: Sequence[Ints]) -> None:
+        """Look up what the tokens of these texts stand for, at once: they will be asked for text by text."""
+        if self._native is not None and texts:
+            with self._lock:
+                self._told(self._native, np.concatenate(texts))
+
+    def sound(
+        self, rows: NativeRows, row: tuple[Ints, Floats, Ints, str], stops: frozenset[int], bos: int | None
+    ) -> list[tuple[int, int]] | None:
+        """The turns of a row that says its text, among all else that `NativeRows.sound` looks at.
+
+        None when that is not known.
+        """
+        native = self._built(len(row[0]))
+        if native is None:
+            return None
+        with self._lock:
+            found = rows.sound(native, row, stops, bos)
+            if isinstance(found, int) and self._told(native, row[0]):
+                found = rows.sound(native, row, stops, bos)
+        return found if isinstance(found, list) else None
+
     def _quickly(self, ids: Ints) -> bytes | None:
         """The bytes of tokens, joined in C++ where that is compiled and enough was asked for; else None."""
         native = self._built(len(ids))
@@ -75,16 +98,33 @@ class Spellings:
             for start in range(0, len(ids), _AT_ONCE):
                 piece = ids[start : start + _AT_ONCE]
                 if isinstance(made := native.text(piece), int):
-                    for token in set(piece.tolist()) - self._put:
-                        if token < 0 or (known := self._known[token]) is not self._known.get(token):
-                            return None  # no token, or one that may be added later
-                        native.put(token, known)
-                        self._put.add(token)
+                    if not self._told(native, piece):
+                        return None
                     made = native.text(piece)
                 if isinstance(made, int):
                     return None
                 spelled.append(made)
         return b"".join(spelled)
+
+    def _told(self, native: NativeSpellings, ids: Ints) -> bool:
+        """Say in C++ what these tokens stand for; False where one is none, or may be added later."""
+        if not len(ids) or int(ids.min()) < 0:
+            return False
+        last = int(ids.max())
+        if last >= len(self._put):
+            if not self._is_token(last):
+                return False
+            self._put = np.concatenate([self._put, np.zeros(last + 1, np.bool_)])
+        new = np.unique(ids[~self._put[ids]]).tolist()
+        if not all(map(self._is_token, new)):
+            return False
+        if new:
+            native.put(new, [self._known[token] for token in new])
+            self._put[new] = True
+        return True
+
+    def _is_token(self, token: int) -> bool:
+        return self._known[token] is self._known.get(token)
 
     def _built(self, count: int) -> NativeSpellings | None:
         if self._native is None:

@@ -145,6 +145,8 @@ class Tokenizer:
         """Ids and spans of each text, the spans such that they cover it, as `covering.closed` makes them."""
         made = self.words.encode(texts, closing=True) if self.words is not None else None
         if made is not None:
+            if self.spellings is not None:
+                self.spellings.foresee([ids for ids, _ in made])  # whoever checks them reads them back
             return made
         return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, self.encode_many(texts), strict=True)]
 

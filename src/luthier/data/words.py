@@ -18,9 +18,8 @@ Source: the pre-tokenizers of the tokenizers library (ByteLevel, Split) and the 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, filterfalse, pairwise
 from threading import Lock
 from typing import Any, Final, NamedTuple, final
@@ -30,20 +29,10 @@ import numpy as np
 from luthier.core.errors import MissingError
 from luthier.data.covering import closed
 from luthier.data.forest import Ints
+from luthier.data.spellings import BYTE_OF
+from luthier.data.word_patterns import PATTERNS, ascii_pattern, is_plain, pattern_of
 from luthier.kernels.words import ORDER, NativeWords, is_compiled
 
-_GPT2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN2: Final = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SEEDLING: Final = (
-    r"'(?:[sdmt]|ll|ve|re)|\p{Lu}\p{L}*| ?(?!\p{Lu})\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
-PATTERNS: Final = (_GPT2, _LLAMA3, _QWEN2, _SEEDLING)  # as kernels/words.py names them, in ORDER
-"""What is known to cut at each letter that a space or a line break follows, without looking back over it."""
-_IN_CLASS: Final = {r"\p{Lu}": "A-Z", r"\p{L}": "A-Za-z", r"\p{N}": "0-9"}
 _OTHER: Final = re.compile(r"[^\x00-\x7f]+")
 _CUT: Final = re.compile(r"[A-Za-z](?=[ \n])")
 _MUCH: Final = 2**20
@@ -53,6 +42,8 @@ _SLICE: Final = 2**20
 _MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
 """What is remembered, at most, about 30 MB; then it begins anew."""
 _RECORD_BYTES: Final = 12
+_LETTERS: Final = {byte: letter for letter, byte in BYTE_OF.items()}
+"""The letter that a byte-level tokenizer writes for each byte."""
 
 
 @final
@@ -62,8 +53,9 @@ class Words:
     def __init__(self, backend: Any, pattern: str, added: Sequence[str]) -> None:
         self._backend = backend
         self._pattern = pattern
-        self._find = re.compile(_ascii(pattern), re.ASCII).findall
+        self._find = re.compile(ascii_pattern(pattern), re.ASCII).findall
         longest_first = sorted(added, key=len, reverse=True)
+        self._specials = frozenset(added)
         self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
         self._lock = Lock()
         self._seen = 0
@@ -75,7 +67,7 @@ class Words:
     @classmethod
     def of(cls, backend: Any) -> Words | None:
         """The words of a `tokenizers.Tokenizer`; None where its tokens are not known to be those of its words."""
-        pattern = _pattern(_state(backend.pre_tokenizer))
+        pattern = pattern_of(backend)
         added = list(backend.get_added_tokens_decoder().values())
         plain_tokens = not any(
             token.lstrip or token.rstrip or token.single_word or token.normalized or not token.content
@@ -83,7 +75,7 @@ class Words:
             or _CUT.search(token.content)
             for token in added
         )
-        if pattern is None or not plain_tokens or not _is_plain(backend):
+        if pattern is None or not plain_tokens or not is_plain(backend):
             return None
         return cls(backend, pattern, [token.content for token in added])
 
@@ -190,8 +182,8 @@ class Words:
             last.append(len(parts))
         begun = [(like if stop else -1, stop) for like, stop in beginnings]
         while isinstance(found := native.encode(parts, bytes(whole), last, begun), list):
-            records, edges = self._asked([word.decode() for word in found])
-            native.put(found, records, edges[1:])
+            for words, records, edges in self._asked([word.decode() for word in found]):
+                native.put([word.encode() for word in words], records, edges[1:])
         sizes = [stop + len(rest) for (_, stop), rest in zip(beginnings, rests, strict=True)]
         if found is None or found.characters != sizes:
             return None, False
@@ -201,17 +193,36 @@ class Words:
 
     def _learn(self, words: Sequence[str]) -> None:
         """Remember the tokens of words."""
-        records, edges = self._asked(words)
-        raw = records.tobytes()
-        for word, start, end in zip(words, edges, edges[1:], strict=False):
-            self._known[word] = raw[start * _RECORD_BYTES : end * _RECORD_BYTES]
-        self._size += len(records)
+        for asked, records, edges in self._asked(words):
+            raw = records.tobytes()
+            for word, start, end in zip(asked, edges, edges[1:], strict=False):
+                self._known[word] = raw[start * _RECORD_BYTES : end * _RECORD_BYTES]
+            self._size += len(records)
 
-    def _asked(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
-        """Records of the tokens of words, and where those of each begin and end.
+    def _asked(self, words: Sequence[str]) -> Iterator[tuple[Sequence[str], Ints, list[int]]]:
+        """Words in two groups, each with records of their tokens, and where those of each begin and end.
 
-        The tokenizer is asked for all at once, as if they stood in a list.
+        Of a word of ASCII the tokenizer's model is asked alone: what stands before it there leaves such a word as it
+        is, and takes most of the time. Of others the tokenizer is asked, for all at once, as if they stood in a list.
         """
+        alone = [word for word in words if word.isascii() and word not in self._specials]
+        if alone:
+            yield alone, *self._asked_alone(alone)
+        if len(alone) < len(words):
+            others = [word for word in words if not word.isascii() or word in self._specials]
+            yield others, *self._asked_whole(others)
+
+    def _asked_alone(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
+        tokenize = self._backend.model.tokenize
+        flat: list[int] = []
+        edges = [0]
+        for word in words:
+            for token in tokenize(word.translate(_LETTERS)):
+                flat += (token.id, 0, len(token.value))
+            edges.append(len(flat) // 3)
+        return np.array(flat, np.int32).reshape(-1, 3), edges
+
+    def _asked_whole(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
         made = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
         records = np.empty((len(made), 3), np.int32)
         starts, ends = np.array(made.offsets, np.int32).reshape(-1, 2).T
@@ -343,54 +354,3 @@ def _cut_before(text: str, start: int, end: int) -> int:
         before = text[end - 1]
         if before.isascii() and before.isalpha():
             return end
-
-
-def _ascii(pattern: str) -> str:
-    """A pattern as it reads where there is nothing but ASCII: classes of Unicode become ranges."""
-    inside = False
-    made = ""
-    for piece in re.split(r"(\\p\{\w+\}|\\.|[\[\]])", pattern):
-        inside = piece == "[" or (inside and piece != "]")
-        ranges = _IN_CLASS.get(piece)
-        made += piece if ranges is None else ranges if inside else f"[{ranges}]"
-    return made
-
-
-def _state(part: Any) -> dict[str, Any]:
-    """What a part of a tokenizer says of itself, as tokenizer.json has it; empty when there is none."""
-    return {} if part is None else dict(json.loads(part.__getstate__()))
-
-
-def _parts(state: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """The parts of a sequence, or the one part, or none."""
-    return list(state[key]) if state.get("type") == "Sequence" else [state] if state else []
-
-
-def _pattern(state: Mapping[str, Any]) -> str | None:
-    """The listed pattern by which a pre-tokenizer cuts; None when it does anything else."""
-    *before, last = _parts(state, "pretokenizers") or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
-        return None
-    if not before:
-        return _GPT2 if last.get("use_regex", True) is True else None
-    if len(before) > 1 or before[0].get("type") != "Split" or last.get("use_regex", True) is not False:
-        return None
-    # Isolated words, or what is between removed: all characters belong to a word, so that is the same.
-    way = before[0].get("behavior"), before[0].get("invert")
-    pattern = before[0].get("pattern", {}).get("Regex")
-    return pattern if pattern in PATTERNS and way in (("Isolated", False), ("Removed", True)) else None
-
-
-def _is_plain(backend: Any) -> bool:
-    """Whether the rest of a tokenizer looks at one word at a time, and leaves ASCII and the spans as they are."""
-    model = backend.model
-    if type(model).__name__ != "BPE" or model.dropout or model.unk_token is not None or backend.encode_special_tokens:
-        return False
-    if model.continuing_subword_prefix or model.end_of_word_suffix or model.byte_fallback:
-        return False
-    if _state(backend.normalizer).get("type", "NFC") != "NFC":
-        return False
-    return all(
-        part.get("type") == "TemplateProcessing" or (part.get("type") == "ByteLevel" and not part["trim_offsets"])
-        for part in _parts(_state(backend.post_processor), "processors")
-    )

@@ -52,17 +52,17 @@ class Encoded:
 class NativeWords:
     """The words of one tokenizer. Make one with `build`; it is not for several threads at once."""
 
-    def __init__(self, compiled: ctypes.CDLL, pattern: str) -> None:
-        self._library = compiled
-        compiled.words_new.restype = ctypes.c_void_p
-        compiled.words_encode.restype = ctypes.c_int64
-        self._handle = ctypes.c_void_p(compiled.words_new(ctypes.c_int32(ORDER.index(pattern))))
-        weakref.finalize(self, compiled.words_free, self._handle)
+    def __init__(self, loaded: ctypes.CDLL, pattern: str) -> None:
+        self._library = loaded
+        loaded.words_new.restype = ctypes.c_void_p
+        loaded.words_encode.restype = ctypes.c_int64
+        self._handle = ctypes.c_void_p(loaded.words_new(ctypes.c_int32(ORDER.index(pattern))))
+        weakref.finalize(self, loaded.words_free, self._handle)
 
     @classmethod
     def build(cls, pattern: str) -> NativeWords:
         """The words of a tokenizer that cuts by this pattern. Raises MissingError where nothing can be compiled."""
-        return cls(_compiled(), pattern)
+        return cls(compiled(), pattern)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -120,28 +120,32 @@ class NativeWords:
 class NativeSpellings:
     """The bytes of tokens, joined in C++. Make one with `build`; it is not for several threads at once."""
 
-    def __init__(self, compiled: ctypes.CDLL) -> None:
-        compiled.spellings_new.restype = ctypes.c_void_p
-        self._handle = ctypes.c_void_p(compiled.spellings_new())
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        loaded.spellings_new.restype = ctypes.c_void_p
+        self.handle = ctypes.c_void_p(loaded.spellings_new())
         # Said once, since a call of these is otherwise mostly the making of its arguments.
-        self._put, self._text = compiled.spellings_put, compiled.spellings_text
-        self._put.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
+        self._put, self._text = loaded.spellings_put, loaded.spellings_text
+        self._put.argtypes = (
+            ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64
+        )  # fmt: skip
         self._text.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
         self._text.restype = ctypes.c_int64
         self._longest = 1
         self._made = np.empty(0, np.uint8)
         self._address = 0
-        weakref.finalize(self, compiled.spellings_free, self._handle)
+        weakref.finalize(self, loaded.spellings_free, self.handle)
 
     @classmethod
     def build(cls) -> NativeSpellings:
         """Empty ones. Raises MissingError where nothing can be compiled."""
-        return cls(_compiled())
+        return cls(compiled())
 
-    def put(self, token: int, spelled: bytes) -> None:
-        """Remember what a token stands for."""
-        self._put(self._handle, token, spelled, len(spelled))
-        self._longest = max(self._longest, len(spelled))
+    def put(self, tokens: Sequence[int], spelled: Sequence[bytes]) -> None:
+        """Remember what each of some tokens stands for."""
+        sizes = [len(each) for each in spelled]
+        ids, ends = np.array(tokens, np.int64).tobytes(), np.cumsum(sizes, dtype=np.int64).tobytes()
+        self._put(self.handle, ids, b"".join(spelled), ends, len(tokens))
+        self._longest = max(self._longest, *sizes)
 
     def text(self, ids: NDArray[np.int32]) -> bytes | int:
         """The bytes of tokens, or the place of the first one that has not been put."""
@@ -149,7 +153,7 @@ class NativeSpellings:
         if room > len(self._made):
             self._made = np.empty(2 * room, np.uint8)
             self._address = self._made.ctypes.data
-        size = int(self._text(self._handle, ids.tobytes(), len(ids), self._address, room))
+        size = int(self._text(self.handle, ids.tobytes(), len(ids), self._address, room))
         return self._made[:size].tobytes() if size >= 0 else -1 - size
 
 
@@ -158,7 +162,8 @@ def is_compiled() -> bool:
     return is_built(SOURCES, FLAGS)
 
 
-def _compiled() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
+    """The C++ of words and rows. Raises MissingError where nothing can be compiled, or nothing shall be."""
     if wanted_kernels() not in ("auto", "native"):
         raise MissingError(f"LUTHIER_KERNELS is {wanted_kernels()}")
     return library(SOURCES, FLAGS)[0]

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from luthier.core.errors import CorruptError, StorageError
 from luthier.store.disk import REAL, Disk, explained, require_space
-from luthier.store.folder import fill_folder
+from luthier.store.folder import Writer, fill_folder
 from luthier.store.manifest import Manifest, verify
 
 Link = Literal["best", "last", "finite"]
@@ -44,7 +44,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        writer: Callable[[Path], None],
+        writer: Writer,
         facts: Mapping[str, Any],
         *,
         best: bool = False,
@@ -52,7 +52,8 @@ class CheckpointStore:
     ) -> Path:
         """Save what `writer` puts into the folder it is given; return once it is durable, verified and linked.
 
-        `facts` must be plain JSON values. Raises StorageError when it cannot be saved; nothing older is touched then.
+        What the writer tells of its files is read back and compared all the same. `facts` must be plain JSON values.
+        Raises StorageError when it cannot be saved; nothing older is touched then.
         """
         self._prepare(self._expected_bytes() if needed_bytes is None else needed_bytes)
         beside = self.folder / f".tmp-{step}-{os.getpid()}"

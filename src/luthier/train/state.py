@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.core.errors import CorruptError, NumericError, RecipeError
 from luthier.core.events import plain
+from luthier.model.files.shards import write_tensors
+from luthier.store.manifest import Entry
 from luthier.train.source import Cursor, Source
 from luthier.train.stepper import Stepper
 
@@ -103,10 +104,11 @@ class Snapshot:
                     do="lower optimizer.learning_rate, or use precision float32",
                 )
 
-    def write(self, folder: Path) -> None:
-        """Write it into `folder`."""
-        save_file(dict(self.tensors), folder / TENSORS)
+    def write(self, folder: Path) -> dict[str, Entry]:
+        """Write it into `folder`; size and digest of the tensors' file, as they were handed over."""
+        written = write_tensors(folder / TENSORS, self.tensors)
         (folder / NUMBERS).write_text(json.dumps(plain(self.numbers), allow_nan=False), encoding="utf-8")
+        return {TENSORS: written}
 
 
 def take_snapshot(

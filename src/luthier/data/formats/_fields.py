@@ -109,19 +109,21 @@ def column(values: Mapping[str, object], name: str, where: str) -> object:
 
 def pick(values: Mapping[str, object], names: Sequence[str]) -> str | None:
     """The column that goes by the first of `names` the row has, whatever its capitals."""
-    lowered = {str(key).strip().lower(): key for key in values}
+    lowered = _lowered(values)
     return next((lowered[name] for name in names if name in lowered), None)
+
+
+def _lowered(values: Mapping[str, object]) -> dict[str, str]:
+    """The names of columns as they are written, by what they are without capitals."""
+    return {str(key).strip().lower(): key for key in values}
 
 
 def pick_pair(values: Mapping[str, object], pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
     """The columns of the first (prompt, answer) pair of names that the row has, whatever their capitals."""
     if is_preference(values):
         return None
-    for names in pairs:
-        prompt, answer = (pick(values, [name]) for name in names)
-        if prompt is not None and answer is not None:
-            return prompt, answer
-    return None
+    lowered = _lowered(values)
+    return next(((lowered[one], lowered[two]) for one, two in pairs if one in lowered and two in lowered), None)
 
 
 def is_preference(values: Mapping[str, object]) -> bool:

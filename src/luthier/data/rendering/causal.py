@@ -13,7 +13,6 @@ Use it through `render`; `prompt_ids` is what generation feeds; `stop_ids` is wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -43,19 +42,11 @@ from luthier.data.rendering.shown import Notice, Shown, show
 from luthier.data.rendering.spans import alike, lead, leading, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
+from luthier.data.rendering.weighed import Trained, weighed
 from luthier.data.tokenizer import Tokenizer
 
 _ENCODED = 64
 """Texts of one row whose tokens are remembered."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """The tokens [start, stop) of a trained turn, its stop token last."""
-
-    start: int
-    stop: int
-    weight: float
 
 
 @final
@@ -237,7 +228,7 @@ class CausalRenderer(ClassRenderer):
                 weights[index] = weight
         return weights
 
-    def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[_Trained]]]:
+    def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[Trained]]]:
         notice = self._notice
         tokens, spans = self._encode(view.text, notice)
         starts: list[int] = []
@@ -254,6 +245,12 @@ class CausalRenderer(ClassRenderer):
                 alone = alone[-1:] if self.train_on == "all" else alone
                 return [made for one in alone for made in self._tokens(row, one, shown)]
             tokens, spans, starts = self._in_two(view)
+        rows, ids = None if self.train_on == "all" else self.native_rows, self.tokenizer
+        if rows is not None and (
+            made := weighed(tokens, spans, view=view, shown=shown, starts=starts, tokenizer=ids, rows=rows)
+        ):
+            roles, weights, turns = made
+            return [(Rendered(row.number, view.text, tokens, weights, roles, spans), turns)]
         trained = [
             self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
         ]
@@ -283,7 +280,7 @@ class CausalRenderer(ClassRenderer):
         tokens = np.concatenate([prompt, rest[0]])
         return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [len(prompt)]
 
-    def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> _Trained:
+    def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> Trained:
         """The token range of an answer up to its stop token; refused when there is no such token."""
         ids, stops = self.tokenizer, self.tokenizer.stop_ids
         begins = spans[start:, 0]
@@ -320,11 +317,11 @@ class CausalRenderer(ClassRenderer):
         if stop not in stops:
             self._found_stops.add(stop)
             self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
-        return _Trained(start, at + 1, answer.weight)
+        return Trained(start, at + 1, answer.weight)
 
     # Length
 
-    def _fit(self, row: Row, view: Rendered, trained: Sequence[_Trained]) -> list[Rendered]:
+    def _fit(self, row: Row, view: Rendered, trained: Sequence[Trained]) -> list[Rendered]:
         """`view` if it is not too long, and otherwise what `over_length` makes of it."""
         fate = self._fate(row, len(view.tokens), "the conversation")
         if fate == "cut" and trained and self.max_tokens is not None:
@@ -333,7 +330,7 @@ class CausalRenderer(ClassRenderer):
             self.counts.dropped += 1
         return [view] if fate == "fits" else []
 
-    def _cut(self, view: Rendered, trained: Sequence[_Trained], limit: int) -> list[Rendered]:
+    def _cut(self, view: Rendered, trained: Sequence[Trained], limit: int) -> list[Rendered]:
         """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
         bos = self.tokenizer.bos_id
         begin, end = 0, 0

@@ -10,12 +10,13 @@ encode all of them ahead, finish each in its turn.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
-from luthier.core.errors import DataError, RecipeError, TemplateError
+from luthier.core.errors import DataError, MissingError, RecipeError, TemplateError
 from luthier.data.conversation import Content, Meaning, Message, Row
 from luthier.data.forest import Ints
 from luthier.data.rendering.classes import Classes
@@ -25,6 +26,8 @@ from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.template import Template
 from luthier.data.rendering.turns import Stage, placed
 from luthier.data.tokenizer import Tokenizer
+from luthier.kernels.rows import NativeRows
+from luthier.kernels.words import is_compiled
 
 RENDERER_VERSION = 1
 """Goes up whenever the same row may become other tokens, so that cached tokens are made again."""
@@ -41,6 +44,10 @@ OverLength = Literal["raise", "drop", "truncate"]
 MIN_TOKENS = 16
 """The least that `max_tokens` may be: BOS, and two whole characters of four bytes each, with some room."""
 
+
+_LOOK: Final = 64
+_LOOK_AGAIN: Final = 1024
+"""Rows after which it is looked whether the C++ is compiled, and rows until it is looked again."""
 
 Stages = tuple[Stage, ...]
 
@@ -96,6 +103,19 @@ class Renderer(ABC):
         self._found_stops: set[int] = set()
         self._before = (self.counts, self._found_stops, len(self.classes))
         self._now: Staged | None = None
+        self._rows: NativeRows | None = None
+        self._look = _LOOK
+
+    @property
+    def native_rows(self) -> NativeRows | None:
+        """What is worked out of rows in C++, once there are many rows, where that is compiled."""
+        if self._rows is None and self.counts.rows >= self._look:
+            self._look = self.counts.rows + _LOOK_AGAIN
+            try:
+                self._rows = NativeRows.build() if is_compiled() else None
+            except MissingError:
+                self._look = sys.maxsize  # the twins in Python do the same, slower
+        return self._rows
 
     @property
     def stop_ids(self) -> frozenset[int]:

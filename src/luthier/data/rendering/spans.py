@@ -59,6 +59,11 @@ def role_of_each(spans: Ints, view: View, shown: Sequence[Shown]) -> np.ndarray[
     return roles
 
 
+def roles_of(view: View, shown: Sequence[Shown]) -> bytes:
+    """The role (an index of TOKEN_ROLES) of each of the view's bounds."""
+    return bytes([_ROLES[shown[message].role] for _, message in view.bounds])
+
+
 def message_weights(spans: Ints, view: View, shown: Sequence[Shown]) -> Floats:
     """The loss weight of each token where every message is trained."""
     values = [shown[message].weight if shown[message].role == "assistant" else None for _, message in view.bounds]

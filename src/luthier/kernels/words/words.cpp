@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "spellings.h"
+
 namespace {
 
 enum Sign : uint8_t { OTHER, UPPER, LOWER, DIGIT, SPACE, WHITE, BREAK };  // WHITE and BREAK: other white space
@@ -195,11 +197,6 @@ struct Words {
     }
 };
 
-struct Spellings {
-    std::vector<std::pair<int64_t, int64_t>> tokens;  // where its bytes begin, and how many: -1 where nothing is known
-    std::vector<uint8_t> bytes;
-};
-
 }  // namespace
 
 extern "C" {
@@ -311,12 +308,16 @@ void* spellings_new() { return new Spellings; }
 
 void spellings_free(void* spellings) { delete static_cast<Spellings*>(spellings); }
 
-// Remember what a token stands for.
-void spellings_put(void* given, int64_t id, const uint8_t* bytes, int64_t size) {
+// Remember what `count` tokens stand for: the bytes up to each of `ends`.
+void spellings_put(void* given, const int64_t* ids, const uint8_t* bytes, const int64_t* ends, int64_t count) {
     Spellings& known = *static_cast<Spellings*>(given);
-    if (size_t(id) >= known.tokens.size()) known.tokens.resize(size_t(id) + 1, {0, -1});
-    known.tokens[size_t(id)] = {int64_t(known.bytes.size()), size};
-    known.bytes.insert(known.bytes.end(), bytes, bytes + size);
+    int64_t begin = int64_t(known.bytes.size()), done = 0;
+    if (count) known.bytes.insert(known.bytes.end(), bytes, bytes + ends[count - 1]);
+    for (int64_t place = 0; place < count; place++) {
+        if (size_t(ids[place]) >= known.tokens.size()) known.tokens.resize(size_t(ids[place]) + 1, {0, -1});
+        known.tokens[size_t(ids[place])] = {begin + done, ends[place] - done};
+        done = ends[place];
+    }
 }
 
 // The bytes of `count` tokens one behind the other, and how many there are; -1 - place for a token that is not known or

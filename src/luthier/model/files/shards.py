@@ -188,11 +188,11 @@ class ShardWriter:
         slot = self._slots[name]
         if tensor.dtype != slot.dtype or tensor.numel() % max(slot.columns, 1):
             raise TypeError(f"{name} is laid out as {slot}, and {tensor.dtype} of {tuple(tensor.shape)} came")
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        data = _bytes_of(tensor)
         begin = first * slot.columns * slot.dtype.itemsize
-        if begin + len(flat) > slot.bytes:
-            raise IndexError(f"row {first} and {len(flat):,} bytes, {name} has {slot.bytes:,}")
-        self._owner[name].write(name, memoryview(flat.numpy().data), begin)
+        if begin + len(data) > slot.bytes:
+            raise IndexError(f"row {first} and {len(data):,} bytes, {name} has {slot.bytes:,}")
+        self._owner[name].write(name, data, begin)
 
     def settle(self) -> None:
         """Write the index and begin to make everything durable; the files can be read meanwhile."""
@@ -254,6 +254,27 @@ def write_shards(
         for name, tensor in tensors:
             writer.write(name, tensor)
     return writer.entries
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
+    """Write one file of these tensors, which are on the CPU, and make it durable; its size and digest.
+
+    The file is the same in whatever order they come. Raises StorageError, DiskFullError.
+    """
+    slots = {name: Slot(tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)}
+    file = _File(path, slots, "pt")
+    try:
+        for name in file.order:
+            file.write(name, _bytes_of(tensors[name]), 0)
+        return file.finish()
+    finally:
+        file.close()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, as they lie in memory where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy().data)
 
 
 @final

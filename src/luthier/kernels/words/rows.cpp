@@ -1,0 +1,258 @@
+// Rows: what is worked out of each row's tokens, in one pass over them each. See ../rows.py.
+//
+// Idea: a row has a hundred tokens, for which a call of numpy takes longer than the work; a row asks for thirty such
+// calls. Each function here does what a few of them do, for rows as nearly all are, and says of any other that it does
+// not know: the twins in Python then look at it.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "spellings.h"
+
+namespace {
+
+struct Set {
+    const int32_t* ids;
+    int64_t count;
+    bool has(int32_t id) const {
+        for (int64_t place = 0; place < count; place++)
+            if (ids[place] == id) return true;
+        return false;
+    }
+};
+
+constexpr uint64_t START[8] = {0x6A09E667F3BCC908, 0xBB67AE8584CAA73B, 0x3C6EF372FE94F82B, 0xA54FF53A5F1D36F1,
+                               0x510E527FADE682D1, 0x9B05688C2B3E6C1F, 0x1F83D9ABFB41BD6B, 0x5BE0CD19137E2179};
+constexpr uint8_t ORDER[10][16] = {
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+    {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4}, {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+    {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13}, {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+    {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11}, {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+    {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5}, {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
+
+// BLAKE2b with a digest of eight bytes and no key (RFC 7693).
+class Digest {
+    uint64_t state[8];
+    uint8_t block[128];
+    uint64_t length = 0;
+    int64_t held = 0;
+
+    template <int round>
+    static inline void mixed(uint64_t* v, const uint64_t* words) {
+        constexpr auto& s = ORDER[round % 10];
+        auto turned = [](uint64_t value, int by) { return value >> by | value << (64 - by); };
+        auto quarter = [&](uint64_t& a, uint64_t& b, uint64_t& c, uint64_t& d, uint64_t one, uint64_t two) {
+            a += b + one;
+            d = turned(d ^ a, 32);
+            c += d;
+            b = turned(b ^ c, 24);
+            a += b + two;
+            d = turned(d ^ a, 16);
+            c += d;
+            b = turned(b ^ c, 63);
+        };
+        quarter(v[0], v[4], v[8], v[12], words[s[0]], words[s[1]]);
+        quarter(v[1], v[5], v[9], v[13], words[s[2]], words[s[3]]);
+        quarter(v[2], v[6], v[10], v[14], words[s[4]], words[s[5]]);
+        quarter(v[3], v[7], v[11], v[15], words[s[6]], words[s[7]]);
+        quarter(v[0], v[5], v[10], v[15], words[s[8]], words[s[9]]);
+        quarter(v[1], v[6], v[11], v[12], words[s[10]], words[s[11]]);
+        quarter(v[2], v[7], v[8], v[13], words[s[12]], words[s[13]]);
+        quarter(v[3], v[4], v[9], v[14], words[s[14]], words[s[15]]);
+    }
+
+    template <int... round>
+    static inline void all_mixed(uint64_t* v, const uint64_t* words, std::integer_sequence<int, round...>) {
+        (mixed<round>(v, words), ...);
+    }
+
+    void mix(bool last) {
+        uint64_t words[16], v[16];
+        std::memcpy(words, block, 128);
+        std::copy(state, state + 8, v);
+        std::copy(START, START + 8, v + 8);
+        v[12] ^= length;
+        if (last) v[14] = ~v[14];
+        all_mixed(v, words, std::make_integer_sequence<int, 12>{});
+        for (int i = 0; i < 8; i++) state[i] ^= v[i] ^ v[i + 8];
+    }
+
+public:
+    Digest() {
+        std::copy(START, START + 8, state);
+        state[0] ^= 0x01010000 ^ 8;
+    }
+
+    void add(const void* bytes, int64_t count) {
+        const uint8_t* from = static_cast<const uint8_t*>(bytes);
+        while (count) {
+            if (held == 128) {  // more follows, so that this block is not the last one
+                length += 128;
+                mix(false);
+                held = 0;
+            }
+            int64_t part = std::min<int64_t>(count, 128 - held);
+            std::memcpy(block + held, from, size_t(part));
+            held += part;
+            from += part;
+            count -= part;
+        }
+    }
+
+    uint64_t end() {
+        length += uint64_t(held);
+        std::memset(block + held, 0, size_t(128 - held));
+        mix(true);
+        return state[0];
+    }
+};
+
+// What Python's str.split() takes for white space.
+inline bool is_blank(uint8_t code) { return code == 32 || (code >= 9 && code <= 13) || (code >= 28 && code <= 31); }
+
+// Where a character of a text begins, as bytes of UTF-8; -1 where there is no such place.
+inline int64_t byte_of(const uint8_t* text, int64_t size, int32_t ascii, int64_t character) {
+    if (ascii || character < 0) return character <= size ? character : -1;
+    for (int64_t place = 0; place < size; place++)
+        if ((text[place] & 0xC0) != 0x80 && character-- == 0) return place;
+    return character == 0 ? size : -1;
+}
+
+const uint8_t VIEW_END[4] = {255, 255, 255, 255};
+
+}  // namespace
+
+extern "C" {
+
+// The runs of tokens with weight, as [start, end) in `turns`, where the row is sound: weights are finite and none
+// negative, the first is 0, some are not; each run ends in a stop token and has no other; and the tokens say the text of
+// their spans, all but BOS (where that is not negative) at the start and stop tokens without a text at the end.
+// Returns how many runs there are; -1 where that cannot be said; -2 - place for a token that is not known.
+int64_t rows_sound(const void* given, const int32_t* tokens, const float* weights, const int32_t* spans, int64_t count,
+                   const uint8_t* text, int64_t size, int32_t ascii, const int32_t* stop_ids, int64_t stop_count,
+                   int64_t bos, int32_t* turns, int64_t room) {
+    const Spellings& known = *static_cast<const Spellings*>(given);
+    Set stops{stop_ids, stop_count};
+    if (count < 1 || weights[0] != 0) return -1;
+    int64_t found = 0;
+    for (int64_t place = 0; place < count; place++) {
+        if (!(weights[place] >= 0 && weights[place] < INFINITY)) return -1;
+        if (!(weights[place] > 0)) continue;
+        if (!(weights[place - 1] > 0)) {
+            if (found == room) return -1;
+            turns[2 * found++] = int32_t(place);
+        }
+        bool ends = place + 1 == count || !(weights[place + 1] > 0);
+        if (stops.has(tokens[place]) != ends) return -1;
+        if (ends) turns[2 * found - 1] = int32_t(place + 1);
+    }
+    if (!found) return -1;
+    int64_t first = 0, last = count;
+    while (first < last && tokens[first] == bos) first++;
+    while (last > first && stops.has(tokens[last - 1]) && spans[2 * last - 2] == spans[2 * last - 1]) last--;
+    if (first == last) return found;
+    int64_t from = spans[2 * first], to = from;
+    for (int64_t place = first; place < last; place++) to = std::max<int64_t>(to, spans[2 * place + 1]);
+    int64_t at = byte_of(text, size, ascii, from), end = byte_of(text, size, ascii, to);
+    if (at < 0 || end < 0) return -1;
+    for (int64_t place = first; place < last; place++) {
+        int64_t id = tokens[place];
+        if (id < 0 || size_t(id) >= known.tokens.size() || known.tokens[size_t(id)].second < 0) return -2 - place;
+        auto [begin, length] = known.tokens[size_t(id)];
+        if (length > end - at || std::memcmp(known.bytes.data() + begin, text + at, size_t(length)))
+            return -1;
+        at += length;
+    }
+    return at == end ? found : -1;
+}
+
+// The role and the weight of each token. Message m's words end at the character bound_ends[m] and have the role
+// bound_roles[m]; answer a begins at the token starts[a], what it says ends at the character endings[a], what the
+// template writes behind that at behinds[a]. The first token there that is a stop token, or may be one (`end_ids`), ends
+// the turn. Leading BOS and the first token have no weight.
+// Returns 0, and where each turn ends in `ats`; -1 where a turn ends in no stop token, or has one within.
+int64_t rows_weigh(const int32_t* tokens, const int32_t* spans, int64_t count, const int32_t* bound_ends,
+                   const uint8_t* bound_roles, int64_t bounds, const int32_t* starts, const int32_t* endings,
+                   const int32_t* behinds, const double* turn_weights, int64_t answers, const int32_t* stop_ids,
+                   int64_t stop_count, const int32_t* end_ids, int64_t end_count, int64_t bos, uint8_t* roles,
+                   float* weights, int32_t* ats) {
+    Set stops{stop_ids, stop_count}, may_end{end_ids, end_count};
+    for (int64_t place = 0; place < count; place++) {
+        int32_t begin = spans[2 * place];
+        int64_t owner = std::upper_bound(bound_ends, bound_ends + bounds, begin) - bound_ends;
+        roles[place] = begin == spans[2 * place + 1] ? 0 : bound_roles[std::min(owner, bounds - 1)];
+        weights[place] = 0;
+    }
+    for (int64_t answer = 0; answer < answers; answer++) {
+        int64_t at = -1;
+        for (int64_t place = starts[answer]; place < count && at < 0; place++) {
+            if (spans[2 * place] < endings[answer]) {
+                if (stops.has(tokens[place])) return -1;
+                continue;
+            }
+            if (spans[2 * place] >= behinds[answer]) return -1;
+            if (stops.has(tokens[place]))
+                at = place;
+            else if (may_end.has(tokens[place]))
+                return -1;
+        }
+        if (at < 0) return -1;
+        for (int64_t place = starts[answer]; place <= at; place++) weights[place] = float(turn_weights[answer]);
+        ats[answer] = int32_t(at);
+    }
+    if (count) weights[0] = 0;
+    for (int64_t place = 0; place < count && tokens[place] == bos; place++) weights[place] = 0;
+    return 0;
+}
+
+// Digests of a row's tokens, of its words, and of its tokens with weight, as data/findings.py makes them. The words are
+// those of an ASCII text from the first character of the first token to the last of the last one, without capitals and
+// white space; or where `made` is set the text itself.
+void rows_marks(const int32_t* tokens, const float* weights, const int32_t* spans, int64_t count, const uint8_t* text,
+                int64_t size, int32_t made, uint64_t* marks) {
+    Digest all, words, learned;
+    all.add(tokens, count * 4);
+    all.add(VIEW_END, 4);
+    int64_t at = spans[0], end = std::min<int64_t>(spans[2 * count - 1], size);
+    bool any = false;
+    uint8_t piece[256];
+    if (made) words.add(text, size);
+    while (!made && at < end) {
+        while (at < end && is_blank(text[at])) at++;
+        if (at == end) break;
+        if (any) words.add(" ", 1);
+        any = true;
+        while (at < end && !is_blank(text[at])) {
+            int64_t held = 0;
+            for (; held < 256 && at < end && !is_blank(text[at]); at++)
+                piece[held++] = text[at] >= 'A' && text[at] <= 'Z' ? uint8_t(text[at] + 32) : text[at];
+            words.add(piece, held);
+        }
+    }
+    words.add(VIEW_END, 1);
+    for (int64_t place = 0; place < count; place++)
+        if (weights[place] > 0) learned.add(tokens + place, 4);
+    learned.add(VIEW_END, 4);
+    marks[0] = all.end();
+    marks[1] = words.end();
+    marks[2] = learned.end();
+}
+// How many tokens with weight stand before the last of them, where that one is a stop token, no other is, and one of
+// the others is not special; else -1.
+int64_t rows_answer(const int32_t* tokens, const float* weights, int64_t count, const int32_t* stop_ids,
+                    int64_t stop_count, const int32_t* special_ids, int64_t special_count) {
+    Set stops{stop_ids, stop_count}, specials{special_ids, special_count};
+    int64_t trained = 0;
+    bool ended = false, says = false;
+    for (int64_t place = 0; place < count; place++) {
+        if (!(weights[place] > 0)) continue;
+        if (ended) return -1;
+        trained++;
+        ended = stops.has(tokens[place]);
+        says = says || !(ended || specials.has(tokens[place]));
+    }
+    return ended && says ? trained - 1 : -1;
+}
+}
