@@ -94,6 +94,61 @@ def test_a_whole_answer_that_fails_says_so() -> None:
     within(Worker(engine), work)
 
 
+def test_a_listener_hears_what_its_reader_would_while_that_waits() -> None:
+    """Breaks when news are told twice, or not, or when the end does not come to the reader."""
+    engine = FakeEngine(lambda _: range(200), pause=0.001)
+    heard: list[int] = []
+
+    def listener(news: list[News]) -> bool:
+        assert not any(each.ended for each in news)
+        if len(heard) % 3 == 0:
+            heard.extend(one.token for each in news for one in each.said)
+            return True
+        return False
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        ticket.listener = listener
+        ended = ""
+        while news := await ticket.news():
+            heard.extend(one.token for each in news for one in each.said)
+            ended = news[-1].ended
+        assert heard == list(range(200)) and ended == "stop" and ticket.read
+
+    within(Worker(engine, gather=0.002), work)
+
+
+def test_a_listener_that_fails_fails_its_own_reader() -> None:
+    engine = FakeEngine(lambda _: range(50), pause=0.001)
+
+    def failing(news: list[News]) -> bool:
+        raise ValueError("cannot be written")
+
+    async def work(worker: Worker) -> None:
+        bad, good = await worker.submit([asked(1), asked(2)])
+        bad.listener = failing
+        with pytest.raises(ValueError, match="cannot be written"):
+            await bad.news()
+        bad.close()
+        assert len(await all_of(good)) == 50 and worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_who_waits_on_a_ticket_that_is_closed_waits_no_longer() -> None:
+    engine = FakeEngine(lambda _: range(10_000), pause=0.01)
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        await ticket.news()
+        reader = asyncio.ensure_future(ticket.news())
+        await asyncio.sleep(0)
+        ticket.close()
+        assert await reader == [] and await ticket.news() == []
+
+    within(Worker(engine), work)
+
+
 def test_a_closed_ticket_is_cancelled_before_the_next_step_but_one() -> None:
     engine = FakeEngine(lambda _: range(10_000), pause=0.005)
 

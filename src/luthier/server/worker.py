@@ -27,7 +27,7 @@ from luthier.core.errors import DataError, LuthierError, RecipeError
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError, DrainingError, EngineFailedError
-from luthier.server.ticket import Ticket, due
+from luthier.server.ticket import BREAKS, Ticket, due
 
 T = TypeVar("T")
 Found = dict[Ticket, list[News]]
@@ -36,11 +36,6 @@ MOST_FAILURES: Final = 3
 """Steps in a row that may fail."""
 _MOST_STEPS: Final = 16
 """Steps whose news may wait for the next look: of quicker ones the loop is told earlier."""
-_BREAKS: Final = (
-    LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
-    OSError,
-)  # fmt: skip
-"""What an engine, a model or a file may raise. Anything else ends the thread, and everybody is told that too."""
 _LOG = logging.getLogger("luthier.server")
 
 
@@ -141,7 +136,7 @@ class Worker:
         def action() -> None:
             try:
                 made = work()
-            except _BREAKS as failure:
+            except BREAKS as failure:
                 self._tell(partial(_settle, done, None, failure))
             else:
                 self._tell(partial(_settle, done, made, None))
@@ -184,7 +179,7 @@ class Worker:
                 continue
             try:
                 news = self.engine.step()
-            except _BREAKS as failure:
+            except BREAKS as failure:
                 self._fail(failure)
                 continue
             self._failures = 0
@@ -208,7 +203,7 @@ class Worker:
             ticket.number = self.engine.add(ticket.request)
         except LuthierError as error:
             self._tell(partial(ticket.fail, error))
-        except _BREAKS as failure:
+        except BREAKS as failure:
             _LOG.exception("a request could not be added")
             self._tell(partial(ticket.fail, EngineFailedError(f"the request was not taken: {type(failure).__name__}")))
         else:
@@ -256,7 +251,7 @@ class Worker:
         try:
             for number in tickets:
                 self.engine.cancel(number)
-        except _BREAKS as second:
+        except BREAKS as second:
             _LOG.error("cancelling failed too", exc_info=second)
             self._failures = MOST_FAILURES
         self._tell(partial(self._all_failed, list(tickets.values()),
