@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -118,8 +119,31 @@ def test_a_listener_hears_what_its_reader_would_while_that_waits() -> None:
     within(Worker(engine, gather=0.002), work)
 
 
+def test_readers_that_cost_much_are_written_to_less_often() -> None:
+    """Breaks when many streams take as much of the processor as their number asks for."""
+    engine = FakeEngine(lambda _: range(300), pause=0.002)
+    looks: list[float] = []
+
+    def listener(news: list[News]) -> bool:
+        looks.append(time.monotonic())
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
+            pass
+        return True
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        ticket.listener = listener
+        while await ticket.news():
+            pass
+        # The first is heard at once, and what comes with it then; each look after that has its rest before it.
+        assert len(looks) <= 3 + (looks[-1] - looks[0]) / 0.075
+
+    within(Worker(engine, gather=0.001), work)
+
+
 def test_a_listener_that_fails_fails_its_own_reader() -> None:
-    engine = FakeEngine(lambda _: range(50), pause=0.001)
+    engine = FakeEngine(lambda request: range(50_000 if request.prompt[0] == 1 else 50), pause=0.001)
 
     def failing(news: list[News]) -> bool:
         raise ValueError("cannot be written")
@@ -128,7 +152,7 @@ def test_a_listener_that_fails_fails_its_own_reader() -> None:
         bad, good = await worker.submit([asked(1), asked(2)])
         bad.listener = failing
         with pytest.raises(ValueError, match="cannot be written"):
-            await bad.news()
+            await all_of(bad)
         bad.close()
         assert len(await all_of(good)) == 50 and worker.open == 0
 
@@ -136,17 +160,25 @@ def test_a_listener_that_fails_fails_its_own_reader() -> None:
 
 
 def test_who_waits_on_a_ticket_that_is_closed_waits_no_longer() -> None:
-    engine = FakeEngine(lambda _: range(10_000), pause=0.01)
+    """Breaks when the task of a stream goes on for ever after its client has left."""
+    left: list[Ticket] = []
 
-    async def work(worker: Worker) -> None:
-        [ticket] = await worker.submit([asked()])
-        await ticket.news()
+    class Nobody:
+        loop: asyncio.AbstractEventLoop
+
+        def leave(self, ticket: Ticket) -> None:
+            left.append(ticket)
+
+    async def work() -> None:
+        desk = Nobody()
+        desk.loop = asyncio.get_running_loop()
+        ticket = Ticket(desk, asked())
         reader = asyncio.ensure_future(ticket.news())
         await asyncio.sleep(0)
         ticket.close()
-        assert await reader == [] and await ticket.news() == []
+        assert await asyncio.wait_for(reader, 20) == [] == await ticket.news() and left == [ticket]
 
-    within(Worker(engine), work)
+    asyncio.run(work())
 
 
 def test_a_closed_ticket_is_cancelled_before_the_next_step_but_one() -> None:

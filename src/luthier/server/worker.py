@@ -4,7 +4,8 @@ Idea: one thread adds requests, runs steps while there is something to do, and l
 loop finds it. A request is a ticket (ticket.py), from which its reader hears of it; generation never pauses for one
 client. A ticket that is closed early cancels its request before the next step.
 The loop is called for what nobody may wait for: the first news of a request, its end, its failure. It then looks again
-each `gather` seconds, for all readers together, as long as it finds something: a call costs as much as some tokens.
+each `gather` seconds, for all readers together, as long as it finds something: a call costs as much as some tokens. To
+write for all of them may take a fortieth of the time: with more readers it looks less often.
 When a step raises, every request under way is told so and cancelled, and the thread goes on; after three such steps in
 a row, or when cancelling raises too, it ends, and says so to whoever asks from then on. Nothing waits for ever.
 Use when: async code wants text. What else touches the model goes through `do`.
@@ -36,6 +37,10 @@ MOST_FAILURES: Final = 3
 """Steps in a row that may fail."""
 _MOST_STEPS: Final = 16
 """Steps whose news may wait for the next look: of quicker ones the loop is told earlier."""
+_REST: Final = 40.0
+"""Seconds to the next look, for each second of the processor that the last one took ..."""
+_LONGEST: Final = 0.1
+"""... but no more than these: who reads along is to see a text grow."""
 _LOG = logging.getLogger("luthier.server")
 
 
@@ -285,10 +290,12 @@ class Worker:
     def _wake_all(self) -> None:
         """Wake all readers that have something to read, and look again later."""
         unread, self._unread = self._unread, set()
+        begun = time.thread_time()
         for ticket in unread:
             ticket.wake()
+        rest = min(_LONGEST, _REST * (time.thread_time() - begun))
         self._looking = True
-        self._timer = self.loop.call_later(self.gather, self._look)
+        self._timer = self.loop.call_later(max(self.gather, rest), self._look)
 
     def _take(self) -> None:
         """Give all tickets their news. Who may not wait is woken at once."""
