@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 import luthier.assets
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
-from luthier.infer.text import TextStream
+from luthier.infer.text import Decode, TextStream
 from tests.data import kinds
 from tests.data.conftest import SENTENCES, build
 from tests.tiny import tiny_tokenizer
@@ -55,13 +55,13 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 BY_BYTES = ("seedling", "roberta")
 
 
-def reader(backend: Backend, seen: list[int] | None = None) -> Callable[[Ints], str]:
+def reader(backend: Backend, seen: list[int] | None = None) -> Decode:
     """What reads tokens; `seen` is told how many at a time."""
 
-    def decode(tokens: Ints) -> str:
+    def decode(tokens: Ints | list[int]) -> str:
         if seen is not None:
             seen.append(len(tokens))
-        return str(backend.decode(tokens.tolist(), skip_special_tokens=False))
+        return str(backend.decode([int(token) for token in tokens], skip_special_tokens=False))
 
     return decode
 

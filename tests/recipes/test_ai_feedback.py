@@ -280,6 +280,28 @@ def test_pairs_are_sampled_by_an_engine(asked: Path, llama: Path, tmp_path: Path
             ai_feedback._answered(recipe, run, say, lambda waits: None)
 
 
+@pytest.mark.parametrize(("keys", "speaks"), [
+    ({}, True), ({"speaker": "seedling"}, True), ({"rollouts": {"engine": {"url": "http://127.0.0.1:9"}}}, False),
+], ids=["the model", "another", "an engine"])  # fmt: skip
+def test_who_speaks_is_opened_to_speak(
+    keys: dict[str, Any], speaks: bool, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when answers are made in the precision of training where another is faster, or when an engine's are
+    compared with a model in any other."""
+    class WantedError(Exception):
+        """The model is wanted."""
+
+    def wanted(name: str, **knobs: Any) -> Any:
+        raise WantedError(name, knobs["precision"], knobs["speaks"])
+
+    monkeypatch.setattr(ai_feedback, "open_named", wanted)
+    values = {**json.loads(asked.read_text("utf-8")), "precision": "auto", **keys}
+    recipe, run = validate(AiFeedbackRecipe, values), RunDirectory(tmp_path, run_id="x", created="")
+    with pytest.raises(WantedError) as found:
+        ai_feedback._answered(recipe, run, feedback.Teller(Silent()), lambda waits: None)
+    assert found.value.args == (keys.get("speaker", recipe.model), "auto", speaks)
+
+
 @pytest.mark.parametrize(("keys", "told"), [
     ({"rollouts": {"prompts": 3}}, "rollouts.prompts is set, and nobody would read it"),
     ({"rollouts": {"engine": {"url": "http://127.0.0.1:9", "adapters": "x"}}}, "rollouts.engine.adapters is set"),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
+import time
 from typing import Any
 
 import h11
 import pytest
 from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle as H11Cycle
 from uvicorn.server import ServerState
 
 from luthier.recipes.opening.opened import Opened
@@ -59,13 +62,13 @@ def asked(port: int, version: str) -> tuple[Any, bytes]:
 def test_each_client_gets_the_frames_it_can_read(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a piece is framed twice, or not, or in chunks for a client that knows none."""
     written: list[bytes] = []
-    write = Connection.write
+    put = Connection.put
 
-    def noted(self: Connection, piece: bytes) -> bool:
+    def noted(self: Connection, piece: bytes) -> None:
         written.append(piece)
-        return write(self, piece)
+        put(self, piece)
 
-    monkeypatch.setattr(Connection, "write", noted)
+    monkeypatch.setattr(Connection, "put", noted)
     engine = FakeEngine(lambda _: range(40, 100), pause=0.003)
 
     def text(body: bytes) -> str:
@@ -81,6 +84,49 @@ def test_each_client_gets_the_frames_it_can_read(opened: Opened, monkeypatch: py
         older, in_one = asked(server.port, "1.0")
         assert not any(name == b"transfer-encoding" for name, _ in older.headers) and len(written) == count
         assert text(in_chunks) == text(in_one) == opened.tokenizer.decode(range(40, 100))
+
+
+def test_pieces_and_what_comes_through_the_layers_keep_their_order(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when a piece overtakes an earlier one that waits in the layers for a slow reader."""
+    draws, way = random.Random(0), {True: 0, False: 0}
+
+    def takes(self: Connection) -> bool:
+        way[taken := draws.random() < 0.5] += 1
+        return taken and not self.transport.is_closing()
+
+    send = H11Cycle.send
+
+    async def slowly(self: Any, message: Any) -> None:
+        await asyncio.sleep(0.01)
+        await send(self, message)
+
+    monkeypatch.setattr(Connection, "takes", property(takes))
+    monkeypatch.setattr(H11Cycle, "send", slowly)
+    serving = fake_serving(opened, FakeEngine(lambda _: range(40, 340), pause=0.001))
+    serving.worker.gather = 0.003
+    with running(serving) as server:
+        _, found = asked(server.port, "1.1")
+    events = found.decode().removesuffix("data: [DONE]\n\n").split("\n\n")[:-1]
+    text = "".join(json.loads(each[6:])["choices"][0]["text"] for each in events)
+    assert text == opened.tokenizer.decode(range(40, 340)) and min(way.values()) > 5
+
+
+def test_a_client_that_leaves_takes_its_request_with_it(opened: Opened) -> None:
+    """Breaks when nobody looks whether the client of a stream is still there: nothing else of it is awaited."""
+    engine = FakeEngine(lambda _: [40] * 10_000, pause=0.002)
+    body = json.dumps({"model": "seedling", "prompt": "x", "stream": True, "max_tokens": 60}).encode()
+    with running(fake_serving(opened, engine)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as wire:
+            wire.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+                         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            while b"data: {" not in wire.recv(65536):
+                pass
+        latest = time.monotonic() + 20
+        while (engine.running or server.serving.worker.open) and time.monotonic() < latest:
+            time.sleep(0.01)
+        assert not engine.running and not server.serving.worker.open
 
 
 def test_who_reads_slowly_or_has_gone_is_not_written_to(opened: Opened) -> None:

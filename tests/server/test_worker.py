@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -92,6 +93,92 @@ def test_a_whole_answer_that_fails_says_so() -> None:
             await ticket.news()
 
     within(Worker(engine), work)
+
+
+def test_a_listener_hears_what_its_reader_would_while_that_waits() -> None:
+    """Breaks when news are told twice, or not, or when the end does not come to the reader."""
+    engine = FakeEngine(lambda _: range(200), pause=0.001)
+    heard: list[int] = []
+
+    def listener(news: list[News]) -> bool:
+        assert not any(each.ended for each in news)
+        if len(heard) % 3 == 0:
+            heard.extend(one.token for each in news for one in each.said)
+            return True
+        return False
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        ticket.listener = listener
+        ended = ""
+        while news := await ticket.news():
+            heard.extend(one.token for each in news for one in each.said)
+            ended = news[-1].ended
+        assert heard == list(range(200)) and ended == "stop" and ticket.read
+
+    within(Worker(engine, gather=0.002), work)
+
+
+def test_readers_that_cost_much_are_written_to_less_often() -> None:
+    """Breaks when many streams take as much of the processor as their number asks for."""
+    engine = FakeEngine(lambda _: range(300), pause=0.002)
+    looks: list[float] = []
+
+    def listener(news: list[News]) -> bool:
+        looks.append(time.monotonic())
+        until = time.thread_time() + 0.002
+        while time.thread_time() < until:
+            pass
+        return True
+
+    async def work(worker: Worker) -> None:
+        [ticket] = await worker.submit([asked()])
+        ticket.listener = listener
+        while await ticket.news():
+            pass
+        # The first is heard at once, and what comes with it then; each look after that has its rest before it.
+        assert len(looks) <= 3 + (looks[-1] - looks[0]) / 0.075
+
+    within(Worker(engine, gather=0.001), work)
+
+
+def test_a_listener_that_fails_fails_its_own_reader() -> None:
+    engine = FakeEngine(lambda request: range(50_000 if request.prompt[0] == 1 else 50), pause=0.001)
+
+    def failing(news: list[News]) -> bool:
+        raise ValueError("cannot be written")
+
+    async def work(worker: Worker) -> None:
+        bad, good = await worker.submit([asked(1), asked(2)])
+        bad.listener = failing
+        with pytest.raises(ValueError, match="cannot be written"):
+            await all_of(bad)
+        bad.close()
+        assert len(await all_of(good)) == 50 and worker.open == 0
+
+    within(Worker(engine), work)
+
+
+def test_who_waits_on_a_ticket_that_is_closed_waits_no_longer() -> None:
+    """Breaks when the task of a stream goes on for ever after its client has left."""
+    left: list[Ticket] = []
+
+    class Nobody:
+        loop: asyncio.AbstractEventLoop
+
+        def leave(self, ticket: Ticket) -> None:
+            left.append(ticket)
+
+    async def work() -> None:
+        desk = Nobody()
+        desk.loop = asyncio.get_running_loop()
+        ticket = Ticket(desk, asked())
+        reader = asyncio.ensure_future(ticket.news())
+        await asyncio.sleep(0)
+        ticket.close()
+        assert await asyncio.wait_for(reader, 20) == [] == await ticket.news() and left == [ticket]
+
+    asyncio.run(work())
 
 
 def test_a_closed_ticket_is_cancelled_before_the_next_step_but_one() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Ints
 
-Decode = Callable[[Ints], str]
+Decode = Callable[[Ints | list[int]], str]
 
 _HALF: Final = "\ufffd"
 """What a decoder writes for bytes that are no character (yet)."""
@@ -72,6 +72,11 @@ class TextStream:
         new = [token for token in tokens if token not in self._skip]
         if self.stopped is not None or not new:
             return ""
+        if self._spelled and not self._window:
+            # Of whole characters nothing is kept, so there is nothing to read them with.
+            text = self._decode(new)
+            if _HALF not in text:
+                return self._until_stop(text)
         text = self._read([*self._window, *new])
         odd = _HALF in text or not text.startswith(self._told)
         if len(new) > 1 and (odd or len(self._window) + len(new) > _WINDOW):
@@ -124,6 +129,8 @@ class TextStream:
 
     def _until_stop(self, new: str) -> str:
         """What may be told of the held text and the new one, with regard to stop strings."""
+        if not self._stop:
+            return new
         text = self._held + new
         met = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if met:

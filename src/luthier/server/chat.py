@@ -36,7 +36,7 @@ def routes(serving: Serving) -> APIRouter:
         answer = _Answer(serving, body, asked)
         [ticket] = await serving.worker.submit([asked], whole=not body.stream)
         if body.stream:
-            return EventStream(answer.chunks(ticket), [ticket])
+            return EventStream(answer.chunks(ticket), [ticket], [answer.grow])
         return await whole(request, [ticket], partial(answer.whole, ticket))
 
     return router
@@ -54,12 +54,13 @@ class _Answer:
         calls = bool(body.tools) and body.tool_choice != "none"
         known = serving.tokenizer.raw.convert_tokens_to_ids
         loud = frozenset(known([OPEN, CLOSE])) if calls else frozenset()
-        self.voices = voices_of(serving, asked, loud=loud)
+        self.voices = voices_of(serving, asked, loud=loud, told=bool(body.logprobs))
         forced = bool(forced_tools(body))
         single = body.parallel_tool_calls is False
         self.readers = [CallReader(forced=forced, single=single) if calls else None for _ in self.voices]
         self.told = [0] * len(self.voices)
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+        self.frame = Frame({**self.head, "object": "chat.completion.chunk"}, _said)
 
     @property
     def said(self) -> int:
@@ -79,17 +80,20 @@ class _Answer:
 
     async def chunks(self, ticket: Ticket) -> AsyncIterator[Sequence[bytes]]:
         """The answer as it grows."""
-        frame = Frame({**self.head, "object": "chat.completion.chunk"}, _said)
-        yield [frame(_piece(index, {"role": "assistant", "content": ""})) for index in range(len(self.voices))]
+        yield [self.frame(_piece(index, {"role": "assistant", "content": ""})) for index in range(len(self.voices))]
         try:
             while news := await ticket.news():
-                self.clock.heard()
-                yield [piece for each in merged(news) for piece in self._grown(frame, each)]
+                yield self.grow(news)
         finally:
             self.serving.metrics.said += self.said
         options = self.body.stream_options
         if options is not None and options.include_usage:
-            yield [frame.last(usage(self.prompt, self.said))]
+            yield [self.frame.last(usage(self.prompt, self.said))]
+
+    def grow(self, news: Sequence[News]) -> list[bytes]:
+        """The pieces that news of all choices make."""
+        self.clock.heard()
+        return [piece for each in merged(news) for piece in self._grown(each)]
 
     def _heard(self, news: News) -> list[str | Called]:
         """The pieces that news of a choice make certain."""
@@ -98,13 +102,12 @@ class _Answer:
             return [text] if text else []
         return reader.push(text) + (reader.end() if news.ended else [])
 
-    def _grown(self, frame: Frame, news: News) -> list[bytes]:
+    def _grown(self, news: News) -> list[bytes]:
         """The pieces that news of a choice make."""
         voice, index = self.voices[news.choice], news.choice
         if not news.ended and not self.body.logprobs and self.readers[index] is None:
             text = voice.push(news)
-            voice.taken()
-            return [frame.text(index, text)] if text else []
+            return [self.frame.text(index, text)] if text else []
         made: list[dict[str, Any]] = []
         for piece in self._heard(news):
             if isinstance(piece, Called):
@@ -118,7 +121,7 @@ class _Answer:
             made[-1]["logprobs"] = chat_log_probs(self.serving.tokenizer, said)
         if voice.ended:
             made.append(_piece(index, {}, self._reason(index)))
-        return [frame(choice) for choice in made]
+        return [self.frame(choice) for choice in made]
 
     def _choice(self, index: int, found: Sequence[str | Called]) -> Part:
         calls = [one.as_plain() for one in found if isinstance(one, Called)]

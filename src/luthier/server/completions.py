@@ -19,7 +19,7 @@ from luthier.server.asking import completion_requests
 from luthier.server.bodies import CompletionBody
 from luthier.server.metrics import Clock
 from luthier.server.serving import Serving
-from luthier.server.stream import EventStream, Frame, whole
+from luthier.server.stream import EventStream, Frame, Grow, whole
 from luthier.server.telling import merged, text_log_probs, usage, voices_of
 from luthier.server.ticket import Ticket
 
@@ -37,7 +37,7 @@ def routes(serving: Serving) -> APIRouter:
         answer = _Answer(serving, body, asked)
         tickets = await serving.worker.submit(asked, whole=not body.stream)
         if body.stream:
-            return EventStream(answer.chunks(tickets), tickets)
+            return EventStream(answer.chunks(tickets), tickets, answer.grow)
         return await whole(request, tickets, partial(answer.whole, tickets))
 
     return router
@@ -53,7 +53,8 @@ class _Prompt:
         self.asked = asked
         self.first = first
         # Who scores a prompt counts from its end too, as evaluation harnesses do: a silent stop is told there as well.
-        self.voices = voices_of(serving, asked, every=bool(body.return_tokens_as_token_ids or body.echo))
+        every = bool(body.return_tokens_as_token_ids or body.echo)
+        self.voices = voices_of(serving, asked, every=every, told=body.logprobs is not None)
         # The mark that begins a text is ours where the prompt came as text: neither it nor its place is told.
         ours = _is_text(body) and serving.tokenizer.adds_bos
         self.scores: list[Said | int] = [] if ours else [int(token) for token in asked.prompt[:1]]
@@ -114,6 +115,7 @@ class _Answer:
         self.prompts = [_Prompt(serving, body, one, index * count) for index, one in enumerate(asked)]
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
                      "model": body.model}  # fmt: skip
+        self.frame = Frame(self.head, _piece)
 
     def usage(self) -> Part:
         """The tokens of all prompts and answers."""
@@ -141,22 +143,26 @@ class _Answer:
         self.serving.metrics.said += prompt.said
         return texts
 
+    @property
+    def grow(self) -> list[Grow]:
+        """What news of each prompt make."""
+        return [partial(self._grown, prompt) for prompt in self.prompts]
+
     async def chunks(self, tickets: Sequence[Ticket]) -> AsyncIterator[Sequence[bytes]]:
         """The answers as they grow, those of several prompts side by side."""
-        frame = Frame(self.head, _piece)
         try:
             if len(tickets) == 1:
                 while news := await tickets[0].news():
-                    yield self._grown(frame, self.prompts[0], news)
+                    yield self._grown(self.prompts[0], news)
             else:
                 async with aclosing(self._several(tickets)) as several:
                     async for prompt, found in several:
-                        yield self._grown(frame, prompt, found)
+                        yield self._grown(prompt, found)
         finally:
             self.serving.metrics.said += sum(prompt.said for prompt in self.prompts)
         options = self.body.stream_options
         if options is not None and options.include_usage:
-            yield [frame.last(self.usage())]
+            yield [self.frame.last(self.usage())]
 
     async def _several(self, tickets: Sequence[Ticket]) -> AsyncGenerator[tuple[_Prompt, Sequence[News]], None]:
         waiting = {
@@ -175,7 +181,7 @@ class _Answer:
             for task in waiting:
                 task.cancel()
 
-    def _grown(self, frame: Frame, prompt: _Prompt, news: Sequence[News]) -> list[bytes]:
+    def _grown(self, prompt: _Prompt, news: Sequence[News]) -> list[bytes]:
         """The pieces that news of a prompt's choices make."""
         prompt.clock.heard()
         made = []
@@ -183,10 +189,9 @@ class _Answer:
             text = prompt.heard(each)
             if each.ended or not prompt.plain(each.choice):
                 if text or each.ended or (self.body.logprobs is not None and each.said):
-                    made.append(frame(prompt.choice(each.choice, text, ended=bool(each.ended))))
+                    made.append(self.frame(prompt.choice(each.choice, text, ended=bool(each.ended))))
             elif text:
-                prompt.voices[each.choice].taken()
-                made.append(frame.text(prompt.first + each.choice, text))
+                made.append(self.frame.text(prompt.first + each.choice, text))
         return made
 
 

@@ -2,7 +2,8 @@
 
 Idea: a piece of an answer is the same few bytes at the top of a dozen layers (routes, guard, h11's state of the
 connection) and at their bottom, where each of them has taken its time. All that is left to do below an answer that has
-begun is to frame the piece, which is what `write` does; how an answer begins and ends goes through all layers.
+begun is to frame the piece, which is what `write` does; how an answer begins and ends goes through all layers. It says
+when it is lost, so that no task has to wait for that beside each answer.
 Source: chunked bodies: RFC 9112, section 7.1.
 Not when: the client is slow. Who waits for a reader does so in the layers, where the wait is bounded.
 """
@@ -10,6 +11,7 @@ Not when: the client is slow. Who waits for a reader does so in the layers, wher
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Final, final
 
 from uvicorn.config import Config
@@ -33,6 +35,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, {**app_state, _PLACE: self}, _loop)
+        self.on_lost: Callable[[], None] | None = None
 
     @classmethod
     def of(cls, scope: Message) -> Connection | None:
@@ -41,9 +44,24 @@ class Connection(H11Protocol):
         chunked = scope.get("http_version") == "1.1" and scope.get("method") == "POST"
         return found if chunked and isinstance(found, cls) else None
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost()
+
+    @property
+    def takes(self) -> bool:
+        """Whether a piece may be written: its reader keeps up, and is there."""
+        return not self.flow.write_paused and not self.transport.is_closing()
+
     def write(self, piece: bytes) -> bool:
         """Send a piece of the answer that has begun and not ended; False where it has to go through the layers."""
-        if not piece or self.flow.write_paused or self.transport.is_closing():
+        if not piece or not self.takes:
             return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.put(piece)
         return True
+
+    def put(self, piece: bytes) -> None:
+        """Send a piece, of at least one byte, while the connection `takes` it."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))

@@ -7,6 +7,7 @@ Source: Prometheus' text exposition format, version 0.0.4.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final, final
@@ -29,11 +30,7 @@ class Histogram:
     def add(self, seconds: float) -> None:
         """Count a time."""
         self.total += seconds
-        for place, bound in enumerate(self.bounds):
-            if seconds <= bound:
-                self.counts[place] += 1
-                return
-        self.counts[-1] += 1
+        self.counts[bisect_left(self.bounds, seconds)] += 1
 
     def lines(self, name: str) -> list[str]:
         """The histogram as Prometheus reads it."""

@@ -21,20 +21,21 @@ LOWEST: Final = -9999.0
 class Voice:
     """One choice as it grows: `push` takes its news and gives the text that is certain with them.
 
-    Log-probabilities are told of tokens that can be heard, or of `every` one.
+    Where tokens are told beside the text, `said` keeps those that can be heard, or `every` one.
     """
 
     stream: TextStream
     silent: frozenset[int]
     every: bool = False
+    told: bool = False
     said: list[Said] = field(default_factory=list)
     tokens: int = 0
     ended: str = ""
 
     def push(self, news: News) -> str:
-        """The new text; `said` then holds the new tokens that are part of it."""
+        """The new text; `said` then holds the new tokens that are part of it, if they are `told`."""
         self.tokens += len(news.said)
-        if self.stream.stopped is None:
+        if self.told and self.stream.stopped is None:
             self.said += [each for each in news.said if self.every or each.token not in self.silent]
         text = self.stream.push_all([each.token for each in news.said])
         if news.ended:
@@ -49,14 +50,16 @@ class Voice:
 
 
 def voices_of(
-    serving: Serving, request: Request, *, loud: frozenset[int] = frozenset(), every: bool = False
+    serving: Serving, request: Request, *, loud: frozenset[int] = frozenset(), every: bool = False, told: bool = False
 ) -> list[Voice]:
     """A voice for each choice of a request. Control tokens are not heard, but for those of `loud`."""
     silent = (serving.tokenizer.special_ids | set(request.sampling.stop_ids)) - loud
     stop, tokenizer = request.sampling.stop, serving.tokenizer
-    skip, spelled = frozenset(silent), tokenizer.spellings is not None
+    skip, spellings = frozenset(silent), tokenizer.spellings
+    decode = tokenizer.decode if spellings is None else spellings.text
+    spelled = spellings is not None
     return [
-        Voice(TextStream(tokenizer.decode, stop, skip=skip, after=request.prompt, spelled=spelled), skip, every)
+        Voice(TextStream(decode, stop, skip=skip, after=request.prompt, spelled=spelled), skip, every, told)
         for _ in range(request.choices)
     ]
 

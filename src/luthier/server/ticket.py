@@ -2,22 +2,30 @@
 
 Idea: the reader of a ticket is woken for the first news and for the end at once, and for what comes between them when
 the worker looks, for to wake it and to write what it makes costs as much as several tokens; one that wants the `whole`
-answer is woken at its end. What waits is bounded: a reader that does not keep up loses its request when `buffer` news
-wait.
+answer is woken at its end. A task that waits for news may name a `listener`, which takes those between the first and
+the last where it can, and the task sleeps on: to let it run once costs more than to write what it would. What waits is
+bounded: a reader that does not keep up loses its request when `buffer` news wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, final
 
 from luthier.core.errors import LuthierError
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError
 
+Listener = Callable[[list[News]], bool]
+"""Takes news, and says whether it did."""
 KEPT: Final = 256
 """News that are kept at most before they are read."""
+BREAKS: Final = (
+    LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
+    OSError,
+)  # fmt: skip
+"""What an engine, a model or a file may raise, and what writes down their news."""
 
 
 class Desk(Protocol):
@@ -33,7 +41,7 @@ class Desk(Protocol):
 class Ticket:
     """One request under way. One reader asks for `news` until it is over, and closes the ticket in any case.
 
-    `first` is when its first news came. `kept` is the engine's thread's own.
+    `first` is when its first news came. `kept` is the engine's thread's own. What `listener` raises, `news` raises.
     """
 
     def __init__(self, desk: Desk, request: Request, *, whole: bool = False) -> None:
@@ -41,6 +49,7 @@ class Ticket:
         self.whole = whole
         self.first: float | None = None
         self.kept: list[News] = []
+        self.listener: Listener | None = None
         self.weight = max(request.choices, request.best_of, request.beams)
         self.number: int | None = None
         self.closed = False
@@ -53,11 +62,11 @@ class Ticket:
         self._begun = False
 
     async def news(self) -> list[News]:
-        """All that came since the last call, at least one; an empty list when the request is over. Raises its error."""
+        """All that came since the last call, at least one; nothing when it is over or closed. Raises its error."""
         while not self._news:
             if self._error is not None:
                 raise type(self._error)(self._error.received, allowed=self._error.allowed, do=self._error.do)
-            if self._left <= 0:
+            if self._left <= 0 or self.closed:
                 return []
             self._waiting = self._desk.loop.create_future()
             await self._waiting
@@ -69,6 +78,8 @@ class Ticket:
         if not self.closed:
             self.closed = True
             self._desk.leave(self)
+            self._news = []
+            self._let_read()
 
     def take(self, news: Sequence[News], buffer: int) -> bool:
         """Keep news for the reader, and say whether they may not wait; on the event loop."""
@@ -91,12 +102,33 @@ class Ticket:
             self._desk.leave(self)
             return True
         first, self._begun = not self._begun, True
-        return first or self.over or len(self._news) >= KEPT
+        return first or self._left <= 0 or len(self._news) >= KEPT
 
     def wake(self) -> None:
         """Let the reader see what there is; on the event loop."""
+        if self._waiting is None or self._waiting.done():
+            # It is at work on earlier news, which have to be written before these.
+            return
+        try:
+            heard = self._heard()
+        except BREAKS as failure:
+            self._waiting.set_exception(failure)
+            return
+        if not heard:
+            self._let_read()
+
+    def _let_read(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+    def _heard(self) -> bool:
+        """Whether the listener has taken what there is, and that is neither the end nor an error."""
+        if self.listener is None or self.over or self._error is not None or not self._news:
+            return False
+        if not self.listener(self._news):
+            return False
+        self._news = []
+        return True
 
     def fail(self, error: LuthierError) -> None:
         """The request is over, and why; on the event loop."""

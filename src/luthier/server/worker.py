@@ -4,7 +4,8 @@ Idea: one thread adds requests, runs steps while there is something to do, and l
 loop finds it. A request is a ticket (ticket.py), from which its reader hears of it; generation never pauses for one
 client. A ticket that is closed early cancels its request before the next step.
 The loop is called for what nobody may wait for: the first news of a request, its end, its failure. It then looks again
-each `gather` seconds, for all readers together, as long as it finds something: a call costs as much as some tokens.
+each `gather` seconds, for all readers together, as long as it finds something: a call costs as much as some tokens. To
+write for all of them may take a fortieth of the time: with more readers it looks less often.
 When a step raises, every request under way is told so and cancelled, and the thread goes on; after three such steps in
 a row, or when cancelling raises too, it ends, and says so to whoever asks from then on. Nothing waits for ever.
 Use when: async code wants text. What else touches the model goes through `do`.
@@ -27,7 +28,7 @@ from luthier.core.errors import DataError, LuthierError, RecipeError
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request
 from luthier.server.errors import BusyError, DrainingError, EngineFailedError
-from luthier.server.ticket import Ticket, due
+from luthier.server.ticket import BREAKS, Ticket, due
 
 T = TypeVar("T")
 Found = dict[Ticket, list[News]]
@@ -36,11 +37,10 @@ MOST_FAILURES: Final = 3
 """Steps in a row that may fail."""
 _MOST_STEPS: Final = 16
 """Steps whose news may wait for the next look: of quicker ones the loop is told earlier."""
-_BREAKS: Final = (
-    LuthierError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError,
-    OSError,
-)  # fmt: skip
-"""What an engine, a model or a file may raise. Anything else ends the thread, and everybody is told that too."""
+_REST: Final = 40.0
+"""Seconds to the next look, for each second of the processor that the last one took ..."""
+_LONGEST: Final = 0.1
+"""... but no more than these: who reads along is to see a text grow."""
 _LOG = logging.getLogger("luthier.server")
 
 
@@ -141,7 +141,7 @@ class Worker:
         def action() -> None:
             try:
                 made = work()
-            except _BREAKS as failure:
+            except BREAKS as failure:
                 self._tell(partial(_settle, done, None, failure))
             else:
                 self._tell(partial(_settle, done, made, None))
@@ -184,7 +184,7 @@ class Worker:
                 continue
             try:
                 news = self.engine.step()
-            except _BREAKS as failure:
+            except BREAKS as failure:
                 self._fail(failure)
                 continue
             self._failures = 0
@@ -208,7 +208,7 @@ class Worker:
             ticket.number = self.engine.add(ticket.request)
         except LuthierError as error:
             self._tell(partial(ticket.fail, error))
-        except _BREAKS as failure:
+        except BREAKS as failure:
             _LOG.exception("a request could not be added")
             self._tell(partial(ticket.fail, EngineFailedError(f"the request was not taken: {type(failure).__name__}")))
         else:
@@ -256,7 +256,7 @@ class Worker:
         try:
             for number in tickets:
                 self.engine.cancel(number)
-        except _BREAKS as second:
+        except BREAKS as second:
             _LOG.error("cancelling failed too", exc_info=second)
             self._failures = MOST_FAILURES
         self._tell(partial(self._all_failed, list(tickets.values()),
@@ -290,10 +290,12 @@ class Worker:
     def _wake_all(self) -> None:
         """Wake all readers that have something to read, and look again later."""
         unread, self._unread = self._unread, set()
+        begun = time.thread_time()
         for ticket in unread:
             ticket.wake()
+        rest = min(_LONGEST, _REST * (time.thread_time() - begun))
         self._looking = True
-        self._timer = self.loop.call_later(self.gather, self._look)
+        self._timer = self.loop.call_later(max(self.gather, rest), self._look)
 
     def _take(self) -> None:
         """Give all tickets their news. Who may not wait is woken at once."""

@@ -22,6 +22,7 @@ from luthier.data.conversation import Asked
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Speaker
+from luthier.model.spoken import is_told
 from luthier.recipes.bench import reading_of
 from luthier.recipes.ending import SUMMARY
 from luthier.recipes.feedback import judged as feedback
@@ -146,14 +147,19 @@ def _answered(
     path = run.folder / feedback.ANSWERS
     if feedback.is_whole(path, len(rows)):
         return feedback.rows_of(path)
-    opened = open_named(recipe.speaker or recipe.model, precision=recipe.precision, device=recipe.device)
+    knobs = recipe.rollouts.engine
+    elsewhere = bool(knobs.url) and recipe.speaker is None
+    # Where an engine speaks, this model is what it is compared with.
+    opened = open_named(recipe.speaker or recipe.model, precision=recipe.precision, device=recipe.device,
+                        speaks=not elsewhere)  # fmt: skip
+    if told := is_told(opened.model.notices):
+        say(f"answers are made in {told.removeprefix('precision: ')}")
     if recipe.speaker is None:
         # As it will be trained: by the template of the recipe.
         renderer, _ = make_renderer(opened.tokenizer, reading, context_tokens=opened.model.context_tokens)
         opened = replace(opened, renderer=renderer, stop_ids=tuple(sorted({*opened.stop_ids, *renderer.stop_ids})))
     speaker: Speaker = opened.engine
-    knobs = recipe.rollouts.engine
-    if knobs.url and recipe.speaker is None:
+    if elsewhere:
         waits = Waits(f"the engine at {knobs.url}")
         bind(waits)
         asked = [row.content.asked for row in rows if isinstance(row.content, Asked)]
