@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import config as shapes
 
+from luthier.core.imports import uncollected
 from luthier.kernels import native_build
 from luthier.recipes.proving import verify
 from luthier.store.runs import RunDirectory
@@ -34,16 +36,39 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 OWN_SHAPES = ("kernels", "model", "infer")
 """Tests of the packages whose functions are checked for shapes at each call (pyproject.toml)."""
-OTHER_SHAPES = 4
-"""Of all other tests one in so many checks them too: that takes half of their time, and finds the same in each."""
+FEW_SHAPES = 8
+"""In the first case of each of these tests shapes are checked, and in one of so many of all other cases and tests: that
+takes more than half of their time, and finds the same in each."""
+CHECKED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Choose the tests in which shapes are checked; `SHAPES=all` is for all."""
+    seen = set[str]()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        own = any(folder in item.path.parts for folder in OWN_SHAPES)
+        few = zlib.crc32(item.nodeid.encode()) % FEW_SHAPES == 0
+        item.stash[CHECKED] = few or (own and test not in seen) or os.environ.get("SHAPES") == "all"
+        seen.add(test)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    """Import all tests as a command imports its libraries: what stays is not looked through for cycles, now or later.
+
+    Half of the time of a collection went into that, and each collection of cycles by a test took a second and more.
+    """
+    gc.collect()
+    with uncollected():
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have the shapes of tensors checked or not, in this test and in what is made for it; `SHAPES=all` is for all."""
-    own = any(folder in item.path.parts for folder in OWN_SHAPES)
-    chosen = zlib.crc32(item.nodeid.encode()) % OTHER_SHAPES == 0
-    shapes.update("jaxtyping_disable", not (own or chosen or os.environ.get("SHAPES") == "all"))
+    """Have the shapes of tensors checked or not, in this test and in what is made for it."""
+    shapes.update("jaxtyping_disable", not item.stash[CHECKED])
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +111,8 @@ def _compiled_by_one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_build, "_compile", alone)
+        # Also for what is made before any test begins, as runs that many tests share are.
+        patch.setenv("LUTHIER_CACHE", str(own / "cache"))
         yield
 
 

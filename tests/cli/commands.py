@@ -6,17 +6,21 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
 from luthier.cli.main import run
+from luthier.train.stepper import Stepper, StepReport
+from tests.faults.zygote import Child, zygote
+from tests.faults.zygote import luthier as as_command
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey")
 STEPS = 8
@@ -82,7 +86,66 @@ def process(*arguments: object, pause: float = 0.05) -> Iterator[subprocess.Pope
             child.kill()
 
 
-def wait_for_step(folder: Path, step: int, child: subprocess.Popen[str]) -> None:
+@final
+class Forked:
+    """What is used here of `subprocess.Popen`, for a process that was forked. All that it prints is one text."""
+
+    def __init__(self, child: Child, out: Path) -> None:
+        self.pid = child.pid
+        self.returncode: int | None = None
+        self._child = child
+        self._out = out
+        self._reaped = False
+
+    def poll(self) -> int | None:
+        """None while it lives."""
+        if not self._reaped and self._child.wait(0):
+            self.communicate()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Any signal."""
+        self._child.signal(number)
+
+    def kill(self) -> None:
+        """End it, if it has not come to an end."""
+        if not self._reaped:
+            self._child.signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 60) -> str:
+        """Wait for its end, at most `timeout` seconds; what it has printed."""
+        if not self._reaped:
+            self._reaped, self.returncode = True, self._child.reap(timeout)
+        return self._out.read_text("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def forked(*arguments: object, out: Path, pause: float = 0.05) -> Iterator[Forked]:
+    """`process`, without the seconds of its imports: of a fork server that has imported luthier and nothing more."""
+    threads = torch.get_num_threads()
+    child = Forked(zygote().start("tests.cli.commands:slowly", pause, threads, *arguments, out=out), out)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def slowly(pause: str, threads: str, *arguments: str) -> int:
+    """A command line of luthier, with a pause before each step; its exit code."""
+    plain = Stepper.optim_step
+
+    def paused(self: Stepper, *, factor: float = 1.0) -> StepReport:
+        time.sleep(float(pause))
+        return plain(self, factor=factor)
+
+    Stepper.optim_step = paused  # type: ignore[method-assign]
+    os.environ["OMP_NUM_THREADS"] = threads
+    torch.set_num_threads(int(threads))
+    return as_command(*arguments)
+
+
+def wait_for_step(folder: Path, step: int, child: subprocess.Popen[str] | Forked) -> None:
     """Return once the run in `folder` has done `step` steps."""
     until = time.monotonic() + 60
     while time.monotonic() < until:

@@ -27,6 +27,7 @@ from luthier.quantizers import Quantizer
 from luthier.recipes.opening.quantized import quantize
 from luthier.train.result import save_result
 from tests import forests, task_models
+from tests.contracts.crossed import case
 from tests.task_models import ANSWERS, MASKED, TEXTS, WORDS
 
 NAMES = catalog.names("adapters")
@@ -35,7 +36,11 @@ MODELS = [("bert", TEXTS), ("bert", MASKED), ("distilbert", WORDS), ("t5", ANSWE
 IDS = [f"{name}-{task.name}" for name, task in MODELS]
 each = pytest.mark.parametrize(
     ("name", "architecture", "task"),
-    [(name, *model) for name, model in product(NAMES, MODELS)],
+    [
+        # Each method on the classifier in each test run, and on one of the others in turn.
+        case(name, *model, quick=place in (0, 1 + turn % (len(MODELS) - 1)))
+        for (turn, name), (place, model) in product(enumerate(NAMES), enumerate(MODELS))
+    ],
     ids=[f"{name}-{model}" for name, model in product(NAMES, IDS)],
 )
 

@@ -27,7 +27,8 @@ from luthier.model.files.adapter_files import check_base, fill
 from luthier.model.language_model import LanguageModel
 from luthier.train.result import save_result
 from tests import forests
-from tests.contracts.resumption import BREAKS, FEW_BREAKS, Setup, assert_resumes
+from tests.contracts.crossed import case, crossed
+from tests.contracts.resumption import FEW_BREAKS, Setup, assert_resumes
 from tests.forests import ARCHITECTURES
 
 METHODS = catalog.names("adapters")
@@ -48,9 +49,11 @@ FOLDS = ("lora, pissa", "lora, olora", "lora, plus")
 ROUNDED = ("lora, orthogonal",)
 """Those whose start is the base up to rounding: two factors that see nothing of each other, in numbers of 24 bits."""
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
-RESUMED = [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.bfloat16)]
-"""Where every adapter is resumed in each test run; the rest of the architectures are among the slow tests."""
-each = pytest.mark.parametrize(("name", "architecture"), list(product(NAMES, ARCHITECTURES)))
+RESUMED = [("llama", torch.float32), ("gpt2", torch.bfloat16)]
+"""Where every adapter is resumed in each test run; the rest, and more moments of a break, are among the slow tests."""
+ALWAYS = ("llama", "gpt2")
+"""The plainest, and the one whose projections are one weight that lies the other way round."""
+each = pytest.mark.parametrize(("name", "architecture"), crossed(NAMES, ARCHITECTURES, always=ALWAYS))
 
 
 def method(name: str) -> Adapter:
@@ -172,10 +175,13 @@ def test_merged_equals_unmerged(name: str, architecture: str) -> None:
     assert forests.relative_error(forests.logits(model, IDS), adapted) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "architecture"),
-    [pair for pair in product(NAMES, ARCHITECTURES) if {"mergeable", "trains-base"} & method(pair[0]).provides],
+    ("name", "architecture", "dtype"),
+    [
+        case(name, *where, quick=where in (("llama", torch.float32), ("gpt2", torch.bfloat16)))
+        for name, where in product(NAMES, product(ARCHITECTURES, (torch.float32, torch.bfloat16)))
+        if {"mergeable", "trains-base"} & method(name).provides
+    ],
 )
 def test_a_merge_is_undone_bit_for_bit(name: str, architecture: str, dtype: torch.dtype) -> None:
     """Breaks when weights come back by subtraction, the adapter comes back in another state, or a digest stays."""
@@ -235,13 +241,12 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
     name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Breaks when an edit keeps something that training changes beside its parameters, or draws where none is saved."""
-    breaks = BREAKS if (architecture, dtype) == RESUMED[0] else FEW_BREAKS
-    assert_resumes(Setup(adapter=method(name), architecture=architecture, dtype=dtype), tmp_path, breaks=breaks)
+    assert_resumes(Setup(adapter=method(name), architecture=architecture, dtype=dtype), tmp_path, breaks=FEW_BREAKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@each
+@pytest.mark.parametrize(("name", "architecture"), list(product(NAMES, ARCHITECTURES)))
 def test_it_goes_on_bit_for_bit_on_every_architecture(
     name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -249,9 +254,16 @@ def test_it_goes_on_bit_for_bit_on_every_architecture(
     assert_resumes(Setup(adapter=method(name), architecture=architecture, dtype=dtype), tmp_path)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-@pytest.mark.parametrize(("first", "second"), list(product(METHODS, METHODS)))
-@pytest.mark.parametrize("first_off_first", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second", "architecture", "first_off_first"),
+    [
+        # Every pair once in each test run, models and orders in turn.
+        case(METHODS[one], METHODS[two], name, off, quick=(one + two) % 3 == place and (one // 3 + two) % 2 == off)
+        for one, two in product(range(len(METHODS)), repeat=2)
+        for place, name in enumerate(("llama", "qwen2", "gpt2"))
+        for off in (True, False)
+    ],
+)
 def test_two_attachments_come_off_in_either_order(
     first: str, second: str, architecture: str, first_off_first: bool
 ) -> None:

@@ -11,6 +11,7 @@ from luthier.core.chosen import choose
 from luthier.core.errors import MissingError, RecipeError
 from luthier.exporters import Exporter, Subject
 from luthier.model.comparing.parity import compare
+from tests.contracts.crossed import crossed
 from tests.exported import ARCHITECTURES, exported, heard, subject
 
 METHODS = catalog.names("exporters")
@@ -47,8 +48,7 @@ def test_the_artefact_is_the_model(name: str, architecture: str, tmp_path: Path)
     assert str(tmp_path) not in made(name).usage(given)
 
 
-@pytest.mark.parametrize("adapter", MERGED)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("adapter", "architecture"), crossed(MERGED, ARCHITECTURES, always=("llama", "gpt2")))
 def test_whatever_weights_can_hold_is_in_them(architecture: str, adapter: str, tmp_path: Path) -> None:
     """Breaks when an adapter is folded in on one architecture's layers only, or not as it was computed."""
     given = subject(architecture, tmp_path, adapter=adapter)

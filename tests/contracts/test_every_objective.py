@@ -16,7 +16,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import CAUSAL
 from luthier.objectives import Objective
 from tests import rollouts, task_models
-from tests.contracts.resumption import Setup, assert_resumes
+from tests.contracts.resumption import BREAKS, FEW_BREAKS, Setup, assert_resumes
 from tests.tiny import HIDDEN
 
 each = pytest.mark.parametrize("name", catalog.names("objectives"))
@@ -82,7 +82,8 @@ def test_trees_keep_the_row_they_came_from(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Breaks when an objective remembers what it has seen, or has trained parts that are not saved."""
-    assert_resumes(Setup(objective=name, dtype=dtype), tmp_path)
+    breaks = FEW_BREAKS if dtype == torch.float32 else BREAKS
+    assert_resumes(Setup(objective=name, dtype=dtype), tmp_path, breaks=breaks)
 
 
 @each

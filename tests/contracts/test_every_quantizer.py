@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -26,8 +26,21 @@ ADAPTERS = [
 ]
 MERGEABLE = [name for name in ADAPTERS if "mergeable" in catalog.load("adapters", name).provides]
 BACKEND = TorchBackend()
+MODELS = ("llama", "gpt2")
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
 each = pytest.mark.parametrize("method", PACKING, ids=lambda method: method.method_name())
+
+
+def under(names: Sequence[str]) -> pytest.MarkDecorator:
+    """Every quantizer under every adapter on both models: in each test run on one of them, in turn."""
+    return pytest.mark.parametrize(
+        ("method", "name", "architecture"),
+        [
+            pytest.param(method, name, model, id=f"{method.method_name()}-{name}-{model}",
+                         marks=() if model == MODELS[(one + two) % 2] else pytest.mark.slow)
+            for one, method in enumerate(PACKING) for two, name in enumerate(names) for model in MODELS
+        ],
+    )  # fmt: skip
 
 
 def packed(method: Quantizer, weight: torch.Tensor) -> Packing:
@@ -113,8 +126,7 @@ def test_a_few_rows_are_multiplied_as_many_are(
         assert float((x.grad.float() - slope).norm() / slope.norm()) < slack
 
 
-@each
-@pytest.mark.parametrize(("name", "architecture"), list(product(ADAPTERS, ["llama", "gpt2"])))
+@under(ADAPTERS)
 def test_adapters_train_on_it_as_on_the_unpacked_weights(method: Quantizer, name: str, architecture: str) -> None:
     """Breaks when a gradient stops at a packed weight, or an adapter sees codes for numbers."""
     found = []
@@ -127,8 +139,7 @@ def test_adapters_train_on_it_as_on_the_unpacked_weights(method: Quantizer, name
     forests.assert_same_gradients(found[0], found[1], tolerance=1e-4)
 
 
-@each
-@pytest.mark.parametrize(("name", "architecture"), list(product(MERGEABLE, ["llama", "gpt2"])))
+@under(MERGEABLE)
 def test_merging_packs_the_sum_once(method: Quantizer, name: str, architecture: str) -> None:
     """Breaks when the sum is made of rounded numbers, packed in another way, or its error is not what is told."""
     quantized, plain = models(method, architecture)
@@ -159,9 +170,8 @@ def test_merging_packs_the_sum_once(method: Quantizer, name: str, architecture: 
         assert f"{len(moved)} weights were packed again with 'default'" in quantized.notices[-1]
 
 
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "architecture"), list(product(MERGEABLE, ["llama", "gpt2"])))
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@under(MERGEABLE)
 def test_a_merge_is_undone_bit_for_bit(
     method: Quantizer, name: str, architecture: str, dtype: torch.dtype
 ) -> None:

@@ -26,6 +26,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.running.executor import flat_hidden
 from luthier.model.running.outputs import LossReport
 from tests import forests
+from tests.contracts.crossed import crossed
 
 ADAPTERS: dict[str, Adapter] = {
     "french": LoRA(rank=3, alpha=6.0),
@@ -96,28 +97,28 @@ def test_a_mix_of_low_rank_terms_is_the_sum_of_the_updates(architecture: str, fu
     close(alone, outputs(made(architecture, "french", fused=fused), "french")[0])
 
 
-@kinds
-@pytest.mark.parametrize(
-    "names",
-    [("french", "code"), ("ia3", "french"), ("narrow", "ia3", "code"), ("dora", "beside"),
-     ("tokens", "french"), ("head", "tokens"),
-     ("french", "prefix"), ("prompt", "ia3", "french")],
-    ids="-".join,
-)  # fmt: skip
+TOGETHER = [
+    ("french", "code"), ("ia3", "french"), ("narrow", "ia3", "code"), ("dora", "beside"), ("tokens", "french"),
+    ("head", "tokens"), ("french", "prefix"), ("prompt", "ia3", "french"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "kind"), crossed(TOGETHER, KINDS, always=KINDS[:1]))
 def test_a_mix_with_weights_of_one_is_all_of_them_switched_on(
-    architecture: str, fused: bool, names: tuple[str, ...]
+    kind: tuple[str, bool], names: tuple[str, ...]
 ) -> None:
     """Breaks when edits of a mix nest in another order than those of attachments, or a root's part is left out."""
+    architecture, fused = kind
     model = made(architecture, *names, fused=fused)
     model.mix("all", [(name, 1.0) for name in names])
     expected = model.token_outputs(Forest(tuple(trees("")))).log_probs.detach()
     close(outputs(model, "all", names[0])[0], expected)
 
 
-@kinds
-@pytest.mark.parametrize("name", list(ADAPTERS))
-def test_a_mix_of_one_part_is_that_adapter_to_the_bit(architecture: str, fused: bool, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), crossed(ADAPTERS, KINDS, always=KINDS[:1]))
+def test_a_mix_of_one_part_is_that_adapter_to_the_bit(kind: tuple[str, bool], name: str) -> None:
     """Breaks when a weight of one is multiplied in, or a weight of zero leaves something of a part behind."""
+    architecture, fused = kind
     model = made(architecture, name, fused=fused)
     model.mix("same", [(name, 1.0)])
     model.mix("none", [(name, 0.0)])

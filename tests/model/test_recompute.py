@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -43,10 +44,20 @@ def passed(made: Stepper, trees: list[Tree]) -> tuple[PassReport, dict[str, Tens
     return report, gradients, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("micro_tokens", [4096, 12], ids=["at once", "in parts"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", NAMES)
-@pytest.mark.parametrize("architecture", SHAPED)
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "dtype", "micro_tokens"),
+    [
+        # Every adapter on every model in each test run; in one dtype and cut, in turn.
+        pytest.param(architecture, adapter, dtype, tokens,
+                     id=f"{architecture}-{adapter}-{dtype}-{cut}",
+                     marks=() if (one + two) % 4 == three else pytest.mark.slow)
+        for one, architecture in enumerate(SHAPED)
+        for two, adapter in enumerate(NAMES)
+        for three, (dtype, (tokens, cut)) in enumerate(
+            product((torch.float32, torch.bfloat16), ((4096, "at once"), (12, "in parts")))
+        )
+    ],
+)  # fmt: skip
 def test_no_bit_depends_on_what_is_recomputed(
     architecture: str, adapter: str, dtype: torch.dtype, micro_tokens: int
 ) -> None:

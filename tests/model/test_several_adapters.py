@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, predicted_routes, routes_of, routes_over, whole
 from luthier.model.running.outputs import LossReport, TokenOutputs
 from tests import forests
+from tests.contracts.crossed import case
 
 METHODS: Mapping[str, Adapter] = {
     "french": LoRA(rank=3, alpha=6.0),
@@ -76,13 +78,21 @@ def alone(
     return gradients(model, [replace(tree, adapter="") for tree in trees if tree.adapter == name], name)
 
 
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("names", [UNLIKE, FUSED, ("prefix", "prompt"), ("french", "prompt")], ids="-".join)
+MODELS = [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", False), ("gemma2", False), ("mistral", True)]
+ADAPTERS = [UNLIKE, FUSED, ("prefix", "prompt"), ("french", "prompt")]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "fused"),
-    [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", False), ("gemma2", False), ("mistral", True)],
+    ("architecture", "fused", "names", "dtype", "tolerance", "mixed"),
+    [
+        # All adapters on all models in each test run; in one precision and order, in turn.
+        case(*model, names, *precision, mixed, quick=(one + two) % 4 == three)
+        for (one, model), (two, names) in product(enumerate(MODELS), enumerate(ADAPTERS))
+        for three, (precision, mixed) in enumerate(
+            product(((torch.float32, 1e-5), (torch.float64, 5e-7)), (True, False))
+        )
+    ],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 5e-7)])
 def test_each_adapter_in_a_batch_computes_and_learns_as_alone(
     architecture: str, names: tuple[str, ...], fused: bool, mixed: bool, dtype: torch.dtype, tolerance: float
 ) -> None:

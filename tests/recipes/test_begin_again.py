@@ -17,7 +17,7 @@ import pytest
 
 from luthier.recipes.ending import SUMMARY
 from luthier.train.stepper import Stepper, StepReport
-from tests.cli.commands import STEPS, environ, events, luthier, process, step_events, tree, wait_for_step
+from tests.cli.commands import STEPS, environ, events, forked, luthier, step_events, tree, wait_for_step
 from tests.recipes.test_resume import same_run
 from tests.tiny import CHAT_TEMPLATE
 
@@ -130,7 +130,7 @@ def test_a_second_start_is_refused_in_under_a_second_and_names_the_holder(
 ) -> None:
     """Breaks when the lock is only looked at after the libraries have been imported."""
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, pause=0.5) as child:
+    with forked("train", recipe, "--run", folder, out=tmp_path / "said", pause=0.5) as child:
         wait_for_step(folder, 1, child)
         for command in (("train", recipe, "--run", folder), ("resume", folder)):
             began = time.monotonic()

@@ -19,7 +19,7 @@ from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.result import save_result
 from luthier.train.state import LoopState, Snapshot
 from luthier.train.stepper import Stepper, StepReport
-from tests.cli.commands import STEPS, events, luthier, process, step_events, tree, wait_for_step
+from tests.cli.commands import STEPS, events, forked, luthier, process, step_events, tree, wait_for_step
 
 RESULT = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tokenizer.json")
 LAST = f"checkpoints/step-{STEPS:06d}"
@@ -72,12 +72,12 @@ def test_ctrl_c_saves_and_a_second_run_into_the_folder_is_refused_meanwhile(
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, recipe: Path, finished: Path) -> None:
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, pause=0.1) as child:
+    with forked("train", recipe, "--run", folder, out=tmp_path / "said", pause=0.1) as child:
         # Between two checkpoints, so that a killed run has to repeat a step.
         wait_for_step(folder, 3, child)
         child.kill()
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL, err
+        said = child.communicate()
+    assert child.returncode == -signal.SIGKILL, said
     assert luthier("run", "show", folder, "--json").json["state"] == "interrupted"
     luthier("resume", folder, "--json").must(0)
     same_run(folder, finished)

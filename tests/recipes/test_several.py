@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from luthier.core.errors import GateError, RecipeError
 from luthier.recipes.schemas.several import load_several_recipe, names_several, several_of
 from luthier.recipes.several import several
-from tests.cli.commands import colour_rows, events, luthier, process, step_events, wait_for_step
+from tests.cli.commands import colour_rows, events, forked, luthier, step_events, wait_for_step
 
 NAMES = ("french", "scaled", "prefix")
 STEPS = {"french": 8, "scaled": 5, "prefix": 8}
@@ -150,10 +150,10 @@ def same_run(folder: Path, unbroken: Path) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(at: int, tmp_path: Path, recipe: Path, together: Path) -> None:
     """Breaks when adapters go on from different steps: micro-batches would be cut otherwise, and round otherwise."""
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, pause=0.05) as child:
+    with forked("train", recipe, "--run", folder, out=tmp_path / "said", pause=0.05) as child:
         wait_for_step(folder / "french", at, child)
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate()
     assert child.returncode == -signal.SIGKILL
     # By the same command, as by `luthier resume`.
     luthier("train", recipe, "--run", folder, "--json").must(0)
@@ -163,12 +163,12 @@ def test_a_killed_run_goes_on_bit_for_bit(at: int, tmp_path: Path, recipe: Path,
 def test_a_stopped_run_says_so_and_goes_on_bit_for_bit(tmp_path: Path, recipe: Path, together: Path) -> None:
     """Breaks when one adapter stops a step before another."""
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, "--json", pause=0.1) as child:
+    with forked("train", recipe, "--run", folder, "--json", out=tmp_path / "said", pause=0.1) as child:
         wait_for_step(folder / "french", 3, child)
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 75, err
-    assert f"luthier resume {folder}" in err
+        said = child.communicate()
+    assert child.returncode == 75, said
+    assert f"luthier resume {folder}" in said
     states = {name: luthier("run", "show", folder / name, "--json").json["state"] for name in NAMES}
     assert set(states.values()) == {"stopped"}
     assert len({step_events(folder / name)[-1]["step"] for name in NAMES}) == 1
@@ -181,10 +181,10 @@ def test_adapters_whose_newest_checkpoints_differ_go_on_from_one_that_all_have(
 ) -> None:
     """Breaks when a kill between the saves of two adapters, or a damaged file, leaves them at different steps."""
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, pause=0.1) as child:
+    with forked("train", recipe, "--run", folder, out=tmp_path / "said", pause=0.1) as child:
         wait_for_step(folder / "french", 5, child)
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate()
     steps = sorted((folder / "prefix" / "checkpoints").glob("step-*"))
     (steps[-1] / "state.safetensors").write_bytes(b"damaged")
     luthier("resume", folder, "--json").must(0)
@@ -194,10 +194,10 @@ def test_adapters_whose_newest_checkpoints_differ_go_on_from_one_that_all_have(
 def test_one_of_several_is_not_gone_on_with_alone(tmp_path: Path, recipe: Path) -> None:
     """Breaks when an adapter's run is resumed without the others, so that its micro-batches are cut otherwise."""
     folder = tmp_path / "run"
-    with process("train", recipe, "--run", folder, pause=0.1) as child:
+    with forked("train", recipe, "--run", folder, out=tmp_path / "said", pause=0.1) as child:
         wait_for_step(folder / "french", 4, child)
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate()
     luthier("resume", folder / "french").must(77, "together:")
 
 
