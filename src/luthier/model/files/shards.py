@@ -273,8 +273,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, as they lie in memory where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy().data)
+    whole = tensor.detach().contiguous()
+    # A single number may be contiguous with a stride of 0, as which it has no bytes.
+    return memoryview(whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 @final
