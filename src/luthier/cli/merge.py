@@ -59,15 +59,8 @@ def merge(
       luthier merge merge.yaml --out models/merged --data held_out.jsonl --json
     """
     with advised(_ADVICE):
-        if out is None and not dry_run:
-            raise RecipeError(
-                f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR"
-            )
-        if out is not None and not dry_run:
-            # Before what takes seconds to import.
-            from luthier.store.folder import require_new
-
-            require_new(out)
+        if not dry_run:
+            _require_out(out, models)
         given = _set(set_ or [])
         if adapters:
             _merge_adapters(models, out, method, weight, given, dry_run=dry_run, json=json)
@@ -88,6 +81,17 @@ def merge(
             found = merge_models(recipe, out or Path(), gate=gate, told=told)
         found["notices"] = [*notes, *found["notices"]]
         print_json(found) if json else _print_found(found)
+
+
+def _require_out(out: Path | None, models: list[str]) -> None:
+    """Raise where nothing can be written, before what takes seconds to import."""
+    if out is None:
+        raise RecipeError(
+            f"no folder for the result of merging {', '.join(models)}", allowed="a new folder: --out DIR"
+        )
+    from luthier.store.folder import require_new
+
+    require_new(out)
 
 
 def _recipe(
