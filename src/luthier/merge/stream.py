@@ -41,7 +41,7 @@ COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
 WAITING: Final = 4
 """Blocks that wait to be written, at most."""
-AHEAD: Final = 1 << 26
+AHEAD: Final = 1 << 25
 """Bytes of tensors that are kept at once at most, where one does not have more."""
 MOST_AHEAD: Final = 64
 """Tensors that are looked at before they are merged, at most."""
