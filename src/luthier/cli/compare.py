@@ -12,7 +12,6 @@ from luthier.cli.options import Json, Quiet, Set
 from luthier.cli.show import print_json
 from luthier.core.imports import uncollected
 from luthier.core.paths import RUNS
-from luthier.core.yaml_text import parse_value
 from luthier.recipes.progress import progress
 
 ALL = "full,lora,ia3,bottleneck,prompt_tuning,prefix_tuning,p_tuning_v2,galore,qlora,in_context"
@@ -60,6 +59,7 @@ def compare(
     """
     with uncollected():
         from luthier.core.knobs import validate
+        from luthier.core.yaml_text import parse_value
         from luthier.recipes.comparing.compare import Measures, require_methods
         from luthier.recipes.comparing.compare import compare as compare_methods
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -67,7 +66,10 @@ def modules(family: str) -> dict[str, str]:
 @cache
 def _entry_points() -> Any:
     """Those of all packages, of a type that changed with Python 3.12. Read once: Python looks into each package."""
-    return importlib.metadata.entry_points()
+    # It reads mail headers, which takes a tenth of what `luthier --help` may take.
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 def names(family: str) -> list[str]:
