@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import typer
-import yaml
 
 from luthier.core.units import bytes_text, count_text, duration_text
 
@@ -34,6 +33,9 @@ def print_several(summary: Mapping[str, Any]) -> None:
 
 def print_several_plans(recipe: Mapping[str, Any], plans: Mapping[str, Mapping[str, Any]]) -> None:
     """The resolved recipe, and what would happen to each adapter."""
+    # Not at the top: every command imports this file, and takes long enough to begin without it.
+    import yaml
+
     typer.echo(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120))
     for name, plan in plans.items():
         typer.echo(
