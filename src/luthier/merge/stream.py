@@ -197,6 +197,8 @@ def _merged(
     for first, (rows, found) in zip(work.firsts, _in_order(workers, room.threads, blocks), strict=True):
         whole = found if first == 0 else whole + found
         write(job.name, rows, first)
+    # Whoever asked for it may hold it until the next one is there.
+    source.kept.clear()
     return TensorReport.of(job.name, whole, seen, job.method.told(job.weights, seen), numbers=prod(job.slot.shape),
                            based=job.base is not None)  # fmt: skip
 
