@@ -19,8 +19,9 @@ from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
 from luthier.exporters import Subject
 from luthier.exporters.merged import Merged
-from luthier.model.comparing.parity import BRAIN, EXACT, HALF, Questions, compare, hear
+from luthier.model.comparing.parity import Questions, compare, hear
 from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.comparing.tolerances import BRAIN, EXACT, HALF
 from luthier.model.editing import merging
 from luthier.model.files.shards import ShardWriter
 from tests import task_models

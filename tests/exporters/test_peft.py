@@ -11,7 +11,7 @@ import torch
 
 from luthier.core.errors import RecipeError
 from luthier.exporters.peft import Peft
-from luthier.model.comparing.parity import EXACT
+from luthier.model.comparing.tolerances import EXACT
 from luthier.model.files.json_files import write_object
 from tests import task_models
 from tests.exported import exported, subject

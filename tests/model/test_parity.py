@@ -15,19 +15,8 @@ from torch import Tensor
 from luthier.core.errors import GateError
 from luthier.data.conversation import Conversation, Message, Row
 from luthier.data.forest import Ints
-from luthier.model.comparing.parity import (
-    BRAIN,
-    COARSE,
-    EXACT,
-    HALF,
-    Greedy,
-    Questions,
-    Side,
-    Tolerance,
-    compare,
-    hear,
-    tolerance_for,
-)
+from luthier.model.comparing.parity import Greedy, Questions, Side, compare, hear
+from luthier.model.comparing.tolerances import BRAIN, COARSE, EXACT, HALF, Tolerance, tolerance_for
 
 PROMPTS = (np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32))
 ROW = Row(0, "rows.jsonl:1:1", Conversation((Message("user", "hello"), Message("assistant", "you"))))

@@ -20,7 +20,8 @@ import torch
 from luthier.core.knobs import Method
 from luthier.data.prepare import Reading
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.comparing.parity import Side, Tolerance, tolerance_for
+from luthier.model.comparing.parity import Side
+from luthier.model.comparing.tolerances import Tolerance, tolerance_for
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision
 

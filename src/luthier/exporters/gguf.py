@@ -28,7 +28,8 @@ import torch
 from pydantic import Field
 
 from luthier.exporters import Exporter, Form, Subject, Told
-from luthier.model.comparing.parity import Side, Tolerance
+from luthier.model.comparing.parity import Side
+from luthier.model.comparing.tolerances import Tolerance
 from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.parts import GgufPart, Part
 

@@ -28,7 +28,8 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
-from luthier.model.comparing.parity import Side, Tolerance
+from luthier.model.comparing.parity import Side
+from luthier.model.comparing.tolerances import Tolerance
 from luthier.model.gguf.formats import Choice
 from luthier.model.gguf.modelfile import NAME, Modelfile, modelfile
 from luthier.model.gguf.parts import ADAPTER_FILE, MODEL_FILE, GgufPart, Part

@@ -26,8 +26,9 @@ from pydantic import Field
 
 from luthier.core.errors import RecipeError
 from luthier.exporters import Exporter, Form, Subject, Told
-from luthier.model.comparing.parity import EXACT, Side, Tolerance
+from luthier.model.comparing.parity import Side
 from luthier.model.comparing.parity_sides import ModelSide, folder_texts
+from luthier.model.comparing.tolerances import EXACT, Tolerance
 from luthier.model.files.adapter_config import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
 from luthier.model.files.json_files import write_object
 from luthier.model.files.texts_beside import save_texts

@@ -25,9 +25,10 @@ from luthier.merge.lora import placed
 from luthier.merge.parents import Parent
 from luthier.merge.parity import Parity, side_by_side
 from luthier.mergers import WeightedSum
-from luthier.model.comparing.parity import EXACT, Questions, compare, hear
+from luthier.model.comparing.parity import Questions, compare, hear
 from luthier.model.comparing.parity_sides import StreamedSide
 from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
+from luthier.model.comparing.tolerances import EXACT
 from luthier.model.editing import attachment as surgery
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.sites import find_sites

@@ -31,9 +31,10 @@ from luthier.merge.plan import Plan
 from luthier.merge.source import Source, copied
 from luthier.merge.stream import Room, one_thread_each
 from luthier.merge.vocabulary import United
-from luthier.model.comparing.parity import ParityReport, Questions, Side, Tolerance, compare, hear, tolerance_for
+from luthier.model.comparing.parity import ParityReport, Questions, Side, compare, hear
 from luthier.model.comparing.parity_sides import StreamedSide, folder_texts
 from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
+from luthier.model.comparing.tolerances import Tolerance, tolerance_for
 from luthier.model.files.generation_files import read_stop_ids
 from luthier.model.files.shards import Slot
 from luthier.model.files.tensor_files import DTYPES

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.tokenizer import Tokenizer
-from luthier.model.comparing.parity import COARSE, Tolerance
+from luthier.model.comparing.tolerances import COARSE, Tolerance
 from luthier.model.gguf import families
 from luthier.model.gguf.families import FAMILIES, Layout, turn, turn_back
 from luthier.model.gguf.formats import Choice, format_for

@@ -11,7 +11,7 @@ deviation of all z; (1/N) sum of KL(softmax z || softmax y); the share of tokens
 the same text before it, among all and among those that are no near ties: where the first of z is more than `tie`
 standard deviations before the second.
 
-Use when: a model was merged, exported or converted. Thresholds belong to the form of the weights, not to the model.
+Use when: a model was merged, exported or converted. What is let pass is in tolerances.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from luthier.core.units import percent_text
 from luthier.data.conversation import Row
 from luthier.data.forest import Ints
 from luthier.model.comparing.sketches import Sketch, sketched
-from luthier.model.load import Precision
+from luthier.model.comparing.tolerances import Tolerance
 
 Gives = Literal["logits", "states"]
 """What a side gives at each token: scores of what comes next or of classes, or the states of an encoder."""
@@ -39,44 +39,6 @@ MOST_FINDINGS: Final = 4
 MOST_TENSORS: Final = 3
 _SHOWN: Final = 48
 _FORM: Final = "choose a form that rounds less"
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What is let pass: `difference` in standard deviations of the source's logits, `kl` in nats a token.
-
-    `form` says what of the artefact makes it necessary. `agreement` is needed of the tokens that are no near ties:
-    which of two words is ahead by less than `tie` standard deviations, rounding decides. `weights` is how far a tensor
-    may be from its like in the source, as a share of its norm, where both have it by name: among many layers one wrong
-    one hardly shows in logits.
-    """
-
-    form: str
-    difference: float
-    kl: float
-    tie: float
-    agreement: float = 0.99
-    weights: float | None = None
-
-    def loosest(self, other: Tolerance) -> Tolerance:
-        """What has to be let pass where both round, in the words of this one; no tensors where either compares none."""
-        weights = None if self.weights is None or other.weights is None else max(self.weights, other.weights)
-        return Tolerance(form=self.form, difference=max(self.difference, other.difference), kl=max(self.kl, other.kl),
-                         tie=max(self.tie, other.tie), agreement=min(self.agreement, other.agreement),
-                         weights=weights)  # fmt: skip
-
-    def bounds(self) -> str:
-        """What is let pass, in words."""
-        share = percent_text(self.agreement)
-        return (f"{self.form}: {self.difference:g} of the spread, KL {self.kl:g}, and {share} of the likeliest tokens, "
-                f"where they are ahead by more than {self.tie:g} of the spread")  # fmt: skip
-
-
-EXACT: Final = Tolerance(form="weights in float32", difference=1e-3, kl=1e-6, tie=1e-3, weights=1e-6)
-HALF: Final = Tolerance(form="weights in float16", difference=0.03, kl=1e-5, tie=0.01, weights=2e-3)
-BRAIN: Final = Tolerance(form="weights in bfloat16", difference=0.5, kl=2e-3, tie=0.05, weights=4e-3)
-COARSE: Final = Tolerance(form="weights and products in bfloat16", difference=1.2, kl=5e-3, tie=0.15, weights=4e-3)
 
 
 class Side(ABC):
@@ -384,17 +346,3 @@ def _tensors_that_differ(source: Mapping[str, Sketch], artefact: Side, most: flo
         yield f"{name} {source[name].difference(held[name])}"
     if len(worst) > MOST_TENSORS:
         yield f"{len(worst) - MOST_TENSORS} more tensors differ"
-
-
-def tolerance_for(dtype: torch.dtype, *, computed: Precision = "float32") -> Tolerance:
-    """What is let pass for weights that are written in `dtype`, where both sides compute in `computed`.
-
-    The largest difference is that of the few tokens where a model is at its most sensitive: among 512 tokens of the
-    seedling it is several times that of a hundred. So bounds are at least one and a half times what rounding alone does
-    in 12,288 tokens of prose (docs/export.md has the figures and their command); what is wrong in a tensor is found by
-    its sketch. Random models are nearly undecided between words: there a tenth of the likeliest changes at a mean KL of
-    4e-4, so near ties convict nobody.
-    """
-    if computed != "float32":
-        return COARSE
-    return {torch.float32: EXACT, torch.float16: HALF}.get(dtype, BRAIN)

@@ -19,8 +19,9 @@ from luthier.core.errors import RecipeError
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.tokenizer import Tokenizer
 from luthier.model.attending import attention
-from luthier.model.comparing.parity import BRAIN, EXACT, HALF, Side, Tolerance
+from luthier.model.comparing.parity import Side
 from luthier.model.comparing.parity_sides import ModelSide
+from luthier.model.comparing.tolerances import BRAIN, EXACT, HALF, Tolerance
 from luthier.model.files.adapter_config import EXTRAS, trained_beside
 from luthier.model.files.weights import module_with
 from luthier.model.gguf.families import EXTRA, PURPOSE, Layout, family_of, is_matrix_to_pack
