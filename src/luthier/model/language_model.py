@@ -36,9 +36,9 @@ from luthier.model.routes import Parts, Routes, parts_of, routes_over
 from luthier.model.running.executor import Executor, run_segments, seen_root
 from luthier.model.running.guests import Guest, require_guests, sole
 from luthier.model.running.head import edited_head, head_of
+from luthier.model.running.known import known_executor
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.parts import Loss, Part, backward_in_parts
-from luthier.model.running.probing import probe
 from luthier.model.running.scoring import AnyHead
 from luthier.model.running.task_executor import probe_task, run_task, task_head_of
 from luthier.model.running.unrolled import run_unrolled
@@ -52,7 +52,8 @@ class LanguageModel:
 
     `source` says where it came from, `digest` identifies its weights, `notices` lists what a user should know
     (precision chosen, executor fallback). `kernels` is one of the choices of `kernels/chosen.py`. `task` is what the
-    model was loaded for, `fresh` names the parameters that no file held: those of a new head.
+    model was loaded for, `fresh` names the parameters that no file held: those of a new head. With `known_as`, a digest
+    of the weights, it is probed once and not at every start.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class LanguageModel:
         kernels: str = "auto",
         task: Task = CAUSAL,
         fresh: tuple[str, ...] = (),
+        known_as: str = "",
     ) -> None:
         self.module = module
         self.task = task
@@ -80,7 +82,7 @@ class LanguageModel:
         self.sites: Sites = find_sites(module, apart=head_modules(module, task, fresh))
         backend, missing = backend_for(kernels, module.device, module.dtype)
         if task == CAUSAL:
-            self.executor: Executor = probe(module, backend, fused=kernels != "torch")
+            self.executor: Executor = known_executor(module, backend, fused=kernels != "torch", digest=known_as)
         else:
             self.executor = probe_task(module, task, backend, fused=kernels != "torch")
         if missing and self.executor.blocks is not None:

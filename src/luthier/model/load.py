@@ -105,8 +105,10 @@ def load_model(
     held = (f"quantizer: the files hold {len(found)} matrices that are packed",) if found else ()
     notices = (f"precision: {reason}", *checked.notices, *loaded.notices, *held)
     return LanguageModel(
-        module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh
-    )
+        module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh,
+        # Of what was just drawn, or packed on the way, nobody asks twice.
+        known_as="" if fresh or found else digest,
+    )  # fmt: skip
 
 
 def kind_of_source(source: str) -> Kind:

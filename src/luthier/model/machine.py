@@ -8,19 +8,16 @@ slower on another, and depends on the shape.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from luthier.core.errors import LuthierError
 from luthier.core.paths import cache_folder
 from luthier.store.environment import processor
-from luthier.store.files import read_json, write_json
+from luthier.store.remembered import recalled, remember
 
 FILE = "machine.json"
 SECONDS = 0.25
@@ -43,13 +40,13 @@ def rates(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int
     key = " ".join([_name(device), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}",
                     str(dtype).removeprefix("torch."), f"{inputs}x{outputs}"])  # fmt: skip
     path = cache_folder() / FILE
-    known = _known(path)
+    known = recalled(path)
     seen = _rates(known.get(key))
     if seen is not None and not anew:
         return seen
     now = measure(device, dtype, inputs=inputs, outputs=outputs)
     best = now if seen is None else Rates(max(seen.flops, now.flops), max(seen.bytes, now.bytes))
-    _remember(path, {**known, key: asdict(best)})
+    remember(path, {**known, key: asdict(best)})
     return best
 
 
@@ -85,23 +82,6 @@ def _timed(call: Callable[[], object], device: torch.device) -> float:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-
-
-def _known(path: Path) -> dict[str, object]:
-    """What is remembered; nothing when the file is not there or cannot be read: it can be made again."""
-    try:
-        return read_json(path) if path.is_file() else {}
-    except LuthierError:
-        return {}
-
-
-def _remember(path: Path, values: dict[str, object]) -> None:
-    """A cache that cannot be written costs a third of a second the next time, and no run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, json.loads(json.dumps(values)))
-    except (LuthierError, OSError):
-        return
 
 
 def _rates(value: object) -> Rates | None:
