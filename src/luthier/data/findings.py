@@ -34,6 +34,8 @@ COMMON_SHARE: Final = 0.5
 _INVISIBLE: Final = frozenset("\u200b\u200c\u200d\u2060\ufeff")
 _TEXT: Final = TOKEN_ROLES.index("text")
 _KNOWN: Final = 4096
+_END: Final = b"\xff\xff\xff\xff"
+"""Where a view ends; no token has this id."""
 Mask = NDArray[np.bool_]
 Where = Callable[[int], str]
 """The address of a row by its place among the rows."""
@@ -49,18 +51,16 @@ def digests(views: Sequence[Rendered], rows: NativeRows | None = None) -> tuple[
         marks = rows.marks(view.tokens, view.weights, view.spans, view.text)
         if marks is not None:
             return marks
-    tokens = words = answer = b""
+    # Hashes that grow, since a text may be one row of many views.
+    tokens, words, answer = blake2b(digest_size=8), blake2b(digest_size=8), blake2b(digest_size=8)
     for view in views:
         text = view.text[int(view.spans[0, 0]) : int(view.spans[-1, 1])]
-        tokens += view.tokens.tobytes() + b"\xff\xff\xff\xff"  # where a view ends; no token has this id
-        words += " ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\xff"
+        tokens.update(view.tokens.tobytes() + _END)
+        words.update(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass") + b"\xff")
         learned = view.tokens if view.labels is None else view.labels
-        answer += learned[view.weights > 0].tobytes() + b"\xff\xff\xff\xff"
-    return _digest(tokens), _digest(words), _digest(answer)
-
-
-def _digest(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+        answer.update(learned[view.weights > 0].tobytes() + _END)
+    first, second, third = (int.from_bytes(one.digest(), "little") for one in (tokens, words, answer))
+    return first, second, third
 
 
 @final
