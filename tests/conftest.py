@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import math
 import os
 import signal
 import threading
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from jaxtyping import config as shapes
 
 from luthier.core.imports import uncollected
+from luthier.data.rendering import process
 from luthier.kernels import native_build
 from luthier.recipes.proving import verify
 from luthier.store.runs import RunDirectory
+from tests import renderers, shape_checks
 from tests.tiny import KINDS, tiny_folder
 
 # Read once, when the hub's client is imported, which may be before any fixture runs.
@@ -39,7 +41,9 @@ OWN_SHAPES = ("kernels", "model", "infer")
 FEW_SHAPES = 8
 """In the first case of each of these tests shapes are checked, and in one of so many of all other cases and tests: that
 takes more than half of their time, and finds the same in each."""
-CHECKED = pytest.StashKey[bool]()
+MOST_CALLS = 2000
+"""So many calls of such a case are checked, the first ones: a case may make a hundred thousand."""
+CALLS = pytest.StashKey[float]()
 
 
 @pytest.hookimpl(trylast=True)
@@ -50,7 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = item.nodeid.partition("[")[0]
         own = any(folder in item.path.parts for folder in OWN_SHAPES)
         few = zlib.crc32(item.nodeid.encode()) % FEW_SHAPES == 0
-        item.stash[CHECKED] = few or (own and test not in seen) or os.environ.get("SHAPES") == "all"
+        checked = few or (own and test not in seen)
+        item.stash[CALLS] = math.inf if os.environ.get("SHAPES") == "all" else MOST_CALLS * checked
         seen.add(test)
 
 
@@ -68,7 +73,7 @@ def pytest_collection() -> Iterator[Any]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Have the shapes of tensors checked or not, in this test and in what is made for it."""
-    shapes.update("jaxtyping_disable", not item.stash[CHECKED])
+    shape_checks.check(item.stash[CALLS])
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +130,26 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     monkeypatch.setenv("LUTHIER_CACHE", str(own / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+OWN_RENDERERS = ("data", "faults")
+"""Tests of the process that chat templates run in."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _renderers_are_handed_on() -> Iterator[renderers.Idle]:
+    """A run starts such a process for each of its templates, and there are thousands of runs."""
+    with renderers.handed_on() as idle:
+        yield idle
+
+
+@pytest.fixture(autouse=True)
+def _renderers_of_their_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _renderers_are_handed_on: renderers.Idle
+) -> None:
+    """What tests of that process look at is started for them and ends with them."""
+    if any(folder in request.node.path.parts for folder in OWN_RENDERERS):
+        monkeypatch.setattr(process, "_Worker", _renderers_are_handed_on.start)
 
 
 @pytest.fixture(scope="session", autouse=True)

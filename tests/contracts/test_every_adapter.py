@@ -50,7 +50,8 @@ ROUNDED = ("lora, orthogonal",)
 """Those whose start is the base up to rounding: two factors that see nothing of each other, in numbers of 24 bits."""
 IDS = np.array([5, 17, 90, 3, 44, 71, 8, 8, 120], dtype=np.int32)
 RESUMED = [("llama", torch.float32), ("gpt2", torch.bfloat16)]
-"""Where every adapter is resumed in each test run; the rest, and more moments of a break, are among the slow tests."""
+"""Where every adapter is resumed in each test run, its variants on one of the two in turn; the rest, and more moments
+of a break, are among the slow tests."""
 ALWAYS = ("llama", "gpt2")
 """The plainest, and the one whose projections are one weight that lies the other way round."""
 each = pytest.mark.parametrize(("name", "architecture"), crossed(NAMES, ARCHITECTURES, always=ALWAYS))
@@ -235,8 +236,11 @@ def test_equal_adapters_are_equal_files(name: str, tmp_path: Path) -> None:
     assert made[0] == made[1] and len(made[0]) == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("architecture", "dtype"), RESUMED)
+@pytest.mark.parametrize(
+    ("name", "architecture", "dtype"),
+    [(name, *where) for name in METHODS for where in RESUMED]
+    + [(name, *RESUMED[turn % len(RESUMED)]) for turn, name in enumerate(VARIANTS)],
+)
 def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
     name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -18,19 +19,22 @@ from typing import Any
 import httpx2
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from luthier.cli.main import run
 from luthier.core.errors import SandboxUnavailableError
 from luthier.core.knobs import validate
 from luthier.model.files import sources
+from luthier.recipes.comparing import compare as comparing
 from luthier.recipes.domain_adaptation import AdaptationRecipe, stage_recipes
 from luthier.recipes.merging.mergekit import translated
 from luthier.recipes.merging.recipe import MergeRecipe
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.schemas.several import several_of
-from luthier.server import opening
+from luthier.server import jobs, opening
 from luthier.server.opening import open_serving
 from luthier.server.serving import Serving
+from tests.children import forked_child
 from tests.docs.snippets import (
     BOTH,
     ENCODER,
@@ -45,6 +49,7 @@ from tests.docs.snippets import (
     with_stand_ins,
 )
 from tests.task_folders import bert_folder, t5_folder
+from tests.tiny import SPECIALS
 
 _SOURCES = sources.__file__
 LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
@@ -52,13 +57,18 @@ LANGUAGES = {"bash", "python", "yaml", "json", "console", "text"}
 
 @pytest.fixture
 def stand_in(tiny_path: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> Path:
-    """The tiny model, which `seedling` stands for while the test runs."""
+    """A tiny model, which stands for `seedling` while the test runs. As one that was trained it soon ends its texts."""
     package = tmp_path_factory.mktemp("package")
     (package / "assets").mkdir()
-    (package / "assets" / "seedling").symlink_to(tiny_path("llama"))
+    folder = package / "assets" / "seedling"
+    shutil.copytree(tiny_path("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    # Random weights would go on to the last token that a page allows. So in a third of all places the end is likeliest.
+    tensors["lm_head.weight"][SPECIALS.index("<|end|>")] *= 6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     # `seedling` is looked for beside the file that loads models.
     monkeypatch.setattr(sources, "__file__", str(package / "model" / "files" / "sources.py"))
-    return tiny_path("llama")
+    return folder
 
 
 @pytest.mark.timeout(600)  # one page trains, in a process of its own
@@ -75,6 +85,9 @@ def test_every_snippet_of_a_page_works(
     if ENCODER in page.read_text("utf-8"):
         parent = tmp_path_factory.mktemp("others")
         models |= {ENCODER: bert_folder(parent / "bert"), BOTH: t5_folder(parent / "t5")}
+    # A comparison has a process for each method, in which nothing stands for the seedling either.
+    for module in (comparing, jobs):
+        monkeypatch.setattr(module, "start_child", forked_child)
     monkeypatch.chdir(tmp_path)
     said = ""
     for snippet in snippets(page):

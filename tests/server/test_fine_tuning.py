@@ -17,11 +17,12 @@ from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.recipes.opening.opened import open_named
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
-from luthier.server import tuning_methods
+from luthier.server import jobs, tuning_methods
 from luthier.server.fine_tuning import JobBody
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
 from luthier.server.tuning_methods import ways
+from tests.children import forked_child
 from tests.server.fakes import TOKEN, Running, running
 
 
@@ -213,7 +214,9 @@ def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: 
 
 
 @pytest.mark.timeout(600)
-def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI) -> None:
+def test_a_job_can_be_cancelled_and_the_next_one_runs(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The test above has the trainer that users get; these two would spend most of their time on imports.
+    monkeypatch.setattr(jobs, "start_child", forked_child)
     file = client.files.create(file=("rows.jsonl", rows(16)), purpose="fine-tune")
     long = client.fine_tuning.jobs.create(model="seedling", training_file=file.id, hyperparameters={"n_epochs": 1000})
     waiting = client.fine_tuning.jobs.create(model="seedling", training_file=file.id)
