@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, MambaConfig, PreTrainedModel
@@ -20,13 +19,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, MambaC
 from luthier.core.events import Event
 from luthier.data.forest import Floats, Forest, Ints, Segment, Tree, row_tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
-from luthier.kernels.backend import Backend
-from luthier.model import language_model as luthier_model
 from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.running import probing
-from luthier.model.running.executor import Executor
 from luthier.train.state import LoopState
 from tests.tiny import HIDDEN, KINDS, LAYERS, VOCABULARY, tiny_model
 
@@ -69,32 +64,9 @@ def language_model(
     """The tiny model as luthier has it: frozen, probed."""
     module = zoo(architecture, seed=seed, dtype=dtype)
     kernels = "auto" if fused else "torch"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(luthier_model, "probe", probed_once(architecture, luthier_model.probe))
-        return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module), kernels=kernels)
-
-
-def probed_once(architecture: str, probe: Callable[..., Executor]) -> Callable[..., Executor]:
-    """The probe, for the first model of an architecture; where the shape of its modules says the same, that for others.
-
-    Tests make thousands of these models, and a probe is two thirds of what one costs.
-    """
-
-    def found(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
-        key = (architecture, module.dtype, module.device.type, backend.identity, fused)
-        if key in _LIKE_THEIR_SHAPE:
-            return probing._by_shape(module, backend, fused=fused)
-        looked = probe(module, backend, fused=fused)
-        shaped = probing._by_shape(module, backend, fused=fused)
-        same = replace(looked, blocks=None) == replace(shaped, blocks=None)
-        if same and (looked.blocks is None) == (shaped.blocks is None):
-            _LIKE_THEIR_SHAPE.add(key)
-        return looked
-
-    return found
-
-
-_LIKE_THEIR_SHAPE = set[tuple[Any, ...]]()
+    # A probe is two thirds of what such a model costs, and finds the same for other weights of an architecture.
+    return LanguageModel(module, source=f"tiny/{architecture}", digest=state_digest(module), kernels=kernels,
+                         known_as=f"tiny/{architecture}")  # fmt: skip
 
 
 def mamba() -> PreTrainedModel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -59,18 +60,19 @@ def _restored(module: PreTrainedModel, backend: Backend, known: dict[str, Any]) 
 
 def _key(module: PreTrainedModel, backend: Backend, *, fused: bool, digest: str) -> str:
     facts = [digest, module.config.to_json_string(), type(module).__name__, str(module.dtype), fused, backend.identity,
-             torch.__version__, transformers.__version__, processor(), *_code()]  # fmt: skip
+             torch.__version__, transformers.__version__, processor(), *_code(_CODE)]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def _code() -> list[str]:
+@cache
+def _code(parts: tuple[str, ...]) -> tuple[str, ...]:
     """Names, sizes and times of the files of this package that decide: in a checkout they change between versions."""
     home = Path(__file__).parents[2]
     found = []
-    for part in _CODE:
+    for part in parts:
         place = home / part
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.suffix in (".py", ".cpp", ".h"):
                 stat = path.stat()
                 found.append(f"{path.relative_to(home)} {stat.st_size} {stat.st_mtime_ns}")
-    return found
+    return tuple(found)
