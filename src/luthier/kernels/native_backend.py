@@ -43,6 +43,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
     "unpacked": (*[_POINTER] * 4, _WHOLE, _WHOLE),
+    "unpacked_rows": (*[_POINTER] * 3, _WHOLE, _WHOLE),
     "thin": (*[_POINTER] * 8, _WHOLE, _WHOLE, _WHOLE),
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "best": (*[_POINTER] * 3, _WHOLE, _WHOLE),
@@ -51,13 +52,11 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
     "token_blocks": ARGUMENTS,
     "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
-    "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "products_of_bytes": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-PIECE: Final = 128
-"""Rows that are unpacked at once."""
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 
@@ -179,11 +178,11 @@ class NativeBackend(Backend):
     def unpacked_rows(
         self, codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
-        found = torch.empty(codes.shape, dtype=dtype)
-        # In pieces whose float32 stays in a cache.
-        for own in (slice(at, at + PIECE) for at in range(0, len(codes), PIECE)):
-            found[own] = codes[own] * scales[own, None]
-        return found
+        if dtype not in _PRECISIONS:
+            return super().unpacked_rows(codes, scales, dtype)
+        out = torch.empty(codes.shape, dtype=dtype)
+        self._call("unpacked_rows", dtype, codes.contiguous(), scales.contiguous(), out, *codes.shape)
+        return out
 
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         if rows.most_parts * terms.most_ranks > MOST_RANKS or not y.is_contiguous():
@@ -295,7 +294,7 @@ class NativeBackend(Backend):
             return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
-        self._call("product_of_bytes", x.dtype, *given, out, rows, size, outs)
+        self._call("products_of_bytes", x.dtype, *given, out, *[None] * 6, rows, size, outs, 0, 0)
         return out
 
     def product_of_codes(
