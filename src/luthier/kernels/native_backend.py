@@ -22,6 +22,7 @@ from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
 from luthier.kernels.halves import (
     multiplies_halves,
+    multiplies_whole,
     product_of_many,
     product_of_many_bytes,
     product_of_many_codes,
@@ -57,6 +58,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FEW_WHOLE: Final = 128
+"""Rows up to which products of whole numbers are faster than to unpack the weight for the library, or as fast."""
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 
@@ -284,13 +287,16 @@ class NativeBackend(Backend):
         # Many rows by floats in pieces, where a library's product of bfloat16 numbers would be imitated.
         return rows > 0 and (rows <= FEW or not multiplies_halves())
 
+    def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
+        return 0 < rows <= _few_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
+
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
     ) -> Float[Tensor, "n out"]:
         (rows, size), outs = x.shape, codes.shape[0]
         if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
-        if rows > FEW and not multiplies_halves():
+        if rows > _few_of_bytes(x.dtype) and not multiplies_halves():
             return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
@@ -355,6 +361,10 @@ def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: 
     dtype = x.dtype
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
     return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+
+
+def _few_of_bytes(dtype: torch.dtype) -> int:
+    return FEW_WHOLE if dtype == torch.bfloat16 and multiplies_whole() else FEW
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

@@ -80,7 +80,7 @@ class Int8Packing(Packing):
 
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if self.outlier_threshold is None:
-            ours = self.backend.multiplies_packed(len(x), x.dtype)
+            ours = self.backend.multiplies_bytes(len(x), x.dtype)
             return self.backend.product_of_bytes(x, self.codes, self.scales) if ours else None
         outliers = x.abs() >= self.outlier_threshold
         columns = outliers.any(0)

@@ -177,13 +177,20 @@ template <typename Number> struct Piece {
     int64_t next_stride, next_step;
 };
 
+// Totals of four sums of a row of x.
+template <typename Kind>
+INLINED static inline Four four_of(const typename Kind::Sum* sums, const typename Kind::Word* row) {
+    return totals(Kind::floats(sums[0], row), Kind::floats(sums[1], row), Kind::floats(sums[2], row),
+                  Kind::floats(sums[3], row));
+}
+
 // Numbers `from` to `until` of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
-// there when they are the first. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that all
-// sums stay in registers.
+// there when they are the first; with the last ones the totals go to `found`. Meanwhile FETCHED rows from `next` on come
+// nearer. A function of its own, so that all sums stay in registers.
 template <typename Kind, int ROWS, int FETCHED>
 __attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x,
                                            int64_t x_stride, int64_t from, int64_t until, const char* next,
-                                           typename Kind::Sum* sums) {
+                                           typename Kind::Sum* sums, Four* found) {
     typename Kind::Sum own[ROWS * OUTS];
     if (from == 0) times<ROWS * OUTS>([&](auto i) INLINED { own[i] = Kind::start(x + i / OUTS * x_stride); });
     else times<ROWS * OUTS>([&](auto i) INLINED { own[i] = sums[i]; });
@@ -200,24 +207,25 @@ __attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w
             times<ROWS>([&](auto r) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right, left[r]); });
         });
     }
-    times<ROWS * OUTS>([&](auto i) INLINED { sums[i] = own[i]; });
+    if (found == nullptr) times<ROWS * OUTS>([&](auto i) INLINED { sums[i] = own[i]; });
+    else times<ROWS * OUTS / 4>([&](auto i) INLINED { found[i] = four_of<Kind>(own + 4 * i, x + i * 4 / OUTS * x_stride); });
 }
 
 template <typename Kind, int FETCHED>
 static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x, int64_t x_stride,
-                             int64_t rows, int64_t from, int64_t until, const char* next, typename Kind::Sum* sums) {
-    static_assert(Kind::GROUP <= 4, "a case for each number of rows");
-    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, from, until, next, sums);
-    else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums);
-    else if (rows == 3) dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums);
-    else dots<Kind, std::min(4, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums);
+                             int64_t rows, int64_t from, int64_t until, const char* next, typename Kind::Sum* sums,
+                             Four* found) {
+    static_assert(Kind::GROUP <= 3, "a case for each number of rows");
+    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
 }
 
 // Numbers `from` to `until` of OUTS rows of W with those of all rows of x. What comes next is fetched evenly over the time
 // that this takes.
 template <typename Kind, typename T>
 static inline void piece_dots(const Piece<typename Kind::Number>& w, const FewRows<Kind, T>& x, int64_t from,
-                              int64_t until, typename Kind::Sum* sums) {
+                              int64_t until, typename Kind::Sum* sums, Four* found) {
     const int64_t groups = (x.rows + Kind::GROUP - 1) / Kind::GROUP;
     int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
     const char* next = w.next;
@@ -225,11 +233,12 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const FewRo
         const int64_t take = x.rows * (group + 1) / groups - row, share = (left + groups - group - 1) / (groups - group);
         const typename Kind::Word* own = x.at + row * x.stride;
         typename Kind::Sum* to = sums + row * OUTS;
-        if (share == 0) some_dots<Kind, 0>(w, own, x.stride, take, from, until, next, to);
-        else if (share == 1) some_dots<Kind, 1>(w, own, x.stride, take, from, until, next, to);
-        else if (share == 2) some_dots<Kind, 2>(w, own, x.stride, take, from, until, next, to);
-        else if (share <= 4) some_dots<Kind, 4>(w, own, x.stride, take, from, until, next, to);
-        else some_dots<Kind, OUTS>(w, own, x.stride, take, from, until, next, to);
+        Four* four = found == nullptr ? nullptr : found + row * OUTS / 4;
+        if (share == 0) some_dots<Kind, 0>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share == 1) some_dots<Kind, 1>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share == 2) some_dots<Kind, 2>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share <= 4) some_dots<Kind, 4>(w, own, x.stride, take, from, until, next, to, four);
+        else some_dots<Kind, OUTS>(w, own, x.stride, take, from, until, next, to, four);
         row += take;
         left -= share;
         next += share * w.next_stride;
@@ -279,21 +288,24 @@ __attribute__((noinline)) static void lines_dots(const Source& source, const Few
 
 template <typename Kind, typename T, typename Source>
 static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                         typename Kind::Sum* sums) {
+                         typename Kind::Sum* sums, Four* found) {
     if (x.rows == 1) lines_dots<Kind, 1>(source, x, first, count, sums);
     else if (x.rows == 2) lines_dots<Kind, 2>(source, x, first, count, sums);
     else if (x.rows == 3) lines_dots<Kind, 3>(source, x, first, count, sums);
     else lines_dots<Kind, 4>(source, x, first, count, sums);
+    for (int64_t i = 0; i < x.rows * OUTS / 4; i++)
+        found[i] = four_of<Kind>(sums + 4 * i, x.at + i * 4 / OUTS * x.stride);
 }
 
-// The sums of all rows of x with OUTS rows of W, piece by piece.
+// The totals of all rows of x with OUTS rows of W, piece by piece.
 template <typename Kind, typename T, typename Source>
 static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                          typename Kind::Number* room, typename Kind::Sum* sums) {
+                          typename Kind::Number* room, typename Kind::Sum* sums, Four* found) {
     const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
     for (int64_t from = 0, until; from < padded; from = until) {
         until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
-        piece_dots<Kind>(source.piece(first, count, from, until, room), x, from, until, sums);
+        Four* const to = until == padded ? found : nullptr;
+        piece_dots<Kind>(source.piece(first, count, from, until, room), x, from, until, sums, to);
     }
 }
 
@@ -308,20 +320,15 @@ template <> inline void put<bf16>(Four found, int64_t count, bf16* to) {
 }
 #endif
 
-// Numbers of y from their sums with OUTS rows of W from `first` on, the first `count` of which are there.
-template <typename Kind, typename T, typename Source>
-static inline void finish(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                          const typename Kind::Sum* sums, T* y, int64_t outs) {
-    for (int64_t row = 0; row < x.rows; row++) {
-        const typename Kind::Word* from = x.at + row * x.stride;
+// Numbers of y from the totals with OUTS rows of W from `first` on, the first `count` of which are there.
+template <typename T, typename Source>
+static inline void finish(const Source& source, int64_t rows, int64_t first, int64_t count, const Four* found, T* y) {
+    for (int64_t row = 0; row < rows; row++)
         for (int64_t o = 0; o < count; o += 4) {
-            const typename Kind::Sum* own = sums + row * OUTS + o;
-            const Four four = totals(Kind::floats(own[0], from), Kind::floats(own[1], from),
-                                     Kind::floats(own[2], from), Kind::floats(own[3], from));
             const int64_t some = std::min<int64_t>(4, count - o);
-            put<T>(source.finish(first + o, some, four), some, y + row * outs + first + o);
+            const Four four = source.finish(first + o, some, found[(row * OUTS + o) / 4]);
+            put<T>(four, some, y + row * source.outs + first + o);
         }
-    }
 }
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
@@ -360,7 +367,7 @@ template <typename Kind, typename T, typename Source>
 static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int count) {
     typedef typename Kind::Number Number;
     typedef typename Kind::Sum Sum;
-    const Rooms rooms(sizeof(Number) * OUTS * PIECE + sizeof(Sum) * OUTS * x.rows + 64 * 3);
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + sizeof(float)) * OUTS * x.rows + 64 * 4);
     if (rooms.at == nullptr || x.failed) return 1;
     const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
     const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
@@ -369,16 +376,17 @@ static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int c
         auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);
         Sum* sums = shelf.template take<Sum>(OUTS * x.rows);
+        Four* found = shelf.template take<Four>(OUTS * x.rows / 4);
         const int i = parts.of(part);
         const Source& source = wanted[i].source;
         const int64_t begin = parts.first(i, part), end = std::min(parts.blocks(i), begin + parts.share[i]);
         for (int64_t block = begin; block < end; block++) {
             const int64_t first = block * OUTS, held = std::min(OUTS, source.outs - first);
             if constexpr (Source::LINES) {
-                if (by_line) lines<Kind, T>(source, x, first, held, sums);
+                if (by_line) lines<Kind, T>(source, x, first, held, sums, found);
             }
-            if (!by_line) pieces<Kind, T>(source, x, first, held, room, sums);
-            finish<Kind, T>(source, x, first, held, sums, wanted[i].y, source.outs);
+            if (!by_line) pieces<Kind, T>(source, x, first, held, room, sums, found);
+            finish<T>(source, x.rows, first, held, found, wanted[i].y);
         }
     };
     Team::run(parts.all(), work, parts.work * ((x.rows + LINE_ROWS - 1) / LINE_ROWS) > ALONE);
