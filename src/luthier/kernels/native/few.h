@@ -8,7 +8,8 @@
 //
 // What comes next is fetched past the outer caches (the hint for data that are used once), and with few rows of x one row
 // of W follows another, in long stretches for each thread: more bytes a second than with the hint for the second cache
-// and four rows at once. benchmarks/few_rows.py measures it.
+// and four rows at once. With more rows of x, which fill the nearest cache themselves, the second cache is the place
+// for what comes next where vectors are of 16 floats. benchmarks/few_rows.py measures it.
 
 #pragma once
 
