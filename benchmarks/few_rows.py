@@ -21,8 +21,8 @@ from torch import Tensor
 
 from luthier.kernels.chosen import backend_for
 
-SHAPES = ((4864, 896), (896, 4864), (896, 896), (151936, 896))
-ROWS = (1, 4, 16, 32)
+SHAPES = ((4864, 896), (896, 4864), (896, 896), (128, 896), (151936, 896))
+ROWS = (1, 2, 4, 8, 12, 16, 32)
 BYTES = 300 << 20
 """Of all matrices of a shape together: more than any cache holds."""
 

@@ -42,6 +42,7 @@ def calls(device):
     yield lambda: native.product(x, wide, None)
     yield lambda: native.product(torch.zeros(2, 8), wide, None)
     yield lambda: native.product_of_bytes(x, codes, weight)
+    yield lambda: native.unpacked_rows(codes, weight, torch.float32)
 
 
 for call in calls("meta"):

@@ -155,6 +155,7 @@ def test_products_of_many_rows_without_instructions_for_them(biased: bool, monke
     """Breaks when a piece of the weight is left out, or a sum is rounded before its end."""
     monkeypatch.setattr(halves, "_PIECE", 300)
     monkeypatch.setattr(native_backend, "multiplies_halves", lambda: False)
+    monkeypatch.setattr(native_backend, "multiplies_whole", lambda: False)
     x, weight = draw(40, 70, dtype=torch.bfloat16), draw(30, 70, dtype=torch.bfloat16, seed=1)
     bias = draw(30, dtype=torch.bfloat16, seed=2) if biased else None
     wanted = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
@@ -310,10 +311,65 @@ def whole(*shape: int, most: int, seed: int, dtype: torch.dtype = torch.uint8) -
 def test_products_of_bytes(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
     """Breaks when a sign is lost, a scale belongs to another row, or the end of a row is left out."""
     codes, scales = whole(outs, size, most=127, seed=1, dtype=torch.int8), draw(outs, dtype=torch.float32, seed=2).abs()
-    x = draw(9, size, dtype=dtype)
-    for n in (1, 2, 3, 9):
+    x = draw(128, size, dtype=dtype)
+    for n in (1, 2, 3, 4, 5, 9, 16, 17, 128):
         expected = TWIN.product_of_bytes(x[:n].double(), codes, scales.double())
         close(backend.product_of_bytes(x[:n], codes, scales), expected.to(dtype), dtype)
+
+
+@pytest.mark.parametrize("size", [64, 896, 1000, 4864])
+def test_products_of_bytes_at_their_largest(backend: Backend, size: int) -> None:
+    """Breaks when sums of the largest numbers there are do not fit, or a byte loses its sign."""
+    codes = torch.tensor([[127], [-127]], dtype=torch.int8).expand(2, size).contiguous()
+    x = torch.tensor([[255 / 128], [-255 / 128], [1.0], [-(2.0**100)], [0.0]]).expand(5, size).bfloat16()
+    found = backend.product_of_bytes(x, codes, torch.ones(2))
+    wanted = TWIN.product_of_bytes(x.double(), codes, torch.ones(2)).bfloat16()
+    torch.testing.assert_close(found, wanted, rtol=2**-8, atol=0)
+
+
+def activations(kind: str, size: int) -> Tensor:
+    """Rows of numbers in float64, as hidden states have them: alike, with outliers, or of every magnitude."""
+    x = draw(6, size, dtype=torch.float64, seed=3)
+    if kind == "one outlier":
+        x[torch.arange(6), torch.arange(6) * size // 7] *= 1000
+    elif kind == "outliers":
+        x[:, 5 :: size // 9] *= 1000
+    elif kind == "every magnitude":
+        x *= 10.0 ** draw(6, size, dtype=torch.float64, seed=4)
+    return x
+
+
+@pytest.mark.parametrize("kind", ["alike", "one outlier", "outliers", "every magnitude"])
+@pytest.mark.parametrize("size", [896, 1000, 4864])
+def test_products_of_bytes_keep_activations_better_than_they_were_rounded(kind: str, size: int) -> None:
+    """Breaks when activations that become whole numbers lose more than they lost when they became bfloat16: where one
+    step serves too much of a row, where a byte is cut off instead of rounded, or a row has the step of another."""
+    native, exact_x = NativeBackend.build(), activations(kind, size)
+    x = exact_x.bfloat16()
+    # A row of the weight that is 1 in one place says what is kept of the number there, in no more than eight bits.
+    kept = native.product_of_bytes(x, torch.eye(size, dtype=torch.int8), torch.ones(size)).double()
+    lanes = torch.arange(size) % 64 // 4
+    largest = torch.stack([x[:, lanes == lane].abs().amax(1) for lane in range(16)], 1).double()[:, lanes]
+    assert bool(((kept - x).abs() <= largest * 2.0**-15).all())
+    assert torch.equal(kept[x.abs() >= largest / 2**7], x.double()[x.abs() >= largest / 2**7])
+    codes = whole(400, size, most=127, seed=1, dtype=torch.int8).double()
+    added, rounded = ((error @ codes.t()).square().mean(1).sqrt() for error in (kept - x, x - exact_x))
+    assert bool((added <= rounded).all())
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("size", "outs"), [(70, 30), (896, 130)])
+def test_a_row_of_a_product_of_bytes_does_not_depend_on_the_others(dtype: torch.dtype, size: int, outs: int) -> None:
+    """Breaks when rows share a step, or sums are made in another order for another number of rows."""
+    backend = NativeBackend.build()
+    codes, scales = whole(outs, size, most=127, seed=1, dtype=torch.int8), draw(outs, dtype=torch.float32, seed=2)
+    x = draw(32, size, dtype=dtype) * torch.logspace(-3, 3, 32, dtype=dtype)[:, None]
+    x[7, 3], x[9, 5] = float("nan"), float("inf")
+    alone = torch.cat([backend.product_of_bytes(row[None], codes, scales) for row in x])
+    assert alone.isfinite().all(1).tolist() == [row not in (7, 9) for row in range(32)]
+    for n in range(1, 33):
+        found = backend.product_of_bytes(x[:n], codes, scales)
+        assert torch.equal(found.nan_to_num(0.5), alone[:n].nan_to_num(0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,10 @@ from luthier.infer.request import Request
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.native_tokens import NativeTokenBlocks
 from luthier.model.language_model import LanguageModel
+from luthier.model.packed import Packing
+from luthier.model.packing import pack_weights
 from luthier.model.speaker import Sampling
+from luthier.quantizers.int8 import RowInt8
 from tests import forests
 
 
@@ -63,6 +66,11 @@ def by_operations(model: LanguageModel) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NativeTokenBlocks, "through", lambda *given: None)
         return said(model)
+
+
+def present(packing: Packing | None) -> Packing:
+    assert packing is not None
+    return packing
 
 
 def layer_of(model: LanguageModel) -> Any:
@@ -120,3 +128,23 @@ def test_the_blocks_around_one_that_is_edited_still_go_in_one_call(
         {(0, 1), (2, layers)} if layers > 2 else {(0, 1)}
     )
     assert torch.equal(after, by_operations(model)) and not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+@torch.no_grad()
+def test_whole_numbers_go_in_one_call_too(dtype: torch.dtype, mixed: bool, calls: dict[str, list[Any]]) -> None:
+    """Breaks when layers of one input are given each other's codes or scales, a bias is lost, or one that is not
+    packed is taken for packed beside others."""
+    model = forests.language_model("qwen2")
+    if model.executor.backend.name != "native":
+        pytest.skip("only the C++ has whole blocks")
+    model.module.to(dtype)
+    pack_weights(model, lambda weight: present(RowInt8().pack(weight, model.executor.backend)))
+    if mixed:
+        layer = layer_of(model)
+        for own in (layer.self_attn.k_proj, layer.mlp.gate_proj):
+            own.weight = nn.Parameter(own.weight.matrix() * 1.5, requires_grad=False)
+    after = said(model)
+    assert all(fine for *_, fine in calls["through"][-3:])
+    assert torch.equal(after, by_operations(model))

@@ -322,6 +322,10 @@ class Backend(ABC):
         """Whether products of so many rows with packed weights are faster here than to unpack them and multiply."""
         return 0 < rows <= self.few
 
+    def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
+        """The same of weights of whole numbers with a scale for each row."""
+        return self.multiplies_packed(rows, dtype)
+
     @abstractmethod
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]

@@ -29,6 +29,11 @@ def multiplies_halves() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def multiplies_whole() -> bool:
+    """Whether this CPU has instructions for products of whole numbers of eight bits, as native/whole.h takes them."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
 def imitated(x: Tensor) -> bool:
     """Whether products of these numbers are bfloat16 on a CPU that has no instructions for them."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_halves()

@@ -22,6 +22,7 @@ from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
 from luthier.kernels.halves import (
     multiplies_halves,
+    multiplies_whole,
     product_of_many,
     product_of_many_bytes,
     product_of_many_codes,
@@ -43,6 +44,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "gated_backward": (*[_POINTER] * 5, _WHOLE),
     "rotated": (*[_POINTER] * 4, _WHOLE, _WHOLE, _WHOLE, _REAL),
     "unpacked": (*[_POINTER] * 4, _WHOLE, _WHOLE),
+    "unpacked_rows": (*[_POINTER] * 3, _WHOLE, _WHOLE),
     "thin": (*[_POINTER] * 8, _WHOLE, _WHOLE, _WHOLE),
     "label_slopes": (*[_POINTER] * 3, _WHOLE, _WHOLE, _WHOLE),
     "best": (*[_POINTER] * 3, _WHOLE, _WHOLE),
@@ -51,13 +53,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
     "token_blocks": ARGUMENTS,
     "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
-    "product_of_bytes": (*[_POINTER] * 4, *[_WHOLE] * 3),
+    "products_of_bytes": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-PIECE: Final = 128
-"""Rows that are unpacked at once."""
+FEW_WHOLE: Final = 128
+"""Rows up to which products of whole numbers are faster than to unpack the weight for the library, or as fast."""
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 
@@ -179,11 +181,11 @@ class NativeBackend(Backend):
     def unpacked_rows(
         self, codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
-        found = torch.empty(codes.shape, dtype=dtype)
-        # In pieces whose float32 stays in a cache.
-        for own in (slice(at, at + PIECE) for at in range(0, len(codes), PIECE)):
-            found[own] = codes[own] * scales[own, None]
-        return found
+        if dtype not in _PRECISIONS:
+            return super().unpacked_rows(codes, scales, dtype)
+        out = torch.empty(codes.shape, dtype=dtype)
+        self._call("unpacked_rows", dtype, codes.contiguous(), scales.contiguous(), out, *codes.shape)
+        return out
 
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
         if rows.most_parts * terms.most_ranks > MOST_RANKS or not y.is_contiguous():
@@ -285,17 +287,20 @@ class NativeBackend(Backend):
         # Many rows by floats in pieces, where a library's product of bfloat16 numbers would be imitated.
         return rows > 0 and (rows <= FEW or not multiplies_halves())
 
+    def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
+        return 0 < rows <= _few_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
+
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
     ) -> Float[Tensor, "n out"]:
         (rows, size), outs = x.shape, codes.shape[0]
         if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
-        if rows > FEW and not multiplies_halves():
+        if rows > _few_of_bytes(x.dtype) and not multiplies_halves():
             return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
-        self._call("product_of_bytes", x.dtype, *given, out, rows, size, outs)
+        self._call("products_of_bytes", x.dtype, *given, out, *[None] * 6, rows, size, outs, 0, 0)
         return out
 
     def product_of_codes(
@@ -356,6 +361,10 @@ def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: 
     dtype = x.dtype
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
     return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+
+
+def _few_of_bytes(dtype: torch.dtype) -> int:
+    return FEW_WHOLE if dtype == torch.bfloat16 and multiplies_whole() else FEW
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

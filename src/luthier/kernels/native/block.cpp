@@ -16,7 +16,9 @@
                                    int64_t, int64_t, int64_t, int64_t, int64_t);                                       \
     extern "C" void thin_##NAME(const T*, T*, const int64_t*, const float*, const int64_t*, const int64_t*,            \
                                 const int64_t*, const float*, int64_t, int64_t, int64_t);                              \
-    extern "C" int product_of_bytes_##NAME(const T*, const int8_t*, const float*, T*, int64_t, int64_t, int64_t);      \
+    extern "C" int products_of_bytes_##NAME(const T*, const int8_t*, const float*, T*, const int8_t*, const float*,    \
+                                            T*, const int8_t*, const float*, T*, int64_t, int64_t, int64_t, int64_t,   \
+                                            int64_t);                                                                  \
     extern "C" int attend_pages_##NAME(const T*, const T*, const T*, T*, const int64_t*, const int64_t*,               \
                                        const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,    \
                                        int64_t);
@@ -33,7 +35,7 @@ template <typename T> struct Calls;
         static constexpr auto gated = gated_##NAME;                                                                    \
         static constexpr auto rotated = rotated_##NAME;                                                                \
         static constexpr auto products = products_##NAME;                                                              \
-        static constexpr auto bytes = product_of_bytes_##NAME;                                                         \
+        static constexpr auto bytes = products_of_bytes_##NAME;                                                        \
         static constexpr auto thin = thin_##NAME;                                                                      \
         static constexpr auto attend = attend_pages_##NAME;                                                            \
     };
@@ -91,29 +93,34 @@ template <typename T> void add(T* to, const T* one, const T* other, int64_t coun
     for (int64_t i = 0; i < count; i++) to[i] = narrow<T>(widen(one[i]) + widen(other[i]));
 }
 
-// Up to three layers over the same rows: in one call where all are as they are.
+// Up to three layers over the same rows: in one call where all are kept in one way.
 template <typename T> int layers(const T* x, const Linear<T>* const (&each)[3], T* const (&y)[3],
                                  const int64_t (&outs)[3], int64_t n, int64_t size) {
-    bool plain = true;
-    for (const Linear<T>* one : each) plain &= one == nullptr || one->scales == nullptr;
-    if (plain) {
-        const T *weights[3] = {}, *biases[3] = {};
-        for (int i = 0; i < 3; i++)
-            if (each[i] != nullptr) weights[i] = static_cast<const T*>(each[i]->weight), biases[i] = each[i]->bias;
-        return Calls<T>::products(x, weights[0], biases[0], y[0], weights[1], biases[1], y[1], weights[2], biases[2],
-                                  y[2], n, size, outs[0], outs[1], outs[2]);
-    }
+    bool plain = true, packed = true;
+    const void* weights[3] = {};
+    const T* biases[3] = {};
+    const float* scales[3] = {};
     for (int i = 0; i < 3 && each[i] != nullptr; i++) {
-        const Linear<T>& one = *each[i];
-        const T* weight = static_cast<const T*>(one.weight);
-        if (one.scales == nullptr) {
-            if (Calls<T>::products(x, weight, one.bias, y[i], nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, n,
-                                   size, outs[i], 0, 0)) return 1;
-            continue;
-        }
-        if (Calls<T>::bytes(x, static_cast<const int8_t*>(one.weight), one.scales, y[i], n, size, outs[i])) return 1;
-        for (int64_t row = 0; one.bias != nullptr && row < n; row++) add(y[i] + row * outs[i], y[i] + row * outs[i], one.bias, outs[i]);
+        weights[i] = each[i]->weight, biases[i] = each[i]->bias, scales[i] = each[i]->scales;
+        plain &= scales[i] == nullptr;
+        packed &= scales[i] != nullptr;
     }
+    if (!plain && !packed) {
+        for (int i = 0; i < 3 && each[i] != nullptr; i++)
+            if (layers<T>(x, {each[i]}, {y[i]}, {outs[i]}, n, size)) return 1;
+        return 0;
+    }
+    if (plain) {
+        const auto number = [&](int i) { return static_cast<const T*>(weights[i]); };
+        return Calls<T>::products(x, number(0), biases[0], y[0], number(1), biases[1], y[1], number(2), biases[2], y[2],
+                                  n, size, outs[0], outs[1], outs[2]);
+    }
+    const auto codes = [&](int i) { return static_cast<const int8_t*>(weights[i]); };
+    if (Calls<T>::bytes(x, codes(0), scales[0], y[0], codes(1), scales[1], y[1], codes(2), scales[2], y[2], n, size,
+                        outs[0], outs[1], outs[2])) return 1;
+    for (int i = 0; i < 3; i++)
+        for (int64_t row = 0; biases[i] != nullptr && row < n; row++)
+            add(y[i] + row * outs[i], y[i] + row * outs[i], biases[i], outs[i]);
     return 0;
 }
 

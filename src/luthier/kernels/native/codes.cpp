@@ -1,6 +1,5 @@
-// Codes of four bits back to numbers: sixteen levels times the scale of a block, looked up.
-//
-// See lookup.h for how.
+// Codes back to numbers. Those of four bits are sixteen levels times the scale of a block, looked up: see lookup.h. Those
+// of eight bits are whole numbers, times the scale of their row.
 
 #include "lookup.h"
 
@@ -19,7 +18,26 @@ template <typename T> void unpack(const uint8_t* codes, const float* scales, con
     }
 }
 
+template <typename T> void unpack_rows(const int8_t* codes, const float* scales, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const int8_t* from = codes + row * size;
+        T* to = out + row * size;
+        const float scale = scales[row];
+#pragma omp simd
+        for (int64_t i = 0; i < size; i++) to[i] = narrow<T>(float(from[i]) * scale);
+    }
+}
+
 }  // namespace
+
+extern "C" void unpacked_rows_float32(const int8_t* codes, const float* scales, float* out, int64_t rows, int64_t size) {
+    unpack_rows(codes, scales, out, rows, size);
+}
+
+extern "C" void unpacked_rows_bfloat16(const int8_t* codes, const float* scales, bf16* out, int64_t rows, int64_t size) {
+    unpack_rows(codes, scales, out, rows, size);
+}
 
 extern "C" void unpacked_float32(const uint8_t* codes, const float* scales, const float* levels, float* out,
                                  int64_t numbers, int64_t block) {

@@ -14,7 +14,7 @@ template <typename Kind, typename T> struct Plain {
     static constexpr int together(int rows) { return AS_IT_IS ? 1 : rows == 1 ? 4 : 2; }
     struct Line {
         const T* from;
-        Vector at(int64_t k) const {
+        typename Kind::Right at(int64_t k) const {
             if constexpr (AS_IT_IS) return Kind::load(reinterpret_cast<const Number*>(from + k));
             else return widened(from + k);
         }
@@ -40,27 +40,32 @@ template <typename Kind, typename T> struct Plain {
         return {room, PIECE, next, row_bytes(), step};
     }
     Four finish(int64_t first, int64_t count, Four sums) const {
-        for (int64_t o = 0; bias != nullptr && o < count; o++) sums.at[o] += widen(bias[first + o]);
-        return sums;
+        if (bias == nullptr) return sums;
+        Four own = {};
+        for (int64_t o = 0; o < count; o++) own[o] = widen(bias[first + o]);
+        return sums + own;
     }
 };
 
-// Up to three products of the same rows; the first that has no weight is the end.
-template <typename T> struct Wanted {
+// A weight that may be wanted.
+template <typename T> struct Asked {
     const T* weight;
     const T* bias;
     T* y;
     int64_t outs;
 };
 
-template <typename T> int products_of_few(const T* x, const Wanted<T> (&wanted)[3], int64_t n, int64_t size) {
+// Up to three products of the same rows; the first that has no weight is the end.
+template <typename T> int products_of_few(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
     typedef typename KindOf<T>::Kind Kind;
     const FewRows<Kind, T> rows(x, n, size);
-    for (const Wanted<T>& one : wanted) {
-        if (one.weight == nullptr) break;
-        if (few<Kind, T>(Plain<Kind, T>{one.weight, one.bias, size, one.outs}, rows, one.y, one.outs)) return 1;
+    Wanted<T, Plain<Kind, T>> wanted[3];
+    int count = 0;
+    for (; count < 3 && asked[count].weight != nullptr; count++) {
+        const Asked<T>& one = asked[count];
+        wanted[count] = {{one.weight, one.bias, size, one.outs}, one.y};
     }
-    return 0;
+    return few<Kind, T>(rows, wanted, count);
 }
 
 }  // namespace

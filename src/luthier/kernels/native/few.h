@@ -8,30 +8,45 @@
 //
 // What comes next is fetched past the outer caches (the hint for data that are used once), and with few rows of x one row
 // of W follows another, in long stretches for each thread: more bytes a second than with the hint for the second cache
-// and four rows at once. benchmarks/few_rows.py measures it.
+// and four rows at once. With more rows of x, which fill the nearest cache themselves, the second cache is the place
+// for what comes next where vectors are of 16 floats. benchmarks/few_rows.py measures it.
 
 #pragma once
 
 #include <algorithm>
 #include <new>
+#include <type_traits>
+#include <utility>
 
 #include "packing.h"
 #include "team.h"
 
-// What a vector holds and how two of them are multiplied: floats, or bfloat16 numbers in pairs where the processor
-// has them.
-struct Floats {
-    typedef float Number;
-    static constexpr int WIDE = LANES;
-    static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+// How a row of W and a row of x are multiplied: a row of W is of `Number`s, WIDE of them in a vector, a row of x is of
+// `Word`s. Up to GROUP rows of x with OUTS rows of W have their sums in registers. whole.h has a kind whose rows of x
+// are no such numbers.
+template <typename Kept, int COUNT> struct Alike {
+    typedef Kept Number;
+    typedef Kept Word;
+    typedef Vector Right;
+    typedef Vector Left;
+    typedef Vector Sum;
+    static constexpr int WIDE = COUNT, GROUP = 3;
+    static inline Vector load(const Kept* from) { return *reinterpret_cast<const Vector*>(from); }
+    static inline Vector right(const Kept* from) { return load(from); }
+    // A piece of a row of x from a number on, and a vector of it; what the sums with a row begin with; the sums as floats.
+    static inline const Kept* piece(const Kept* row, int64_t from) { return row + from; }
+    static inline Vector left(const Kept* piece, int64_t at) { return load(piece + at); }
+    static inline Vector start(const Kept*) { return Vector{}; }
+    static inline Vector floats(Vector sum, const Kept*) { return sum; }
+};
+
+struct Floats : Alike<float, LANES> {
     static inline Vector dot(Vector sum, Vector a, Vector b) { return fused(sum, a, b); }
 };
 
 #if defined(__AVX512BF16__)
-struct Halves {
-    typedef bf16 Number;
-    static constexpr int WIDE = 2 * LANES;
-    static inline Vector load(const bf16* from) { return (Vector)_mm512_loadu_ps(from); }
+// In pairs.
+struct Halves : Alike<bf16, 2 * LANES> {
     static inline Vector dot(Vector sum, Vector a, Vector b) {
         return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
@@ -68,7 +83,7 @@ template <> struct KindOf<bf16> { typedef Halves Kind; };
 #endif
 
 // The numbers of each of four vectors added up, in the same order for each of them.
-struct Four { float at[4]; };
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__AVX512F__)
 static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
     const __m512 ab = (__m512)_mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
@@ -78,17 +93,13 @@ static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
     const __m512 parts = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
     const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(parts), 1));
     const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(parts), upper);
-    Four found;
-    _mm_storeu_ps(found.at, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-    return found;
+    return (Four)_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 #elif defined(__AVX2__)
 static inline Four totals(Vector a, Vector b, Vector c, Vector d) {
     const __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
     const __m256 halves = _mm256_hadd_ps(ab, cd);
-    Four found;
-    _mm_storeu_ps(found.at, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-    return found;
+    return (Four)_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 #else
 static inline float total(Vector sums) {
@@ -96,7 +107,7 @@ static inline float total(Vector sums) {
         for (int i = 0; i < half; i++) sums[i] += sums[i + half];
     return sums[0];
 }
-static inline Four totals(Vector a, Vector b, Vector c, Vector d) { return {{total(a), total(b), total(c), total(d)}}; }
+static inline Four totals(Vector a, Vector b, Vector c, Vector d) { return Four{total(a), total(b), total(c), total(d)}; }
 #endif
 
 // Rows of x as they are multiplied: where they lie, or widened and filled up with zeros to whole vectors.
@@ -126,9 +137,9 @@ template <typename Kind, typename T> struct FewRows {
     FewRows(const FewRows&) = delete;
 };
 
-constexpr int64_t OUTS = 4;           // rows of W at once
+constexpr int64_t OUTS = LANES == 16 ? 8 : 4;  // rows of W at once
 constexpr int64_t LINE_ROWS = 4;      // rows of x, at most, for which W is read row by row
-constexpr int64_t GROUP = LANES == 16 ? 4 : 3;  // rows of x at once otherwise: with OUTS rows of W their sums fill the registers
+constexpr int64_t LINE_BYTES = LANES == 16 ? 8 << 10 : 1 << 30;  // and bytes of them, if they are more than one
 constexpr int64_t PIECE = 1024;       // numbers of a row at once: with OUTS rows they stay in the nearest cache
 constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once, and the most where there is much of it
 constexpr int64_t MOST = 512 << 10;
@@ -137,11 +148,21 @@ constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread 
 constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
 constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and are not longer: those after them
 
+// each(0), each(1), ... with the numbers known to the compiler: only so does it keep an array in registers.
+#define INLINED __attribute__((always_inline))
+template <typename Do, int... I> INLINED static inline void times(const Do& each, std::integer_sequence<int, I...>) {
+    (each(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, typename Do> INLINED static inline void times(const Do& each) {
+    times(each, std::make_integer_sequence<int, COUNT>());
+}
+constexpr int NEARER = LANES == 16 ? 2 : 0;  // where pieces are fetched to, as a hint: the second cache, or once
+
 static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
 
 // A vector that stays in its register: GCC would read x from memory once for each row of W, and there are two loads a
 // cycle. The registers are enough for OUTS by GROUP sums, GROUP vectors of x and one of W.
-static inline Vector in_register(Vector vector) {
+template <typename V> static inline V in_register(V vector) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     asm("" : "+x"(vector));
 #endif
@@ -157,55 +178,68 @@ template <typename Number> struct Piece {
     int64_t next_stride, next_step;
 };
 
-// Pieces of `count` numbers of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
-// there when they are the FIRST. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that all
-// sums stay in registers.
-template <typename Kind, int ROWS, int FETCHED, bool FIRST>
-__attribute__((noinline)) static void dots(const Piece<typename Kind::Number> w, const typename Kind::Number* x,
-                                           int64_t x_stride, int64_t count, const char* next, Vector* sums) {
-    Vector own[OUTS][ROWS];
-    for (int o = 0; o < OUTS; o++)
-        for (int r = 0; r < ROWS; r++) own[o][r] = FIRST ? Vector{} : sums[r * OUTS + o];
+// Totals of four sums of a row of x.
+template <typename Kind>
+INLINED static inline Four four_of(const typename Kind::Sum* sums, const typename Kind::Word* row) {
+    return totals(Kind::floats(sums[0], row), Kind::floats(sums[1], row), Kind::floats(sums[2], row),
+                  Kind::floats(sums[3], row));
+}
+
+// Numbers `from` to `until` of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
+// there when they are the first; with the last ones the totals go to `found`. Meanwhile FETCHED rows from `next` on come
+// nearer. A function of its own, so that all sums stay in registers.
+template <typename Kind, int ROWS, int FETCHED>
+__attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x,
+                                           int64_t x_stride, int64_t from, int64_t until, const char* next,
+                                           typename Kind::Sum* sums, Four* found) {
+    typename Kind::Sum own[ROWS * OUTS];
+    if (from == 0) times<ROWS * OUTS>([&](auto i) INLINED { own[i] = Kind::start(x + i / OUTS * x_stride); });
+    else times<ROWS * OUTS>([&](auto i) INLINED { own[i] = sums[i]; });
+    const typename Kind::Word* piece = Kind::piece(x, from);
+    const typename Kind::Number* at = w.at;
+    const int64_t stride = w.stride, next_stride = w.next_stride, next_step = w.next_step, count = until - from;
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
-        for (int o = 0; o < FETCHED; o++) fetch_once(next + o * w.next_stride);
-        if (FETCHED > 0) next += w.next_step;
-        Vector left[ROWS];
-        for (int r = 0; r < ROWS; r++) left[r] = in_register(Kind::load(x + r * x_stride + k));
-        for (int o = 0; o < OUTS; o++) {
-            const Vector right = in_register(Kind::load(w.at + o * w.stride + k));
-            for (int r = 0; r < ROWS; r++) own[o][r] = Kind::dot(own[o][r], right, left[r]);
-        }
+        for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * next_stride, 0, NEARER);
+        if (FETCHED > 0) next += next_step;
+        typename Kind::Left left[ROWS];
+        times<ROWS>([&](auto r) INLINED { left[r] = in_register(Kind::left(piece + r * x_stride, k)); });
+        times<OUTS>([&](auto o) INLINED {
+            const typename Kind::Right right = in_register(Kind::right(at + o * stride + k));
+            times<ROWS>([&](auto r) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right, left[r]); });
+        });
     }
-    for (int o = 0; o < OUTS; o++)
-        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = own[o][r];
+    if (found == nullptr) times<ROWS * OUTS>([&](auto i) INLINED { sums[i] = own[i]; });
+    else times<ROWS * OUTS / 4>([&](auto i) INLINED { found[i] = four_of<Kind>(own + 4 * i, x + i * 4 / OUTS * x_stride); });
 }
 
-template <typename Kind, int FETCHED, bool FIRST>
-static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
-                             int64_t rows, int64_t count, const char* next, Vector* sums) {
-    if (rows == 1) dots<Kind, 1, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
-    else if (rows == 2) dots<Kind, 2, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
-    else if (rows == 3) dots<Kind, 3, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
-    else dots<Kind, 4, FETCHED, FIRST>(w, x, x_stride, count, next, sums);
+template <typename Kind, int FETCHED>
+static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x, int64_t x_stride,
+                             int64_t rows, int64_t from, int64_t until, const char* next, typename Kind::Sum* sums,
+                             Four* found) {
+    static_assert(Kind::GROUP <= 3, "a case for each number of rows");
+    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
 }
 
-// A piece of OUTS rows of W with that of all rows of x, which begins at `x`. What comes next is fetched evenly over the
-// time that this takes.
-template <typename Kind, bool FIRST>
-static inline void piece_dots(const Piece<typename Kind::Number>& w, const typename Kind::Number* x, int64_t x_stride,
-                              int64_t rows, int64_t count, Vector* sums) {
-    const int64_t groups = (rows + GROUP - 1) / GROUP;
+// Numbers `from` to `until` of OUTS rows of W with those of all rows of x. What comes next is fetched evenly over the time
+// that this takes.
+template <typename Kind, typename T>
+static inline void piece_dots(const Piece<typename Kind::Number>& w, const FewRows<Kind, T>& x, int64_t from,
+                              int64_t until, typename Kind::Sum* sums, Four* found) {
+    const int64_t groups = (x.rows + Kind::GROUP - 1) / Kind::GROUP;
     int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
     const char* next = w.next;
     for (int64_t group = 0; group < groups; group++) {
-        const int64_t take = rows * (group + 1) / groups - row;
-        const int64_t share = groups == 1 ? left : groups - group < left ? 2 : left > 0 ? 1 : 0;
-        const typename Kind::Number* from = x + row * x_stride;
-        Vector* own = sums + row * OUTS;
-        if (share == 0) some_dots<Kind, 0, FIRST>(w, from, x_stride, take, count, next, own);
-        else if (share == 1) some_dots<Kind, 1, FIRST>(w, from, x_stride, take, count, next, own);
-        else if (share == 2) some_dots<Kind, 2, FIRST>(w, from, x_stride, take, count, next, own);
-        else some_dots<Kind, OUTS, FIRST>(w, from, x_stride, take, count, next, own);
+        const int64_t take = x.rows * (group + 1) / groups - row, share = (left + groups - group - 1) / (groups - group);
+        const typename Kind::Word* own = x.at + row * x.stride;
+        typename Kind::Sum* to = sums + row * OUTS;
+        Four* four = found == nullptr ? nullptr : found + row * OUTS / 4;
+        if (share == 0) some_dots<Kind, 0>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share == 1) some_dots<Kind, 1>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share == 2) some_dots<Kind, 2>(w, own, x.stride, take, from, until, next, to, four);
+        else if (share <= 4) some_dots<Kind, 4>(w, own, x.stride, take, from, until, next, to, four);
+        else some_dots<Kind, OUTS>(w, own, x.stride, take, from, until, next, to, four);
         row += take;
         left -= share;
         next += share * w.next_stride;
@@ -215,105 +249,147 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const typen
 // TOGETHER rows of W with ROWS rows of x, into every OUTS-th of `sums`. `line.at(k)` is a vector of a row. Each sum waits
 // for the one before it: where a vector is small, or takes long to make, other rows fill that time.
 template <typename Kind, int ROWS, int TOGETHER, typename Source>
-static inline void line_dots(const Source& source, int64_t first, const typename Kind::Number* x, int64_t x_stride,
-                             int64_t count, Vector* sums) {
+static inline void line_dots(const Source& source, int64_t first, const typename Kind::Word* x, int64_t x_stride,
+                             int64_t count, typename Kind::Sum* sums) {
     typename Source::Line each[TOGETHER];
     for (int t = 0; t < TOGETHER; t++) each[t] = source.line(first + t);
     const int64_t block = TOGETHER * source.row_bytes();
     const int64_t ahead = TOGETHER > 1 && block <= BLOCK_AHEAD ? block : AHEAD;
-    Vector own[TOGETHER][ROWS];
-    for (int t = 0; t < TOGETHER; t++)
-        for (int r = 0; r < ROWS; r++) own[t][r] = Vector{};
+    typename Kind::Sum own[ROWS * TOGETHER];
+    times<ROWS * TOGETHER>([&](auto i) INLINED { own[i] = Kind::start(x + i / TOGETHER * x_stride); });
+    const typename Kind::Word* piece = Kind::piece(x, 0);
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
-        Vector right[TOGETHER];
-        for (int t = 0; t < TOGETHER; t++) {
+        typename Kind::Right right[TOGETHER];
+        times<TOGETHER>([&](auto t) INLINED {
             each[t].fetch(k, ahead);
             right[t] = each[t].at(k);
-        }
-        for (int r = 0; r < ROWS; r++) {
-            const Vector left = Kind::load(x + r * x_stride + k);
-            for (int t = 0; t < TOGETHER; t++) own[t][r] = Kind::dot(own[t][r], right[t], left);
-        }
+        });
+        times<ROWS>([&](auto r) INLINED {
+            const typename Kind::Left left = Kind::left(piece + r * x_stride, k);
+            times<TOGETHER>([&](auto t) INLINED {
+                own[r * TOGETHER + t] = Kind::dot(own[r * TOGETHER + t], right[t], left);
+            });
+        });
     }
-    for (int t = 0; t < TOGETHER; t++)
-        for (int r = 0; r < ROWS; r++) sums[r * OUTS + t] = own[t][r];
+    times<ROWS * TOGETHER>([&](auto i) INLINED { sums[i / TOGETHER * OUTS + i % TOGETHER] = own[i]; });
 }
 
 // OUTS rows of W from `first` on, the first `count` of which are there, a few after another with a group of rows of x.
 template <typename Kind, int ROWS, typename T, typename Source>
 __attribute__((noinline)) static void lines_dots(const Source& source, const FewRows<Kind, T>& x, int64_t first,
-                                                 int64_t count, Vector* sums) {
+                                                 int64_t count, typename Kind::Sum* sums) {
     constexpr int TOGETHER = Source::together(ROWS);
     int64_t o = 0;
     for (; o + TOGETHER <= count; o += TOGETHER)
         line_dots<Kind, ROWS, TOGETHER>(source, first + o, x.at, x.stride, x.whole, sums + o);
     for (; o < count; o++) line_dots<Kind, ROWS, 1>(source, first + o, x.at, x.stride, x.whole, sums + o);
     for (; o < OUTS; o++)
-        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = Vector{};
+        for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = typename Kind::Sum{};
 }
 
 template <typename Kind, typename T, typename Source>
-static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count, Vector* sums) {
+static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
+                         typename Kind::Sum* sums, Four* found) {
     if (x.rows == 1) lines_dots<Kind, 1>(source, x, first, count, sums);
     else if (x.rows == 2) lines_dots<Kind, 2>(source, x, first, count, sums);
     else if (x.rows == 3) lines_dots<Kind, 3>(source, x, first, count, sums);
     else lines_dots<Kind, 4>(source, x, first, count, sums);
+    for (int64_t i = 0; i < x.rows * OUTS / 4; i++)
+        found[i] = four_of<Kind>(sums + 4 * i, x.at + i * 4 / OUTS * x.stride);
 }
 
-// The sums of all rows of x with OUTS rows of W, piece by piece.
+// The totals of all rows of x with OUTS rows of W, piece by piece.
 template <typename Kind, typename T, typename Source>
 static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                          typename Kind::Number* room, Vector* sums) {
+                          typename Kind::Number* room, typename Kind::Sum* sums, Four* found) {
     const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
     for (int64_t from = 0, until; from < padded; from = until) {
         until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
-        const auto piece = source.piece(first, count, from, until, room);
-        if (from == 0) piece_dots<Kind, true>(piece, x.at, x.stride, x.rows, until, sums);
-        else piece_dots<Kind, false>(piece, x.at + from, x.stride, x.rows, until - from, sums);
+        Four* const to = until == padded ? found : nullptr;
+        piece_dots<Kind>(source.piece(first, count, from, until, room), x, from, until, sums, to);
     }
 }
 
-// Numbers of a row of y, rounded: all OUTS of them at once, or some.
+// Numbers of a row of y, rounded: all four of them at once, or some.
 template <typename T> static inline void put(Four found, int64_t count, T* to) {
-    for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found.at[o]);
+    for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found[o]);
 }
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 template <> inline void put<bf16>(Four found, int64_t count, bf16* to) {
-    if (count == OUTS) _mm_storel_epi64((__m128i*)to, (__m128i)_mm_cvtneps_pbh(_mm_loadu_ps(found.at)));
-    else for (int64_t o = 0; o < count; o++) to[o] = narrow<bf16>(found.at[o]);
+    if (count == 4) _mm_storel_epi64((__m128i*)to, (__m128i)_mm_cvtneps_pbh((__m128)found));
+    else for (int64_t o = 0; o < count; o++) to[o] = narrow<bf16>(found[o]);
 }
 #endif
+
+// Numbers of y from the totals with OUTS rows of W from `first` on, the first `count` of which are there.
+template <typename T, typename Source>
+static inline void finish(const Source& source, int64_t rows, int64_t first, int64_t count, const Four* found, T* y) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t o = 0; o < count; o += 4) {
+            const int64_t some = std::min<int64_t>(4, count - o);
+            const Four four = source.finish(first + o, some, found[(row * OUTS + o) / 4]);
+            put<T>(four, some, y + row * source.outs + first + o);
+        }
+}
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
 // OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
 // behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES`.
-// `source.finish(first, sums)` are numbers of y from their sums. Returns 1 when there is no memory.
+// `source.finish(first, count, four)` are up to four numbers of y from their sums.
+template <typename T, typename Source> struct Wanted {
+    Source source;
+    T* y;
+};
+
+// What is wanted of the same rows, in parts that threads take one after another: the blocks of OUTS rows of each W.
+template <typename T, typename Source> struct Parts {
+    const Wanted<T, Source>* wanted;
+    int count;
+    int64_t share[3], until[3], work = 0;  // blocks of a part, where the parts of a product end, and bytes of all W
+    Parts(const Wanted<T, Source>* wanted, int count, bool by_line) : wanted(wanted), count(count) {
+        int64_t all = 0;
+        for (int i = 0; i < count; i++) {
+            const int64_t row_bytes = wanted[i].source.row_bytes(), bytes = wanted[i].source.outs * row_bytes;
+            // Long stretches where memory is waited for; short ones otherwise, so that all threads end at once.
+            const int64_t taken = by_line ? std::min(MOST, std::max(LEAST, bytes / SHARES)) : LEAST;
+            share[i] = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1));
+            until[i] = all += (blocks(i) + share[i] - 1) / share[i];
+            work += bytes;
+        }
+    }
+    int64_t blocks(int i) const { return (wanted[i].source.outs + OUTS - 1) / OUTS; }
+    int64_t all() const { return until[count - 1]; }
+    int of(int64_t part) const { return part < until[0] ? 0 : part < until[1] ? 1 : 2; }
+    int64_t first(int i, int64_t part) const { return (part - (i > 0 ? until[i - 1] : 0)) * share[i]; }
+};
+
+// Up to three products of the same rows. Returns 1 when there is no memory.
 template <typename Kind, typename T, typename Source>
-static int few(const Source& source, const FewRows<Kind, T>& x, T* y, int64_t outs) {
+static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int count) {
     typedef typename Kind::Number Number;
-    const Rooms rooms(sizeof(Number) * OUTS * PIECE + sizeof(Vector) * OUTS * x.rows + 64 * 3);
+    typedef typename Kind::Sum Sum;
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + sizeof(float)) * OUTS * x.rows + 64 * 4);
     if (rooms.at == nullptr || x.failed) return 1;
-    const int64_t blocks = (outs + OUTS - 1) / OUTS, row_bytes = source.row_bytes();
-    const int64_t taken = std::min(MOST, std::max(LEAST, outs * row_bytes / SHARES));
-    const int64_t share = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1)), parts = (blocks + share - 1) / share;
-    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS;
+    const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
+    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
+    const Parts<T, Source> parts(wanted, count, by_line);
     const auto work = [&](int64_t part, int member) {
         auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);
-        Vector* sums = shelf.template take<Vector>(OUTS * x.rows);
-        for (int64_t block = part * share; block < std::min(blocks, (part + 1) * share); block++) {
-            const int64_t first = block * OUTS, count = std::min(OUTS, outs - first);
+        Sum* sums = shelf.template take<Sum>(OUTS * x.rows);
+        Four* found = shelf.template take<Four>(OUTS * x.rows / 4);
+        const int i = parts.of(part);
+        const Source& source = wanted[i].source;
+        const int64_t begin = parts.first(i, part), end = std::min(parts.blocks(i), begin + parts.share[i]);
+        for (int64_t block = begin; block < end; block++) {
+            const int64_t first = block * OUTS, held = std::min(OUTS, source.outs - first);
             if constexpr (Source::LINES) {
-                if (by_line) lines<Kind, T>(source, x, first, count, sums);
+                if (by_line) lines<Kind, T>(source, x, first, held, sums, found);
             }
-            if (!by_line) pieces<Kind, T>(source, x, first, count, room, sums);
-            for (int64_t row = 0; row < x.rows; row++) {
-                const Vector* own = sums + row * OUTS;
-                const Four found = source.finish(first, count, totals(own[0], own[1], own[2], own[3]));
-                put<T>(found, count, y + row * outs + first);
-            }
+            if (!by_line) pieces<Kind, T>(source, x, first, held, room, sums, found);
+            finish<T>(source, x.rows, first, held, found, wanted[i].y);
         }
     };
-    Team::run(parts, work, outs * row_bytes * ((x.rows + GROUP - 1) / GROUP) > ALONE);
+    Team::run(parts.all(), work, parts.work * ((x.rows + LINE_ROWS - 1) / LINE_ROWS) > ALONE);
     return 0;
 }

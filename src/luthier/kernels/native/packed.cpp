@@ -1,31 +1,21 @@
 // x W^T for a few rows of x and a weight in fewer bits: see few.h. A few rows of W at a time become numbers in the
-// cache of a core, bfloat16 or float as those of x, and are multiplied there; W as numbers is never in memory.
+// cache of a core, bfloat16 or float as those of x, and are multiplied there; W as numbers is never in memory. Or, where
+// the processor multiplies whole numbers, those of eight bits are multiplied as they lie: see whole.h.
 
 #include "few.h"
 #include "lookup.h"
+#include "whole.h"
 
 namespace {
 
-// Whole numbers of eight bits with a scale for each row, which is multiplied in at the end.
-template <typename Number> static inline void whole_numbers(const int8_t* from, int64_t count, Number* to) {
-    int64_t i = 0;
-    if constexpr (sizeof(Number) == sizeof(float))
-        for (; i + LANES <= count; i += LANES) *reinterpret_cast<Vector*>(to + i) = widened(from + i);
-    for (; i < count; i++) to[i] = narrow<Number>(float(from[i]));
-}
-#if defined(__AVX512BF16__)
-template <> inline void whole_numbers<bf16>(const int8_t* from, int64_t count, bf16* to) {
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        const __m512 low = (__m512)widened(from + i), high = (__m512)widened(from + i + LANES);
-        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-    for (; i < count; i++) to[i] = narrow<bf16>(float(from[i]));
-}
+// What multiplies whole numbers of eight bits with rows of a type.
+template <typename T> struct BytesKind { typedef Floats Kind; };
+#if defined(MULTIPLIES_WHOLE)
+template <> struct BytesKind<bf16> { typedef Wholes Kind; };
 #endif
 
 template <typename Number> static inline void filled_up(Number* to, int64_t from, int64_t until) {
-    for (int64_t i = from; i < until; i++) to[i] = narrow<Number>(0.0f);
+    for (int64_t i = from; i < until; i++) to[i] = Number{};
 }
 
 // What is read for the block after this one should be on its way.
@@ -33,24 +23,26 @@ static inline void fetch(const void* from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64) fetch_once(static_cast<const char*>(from) + at);
 }
 
-// A vector of numbers as they are multiplied.
-template <typename Kind> static inline Vector vector_of(const int8_t* from) { return widened(from); }
-#if defined(__AVX512BF16__)
-template <> inline Vector vector_of<Halves>(const int8_t* from) {
-    return (Vector)_mm512_cvtne2ps_pbh((__m512)widened(from + LANES), (__m512)widened(from));
+static inline void whole_numbers(const int8_t* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) *reinterpret_cast<Vector*>(to + i) = widened(from + i);
+    for (; i < count; i++) to[i] = from[i];
 }
-#endif
 
+// Whole numbers of eight bits with a scale for each row, which is multiplied in at the end.
 template <typename Kind> struct Bytes {
     typedef typename Kind::Number Number;
     const int8_t* codes;
     const float* scales;
     int64_t size, outs;
-    static constexpr bool LINES = true;
-    static constexpr int together(int rows) { return rows == 1 ? 4 : 2; }
+    static constexpr bool LINES = true, AS_IT_IS = sizeof(Number) == 1;
+    static constexpr int together(int rows) { return AS_IT_IS ? 1 : rows == 1 ? 4 : 2; }
     struct Line {
         const int8_t* from;
-        Vector at(int64_t k) const { return vector_of<Kind>(from + k); }
+        typename Kind::Right at(int64_t k) const {
+            if constexpr (AS_IT_IS) return Kind::right(from + k);
+            else return widened(from + k);
+        }
         void fetch(int64_t k, int64_t ahead) const {
             // Some vectors of them lie in one line of the cache.
             if (k % 64 == 0) fetch_once(from + k + ahead);
@@ -60,16 +52,26 @@ template <typename Kind> struct Bytes {
     int64_t row_bytes() const { return size; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const int64_t there = std::min(until, size) - from;
+        if constexpr (AS_IT_IS) {
+            const int8_t* own = codes + first * size + from;
+            const bool more = first + 2 * OUTS <= outs;
+            if (until <= size && count == OUTS)
+                return {own, size, more ? reinterpret_cast<const char*>(own + OUTS * size) : nullptr, size, Kind::WIDE};
+        }
         for (int64_t o = 0; o < OUTS; o++) {
             const int8_t* own = codes + (first + o) * size + from;
             if (first + o + OUTS < outs) fetch(own + OUTS * size, there);
-            if (o < count) whole_numbers<Number>(own, there, room + o * PIECE);
-            filled_up(room + o * PIECE, o < count ? there : 0, until - from);
+            const int64_t held = o < count ? there : 0;
+            Number* to = room + o * PIECE;
+            if constexpr (AS_IT_IS) std::copy(own, own + held, to);
+            else whole_numbers(own, held, to);
+            filled_up(to, held, until - from);
         }
         return {room, PIECE, nullptr, 0, 0};
     }
     Four finish(int64_t first, int64_t count, Four sums) const {
-        for (int64_t o = 0; o < count; o++) sums.at[o] *= scales[first + o];
+        if (count == 4) return sums * *reinterpret_cast<const Four*>(scales + first);
+        for (int64_t o = 0; o < count; o++) sums[o] *= scales[first + o];
         return sums;
     }
 };
@@ -114,11 +116,25 @@ template <typename Kind> struct Coded {
     Four finish(int64_t, int64_t, Four sums) const { return sums; }
 };
 
-template <typename T>
-int product_of_bytes(const T* x, const int8_t* codes, const float* scales, T* y, int64_t n, int64_t size, int64_t outs) {
-    typedef typename KindOf<T>::Kind Kind;
+// Codes that may be wanted.
+template <typename T> struct Asked {
+    const int8_t* codes;
+    const float* scales;
+    T* y;
+    int64_t outs;
+};
+
+// Up to three products of the same rows; the first that has no codes is the end.
+template <typename T> int products_of_bytes(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
+    typedef typename BytesKind<T>::Kind Kind;
     const FewRows<Kind, T> rows(x, n, size);
-    return few<Kind, T>(Bytes<Kind>{codes, scales, size, outs}, rows, y, outs);
+    Wanted<T, Bytes<Kind>> wanted[3];
+    int count = 0;
+    for (; count < 3 && asked[count].codes != nullptr; count++) {
+        const Asked<T>& one = asked[count];
+        wanted[count] = {{one.codes, one.scales, size, one.outs}, one.y};
+    }
+    return few<Kind, T>(rows, wanted, count);
 }
 
 template <typename T>
@@ -126,15 +142,19 @@ int product_of_codes(const T* x, const uint8_t* codes, const Scales& scales, con
                      int64_t size, int64_t outs, int64_t each) {
     typedef typename KindOf<T>::Kind Kind;
     const FewRows<Kind, T> rows(x, n, size);
-    return few<Kind, T>(Coded<Kind>{codes, scales, levels, each, size, outs}, rows, y, outs);
+    const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y};
+    return few<Kind, T>(rows, &wanted, 1);
 }
 
 }  // namespace
 
 #define FOR_BOTH(T, NAME)                                                                                              \
-    extern "C" int product_of_bytes_##NAME(const T* x, const int8_t* codes, const float* scales, T* y, int64_t n,      \
-                                           int64_t size, int64_t outs) {                                               \
-        return product_of_bytes(x, codes, scales, y, n, size, outs);                                                   \
+    extern "C" int products_of_bytes_##NAME(const T* x, const int8_t* codes, const float* scales, T* y,                \
+                                            const int8_t* second_codes, const float* second_scales, T* second_y,       \
+                                            const int8_t* third_codes, const float* third_scales, T* third_y, int64_t n,\
+                                            int64_t size, int64_t outs, int64_t second_outs, int64_t third_outs) {     \
+        return products_of_bytes<T>(x, {{codes, scales, y, outs}, {second_codes, second_scales, second_y, second_outs},\
+                                        {third_codes, third_scales, third_y, third_outs}}, n, size);                   \
     }                                                                                                                  \
     extern "C" int product_of_codes_##NAME(const T* x, const uint8_t* codes, const float* scales,                      \
                                            const uint8_t* scale_codes, const float* scale_levels, const float* levels, \

@@ -99,7 +99,7 @@ static void score(const typename Kind::Number* query, const typename Kind::Numbe
             for (int j = 0; j < 4; j++) sums[j] = Kind::dot(sums[j], Kind::load(keys[k + j] + i), own);
         }
         const Four found = totals(sums[0], sums[1], sums[2], sums[3]);
-        std::memcpy(scores + k, found.at, sizeof(found));
+        std::memcpy(scores + k, &found, sizeof(found));
     }
 }
 
