@@ -17,9 +17,10 @@ from luthier.merge.plan import Plan, Slice, Wanted, plan
 from luthier.merge.settings import Setting
 from luthier.merge.stream import Room, stream
 from luthier.mergers import Part
+from luthier.model.files.array_views import array_type
 from luthier.model.files.shards import SINGLE, ShardWriter
 from tests.merge.models_of import LAYERS, WIDTH, folder, tensors
-from tests.mergers_of import merger
+from tests.mergers_of import merge_whole, merger
 
 MEGA = 10**6
 AMPLE = Room(100 * MEGA, 2)
@@ -47,7 +48,7 @@ def merged(
     parents = [Parent.open(place.name, str(place)) for place in chosen]
     wanted = Wanted(
         merger(name, **knobs), tuple(range(models)), models if base else None,
-        tuple(Setting.of(weight, "weight") for weight in weights or (1.0,) * models), dtype,
+        tuple(Setting.of(weight, "weight") for weight in weights or (1.0,) * models), array_type(dtype),
         {key: Setting.of(value, key) for key, value in (vary or {}).items()}, slices,
     )
     planned = plan(parents, wanted)
@@ -72,8 +73,9 @@ def test_a_stream_is_the_method_on_whole_tensors(places: list[Path], tmp_path: P
     for key in found:
         rows = [model[key].reshape(-1, model[key].shape[-1]) for model in held[:count]]
         own = base[key].reshape(-1, base[key].shape[-1])
-        part = Part(tuple(rows), own, (1.0,) * count, 0, own.numel(), key_of(key))
-        torch.testing.assert_close(found[key].reshape(own.shape), merger(name).whole(part), msg=key)
+        arrays = tuple(each.numpy() for each in rows)
+        part = Part(arrays, own.numpy(), (1.0,) * count, 0, own.numel(), key_of(key))
+        torch.testing.assert_close(found[key].reshape(own.shape), merge_whole(merger(name), part), msg=key)
     assert planned.layers == LAYERS
 
 

@@ -12,20 +12,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from types import TracebackType
 from typing import Final, TypeVar, final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from luthier.core.errors import RecipeError
 from luthier.core.units import bytes_text
+from luthier.kernels.blas_threads import one_blas_thread
+from luthier.kernels.floats import FLOAT16, widened
 from luthier.kernels.vectors import vectors_for
 from luthier.kernels.wanted import wanted_kernels
+from luthier.merge.buffers import Buffers
 from luthier.merge.measures import Measured, TensorReport
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Plan
@@ -80,7 +81,6 @@ class Room:
         return self.memory_bytes // 4
 
 
-@torch.no_grad()
 def stream(
     parents: Sequence[Parent], plan: Plan, writer: ShardWriter, room: Room, *,
     told: Callable[[int], None] = lambda _bytes: None,
@@ -90,22 +90,23 @@ def stream(
     Raises NumericError for a tensor that is not finite.
     """
     reports, vectors = [], vectors_for(wanted_kernels())
+    buffers = Buffers(min(AHEAD, room.kept_bytes))
     with (
-        one_thread_each(),
+        one_blas_thread(),
         _Lookers(room.threads) as lookers,
         ThreadPoolExecutor(room.threads, "merge") as workers,
         ThreadPoolExecutor(1, "write") as writing,
     ):
         waiting: deque[Future[None]] = deque()
 
-        def write(name: str, rows: Tensor, first: int) -> None:
+        def write(name: str, rows: np.ndarray, first: int) -> None:
             while len(waiting) >= WAITING:
                 waiting.popleft().result()
             waiting.append(writing.submit(writer.write, name, rows, first))
-            told(rows.numel() * rows.element_size())
+            told(rows.nbytes)
 
         jobs = {job.name: job for job in plan.jobs}
-        sources = (Source(parents, jobs[name], vectors) for name in writer.order)
+        sources = (Source(parents, jobs[name], vectors, buffers.empty) for name in writer.order)
         for work in _ahead(sources, room, lookers):
             job = work.source.job
             if job.copied:
@@ -188,7 +189,7 @@ def _kept_bytes(source: Source, room: Room) -> int:
 
 
 def _merged(
-    work: _Work, room: Room, workers: ThreadPoolExecutor, write: Callable[[str, Tensor, int], None]
+    work: _Work, room: Room, workers: ThreadPoolExecutor, write: Callable[[str, np.ndarray, int], None]
 ) -> TensorReport:
     """All looks at one tensor, then its blocks."""
     source, job = work.source, work.source.job
@@ -206,8 +207,8 @@ def _merged(
 def _block(source: Source, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
     rounded, found = source.rounded(first, height, seen)
     # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
-    narrow = rounded.dtype == torch.float16
-    if (narrow or found.moved - found.moved or found.whole - found.whole) and not bool(rounded.isfinite().all()):
+    narrow = rounded.dtype == FLOAT16
+    if (narrow or not isfinite(found.moved + found.whole)) and not np.isfinite(widened(rounded)).all():
         raise source.not_finite(first, height, seen)
     return rounded, found
 
@@ -225,14 +226,3 @@ def _in_order(workers: ThreadPoolExecutor, threads: int, work: Sequence[Callable
     finally:
         for future in begun:
             future.cancel()
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Blocks are shared out to workers; inside one, more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
