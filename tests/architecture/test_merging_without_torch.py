@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.model.files.shards import INDEX, SINGLE
 from tests.architecture.source import SOURCE
-from tests.merge.models_of import folder, tensors
+from tests.merge.models_of import WIDTH, folder, tensors
 
 HEAVY = ("torch", "transformers", "tokenizers", "pyarrow", "scipy")
 COMMANDS = f"""
@@ -58,6 +57,15 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         "merge_method": "dare_ties", "base_model": base, "dtype": "bfloat16",
         "models": [{"model": each, "parameters": {"weight": [0.2, 0.8], "density": 0.5}} for each in (one, two)],
     }))  # fmt: skip
+    (adapter := home / "adapter").mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base,
+    }))  # fmt: skip
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, WIDTH), f"{name}.lora_B.weight": torch.ones(WIDTH, 2)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    tuned = {"models": [{"model": base, "adapter": str(adapter)}], "method": {"method": "passthrough"}}
+    (with_adapter := home / "tuned.yaml").write_text(json.dumps(tuned))
     out = ("--out", str(home / "out"))
     commands = {
         "help": ["--help"],
@@ -65,6 +73,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         "dry run of a file": [str(yaml), "--dry-run"],
         "slerp": [one, two, *PLAIN, "--out", str(home / "slerp"), "--json"],
         "mergekit": [str(yaml), *PLAIN, "--out", str(home / "mergekit")],
+        "an adapter on its base": [str(with_adapter), *PLAIN, "--out", str(home / "tuned")],
+        "adapters, dry run": [str(adapter), str(adapter), "--adapters", "--method", "cat", "--dry-run"],
         "no such method": [one, two, "--method", "slurp", *out],
         "no such key": [one, two, "--set", "densty=1", *out],
         "no base": [one, two, "--method", "ties", *out],
@@ -90,7 +100,8 @@ def test_a_merge_a_dry_run_and_a_refusal_import_no_torch(said: dict[str, tuple[i
     heavy = {name: modules for name, (_, _, modules) in said.items() if modules}
     assert not heavy, f"`merge` imports it: {heavy}"
     codes = {name: code for name, (code, _, _) in said.items()}
-    wanted = {name: 0 for name in ("help", "dry run", "dry run of a file", "slerp", "mergekit")}
+    wanted = dict.fromkeys(("help", "dry run", "dry run of a file", "slerp", "mergekit", "an adapter on its base",
+                            "adapters, dry run"), 0)  # fmt: skip
     wanted |= dict.fromkeys(("no such method", "no such key", "no base", "shapes", "not a model"), 2)
     wanted |= {"missing shard": 69, "index leads out": 77, "not finite": 76, "full disk": 74}
     assert codes == wanted, {name: said[name][:2] for name in codes if codes[name] != wanted.get(name)}

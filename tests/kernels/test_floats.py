@@ -37,7 +37,7 @@ def test_what_has_the_type_is_not_copied_and_no_shape_is_lost() -> None:
     assert widened(given) is given and narrowed(given, FLOAT32) is given
     turned = narrowed(given.T, BFLOAT16)
     assert np.array_equal(widened(turned), given.T) and np.array_equal(widened(turned.T), given)
-    assert widened(narrowed(np.float32(3).reshape(()), BFLOAT16)) == 3
+    assert widened(narrowed(np.full((), 3, np.float32), BFLOAT16)) == 3
 
 
 def test_whole_numbers_truth_values_and_complex_ones_are_not_real() -> None:

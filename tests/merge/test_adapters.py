@@ -90,6 +90,6 @@ def test_one_adapter_is_itself_and_other_shapes_are_told() -> None:
             method = merger(name, density=1.0) if name == "ties" else merger(name)
             found = joined("x", one, (1.0,), method, None)
             np.testing.assert_allclose(whole(found.factors), whole(one[0]), rtol=1e-4, atol=1e-4)
+    other = Factors(np.ones((1, 3), np.float32), np.ones((4, 1), np.float32))
     with pytest.raises(RecipeError, match="q_proj has the shapes"):
-        other = Factors(np.ones((1, 3), np.float32), np.ones((4, 1), np.float32))
         joined("q_proj", [one[0], other], (1.0, 1.0), None, None)

@@ -183,7 +183,7 @@ def test_an_index_that_lies_is_a_sentence(
     tmp_path: Path, change: Callable[[dict[str, str]], None], kind: type[LuthierError], said: str
 ) -> None:
     """Breaks when a path leads out of the folder, or tensors and index may disagree."""
-    write_shards(tmp_path, slots(), TENSORS.items(), shard_bytes=300)
+    write_shards(tmp_path, slots(), ARRAYS.items(), shard_bytes=300)
     broken(tmp_path, change)
     with pytest.raises(kind) as failure:
         Shards(tmp_path)

@@ -49,7 +49,7 @@ def smallest(dtype: DType) -> float:
     return float(ml_dtypes.finfo(dtype).tiny)
 
 
-def widened(numbers: np.ndarray) -> Float[np.ndarray, "..."]:
+def widened(numbers: np.ndarray) -> Float[np.ndarray, ...]:
     """Numbers in float32; themselves where they are."""
     if numbers.dtype != BFLOAT16:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -59,7 +59,7 @@ def widened(numbers: np.ndarray) -> Float[np.ndarray, "..."]:
     return wide.view(FLOAT32)
 
 
-def narrowed(numbers: Float[np.ndarray, "..."], dtype: DType) -> Float[np.ndarray, "..."]:
+def narrowed(numbers: Float[np.ndarray, ...], dtype: DType) -> Float[np.ndarray, ...]:
     """Numbers rounded once to a type, to the nearest and ties to even; themselves where they are of it."""
     if dtype != BFLOAT16 or numbers.dtype == BFLOAT16:
         with np.errstate(over="ignore", invalid="ignore"):

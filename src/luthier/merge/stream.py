@@ -31,7 +31,7 @@ from luthier.merge.measures import Measured, TensorReport
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Plan
 from luthier.merge.source import Source, copied, total
-from luthier.mergers import Rows, Sums
+from luthier.mergers import Rows, Sums, WeightedSum
 from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
@@ -40,6 +40,8 @@ LEAN_BLOCK: Final = 1 << 20
 """The same where nothing is copied: as few pieces as threads can share out well."""
 COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
+COUNTS: Final = 1 << 20
+"""Bytes of what a method that is no weighted sum has seen of a tensor, at most, for each model."""
 WAITING: Final = 4
 """Blocks that wait to be written, at most."""
 AHEAD: Final = 1 << 25
@@ -146,16 +148,16 @@ class _Lookers:
 
 @final
 class _Work:
-    """A tensor in blocks, whose first look has begun. `kept` are the bytes that are held for it until it is merged."""
+    """A tensor in blocks, whose first look has begun. `held` are the bytes that it takes until it is merged."""
 
     def __init__(self, source: Source, room: Room, lookers: _Lookers) -> None:
-        self.source, self.kept, job = source, _kept_bytes(source, room), source.job
+        self.source, self.held, job = source, _held_bytes(source, room), source.job
         if job.copied:
             return
         self._lookers = lookers
         self.height = room.block(len(job.origins), job.slot.columns, lean=source.lean)
         self.firsts = range(0, job.slot.rows, self.height)
-        if self.kept:
+        if _kept_bytes(source, room):
             source.keep()
         looks = source.look_work(self.firsts, self.height, ())
         self._begun = [lookers.begin(looks)] if job.method.passes else []
@@ -171,14 +173,21 @@ def _ahead(sources: Iterable[Source], room: Room, lookers: _Lookers) -> Iterator
     begun: deque[_Work] = deque()
     held, most = 0, min(AHEAD, room.kept_bytes)
     for source in sources:
-        more = _kept_bytes(source, room)
+        more = _held_bytes(source, room)
         # What is merged now is held until the next one is asked for.
         while begun and (held + more > most or len(begun) > MOST_AHEAD):
             yield begun[0]
-            held -= begun.popleft().kept
+            held -= begun.popleft().held
         begun.append(_Work(source, room, lookers))
         held += more
     yield from begun
+
+
+def _held_bytes(source: Source, room: Room) -> int:
+    """What is held of a tensor from its first look on: what is kept of it, and what was seen."""
+    job = source.job
+    seen = 0 if job.copied or isinstance(job.method, WeightedSum) or not job.method.passes else COUNTS * len(job.models)
+    return _kept_bytes(source, room) + seen
 
 
 def _kept_bytes(source: Source, room: Room) -> int:

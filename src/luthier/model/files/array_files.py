@@ -65,7 +65,7 @@ class ArrayFile:
         """Fill an array of the tensor's type and shape, whose numbers lie one behind the other."""
         self.file.seek(self.start + self.places[name].begin)
         bytes_ = into.reshape(-1, copy=False).view(np.uint8)
-        view, done = memoryview(bytes_), 0
+        view, done = bytes_.data, 0
         while done < len(view):
             more = self.file.readinto(view[done:])
             if not more:

@@ -124,7 +124,7 @@ class Shards:
             raise IndexError(f"rows {first} to {stop} of {slot.rows} of {name}")
         whole = first == 0 and last is None and out is None
         into = np.empty((stop - first, slot.columns), slot.dtype) if out is None else out
-        view = memoryview(into.reshape(-1, copy=False).view(np.uint8))
+        view = into.reshape(-1, copy=False).view(np.uint8).data
         offset = begin + first * slot.columns * slot.dtype.itemsize
         while view:
             with explained("read", path):
@@ -273,7 +273,7 @@ def write_arrays(path: Path, tensors: Mapping[str, np.ndarray]) -> Entry:
 
 def _bytes_of(tensor: np.ndarray) -> memoryview:
     """The bytes of a tensor, as they lie in memory where it has no gaps."""
-    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 @final
