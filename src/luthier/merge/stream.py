@@ -42,6 +42,8 @@ COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
 COUNTS: Final = 1 << 20
 """Bytes of what a method that is no weighted sum has seen of a tensor, at most, for each model."""
+HEAP: Final = 1 << 24
+"""Bytes that threads' heaps may keep for the next block, about."""
 WAITING: Final = 4
 """Blocks that wait to be written, at most."""
 AHEAD: Final = 1 << 25
@@ -93,6 +95,9 @@ def stream(
     """
     reports, vectors = [], vectors_for(wanted_kernels())
     buffers = Buffers(min(AHEAD, room.kept_bytes))
+    # The C library gives what a block leaves back to the system and takes it anew for the next one, a fault and a page
+    # of zeros each time, until it has seen a piece of such a size go: nearly half of what ties costs a processor.
+    np.empty(HEAP, np.uint8)
     with (
         one_blas_thread(),
         _Lookers(room.threads) as lookers,
