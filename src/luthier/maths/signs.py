@@ -23,7 +23,8 @@ def agreed(
     found = weighted[0].copy()
     for change in weighted[1:]:
         found += change
-    elected = np.where(found >= 0, 1, -1).astype(found.dtype)
+    elected = np.multiply(found >= 0, 2, dtype=found.dtype)
+    elected -= 1
     found[...] = 0
     divisor, voted = np.zeros_like(found), np.empty_like(found)
     for change, weight in zip(weighted, weights, strict=True):
@@ -34,6 +35,7 @@ def agreed(
         found += np.maximum(change, 0, out=change)
     found *= elected
     if mean:
-        divisor[np.abs(divisor) < _LITTLE] = 1
+        # Where none agreed, or weights cancel, by one.
+        divisor += np.abs(divisor) < _LITTLE
         found /= divisor
     return found
