@@ -186,6 +186,16 @@ def test_a_tensor_that_is_not_finite_is_named(places: list[Path], tmp_path: Path
         merged([places[0], odd, places[-1]], tmp_path / "out", name, room=Room(10**6, 2))
 
 
+@pytest.mark.parametrize("name", ["ties", "dare", "della", "breadcrumbs"])
+def test_what_is_no_number_is_named_although_changes_are_dropped(places: list[Path], tmp_path: Path, name: str) -> None:
+    """Breaks when a method that leaves numbers out leaves out that one, and a broken model is merged without a word."""
+    bad = tensors(seed=4)["lm_head.weight"].clone()
+    bad[3, 2] = float("nan")
+    odd = other(tmp_path / "odd", {"lm_head.weight": bad})
+    with pytest.raises(NumericError, match=r"lm_head.weight.* of odd has 1 numbers that are not finite"):
+        merged([places[0], odd, places[-1]], tmp_path / "out", name)
+
+
 def test_numbers_too_large_for_float16_are_told(places: list[Path], tmp_path: Path) -> None:
     """Breaks when a merge overflows to infinity without a word."""
     large = other(tmp_path / "large", {"lm_head.weight": torch.full((12, WIDTH), 1e5)})

@@ -2,7 +2,7 @@
 
 Idea: numpy has no bfloat16. `ml_dtypes` adds it, so that an array says itself what its numbers are.
 Cost: of the blocks that merging takes a number is widened in less than a tenth of a nanosecond and rounded in half of
-one (a core of a Zen 5, ml_dtypes 0.6), faster than by shifts in numpy's own loops.
+one (a core of a Zen 4, ml_dtypes 0.6), faster than by shifts in numpy's own loops.
 Use when: numbers of files are computed with and torch is not wanted. Not when: C++ reads them as they lie (vectors.py).
 """
 
