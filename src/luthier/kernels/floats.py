@@ -45,12 +45,12 @@ def smallest(dtype: DType) -> float:
     return float(ml_dtypes.finfo(dtype).tiny)
 
 
-def widened(numbers: np.ndarray) -> Float[np.ndarray, "..."]:
+def widened(numbers: np.ndarray) -> Float[np.ndarray, "*shape"]:
     """Numbers in float32; themselves where they are."""
     return narrowed(numbers, FLOAT32)
 
 
-def narrowed(numbers: np.ndarray, dtype: DType) -> Float[np.ndarray, "..."]:
+def narrowed(numbers: np.ndarray, dtype: DType) -> Float[np.ndarray, "*shape"]:
     """Numbers rounded once to a type, to the nearest and ties to even; themselves where they are of it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return numbers.astype(dtype, copy=False)
