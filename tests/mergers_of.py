@@ -1,4 +1,4 @@
-"""What tests of mergers merge: small matrices of several models that come from one base."""
+"""What tests of mergers merge: small matrices of several models that come from one base; oracles are torch's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def merger(name: str, **knobs: Any) -> Merger:
 
 def part(*models: torch.Tensor, base: torch.Tensor | None = None, weights: tuple[float, ...] = ()) -> Part:
     """Whole tensors as a part; vectors become one row."""
-    rows = [model.reshape(-1, model.shape[-1]).float() for model in models]
-    own = None if base is None else base.reshape(-1, base.shape[-1]).float()
-    return Part(tuple(rows), own, weights or (1.0,) * len(rows), 0, rows[0].numel(), 7)
+    rows = [model.reshape(-1, model.shape[-1]).float().numpy() for model in models]
+    own = None if base is None else base.reshape(-1, base.shape[-1]).float().numpy()
+    return Part(tuple(rows), own, weights or (1.0,) * len(rows), 0, rows[0].size, 7)
+
+
+def merge_whole(method: Merger, given: Part) -> torch.Tensor:
+    """Whole tensors merged at once, as a tensor."""
+    return torch.from_numpy(method.whole(given))
 
 
 def family(count: int, rows: int = 12, columns: int = 10, *, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:

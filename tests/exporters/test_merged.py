@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -81,7 +82,7 @@ def test_one_tensor_is_copied_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         old.append(weakref.ref(module.weight))
         return with_edit(edit, module, rounding)
 
-    def written(self: ShardWriter, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+    def written(self: ShardWriter, name: str, tensor: np.ndarray, first: int = 0) -> None:
         most["copies"] = max(most["copies"], sum(each() is not None for each in copies))
         copies.append(weakref.ref(tensor))
         write(self, name, tensor, first)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from luthier.model.files.array_views import array_of
 from luthier.model.files.shards import Slot, write_shards
 
 LAYERS = 3
@@ -37,8 +38,8 @@ def folder(
 ) -> Path:  # fmt: skip
     """Write a model folder; `words` make a vocabulary, and `added` are tokens behind it."""
     place.mkdir(parents=True)
-    kept = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held.items()}
-    slots = {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in kept.items()}
+    kept = {name: array_of(tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in held.items()}
+    slots = {name: Slot(each.dtype, each.shape) for name, each in kept.items()}
     write_shards(place, slots, kept.items(), shard_bytes=shard_bytes)
     layers = 1 + max((int(name.split(".")[2]) for name in held if ".layers." in name), default=-1)
     said = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": len(held.get("lm_head.weight", ())),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from luthier.core.errors import RecipeError
 from luthier.merge.adapters import joined, share_lost
@@ -16,42 +16,42 @@ IN, OUT = 20, 14
 
 
 def factors(count: int = 3) -> list[Factors]:
-    generator = torch.Generator().manual_seed(0)
+    draws = np.random.default_rng(0)
     return [
-        Factors(torch.randn(rank, IN, generator=generator), torch.randn(OUT, rank, generator=generator))
+        Factors(draws.standard_normal((rank, IN), np.float32), draws.standard_normal((OUT, rank), np.float32))
         for rank in RANKS[:count]
     ]
 
 
-def whole(part: Factors) -> torch.Tensor:
+def whole(part: Factors) -> np.ndarray:
     return part.up @ part.down
 
 
 WEIGHTS = (1.0, -0.5, 2.0)
 
 
-def summed(parts: list[Factors]) -> torch.Tensor:
-    return sum((weight * whole(part) for weight, part in zip(WEIGHTS, parts, strict=True)), torch.zeros(OUT, IN))
+def summed(parts: list[Factors]) -> np.ndarray:
+    return sum((weight * whole(part) for weight, part in zip(WEIGHTS, parts, strict=True)), np.zeros((OUT, IN)))
 
 
 def test_side_by_side_is_the_weighted_sum_exactly() -> None:
     """Breaks when a weight goes into both factors, or cross terms appear."""
     found = joined("x", factors(), WEIGHTS, None, None)
     assert len(found.factors.down) == sum(RANKS) and found.lost == 0
-    torch.testing.assert_close(whole(found.factors), summed(factors()), rtol=1e-5, atol=1e-5)
-    assert found.whole == pytest.approx(float(summed(factors()).square().sum()), rel=1e-5)
+    np.testing.assert_allclose(whole(found.factors), summed(factors()), rtol=1e-5, atol=1e-5)
+    assert found.whole == pytest.approx(float(np.square(summed(factors())).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 6, 9])
 def test_a_rank_is_cut_as_by_the_svd_of_the_whole(rank: int) -> None:
     """Breaks when factors are cut one by one, or what is lost is told wrongly."""
     wanted = summed(factors())
-    left, sizes, right = torch.linalg.svd(wanted)
+    left, sizes, right = np.linalg.svd(wanted)
     best = left[:, :rank] * sizes[:rank] @ right[:rank]
     found = joined("x", factors(), WEIGHTS, None, rank)
     assert len(found.factors.down) == min(rank, sum(RANKS))
-    torch.testing.assert_close(whole(found.factors), best, rtol=1e-4, atol=1e-4)
-    lost = float((wanted - best).norm() / wanted.norm())
+    np.testing.assert_allclose(whole(found.factors), best, rtol=1e-4, atol=1e-4)
+    lost = float(np.linalg.norm(wanted - best) / np.linalg.norm(wanted))
     assert share_lost([found]) == pytest.approx(lost, abs=1e-5)
 
 
@@ -61,25 +61,25 @@ def test_weighted_sums_are_what_they_would_be_on_whole_weights(name: str, count:
     parts = factors(count)
     weights = (1.0, 0.5, 2.0)[:count]
     found = joined("x", parts, weights, merger(name), sum(RANKS))
-    base = torch.zeros(OUT, IN)
-    wanted = merger(name).whole(Part(tuple(map(whole, parts)), base, weights, 0, base.numel(), 0))
-    torch.testing.assert_close(whole(found.factors), wanted, rtol=1e-4, atol=1e-4)
+    base = np.zeros((OUT, IN), np.float32)
+    wanted = merger(name).whole(Part(tuple(map(whole, parts)), base, weights, 0, base.size, 0))
+    np.testing.assert_allclose(whole(found.factors), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_ties_is_taken_in_the_shared_singular_basis() -> None:
     """Breaks when the basis is another than that of all changes side by side (KnOTS), found here from whole weights."""
     parts = factors(2)
     changes = [whole(part) for part in parts]
-    left, sizes, right = torch.linalg.svd(torch.cat(changes, 1).double(), full_matrices=False)
+    left, sizes, right = np.linalg.svd(np.concatenate(changes, 1).astype(np.float64), full_matrices=False)
     rank = RANKS[0] + RANKS[1]
-    aligned = [right[:rank, IN * n : IN * (n + 1)].float() for n in range(2)]
+    aligned = [right[:rank, IN * n : IN * (n + 1)].astype(np.float32) for n in range(2)]
     method = merger("ties", density=0.5)
-    base = torch.zeros(rank, IN)
-    merged = method.whole(Part(tuple(aligned), base, (1.0, 1.0), 0, base.numel(), 0))
+    base = np.zeros((rank, IN), np.float32)
+    merged = method.whole(Part(tuple(aligned), base, (1.0, 1.0), 0, base.size, 0))
     # A singular vector has no sign of its own; an elected sign that is a tie does, and there is none here.
-    wanted = (left[:, :rank] * sizes[:rank]).float() @ merged
+    wanted = (left[:, :rank] * sizes[:rank]).astype(np.float32) @ merged
     found = joined("x", parts, (1.0, 1.0), method, rank)
-    torch.testing.assert_close(whole(found.factors), wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(whole(found.factors), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_one_adapter_is_itself_and_other_shapes_are_told() -> None:
@@ -89,6 +89,7 @@ def test_one_adapter_is_itself_and_other_shapes_are_told() -> None:
         if merger(name).models[0] == 1:
             method = merger(name, density=1.0) if name == "ties" else merger(name)
             found = joined("x", one, (1.0,), method, None)
-            torch.testing.assert_close(whole(found.factors), whole(one[0]), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(whole(found.factors), whole(one[0]), rtol=1e-4, atol=1e-4)
+    other = Factors(np.ones((1, 3), np.float32), np.ones((4, 1), np.float32))
     with pytest.raises(RecipeError, match="q_proj has the shapes"):
-        joined("q_proj", [one[0], Factors(torch.ones(1, 3), torch.ones(4, 1))], (1.0, 1.0), None, None)
+        joined("q_proj", [one[0], other], (1.0, 1.0), None, None)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from luthier.kernels.floats import BFLOAT16
 from luthier.model.files import shards
 from luthier.model.files.shards import INDEX, Slot, shards_of
 from tests.architecture.source import SOURCE
@@ -40,7 +40,7 @@ def slots(layers: int) -> dict[str, Slot]:
         ):  # fmt: skip
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
     shapes |= {"model.norm.weight": (WIDTH,), "lm_head.weight": table}
-    return {name: Slot(torch.bfloat16, shape) for name, shape in shapes.items()}
+    return {name: Slot(BFLOAT16, shape) for name, shape in shapes.items()}
 
 
 def sparse_model(place: Path, layers: int) -> Path:

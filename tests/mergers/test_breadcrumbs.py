@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.core.errors import RecipeError
-from tests.mergers_of import family, merger, part
+from tests.mergers_of import family, merge_whole, merger, part
 
 
 @pytest.mark.parametrize("fuse", ["linear", "ties"])
@@ -30,7 +30,7 @@ def test_both_ends_are_cut_off(density: float, gamma: float, fuse: str) -> None:
     else:
         wanted = base + crumbs[0] + crumbs[1]
     knobs = {"density": density, "gamma": gamma, "fuse": fuse, "normalize": fuse == "ties"}
-    merged = merger("breadcrumbs", **knobs).whole(part(*models, base=base))
+    merged = merge_whole(merger("breadcrumbs", **knobs), part(*models, base=base))
     torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.core.errors import RecipeError
-from tests.mergers_of import merger, part
+from tests.mergers_of import merge_whole, merger, part
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -20,14 +20,14 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 def test_of_two_it_is_slerp(t: float) -> None:
     """Breaks when the iteration ends elsewhere than on the great circle, or too early."""
     one, other = unit(4, 5, seed=0), unit(4, 5, seed=1)
-    mean = merger("karcher").whole(part(one, other, weights=(1 - t, t)))
-    torch.testing.assert_close(mean, merger("slerp", t=t).whole(part(one, other)), rtol=1e-5, atol=1e-6)
+    mean = merge_whole(merger("karcher"), part(one, other, weights=(1 - t, t)))
+    torch.testing.assert_close(mean, merge_whole(merger("slerp", t=t), part(one, other)), rtol=1e-5, atol=1e-6)
 
 
 def test_the_mean_of_three_axes_is_their_sum_and_lengths_are_averaged() -> None:
     """Breaks when the length is that of the chord's middle."""
     axes = torch.eye(3) * torch.tensor([1.0, 2.0, 3.0])[:, None]
-    mean = merger("karcher").whole(part(*axes))
+    mean = merge_whole(merger("karcher"), part(*axes))
     torch.testing.assert_close(mean[0], torch.full((3,), 2 / math.sqrt(3)))
 
 
@@ -35,7 +35,7 @@ def test_no_point_nearby_has_a_smaller_sum_of_squared_angles() -> None:
     """Breaks when weights are of chords rather than angles: the normalised mean is no Karcher mean."""
     vectors = [unit(12, seed=seed) for seed in range(4)]
     weights = (1.0, 2.0, 0.5, 1.0)
-    mean = merger("karcher").whole(part(*vectors, weights=weights))[0].double()
+    mean = merge_whole(merger("karcher"), part(*vectors, weights=weights))[0].double()
 
     def spread(point: torch.Tensor) -> float:
         point = point / point.norm()
@@ -49,7 +49,7 @@ def test_no_point_nearby_has_a_smaller_sum_of_squared_angles() -> None:
 def test_zeros_have_no_direction_and_weights_have_a_sign() -> None:
     """Breaks when a tensor of zeros gives NaN, or negative weights are taken for shares."""
     one = unit(2, 3, seed=0)
-    torch.testing.assert_close(merger("karcher").whole(part(one, torch.zeros(2, 3))), one / 2)
-    assert not merger("karcher").whole(part(torch.zeros(2, 3), torch.zeros(2, 3))).any()
+    torch.testing.assert_close(merge_whole(merger("karcher"), part(one, torch.zeros(2, 3))), one / 2)
+    assert not merge_whole(merger("karcher"), part(torch.zeros(2, 3), torch.zeros(2, 3))).any()
     with pytest.raises(RecipeError, match=r"weights are \[1.0, -1.0\]"):
-        merger("karcher").whole(part(one, one, weights=(1.0, -1.0)))
+        merge_whole(merger("karcher"), part(one, one, weights=(1.0, -1.0)))

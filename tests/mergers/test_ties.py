@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.mergers_of import family, merger, part
+from tests.mergers_of import family, merge_whole, merger, part
 
 
 def by_hand(base: torch.Tensor, models: list[torch.Tensor], weights: tuple[float, ...], *, density: float,
@@ -35,7 +35,8 @@ def test_it_is_trim_elect_merge_number_by_number(density: float, normalize: bool
     """Breaks when a threshold is off by one, a trimmed number votes, or a mean counts those that did not agree."""
     base, models = family(3, seed=3)
     weights = (1.0, 0.5, 2.0)
-    merged = merger("ties", density=density, normalize=normalize).whole(part(*models, base=base, weights=weights))
+    method = merger("ties", density=density, normalize=normalize)
+    merged = merge_whole(method, part(*models, base=base, weights=weights))
     wanted = by_hand(base, models, weights, density=density, normalize=normalize)
     torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-6)
 
@@ -44,12 +45,12 @@ def test_the_majority_by_size_wins_and_a_tie_is_positive() -> None:
     """Breaks when votes are counted by heads, or a tie leaves the base alone."""
     base = torch.zeros(1, 3)
     models = [torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[-1.0, -1.0, 2.0]]), torch.tensor([[-1.0, 0.0, 4.0]])]
-    merged = merger("ties", density=1.0).whole(part(*models, base=base))
+    merged = merge_whole(merger("ties", density=1.0), part(*models, base=base))
     assert merged.tolist() == [[3.0, 1.0, 3.0]]
 
 
 def test_equal_magnitudes_at_the_threshold_are_all_kept() -> None:
     """Breaks when which of equal numbers stays depends on the order of a sort."""
     model = torch.tensor([[1.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])
-    merged = merger("ties", density=0.25).whole(part(model, base=torch.zeros(1, 8)))
+    merged = merge_whole(merger("ties", density=0.25), part(model, base=torch.zeros(1, 8)))
     assert merged.tolist() == [[1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.kernels.vectors import TorchVectors
+from luthier.kernels.floats import widened
+from luthier.kernels.vectors import PlainVectors
 from luthier.model.comparing import streamed
 from luthier.model.comparing.parity_sides import ModelSide
 from luthier.model.comparing.sketches import Sketching, sketched
 from luthier.model.comparing.streamed import RowSource, StreamedModel
+from luthier.model.files.array_views import tensor_of
 from luthier.model.files.shards import Shards
 from luthier.model.load import config_of, load_model
 from tests import task_folders
@@ -31,10 +32,10 @@ class Passing(RowSource):
         self.slots = self.shards.slots
         self.asked: list[str] = []
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         self.asked.append(name)
         for first in range(0, self.slots[name].rows, 7):
-            yield self.shards.read(name, first, min(first + 7, self.slots[name].rows)).float()
+            yield widened(self.shards.read(name, first, min(first + 7, self.slots[name].rows)))
 
 
 def test_it_computes_what_the_whole_model_does(every_tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +50,7 @@ def test_it_computes_what_the_whole_model_does(every_tiny_path: Path, monkeypatc
     assert all(parameter.untyped_storage().nbytes() == 4 for parameter in model.module.parameters())
     assert len(rows.asked) <= len(rows.slots) + 1, "a tied table twice, all others once"
     before = list(rows.asked)
-    wanted = sketched(rows.shards.each())
+    wanted = sketched((name, tensor_of(each)) for name, each in rows.shards.each())
     found = model.sketches()
     assert rows.asked == before and found.keys() == wanted.keys()
     assert all(wanted[name].apart(found[name]) < 1e-9 and found[name].norm == pytest.approx(wanted[name].norm)
@@ -59,9 +60,9 @@ def test_it_computes_what_the_whole_model_does(every_tiny_path: Path, monkeypatc
 def test_a_sketch_that_grows_in_pieces_is_that_of_the_whole() -> None:
     """Breaks when a sign or a bucket depends on where a piece begins."""
     tensor = torch.randn(3, 100_003, generator=torch.Generator().manual_seed(0))
-    growing = Sketching(TorchVectors())
+    growing = Sketching(PlainVectors())
     for piece in tensor.reshape(-1).split(70_001):
-        growing.add(piece)
+        growing.add(piece.numpy())
     whole = sketched([("x", tensor)])["x"]
     np.testing.assert_allclose(growing.sketch(whole.shape).sums, whole.sums, atol=1e-2)
     assert growing.sketch(whole.shape).norm == pytest.approx(whole.norm)

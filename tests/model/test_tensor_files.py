@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import CorruptError, LuthierError, MissingError, UnsafeArtifactError
-from luthier.model.files.tensor_files import DTYPES, load_tensors, tensor_places
+from luthier.model.files.array_files import DTYPES, load_arrays, tensor_places
+from luthier.model.files.array_views import array_of, tensor_type
+from luthier.model.files.tensor_files import load_tensors
 from luthier.model.files.tensor_headers import tensor_shapes
 
 TWO = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
@@ -31,7 +33,8 @@ def write(path: Path, header: object, data: bytes = bytes(16), *, count: int | N
 @pytest.fixture
 def every_dtype(tmp_path: Path) -> Path:
     tensors = {}
-    for name, dtype in DTYPES.items():
+    for name, own in DTYPES.items():
+        dtype = tensor_type(own)
         for shape in ((), (3,), (0, 4), (2, 3, 5)):
             values = torch.randint(0, 2, shape)
             tensors[f"{name}{list(shape)}"] = torch.complex(values.float(), values.float()) \
@@ -42,13 +45,14 @@ def every_dtype(tmp_path: Path) -> Path:
 
 def test_all_types_and_shapes_are_read_as_the_library_reads_them(every_dtype):
     """Breaks when a byte, a type, a shape or a name differs from what the safetensors library gives."""
-    ours, theirs = load_tensors(every_dtype), load_file(every_dtype)
+    ours, theirs, arrays = load_tensors(every_dtype), load_file(every_dtype), load_arrays(every_dtype)
     assert ours.keys() == theirs.keys() == tensor_shapes(every_dtype).keys()
     for name, tensor in ours.items():
         other = theirs[name]
-        assert tensor.dtype == other.dtype == tensor_places(every_dtype)[name].dtype
+        assert tensor.dtype == other.dtype == tensor_type(tensor_places(every_dtype)[name].dtype)
         assert tensor.shape == other.shape == tensor_shapes(every_dtype)[name]
-        assert bytes(tensor.reshape(-1).view(torch.uint8).numpy()) == bytes(other.reshape(-1).view(torch.uint8).numpy())
+        assert array_of(tensor).tobytes() == array_of(other).tobytes() == arrays[name].tobytes()
+        assert arrays[name].dtype == array_of(other).dtype and arrays[name].shape == other.shape
 
 
 def test_half_precision_can_be_widened_exactly(tmp_path):

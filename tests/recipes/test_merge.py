@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -169,8 +170,9 @@ def test_what_was_written_is_what_was_computed(
 
     write = ShardWriter.write
 
-    def wrong(self: ShardWriter, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        write(self, name, tensor.roll(1, 0) if name.endswith("layers.0.mlp.gate_proj.weight") else tensor, first)
+    def wrong(self: ShardWriter, name: str, tensor: np.ndarray, first: int = 0) -> None:
+        other = name.endswith("layers.0.mlp.gate_proj.weight")
+        write(self, name, np.roll(tensor, 1, 0) if other else tensor, first)
 
     monkeypatch.setattr(ShardWriter, "write", wrong)
     with pytest.raises(GateError, match="gate_proj.weight.* was written with .* numbers that differ"):

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from luthier.recipes.exporting.card_parts import CARD, PARITY
@@ -84,17 +85,17 @@ def test_a_cut_rank_and_other_methods_and_a_dry_run(llama: Path, adapters: list[
     assert told["rank"] == 5 and told["modules"] == 6
 
 
-def _wrong_scale(tensors: dict[str, torch.Tensor]) -> None:
+def _wrong_scale(tensors: dict[str, np.ndarray]) -> None:
     for name in [name for name in tensors if "layers.1.mlp.down_proj.lora_B" in name]:
         tensors[name] = tensors[name] * 1.5
 
 
-def _swapped(tensors: dict[str, torch.Tensor]) -> None:
+def _swapped(tensors: dict[str, np.ndarray]) -> None:
     one, other = (f"base_model.model.model.layers.{n}.mlp.down_proj.lora_A.weight" for n in (0, 1))
     tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
-def _dropped(tensors: dict[str, torch.Tensor]) -> None:
+def _dropped(tensors: dict[str, np.ndarray]) -> None:
     tensors.pop("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight")
 
 
@@ -108,7 +109,7 @@ def test_another_sum_is_not_kept(
 ) -> None:
     """Breaks when the folder is believed because it was written."""
 
-    def wrong(tensors: dict[str, torch.Tensor], *given: Any, **more: Any) -> None:
+    def wrong(tensors: dict[str, np.ndarray], *given: Any, **more: Any) -> None:
         damage(tensors)
         save_file(tensors, *given, **more)
 

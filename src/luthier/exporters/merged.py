@@ -36,6 +36,7 @@ from luthier.exporters import Exporter, Subject, Told
 from luthier.model.comparing.parity import Side
 from luthier.model.comparing.parity_sides import folder_side
 from luthier.model.files.adapter_config import save_extras
+from luthier.model.files.array_views import array_of, array_type
 from luthier.model.files.json_files import read_object, write_object
 from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import ShardWriter, Slot
@@ -87,11 +88,11 @@ class Merged(Exporter):
     def _write_weights(self, module: PreTrainedModel, place: Path, dtype: torch.dtype) -> None:
         """One tensor after another, in the type and under the names of the files; only one is copied at a time."""
         tensors = _saved(module)
-        slots = {name: Slot(dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-                 for name, tensor in tensors.items()}  # fmt: skip
+        types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+        slots = {name: Slot(array_type(types[name]), tuple(tensor.shape)) for name, tensor in tensors.items()}
         with ShardWriter(place, slots, shard_bytes=int(self.shard_gb * 1e9)) as writer:
             for name in writer.order:
-                writer.write(name, tensors[name].to("cpu", slots[name].dtype))
+                writer.write(name, array_of(tensors[name].to("cpu", types[name])))
 
     def read(self, subject: Subject, place: Path) -> Side:
         """The folder as `luthier` and transformers load it; computed in the precision of the source."""

@@ -3,9 +3,10 @@
 Idea: plain C functions over pointers need no header of torch, so compiling takes seconds where torch's own extension
 loader takes most of a minute and needs ninja besides; each file is compiled by a process of its own, as many at once as
 there are processors for us; and a library for exactly this CPU may use all of its
-instructions. It runs on torch's own OpenMP threads: torch has loaded libgomp under the name that the linker looks for.
+instructions. What shares its work out runs on torch's own OpenMP threads: torch has loaded libgomp under the name that
+the linker looks for.
 The name of the file is a digest of sources, compiler and CPU, so that another machine that shares the cache makes its
-own. Use when: a compiler is there, on Linux. Not when: it is not; the twin in plain torch does the same, slower.
+own. Use when: a compiler is there, on Linux. Not when: it is not; the twin in Python does the same, slower.
 """
 
 from __future__ import annotations

@@ -12,42 +12,41 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
+import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 
 DRAWERS: Final = 1 << 15
 _HALF: Final = 16
 _LOW: Final = (1 << _HALF) - 1
 
 
-def drawer_counts(numbers: Float[Tensor, "*shape"]) -> Int[Tensor, " D"]:
+def drawer_counts(numbers: Float[np.ndarray, "*shape"]) -> Int[np.ndarray, " D"]:
     """How many magnitudes have each upper half."""
-    return torch.bincount(_bits(numbers) >> _HALF, minlength=DRAWERS)
+    return np.bincount(_bits(numbers) >> _HALF, minlength=DRAWERS)
 
 
-def inner_counts(numbers: Float[Tensor, "*shape"], drawer: int) -> Int[Tensor, " L"]:
+def inner_counts(numbers: Float[np.ndarray, "*shape"], drawer: int) -> Int[np.ndarray, " L"]:
     """How many of the magnitudes in one drawer have each lower half."""
     bits = _bits(numbers)
-    return torch.bincount(bits[(bits >> _HALF) == drawer] & _LOW, minlength=_LOW + 1)
+    return np.bincount(bits[(bits >> _HALF) == drawer] & _LOW, minlength=_LOW + 1)
 
 
-def drawer_of(counts: Int[Tensor, " D"], k: int) -> tuple[int, int]:
+def drawer_of(counts: Int[np.ndarray, " D"], k: int) -> tuple[int, int]:
     """The place that holds the k-th largest (k from 1 on), and which of its own it is, counted from the largest."""
-    from_top = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, k))
+    from_top = counts[::-1].cumsum()
+    place = int(np.searchsorted(from_top, k))
     before = int(from_top[place - 1]) if place else 0
     return len(counts) - 1 - place, k - before
 
 
-def kth_largest(counts: Int[Tensor, " D"], inner: Int[Tensor, " L"], k: int) -> float:
+def kth_largest(counts: Int[np.ndarray, " D"], inner: Int[np.ndarray, " L"], k: int) -> float:
     """The k-th largest magnitude, from the counts of both looks; for k = 0 what nothing reaches."""
     if k <= 0:
         return float("inf")
     drawer, rest = drawer_of(counts, k)
     low, _ = drawer_of(inner, rest)
-    return float(torch.tensor(drawer << _HALF | low, dtype=torch.int32).view(torch.float32))
+    return float(np.int32(drawer << _HALF | low).view(np.float32))
 
 
-def _bits(numbers: Float[Tensor, "*shape"]) -> Int[Tensor, " n"]:
-    return numbers.reshape(-1).abs().view(torch.int32)
+def _bits(numbers: Float[np.ndarray, "*shape"]) -> Int[np.ndarray, " n"]:
+    return np.abs(numbers.reshape(-1)).view(np.int32)

@@ -13,34 +13,32 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float
 
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_MIXES: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_MIXES: Final = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
+_BITS: Final = 64
 
 
 def key_of(*parts: object) -> int:
     """A key for draws that belong to `parts` (a seed, a name, a number) and to nothing else."""
     text = "\x00".join(map(str, parts)).encode()
-    return _signed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
-def uniform(key: int, first: int, count: int) -> Float[Tensor, " n"]:
+def uniform(key: int, first: int, count: int) -> Float[np.ndarray, " n"]:
     """Draws `first` to `first + count` of `key`, each at least 0 and below 1."""
-    state = torch.arange(first + 1, first + count + 1, dtype=torch.int64).mul_(_signed(_GOLDEN)).add_(key)
+    # Whole numbers without a sign wrap around, as the equation wants it.
+    state = np.arange(first + 1, first + count + 1, dtype=np.uint64)
+    shifted = np.empty_like(state)
+    state *= _GOLDEN
+    state += np.uint64(key % (1 << _BITS))
     for bits, factor in _MIXES:
-        state.bitwise_xor_(_shifted(state, bits)).mul_(_signed(factor))
-    state.bitwise_xor_(_shifted(state, 31))
-    return _shifted(state, 40).to(torch.float32).mul_(2.0**-24)
-
-
-def _shifted(state: Int[Tensor, " n"], bits: int) -> Int[Tensor, " n"]:
-    # torch shifts keep the sign: what they fill in on the left is taken off again.
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
+        state ^= np.right_shift(state, bits, out=shifted)
+        state *= factor
+    state ^= np.right_shift(state, 31, out=shifted)
+    state >>= 40
+    draws = state.astype(np.float32)
+    draws *= 2.0**-24
+    return draws

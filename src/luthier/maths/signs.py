@@ -9,26 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 _LITTLE = 1e-8
 
 
 def agreed(
-    changes: Sequence[Float[Tensor, "*shape"]], weights: Sequence[float], *, mean: bool
-) -> Float[Tensor, "*shape"]:
+    changes: Sequence[Float[np.ndarray, "*shape"]], weights: Sequence[float], *, mean: bool
+) -> Float[np.ndarray, "*shape"]:
     """The weighted changes that have the elected sign, as their mean or their sum. What is zero has no vote."""
     weighted = [change * weight for change, weight in zip(changes, weights, strict=True)]
-    total = torch.stack(weighted).sum(0)
-    elected = torch.where(total >= 0, 1.0, -1.0)
-    found, divisor = torch.zeros_like(total), torch.zeros_like(total)
+    found = weighted[0].copy()
+    for change in weighted[1:]:
+        found += change
+    elected = np.multiply(found >= 0, 2, dtype=found.dtype)
+    elected -= 1
+    found[...] = 0
+    divisor, voted = np.zeros_like(found), np.empty_like(found)
     for change, weight in zip(weighted, weights, strict=True):
-        own = change.sign() == elected
-        found.add_(torch.where(own, change, 0.0))
+        # Turned so that the vote is up: what agrees is above zero, and what is no number stays none.
+        change *= elected
         if mean:
-            divisor.add_(own, alpha=weight)
-    if not mean:
-        return found
-    return found / torch.where(divisor.abs() < _LITTLE, 1.0, divisor)
+            divisor += np.multiply(change > 0, weight, out=voted)
+        found += np.maximum(change, 0, out=change)
+    found *= elected
+    if mean:
+        # Where none agreed, or weights cancel, by one.
+        divisor += np.abs(divisor) < _LITTLE
+        found /= divisor
+    return found

@@ -15,9 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 STRAIGHT: Final = 0.9995
 """The cosine beyond which a great circle is taken for a straight line."""
@@ -26,7 +25,7 @@ _STILL: Final = 1e-12
 """A tangent shorter than this does not move a mean any more."""
 
 
-def cosine(products: Float[Tensor, "k k"], one: int, other: int) -> float:
+def cosine(products: Float[np.ndarray, "k k"], one: int, other: int) -> float:
     """The cosine of the angle between two vectors by their inner products; 0 where one of them is zero."""
     lengths = float(products[one, one]) * float(products[other, other])
     return 0.0 if lengths <= 0 else max(-1.0, min(1.0, float(products[one, other]) / math.sqrt(lengths)))
@@ -40,34 +39,36 @@ def slerp_weights(cos: float, t: float, *, straight: float = STRAIGHT) -> tuple[
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def karcher_weights(products: Float[Tensor, "k k"], weights: Sequence[float]) -> list[float]:
+def karcher_weights(products: Float[np.ndarray, "k k"], weights: Sequence[float]) -> list[float]:
     """The weights of vectors in their mean: its direction the Karcher mean's, its length the mean of their lengths.
 
     Vectors that are zero have no direction and count for the length alone.
     """
-    lengths = products.diagonal().clamp(min=0).sqrt()
+    lengths = np.sqrt(products.diagonal().clip(min=0))
     total = math.fsum(weights)
-    shares = torch.tensor(weights, dtype=torch.float64) / total
+    shares = np.array(weights, np.float64) / total
     there = lengths > 0
-    if not bool(there.any()):
-        return shares.tolist()
-    inverse = torch.where(there, 1 / lengths.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    found: list[float]
+    if not there.any():
+        found = shares.tolist()
+        return found
+    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=there)
     units = products * inverse[:, None] * inverse[None, :]
     pull = shares * there
     mean = pull / _length(units, pull)
     for _ in range(_STEPS):
-        cosines = (units @ mean).clamp(-1, 1)
-        angles = torch.arccos(cosines)
-        stretch = torch.where(angles > 1e-8, angles / angles.sin().clamp(min=1e-300), 1.0)
+        cosines = (units @ mean).clip(-1, 1)
+        angles = np.arccos(cosines)
+        stretch = np.where(angles > 1e-8, angles / np.sin(angles).clip(min=1e-300), 1.0)
         tangent = pull * stretch - mean * float((pull * stretch * cosines).sum())
         step = _length(units, tangent)
         if step < _STILL:
             break
         mean = math.cos(step) * mean + math.sin(step) * tangent / step
         mean = mean / _length(units, mean)
-    found: list[float] = (mean * inverse * float((shares * lengths).sum())).tolist()
+    found = (mean * inverse * float((shares * lengths).sum())).tolist()
     return found
 
 
-def _length(units: Float[Tensor, "k k"], weights: Float[Tensor, " k"]) -> float:
+def _length(units: Float[np.ndarray, "k k"], weights: Float[np.ndarray, " k"]) -> float:
     return math.sqrt(max(float(weights @ units @ weights), 0.0))

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final, final
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from luthier.adapters import saved_adapter
 from luthier.core.errors import GateError
+from luthier.kernels.floats import is_real
 from luthier.merge.adapters import Joined, Joining, merged_change, share_lost
 from luthier.merge.lora import placed
 from luthier.merge.parents import Parent
@@ -35,7 +35,7 @@ from luthier.model.editing.sites import find_sites
 from luthier.model.files.adapter_files import fill
 from luthier.model.load import config_of
 
-Adds = Callable[[Float[Tensor, "rows columns"], int], None]
+Adds = Callable[[Float[np.ndarray, "rows columns"], int], None]
 """Adds its rows, from a first one on, to those of the base."""
 _PIECE: Final = 1 << 22
 """Numbers of a block of the base."""
@@ -73,10 +73,10 @@ class OnBase(RowSource):
     def __init__(self, base: Parent, changes: Mapping[str, Adds]) -> None:
         self.base, self.changes, self.slots = base, changes, base.shards.slots
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A few rows at a time."""
         slot = self.slots[name]
-        if not slot.dtype.is_floating_point:
+        if not is_real(slot.dtype):
             yield self.base.shards.read(name)
             return
         step = max(1, _PIECE // max(1, slot.columns))
@@ -96,14 +96,14 @@ def _by_tensor(base: Parent, joining: Joining) -> dict[str, Adds]:
     return found
 
 
-def _add(joining: Joining, module: str, rows: Float[Tensor, "rows columns"], first: int) -> None:
+def _add(joining: Joining, module: str, rows: Float[np.ndarray, "rows columns"], first: int) -> None:
     """Add the rows of a module's change: of a weighted sum by thin factors, of a method's by whole matrices."""
     parts = joining.of(module)
     if joining.method is None:
         for part, weight in zip(parts, joining.weights, strict=True):
             replace(part, up=part.up * weight).add_to(rows, first)
     elif isinstance(joining.method, WeightedSum):
-        changes = [torch.zeros(part.shape) for part in parts]
+        changes = [np.zeros(part.shape, np.float32) for part in parts]
         for change, part in zip(changes, parts, strict=True):
             part.add_to(change, 0)
         rows += merged_change(module, changes, joining.weights, joining.method)[first : first + len(rows)]

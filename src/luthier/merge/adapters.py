@@ -20,17 +20,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.lora import Factors
-from luthier.mergers import Merger, Part, WeightedSum
+from luthier.mergers import Merger, Part, Rows, WeightedSum
 
 CAT: Final = "cat"
 SVD: Final = "svd"
+Pair = tuple[Rows, Rows]
+"""The factors of a product: (k, in) and (out, k)."""
 _LEAST: Final = 1e-6
 """Directions of the shared basis with less of the largest singular value than this are rounding."""
 
@@ -62,7 +63,8 @@ class Joining:
     def of(self, module: str) -> list[Factors]:
         """The factors of one module; an adapter that does not change it counts with a change of zero."""
         like = next(each[module] for each in self.pairs if module in each)
-        nothing = Factors(torch.zeros(1, like.down.shape[1]), torch.zeros(len(like.up), 1), like.transposed)
+        down, up = (np.zeros(shape, np.float32) for shape in ((1, like.down.shape[1]), (len(like.up), 1)))
+        nothing = Factors(down, up, like.transposed)
         return [each.get(module, nothing) for each in self.pairs]
 
     def joined(self, module: str, rank: int | None) -> Joined:
@@ -70,7 +72,6 @@ class Joining:
         return joined(module, self.of(module), self.weights, self.method, rank)
 
 
-@torch.no_grad()
 def joined(
     name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger | None, rank: int | None
 ) -> Joined:
@@ -83,7 +84,7 @@ def joined(
         raise RecipeError(f"{name} has the shapes {shapes} in the adapters", allowed="adapters of one model")
     if method is None:
         scaled = [part.up * weight for part, weight in zip(parts, weights, strict=True)]
-        down, up = torch.cat([part.down for part in parts]), torch.cat(scaled, 1)
+        down, up = np.concatenate([part.down for part in parts]), np.concatenate(scaled, 1)
         if rank is None:
             return Joined(Factors(down, up, parts[0].transposed), _square(down, up), 0.0)
         return _cut(down, up, rank, parts[0])
@@ -94,60 +95,67 @@ def joined(
     return _cut(down, up, rank or max(len(part.down) for part in parts), parts[0])
 
 
-def _by_cores(name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger) -> tuple[Tensor, Tensor]:
+def _by_cores(name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger) -> Pair:
     """Merge the cores: exact for what is a weighted sum with weights that inner products tell."""
-    left, columns = torch.linalg.qr(torch.cat([part.up for part in parts], 1).double())
-    right, rows = torch.linalg.qr(torch.cat([part.down for part in parts]).t().double())
+    left, columns = np.linalg.qr(_wide(np.concatenate([part.up for part in parts], 1)))
+    right, rows = np.linalg.qr(_wide(np.concatenate([part.down for part in parts]).T))
     cores, start = [], 0
     for part in parts:
         own = slice(start, start + len(part.down))
-        cores.append((columns[:, own] @ rows[:, own].t()).float())
+        cores.append(_narrow(columns[:, own] @ rows[:, own].T))
         start = own.stop
     core = merged_change(name, cores, weights, method)
-    return right.t().float(), left.float() @ core
+    return _narrow(right.T), _narrow(left) @ core
 
 
-def _in_shared_basis(
-    name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger
-) -> tuple[Tensor, Tensor]:
+def _in_shared_basis(name: str, parts: Sequence[Factors], weights: Sequence[float], method: Merger) -> Pair:
     """Merge the aligned parts: of each change the coordinates of its rows in the shared left singular basis."""
-    left, columns = torch.linalg.qr(torch.cat([part.up for part in parts], 1).double())
+    left, columns = np.linalg.qr(_wide(np.concatenate([part.up for part in parts], 1)))
     thin, start = [], 0
     for part in parts:
         own = slice(start, start + len(part.down))
-        thin.append(columns[:, own] @ part.down.double())
+        thin.append(columns[:, own] @ _wide(part.down))
         start = own.stop
-    sizes, turn = torch.linalg.eigh(sum((each @ each.t() for each in thin), torch.zeros_like(thin[0] @ thin[0].t())))
-    lengths = sizes.clamp(min=0).sqrt()
-    there = lengths > _LEAST * lengths.max().clamp(min=torch.finfo(torch.float64).tiny)
-    inverse = torch.where(there, 1 / torch.where(there, lengths, 1.0), 0.0)
-    aligned = [(inverse[:, None] * (turn.t() @ each)).float() for each in thin]
+    sizes, turn = np.linalg.eigh(np.sum([each @ each.T for each in thin], 0))
+    lengths = np.sqrt(sizes.clip(min=0))
+    there = lengths > _LEAST * max(lengths.max(), np.finfo(np.float64).tiny)
+    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=there)
+    aligned = [_narrow(inverse[:, None] * (turn.T @ each)) for each in thin]
     merged = merged_change(name, aligned, weights, method)
-    return merged, (left @ turn * torch.where(there, lengths, 0.0)).float()
+    return merged, _narrow(left @ turn * np.where(there, lengths, 0.0))
 
 
-def merged_change(name: str, changes: Sequence[Tensor], weights: Sequence[float], method: Merger) -> Tensor:
+def merged_change(name: str, changes: Sequence[Rows], weights: Sequence[float], method: Merger) -> Rows:
     """The change that a method makes of changes: they are models whose base is zero."""
-    base = torch.zeros_like(changes[0])
-    return method.whole(Part(tuple(changes), base, tuple(weights), 0, base.numel(), key_of(name)))
+    base = np.zeros_like(changes[0])
+    return method.whole(Part(tuple(changes), base, tuple(weights), 0, base.size, key_of(name)))
 
 
-def _cut(down: Float[Tensor, "k in"], up: Float[Tensor, "out k"], rank: int, like: Factors) -> Joined:
+def _cut(down: Float[np.ndarray, "k in"], up: Float[np.ndarray, "out k"], rank: int, like: Factors) -> Joined:
     """The best approximation of `up @ down` of a rank, from thin matrices alone."""
-    left, columns = torch.linalg.qr(up.double())
-    right, rows = torch.linalg.qr(down.t().double())
-    one, sizes, other = torch.linalg.svd(columns @ rows.t(), full_matrices=False)
+    left, columns = np.linalg.qr(_wide(up))
+    right, rows = np.linalg.qr(_wide(down.T))
+    one, sizes, other = np.linalg.svd(columns @ rows.T, full_matrices=False)
     kept = min(rank, len(sizes))
-    roots = sizes[:kept].sqrt()
-    new_up = (left @ one[:, :kept] * roots).float()
-    new_down = (roots[:, None] * (other[:kept] @ right.t())).float()
-    squares = sizes.square()
+    roots = np.sqrt(sizes[:kept])
+    new_up = _narrow(left @ one[:, :kept] * roots)
+    new_down = _narrow(roots[:, None] * (other[:kept] @ right.T))
+    squares = np.square(sizes)
     return Joined(Factors(new_down, new_up, like.transposed), float(squares.sum()), float(squares[kept:].sum()))
 
 
-def _square(down: Tensor, up: Tensor) -> float:
+def _square(down: Float[np.ndarray, "k in"], up: Float[np.ndarray, "out k"]) -> float:
     """The squared norm of a product, by the inner products of its factors."""
-    return max(0.0, float(((up.double().t() @ up.double()) * (down.double() @ down.double().t())).sum()))
+    own, other = _wide(up), _wide(down)
+    return max(0.0, float(((own.T @ own) * (other @ other.T)).sum()))
+
+
+def _wide(numbers: Rows) -> Rows:
+    return numbers.astype(np.float64)
+
+
+def _narrow(numbers: Rows) -> Rows:
+    return numbers.astype(np.float32)
 
 
 def share_lost(found: Sequence[Joined]) -> float:

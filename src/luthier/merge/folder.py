@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from luthier.data.hub import ModelFiles, read_bytes
+from luthier.kernels.floats import DType
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import OF_LAYERS, Slice
 from luthier.merge.vocabulary import MAX_TOKENIZER, United
@@ -33,7 +32,7 @@ _DECODER: Final = "added_tokens_decoder"
 
 
 def write_beside(
-    folder: Path, parents: Sequence[Parent], dtype: torch.dtype, *, layers: int, slices: Sequence[Slice], united: United
+    folder: Path, parents: Sequence[Parent], dtype: DType, *, layers: int, slices: Sequence[Slice], united: United
 ) -> tuple[str, ...]:
     """Write everything but the weights; what a user should know of it."""
     first = parents[0]
@@ -48,10 +47,10 @@ def write_beside(
 
 
 def _config(
-    parents: Sequence[Parent], dtype: torch.dtype, layers: int, slices: Sequence[Slice], united: United
+    parents: Sequence[Parent], dtype: DType, layers: int, slices: Sequence[Slice], united: United
 ) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(json.dumps(parents[0].config))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype.name
     # Older readers know `torch_dtype`, newer ones `dtype`; each goes by its own and passes over the other.
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, dict) else {}):

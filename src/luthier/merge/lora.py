@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.strict_json import excerpt
+from luthier.kernels.floats import widened
+from luthier.model.files.array_files import load_arrays
 from luthier.model.files.json_files import read_object
 from luthier.model.files.shards import Slot
-from luthier.model.files.tensor_files import load_tensors
 
 CONFIG: Final = "adapter_config.json"
 TENSORS: Final = "adapter_model.safetensors"
@@ -34,8 +35,8 @@ _PLAIN: Final = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_in
 class Factors:
     """What LoRA adds to a tensor: `up @ down`, the scale in `up`; as (in, out) where the file keeps it so."""
 
-    down: Float[Tensor, "r in"]
-    up: Float[Tensor, "out r"]
+    down: Float[np.ndarray, "r in"]
+    up: Float[np.ndarray, "out r"]
     transposed: bool = False
 
     @property
@@ -43,13 +44,10 @@ class Factors:
         shape = (len(self.up), self.down.shape[1])
         return shape[::-1] if self.transposed else shape
 
-    def add_to(self, rows: Float[Tensor, "rows columns"], first: int) -> None:
+    def add_to(self, rows: Float[np.ndarray, "rows columns"], first: int) -> None:
         """Add these rows of the product."""
         own = slice(first, first + len(rows))
-        if self.transposed:
-            rows.addmm_(self.down[:, own].t(), self.up.t())
-        else:
-            rows.addmm_(self.up[own], self.down)
+        rows += self.down[:, own].T @ self.up.T if self.transposed else self.up[own] @ self.down
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def pairs_of(folder: Path) -> dict[str, Factors]:
     Raises RecipeError for another kind of adapter, and CorruptError for tensors that are no pairs.
     """
     config = config_of(folder)
-    tensors = load_tensors(folder / TENSORS)
+    tensors = load_arrays(folder / TENSORS)
     stems = {name.partition(".lora_A")[0] for name in tensors if ".lora_A." in name}
     known = {f"{stem}.lora_{part}.weight" for stem in stems for part in "AB"}
     if strange := sorted(set(tensors) ^ known):
@@ -83,7 +81,7 @@ def pairs_of(folder: Path) -> dict[str, Factors]:
     found = {}
     for stem in sorted(stems):
         module = stem.removeprefix(PREFIX)
-        down, up = (tensors[f"{stem}.lora_{part}.weight"].float() for part in "AB")
+        down, up = (widened(tensors[f"{stem}.lora_{part}.weight"]) for part in "AB")
         if down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
             raise CorruptError(f"the factors of {excerpt(module)} are {list(down.shape)} and {list(up.shape)}",
                                allowed="(r, in) and (out, r)", do=_SAVE, where=str(folder / TENSORS))  # fmt: skip

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
-from luthier.kernels.vectors import Moved, TorchVectors, Vectors, moved
+from luthier.kernels.vectors import Moved, PlainVectors, Vectors, moved
 from luthier.maths.spheres import cosine
 from luthier.mergers import GRAM, Part, Rows, Sums
 from luthier.model.editing.role_names import layer_of, tensor_roles
@@ -30,7 +30,7 @@ class Measured:
     moved: float
     whole: float
     conflicts: float
-    products: Float[Tensor, "k k"] | None
+    products: Float[np.ndarray, "k k"] | None
 
     def __add__(self, other: Measured) -> Measured:
         products = None if self.products is None or other.products is None else self.products + other.products
@@ -41,7 +41,7 @@ def measured(part: Part, merged: Rows, seen: Sequence[Sums]) -> Measured:
     """What these rows add to the measures of their tensor."""
     based = part.base is not None
     rows = (*part.models, part.origin) if based else part.models
-    return of_rows(rows, moved(merged, rows, based=based), seen, TorchVectors(), based=based)
+    return of_rows(rows, moved(merged, rows, based=based), seen, PlainVectors(), based=based)
 
 
 def of_rows(rows: Sequence[Rows], found: Moved, seen: Sequence[Sums], vectors: Vectors, *, based: bool) -> Measured:

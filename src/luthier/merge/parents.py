@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
-import torch
+import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
+from luthier.kernels.floats import widened
 from luthier.merge.lora import Factors, factors_of
 from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import Shards
@@ -92,17 +92,16 @@ class Parent:
         own = None if self.adapter is None else self.adapter.find(name)
         return self.files.find(name) if own is None else own
 
-    def rows(self, name: str, first: int, last: int) -> Float[Tensor, "rows columns"]:
+    def rows(self, name: str, first: int, last: int) -> Float[np.ndarray, "rows columns"]:
         """Rows of a tensor in float32, what an adapter changes included."""
-        raw = self.shards.read(name, first, last)
-        wide = raw.float()
+        wide = widened(self.shards.read(name, first, last))
         if name in self.factors:
             self.factors[name].add_to(wide, first)
         return wide
 
-    def gathered(self, name: str, numbers: Int[Tensor, " rows"]) -> Float[Tensor, "rows columns"]:
+    def gathered(self, name: str, numbers: Int[np.ndarray, " rows"]) -> Float[np.ndarray, "rows columns"]:
         """The rows of these numbers, in their order; rows of number -1 are zeros."""
-        found = torch.zeros(len(numbers), self.shards.slots[name].columns)
+        found = np.zeros((len(numbers), self.shards.slots[name].columns), np.float32)
         start = 0
         for run in _runs(numbers.tolist()):
             if run[0] >= 0:

@@ -12,32 +12,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from luthier.core.errors import CorruptError, GateError, LuthierError
 from luthier.data.prepare import Reading
 from luthier.data.rendering.renderer import Renderer
+from luthier.kernels.blas_threads import one_blas_thread
+from luthier.kernels.floats import FLOAT32, DType, is_real
 from luthier.kernels.vectors import vectors_for
 from luthier.kernels.wanted import wanted_kernels
 from luthier.merge.folder import GENERATION
 from luthier.merge.parents import TOKENIZER, Parent
 from luthier.merge.plan import Plan
 from luthier.merge.source import Source, copied
-from luthier.merge.stream import Room, one_thread_each
+from luthier.merge.stream import Room
 from luthier.merge.vocabulary import United
 from luthier.model.comparing.parity import ParityReport, Questions, Side, compare, hear
 from luthier.model.comparing.parity_sides import StreamedSide, folder_texts
 from luthier.model.comparing.streamed import NO_MODEL, RowSource, StreamedModel
 from luthier.model.comparing.tolerances import Tolerance, tolerance_for
+from luthier.model.files.array_files import DTYPES
+from luthier.model.files.array_views import array_of, tensor_type
 from luthier.model.files.generation_files import read_stop_ids
 from luthier.model.files.shards import Slot
-from luthier.model.files.tensor_files import DTYPES
 from luthier.model.load import config_of
 
 ANEW: Final = "the parents, merged anew"
@@ -59,7 +63,7 @@ class Merge:
     parents: Sequence[Parent]
     plan: Plan
     united: United
-    dtype: torch.dtype
+    dtype: DType
     room: Room
     stacked: bool = False
 
@@ -97,19 +101,31 @@ def parity(
     said = StreamedSide(ANEW, model, asked.prompts, renderer=renderer, stop_ids=stop_ids)
     found = None if why_not else _read_back(place)
     artefact = StreamedSide(_FOLDER, found, asked.prompts, renderer=their_renderer, stop_ids=their_stop_ids)
-    report = side_by_side(said, artefact, asked, tolerance_for(merge.dtype))
-    wider = merge.dtype != torch.float32
+    report = side_by_side(said, artefact, asked, tolerance_for(tensor_type(merge.dtype)))
+    wider = merge.dtype != FLOAT32
     report.require(instead="write it in a wider type: --set dtype=float32" if wider else "merge it again")
     return Parity(report=report, why_not=why_not)
 
 
 def side_by_side(said: Side, artefact: Side, questions: Questions, tolerance: Tolerance) -> ParityReport:
     """What was found of two sides, each of which is one thread's work; they remember what they have answered."""
-    with one_thread_each(), ThreadPoolExecutor(1, "artefact") as beside:
+    with _one_thread_each(), ThreadPoolExecutor(1, "artefact") as beside:
         answers = beside.submit(hear, artefact, questions)
         heard = hear(said, questions)
         answers.result()
         return compare(heard, artefact, tolerance)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Each side has a thread; more would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @final
@@ -121,7 +137,7 @@ class Anew(RowSource):
         self._vectors = vectors_for(wanted_kernels())
         self._jobs = {job.name: job for job in merge.plan.jobs}
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """In one piece, or in blocks where memory has no room for one."""
         job, room, parents = self._jobs[name], self.merge.room, self.merge.parents
         slot, count = job.slot, len(job.origins)
@@ -152,7 +168,7 @@ class Written(RowSource):
                     self.slots[name] = Slot(DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
                     self._files[name] = path
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A few rows, for which the file is opened and closed: what it maps does not stay in memory."""
         slot = self.slots[name]
         if len(slot.shape) < 2:
@@ -162,12 +178,12 @@ class Written(RowSource):
         for first in range(0, slot.shape[0], step):
             yield self._read(name, slice(first, first + step))
 
-    def _read(self, name: str, part: slice | None) -> Tensor:
+    def _read(self, name: str, part: slice | None) -> np.ndarray:
         slot = self.slots[name]
         with safe_open(self._files[name], "pt") as file:
-            found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+            found: torch.Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
             found = found.reshape(-1, slot.columns)
-            return found.float() if slot.dtype.is_floating_point else found.clone()
+            return array_of(found.float() if is_real(slot.dtype) else found.clone())
 
 
 def _anew(merge: Merge, place: Path) -> tuple[StreamedModel | None, str]:

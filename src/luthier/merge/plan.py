@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
-import torch
+import numpy as np
 from jaxtyping import Int
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.core.nearest import nearest
 from luthier.data.strict_json import excerpt
+from luthier.kernels.floats import DType, is_real
 from luthier.merge.parents import Parent
 from luthier.merge.settings import Setting, Spot
 from luthier.mergers import BASE, Merger
@@ -35,7 +35,7 @@ class Origin:
 
     parent: int
     name: str
-    rows: Int[Tensor, " rows"] | None = None
+    rows: Int[np.ndarray, " rows"] | None = None
 
 
 @final
@@ -80,10 +80,10 @@ class Wanted:
     models: tuple[int, ...]
     base: int | None
     weights: tuple[Setting, ...]
-    dtype: torch.dtype
+    dtype: DType
     vary: Mapping[str, Setting] = field(default_factory=dict)
     slices: tuple[Slice, ...] = ()
-    vocabulary: Mapping[int, Int[Tensor, " rows"]] = field(default_factory=dict)
+    vocabulary: Mapping[int, Int[np.ndarray, " rows"]] = field(default_factory=dict)
     vocabulary_rows: int = 0
 
 
@@ -164,7 +164,7 @@ def _job(
     slot = _same_slot(parents, name, (*models, *([] if base is None else [base])))
     own_weights = {} if slice_ is None else slice_.weights
     weights = [own_weights.get(parent, wanted.weights[wanted.models.index(parent)]).at(spot) for parent in numbers]
-    plain = slot.dtype.is_floating_point
+    plain = is_real(slot.dtype)
     return Job(
         name,
         Slot(wanted.dtype, slot.shape) if plain else slot,
@@ -195,7 +195,7 @@ def _same_slot(parents: Sequence[Parent], name: str, origins: Sequence[Origin]) 
         slots.append(Slot(slot.dtype, shape))
     for origin, slot in zip(origins, slots, strict=True):
         rows = "; other vocabularies: --set tokenizer=union" if {"embed", "head"} & set(tensor_roles(name)) else ""
-        if slot.shape != slots[0].shape or slot.dtype.is_floating_point != slots[0].dtype.is_floating_point:
+        if slot.shape != slots[0].shape or is_real(slot.dtype) != is_real(slots[0].dtype):
             one, other = parents[origins[0].parent].name, parents[origin.parent].name
             raise RecipeError(
                 f"{excerpt(name)} is {list(slots[0].shape)} in {one} and {list(slot.shape)} in {other}",

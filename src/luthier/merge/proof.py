@@ -12,10 +12,11 @@ from math import prod
 from pathlib import Path
 from typing import Final
 
-import torch
+import numpy as np
 
 from luthier.core.errors import GateError
 from luthier.data.strict_json import excerpt
+from luthier.kernels.floats import narrowed, smallest, step, widened
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Plan
 from luthier.merge.source import Source
@@ -32,26 +33,27 @@ ROUNDED: Final = 2.0**-20
 """What sums in float32 may be off, in another order and with weights from such sums, by the largest of their terms."""
 
 
-@torch.no_grad()
+@np.errstate(all="ignore")
 def prove(folder: Path, parents: Sequence[Parent], plan: Plan, memory_bytes: int) -> int:
     """How many tensors were compared. Raises GateError where a file holds other numbers than were computed."""
     chosen = _some_of_each_kind(plan, min(LARGEST, memory_bytes // (4 * _COPIES * len(parents))))
     with Shards(folder) as written:
         for job in chosen:
             part = Source(parents, job).part(0, job.slot.rows)
-            wanted = job.method.whole(part).to(job.slot.dtype).float()
-            found = written.read(job.name, 0, job.slot.rows).float()
+            wanted = widened(narrowed(job.method.whole(part), job.slot.dtype))
+            found = widened(written.read(job.name, 0, job.slot.rows))
             # Equal, or neighbours: numbers of a type in a row have bit patterns in a row.
-            apart = (wanted - found).abs()
-            step = torch.finfo(job.slot.dtype).eps * torch.maximum(wanted.abs(), found.abs())
+            apart = np.abs(wanted - found)
+            allowed = step(job.slot.dtype) * np.maximum(np.abs(wanted), np.abs(found))
             if isinstance(job.method, WeightedSum):
                 # C++ adds up in another order: where numbers cancel, what is left is as uncertain as they were.
                 for rows in part.models if part.base is None else (*part.models, part.base):
-                    step = torch.maximum(step, ROUNDED * rows.abs())
-            if bool((apart > step + torch.finfo(job.slot.dtype).tiny).any()):
+                    np.maximum(allowed, ROUNDED * np.abs(rows), out=allowed)
+            if (apart > allowed + smallest(job.slot.dtype)).any():
+                count = int((apart > allowed).sum())
                 raise GateError(
-                    f"{excerpt(job.name)} was written with {int((apart > step).sum())} numbers that differ from those "
-                    "computed anew; nothing was kept",
+                    f"{excerpt(job.name)} was written with {count} numbers that differ from those computed anew; "
+                    "nothing was kept",
                     do="report this: it should not happen",
                 )
     return len(chosen)

@@ -3,7 +3,8 @@
 Idea: whoever merges a tensor asks here for some rows of it, in any order and from any thread: the stream in blocks, the
 proof and the gate as they have room. Rows that files hold as they are stay in the type of their file, and weighted sums
 are taken of them where they lie; where rows are gathered, filled in, or an adapter adds to them, copies in float32 are.
-What a first look reads can be kept, so that the files are read once.
+What a first look reads can be kept, so that the files are read once. Numbers that are not finite are carried along
+without a word of numpy's: whoever merges looks for them.
 """
 
 from __future__ import annotations
@@ -13,28 +14,31 @@ from functools import partial
 from math import prod
 from typing import Final, final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from luthier.core.errors import NumericError, RecipeError
 from luthier.data.strict_json import excerpt
-from luthier.kernels.vectors import Moved, TorchVectors, Vectors
+from luthier.kernels.floats import FLOAT32, DType, narrowed, widened
+from luthier.kernels.vectors import Moved, PlainVectors, Vectors
 from luthier.maths.numbered_draws import key_of
 from luthier.merge.measures import Measured, measured, of_rows
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Job, Origin
 from luthier.mergers import GRAM, Part, Rows, Sums, WeightedSum, no_base
 
-TWIN: Final = TorchVectors()
+TWIN: Final = PlainVectors()
+Empty = Callable[[tuple[int, ...], DType], np.ndarray]
+"""Makes arrays of a shape and a type, with any numbers."""
 
 
 @final
 class Source:
-    """The rows of one job, from files or from what was kept of them. `vectors` does the sums of weighted sums."""
+    """The rows of one job, from files or from what was kept of them. `vectors` does the sums of weighted sums, `empty`
+    gives memory for rows as files hold them."""
 
-    def __init__(self, parents: Sequence[Parent], job: Job, vectors: Vectors = TWIN) -> None:
-        self.parents, self.job, self.vectors = parents, job, vectors
-        self.kept: dict[int, Tensor] = {}
+    def __init__(self, parents: Sequence[Parent], job: Job, vectors: Vectors = TWIN, empty: Empty = np.empty) -> None:
+        self.parents, self.job, self.vectors, self._empty = parents, job, vectors, empty
+        self.kept: dict[int, np.ndarray] = {}
         self.key = key_of(job.name)
 
     @property
@@ -59,8 +63,9 @@ class Source:
         for number, origin in enumerate(self.job.origins):
             if origin.rows is None:
                 slot = self.parents[origin.parent].shards.slots[origin.name]
-                self.kept[number] = torch.empty(slot.rows, slot.columns, dtype=slot.dtype)
+                self.kept[number] = self._empty((slot.rows, slot.columns), slot.dtype)
 
+    @np.errstate(all="ignore")
     def look(self, first: int, height: int, seen: Sequence[Sums]) -> Sums:
         """What the method has to know of some rows."""
         method = self.job.method
@@ -75,32 +80,38 @@ class Source:
             rows = rows[:-1]
         return {GRAM: self.vectors.products(rows, based=changes)}
 
+    @np.errstate(all="ignore")
     def merged(self, first: int, height: int, seen: Sequence[Sums]) -> Rows:
         """Some rows merged, in float32."""
         method = self.job.method
         if not isinstance(method, WeightedSum):
             return method.merge(self.part(first, height), seen)
-        return self._weighted(method, self.rows(first, height), seen, torch.float32)[0]
+        rows = self.rows(first, height)
+        found = np.empty(rows[0].shape, FLOAT32)
+        self._weighted(method, rows, seen, found)
+        return found
 
+    @np.errstate(all="ignore")
     def rounded(self, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
         """Some rows merged and rounded once, and their measures."""
         method, dtype = self.job.method, self.job.slot.dtype
         if not isinstance(method, WeightedSum):
             part = self.part(first, height)
             found = method.merge(part, seen)
-            return found.to(dtype), measured(part, found, seen)
+            return narrowed(found, dtype), measured(part, found, seen)
         rows = self.rows(first, height)
-        narrow, moved = self._weighted(method, rows, seen, dtype)
+        narrow = self._empty(rows[0].shape, dtype)
+        moved = self._weighted(method, rows, seen, narrow)
         return narrow, of_rows(rows, moved, seen, self.vectors, based=self.job.base is not None)
 
     def _weighted(
-        self, method: WeightedSum, rows: Sequence[Rows], seen: Sequence[Sums], dtype: torch.dtype
-    ) -> tuple[Rows, Moved]:
+        self, method: WeightedSum, rows: Sequence[Rows], seen: Sequence[Sums], into: Rows
+    ) -> Moved:
         shares = method.shares(self.job.weights, seen)
         if len(shares) > len(rows):
             raise no_base()
         weights = (*shares, *[0.0] * (len(rows) - len(shares)))
-        return self.vectors.weighted(rows, weights, dtype=dtype, based=self.job.base is not None)
+        return self.vectors.weighted(rows, weights, into=into, based=self.job.base is not None)
 
     def looks(
         self, firsts: range, height: int, done: Callable[[Sequence[Callable[[], Sums]]], Iterable[Sums]], *,
@@ -124,16 +135,17 @@ class Source:
         last = min(first + height, self.job.slot.rows)
         return [self._raw(number, first, last) for number in range(len(self.job.origins))]
 
+    @np.errstate(all="ignore")
     def part(self, first: int, height: int) -> Part:
         """Rows of all models and the base; those that a vocabulary lacks are the mean of those that have them."""
         last = min(first + height, self.job.slot.rows)
         rows = [self._wide(number, first, last) for number in range(len(self.job.origins))]
         maps = [None if origin.rows is None else origin.rows[first:last] for origin in self.job.origins]
-        if any(own is not None and bool((own < 0).any()) for own in maps):
-            there = [torch.ones(last - first, dtype=torch.bool) if own is None else own >= 0 for own in maps]
-            count = torch.stack(there).sum(0).clamp(min=1)
-            mean = torch.stack(rows).sum(0) / count[:, None]
-            rows = [torch.where(own[:, None], each, mean) for own, each in zip(there, rows, strict=True)]
+        if any(own is not None and (own < 0).any() for own in maps):
+            there = [np.ones(last - first, bool) if own is None else own >= 0 for own in maps]
+            count = np.sum(there, 0, dtype=np.float32).clip(min=1)
+            mean = np.sum(rows, 0) / count[:, None]
+            rows = [np.where(own[:, None], each, mean) for own, each in zip(there, rows, strict=True)]
         based = self.job.base is not None
         models, base = (tuple(rows[:-1]), rows[-1]) if based else (tuple(rows), None)
         columns = self.job.slot.columns
@@ -145,63 +157,67 @@ class Source:
             origin, last = self.job.origins[number], min(first + height, len(kept))
             self.parents[origin.parent].shards.read(origin.name, first, last, out=kept[first:last])
 
-    def _raw(self, number: int, first: int, last: int) -> Tensor:
+    def _raw(self, number: int, first: int, last: int) -> np.ndarray:
         origin = self.job.origins[number]
         if number in self.kept:
             return self.kept[number][first:last]
-        return self.parents[origin.parent].shards.read(origin.name, first, last)
+        shards = self.parents[origin.parent].shards
+        slot = shards.slots[origin.name]
+        return shards.read(origin.name, first, last, out=self._empty((last - first, slot.columns), slot.dtype))
 
-    def _wide(self, number: int, first: int, last: int) -> Tensor:
+    def _wide(self, number: int, first: int, last: int) -> np.ndarray:
         origin = self.job.origins[number]
         parent = self.parents[origin.parent]
         if origin.rows is not None:
             return parent.gathered(origin.name, origin.rows[first:last])
         if number not in self.kept:
             return parent.rows(origin.name, first, last)
-        wide = self.kept[number][first:last].float()
+        kept = self.kept[number][first:last]
         # A float32 tensor that is kept must stay what it is.
-        wide = wide.clone() if wide.data_ptr() == self.kept[number][first:last].data_ptr() else wide
+        wide = kept.copy() if kept.dtype == FLOAT32 else widened(kept)
         if origin.name in parent.factors:
             parent.factors[origin.name].add_to(wide, first)
         return wide
 
+    @np.errstate(all="ignore")
     def not_finite(self, first: int, height: int, seen: Sequence[Sums]) -> NumericError:
         """Which parent has numbers that are not finite, or that the result is too large for its type."""
         part = self.part(first, height)
         merged = self.job.method.merge(part, seen)
         every = part.models if part.base is None else (*part.models, part.base)
         for origin, rows in zip(self.job.origins, every, strict=True):
-            if count := int((~rows.isfinite()).sum()):
+            if count := int((~np.isfinite(rows)).sum()):
                 return NumericError(
                     f"{excerpt(origin.name)} of {self.parents[origin.parent].name} has {count} numbers that are not "
                     "finite; nothing was kept",
                     do="fetch or train that model again",
                 )
-        largest = float(merged[merged.isfinite()].abs().max()) if bool(merged.isfinite().any()) else float("inf")
+        finite = merged[np.isfinite(merged)]
+        largest = float(np.abs(finite).max()) if finite.size else float("inf")
         return NumericError(
             f"{excerpt(self.job.name)} has numbers up to {largest:.3g} when it is merged, too large for "
-            f"{str(self.job.slot.dtype).removeprefix('torch.')}; nothing was kept",
+            f"{self.job.slot.dtype.name}; nothing was kept",
             do="write it in a wider type: --set dtype=bfloat16",
         )
 
 
 def total(pieces: Iterable[Sums]) -> Sums:
     """The sums over all pieces of a tensor's rows, name by name."""
-    whole: dict[str, Tensor] = {}
+    whole: dict[str, np.ndarray] = {}
     for sums in pieces:
-        whole = {name: whole[name] + tensor for name, tensor in sums.items()} if whole else dict(sums)
+        whole = {name: whole[name] + each for name, each in sums.items()} if whole else dict(sums)
     return whole
 
 
-def copied(parents: Sequence[Parent], job: Job) -> Tensor:
+def copied(parents: Sequence[Parent], job: Job) -> np.ndarray:
     """A tensor of whole numbers. Raises RecipeError where the parents do not have the same."""
 
-    def read(origin: Origin) -> Tensor:
+    def read(origin: Origin) -> np.ndarray:
         return parents[origin.parent].shards.read(origin.name)
 
     found = read(job.models[0])
     for origin in job.origins[1:]:
-        if not torch.equal(read(origin), found):
+        if not np.array_equal(read(origin), found):
             raise RecipeError(
                 f"{excerpt(job.name)} holds whole numbers, which differ between "
                 f"{parents[job.models[0].parent].name} and {parents[origin.parent].name}",

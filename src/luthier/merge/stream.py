@@ -12,25 +12,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from types import TracebackType
 from typing import Final, TypeVar, final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from luthier.core.errors import RecipeError
 from luthier.core.units import bytes_text
+from luthier.kernels.blas_threads import one_blas_thread
+from luthier.kernels.floats import FLOAT16, widened
 from luthier.kernels.vectors import vectors_for
 from luthier.kernels.wanted import wanted_kernels
+from luthier.merge.buffers import Buffers
 from luthier.merge.measures import Measured, TensorReport
 from luthier.merge.parents import Parent
 from luthier.merge.plan import Plan
 from luthier.merge.source import Source, copied, total
-from luthier.mergers import Rows, Sums
+from luthier.mergers import Rows, Sums, WeightedSum
 from luthier.model.files.shards import ShardWriter
 
 BLOCK: Final = 1 << 18
@@ -39,6 +40,10 @@ LEAN_BLOCK: Final = 1 << 20
 """The same where nothing is copied: as few pieces as threads can share out well."""
 COPIES: Final = 8
 """Float32 copies of a block that a method makes for each model, beside those that it is given."""
+COUNTS: Final = 1 << 20
+"""Bytes of what a method that is no weighted sum has seen of a tensor, at most, for each model."""
+HEAP: Final = 1 << 24
+"""Bytes that threads' heaps may keep for the next block, about."""
 WAITING: Final = 4
 """Blocks that wait to be written, at most."""
 AHEAD: Final = 1 << 25
@@ -80,7 +85,6 @@ class Room:
         return self.memory_bytes // 4
 
 
-@torch.no_grad()
 def stream(
     parents: Sequence[Parent], plan: Plan, writer: ShardWriter, room: Room, *,
     told: Callable[[int], None] = lambda _bytes: None,
@@ -90,22 +94,26 @@ def stream(
     Raises NumericError for a tensor that is not finite.
     """
     reports, vectors = [], vectors_for(wanted_kernels())
+    buffers = Buffers(min(AHEAD, room.kept_bytes))
+    # The C library gives what a block leaves back to the system and takes it anew for the next one, a fault and a page
+    # of zeros each time, until it has seen a piece of such a size go: nearly half of what ties costs a processor.
+    np.empty(HEAP, np.uint8)
     with (
-        one_thread_each(),
+        one_blas_thread(),
         _Lookers(room.threads) as lookers,
         ThreadPoolExecutor(room.threads, "merge") as workers,
         ThreadPoolExecutor(1, "write") as writing,
     ):
         waiting: deque[Future[None]] = deque()
 
-        def write(name: str, rows: Tensor, first: int) -> None:
+        def write(name: str, rows: np.ndarray, first: int) -> None:
             while len(waiting) >= WAITING:
                 waiting.popleft().result()
             waiting.append(writing.submit(writer.write, name, rows, first))
-            told(rows.numel() * rows.element_size())
+            told(rows.nbytes)
 
         jobs = {job.name: job for job in plan.jobs}
-        sources = (Source(parents, jobs[name], vectors) for name in writer.order)
+        sources = (Source(parents, jobs[name], vectors, buffers.empty) for name in writer.order)
         for work in _ahead(sources, room, lookers):
             job = work.source.job
             if job.copied:
@@ -145,16 +153,16 @@ class _Lookers:
 
 @final
 class _Work:
-    """A tensor in blocks, whose first look has begun. `kept` are the bytes that are held for it until it is merged."""
+    """A tensor in blocks, whose first look has begun. `held` are the bytes that it takes until it is merged."""
 
     def __init__(self, source: Source, room: Room, lookers: _Lookers) -> None:
-        self.source, self.kept, job = source, _kept_bytes(source, room), source.job
+        self.source, self.held, job = source, _held_bytes(source, room), source.job
         if job.copied:
             return
         self._lookers = lookers
         self.height = room.block(len(job.origins), job.slot.columns, lean=source.lean)
         self.firsts = range(0, job.slot.rows, self.height)
-        if self.kept:
+        if _kept_bytes(source, room):
             source.keep()
         looks = source.look_work(self.firsts, self.height, ())
         self._begun = [lookers.begin(looks)] if job.method.passes else []
@@ -170,14 +178,21 @@ def _ahead(sources: Iterable[Source], room: Room, lookers: _Lookers) -> Iterator
     begun: deque[_Work] = deque()
     held, most = 0, min(AHEAD, room.kept_bytes)
     for source in sources:
-        more = _kept_bytes(source, room)
+        more = _held_bytes(source, room)
         # What is merged now is held until the next one is asked for.
         while begun and (held + more > most or len(begun) > MOST_AHEAD):
             yield begun[0]
-            held -= begun.popleft().kept
+            held -= begun.popleft().held
         begun.append(_Work(source, room, lookers))
         held += more
     yield from begun
+
+
+def _held_bytes(source: Source, room: Room) -> int:
+    """What is held of a tensor from its first look on: what is kept of it, and what was seen."""
+    job = source.job
+    seen = 0 if job.copied or isinstance(job.method, WeightedSum) or not job.method.passes else COUNTS * len(job.models)
+    return _kept_bytes(source, room) + seen
 
 
 def _kept_bytes(source: Source, room: Room) -> int:
@@ -188,7 +203,7 @@ def _kept_bytes(source: Source, room: Room) -> int:
 
 
 def _merged(
-    work: _Work, room: Room, workers: ThreadPoolExecutor, write: Callable[[str, Tensor, int], None]
+    work: _Work, room: Room, workers: ThreadPoolExecutor, write: Callable[[str, np.ndarray, int], None]
 ) -> TensorReport:
     """All looks at one tensor, then its blocks."""
     source, job = work.source, work.source.job
@@ -206,8 +221,8 @@ def _merged(
 def _block(source: Source, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
     rounded, found = source.rounded(first, height, seen)
     # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
-    narrow = rounded.dtype == torch.float16
-    if (narrow or found.moved - found.moved or found.whole - found.whole) and not bool(rounded.isfinite().all()):
+    narrow = rounded.dtype == FLOAT16
+    if (narrow or not isfinite(found.moved + found.whole)) and not np.isfinite(widened(rounded)).all():
         raise source.not_finite(first, height, seen)
     return rounded, found
 
@@ -225,14 +240,3 @@ def _in_order(workers: ThreadPoolExecutor, threads: int, work: Sequence[Callable
     finally:
         for future in begun:
             future.cancel()
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Blocks are shared out to workers; inside one, more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, final
 
-import torch
+import numpy as np
 from jaxtyping import Int
-from torch import Tensor
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.hub import ModelFiles, read_bytes
@@ -63,7 +62,7 @@ class Vocabulary:
 class United:
     """Rows by parent (none where all vocabularies are one), tokens that were added to the first's, and what to tell."""
 
-    rows: Mapping[int, Int[Tensor, " rows"]] = field(default_factory=dict)
+    rows: Mapping[int, Int[np.ndarray, " rows"]] = field(default_factory=dict)
     count: int = 0
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
@@ -127,9 +126,9 @@ def _matched(
     return United(rows, count, more, tuple(notices))
 
 
-def _rows(numbers: Mapping[str, int], own: Mapping[str, int], count: int, height: int) -> Int[Tensor, " rows"]:
+def _rows(numbers: Mapping[str, int], own: Mapping[str, int], count: int, height: int) -> Int[np.ndarray, " rows"]:
     """For each row of the result the parent's row; -1 where it has none. Rows that no token has keep their number."""
-    found = torch.full((count,), -1, dtype=torch.int64)
+    found = np.full(count, -1, np.int64)
     taken = set(own.values())
     tokens = set(numbers.values())
     for row in range(count):

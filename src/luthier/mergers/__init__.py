@@ -1,9 +1,9 @@
 """Mergers: several models of one shape as one, tensor by tensor.
 
-The contract: a merger is a pure function of numbers. It sees the same rows of one tensor in every model, in float32,
-and gives those rows of the merged one. What it must know of a whole tensor first (an angle, a threshold) it gathers in
-`look`, as sums over rows; so tensors may be larger than memory. It never sees a model class, a file or a layer: which
-knobs hold for which tensor is the machine's to say (`merge/`).
+The contract: a merger is a pure function of numbers. It sees the same rows of one tensor in every model, as arrays in
+float32, and gives those rows of the merged one. What it must know of a whole tensor first (an angle, a threshold) it
+gathers in `look`, as sums over rows; so tensors may be larger than memory. It never sees a model class, a file or a
+layer: which knobs hold for which tensor is the machine's to say (`merge/`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, final
 
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from jaxtyping import Float, Num
 
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Method
 from luthier.kernels.vectors import combined, gram
 
-Rows = Float[Tensor, "rows columns"]
-Sums = Mapping[str, Tensor]
+Rows = Float[np.ndarray, "rows columns"]
+Sums = Mapping[str, Num[np.ndarray, "..."]]
 """What a look at some rows gives; those of two pieces are added, name by name."""
 GRAM: Final = "gram"
 """What inner products are called among the sums of a look."""

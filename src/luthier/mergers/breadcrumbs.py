@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
-import torch
+import numpy as np
 from pydantic import Field, model_validator
 
 from luthier.core.errors import RecipeError
-from luthier.kernels.vectors import combined
+from luthier.kernels.vectors import added, combined
 from luthier.maths.magnitudes import drawer_counts, drawer_of, inner_counts, kth_largest
 from luthier.maths.signs import agreed
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
@@ -47,27 +47,26 @@ class Breadcrumbs(Merger):
 
     def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
         if not seen:
-            return {"drawers": torch.stack([drawer_counts(change) for change in part.changes])}
+            return {"drawers": np.stack([drawer_counts(change) for change in part.changes])}
         found = [
-            torch.stack([inner_counts(change, drawer_of(counts, max(rank, 1))[0]) for rank in self._ranks(part.size)])
+            np.stack([inner_counts(change, drawer_of(counts, max(rank, 1))[0]) for rank in self._ranks(part.size)])
             for change, counts in zip(part.changes, seen[0]["drawers"], strict=True)
         ]
-        return {"inner": torch.stack(found)}
+        return {"inner": np.stack(found)}
 
     def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
         crumbs = []
         for change, counts, inner in zip(part.changes, seen[0]["drawers"], seen[1]["inner"], strict=True):
             top, bottom = (kth_largest(counts, own, rank)
                            for own, rank in zip(inner, self._ranks(part.size), strict=True))  # fmt: skip
-            sizes = change.abs()
-            crumbs.append(torch.where((sizes < top) & (sizes >= bottom), change, 0.0))
+            sizes = np.abs(change)
+            change *= (sizes < top) & (sizes >= bottom)
+            crumbs.append(change)
         if self.fuse == "ties":
             fused = agreed(crumbs, part.weights, mean=self.normalize)
         else:
-            fused = combined(crumbs, part.weights)
-            total = sum(part.weights)
-            fused = fused / total if self.normalize and total else fused
-        return part.origin.add(fused, alpha=self.scale)
+            fused = combined(crumbs, part.weights, mean=self.normalize)
+        return added(part.origin, fused, self.scale)
 
     def _ranks(self, size: int) -> tuple[int, int]:
         """How many are too large, and how many are these and the kept ones together."""

@@ -17,10 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal, final
 
-import torch
 from pydantic import Field
 
-from luthier.kernels.vectors import combined
+from luthier.kernels.vectors import added, combined
 from luthier.maths.numbered_draws import key_of, uniform
 from luthier.maths.signs import agreed
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
@@ -43,13 +42,13 @@ class Dare(Merger):
     def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
         kept = []
         for number, change in enumerate(part.changes):
-            draws = uniform(key_of(self.seed, part.key, number), part.first, change.numel()).view_as(change)
-            left = torch.where(draws < self.density, change, 0.0)
-            kept.append(left / self.density if self.rescale and self.density < 1 else left)
+            draws = uniform(key_of(self.seed, part.key, number), part.first, change.size).reshape(change.shape)
+            change *= draws < self.density
+            if self.rescale and self.density < 1:
+                change /= self.density
+            kept.append(change)
         if self.fuse == "ties":
             fused = agreed(kept, part.weights, mean=self.normalize)
         else:
-            fused = combined(kept, part.weights)
-            total = sum(part.weights)
-            fused = fused / total if self.normalize and total else fused
-        return part.origin.add(fused, alpha=self.scale)
+            fused = combined(kept, part.weights, mean=self.normalize)
+        return added(part.origin, fused, self.scale)

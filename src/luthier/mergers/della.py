@@ -14,18 +14,20 @@ Not when: dare or ties do as well: they are much faster.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Final, Literal, final
 
-import torch
+import numpy as np
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.kernels.vectors import combined
+from luthier.kernels.vectors import added, combined
 from luthier.maths.numbered_draws import key_of, uniform
 from luthier.maths.signs import agreed
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
+
+_PLACE: Final = 32
+"""Bits of a place in a row."""
 
 
 @final
@@ -60,18 +62,28 @@ class Della(Merger):
                 kept.append(change)
                 continue
             chances = self.chances(change)
-            draws = uniform(key_of(self.seed, part.key, number), part.first, change.numel()).view_as(change)
-            kept.append(torch.where(draws < chances, change / chances, 0.0))
+            draws = uniform(key_of(self.seed, part.key, number), part.first, change.size).reshape(change.shape)
+            change /= chances
+            change *= draws < chances
+            kept.append(change)
         if self.fuse == "ties":
             fused = agreed(kept, part.weights, mean=self.normalize)
         else:
-            fused = combined(kept, part.weights)
-            total = sum(part.weights)
-            fused = fused / total if self.normalize and total else fused
-        return part.origin.add(fused, alpha=self.scale)
+            fused = combined(kept, part.weights, mean=self.normalize)
+        return added(part.origin, fused, self.scale)
 
-    def chances(self, change: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    def chances(self, change: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
         """The chance of each change to stay."""
-        ranks = change.abs().argsort(dim=-1, stable=True).argsort(-1)
-        last = max(change.shape[-1] - 1, 1)
-        return ranks.to(change.dtype).mul_(2 * self.epsilon / last).add_(self.density - self.epsilon)
+        columns = change.shape[-1]
+        # Whole numbers are sorted in vectors: the magnitude's bits, which grow with it, and below them the place.
+        keys = np.abs(change).view(np.uint32).astype(np.uint64)
+        keys <<= _PLACE
+        keys |= np.arange(columns, dtype=np.uint64)
+        keys.sort(axis=-1)
+        keys &= (1 << _PLACE) - 1
+        steps = np.arange(columns, dtype=change.dtype)
+        steps *= 2 * self.epsilon / max(columns - 1, 1)
+        steps += self.density - self.epsilon
+        found = np.empty_like(change)
+        np.put_along_axis(found, keys.view(np.int64), np.broadcast_to(steps, change.shape), -1)
+        return found

@@ -16,8 +16,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, final
 
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from luthier.maths.spheres import cosine
 from luthier.mergers import BASE, GRAM, Sums, WeightedSum
@@ -43,7 +43,7 @@ class ModelStock(WeightedSum):
         share, cos = self._share(seen[0][GRAM])
         return {"t": share, "angle_degrees": math.degrees(math.acos(cos))}
 
-    def _share(self, products: Float[Tensor, "k k"]) -> tuple[float, float]:
+    def _share(self, products: Float[np.ndarray, "k k"]) -> tuple[float, float]:
         """How far from the base to the mean, and the mean cosine."""
         count = len(products)
         cosines = [cosine(products, one, other) for one in range(count) for other in range(one)]

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-import torch
+import numpy as np
 from pydantic import Field
 
+from luthier.kernels.vectors import added
 from luthier.maths.magnitudes import drawer_counts, drawer_of, inner_counts, kth_largest
 from luthier.maths.signs import agreed
 from luthier.mergers import BASE, Merger, Part, Rows, Sums
@@ -37,18 +38,19 @@ class Ties(Merger):
 
     def look(self, part: Part, seen: Sequence[Sums]) -> Sums:
         if not seen:
-            return {"drawers": torch.stack([drawer_counts(change) for change in part.changes])}
+            return {"drawers": np.stack([drawer_counts(change) for change in part.changes])}
         kept = self._kept(part.size)
         places = [drawer_of(counts, kept)[0] for counts in seen[0]["drawers"]]
         found = [inner_counts(change, place) for change, place in zip(part.changes, places, strict=True)]
-        return {"inner": torch.stack(found)}
+        return {"inner": np.stack(found)}
 
     def merge(self, part: Part, seen: Sequence[Sums]) -> Rows:
         pairs = zip(seen[0]["drawers"], seen[1]["inner"], strict=True)
         limits = [kth_largest(counts, inner, self._kept(part.size)) for counts, inner in pairs]
-        trimmed = [torch.where(change.abs() >= limit, change, 0.0)
-                   for change, limit in zip(part.changes, limits, strict=True)]  # fmt: skip
-        return part.origin.add(agreed(trimmed, part.weights, mean=self.normalize), alpha=self.scale)
+        trimmed = part.changes
+        for change, limit in zip(trimmed, limits, strict=True):
+            change *= np.abs(change) >= limit
+        return added(part.origin, agreed(trimmed, part.weights, mean=self.normalize), self.scale)
 
     def _kept(self, size: int) -> int:
         return max(1, int(self.density * size))

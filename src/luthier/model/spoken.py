@@ -20,10 +20,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from luthier.kernels.chosen import backend_for
+from luthier.kernels.floats import BFLOAT16, is_real
 from luthier.kernels.halves import multiplies_halves
 from luthier.kernels.wanted import wanted_kernels
 from luthier.model.empty import empty_model
-from luthier.model.files.tensor_files import tensor_places
+from luthier.model.files.array_files import tensor_places
 
 CACHED: Final = 64 << 20
 """Bytes of a model in float32 that a cache may hold: reading it costs little in either precision."""
@@ -52,6 +53,6 @@ def is_told(notices: Iterable[str]) -> str:
 def _hold_halves(paths: Sequence[Path]) -> bool:
     """Whether files hold bfloat16 wherever they hold a matrix of real numbers, and more than a cache does."""
     places = [place for path in paths for place in tensor_places(path).values()]
-    real = [place for place in places if place.dtype.is_floating_point and len(place.shape) > 1]
+    real = [place for place in places if is_real(place.dtype) and len(place.shape) > 1]
     size = sum(place.end - place.begin for place in places)
-    return all(place.dtype == torch.bfloat16 for place in real) and 2 * size > CACHED
+    return all(place.dtype == BFLOAT16 for place in real) and 2 * size > CACHED

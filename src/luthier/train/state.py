@@ -24,7 +24,8 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, NumericError, RecipeError
 from luthier.core.events import plain
-from luthier.model.files.shards import write_tensors
+from luthier.model.files.array_views import array_of
+from luthier.model.files.shards import write_arrays
 from luthier.store.manifest import Entry
 from luthier.train.source import Cursor, Source
 from luthier.train.stepper import Stepper
@@ -106,7 +107,7 @@ class Snapshot:
 
     def write(self, folder: Path) -> dict[str, Entry]:
         """Write it into `folder`; size and digest of the tensors' file, as they were handed over."""
-        written = write_tensors(folder / TENSORS, self.tensors)
+        written = write_arrays(folder / TENSORS, {name: array_of(tensor) for name, tensor in self.tensors.items()})
         (folder / NUMBERS).write_text(json.dumps(plain(self.numbers), allow_nan=False), encoding="utf-8")
         return {TENSORS: written}
 

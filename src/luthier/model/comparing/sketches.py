@@ -22,6 +22,7 @@ from torch import Tensor
 
 from luthier.kernels.vectors import BUCKETS, Vectors, vectors_for
 from luthier.kernels.wanted import wanted_kernels
+from luthier.model.files.array_views import array_of
 
 _SIGNS: Final = BUCKETS * 4093
 """After so many elements the signs begin again."""
@@ -60,7 +61,7 @@ def sketched(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Sketch]:
     found, vectors = {}, vectors_for(wanted_kernels())
     for name, tensor in tensors:
         growing = Sketching(vectors)
-        growing.add(tensor)
+        growing.add(array_of(tensor.cpu()))
         found[name] = growing.sketch(tuple(tensor.shape))
     return found
 
@@ -72,21 +73,20 @@ class Sketching:
     def __init__(self, vectors: Vectors) -> None:
         self._vectors = vectors
         self.count, self.square = 0, 0.0
-        self.sums = torch.zeros(BUCKETS, dtype=torch.float64)
+        self.sums = np.zeros(BUCKETS)
 
-    @torch.no_grad()
-    def add(self, piece: Tensor) -> None:
+    def add(self, piece: np.ndarray) -> None:
         """The next elements."""
-        flat = piece.detach().reshape(-1)
+        flat = piece.reshape(-1)
         self.square += self._vectors.signed_sums(flat, _signs(), self.sums, at=self.count)
         self.count += len(flat)
 
     def sketch(self, shape: tuple[int, ...]) -> Sketch:
         """The sketch of what has passed, a tensor of this shape."""
-        return Sketch(shape, self.square**0.5, self.sums.numpy())
+        return Sketch(shape, self.square**0.5, self.sums)
 
 
 @cache
-def _signs() -> Int8[Tensor, " period"]:
+def _signs() -> Int8[np.ndarray, " period"]:
     draws = torch.Generator().manual_seed(0)
-    return (torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(torch.int8)
+    return array_of((torch.randint(0, 2, (_SIGNS,), generator=draws) * 2 - 1).to(torch.int8))

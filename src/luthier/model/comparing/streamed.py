@@ -25,10 +25,12 @@ from transformers import PretrainedConfig
 
 from luthier.core.errors import CorruptError, MissingError, RecipeError
 from luthier.data.forest import Ints
+from luthier.kernels.floats import is_real
 from luthier.kernels.vectors import vectors_for
 from luthier.kernels.wanted import wanted_kernels
 from luthier.model.attending import attention
 from luthier.model.comparing.sketches import Sketch, Sketching
+from luthier.model.files.array_views import tensor_of
 from luthier.model.files.shards import Slot
 from luthier.model.files.weights import module_with
 from luthier.model.load import without_bars
@@ -46,7 +48,7 @@ class RowSource(ABC):
     slots: Mapping[str, Slot]
 
     @abstractmethod
-    def blocks(self, name: str) -> Iterator[Tensor]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """A tensor in blocks of rows, in their order; in float32, or as it is where it is no tensor of such numbers."""
 
 
@@ -111,7 +113,7 @@ class StreamedModel:
         growing = Sketching(self._vectors)
         for block in self.rows.blocks(name):
             growing.add(block)
-            yield block
+            yield tensor_of(block)
         self._sketches[name] = growing.sketch(self.rows.slots[name].shape)
 
     def _multiplied(self, weight: str, bias: str | None, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
@@ -145,8 +147,8 @@ class StreamedModel:
 
 def _stand_in(rows: RowSource, name: str) -> Tensor:
     slot = rows.slots[name]
-    if not slot.dtype.is_floating_point:
-        return torch.cat(list(rows.blocks(name))).view(slot.shape)
+    if not is_real(slot.dtype):
+        return tensor_of(np.concatenate(list(rows.blocks(name))).reshape(slot.shape))
     return torch.zeros(1).expand(slot.shape) if slot.shape else torch.zeros(())
 
 

@@ -25,13 +25,13 @@ from threading import Lock
 from types import TracebackType
 from typing import Final, final
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from luthier.core.errors import CorruptError
 from luthier.data.hub import ModelFiles, open_regular
 from luthier.data.strict_json import excerpt
-from luthier.model.files.tensor_files import DTYPES, TensorPlace, read_places
+from luthier.kernels.floats import DType
+from luthier.model.files.array_files import DTYPES, TensorPlace, read_places
 from luthier.model.files.weight_files import INDEX, SINGLE, indexed_files
 from luthier.store.disk import explained
 from luthier.store.large_file import LargeFile
@@ -49,7 +49,7 @@ _AGAIN: Final = "fetch the model again"
 class Slot:
     """Type and shape of a tensor, and its size as rows."""
 
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
 
     @property
@@ -113,7 +113,7 @@ class Shards:
         """Bytes of all tensors."""
         return sum(slot.bytes for slot in self.slots.values())
 
-    def read(self, name: str, first: int = 0, last: int | None = None, *, out: Tensor | None = None) -> Tensor:
+    def read(self, name: str, first: int = 0, last: int | None = None, *, out: np.ndarray | None = None) -> np.ndarray:
         """Rows `first` to `last` of a tensor as a matrix; with neither, all of it in its own shape.
 
         `out` is a matrix of that type and size to read into. Raises CorruptError where the file ends before them.
@@ -123,8 +123,8 @@ class Shards:
         if not 0 <= first <= stop <= slot.rows:
             raise IndexError(f"rows {first} to {stop} of {slot.rows} of {name}")
         whole = first == 0 and last is None and out is None
-        into = torch.empty(stop - first, slot.columns, dtype=slot.dtype) if out is None else out
-        view = memoryview(into.view(-1).view(torch.uint8).numpy().data)
+        into = np.empty((stop - first, slot.columns), slot.dtype) if out is None else out
+        view = into.reshape(-1, copy=False).view(np.uint8).data
         offset = begin + first * slot.columns * slot.dtype.itemsize
         while view:
             with explained("read", path):
@@ -132,9 +132,9 @@ class Shards:
             if not count:
                 raise CorruptError(f"the file ends inside {excerpt(name)}", where=str(path), do=_AGAIN)
             view, offset = view[count:], offset + count
-        return into.view(slot.shape) if whole else into
+        return into.reshape(slot.shape) if whole else into
 
-    def each(self) -> Iterator[tuple[str, Tensor]]:
+    def each(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and tensor, one after another."""
         for name in self.slots:
             yield name, self.read(name)
@@ -183,11 +183,11 @@ class ShardWriter:
         """The names as their bytes lie: what is written in this order need not be read back for its digest."""
         return [name for file in self._files for name in file.order]
 
-    def write(self, name: str, tensor: Tensor, first: int = 0) -> None:
+    def write(self, name: str, tensor: np.ndarray, first: int = 0) -> None:
         """Put a tensor, or rows of it from row `first` on, into its file. Raises StorageError, DiskFullError."""
         slot = self._slots[name]
-        if tensor.dtype != slot.dtype or tensor.numel() % max(slot.columns, 1):
-            raise TypeError(f"{name} is laid out as {slot}, and {tensor.dtype} of {tuple(tensor.shape)} came")
+        if tensor.dtype != slot.dtype or tensor.size % max(slot.columns, 1):
+            raise TypeError(f"{name} is laid out as {slot}, and {tensor.dtype} of {tensor.shape} came")
         data = _bytes_of(tensor)
         begin = first * slot.columns * slot.dtype.itemsize
         if begin + len(data) > slot.bytes:
@@ -244,7 +244,7 @@ def shards_of(slots: Mapping[str, Slot], shard_bytes: int) -> list[list[str]]:
 def write_shards(
     folder: Path,
     slots: Mapping[str, Slot],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, np.ndarray]],
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Entry]:
@@ -256,12 +256,12 @@ def write_shards(
     return writer.entries
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
-    """Write one file of these tensors, which are on the CPU, and make it durable; its size and digest.
+def write_arrays(path: Path, tensors: Mapping[str, np.ndarray]) -> Entry:
+    """Write one file of these tensors and make it durable; its size and digest.
 
     The file is the same in whatever order they come. Raises StorageError, DiskFullError.
     """
-    slots = {name: Slot(tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)}
+    slots = {name: Slot(tensors[name].dtype, tensors[name].shape) for name in sorted(tensors)}
     file = _File(path, slots, "pt")
     try:
         for name in file.order:
@@ -271,11 +271,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
         file.close()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, as they lie in memory where it is contiguous."""
-    whole = tensor.detach().contiguous()
-    # A single number may be contiguous with a stride of 0, as which it has no bytes.
-    return memoryview(whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data)
+def _bytes_of(tensor: np.ndarray) -> memoryview:
+    """The bytes of a tensor, as they lie in memory where it has no gaps."""
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 
 
 @final

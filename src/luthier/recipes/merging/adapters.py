@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
-import torch
+import numpy as np
 from pydantic import Field
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
@@ -159,11 +159,11 @@ def _rank(knobs: AdapterKnobs, pairs: list[dict[str, Factors]]) -> int:
     return max(sum(len(each[module].down) if module in each else 1 for each in pairs) for module in modules)
 
 
-def _padded(factors: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(factors: Factors, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The factors with zeros up to a rank, since PEFT has one for all modules."""
-    more = rank - len(factors.down)
-    down = torch.cat([factors.down, factors.down.new_zeros(more, factors.down.shape[1])])
-    return down.contiguous(), torch.cat([factors.up, factors.up.new_zeros(len(factors.up), more)], 1).contiguous()
+    more = (0, rank - len(factors.down))
+    return (np.ascontiguousarray(np.pad(factors.down, (more, (0, 0)))),
+            np.ascontiguousarray(np.pad(factors.up, ((0, 0), more))))  # fmt: skip
 
 
 def _card(knobs: AdapterKnobs, folders: Sequence[Path], told: Mapping[str, Any]) -> CardFacts:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, final
 
-import torch
-
 from luthier.core.errors import RecipeError
+from luthier.kernels.floats import REAL
 from luthier.merge.folder import write_beside
 from luthier.merge.measures import TensorReport, by_role
 from luthier.merge.parents import Parent, require_alike
@@ -153,7 +152,7 @@ def merge_models(
                 digests = [beside.submit(parent.digests) for parent in opening.parents if recipe.parity != "none"]
                 found["proved_tensors"] = prove(place, opening.parents, opening.plan, int(recipe.memory_gb * GIGA))
             found["notices"] += write_beside(
-                place, opening.parents, getattr(torch, recipe.dtype), layers=opening.plan.layers,
+                place, opening.parents, REAL[recipe.dtype], layers=opening.plan.layers,
                 slices=opening.wanted.slices, united=opening.united,
             )  # fmt: skip
             found["parity"] = _parity(opening, place, found["notices"].append)
@@ -182,7 +181,7 @@ def _parity(opening: Opening, place: Path, noticed: Callable[[str], None]) -> di
     from luthier.recipes.merging.parity import parity_of_models
 
     merge = Merge(parents=opening.parents, plan=opening.plan, united=opening.united, room=opening.room,
-                  dtype=getattr(torch, recipe.dtype), stacked=bool(recipe.slices))  # fmt: skip
+                  dtype=REAL[recipe.dtype], stacked=bool(recipe.slices))  # fmt: skip
     return parity_of_models(merge, place, noticed)
 
 
@@ -232,7 +231,7 @@ def _wanted(recipe: MergeRecipe, joined: United) -> Wanted:
         models=tuple(range(count)),
         base=None if recipe.base is None else count,
         weights=tuple(Setting.of(each.weight, "weight") for each in recipe.models),
-        dtype=getattr(torch, recipe.dtype),
+        dtype=REAL[recipe.dtype],
         vary={key: Setting.of(value, key) for key, value in recipe.vary.items()},
         slices=slices,
         vocabulary=joined.rows,
