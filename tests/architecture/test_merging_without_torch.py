@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.model.files.shards import INDEX, SINGLE
+from luthier.store.manifest import write_manifest
+from luthier.store.runs import ADAPTER, RunDirectory
 from tests.architecture.source import SOURCE
 from tests.merge.models_of import WIDTH, folder, tensors
 
@@ -64,6 +67,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{name}.lora_A.weight": torch.ones(2, WIDTH), f"{name}.lora_B.weight": torch.ones(WIDTH, 2)}
     save_file(factors, adapter / "adapter_model.safetensors")
+    with RunDirectory.begin(home / "run") as run:
+        run.write_recipe({"model": base})
+        shutil.copytree(adapter, run.folder / ADAPTER)
+        write_manifest(run.folder / ADAPTER, {})
     tuned = {"models": [{"model": base, "adapter": str(adapter)}], "method": {"method": "passthrough"}}
     (with_adapter := home / "tuned.yaml").write_text(json.dumps(tuned))
     out = ("--out", str(home / "out"))
@@ -74,6 +81,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, 
         "slerp": [one, two, *PLAIN, "--out", str(home / "slerp"), "--json"],
         "mergekit": [str(yaml), *PLAIN, "--out", str(home / "mergekit")],
         "an adapter on its base": [str(with_adapter), *PLAIN, "--out", str(home / "tuned")],
+        "a run": [str(run.folder), base, *PLAIN, "--out", str(home / "of a run")],
         "adapters, dry run": [str(adapter), str(adapter), "--adapters", "--method", "cat", "--dry-run"],
         "no such method": [one, two, "--method", "slurp", *out],
         "no such key": [one, two, "--set", "densty=1", *out],
@@ -101,7 +109,7 @@ def test_a_merge_a_dry_run_and_a_refusal_import_no_torch(said: dict[str, tuple[i
     assert not heavy, f"`merge` imports it: {heavy}"
     codes = {name: code for name, (code, _, _) in said.items()}
     wanted = dict.fromkeys(("help", "dry run", "dry run of a file", "slerp", "mergekit", "an adapter on its base",
-                            "adapters, dry run"), 0)  # fmt: skip
+                            "a run", "adapters, dry run"), 0)  # fmt: skip
     wanted |= dict.fromkeys(("no such method", "no such key", "no base", "shapes", "not a model"), 2)
     wanted |= {"missing shard": 69, "index leads out": 77, "not finite": 76, "full disk": 74}
     assert codes == wanted, {name: said[name][:2] for name in codes if codes[name] != wanted.get(name)}

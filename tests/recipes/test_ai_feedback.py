@@ -15,7 +15,7 @@ from luthier.infer.wire import UnavailableError
 from luthier.recipes.feedback import ai_feedback
 from luthier.recipes.feedback import judged as feedback
 from luthier.recipes.opening.opened import open_named
-from luthier.recipes.opening.places import of_policy
+from luthier.recipes.opening.results import of_policy
 from luthier.recipes.progress import Silent
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
 from luthier.rewards.judge import Comparison, Judge

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.knobs import validate
-from luthier.recipes.opening.places import located, model_from, started_in, template_from
+from luthier.recipes.opening.places import located
+from luthier.recipes.opening.results import model_from, started_in, template_from
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.store.runs import RunDirectory
 from tests.cli.commands import colour_rows, luthier, recipe_text

@@ -37,7 +37,7 @@ def resume(
         refuse_busy(folder.folder)
     with uncollected():
         from luthier.recipes.finetune import resume as go_on
-        from luthier.recipes.schemas.ai_feedback import AI_FEEDBACK
+        from luthier.recipes.schemas.names import AI_FEEDBACK
         from luthier.recipes.schemas.several import SEVERAL
         from luthier.recipes.several.several import resume_several
 

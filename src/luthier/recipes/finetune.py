@@ -22,7 +22,7 @@ from luthier.kernels import pool
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, Ending, finish
 from luthier.recipes.first_look import settle
-from luthier.recipes.opening.places import started_in
+from luthier.recipes.opening.results import started_in
 from luthier.recipes.remembered import remember
 from luthier.recipes.samples import Samples
 from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished

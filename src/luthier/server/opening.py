@@ -18,9 +18,10 @@ from luthier.model.language_model import LanguageModel
 from luthier.model.load import Precision, kind_of_source, resolve_source
 from luthier.model.tasks import kind_of
 from luthier.recipes.drafting import with_draft_model
-from luthier.recipes.opening.opened import Opened, open_encoder, open_named, result_of
+from luthier.recipes.opening.opened import Opened, open_encoder, open_named
 from luthier.recipes.opening.pooled import pool_of
 from luthier.recipes.opening.quantized import quantizer_named
+from luthier.recipes.opening.results import result_of
 from luthier.server.names import Names
 from luthier.server.pooling import Pooling
 from luthier.server.serving import Serving

@@ -15,7 +15,8 @@ from typing import TypeVar, final
 from luthier.core.errors import RecipeError
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.grammars import Grammars
-from luthier.recipes.opening.opened import Opened, result_of
+from luthier.recipes.opening.opened import Opened
+from luthier.recipes.opening.results import result_of
 from luthier.server.errors import DrainingError
 from luthier.server.history import results_csv
 from luthier.server.jobs import Job, Jobs

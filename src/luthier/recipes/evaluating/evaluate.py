@@ -16,10 +16,11 @@ from luthier.model.load import resolve_source
 from luthier.recipes.bench import reading_of
 from luthier.recipes.evaluating.rewards import evaluate_rewards
 from luthier.recipes.measuring import measured
-from luthier.recipes.opening.opened import open_named, require_one, require_room
-from luthier.recipes.opening.places import located, of_policy, started_in
+from luthier.recipes.opening.opened import open_named, require_room
+from luthier.recipes.opening.places import located
 from luthier.recipes.opening.purpose import bound
 from luthier.recipes.opening.quantized import load_base
+from luthier.recipes.opening.results import of_policy, require_one, started_in
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe

@@ -26,7 +26,7 @@ from luthier.recipes.exporting.card_parts import (
     parity_section,
     yaml_block,
 )
-from luthier.recipes.opening.opened import result_of
+from luthier.recipes.opening.results import result_of
 from luthier.store.runs import RunDirectory
 
 _TAGS: Final = {"causal_lm": "text-generation", "seq2seq_lm": "text2text-generation", "masked_lm": "fill-mask",

@@ -36,9 +36,9 @@ from luthier.model.tasks import CAUSAL
 from luthier.recipes.exporting.card import card_text
 from luthier.recipes.exporting.card_parts import CARD, PARITY, told_of_base
 from luthier.recipes.exporting.questions import questions_for
-from luthier.recipes.opening.opened import Opened, open_encoder, open_named, result_of
-from luthier.recipes.opening.places import model_from, started_in
+from luthier.recipes.opening.opened import Opened, open_encoder, open_named
 from luthier.recipes.opening.purpose import kept_task, read_as
+from luthier.recipes.opening.results import model_from, result_of, started_in
 from luthier.store.folder import write_folder
 from luthier.store.runs import ADAPTER, RunDirectory, is_run
 from luthier.train.result import release

@@ -19,8 +19,8 @@ from luthier.infer.remote import RemoteSpeaker, loaded
 from luthier.infer.sync import TOLERANCE, Sync, probe
 from luthier.recipes.exporting.questions import questions_for
 from luthier.recipes.lint import require_clean
-from luthier.recipes.opening.opened import Opened, open_named, result_of
-from luthier.recipes.opening.places import of_policy
+from luthier.recipes.opening.opened import Opened, open_named
+from luthier.recipes.opening.results import of_policy, result_of
 from luthier.recipes.own_scores import scores_by
 from luthier.store.runs import ADAPTER, RunDirectory, is_run
 

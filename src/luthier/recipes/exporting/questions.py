@@ -22,7 +22,8 @@ from luthier.data.tokenizer import Tokenizer
 from luthier.model.comparing.parity import Questions
 from luthier.recipes.bench import reading_of
 from luthier.recipes.evaluating.evaluate import held_out_of
-from luthier.recipes.opening.places import located, started_in
+from luthier.recipes.opening.places import located
+from luthier.recipes.opening.results import started_in
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.store.runs import RunDirectory

@@ -28,7 +28,8 @@ from luthier.recipes.ending import SUMMARY
 from luthier.recipes.feedback import judged as feedback
 from luthier.recipes.finetune import RunResult, resume, start, told
 from luthier.recipes.opening.opened import open_named
-from luthier.recipes.opening.places import POLICY, located, started_in
+from luthier.recipes.opening.places import located
+from luthier.recipes.opening.results import POLICY, started_in
 from luthier.recipes.reinforcing.remote_base import base_elsewhere, require_engine
 from luthier.recipes.reinforcing.tools import judge_named, require_judge, waits_of
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe

@@ -142,7 +142,7 @@ def _read(knobs: AdapterKnobs) -> tuple[list[Path], list[dict[str, Factors]]]:
 def _folder(name: str) -> Path:
     if not is_run(Path(name)):
         return Path(name)
-    from luthier.recipes.opening.opened import result_of
+    from luthier.recipes.opening.results import result_of
 
     folder, _ = result_of(RunDirectory.open(Path(name)))
     return folder

@@ -112,8 +112,7 @@ def place_of(name: str, adapter: str | None = None) -> tuple[str, Path | None]:
         raise RecipeError(f"{name} is a run and has its own result", do="name the base model to put an adapter on it")
     # A run brings what reads it, which takes seconds: only where one is named.
     from luthier.model.files.adapter_config import read_config
-    from luthier.recipes.opening.opened import result_of
-    from luthier.recipes.opening.places import model_from, started_in
+    from luthier.recipes.opening.results import model_from, result_of, started_in
     from luthier.store.runs import MODEL
 
     run = RunDirectory.open(Path(name))

@@ -23,7 +23,7 @@ from luthier.model.comparing.parity import Questions
 from luthier.model.editing.role_names import tensor_roles
 from luthier.model.files.sources import resolve_source
 from luthier.recipes.exporting.questions import questions_for
-from luthier.recipes.opening.places import model_from, started_in
+from luthier.recipes.opening.results import model_from, started_in
 from luthier.store.runs import RunDirectory, is_run
 
 _DRAWN: Final = 4

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from luthier.adapters import saved_adapter
-from luthier.core.errors import CorruptError, DataError, RecipeError
+from luthier.core.errors import DataError, RecipeError
 from luthier.data.conversation import Content, Labelled, Message, Row, Tagged
 from luthier.data.forest import Ints, pack
 from luthier.data.prepare import Reading, make_renderer
@@ -37,11 +37,10 @@ from luthier.model.tasks import SCORES, Task
 from luthier.model.text_model import LocalTextScorer
 from luthier.objectives.classification import Classification
 from luthier.quantizers import Quantizer
-from luthier.recipes.opening.places import model_from, of_policy, started_in, template_from
 from luthier.recipes.opening.purpose import SOME, kept_task, read_as
 from luthier.recipes.opening.quantized import kept_quantizer, load_base, quantize
-from luthier.store.manifest import NAME, Manifest, verify
-from luthier.store.runs import ADAPTER, MODEL, RunDirectory, is_run
+from luthier.recipes.opening.results import model_from, of_policy, result_of, started_in, template_from
+from luthier.store.runs import MODEL, RunDirectory, is_run
 
 AT_ONCE = 4096
 """Tokens that are classified at once."""
@@ -260,40 +259,6 @@ def require_room(lengths: Ints | NDArray[np.int64], model: LanguageModel) -> Non
             f"the longest row has {longest} tokens and the learned prefix {root}",
             allowed=f"the model's {room} positions for both",
             do=f"set data.max_tokens to {room - root} and data.over_length to drop or truncate",
-        )
-
-
-def result_of(run: RunDirectory) -> tuple[Path, Manifest]:
-    """The folder of a run's result and its manifest, after every byte was read and compared.
-
-    Raises RecipeError when there is no result yet, and CorruptError for one that is not what was saved.
-    """
-    require_one(run)
-    run = of_policy(run)
-    folder = next((run.folder / name for name in (MODEL, ADAPTER) if (run.folder / name).is_dir()), None)
-    if folder is None:
-        raise RecipeError(
-            f"{run.folder} has no result yet (its status is {run.status().state})",
-            do=f"luthier resume {run.folder}",
-        )
-    use = f"--adapter {folder} with its base" if folder.name == ADAPTER else f"{folder} itself"
-    advice = f"train again, or name {use} if you trust these files as they are"
-    if not (folder / NAME).is_file():
-        raise CorruptError(f"{folder} has no {NAME}, so nothing says what it must hold", do=advice)
-    try:
-        return folder, verify(folder)
-    except CorruptError as error:
-        raise CorruptError(error.received, do=advice) from error
-
-
-def require_one(run: RunDirectory) -> None:
-    """Raise RecipeError for a run of several adapters, whose results are in runs of their own below it."""
-    names = run.read_recipe().get("adapters")
-    if isinstance(names, dict):
-        raise RecipeError(
-            f"{run.folder} is a run of several adapters",
-            allowed="one of them: " + ", ".join(str(run.folder / str(name)) for name in names),
-            do="name that run instead",
         )
 
 

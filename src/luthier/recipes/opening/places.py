@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import Final
 
-from luthier.core.errors import DataError, RecipeError
+from luthier.core.errors import DataError
 from luthier.data.reading.rows import find_sources
-from luthier.model.files.sources import FRESH, SEEDLING
-from luthier.recipes.schemas.ai_feedback import AI_FEEDBACK, AiFeedbackRecipe
+from luthier.recipes.opening.results import model_from, template_from
+from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
 from luthier.recipes.schemas.finetune import FinetuneRecipe, Paths
 from luthier.recipes.schemas.reinforce import ReinforceRecipe, RolloutKnobs
-from luthier.store.runs import RunDirectory, is_begun
-
-POLICY: Final = "policy"
-"""Where a run of AI feedback keeps what has become of the model: a run of its own."""
 
 
 def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
@@ -44,41 +39,6 @@ def located(recipe: FinetuneRecipe, folder: Path | None) -> FinetuneRecipe:
     teacher = None if recipe.reference.model is None else model_from(recipe.reference.model, folder)
     reference = recipe.reference.model_copy(update={"model": teacher})
     return recipe.model_copy(update={**there, "reference": reference, "data": recipe.data.model_copy(update=data)})
-
-
-def started_in(run: RunDirectory) -> Path | None:
-    """The folder in which a run was started; None when it does not say or the folder is gone."""
-    if not (run.folder / "environment.json").is_file():
-        return None
-    said = run.read_json("environment.json").get("folder")
-    return Path(said) if isinstance(said, str) and Path(said).is_dir() else None
-
-
-def of_policy(run: RunDirectory) -> RunDirectory:
-    """The run that a result is in: the run itself, or of one of AI feedback that of its policy.
-
-    Raises RecipeError where that stage has not begun.
-    """
-    if run.read_recipe().get("recipe") != AI_FEEDBACK:
-        return run
-    if not is_begun(run.folder / POLICY):
-        raise RecipeError(f"{run.folder} has not come to training a policy yet", do=f"luthier resume {run.folder}")
-    return RunDirectory.open(run.folder / POLICY)
-
-
-def model_from(source: str, folder: Path | None) -> str:
-    """A model's name as it leads from here; hub ids and `seedling` are no paths."""
-    name = source.removeprefix(FRESH)
-    if folder is None or folder == Path.cwd() or name == SEEDLING or not (folder / name).is_dir():
-        return source
-    return source.removesuffix(name) + str(folder / name)
-
-
-def template_from(choice: str, folder: Path | None) -> str:
-    """A chat template's name as it leads from here, if it is a path at all."""
-    if folder is None or folder == Path.cwd() or not (folder / choice).is_file():
-        return choice
-    return str(folder / choice)
 
 
 def _rollouts(knobs: RolloutKnobs, folder: Path) -> RolloutKnobs:

@@ -29,9 +29,10 @@ from luthier.objectives.sft import SFT
 from luthier.recipes.comparing.compared import kept_trees
 from luthier.recipes.demo import grown_on
 from luthier.recipes.opening.opened import Opened, kept_precision, open_named, read_extras
-from luthier.recipes.opening.places import located, of_policy, started_in
+from luthier.recipes.opening.places import located
 from luthier.recipes.opening.purpose import bound
 from luthier.recipes.opening.quantized import load_base
+from luthier.recipes.opening.results import of_policy, started_in
 from luthier.recipes.probing.rows import MOST_TREES, first_path, known_of_prompts, known_of_rows, text_of
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe

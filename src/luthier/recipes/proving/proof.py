@@ -34,10 +34,10 @@ from luthier.recipes.bench import reading_of
 from luthier.recipes.control_tokens import with_token_ids
 from luthier.recipes.evaluating.evaluate import held_out_of
 from luthier.recipes.measuring import mean_loss
-from luthier.recipes.opening.opened import result_of
-from luthier.recipes.opening.places import located, of_policy, started_in
+from luthier.recipes.opening.places import located
 from luthier.recipes.opening.purpose import bound, kept_task
 from luthier.recipes.opening.quantized import load_base, quantize
+from luthier.recipes.opening.results import of_policy, result_of, started_in
 from luthier.recipes.proving.claims import changes, data_facts, fingerprint, recipe_digest
 from luthier.recipes.reinforcing.reinforce import HeldOut
 from luthier.recipes.reinforcing.tools import scoring_of

@@ -21,7 +21,8 @@ from luthier.model.load import Precision
 from luthier.model.scorer import TextModel
 from luthier.model.tasks import SCORES
 from luthier.model.text_model import LocalTextModel, LocalTextScorer
-from luthier.recipes.opening.opened import open_named, result_of
+from luthier.recipes.opening.opened import open_named
+from luthier.recipes.opening.results import result_of
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.rewards import Tools
 from luthier.store.runs import RunDirectory, is_run

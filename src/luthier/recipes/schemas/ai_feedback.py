@@ -21,7 +21,6 @@ from luthier.recipes.schemas.reinforce import ReinforceRecipe, RolloutKnobs
 from luthier.rewards import Reward
 from luthier.rewards.judge import Judge
 
-AI_FEEDBACK: Final = "ai_feedback"
 SHARED: Final = ("model", "adapter", "quantizer", "optimizer", "schedule", "max_grad_norm", "max_bad_steps", "batch",
                  "checkpoint", "precision", "device", "seed")  # fmt: skip
 """What each stage of training takes from the recipe as it is."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from luthier.core.errors import RecipeError
 from luthier.core.recipe_file import read_layers
-from luthier.recipes.schemas.ai_feedback import AI_FEEDBACK, AiFeedbackRecipe
+from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
 from luthier.recipes.schemas.finetune import FinetuneRecipe
-from luthier.recipes.schemas.reinforce import REINFORCE, ReinforceRecipe
+from luthier.recipes.schemas.names import ADAPTATION, AI_FEEDBACK, REINFORCE
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 
-ADAPTATION: Final = "domain_adaptation"
 KINDS: Mapping[object, type[FinetuneRecipe]] = {REINFORCE: ReinforceRecipe, AI_FEEDBACK: AiFeedbackRecipe}
 
 

@@ -5,7 +5,7 @@ Everything else is as in a fine-tune (schema.py), so that one bench, one loop an
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,8 +18,6 @@ from luthier.objectives import Objective
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.rewards import Reward
 from luthier.rewards.ladder import ladder_of
-
-REINFORCE: Final = "reinforce"
 
 
 class EngineKnobs(Knobs):

@@ -28,7 +28,7 @@ from luthier.kernels import pool
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.ending import SUMMARY, conclude, save
 from luthier.recipes.finetune import Work, set_up, told
-from luthier.recipes.opening.places import started_in
+from luthier.recipes.opening.results import started_in
 from luthier.recipes.schemas.files import begin_run
 from luthier.recipes.schemas.several import SeveralRecipe, several_of
 from luthier.recipes.several.told import Relay, plan_of, step_of, summary_of

@@ -1,0 +1,9 @@
+"""What a recipe may name itself under `recipe`, apart from the schemas, which bring torch."""
+
+from __future__ import annotations
+
+from typing import Final
+
+AI_FEEDBACK: Final = "ai_feedback"
+REINFORCE: Final = "reinforce"
+ADAPTATION: Final = "domain_adaptation"
