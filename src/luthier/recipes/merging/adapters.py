@@ -27,6 +27,7 @@ from luthier.model.files.json_files import read_object, write_object
 from luthier.model.files.weight_files import folder_digest
 from luthier.recipes.exporting.card_parts import CARD, PARITY
 from luthier.recipes.merging.card import CardFacts, ParentFacts, merge_card
+from luthier.recipes.opening.results import result_of
 from luthier.store.folder import write_folder
 from luthier.store.runs import RunDirectory, is_run
 
@@ -142,8 +143,6 @@ def _read(knobs: AdapterKnobs) -> tuple[list[Path], list[dict[str, Factors]]]:
 def _folder(name: str) -> Path:
     if not is_run(Path(name)):
         return Path(name)
-    from luthier.recipes.opening.results import result_of
-
     folder, _ = result_of(RunDirectory.open(Path(name)))
     return folder
 

@@ -25,15 +25,17 @@ from luthier.merge.proof import prove
 from luthier.merge.settings import Setting
 from luthier.merge.stream import Room, stream
 from luthier.merge.vocabulary import United, united
+from luthier.model.files.adapter_config import read_config
 from luthier.model.files.json_files import write_object
 from luthier.model.files.shards import ShardWriter
 from luthier.model.files.sources import resolve_source
 from luthier.recipes.exporting.card_parts import CARD, PARITY
 from luthier.recipes.merging.card import CardFacts, ParentFacts, merge_card
 from luthier.recipes.merging.recipe import MergeRecipe
+from luthier.recipes.opening.results import model_from, result_of, started_in
 from luthier.store.folder import require_new, write_folder
 from luthier.store.manifest import Entry
-from luthier.store.runs import RunDirectory, is_run
+from luthier.store.runs import MODEL, RunDirectory, is_run
 
 REPORT: Final = "merge.json"
 GIGA: Final = 10**9
@@ -110,11 +112,6 @@ def place_of(name: str, adapter: str | None = None) -> tuple[str, Path | None]:
         return resolve_source(name), None if adapter is None else Path(adapter)
     if adapter is not None:
         raise RecipeError(f"{name} is a run and has its own result", do="name the base model to put an adapter on it")
-    # A run brings what reads it, which takes seconds: only where one is named.
-    from luthier.model.files.adapter_config import read_config
-    from luthier.recipes.opening.results import model_from, result_of, started_in
-    from luthier.store.runs import MODEL
-
     run = RunDirectory.open(Path(name))
     folder, _ = result_of(run)
     if folder.name == MODEL:
