@@ -16,12 +16,16 @@ number.
 The limit that is told is the larger of two times: the bytes of the result at the speed with which this disk took a
 file of that size just before (through the page cache or past it, whichever is faster), and all bytes that move (each
 input twice, the result once) at the speed with which torch copies memory.
+Beside it stands what the processors need if none ever waited and Python cost nothing: the start of the command (its dry
+run), and, shared out over all of them, the system's copy of the inputs from the page cache, the SHA-256 of the result,
+and the sums of slerp over numbers that lie in a cache.
 mergekit is measured where its environment is: `setup_peers.py --peers mergekit`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import mmap
 import os
@@ -32,7 +36,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,8 @@ LUTHIER = "from luthier.cli.main import main; main()"
 T = 0.4
 SPREAD = 0.2
 CANCELLED = 1e-6
+PIECE = 1 << 21
+"""Bytes that a processor's cache holds."""
 WEIGHTED = {"linear": {"weight": 0.5}, "ties": {"weight": 0.5, "density": 0.5}}
 
 
@@ -191,9 +197,48 @@ def limit(home: Path, in_bytes: int, out_bytes: int) -> dict[str, float]:
             "disk_bytes_per_s": disk, "memory_bytes_per_s": memory, "cached_s": out_bytes / cached}  # fmt: skip
 
 
+def processors(recipe_path: Path, inputs: Sequence[Path], out_bytes: int) -> dict[str, float]:
+    """The least time that the processors need, in seconds: one to start, and all of them to read, add up and digest."""
+    dry = [sys.executable, "-c", LUTHIER, "merge", str(recipe_path), "--out", str(recipe_path.with_name("none")),
+           "--dry-run"]  # fmt: skip
+    start = min(_timed(lambda: subprocess.run(dry, check=True, stdout=subprocess.DEVNULL)) for _ in range(5))
+    piece = mmap.mmap(-1, PIECE)
+    digest = hashlib.sha256()
+    sha = min(_timed(lambda: digest.update(piece)) for _ in range(50)) / PIECE * out_bytes
+
+    def read() -> None:
+        for path in inputs:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(piece):
+                    pass
+
+    copied = min(_timed(read) for _ in range(3))
+    sums = min(_timed(_sums(PIECE // 4)) for _ in range(50)) / (PIECE // 2) * out_bytes
+    return {"start_s": start, "sha_s": sha, "read_s": copied, "sums_s": sums,
+            "processors_s": start + (sha + copied + sums) / len(os.sched_getaffinity(0))}  # fmt: skip
+
+
+def _sums(numbers: int) -> Callable[[], None]:
+    """What slerp does to so many numbers of two models in bfloat16."""
+    import numpy as np
+
+    from luthier.kernels.floats import BFLOAT16
+    from luthier.kernels.vectors import vectors_for
+
+    vectors = vectors_for("auto")
+    rows = [np.random.default_rng(seed).standard_normal(numbers).astype(BFLOAT16) for seed in range(2)]
+    found = np.empty_like(rows[0])
+
+    def work() -> None:
+        vectors.products(rows)
+        vectors.weighted(rows, (1 - T, T), into=found)
+
+    return work
+
+
 def _disk_speed(home: Path, size: int, direct: bool) -> float:
     """Bytes a second until a file of that size is durable: through the page cache, or past it where that is known."""
-    piece = mmap.mmap(-1, 1 << 22)
+    piece = mmap.mmap(-1, 2 * PIECE)
     piece.write(os.urandom(len(piece)))
     with tempfile.NamedTemporaryFile(dir=home) as file:
         try:
@@ -272,8 +317,9 @@ def main() -> int:
                 if repetition == 0:
                     (scratch / "out").rename(places[name])
         rows = table(lines)
-        in_bytes = sum((each / "model.safetensors").stat().st_size for each in (first, other))
-        least = limit(home, in_bytes, lines[0]["out_bytes"])
+        inputs = [each / "model.safetensors" for each in (first, other)]
+        least = limit(home, sum(path.stat().st_size for path in inputs), lines[0]["out_bytes"])
+        needed = processors(path, inputs, lines[0]["out_bytes"])
         differences = {name: apart(places["luthier"], place) for name, place in places.items()
                        if name != "luthier" and "luthier" in places}  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -283,6 +329,8 @@ def main() -> int:
           f"{least['disk_bytes_per_s'] / 1e9:.2f} GB/s, memory {least['memory_s']:.2f} s at "
           f"{least['memory_bytes_per_s'] / 1e9:.1f} GB/s; the disk through the page cache "
           f"{least['cached_s']:.2f} s)")  # fmt: skip
+    print(f"processors {needed['processors_s']:.2f} s (start {needed['start_s']:.2f} s; shared out: SHA-256 "
+          f"{needed['sha_s']:.2f} s, reading {needed['read_s']:.2f} s, sums {needed['sums_s']:.2f} s)")  # fmt: skip
     for name, found in differences.items():
         print(f"luthier and {name}: {found}")
     return 0 if not any(found["more"] or found["missing"] or found["unread"] for found in differences.values()) else 1

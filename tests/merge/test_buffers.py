@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from mmap import PAGESIZE
 
 import numpy as np
 
@@ -41,6 +42,14 @@ def test_no_more_waits_than_is_said() -> None:
         del held
         assert sum(map(len, buffers._waiting)) <= 3 * MEGA
     assert len(buffers._waiting) == 2
+
+
+def test_memory_lies_in_its_pages_as_asked() -> None:
+    """Breaks when rows of a result have to be copied to where the disk takes them."""
+    buffers = Buffers(64 * MEGA)
+    for at in (0, 8, 4_100, 123_456_789):
+        own = buffers.empty((512, 1024), BFLOAT16, at=at)
+        assert address(own) % PAGESIZE == at % PAGESIZE and own.shape == (512, 1024)
 
 
 def test_threads_never_share_a_piece() -> None:

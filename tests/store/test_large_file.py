@@ -6,8 +6,10 @@ import errno
 import hashlib
 import os
 import random
+from mmap import PAGESIZE, mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from luthier.core.errors import DiskFullError, StorageError
@@ -92,6 +94,46 @@ def test_whole_pieces_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest
     if not numbers:
         pytest.skip("this file system knows no O_DIRECT")
     assert sizes == [PIECE] * 3
+
+
+def placed(begin: int, end: int, *, off: int = 0) -> memoryview:
+    """DATA from `begin` to `end`, in memory as it will lie in the pages of the file, or `off` bytes behind."""
+    lead = begin % PAGESIZE + off
+    pages = memoryview(mmap(-1, lead + end - begin))
+    pages[lead:] = DATA[begin:end]
+    return pages[lead:]
+
+
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("cuts", [[100], [BLOCK, 7 * BLOCK], [10, 2 * BLOCK + 10, 2 * BLOCK + 20, 9 * BLOCK + 1]])
+def test_what_lies_in_memory_as_in_the_file_is_not_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuts: list[int], off: int
+) -> None:
+    """Breaks when it is copied for nothing, its ends are lost, or memory that the disk does not take is given to it."""
+    monkeypatch.setattr(large_file, "_LARGE", 2 * BLOCK)
+    numbers, addresses = direct_number(monkeypatch), set[int]()
+
+    def put(number: int, data: memoryview, at: int) -> int:
+        address = np.frombuffer(data, np.uint8).ctypes.data if len(data) else 0
+        if number in numbers:
+            assert address % BLOCK == len(data) % BLOCK == at % BLOCK == 0
+            addresses.add(address)
+        return PWRITE(number, data, at)
+
+    monkeypatch.setattr(os, "pwrite", put)
+    file = LargeFile(tmp_path / "x", len(DATA))
+    pieces = list(zip([0, *cuts], [*cuts, len(DATA)], strict=True))
+    held = [placed(begin, end, off=off) for begin, end in pieces]
+    for (begin, _), data in zip(pieces, held, strict=True):
+        file.write(data, begin)
+    entry = file.finish()
+    file.close()
+    assert (tmp_path / "x").read_bytes() == DATA and entry.sha256 == hashlib.sha256(DATA).hexdigest()
+    if not numbers:
+        pytest.skip("this file system knows no O_DIRECT")
+    bodies = {np.frombuffer(data, np.uint8).ctypes.data + -begin % BLOCK
+              for (begin, end), data in zip(pieces, held, strict=True) if end - begin >= 3 * BLOCK}  # fmt: skip
+    assert bodies <= addresses if not off else not bodies & addresses
 
 
 @pytest.mark.parametrize("when", ["open", "write"])

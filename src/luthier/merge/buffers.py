@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from math import prod
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from threading import RLock
 from typing import Final, final
 
@@ -38,22 +38,22 @@ class Buffers:
         """Those that have waited longest come first."""
         # Python may let an array go at any time, in the middle of `_taken` too: the lock lets its own thread in again.
 
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> np.ndarray:
-        """An array of any numbers, as `np.empty` makes one."""
-        size = prod(shape) * dtype.itemsize
+    def empty(self, shape: tuple[int, ...], dtype: DType, *, at: int = 0) -> np.ndarray:
+        """An array of any numbers, as `np.empty` makes one; a large one lies in pages as byte `at` of a file does."""
+        size, lead = prod(shape) * dtype.itemsize, at % PAGESIZE
         if size < _SMALL:
             return np.empty(shape, dtype)
-        piece = self._taken(size)
+        piece = self._taken(lead + size)
         whole = np.frombuffer(piece, np.uint8)
         # Views hold what lies directly over the memory, so this one goes last.
         weakref.finalize(whole, self._back, piece).atexit = False
-        return whole[:size].view(dtype).reshape(shape)
+        return whole[lead : lead + size].view(dtype).reshape(shape)
 
     def _taken(self, size: int) -> mmap:
         with self._lock:
             fitting = [piece for piece in self._waiting if size <= len(piece) <= _LARGER * size]
             if fitting:
-                best = min(fitting, key=len)
+                best = min(reversed(fitting), key=len)
                 # By identity: equal bytes are not the same memory.
                 self._waiting = [piece for piece in self._waiting if piece is not best]
                 return best

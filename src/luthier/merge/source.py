@@ -92,17 +92,17 @@ class Source:
         return found
 
     @np.errstate(all="ignore")
-    def rounded(self, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
-        """Some rows merged and rounded once, and their measures."""
-        method, dtype = self.job.method, self.job.slot.dtype
+    def rounded(self, first: int, height: int, seen: Sequence[Sums], *, into: Rows) -> Measured:
+        """Put some rows, merged and rounded once, into an array of the type of the result; their measures."""
+        method = self.job.method
         if not isinstance(method, WeightedSum):
             part = self.part(first, height)
             found = method.merge(part, seen)
-            return narrowed(found, dtype), measured(part, found, seen)
+            into[...] = narrowed(found, into.dtype)
+            return measured(part, found, seen)
         rows = self.rows(first, height)
-        narrow = self._empty(rows[0].shape, dtype)
-        moved = self._weighted(method, rows, seen, narrow)
-        return narrow, of_rows(rows, moved, seen, self.vectors, based=self.job.base is not None)
+        moved = self._weighted(method, rows, seen, into)
+        return of_rows(rows, moved, seen, self.vectors, based=self.job.base is not None)
 
     def _weighted(
         self, method: WeightedSum, rows: Sequence[Rows], seen: Sequence[Sums], into: Rows

@@ -29,7 +29,7 @@ from luthier.kernels.wanted import wanted_kernels
 from luthier.merge.buffers import Buffers
 from luthier.merge.measures import Measured, TensorReport
 from luthier.merge.parents import Parent
-from luthier.merge.plan import Plan
+from luthier.merge.plan import Job, Plan
 from luthier.merge.source import Source, copied, total
 from luthier.mergers import Rows, Sums, WeightedSum
 from luthier.model.files.shards import ShardWriter
@@ -64,8 +64,8 @@ class Room:
     def block(self, models: int, columns: int, *, lean: bool = False) -> int:
         """Rows of a block; `lean` where no copies are made. Raises RecipeError where not one row fits."""
         each = 4 * columns * (models + 1 if lean else models * COPIES + 2)
-        # Twice as many threads: half of them look ahead.
-        most = 2 * self.threads + WAITING
+        # Twice as many threads: half of them look ahead; and one block is on its way to the disk.
+        most = 2 * self.threads + WAITING + 1
         rows = int(self.memory_bytes // 2 // (most * each))
         if not rows:
             raise RecipeError(
@@ -102,27 +102,53 @@ def stream(
         one_blas_thread(),
         _Lookers(room.threads) as lookers,
         ThreadPoolExecutor(room.threads, "merge") as workers,
-        ThreadPoolExecutor(1, "write") as writing,
+        _Out(writer, buffers, told) as out,
     ):
-        waiting: deque[Future[None]] = deque()
-
-        def write(name: str, rows: np.ndarray, first: int) -> None:
-            while len(waiting) >= WAITING:
-                waiting.popleft().result()
-            waiting.append(writing.submit(writer.write, name, rows, first))
-            told(rows.nbytes)
-
         jobs = {job.name: job for job in plan.jobs}
         sources = (Source(parents, jobs[name], vectors, buffers.empty) for name in writer.order)
         for work in _ahead(sources, room, lookers):
             job = work.source.job
             if job.copied:
-                write(job.name, copied(parents, job), 0)
+                out.write(job.name, copied(parents, job), 0)
             else:
-                reports.append(_merged(work, room, workers, write))
-        for future in waiting:
-            future.result()
+                reports.append(_merged(work, room, workers, out))
+        out.finish()
     return reports
+
+
+@final
+class _Out:
+    """Where rows of the result go: memory that they are merged into, and a thread that writes them in order."""
+
+    def __init__(self, writer: ShardWriter, buffers: Buffers, told: Callable[[int], None]) -> None:
+        self._writer, self._buffers, self._told = writer, buffers, told
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: deque[Future[None]] = deque()
+
+    def empty(self, job: Job, first: int, height: int) -> Rows:
+        """Memory for rows from `first` on, so placed that the disk takes them from where they lie."""
+        rows = min(height, job.slot.rows - first)
+        return self._buffers.empty((rows, job.slot.columns), job.slot.dtype, at=self._writer.offset(job.name, first))
+
+    def write(self, name: str, rows: Rows, first: int) -> None:
+        """Hand rows over. Waits where as many as may wait do."""
+        while len(self._waiting) >= WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._writer.write, name, rows, first))
+        self._told(rows.nbytes)
+
+    def finish(self) -> None:
+        """Wait until all rows are handed over. Raises what writing them raised."""
+        for future in self._waiting:
+            future.result()
+
+    def __enter__(self) -> _Out:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
 
 
 @final
@@ -203,23 +229,24 @@ def _kept_bytes(source: Source, room: Room) -> int:
 
 
 def _merged(
-    work: _Work, room: Room, workers: ThreadPoolExecutor, write: Callable[[str, np.ndarray, int], None]
+    work: _Work, room: Room, workers: ThreadPoolExecutor, out: _Out
 ) -> TensorReport:
     """All looks at one tensor, then its blocks."""
     source, job = work.source, work.source.job
     seen, whole = work.seen(), Measured(0.0, 0.0, 0.0, None)
-    blocks = [partial(_block, source, first, work.height, seen) for first in work.firsts]
+    blocks = [partial(_block, source, first, work.height, seen, out) for first in work.firsts]
     for first, (rows, found) in zip(work.firsts, _in_order(workers, room.threads, blocks), strict=True):
         whole = found if first == 0 else whole + found
-        write(job.name, rows, first)
+        out.write(job.name, rows, first)
     # Whoever asked for it may hold it until the next one is there.
     source.kept.clear()
     return TensorReport.of(job.name, whole, seen, job.method.told(job.weights, seen), numbers=prod(job.slot.shape),
                            based=job.base is not None)  # fmt: skip
 
 
-def _block(source: Source, first: int, height: int, seen: Sequence[Sums]) -> tuple[Rows, Measured]:
-    rounded, found = source.rounded(first, height, seen)
+def _block(source: Source, first: int, height: int, seen: Sequence[Sums], out: _Out) -> tuple[Rows, Measured]:
+    rounded = out.empty(source.job, first, height)
+    found = source.rounded(first, height, seen, into=rounded)
     # A sum that is not finite may be one that is too large for float32; only then every number is looked at.
     narrow = rounded.dtype == FLOAT16
     if (narrow or not isfinite(found.moved + found.whole)) and not np.isfinite(widened(rounded)).all():

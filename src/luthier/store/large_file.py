@@ -2,12 +2,13 @@
 
 Idea: a file of a model's size fills the page cache with bytes that nobody asks for again, and the system writes them
 back in small pieces, late, all at the end: until they are durable takes several times as long as the disk needs for
-them. So bytes are gathered in two aligned buffers; while one is filled, the other is written by a thread with O_DIRECT,
-which the disk takes at its own speed. What comes out of order, the ends that are not aligned, and everything on file
-systems that know no such writing goes through the page cache, and is made durable beside the work.
+them. So a thread writes with O_DIRECT, which the disk takes at its own speed. Bytes that lie in memory as they will in
+the file, with the same remainder of a block, are written from where they lie; others are gathered in two aligned
+buffers, one of which is filled while the other is written. What comes out of order, the ends that are not aligned, and
+everything on file systems that know no such writing goes through the page cache, and is made durable beside the work.
 The digest is that of the bytes as they were handed over, so that reading the file back later proves the disk.
 Source: open(2), O_DIRECT: memory, offset and length are multiples of the block.
-Cost: two buffers of 2 MB while a file is being written in order.
+Cost: two buffers of 2 MB while a file is being written in order, and what is being written is held until it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
@@ -31,6 +34,10 @@ PIECE: Final = 1 << 21
 """Bytes of a buffer."""
 BLOCK: Final = 4096
 """What offsets and lengths are multiples of: enough for every disk's block."""
+_BUFFERS: Final = 3
+"""One is filled, one is written, and one waits for that."""
+_LARGE: Final = 1 << 17
+"""Bytes that are worth a write of their own; fewer are gathered."""
 _SYNC: Final = 1 << 27
 """Bytes in the page cache after which they are made durable beside the writing, so that not all is left for the end."""
 _FIRST: Final = 1 << 25
@@ -41,7 +48,8 @@ _REFUSED: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 @final
 class LargeFile:
-    """A new file of a size that is known. Any thread may write; each byte is written once.
+    """A new file of a size that is known. Any thread may write; each byte is written once, and what was handed over
+    stays as it is until the file is finished.
 
     Raises DiskFullError, before a byte of it is written, where the disk has no room for it; StorageError for all else.
     """
@@ -52,9 +60,9 @@ class LargeFile:
         """What came in order, and where it ends."""
         self._lock, self._cached = Lock(), _SYNC - _FIRST
         self._writing, self._syncing = ThreadPoolExecutor(1, "direct"), ThreadPoolExecutor(1, "sync")
-        self._written: Future[None] | None = None
+        self._written: deque[Future[None]] = deque()
         self._syncs: list[Future[None]] = []
-        self._buffers: tuple[mmap, mmap] | None = None
+        self._buffers: tuple[mmap, ...] = ()
         self._filled = 0
         with explained("write", path, needed_bytes=size):
             self._number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -81,7 +89,7 @@ class LargeFile:
 
     def settle(self) -> None:
         """Begin to make durable what has been written; after it the file can be read."""
-        if self._filled and self._buffers is not None:
+        if self._filled:
             # It stays in its buffer, and is written again with the rest of it where more comes.
             begin = self._end - self._filled
             self._put(memoryview(self._buffers[0])[: self._filled], begin)
@@ -113,48 +121,69 @@ class LargeFile:
         for number in (self._number, self._direct):
             if number is not None:
                 os.close(number)
-        self._direct, self._buffers = None, None
+        self._direct, self._buffers = None, ()
 
     def _append(self, data: memoryview) -> None:
-        """Into the first buffer; a full one changes places with the second and is written meanwhile."""
-        if self._buffers is None:
-            self._buffers = (mmap(-1, PIECE), mmap(-1, PIECE))
+        """From where it lies to the disk, but for its ends; or into a buffer."""
         at = self._end
-        while data:
-            count = min(len(data), PIECE - self._filled)
-            full, other = self._buffers
-            # numpy copies without Python's lock.
-            np.frombuffer(full, np.uint8)[self._filled : self._filled + count] = np.frombuffer(data[:count], np.uint8)
-            self._filled, data, at = self._filled + count, data[count:], at + count
-            if self._filled == PIECE:
-                self._wait()
-                self._written = self._writing.submit(self._put_direct, full, at - PIECE)
-                self._buffers, self._filled = (other, full), 0
-        if at == self.size:
+        head = -at % BLOCK
+        body = max(len(data) - head, 0) // BLOCK * BLOCK
+        if body >= _LARGE and (np.frombuffer(data, np.uint8).ctypes.data + head) % BLOCK == 0:
+            # A buffer begins at a block, so the head makes its blocks whole.
+            self._gather(data[:head], at)
+            self._turn(at + head, data[head : head + body])
+            data, at = data[head + body :], at + head + body
+        at = self._gather(data, at)
+        if at == self.size and self._buffers:
             # A model has many such files: one that is whole keeps no buffers.
             self._put(memoryview(self._buffers[0])[: self._filled], at - self._filled)
             self._wait()
-            self._buffers, self._filled = None, 0
+            self._buffers, self._filled = (), 0
 
-    def _wait(self) -> None:
-        """Until no buffer is being written."""
-        if self._written is not None:
-            self._written.result()
-            self._written = None
+    def _gather(self, data: memoryview, at: int) -> int:
+        """Into the first buffer, and to the disk when it is full; where the bytes end."""
+        while data:
+            if not self._buffers:
+                self._buffers = tuple(mmap(-1, PIECE) for _ in range(_BUFFERS))
+            count = min(len(data), PIECE - self._filled)
+            into = np.frombuffer(self._buffers[0], np.uint8)
+            # numpy copies without Python's lock.
+            into[self._filled : self._filled + count] = np.frombuffer(data[:count], np.uint8)
+            self._filled, data, at = self._filled + count, data[count:], at + count
+            if self._filled == PIECE:
+                self._turn(at)
+        return at
 
-    def _put_direct(self, buffer: mmap, at: int) -> None:
+    def _turn(self, at: int, behind: memoryview | None = None) -> None:
+        """Write what was gathered up to `at`, and what lies `behind` it; the other buffers are filled meanwhile."""
+        self._wait(_BUFFERS - 2)
+        pieces = [] if behind is None else [behind]
+        if self._filled:
+            pieces.insert(0, memoryview(self._buffers[0])[: self._filled])
+            at -= self._filled
+            self._buffers, self._filled = (*self._buffers[1:], self._buffers[0]), 0
+        self._written.append(self._writing.submit(self._put_direct, pieces, at))
+
+    def _wait(self, most: int = 0) -> None:
+        """Until no more than so many writes are left."""
+        while len(self._written) > most:
+            self._written.popleft().result()
+
+    def _put_direct(self, pieces: Sequence[memoryview], at: int) -> None:
         """Past the page cache, or through it where that is refused."""
-        rest = memoryview(buffer)
+        count = 0
         if self._direct is not None:
             try:
-                count = os.pwrite(self._direct, rest, at)
-                rest, at = rest[count:], at + count
+                count = os.pwritev(self._direct, pieces, at)
             except OSError as failure:
                 if failure.errno not in _REFUSED:
                     with explained("write", self.path, needed_bytes=self.size):
                         raise
-        # The rest of a piece that was cut short: the next try tells why, or writes it.
-        self._put(rest, at)
+        # The rest of what was cut short: the next try tells why, or writes it.
+        for piece in pieces:
+            done = min(count, len(piece))
+            self._put(piece[done:], at + done)
+            count, at = count - done, at + len(piece)
 
     def _put(self, data: memoryview, at: int) -> None:
         """Through the page cache."""

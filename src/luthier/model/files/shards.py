@@ -183,8 +183,17 @@ class ShardWriter:
         """The names as their bytes lie: what is written in this order need not be read back for its digest."""
         return [name for file in self._files for name in file.order]
 
+    def offset(self, name: str, first: int = 0) -> int:
+        """The byte of its file where row `first` of a tensor begins."""
+        slot = self._slots[name]
+        return self._owner[name].offset(name) + first * slot.columns * slot.dtype.itemsize
+
     def write(self, name: str, tensor: np.ndarray, first: int = 0) -> None:
-        """Put a tensor, or rows of it from row `first` on, into its file. Raises StorageError, DiskFullError."""
+        """Put a tensor, or rows of it from row `first` on, into its file; they stay as they are until it is finished.
+
+        Rows whose address has the remainder of their `offset` in a block of the disk (`store.large_file.BLOCK`) are
+        not copied. Raises StorageError, DiskFullError.
+        """
         slot = self._slots[name]
         if tensor.dtype != slot.dtype or tensor.size % max(slot.columns, 1):
             raise TypeError(f"{name} is laid out as {slot}, and {tensor.dtype} of {tensor.shape} came")
@@ -293,6 +302,9 @@ class _File:
     @property
     def order(self) -> Sequence[str]:
         return list(self._begins)
+
+    def offset(self, name: str) -> int:
+        return self._begins[name]
 
     def write(self, name: str, data: memoryview, begin: int) -> None:
         self._file.write(data, self._begins[name] + begin)
