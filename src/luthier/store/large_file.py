@@ -171,19 +171,19 @@ class LargeFile:
 
     def _put_direct(self, pieces: Sequence[memoryview], at: int) -> None:
         """Past the page cache, or through it where that is refused."""
-        count = 0
-        if self._direct is not None:
-            try:
-                count = os.pwritev(self._direct, pieces, at)
-            except OSError as failure:
-                if failure.errno not in _REFUSED:
-                    with explained("write", self.path, needed_bytes=self.size):
-                        raise
-        # The rest of what was cut short: the next try tells why, or writes it.
-        for piece in pieces:
-            done = min(count, len(piece))
-            self._put(piece[done:], at + done)
-            count, at = count - done, at + len(piece)
+        for rest in pieces:
+            end = at + len(rest)
+            if self._direct is not None:
+                try:
+                    count = os.pwrite(self._direct, rest, at)
+                    rest, at = rest[count:], at + count
+                except OSError as failure:
+                    if failure.errno not in _REFUSED:
+                        with explained("write", self.path, needed_bytes=self.size):
+                            raise
+            # The rest of a piece that was cut short: the next try tells why, or writes it.
+            self._put(rest, at)
+            at = end
 
     def _put(self, data: memoryview, at: int) -> None:
         """Through the page cache."""
