@@ -185,6 +185,8 @@ def test_names_that_are_no_run(tmp_path: Path, finished: Path) -> None:
     luthier("generate", finished.parent / "finish", "--prompt", "x").must(2, f"did you mean {finished}?")
     luthier("run", "list", tmp_path / "none").must(2, f"there is no folder {tmp_path / 'none'}")
     luthier("generate", tmp_path, "--prompt", "x").must(2, "has no config.json")
+    luthier("generate", "sedling", "--prompt", "x").must(2, "did you mean seedling?")
+    luthier("merge", "seedling", "sedling", "--out", tmp_path / "out").must(2, "did you mean seedling?")
 
 
 def test_init_overwrites_nothing_and_says_what_it_cannot_write(tmp_path: Path) -> None:

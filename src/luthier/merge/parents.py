@@ -21,6 +21,7 @@ from luthier.kernels.floats import widened
 from luthier.merge.lora import Factors, factors_of
 from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import Shards
+from luthier.model.files.sources import without_config
 from luthier.model.files.weight_files import folder_digest, weight_files
 
 TOKENIZER: Final = "tokenizer.json"
@@ -47,7 +48,7 @@ class Parent:
         files = ModelFiles.of(source)
         config = files.json("config.json")
         if not config:
-            raise RecipeError(f"{name} has no config.json", do="name a folder in the Hugging Face layout, or a hub id")
+            raise without_config(name, files)
         if config.get("quantization_config"):
             raise RecipeError(
                 f"{name} holds packed weights (its config.json has quantization_config)",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from luthier.core.errors import RecipeError
-from luthier.data.hub import ModelFiles, no_model_but
+from luthier.data.hub import ModelFiles
 from luthier.model.files.config_gate import Checked, read_config
-from luthier.model.files.sources import resolve_source
+from luthier.model.files.sources import resolve_source, without_config
 
 
 def config_of(source: str) -> PretrainedConfig:
@@ -19,8 +18,7 @@ def checked_config(files: ModelFiles, *, quantized: bool) -> Checked:
     """The config among a model's files, through the gate."""
     path = files.find("config.json")
     if path is None:
-        usual = "name a folder in the Hugging Face layout, a hub id, or seedling"
-        raise RecipeError(f"{files.source} has no config.json", do=no_model_but(files) or usual)
+        raise without_config(files.source, files)
     return read_config(path, quantized=quantized)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luthier.core.errors import MissingError
+from luthier.core.errors import MissingError, RecipeError
 from luthier.core.nearest import nearest
+from luthier.data.hub import ModelFiles, no_model_but
 
 FRESH = "fresh:"
 """A source with this prefix is a folder whose config is used and whose weights are drawn anew."""
@@ -32,3 +33,10 @@ def resolve_source(source: str) -> str:
         do = f"did you mean {' or '.join(close)}?" if close else "check the path; a hub id has the form owner/name"
         raise MissingError(f"there is no model folder {name}", do=do)
     return name
+
+
+def without_config(name: str, files: ModelFiles) -> RecipeError:
+    """What to say of a model that was found, or may be on the hub, and has no config."""
+    usual = "name a folder in the Hugging Face layout, a hub id, or seedling"
+    meant = "did you mean seedling?" if files.folder is None and nearest(name, [SEEDLING], cutoff=0.8) else ""
+    return RecipeError(f"{name} has no config.json", do=no_model_but(files) or meant or usual)
