@@ -58,6 +58,18 @@ assert int(other.sum()) == other.numel()
 """)
 
 
+def test_new_blocks_lie_one_behind_the_other() -> None:
+    """Breaks when the weights of a model, most of them smaller than a large page, lie in small pages at their ends."""
+    run("""
+size = 1_605_632
+kept = [torch.ones(size, dtype=torch.uint8) for _ in range(40)]
+steps = [after.data_ptr() - before.data_ptr() for before, after in zip(kept, kept[1:])]
+assert steps.count(size) >= len(steps) - 2, steps
+huge = torch.ones(100_000_000, dtype=torch.uint8)
+assert int(huge.long().sum()) == huge.numel()
+""")
+
+
 def test_no_more_is_mapped_than_was_once_alive() -> None:
     """Breaks when freed blocks of other sizes pile up, as they do in a heap."""
     run("""
