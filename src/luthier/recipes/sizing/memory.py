@@ -111,9 +111,13 @@ def lasting(
         "trained": found + sum(p.nbytes for p in trained) + wide,
         "gradients": _gradients(attachment, optimizer, far=far),
         "optimizer": 0 if far else optimizer.resident_bytes(_shapes(attachment)),
-        "libraries": bytes_of.libraries(model.dtype.itemsize) if (device or model.device.type) == "cpu" else 0,
+        "libraries": _libraries(model) if (device or model.device.type) == "cpu" else 0,
         "saving": 0,
     }
+
+
+def _libraries(model: LanguageModel) -> int:
+    return bytes_of.libraries(model.dtype.itemsize, zoo=model.executor.blocks is None)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
