@@ -117,7 +117,8 @@ def lasting(
 
 
 def _libraries(model: LanguageModel) -> int:
-    return bytes_of.libraries(model.dtype.itemsize, zoo=model.executor.blocks is None)
+    threads, zoo = torch.get_num_threads(), model.executor.blocks is None
+    return bytes_of.libraries(model.dtype.itemsize, threads=threads, zoo=zoo)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
