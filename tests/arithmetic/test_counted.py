@@ -53,6 +53,18 @@ def test_the_widest_moment_is_the_head_or_the_last_block() -> None:
     assert counted_peak(DECODER, WORK, of_tokens(100), one, readers=0).total == 50 * 100 + feed
 
 
+def test_a_block_that_keeps_nothing_is_at_work_forward() -> None:
+    """Breaks when a model of which only the head is trained is planned as if its blocks took nothing."""
+    one, rates = Load(texts=Texts.of([(5, 10, 10)])), of_tokens(0, 0, 0)
+    plain = counted_peak(DECODER, WORK, rates, one, readers=0)
+    assert plain.total == 50 * (2 * 30 + 4 * 10) * 4
+    assert counted_peak(DECODER, WORK, rates, one, readers=0, drops=True).total == plain.total + 50 * 30 * 4
+    # What is kept already has in it what works forward.
+    kept = of_tokens(0, 100, 0)
+    found = [counted_peak(DECODER, WORK, kept, one, readers=0, drops=drops) for drops in (False, True)]
+    assert found[0] == found[1]
+
+
 def test_an_encoders_states_have_a_gradient_while_the_decoder_goes_backward() -> None:
     """Breaks when a decoder's blocks are taken to see the encoder's tokens, or nothing waits for the encoder."""
     one = Load(texts=Texts.of([(5, 10, 10)]), answers=Texts.of([(5, 4, 4)]))

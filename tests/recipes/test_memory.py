@@ -31,6 +31,10 @@ SIZES = (
 )
 
 
+LONG = 600
+"""Seconds that a case may take, on a busy machine."""
+
+
 def laid_out(recipe: Path, adapter: str, *more: str) -> Bench:
     return lay_out(load_recipe(recipe, overrides=[f"adapter={adapter}", *more]).recipe)
 
@@ -228,7 +232,7 @@ def test_a_limit_on_the_address_space_counts() -> None:
 def measured(case: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, memory_peak.__file__, json.dumps(case)],
-        capture_output=True, text=True, check=False, timeout=110,
+        capture_output=True, text=True, check=False, timeout=LONG,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
@@ -240,7 +244,7 @@ def measured_by_fork(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same in a process that has imported all of it already, which takes longer than the passes."""
     out = folder / "said"
     child = zygote().start("tests.recipes.memory_peak:tell", json.dumps(case), out=out)
-    code = child.reap(110)
+    code = child.reap(LONG)
     assert code == 0, out.read_text("utf-8")[-2000:]
     found = json.loads(out.read_text("utf-8").splitlines()[-1])
     assert isinstance(found, dict)
@@ -263,6 +267,7 @@ def test_the_predicted_peak_of_steps_in_the_backward_pass(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG + 60)
 @pytest.mark.parametrize("recomputed", [0, 3])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", catalog.names("adapters"))
@@ -308,6 +313,7 @@ def test_the_predicted_peak_of_other_tasks(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LONG + 60)
 @pytest.mark.parametrize("twist", [{}, {"dropout": 0.1}, {"precision": "bfloat16"}], ids=["", "dropout", "bfloat16"])
 @pytest.mark.parametrize("adapter", catalog.names("adapters"))
 @pytest.mark.parametrize("kind", KINDS, ids=[f"{each[0]} {each[1]}" for each in KINDS])

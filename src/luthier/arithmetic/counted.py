@@ -12,7 +12,9 @@ Equation: kept_i = a_i . x for stage i, x = (1, texts, answers, U, X, N), with e
     the gradients of its insides at work: of a feed-forward (2 + g + e) f + 2 d numbers a token (g with a gate, e with
     edits before the way down; the gradient behind the bend and before it, of the stream and of the sum); of attention
     2 q + 2 kv + d, and for each pair of its largest call as much as is kept of a pair. While a decoder goes backward,
-    the gradient of the encoder's states, d a token of the texts, waits for the encoder.
+    the gradient of the encoder's states, d a token of the texts, waits for the encoder. A block that keeps nothing, as
+    where only what lies above it is trained, is at work forward alone: (2 + g + o) f + 4 d numbers a token (o where it
+    drops out).
 Source: torch's saved-tensor hooks (model/kept_tensors.py), for all adapters, with dropout and without: 0.5 %
     of what autograd keeps, tests/recipes/test_zoo_memory.py; and 10 % of the peak of processes,
     tests/recipes/test_memory.py.
@@ -105,20 +107,24 @@ _PAIRS = [each.name for each in fields(Texts)].index("pairs")
 
 
 def counted_peak(
-    decoder: Decoder, work: Work, rates: Rates, load: Load, *, readers: int, edits_inner: bool = False
-) -> Peak:
+    decoder: Decoder, work: Work, rates: Rates, load: Load, *, readers: int, edits_inner: bool = False,
+    drops: bool = False,
+) -> Peak:  # fmt: skip
     """The moment of a pass at which most is alive; the first `readers` blocks are an encoder's, if there is a decoder.
 
-    `edits_inner` is whether edits work on what goes into the way down of a feed-forward.
+    `edits_inner` is whether edits work on what goes into the way down of a feed-forward, `drops` whether states are
+    dropped out.
     Stages are what comes before the first block, the block, what comes between it and the next, and so on.
     """
-    inner = 2 + decoder.gated + edits_inner
-    return max(_moments(decoder, work, rates, load, readers, inner), key=lambda moment: moment.total)
+    backward = 2 + decoder.gated + edits_inner
+    forward = 2 + decoder.gated + drops
+    return max(_moments(decoder, work, rates, load, readers, (forward, backward)), key=lambda moment: moment.total)
 
 
 def _moments(
-    decoder: Decoder, work: Work, rates: Rates, load: Load, readers: int, inner: int
+    decoder: Decoder, work: Work, rates: Rates, load: Load, readers: int, inner: tuple[int, int]
 ) -> Iterator[Peak]:
+    forward, backward = inner
     kept = rates.kept(load)
     below = list(accumulate(kept))
     yield Peak(kept=below[-1], working=head_at_work(decoder, work))
@@ -128,7 +134,10 @@ def _moments(
         texts = load.texts if reads else load.answers
         # What the layers of a decoder find out about the encoder's states is added up until the encoder's turn.
         waits = 0 if reads else load.texts.tokens * decoder.hidden * decoder.bytes
-        yield Peak(kept=below[stage], working=_feed_forward(decoder, work, texts.tokens, inner) + waits)
+        if not kept[stage]:
+            passing = texts.tokens * (forward * decoder.inner + 4 * decoder.hidden) * decoder.bytes
+            yield Peak(kept=below[stage], working=passing)
+        yield Peak(kept=below[stage], working=_feed_forward(decoder, work, texts.tokens, backward) + waits)
         squares = round(rates.of_pairs(stage) * texts.largest)
         done = min(kept[stage], texts.tokens * decoder.inner * decoder.bytes)
         yield Peak(kept=below[stage] - done, working=_attention(decoder, texts.tokens) + squares + waits)

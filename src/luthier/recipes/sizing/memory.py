@@ -111,9 +111,14 @@ def lasting(
         "trained": found + sum(p.nbytes for p in trained) + wide,
         "gradients": _gradients(attachment, optimizer, far=far),
         "optimizer": 0 if far else optimizer.resident_bytes(_shapes(attachment)),
-        "libraries": bytes_of.libraries(model.dtype.itemsize) if (device or model.device.type) == "cpu" else 0,
+        "libraries": _libraries(model) if (device or model.device.type) == "cpu" else 0,
         "saving": 0,
     }
+
+
+def _libraries(model: LanguageModel) -> int:
+    threads, zoo = torch.get_num_threads(), model.executor.blocks is None
+    return bytes_of.libraries(model.dtype.itemsize, threads=threads, zoo=zoo)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Final
 
 import numpy as np
+from torch import nn
 
 from luthier.arithmetic.counted import Load, Rates, Texts, counted_peak
 from luthier.arithmetic.memory import Decoder, Peak, Work
@@ -60,12 +61,13 @@ MOST: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted of a model: its rates, how many blocks are an encoder's with a decoder above it, and
-    whether edits work within feed-forwards."""
+    """What was counted of a model: its rates, how many blocks are an encoder's with a decoder above it, whether edits
+    work within feed-forwards, and whether states are dropped out."""
 
     rates: Rates
     readers: int
     edits_inner: bool
+    drops: bool
 
     @classmethod
     def of(cls, model: LanguageModel, attachment: Attachment) -> Counted:
@@ -75,13 +77,14 @@ class Counted:
         forests = [Forest(tuple(_tree(model, unit, *row) for row in rows)) for rows in passes]
         loads, counts = [load_of(model, each) for each in forests], [kept_by_stage(model, each) for each in forests]
         readers = model.sites.layers - model.sites.root_layers if model.sites.two_stacks else 0
-        return cls(Rates.of(loads, counts), readers, edits_inner(model, attachment))
+        drops = any(isinstance(each, nn.Dropout) and each.p > 0 for each in model.module.modules())
+        return cls(Rates.of(loads, counts), readers, edits_inner(model, attachment), drops)
 
     def peak(self, model: LanguageModel, decoder: Decoder, work: Work, forest: Forest) -> Peak:
         """The widest moment of a pass of this forest."""
         load = load_of(model, forest)
         return counted_peak(
-            decoder, work, self.rates, load, readers=self.readers, edits_inner=self.edits_inner
+            decoder, work, self.rates, load, readers=self.readers, edits_inner=self.edits_inner, drops=self.drops
         )
 
 
