@@ -29,7 +29,7 @@ from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.kinds import kind_of_recipe
 from luthier.recipes.sizing import accounts
-from luthier.recipes.sizing.memory import require_disk
+from luthier.recipes.sizing.memory import certain_to_fit, require_disk
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number
@@ -231,7 +231,7 @@ def set_up(
 
 def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
     """The largest micro-batch first: what does not fit shows now, and is cut smaller for the whole run."""
-    if state.step >= state.total_steps:
+    if state.step >= state.total_steps or certain_to_fit(bench.plan["memory"], bench.model.device):
         return
     rehearsal = rehearse(bench.stepper, bench.planned, state.total_steps)
     for split in rehearsal.splits:
