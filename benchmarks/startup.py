@@ -4,7 +4,9 @@
 
 Each measure of each repetition is a process of its own, one after another (A B C A B C). One JSON line a process goes
 to HOME/startup.jsonl; the table on standard output holds medians and ranges. The peer's measures are made where its
-environment is (`setup_peers.py`). Run it with luthier's interpreter.
+environment is (`setup_peers.py`). Run it with luthier's interpreter. Where HOME/venv-luthier is, what luthier starts is
+measured there: transformers imports whatever is installed of triton, accelerate and others, which luthier's tests need
+and luthier does not, and a peer's environment holds no more than what it needs either.
 
 - `luthier --help`, `import luthier`, `trl sft --help`: wall seconds of the process.
 - `luthier first step`, `trl first step`: seconds from the start of the process to the end of the first step, of
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import procfs
-from surroundings import variables
+from surroundings import interpreter, variables
 
 HERE = Path(__file__).resolve().parent
 MODEL = "m1"
@@ -60,14 +62,15 @@ class Measure:
 def measures(home: Path, scratch: Path, precision: str) -> dict[str, Measure]:
     """All measures by name; those of a peer only where it is installed."""
     python, bench = sys.executable, home / MODEL
+    alone = str(interpreter("luthier" if (home / "venv-luthier").exists() else None, home))
     recipe = scratch / "recipe.yaml"
-    first = [python, "-c", LUTHIER, "train", str(recipe), "--quiet", "--run", str(scratch / "run"), "--overwrite"]
+    first = [alone, "-c", LUTHIER, "train", str(recipe), "--quiet", "--run", str(scratch / "run"), "--overwrite"]
     tokens = [python, str(HERE / "startup_tokens.py"), "--folder", str(bench), "--kind"]
     found = {
-        "luthier --help": Measure([python, "-c", LUTHIER, "--help"]),
-        "import luthier": Measure([python, "-c", "import luthier"]),
+        "luthier --help": Measure([alone, "-c", LUTHIER, "--help"]),
+        "import luthier": Measure([alone, "-c", "import luthier"]),
         "luthier first step": Measure(first, "first_step_s", warm=True),
-        "the libraries alone": Measure([python, "-c", LIBRARIES]),
+        "the libraries alone": Measure([alone, "-c", LIBRARIES]),
         "tokens text": Measure([*tokens, "text"], "mb_per_s", "MB/s a core"),
         "tokens chat": Measure([*tokens, "chat"], "mb_per_s", "MB/s a core"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,16 @@ def test_a_peer_is_measured_only_where_it_is(startup: ModuleType, tmp_path: Path
     both = startup.measures(tmp_path, tmp_path, "float32")
     assert set(both) - set(own) == {"trl sft --help", "trl first step"}
     assert both["trl first step"].warm and both["luthier first step"].warm and not both["tokens text"].warm
+
+
+def test_luthier_starts_in_an_environment_of_its_own_where_there_is_one(startup: ModuleType, tmp_path: Path) -> None:
+    """Breaks when the packages that only tests need are imported in what is measured of luthier, and of no peer."""
+    names = ("luthier --help", "import luthier", "luthier first step", "the libraries alone")
+    assert {startup.measures(tmp_path, tmp_path, "float32")[name].command[0] for name in names} == {sys.executable}
+    (tmp_path / "venv-luthier").mkdir()
+    own = startup.measures(tmp_path, tmp_path, "float32")
+    assert {own[name].command[0] for name in names} == {str(tmp_path / "venv-luthier" / "bin" / "python")}
+    assert own["tokens text"].command[0] == sys.executable
 
 
 def test_the_recipe_is_one_that_luthier_takes(startup: ModuleType) -> None:

@@ -98,7 +98,25 @@ def test_other_weights_other_kernels_and_other_code_are_probed(
     assert len(probed) == 6
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "segments"}', '{"kind": "other", "own_head": true}'])
+def test_a_start_from_memory_runs_nothing(probed: list[str]) -> None:
+    """Breaks when the model is run before anybody has asked for something."""
+    opened(forests.zoo("llama"))
+    module, ran = forests.zoo("llama"), list[str]()
+    for name, part in module.named_modules():
+        # Which function bends is asked of seven numbers, not remembered.
+        if not name.endswith("act_fn"):
+            part.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    assert opened(module).executor.blocks is not None
+    assert ran == [] and len(probed) == 1
+
+
+WRONG_CALLS = '{"kind": "segments", "own_head": true, "reason": "", "calls": [[0, "0.25", null, null]]}'
+ONE_CALL_TOO_FEW = '{"kind": "segments", "own_head": true, "reason": "", "calls": [[0, 0.25, null, null]]}'
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"kind": "segments"}', '{"kind": "other", "own_head": true}', WRONG_CALLS, ONE_CALL_TOO_FEW]
+)
 def test_a_damaged_memory_is_found_out_anew(text: str, probed: list[str], tmp_path: Path) -> None:
     """Breaks when a file that was cut short stops a start, or stays."""
     opened(forests.zoo("llama"))

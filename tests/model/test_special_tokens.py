@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from luthier.adapters.full import Full
 from luthier.adapters.lora import LoRA
 from luthier.data.forest import Ints
 from luthier.data.tokenizer import Tokenizer
+from luthier.model import special_tokens
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import load_model, resolve_source
 from luthier.model.special_tokens import Examination, Use, examine
@@ -210,6 +212,85 @@ def test_rows_in_bfloat16_are_measured_in_float32() -> None:
     with torch.no_grad():
         fresh(model.sites.role("embed")[0].weight_parameter, torch.Generator().manual_seed(2))
     assert [finding.id for finding in looked_at(model).findings] == [STOP]
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """The sigma of each population that was worked out, in order, with a cache that knows none of them."""
+    monkeypatch.setattr(special_tokens, "cache_folder", lambda: tmp_path / "cache")  # kernels stay where they are
+    seen: list[float] = []
+    population = special_tokens._population
+
+    def noting(rows: Tensor, sigma: float, generator: torch.Generator) -> special_tokens._Population | str:
+        seen.append(sigma)
+        return population(rows, sigma, generator)
+
+    monkeypatch.setattr(special_tokens, "_population", noting)
+    return seen
+
+
+def damaged(damage: Damage) -> LanguageModel:
+    """A tied model with a damaged stop token."""
+    model = grown(tied=True)
+    with torch.no_grad():
+        damage(model.sites.role("embed")[0].weight_parameter, torch.Generator().manual_seed(2))
+    return model
+
+
+@pytest.mark.parametrize("damage", [fresh, loud, zero, faded, lambda weight, generator: None])
+def test_the_same_rows_are_looked_at_once(damage: Damage, compared: list[float]) -> None:
+    """Breaks when a second start says something else, or works it out again."""
+    first = looked_at(damaged(damage))
+    assert looked_at(damaged(damage)) == first and len(compared) == 1
+    assert bool(first.findings) == (damage in (fresh, loud, zero, faded))
+
+
+def test_why_nothing_can_be_said_is_remembered_too(compared: list[float]) -> None:
+    """Breaks when an untrained base, whose words are noise, is measured at each start."""
+    use = Use(1, "<|end|>", True, True, True)
+    made = [
+        examine(forests.language_model("llama"), [use], words=np.arange(3, 128, dtype=np.int32),
+                unused=np.array([0], np.int32))
+        for _ in range(2)
+    ]  # fmt: skip
+    assert made[0] == made[1] and made[0].skipped and len(compared) == len(made[0].skipped[next(iter(made[0].skipped))])
+
+
+@pytest.mark.parametrize("token", [STOP, ROLE, int(UNUSED[3]), int(WORDS[-1])])
+def test_another_row_anywhere_is_looked_at_anew(token: int, compared: list[float]) -> None:
+    """Breaks when what is said of rows outlives them."""
+    looked_at(grown(tied=True))
+    other = grown(tied=True)
+    with torch.no_grad():
+        other.sites.role("embed")[0].weight_parameter[token, 7] += 1e-3
+    looked_at(other)
+    assert len(compared) == 2
+
+
+def test_other_names_other_tokens_and_another_sigma_are_looked_at_anew(compared: list[float]) -> None:
+    """Breaks when a finding names the token of another tokenizer, or is measured by another config."""
+    model = grown(tied=True)
+    looked_at(model)
+    looked_at(model, [Use(STOP, "<|stop|>", True, True, True), Use(ROLE, "<|user|>", True, False, False)])
+    looked_at(model, [Use(STOP, "<|end|>", True, True, True)])
+    looked_at(model, unused=UNUSED[:-1])
+    model.module.config.initializer_range = 0.05
+    looked_at(model)
+    assert len(compared) == 5
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"median": "1"}', '{"median": 1.0, "rows": [[5, 3, 1.0]]}'])
+def test_a_damaged_memory_is_found_out_anew(text: str, compared: list[float], tmp_path: Path) -> None:
+    """Breaks when a file that was cut short stops a start, or stays."""
+    first = looked_at(damaged(fresh))
+    (path,) = (tmp_path / "cache" / special_tokens.FOLDER).iterdir()
+    whole = path.read_text("utf-8")
+    path.write_text(text, "utf-8")
+    assert looked_at(damaged(fresh)) == first
+    assert len(compared) == 2 and path.read_text("utf-8") == whole
 
 
 # ------------------------------------------------------------------------------------------------- a trained base

@@ -17,6 +17,8 @@ import torch
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError, StorageError
+from luthier.core.events import Event
+from luthier.recipes import finetune
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.schemas.files import load_recipe
 from luthier.recipes.sizing import memory, room
@@ -126,6 +128,22 @@ def test_what_may_not_suffice_is_said_with_its_numbers(recipe: Path, monkeypatch
     said = said[-2:]
     assert "are needed (" in said[0] and "are available" in said[0] and "activations" in said[0]
     assert "checkpoints of" in said[1] and "2 kB are free" in said[1] and "checkpoint.keep" in said[1]
+
+
+@pytest.mark.parametrize(("short", "said"), [(0, []), (1, ["rehearsal"])])
+def test_what_is_certain_to_fit_is_not_rehearsed(recipe: Path, short: int, said: list[str]) -> None:
+    """Breaks when a run that may not fit is not tried first, or every start waits for a pass that tells nothing."""
+    bench, seen = laid_out(recipe, "lora"), list[Event]()
+    bench.plan["memory"]["available"] = memory.ROOMY * bench.plan["memory"]["total"] - short
+    finetune._rehearse(bench, LoopState(total_steps=bench.plan["steps"]), SimpleNamespace(record=seen.append))
+    assert [event.kind for event in seen] == said
+
+
+def test_plans_that_run_together_share_the_host_and_a_gpu_is_always_tried() -> None:
+    """Breaks when each of several adapters counts on all of the memory, or a plan is believed on a GPU."""
+    cpu, plan = torch.device("cpu"), {"total": 10, "available": 8 * memory.ROOMY * 10}
+    assert memory.certain_to_fit(plan, cpu, among=8) and not memory.certain_to_fit(plan, cpu, among=9)
+    assert not memory.certain_to_fit(plan, torch.device("cuda"))
 
 
 def planned(recipe: Path, monkeypatch: pytest.MonkeyPatch, free: int, *more: str) -> dict[str, Any]:

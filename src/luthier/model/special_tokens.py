@@ -10,26 +10,36 @@ Equation: of an isotropic row the energy share in q of d directions is Beta(q/2,
 Source: never-trained tokens cluster, or keep small norms: Land and Bartolo, arXiv 2405.05417, section 2. Their
     indicator needs known unused tokens; the test against noise needs none.
 Cost: a sample of at most 8192 rows; about a second for the largest models, nothing that grows with the vocabulary.
+    What was found is remembered under a digest of all rows that were looked at, so the same ones cost their reading.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from luthier.core.paths import cache_folder
 from luthier.data.forest import Ints
 from luthier.model.editing.edits import TrainedParameters
 from luthier.model.editing.sites import Site
 from luthier.model.editing.token_rows import TokenRows
 from luthier.model.language_model import LanguageModel
+from luthier.store.environment import processor
+from luthier.store.remembered import code_of, recalled, remember
 
+FOLDER: Final = "control_tokens"
+_CODE: Final = ("model/special_tokens.py",)
+"""Whose files decide what is found."""
 SAMPLE_ROWS: Final = 8192
 SAMPLE_ELEMENTS: Final = 2**25
 DIRECTIONS: Final = 64
@@ -80,20 +90,16 @@ def examine(model: LanguageModel, uses: Sequence[Use], *, words: Ints, unused: I
     sigma = float(getattr(model.module.config.get_text_config(), "initializer_range", 0.0) or 0.0)
     for site, place, concerned in _places(model, uses):
         # `weight_parameter` would be what an adapter trains; the base may have been swapped out for it.
-        weight = site.weight()
-        population = _population(weight, words, sigma)
-        if isinstance(population, str):
-            skipped.setdefault(population, []).append(place)
+        looked = _Looked(site.weight(), words, unused, tuple(concerned), tuple(uses), sigma)
+        said = looked.known()
+        if isinstance(said, str):
+            skipped.setdefault(said, []).append(place)
             continue
-        others = [*(use.id for use in concerned), *(int(token) for token in unused)]
-        crowd = _crowd(_rows(weight, unused), population)
         for use in concerned:
-            row = weight[use.id].float()
-            why = _untrained(row, population, crowd) or _twin(weight, use, others, uses)
-            if why:
+            if (odd := said.rows.get(use.id)) is not None:
                 trained = use.id in trained_rows(model, site)
                 findings.append(
-                    Finding(use.id, use.text, place, why, float(row.norm()), population.median, use.stops, trained)
+                    Finding(use.id, use.text, place, odd.why, odd.norm, said.median, use.stops, trained)
                 )
     return Examination(tuple(uses), tuple(findings), skipped)
 
@@ -124,6 +130,107 @@ def _places(model: LanguageModel, uses: Sequence[Use]) -> list[tuple[Site, str, 
     ]
 
 
+@dataclass(frozen=True)
+class _Odd:
+    """Why a row looks untrained, and its norm."""
+
+    why: str
+    norm: float
+
+
+@dataclass(frozen=True)
+class _Said:
+    """The rows of one matrix that look untrained, by token, and the norm of the words' rows."""
+
+    median: float
+    rows: dict[int, _Odd]
+
+
+@final
+@dataclass(frozen=True)
+class _Looked:
+    """One matrix, and the tokens whose rows are looked at: what is said of them depends on nothing else."""
+
+    weight: Float[Tensor, "V d"]
+    words: Ints
+    unused: Ints
+    concerned: tuple[Use, ...]
+    uses: tuple[Use, ...]
+    sigma: float
+
+    def known(self) -> _Said | str:
+        """What `said` says, from memory where it has said it of the same rows before."""
+        generator = torch.Generator().manual_seed(0)
+        sample = _sample(self.words, int(self.weight.shape[1]), generator)
+        if isinstance(sample, str):
+            return sample
+        path = cache_folder() / FOLDER / f"{self._key(sample)}.json"
+        known = _restored(recalled(path))
+        if known is not None:
+            return known
+        said = self.said(sample, generator)
+        if isinstance(said, str):
+            remember(path, {"skipped": said})
+        elif all(math.isfinite(number) for number in (said.median, *(odd.norm for odd in said.rows.values()))):
+            rows = [[token, odd.why, odd.norm] for token, odd in said.rows.items()]
+            remember(path, {"median": said.median, "rows": rows})
+        return said
+
+    def said(self, sample: Ints, generator: torch.Generator) -> _Said | str:
+        """Which rows look untrained beside those of the sampled words, or why there is nothing to compare with."""
+        population = _population(_rows(self.weight, sample).cpu().float(), self.sigma, generator)
+        if isinstance(population, str):
+            return population
+        others = self._others()
+        crowd = _crowd(_rows(self.weight, self.unused).float(), population)
+        found: dict[int, _Odd] = {}
+        for use in self.concerned:
+            row = self.weight[use.id].float()
+            why = _untrained(row, population, crowd) or _twin(self.weight, use, others, self.uses)
+            if why:
+                found[use.id] = _Odd(why, float(row.norm()))
+        return _Said(population.median, found)
+
+    def _others(self) -> list[int]:
+        return [*(use.id for use in self.concerned), *(int(token) for token in self.unused)]
+
+    def _key(self, sample: Ints) -> str:
+        """A digest of every row that is looked at, whose they are, and what computes."""
+        facts = [str(self.weight.dtype), tuple(self.weight.shape), self.sigma, len(sample), self.unused.tolist(),
+                 [use.id for use in self.concerned], [(use.id, use.text) for use in self.uses],
+                 torch.__version__, processor(), *code_of(_CODE)]  # fmt: skip
+        total = hashlib.sha256(json.dumps(facts).encode())
+        for ids in (sample, np.array(self._others(), dtype=np.int32)):
+            total.update(_rows(self.weight, ids).contiguous().view(torch.uint8).cpu().numpy().data)
+        return total.hexdigest()[:32]
+
+
+def _restored(known: dict[str, Any]) -> _Said | str | None:
+    """What a file tells; None where it tells nothing that can be."""
+    match known:
+        case {"skipped": str(why)}:
+            return why
+        case {"median": float(median), "rows": list(rows)}:
+            found: dict[int, _Odd] = {}
+            for row in rows:
+                match row:
+                    case [int(token), str(why), float(norm)]:
+                        found[token] = _Odd(why, norm)
+                    case _:
+                        return None
+            return _Said(median, found)
+    return None
+
+
+def _sample(words: Ints, width: int, generator: torch.Generator) -> Ints | str:
+    """Words to compare with, the same ones each time, or why there are none."""
+    count = min(len(words), SAMPLE_ROWS, max(SAMPLE_ELEMENTS // width, FEWEST_ROWS))
+    if count < FEWEST_ROWS or width < SMALLEST_WIDTH:
+        return f"{len(words)} words with rows of {width} numbers are too few to compare with"
+    sampled: Ints = words[torch.randperm(len(words), generator=generator)[:count].numpy()]
+    return sampled
+
+
 @final
 @dataclass(frozen=True)
 class _Population:
@@ -145,15 +252,9 @@ class _Population:
         return (rows @ self.basis).square().sum(-1) / rows.square().sum(-1).clamp(min=1e-30)
 
 
-def _population(weight: Float[Tensor, "V d"], words: Ints, sigma: float) -> _Population | str:
-    """The population of `words`, or why there is none to compare with."""
-    width = int(weight.shape[1])
-    count = min(len(words), SAMPLE_ROWS, max(SAMPLE_ELEMENTS // width, FEWEST_ROWS))
-    if count < FEWEST_ROWS or width < SMALLEST_WIDTH:
-        return f"{len(words)} words with rows of {width} numbers are too few to compare with"
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(words), generator=generator)[:count]
-    rows = _rows(weight, words[order.numpy()]).cpu()
+def _population(rows: Float[Tensor, "n d"], sigma: float, generator: torch.Generator) -> _Population | str:
+    """The population of words with these rows, or why there is none to compare with."""
+    width = int(rows.shape[1])
     norms = rows.norm(dim=1)
     rows = rows[torch.isfinite(norms) & (norms > 0)]
     fit, held = rows[: len(rows) // 2], rows[len(rows) // 2 :]
@@ -274,8 +375,9 @@ def _twin(weight: Float[Tensor, "V d"], use: Use, others: Sequence[int], uses: S
 
 
 def _rows(weight: Float[Tensor, "V d"], ids: Ints) -> Float[Tensor, "n d"]:
+    """Rows as they are stored; those of tokens that have none are left out."""
     known = torch.from_numpy(ids.astype("int64"))
-    return weight[known[known < len(weight)].to(weight.device)].float()
+    return weight[known[known < len(weight)].to(weight.device)]
 
 
 def _leading(rows: Float[Tensor, "n d"], q: int, generator: torch.Generator) -> Float[Tensor, "d q"]:

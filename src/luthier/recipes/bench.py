@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,8 +29,6 @@ from luthier.recipes.opening.opened import require_room
 from luthier.recipes.opening.places import located
 from luthier.recipes.opening.purpose import bound, edits_for, read_for
 from luthier.recipes.opening.quantized import load_base, quantize
-from luthier.recipes.reinforcing import reinforce
-from luthier.recipes.reinforcing.tools import scoring_of
 from luthier.recipes.schemas.finetune import DEFAULT_STEP_TOKENS, FinetuneRecipe
 from luthier.recipes.schemas.offload import inputs_are_far, lane_to_host, optimizer_is_far
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
@@ -42,6 +40,9 @@ from luthier.train.in_backward import cut
 from luthier.train.pass_report import PassReport
 from luthier.train.source import DataSource, Source
 from luthier.train.stepper import Stepper
+
+if TYPE_CHECKING:
+    from luthier.recipes.reinforcing.reinforce import HeldOut
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ def _sources(
     if not isinstance(recipe, ReinforceRecipe):
         rows = _source(recipe, data)
         return rows, rows, None
+    # Rewards, sandboxes and engines elsewhere: a run that reads its rows has no use for them.
+    from luthier.recipes.reinforcing import reinforce
+    from luthier.recipes.reinforcing.tools import scoring_of
+
     asked: dict[str, Any] = {}
     if isinstance(found, ReinforceRecipe):
         asked = {"judge": found.judge, "reward_model": found.reward_model, "rollouts": found.rollouts}
@@ -165,7 +170,7 @@ def _sources(
     return source, reinforce.stand_in(here, data), _rewards(held, attachment.name) if held.prompts else None
 
 
-def _rewards(held: reinforce.HeldOut, name: str) -> Callable[[], PassReport]:
+def _rewards(held: HeldOut, name: str) -> Callable[[], PassReport]:
     def rewarded() -> PassReport:
         with held.model.only(name):
             return held.measured()

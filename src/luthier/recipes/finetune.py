@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.core.errors import StoppedError
 from luthier.core.events import Event, Recorder, Several
@@ -28,16 +28,19 @@ from luthier.recipes.samples import Samples
 from luthier.recipes.schemas.files import begin_run, dated, place_of, unfinished
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.kinds import kind_of_recipe
+from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.recipes.sizing import accounts
-from luthier.recipes.sizing.memory import require_disk
+from luthier.recipes.sizing.memory import certain_to_fit, require_disk
 from luthier.store.runs import RunDirectory
 from luthier.train.checkpointing import CheckpointKeeper
 from luthier.train.diagnosis import find_bad_number
 from luthier.train.loop import Cadence, Loop, Stop
 from luthier.train.rehearsal import rehearse
-from luthier.train.rollouts import RolloutSource
 from luthier.train.signals import StopRequest, stop_on_signals
 from luthier.train.state import LoopState
+
+if TYPE_CHECKING:
+    from luthier.train.rollouts import RolloutSource
 
 Result = TypeVar("Result")
 
@@ -135,8 +138,9 @@ def _train(
         wants_save=lambda: run.wants_save() or stop.take_save(),
     )  # fmt: skip
     state = work.state
-    if isinstance(bench.source, RolloutSource):
-        bench.source.bind(work.recorder.record, lambda: stop.error() if stop else None)
+    rollouts = _rollouts(bench)
+    if rollouts is not None:
+        rollouts.bind(work.recorder.record, lambda: stop.error() if stop else None)
     _rehearse(bench, state, work.recorder)
     settle(bench, state, work.recorder)
     remember(bench, run, state, work.recorder)
@@ -149,8 +153,8 @@ def _train(
             do=f"when the engine is there again: luthier resume {run.folder}",
         ) from away
     finally:
-        if isinstance(bench.source, RolloutSource):
-            bench.source.close()
+        if rollouts is not None:
+            rollouts.close()
     _tell_recordings(bench, state, work.recorder)
     if bench.pooled:
         # The process that proves the result needs memory too.
@@ -161,6 +165,15 @@ def _train(
             do=f"luthier resume {run.folder}",
         )
     return RunResult(run.folder, finish(work.ending(status)))
+
+
+def _rollouts(bench: Bench) -> RolloutSource | None:
+    """The source of a run that makes its own rows."""
+    if not isinstance(bench.recipe, ReinforceRecipe):
+        return None
+    from luthier.train.rollouts import RolloutSource
+
+    return bench.source if isinstance(bench.source, RolloutSource) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +244,7 @@ def set_up(
 
 def _rehearse(bench: Bench, state: LoopState, recorder: Recorder) -> None:
     """The largest micro-batch first: what does not fit shows now, and is cut smaller for the whole run."""
-    if state.step >= state.total_steps:
+    if state.step >= state.total_steps or certain_to_fit(bench.plan["memory"], bench.model.device):
         return
     rehearsal = rehearse(bench.stepper, bench.planned, state.total_steps)
     for split in rehearsal.splits:

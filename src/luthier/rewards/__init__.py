@@ -15,14 +15,16 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from luthier.core.errors import LuthierError
 from luthier.core.knobs import Method
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.model.scorer import TextModel, TextScorer
-from luthier.sandbox.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from luthier.sandbox.sandbox import Sandbox
 
 Numbers = Mapping[str, float]
 

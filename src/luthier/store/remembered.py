@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,17 @@ def remember(path: Path, values: Mapping[str, Any]) -> None:
         write_json(path, json.loads(json.dumps(values)))
     except (LuthierError, OSError):
         return
+
+
+@cache
+def code_of(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Names, sizes and times of the files of this package that decide: in a checkout they change between versions."""
+    home = Path(__file__).parents[1]
+    found = []
+    for part in parts:
+        place = home / part
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.suffix in (".py", ".cpp", ".h"):
+                stat = path.stat()
+                found.append(f"{path.relative_to(home)} {stat.st_size} {stat.st_mtime_ns}")
+    return tuple(found)

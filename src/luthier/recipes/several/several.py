@@ -32,7 +32,7 @@ from luthier.recipes.opening.results import started_in
 from luthier.recipes.schemas.files import begin_run
 from luthier.recipes.schemas.several import SeveralRecipe, several_of
 from luthier.recipes.several.told import Relay, plan_of, step_of, summary_of
-from luthier.recipes.sizing.memory import require_disk
+from luthier.recipes.sizing.memory import certain_to_fit, require_disk
 from luthier.store.environment import receipt
 from luthier.store.files import write_json
 from luthier.store.runs import RunDirectory, is_begun
@@ -204,6 +204,9 @@ def _steps(
 
 def _rehearse(going: Mapping[str, Work], recorder: Recorder) -> None:
     """The largest micro-batches of all first, as a single run has it."""
+    benches = [work.bench for work in going.values()]
+    if all(certain_to_fit(bench.plan["memory"], bench.model.device, among=len(benches)) for bench in benches):
+        return
     rehearsal = rehearse_together({
         name: (work.bench.stepper, work.bench.planned, work.state.total_steps) for name, work in going.items()
     })  # fmt: skip

@@ -34,6 +34,9 @@ from luthier.train.source import DataSource, MicroBatch
 
 PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working", "libraries", "saving")
 """What memory is needed for, as a plan names it: activations are kept for a backward pass, others are at work."""
+ROOMY = 4
+"""As many times what a plan counts leave no doubt that it fits: plans of the models that were measured are off by a
+tenth."""
 
 
 def plan_memory(
@@ -86,6 +89,14 @@ def plan_memory(
         "copy": copy,
         "host": passes[count].far + far_optimizer(attachment, recipe.optimizer, recipe.batch.offload),
     }
+
+
+def certain_to_fit(memory: Mapping[str, int], device: torch.device, *, among: int = 1) -> bool:
+    """Whether a plan needs so little of the host's memory that trying it first is in vain; `among` plans share it.
+
+    On a GPU trying costs nothing, and finds what no plan counts.
+    """
+    return device.type == "cpu" and memory["total"] * among * ROOMY <= memory["available"]
 
 
 def lasting(
