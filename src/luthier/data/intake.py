@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.checks import check_rendered
+from luthier.data.checks import check_rendered, sound_rows
 from luthier.data.conversation import Asked, Choices, Content, Conversation, Judged, Labelled, Preference, Row, Tagged
+from luthier.data.findings import Noted, noted
 from luthier.data.reading.rows import SourceFile, open_source
+from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer, Staged
 
@@ -44,11 +46,15 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A row that may be trained on, and its views (none when it was dropped for its length)."""
+    """A row that may be trained on, and its views (none when it was dropped for its length).
+
+    `noted` is what is known of it from a look at many rows.
+    """
 
     file: int
     row: Row
     views: list[Rendered]
+    noted: Noted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +148,19 @@ class Intake:
         if batch.ahead is not None:
             batch.ahead.result()
         renderer.encode_ahead([one for one in batch.staged if isinstance(one, Staged)])
+        ready, stops, same = iter(_ready(renderer)), renderer.stop_ids, True
         for file, one in zip(batch.files, batch.staged, strict=True):
             if isinstance(one, DataError):
                 yield self._counted(file, one)
                 continue
+            ahead = next(ready, None) if isinstance(one.ready, Filled) else None
+            if ahead is not None and same:
+                renderer.accept(one.row, ahead.filled, len(ahead.view.tokens), ahead.trained)
+                yield self._counted(file, Kept(file, one.row, [ahead.view], ahead.noted))
+                continue
             made = renderer.finish(one)
+            # Where one more token ends turns, the rows behind have to be looked at again.
+            same = same and renderer.stop_ids == stops
             errors = (made,) if isinstance(made, DataError) else _problems(one.row, made, renderer)
             if errors:
                 renderer.take_back()
@@ -167,6 +181,26 @@ class _Batch:
     files: Sequence[int]
     staged: Sequence[Staged | DataError]
     ahead: Future[None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A row that was made and checked together with others: its view, how much of it carries loss, and its digests."""
+
+    filled: Filled
+    view: Rendered
+    trained: int
+    noted: Noted
+
+
+def _ready(renderer: Renderer) -> list[_Ready | None]:
+    """The rows that were encoded last and are laid out; None for one that has to be looked at by itself."""
+    batch = renderer.weigh_ahead()
+    if batch is None:
+        return []
+    sound, notes = sound_rows(batch, renderer), noted(batch, renderer)
+    made = zip(sound, zip(batch.filled, batch.views(), batch.trained(), notes, strict=True), strict=True)
+    return [_Ready(*each) if is_sound else None for is_sound, each in made]
 
 
 def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[DataError, ...]:

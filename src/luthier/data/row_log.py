@@ -135,9 +135,10 @@ class RowLog:
                     rejects.write(json.dumps(_stored(item, self._intake.sources)) + "\n")
                 elif item.views:
                     _, line, column = item.row.where.rsplit(":", 2)
-                    marks = digests(item.views, self._renderer.native_rows)
+                    known = item.noted
+                    marks = digests(item.views, self._renderer.native_rows) if known is None else known.marks
                     self._records += _PACK.pack(item.row.number, item.file, int(line), int(column), *marks)
-                    self._watch.see(item.row.where, item.views)
+                    self._watch.see(item.row.where, item.views, known)
                 yield item
 
     def sound(self, on_bad_row: OnBadRow) -> Iterator[Kept]:

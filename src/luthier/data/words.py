@@ -90,18 +90,18 @@ class Words:
             return made
         return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, made, strict=True)]
 
-    def encode_begun(self, texts: Sequence[str], begun: Sequence[tuple[int, int]]) -> Encoded | None:
+    def encode_begun(self, texts: Joined, begun: Sequence[tuple[int, int]]) -> Encoded | None:
         """The tokens of texts, with spans that cover them, and of beginnings: of a text up to one of its characters.
 
         None where they are not many enough to be cut in C++, too many, or words do not add up to one of them.
         """
         with self._lock:
-            native = self._built() if sum(map(len, texts)) <= _SLICE else None
+            native = self._built() if len(texts.raw) <= _SLICE else None
             made = None if native is None else self._quickly(native, texts, begun)
         if made is None or made.covered:
             return made
         begins = [0, *made.ends.tolist()]
-        for text, (start, end) in zip(texts, pairwise(begins), strict=False):
+        for text, (start, end) in zip(texts.texts, pairwise(begins), strict=False):
             made.spans[start:end] = closed(made.spans[start:end], text)
         return made
 
@@ -140,7 +140,7 @@ class Words:
     def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
         """The ids and spans of each text; None when its words do not add up to it."""
         if (native := self._built()) is not None:
-            found = self._quickly(native, texts, ())
+            found = self._quickly(native, Joined.of(texts), ())
             return None if found is None else _apart(found)
         self._seen += sum(map(len, texts))
         cut = [self._cut(text) for text in texts]
@@ -186,14 +186,14 @@ class Words:
         return self._native
 
     def _quickly(
-        self, native: NativeWords, texts: Sequence[str], begun: Sequence[tuple[int, int]]
+        self, native: NativeWords, texts: Joined, begun: Sequence[tuple[int, int]]
     ) -> Encoded | None:
         """The tokens of texts and of beginnings of them, all in C++; None when words do not add up to one of them."""
-        for found in native.cut(Joined.of(texts), begun):
+        for found in native.cut(texts, begun):
             for words, records, edges in self._asked([word.decode() for word in found]):
                 native.put([word.encode() for word in words], records, edges[1:])
         made = native.written()
-        sizes = [*map(len, texts), *(stop for _, stop in begun)]
+        sizes = [*map(len, texts.texts), *(stop for _, stop in begun)]
         return made if made is not None and made.characters.tolist() == sizes else None
 
     def _with_beginnings(
@@ -204,7 +204,7 @@ class Words:
         place_of = {place: number for number, place in enumerate(whole)}
         rest = [place for place, begun in enumerate(beginnings) if begun.stop]
         begun = [(place_of[beginnings[place].like], len(texts[place])) for place in rest]
-        found = self._quickly(native, [texts[place] for place in whole], begun)
+        found = self._quickly(native, Joined.of([texts[place] for place in whole]), begun)
         if found is None:
             return None, False
         made = dict(zip([*whole, *rest], _apart(found), strict=True))

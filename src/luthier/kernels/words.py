@@ -53,8 +53,9 @@ class Encoded:
 @final
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """Texts one behind the other, as UTF-8, and for each the byte where it ends."""
+    """Texts, and what they are one behind the other, as UTF-8, with the byte where each ends."""
 
+    texts: Sequence[str]
     raw: bytes
     ends: NDArray[np.int64]
 
@@ -65,7 +66,7 @@ class Joined:
         ends = np.fromiter(accumulate(map(len, texts)), np.int64, count)
         if count and int(ends[-1]) != len(raw):
             ends = np.fromiter(accumulate(len(text.encode()) for text in texts), np.int64, count)
-        return cls(raw, ends)
+        return cls(texts, raw, ends)
 
 
 @final
