@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ def digests(views: Sequence[Rendered], rows: NativeRows | None = None) -> tuple[
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Noted:
+class Noted(NamedTuple):
     """What is known of a row before it passes by: its digests, and whether it has one answer, which shows something."""
 
     marks: tuple[int, int, int]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import final
+from typing import NamedTuple, final
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.checks import check_rendered, sound_rows
@@ -23,8 +23,8 @@ from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer, Staged
 
-BATCH_ROWS = 32
-BATCH_CHARACTERS = 2**17
+BATCH_ROWS = 256
+BATCH_CHARACTERS = 2**18
 """Rows that are rendered together: enough that asking the template costs little, few enough to stay in the caches."""
 
 
@@ -99,8 +99,8 @@ class Intake:
 
     def __iter__(self) -> Iterator[Kept | Refused]:
         if self._renderer is None:
-            for file, item in self._items():
-                yield self._counted(file, item if isinstance(item, DataError) else Kept(file, item, []))
+            for file, item in self.items():
+                yield Refused(file, (item,), rendering=False) if isinstance(item, DataError) else Kept(file, item, [])
             return
         with ThreadPoolExecutor(1, "templates") as thread:
             waiting: _Batch | None = None
@@ -114,6 +114,15 @@ class Intake:
                 waiting = _Batch([file for file, _ in items], staged, ahead)
             if waiting is not None:
                 yield from self._finished(waiting, self._renderer)
+
+    def items(self) -> Iterator[tuple[int, Row | DataError]]:
+        """Everything as it is read, counted, with the number of its file; none of it is rendered."""
+        for file, item in self._items():
+            counts = self.files[file]
+            counts.read += 1
+            if not isinstance(item, DataError):
+                counts.kept += 1
+            yield file, item
 
     def _batches(self) -> Iterator[list[tuple[int, Row | DataError]]]:
         batch: list[tuple[int, Row | DataError]] = []
@@ -183,8 +192,7 @@ class _Batch:
     ahead: Future[None] | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
+class _Ready(NamedTuple):
     """A row that was made and checked together with others: its view, how much of it carries loss, and its digests."""
 
     filled: Filled

@@ -233,12 +233,12 @@ def demand_readable(sources: Sequence[SourceFile], *, keep: int = 0) -> Read | N
     bad: list[Refused] = []
     rows: list[tuple[int, Row]] = []
     size = 0
-    for item in intake:
-        if isinstance(item, Refused):
-            bad.append(item)
+    for file, item in intake.items():
+        if isinstance(item, DataError):
+            bad.append(Refused(file, (item,), rendering=False))
         elif size < keep and len(rows) < _KEPT_ROWS:
-            rows.append((item.file, item.row))
-            size += size_of(item.row)
+            rows.append((file, item))
+            size += size_of(item)
         else:
             rows, keep = [], 0
         if len(bad) == MAX_ERRORS:

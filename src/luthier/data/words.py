@@ -42,6 +42,8 @@ _SLICE: Final = 2**20
 _MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
 """What is remembered, at most, about 30 MB; then it begins anew."""
 _RECORD_BYTES: Final = 12
+_GAP: Final = "\uffff"
+"""What stands between words of ASCII that are written at once."""
 _LETTERS: Final = {byte: letter for letter, byte in BYTE_OF.items()}
 """The letter that a byte-level tokenizer writes for each byte."""
 
@@ -233,13 +235,17 @@ class Words:
 
     def _asked_alone(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
         tokenize = self._backend.model.tokenize
-        flat: list[int] = []
+        ids: list[int] = []
+        sizes: list[int] = []
         edges = [0]
-        for word in words:
-            for token in tokenize(word.translate(_LETTERS)):
-                flat += (token.id, 0, len(token.value))
-            edges.append(len(flat) // 3)
-        return np.array(flat, np.int32).reshape(-1, 3), edges
+        for word in _GAP.join(words).translate(_LETTERS).split(_GAP):
+            found = tokenize(word)
+            ids += [token.id for token in found]
+            sizes += [len(token.value) for token in found]
+            edges.append(len(ids))
+        records = np.zeros((len(ids), 3), np.int32)
+        records[:, 0], records[:, 2] = ids, sizes
+        return records, edges
 
     def _asked_whole(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
         made = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)

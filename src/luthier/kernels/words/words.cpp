@@ -22,23 +22,24 @@ struct Token {
     int32_t id, gap, size;
 };
 
+// A word: where its bytes and its tokens begin, and how many there are; -1 tokens for a word that is asked for, since
+// this call. Numbers are small where they can be, as look-ups wait for memory.
 struct Entry {
-    int64_t key, tokens;  // where they begin
-    int32_t size, count;  // bytes; tokens, -1 for a word that is asked for
-    int64_t call;         // in which call it was asked for
+    int64_t key;
+    int32_t size, tokens, count, call;
 };
 
 struct Slot {
-    uint64_t hash;
-    int64_t entry;  // -1 for a place that is free
+    uint32_t hash;
+    int32_t entry;  // -1 for a place that is free
 };
 
 // A word of a text that was cut: its entry, and the byte of the text where it ends.
 struct Piece {
-    int64_t entry, end;
+    int32_t entry, end;
 };
 
-inline uint64_t hashed(At word, int64_t size) {
+inline uint32_t hashed(At word, int64_t size) {
     uint64_t total = 0x9E3779B97F4A7C15ull ^ uint64_t(size);
     while (size >= 8) {
         uint64_t piece;
@@ -51,7 +52,7 @@ inline uint64_t hashed(At word, int64_t size) {
     uint64_t piece = 0;
     std::memcpy(&piece, word, size_t(size));
     total = (total ^ piece) * 0xD6E8FEB86659FD93ull;
-    return total ^ (total >> 29);
+    return uint32_t(total >> 32);
 }
 
 struct Words {
@@ -63,7 +64,7 @@ struct Words {
     std::vector<std::pair<int64_t, int64_t>> controls;  // texts of control tokens in `control_bytes`, the longest first
     std::vector<uint8_t> control_bytes;
     bool may_begin[256] = {};  // whether a control token begins with this byte
-    int64_t call = 1;
+    int32_t call = 1;
     // What was cut last: the words of all texts, where each text's end, and the bytes of words that are not known.
     std::vector<Piece> cut;
     std::vector<int64_t> ends;
@@ -84,7 +85,7 @@ struct Words {
     }
 
     // The slot of a word, or the free one where it would be.
-    Slot* find(At word, int64_t size, uint64_t hash) {
+    Slot* find(At word, int64_t size, uint32_t hash) {
         uint64_t mask = table.size() - 1;
         for (uint64_t place = hash & mask;; place = (place + 1) & mask) {
             Slot* slot = &table[place];
@@ -95,7 +96,7 @@ struct Words {
         }
     }
 
-    int64_t add(Slot* free, At word, int64_t size, uint64_t hash) {
+    int32_t add(Slot* free, At word, int64_t size, uint32_t hash) {
         if (entries.size() * 2 >= table.size()) {
             std::vector<Slot> old(table.size() * 2, Slot{0, -1});
             old.swap(table);
@@ -108,8 +109,8 @@ struct Words {
             }
             free = find(word, size, hash);
         }
-        *free = Slot{hash, int64_t(entries.size())};
-        entries.push_back({int64_t(keys.size()), 0, int32_t(size), -1, 0});
+        *free = Slot{hash, int32_t(entries.size())};
+        entries.push_back({int64_t(keys.size()), int32_t(size), 0, -1, 0});
         keys.insert(keys.end(), word, word + size);
         return free->entry;
     }
@@ -117,15 +118,15 @@ struct Words {
     // A word of the text that begins at `text`, all texts being in `bytes`.
     void take(At bytes, At text, At at, At end) {
         int64_t size = end - at;
-        uint64_t hash = hashed(at, size);
+        uint32_t hash = hashed(at, size);
         Slot* slot = find(at, size, hash);
-        int64_t found = slot->entry < 0 ? add(slot, at, size, hash) : slot->entry;
+        int32_t found = slot->entry < 0 ? add(slot, at, size, hash) : slot->entry;
         Entry& entry = entries[size_t(found)];
         if (entry.count < 0 && entry.call != call) {
             entry.call = call;
             missing.push_back({at - bytes, end - bytes});
         }
-        cut.push_back({found, end - text});
+        cut.push_back({found, int32_t(end - text)});
     }
 
     void take_ascii(At bytes, At text, At at, At end) {
@@ -214,10 +215,10 @@ void words_put(void* given, const uint8_t* bytes, const int64_t* ends, const int
     for (int64_t index = 0; index < count; index++) {
         At word = bytes + begin;
         int64_t size = ends[index] - begin;
-        uint64_t hash = hashed(word, size);
+        uint32_t hash = hashed(word, size);
         Slot* slot = words.find(word, size, hash);
         Entry& entry = words.entries[size_t(slot->entry < 0 ? words.add(slot, word, size, hash) : slot->entry)];
-        entry.tokens = int64_t(words.tokens.size());
+        entry.tokens = int32_t(words.tokens.size());
         entry.count = int32_t(token_ends[index] - token);
         for (; token < token_ends[index]; token++)
             words.tokens.push_back({records[token * 3], records[token * 3 + 1], records[token * 3 + 2]});
