@@ -25,7 +25,9 @@ from luthier.data.rendering.renderer import Renderer, Staged
 
 BATCH_ROWS = 256
 BATCH_CHARACTERS = 2**18
-"""Rows that are rendered together: enough that asking the template costs little, few enough to stay in the caches."""
+"""Rows that are rendered together: enough that a call for all costs little, few enough to stay in the caches."""
+FIRST_ROWS = 32
+"""Rows that are rendered together at first, and then twice as many: of the first the shapes are not known."""
 
 
 @dataclass(slots=True)
@@ -126,13 +128,13 @@ class Intake:
 
     def _batches(self) -> Iterator[list[tuple[int, Row | DataError]]]:
         batch: list[tuple[int, Row | DataError]] = []
-        size = 0
+        size, most = 0, min(FIRST_ROWS, BATCH_ROWS)
         for file, item in self._items():
             batch.append((file, item))
             size += size_of(item) if isinstance(item, Row) else 0
-            if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+            if len(batch) == most or size > BATCH_CHARACTERS:
                 yield batch
-                batch, size = [], 0
+                batch, size, most = [], 0, min(2 * most, BATCH_ROWS)
         if batch:
             yield batch
 

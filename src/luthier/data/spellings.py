@@ -124,10 +124,11 @@ class Spellings:
                 return False
             self._put = np.concatenate([self._put, np.zeros(last + 1, np.bool_)])
         new = np.unique(ids[~self._put[ids]]).tolist()
-        if not all(map(self._is_token, new)):
+        spelled = [self._known[token] for token in new]
+        if not self._known.keys() >= set(new):
             return False
         if new:
-            native.put(new, [self._known[token] for token in new])
+            native.put(new, spelled)
             self._put[new] = True
         return True
 

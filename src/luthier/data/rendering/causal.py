@@ -80,6 +80,7 @@ class CausalRenderer(ClassRenderer):
 
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        self._staged_rows += 1
         if isinstance(row.content, Conversation) and self.train_on != "all" and self.native_rows is not None:
             filled = self._layouts.fill(row.content)
             if filled is not None:

@@ -29,6 +29,8 @@ LONGEST: Final = 2**16
 _MOST: Final = 4096
 """Shapes that are remembered; then it begins anew."""
 
+_TRIM: Final = (("strip", None),)
+"""What templates do to a content where they do anything."""
 Pieces = Sequence[str | int]
 """Literals, and places among the parts of a shape."""
 Key = tuple[tuple[str, float | None, bool], ...]
@@ -67,7 +69,7 @@ class Filled:
     contents: Sequence[str]
     text: str
     places: Sequence[int]
-    trimmed: tuple[int, ...]
+    trimmed: Sequence[int]
     """Messages of turns whose white space is not there."""
 
 
@@ -113,16 +115,22 @@ class Layout:
 
     def fill(self, contents: Sequence[str]) -> Filled | None:
         """The text of a conversation that says this; None where it is not as the layout supposes, or is too long."""
-        shape = self.shape
-        if not shape.holds(contents):
+        if not self.shape.holds(contents):
             return None
-        parts = [part.of(contents) for part in shape.parts]
+        parts = [
+            contents[part.message].strip() if part.strips == _TRIM else part.of(contents) for part in self.shape.parts
+        ]
         said = tuple([parts[place] for place in self.order])
         text = self.form % said
         if len(text) > LONGEST:
             return None
         sizes = [0, *accumulate(map(len, said))]
-        trimmed = tuple([turn.message for turn in self.turns if _is_trimmed(contents[turn.message], parts, turn)])
+        trimmed = [
+            turn.message
+            for turn in self.turns
+            if len(parts[turn.part]) < len(contents[turn.message])
+            and contents[turn.message] not in turn.lead + parts[turn.part]
+        ]
         return Filled(self, contents, text, [literal + sizes[count] for literal, count in self.places], trimmed)
 
 
@@ -159,12 +167,6 @@ class Layouts:
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = Layout.of(shape, stage.shown, stage.weights)
-
-
-def _is_trimmed(content: str, parts: Sequence[str], turn: Turn) -> bool:
-    """Whether a turn does not say its content with the white space around it."""
-    part = parts[turn.part]
-    return len(part) < len(content) and content not in turn.lead + part
 
 
 def _turn(shape: Shape, index: int, weight: float, text: Pieces) -> tuple[Turn, tuple[Pieces, Pieces, Pieces]] | None:

@@ -110,12 +110,13 @@ class Renderer(ABC):
         self._now: Staged | None = None
         self._rows: NativeRows | None = None
         self._look = _LOOK
+        self._staged_rows = 0
 
     @property
     def native_rows(self) -> NativeRows | None:
         """What is worked out of rows in C++, once there are many rows, where that is compiled."""
-        if self._rows is None and self.counts.rows >= self._look:
-            self._look = self.counts.rows + _LOOK_AGAIN
+        if self._rows is None and self._staged_rows >= self._look:
+            self._look = self._staged_rows + _LOOK_AGAIN
             try:
                 self._rows = NativeRows.build() if is_compiled() else None
             except MissingError:
@@ -160,6 +161,7 @@ class Renderer(ABC):
 
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        self._staged_rows += 1
         return Staged(row, row.content, ())
 
     def foresee(self, staged: Sequence[Staged]) -> None:
