@@ -209,7 +209,7 @@ def _ready(renderer: Renderer) -> list[_Ready | None]:
     if batch is None:
         return []
     sound, notes = sound_rows(batch, renderer), noted(batch, renderer)
-    made = zip(sound, zip(batch.filled, batch.views(), batch.trained(), notes, strict=True), strict=True)
+    made = zip(sound, zip(batch.filled, batch.views(), batch.trained, notes, strict=True), strict=True)
     return [_Ready(*each) if is_sound else None for is_sound, each in made]
 
 

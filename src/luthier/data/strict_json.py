@@ -178,7 +178,7 @@ def parse_at(text: str, start: int, place: Place) -> tuple[object, int]:
         raise _unstrict_error(text, start, place) from None
     if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _unstrict_error(text, start, place)
-    if "\\u" in text and _SURROGATE.search(text, start, end):
+    if text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

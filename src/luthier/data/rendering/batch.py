@@ -61,7 +61,9 @@ class Tokens:
         made = native.weigh(rows, turns, stops=tokenizer.stop_ids, ends=tokenizer.specials.ends, bos=bos)
         known = made.known if longest is None else made.known & (np.diff(ends, prepend=0) <= longest)
         starts = np.diff(turns.prompt_ends, prepend=count).astype(np.int32)
-        return Batch(self.rows, self.filled, self.texts, rows, made.roles, known, starts, np.array(turns.answer_stops))
+        turn_ends = np.array(turns.answer_stops, np.int64)
+        trained = np.add.reduceat(made.stops - starts + 1, turn_ends - np.diff(turn_ends, prepend=0))
+        return Batch(self.rows, self.filled, self.texts, rows, made.roles, known, starts, turn_ends, trained.tolist())
 
     def _turns(self, count: int) -> Turns:
         bounds: list[int] = []
@@ -97,7 +99,8 @@ class Tokens:
 class Batch:
     """Rows with their tokens, roles and weights; `known` says of which it is known that these are right.
 
-    `starts` says at which token of its row each turn begins, `turn_ends` which turns a row has.
+    `starts` says at which token of its row each turn begins, `turn_ends` which turns a row has, `trained` how many of
+    its tokens carry loss.
     """
 
     given: Sequence[Row]
@@ -108,6 +111,7 @@ class Batch:
     known: NDArray[np.bool_]
     starts: NDArray[np.int32]
     turn_ends: NDArray[np.int64]
+    trained: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.given)
@@ -122,8 +126,3 @@ class Batch:
             found.append(Rendered(row.number, one.text, ids[part], weights[part], roles[part], spans[part]))
             start = end
         return found
-
-    def trained(self) -> list[int]:
-        """How many tokens of each row carry loss."""
-        total = np.concatenate([[0], np.cumsum(self.rows.weights != 0)])
-        return [int(each) for each in np.diff(total[self.rows.ends], prepend=0)]

@@ -124,7 +124,7 @@ class CausalRenderer(ClassRenderer):
         laid = [(one.row, one.ready) for one in staged if isinstance(one.ready, Filled)]
         self._tokens_ahead = Tokens.of([row for row, _ in laid], [filled for _, filled in laid], self.tokenizer)
         texts: dict[str, None] = {}
-        for one in staged:
+        for one in staged if len(laid) < len(staged) else ():
             if isinstance(one.ready, Text):
                 texts[one.ready.text] = None
             if not isinstance(one.row.content, Asked):

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "spellings.h"
 
@@ -69,9 +70,9 @@ class Digest {
         (mixed<round>(v, words), ...);
     }
 
-    void mix(bool last) {
+    void mix(const uint8_t* from, bool last) {
         uint64_t words[16], v[16];
-        std::memcpy(words, block, 128);
+        std::memcpy(words, from, 128);
         std::copy(state, state + 8, v);
         std::copy(START, START + 8, v + 8);
         v[12] ^= length;
@@ -91,8 +92,12 @@ public:
         while (count) {
             if (held == 128) {  // more follows, so that this block is not the last one
                 length += 128;
-                mix(false);
+                mix(block, false);
                 held = 0;
+            }
+            for (; !held && count > 128; count -= 128, from += 128) {
+                length += 128;
+                mix(from, false);
             }
             int64_t part = std::min<int64_t>(count, 128 - held);
             std::memcpy(block + held, from, size_t(part));
@@ -105,7 +110,7 @@ public:
     uint64_t end() {
         length += uint64_t(held);
         std::memset(block + held, 0, size_t(128 - held));
-        mix(true);
+        mix(block, true);
         return state[0];
     }
 };
@@ -207,30 +212,46 @@ int64_t weigh(Row row, float* weights, Turn turn, Set stops, Set may_end) {
     return at;
 }
 
-void marks(Row row, Text text, bool made, uint64_t* found) {
+// How each byte of an ASCII text is written without capitals; BLANK, which is not ASCII, for white space.
+constexpr uint8_t BLANK = 255;
+struct Folds {
+    uint8_t of[256];
+    Folds() {
+        for (int code = 0; code < 256; code++)
+            of[code] = is_blank(uint8_t(code)) ? BLANK : code >= 'A' && code <= 'Z' ? uint8_t(code + 32) : uint8_t(code);
+    }
+};
+const Folds folds;
+
+// `room` is for a text as it is without capitals and white space.
+void marks(Row row, Text text, bool made, std::vector<uint8_t>& room, uint64_t* found) {
     Digest all, words, learned;
     all.add(row.tokens, row.count * 4);
     all.add(VIEW_END, 4);
-    int64_t at = row.spans[0], end = std::min<int64_t>(row.spans[2 * row.count - 1], text.size);
-    bool any = false;
-    uint8_t piece[256];
+    int64_t at = row.spans[0], end = std::min<int64_t>(row.spans[2 * row.count - 1], text.size), size = 0;
     if (made) words.add(text.bytes, text.size);
-    while (!made && at < end) {
-        while (at < end && is_blank(text.bytes[at])) at++;
-        if (at == end) break;
-        if (any) words.add(" ", 1);
-        any = true;
-        while (at < end && !is_blank(text.bytes[at])) {
-            int64_t held = 0;
-            for (; held < 256 && at < end && !is_blank(text.bytes[at]); at++)
-                piece[held++] = text.bytes[at] >= 'A' && text.bytes[at] <= 'Z' ? uint8_t(text.bytes[at] + 32)
-                                                                               : text.bytes[at];
-            words.add(piece, held);
+    if (!made && at < end) {
+        room.resize(size_t(end - at + 1));
+        bool gap = false;
+        for (; at < end; at++) {
+            uint8_t code = folds.of[text.bytes[at]];
+            if (code == BLANK) {
+                gap = size > 0;
+                continue;
+            }
+            if (gap) room[size_t(size++)] = ' ';
+            gap = false;
+            room[size_t(size++)] = code;
         }
+        words.add(room.data(), size);
     }
     words.add(VIEW_END, 1);
-    for (int64_t place = 0; place < row.count; place++)
-        if (row.weights[place] > 0) learned.add(row.tokens + place, 4);
+    for (int64_t place = 0; place < row.count;) {
+        int64_t from = place;
+        while (place < row.count && row.weights[place] > 0) place++;
+        learned.add(row.tokens + from, 4 * (place - from));
+        while (place < row.count && !(row.weights[place] > 0)) place++;
+    }
     learned.add(VIEW_END, 4);
     found[0] = all.end();
     found[1] = words.end();
@@ -345,7 +366,8 @@ void rows_marks(const int32_t* tokens, const float* weights, const int32_t* span
                 const uint8_t* bytes, const int64_t* byte_ends, const uint8_t* made, uint64_t* found) {
     Rows all{tokens, weights, spans, ends};
     Texts texts{bytes, byte_ends};
-    for (int64_t row = 0; row < rows; row++) marks(all[row], texts[row], made[row], found + 3 * row);
+    std::vector<uint8_t> room;
+    for (int64_t row = 0; row < rows; row++) marks(all[row], texts[row], made[row], room, found + 3 * row);
 }
 
 // For each row how many tokens with weight stand before the last of them, where that one is a stop token, no other is,

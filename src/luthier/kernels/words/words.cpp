@@ -26,34 +26,51 @@ struct Token {
 // this call. Numbers are small where they can be, as look-ups wait for memory.
 struct Entry {
     int64_t key;
-    int32_t size, tokens, count, call;
+    int32_t tokens, count, call;
 };
 
+// A place in the table, with the first bytes of its word: of most words there are no more, and nothing else is read.
 struct Slot {
+    uint64_t head;
     uint32_t hash;
-    int32_t entry;  // -1 for a place that is free
+    int32_t size, entry;  // -1 for a place that is free
 };
+constexpr Slot FREE{0, 0, 0, -1};
 
 // A word of a text that was cut: its entry, and the byte of the text where it ends.
 struct Piece {
     int32_t entry, end;
 };
 
-inline uint32_t hashed(At word, int64_t size) {
-    uint64_t total = 0x9E3779B97F4A7C15ull ^ uint64_t(size);
-    while (size >= 8) {
-        uint64_t piece;
-        std::memcpy(&piece, word, 8);
-        total = (total ^ piece) * 0xD6E8FEB86659FD93ull;
-        total ^= total >> 32;
-        word += 8;
-        size -= 8;
-    }
-    uint64_t piece = 0;
-    std::memcpy(&piece, word, size_t(size));
-    total = (total ^ piece) * 0xD6E8FEB86659FD93ull;
-    return uint32_t(total >> 32);
+inline uint64_t eight(At at) {
+    uint64_t piece;
+    std::memcpy(&piece, at, 8);
+    return piece;
 }
+
+// A word, its first eight bytes, with zeros where it has fewer, and its hash.
+struct Word {
+    At at, end;
+    uint64_t head;
+    uint32_t hash;
+
+    // Nothing is read from `limit` on.
+    Word(At at, At end, At limit) : at(at), end(end), head(0) {
+        int64_t size = end - at;
+        if (limit - at >= 8)
+            head = size < 8 ? eight(at) & ((uint64_t(1) << (8 * size)) - 1) : eight(at);
+        else
+            std::memcpy(&head, at, size_t(size));
+        uint64_t total = (0x9E3779B97F4A7C15ull ^ uint64_t(size) ^ head) * 0xD6E8FEB86659FD93ull;
+        for (At each = at + 8; each < end; each += 8) {
+            total ^= total >> 32;
+            total = (total ^ eight(std::min(each, end - 8))) * 0xD6E8FEB86659FD93ull;
+        }
+        hash = uint32_t(total >> 32);
+    }
+
+    int64_t size() const { return end - at; }
+};
 
 struct Words {
     int32_t pattern = 0;
@@ -65,16 +82,19 @@ struct Words {
     std::vector<uint8_t> control_bytes;
     bool may_begin[256] = {};  // whether a control token begins with this byte
     int32_t call = 1;
+    size_t sure = 0;      // of so many entries the tokens are known
+    At limit = nullptr;  // where the bytes end that are cut
     // What was cut last: the words of all texts, where each text's end, and the bytes of words that are not known.
     std::vector<Piece> cut;
     std::vector<int64_t> ends;
     std::vector<std::pair<int64_t, int64_t>> missing;
 
     void clear() {
-        table.assign(1 << 12, Slot{0, -1});
+        table.assign(1 << 12, FREE);
         entries = {};
         keys = {};
         tokens = {};
+        sure = 0;
         forget_cut();
     }
 
@@ -85,20 +105,21 @@ struct Words {
     }
 
     // The slot of a word, or the free one where it would be.
-    Slot* find(At word, int64_t size, uint32_t hash) {
+    Slot* find(const Word& word) {
         uint64_t mask = table.size() - 1;
-        for (uint64_t place = hash & mask;; place = (place + 1) & mask) {
+        for (uint64_t place = word.hash & mask;; place = (place + 1) & mask) {
             Slot* slot = &table[place];
             if (slot->entry < 0) return slot;
-            if (slot->hash != hash) continue;
+            if (slot->head != word.head || slot->hash != word.hash || slot->size != word.size()) continue;
+            if (slot->size <= 8) return slot;
             const Entry& entry = entries[size_t(slot->entry)];
-            if (entry.size == size && !std::memcmp(keys.data() + entry.key, word, size_t(size))) return slot;
+            if (!std::memcmp(keys.data() + entry.key, word.at, size_t(slot->size))) return slot;
         }
     }
 
-    int32_t add(Slot* free, At word, int64_t size, uint32_t hash) {
+    int32_t add(Slot* free, const Word& word) {
         if (entries.size() * 2 >= table.size()) {
-            std::vector<Slot> old(table.size() * 2, Slot{0, -1});
+            std::vector<Slot> old(table.size() * 2, FREE);
             old.swap(table);
             uint64_t mask = table.size() - 1;
             for (const Slot& slot : old) {
@@ -107,32 +128,32 @@ struct Words {
                 while (table[place].entry >= 0) place = (place + 1) & mask;
                 table[place] = slot;
             }
-            free = find(word, size, hash);
+            free = find(word);
         }
-        *free = Slot{hash, int32_t(entries.size())};
-        entries.push_back({int64_t(keys.size()), int32_t(size), 0, -1, 0});
-        keys.insert(keys.end(), word, word + size);
+        *free = Slot{word.head, word.hash, int32_t(word.size()), int32_t(entries.size())};
+        entries.push_back({int64_t(keys.size()), 0, -1, 0});
+        keys.insert(keys.end(), word.at, word.end);
         return free->entry;
     }
 
     // A word of the text that begins at `text`, all texts being in `bytes`.
-    void take(At bytes, At text, At at, At end) {
-        int64_t size = end - at;
-        uint32_t hash = hashed(at, size);
-        Slot* slot = find(at, size, hash);
-        int32_t found = slot->entry < 0 ? add(slot, at, size, hash) : slot->entry;
-        Entry& entry = entries[size_t(found)];
-        if (entry.count < 0 && entry.call != call) {
-            entry.call = call;
-            missing.push_back({at - bytes, end - bytes});
+    void take(At bytes, At text, const Word& word) {
+        Slot* slot = find(word);
+        int32_t found = slot->entry < 0 ? add(slot, word) : slot->entry;
+        if (size_t(found) >= sure) {
+            Entry& entry = entries[size_t(found)];
+            if (entry.count < 0 && entry.call != call) {
+                entry.call = call;
+                missing.push_back({word.at - bytes, word.end - bytes});
+            }
         }
-        cut.push_back({found, int32_t(end - text)});
+        cut.push_back({found, int32_t(word.end - text)});
     }
 
     void take_ascii(At bytes, At text, At at, At end) {
         while (at < end) {
             At after = next_word(pattern, at, end);
-            take(bytes, text, at, after);
+            take(bytes, text, Word(at, after, limit));
             at = after;
         }
     }
@@ -147,7 +168,7 @@ struct Words {
             while (other < end && *other >= 128) other++;
             take_ascii(bytes, text, at, start);
             at = other = cut_after(other, end);
-            take(bytes, text, start, at);
+            take(bytes, text, Word(start, at, limit));
         }
         take_ascii(bytes, text, at, end);
     }
@@ -169,7 +190,7 @@ struct Words {
                 continue;
             }
             take_plain(bytes, text, done, at);
-            take(bytes, text, at, at + size);
+            take(bytes, text, Word(at, at + size, limit));
             done = at += size;
         }
         take_plain(bytes, text, done, end);
@@ -213,11 +234,9 @@ void words_put(void* given, const uint8_t* bytes, const int64_t* ends, const int
     Words& words = *static_cast<Words*>(given);
     int64_t begin = 0, token = 0;
     for (int64_t index = 0; index < count; index++) {
-        At word = bytes + begin;
-        int64_t size = ends[index] - begin;
-        uint32_t hash = hashed(word, size);
-        Slot* slot = words.find(word, size, hash);
-        Entry& entry = words.entries[size_t(slot->entry < 0 ? words.add(slot, word, size, hash) : slot->entry)];
+        Word word(bytes + begin, bytes + ends[index], bytes + ends[count - 1]);
+        Slot* slot = words.find(word);
+        Entry& entry = words.entries[size_t(slot->entry < 0 ? words.add(slot, word) : slot->entry)];
         entry.tokens = int32_t(words.tokens.size());
         entry.count = int32_t(token_ends[index] - token);
         for (; token < token_ends[index]; token++)
@@ -233,6 +252,8 @@ int64_t words_cut(void* given, const uint8_t* bytes, const int64_t* ends, int64_
     Words& words = *static_cast<Words*>(given);
     words.call++;
     words.forget_cut();
+    words.limit = texts ? bytes + ends[texts - 1] : bytes;
+    while (words.sure < words.entries.size() && words.entries[words.sure].count >= 0) words.sure++;
     for (int64_t text = 0; text < texts; text++) {
         At start = bytes + (text ? ends[text - 1] : 0);
         words.take_text(bytes, start, start, bytes + ends[text]);
