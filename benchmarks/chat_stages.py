@@ -39,7 +39,7 @@ from luthier.core.errors import DataError
 from luthier.data.checks import check_rendered, sound_rows
 from luthier.data.conversation import Row
 from luthier.data.findings import Noted, digests, noted
-from luthier.data.intake import BATCH_ROWS
+from luthier.data.intake import BATCH_ROWS, FIRST_ROWS
 from luthier.data.prepare import Reading, make_renderer, sources_of
 from luthier.data.reading.rows import open_source
 from luthier.data.rendering.layout import Filled
@@ -82,12 +82,13 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     before = _process_seconds(renderer)
     items = open_source(source).items
     kept: list[tuple[Rendered, Noted | None]] = []
-    rows = 0
+    rows, most = 0, FIRST_ROWS
     while True:
         with clock.stage("parse"):
-            batch = [item for item in islice(items, BATCH_ROWS) if isinstance(item, Row)]
+            batch = [item for item in islice(items, most) if isinstance(item, Row)]
         if not batch:
             break
+        most = min(2 * most, BATCH_ROWS)
         rows += len(batch)
         kept += _views(batch, renderer, clock)
     clock.seconds["render"] += _process_seconds(renderer) - before
