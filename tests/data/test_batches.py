@@ -153,6 +153,13 @@ def test_rows_that_look_sound_are(make_tokenizer) -> None:
     renderer.encode_ahead(staged)
     batch = renderer.weigh_ahead()
     assert batch is not None and len(batch) == len(rows) and all(sound_rows(batch, renderer))
+    for one in staged:
+        # What is known of a row that has to be looked at by itself after all.
+        assert renderer._tokens_ahead is not None and isinstance(one.ready, Filled)
+        known = renderer._tokens_ahead.of_row(one.ready)
+        assert list(known) == [one.ready.text, one.ready.text[: one.ready.places[2]]]
+        for ours, theirs in zip(known.values(), tokenizer.encode_closed(list(known)), strict=True):
+            assert all(np.array_equal(mine, their) for mine, their in zip(ours, theirs, strict=True))
     ends, found = [0, *batch.rows.ends.tolist()], 0
     for _ in range(200):
         place = draw.randrange(len(rows))

@@ -93,7 +93,7 @@ class Words:
         return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, made, strict=True)]
 
     def encode_begun(self, texts: Joined, begun: Sequence[tuple[int, int]]) -> Encoded | None:
-        """The tokens of texts, with spans that cover them, and of beginnings: of a text up to one of its characters.
+        """The tokens of texts, and of beginnings: of a text up to one of its characters; with spans that cover them.
 
         None where they are not many enough to be cut in C++, too many, or words do not add up to one of them.
         """
@@ -102,8 +102,8 @@ class Words:
             made = None if native is None else self._quickly(native, texts, begun)
         if made is None or made.covered:
             return made
-        begins = [0, *made.ends.tolist()]
-        for text, (start, end) in zip(texts.texts, pairwise(begins), strict=False):
+        said = [*texts.texts, *(texts.texts[like][:stop] for like, stop in begun)]
+        for text, (start, end) in zip(said, pairwise([0, *made.ends.tolist()]), strict=True):
             made.spans[start:end] = closed(made.spans[start:end], text)
         return made
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.conversation import Row
+from luthier.data.forest import Ints
 from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.tokenizer import Tokenizer
@@ -49,6 +50,21 @@ class Tokens:
         if tokenizer.spellings is not None:
             tokenizer.spellings.foresee([encoded.ids[: int(encoded.ends[len(rows) - 1])]])
         return cls(rows, filled, texts, encoded)
+
+    def of_row(self, filled: Filled) -> dict[str, tuple[Ints, Ints]]:
+        """The tokens of the text of one of these rows, and of its prompts; nothing where it is none of them."""
+        place = next((at for at, one in enumerate(self.filled) if one is filled), None)
+        if place is None:
+            return {}
+        turns = sum(len(one.layout.turns) for one in self.filled[:place])
+        starts = filled.places[len(filled.layout.roles) :: 3]
+        texts = [filled.text, *(filled.text[:start] for start in starts)]
+        begins = [0, *self.encoded.ends.tolist()]
+        found = {}
+        for text, at in zip(texts, [place, *range(len(self.rows) + turns, len(begins))], strict=False):
+            part = slice(begins[at], begins[at + 1])
+            found[text] = self.encoded.ids[part], self.encoded.spans[part]
+        return found
 
     def weighed(self, native: NativeRows, tokenizer: Tokenizer, *, longest: int | None) -> Batch:
         """The same rows with the role and the weight of each token; known are those of at most `longest` tokens."""

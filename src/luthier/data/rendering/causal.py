@@ -93,6 +93,8 @@ class CausalRenderer(ClassRenderer):
             return staged
         one = self._staged(staged.row)
         self.foresee([one])
+        if self._tokens_ahead is not None:
+            self._ahead.update(self._tokens_ahead.of_row(staged.ready))
         return one
 
     def learn(self, staged: Sequence[Staged]) -> None:
