@@ -6,11 +6,14 @@ For each file under each template: megabytes of its text a second of processor t
 whole way. The stages are those of `luthier.data.prepare`, in its order and in batches of its size, on one thread:
 
 - parse: a file's rows, which a run reads once more where they are many (`row_log.KEPT_CHARACTERS`);
-- render: messages to texts, the template's process included (its processor time is read from /proc);
+- render: messages to texts, and where answers stand in them, the template's process included (its processor time is
+  read from /proc);
 - tokenise: texts to ids and spans;
-- weights: where answers stand, and the weight and the role of each token;
+- weights: the weight and the role of each token;
 - check: what must hold of every row, looked at again;
 - pack: digests of rows, and the arrays on the disk.
+
+A stage is one call for a batch of rows where they are as nearly all are; `alike` is the share of such rows.
 
 The tokenizer is that of --model (a folder or a hub id), by default the small base model that ships with luthier.
 `alone` is the tokenizers library on the same text, nothing else being done, and `share` the speed of the whole way
@@ -33,12 +36,13 @@ from typing import Any
 from startup_tokens import PIECE, texts
 
 from luthier.core.errors import DataError
-from luthier.data.checks import check_rendered
+from luthier.data.checks import check_rendered, sound_rows
 from luthier.data.conversation import Row
-from luthier.data.findings import digests
-from luthier.data.intake import BATCH_ROWS
+from luthier.data.findings import Noted, digests, noted
+from luthier.data.intake import BATCH_ROWS, FIRST_ROWS
 from luthier.data.prepare import Reading, make_renderer, sources_of
 from luthier.data.reading.rows import open_source
+from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.token_store import TokenStore
@@ -77,23 +81,25 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     (source,) = sources_of(path, reading)
     before = _process_seconds(renderer)
     items = open_source(source).items
-    kept: list[Rendered] = []
-    rows = 0
+    kept: list[tuple[Rendered, Noted | None]] = []
+    rows, most = 0, FIRST_ROWS
     while True:
         with clock.stage("parse"):
-            batch = [item for item in islice(items, BATCH_ROWS) if isinstance(item, Row)]
+            batch = [item for item in islice(items, most) if isinstance(item, Row)]
         if not batch:
             break
+        most = min(2 * most, BATCH_ROWS)
         rows += len(batch)
         kept += _views(batch, renderer, clock)
     clock.seconds["render"] += _process_seconds(renderer) - before
     if tokenizer.words is not None:
         tokenizer.words.forget()
     with clock.stage("pack"), tempfile.TemporaryDirectory() as folder:
-        for view in kept:
-            digests([view], renderer.native_rows)
+        for view, known in kept:
+            if known is None:
+                digests([view], renderer.native_rows)
         if kept:
-            TokenStore.open_or_build(lambda _: (view for view in kept), renderer, key="k", folder=Path(folder))
+            TokenStore.open_or_build(lambda _: (view for view, _ in kept), renderer, key="k", folder=Path(folder))
     renderer.template.close()
     size, pieces = text_bytes(path)
     began = time.process_time()
@@ -106,6 +112,7 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
         "template": Path(template).stem,
         "rows": rows,
         "kept": len(kept),
+        "alike": round(sum(known is not None for _, known in kept) / max(len(kept), 1), 2),
         "text_mb": round(size / 1e6, 2),
         **speeds,
         "whole": round(size / 1e6 / whole, 2),
@@ -114,25 +121,39 @@ def measured(path: Path, template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _views(batch: list[Row], renderer: Renderer, clock: Clock) -> list[Rendered]:
+def _views(batch: list[Row], renderer: Renderer, clock: Clock) -> list[tuple[Rendered, Noted | None]]:
+    """The views of rows, with what is known of them where they are as nearly all are."""
     with clock.stage("render"):
         staged = [renderer.stage(row) for row in batch]
         renderer.foresee(staged)
-    with clock.stage("weights"):
         for one in staged:
             for stage in one.stages:
                 stage.texts()
     with clock.stage("tokenise"):
         renderer.encode_ahead(staged)
-    kept: list[Rendered] = []
+    with clock.stage("weights"):
+        together = renderer.weigh_ahead()
+    ready: Iterator[tuple[bool, Rendered, Noted]] = iter(())
+    if together is not None:
+        with clock.stage("check"):
+            sound = sound_rows(together, renderer)
+        with clock.stage("pack"):
+            notes = noted(together, renderer)
+        with clock.stage("weights"):
+            ready = iter(list(zip(sound, together.views(), notes, strict=True)))
+    kept: list[tuple[Rendered, Noted | None]] = []
     for one in staged:
+        known = next(ready, None) if isinstance(one.ready, Filled) else None
+        if known is not None and known[0]:
+            kept.append(known[1:])
+            continue
         with clock.stage("weights"):
             made = renderer.finish(one)
         if isinstance(made, DataError):
             continue
         with clock.stage("check"):
-            sound = not any(check_rendered(view, renderer, one.row) for view in made)
-        kept += made if sound else []
+            whole = not any(check_rendered(view, renderer, one.row) for view in made)
+        kept += [(view, None) for view in made] if whole else []
     return kept
 
 
@@ -155,7 +176,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(sys.modules["luthier"].__path__[0]) / "assets" / "seedling"
     tokenizer = Tokenizer.load(folder if args.model == "seedling" else args.model)
-    columns = ("file", "template", "rows", "kept", "text_mb", *STAGES, "whole", "alone", "share")
+    columns = ("file", "template", "rows", "kept", "alike", "text_mb", *STAGES, "whole", "alone", "share")
     print("  ".join(f"{name:>9}" for name in columns))
     for path in args.files:
         for template in args.templates:

@@ -17,7 +17,7 @@ from luthier.data.rendering.causal import CausalRenderer
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.template import Template
 from luthier.kernels.native_build import COMPILERS
-from luthier.kernels.rows import NativeRows
+from luthier.kernels.rows import NativeRows, Rows
 from luthier.kernels.words import NativeSpellings, compiled
 from tests.data.conftest import build
 
@@ -169,7 +169,9 @@ def test_answers_that_may_show_nothing_are_looked_at_in_python(ways: Ways) -> No
         tokens = np.array([word, *ids], np.int32)
         weights = np.ones(len(tokens), np.float32)
         weights[0] = 0
-        return rows.answer(tokens, weights, tokenizer.stop_ids, tokenizer.special_ids)
+        one = Rows.of(tokens, np.zeros((len(tokens), 2), np.int32), weights)
+        assert one is not None
+        return rows.answer(one, tokenizer.stop_ids, tokenizer.special_ids)[0]
 
     assert answered(*[word] * 20, stop) == 20 > SHORT
     assert answered(*[special] * 20, stop) == -1 and answered(*[special] * 20, word, stop) == 21

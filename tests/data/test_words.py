@@ -169,7 +169,7 @@ def test_it_is_compiled_only_for_much_text(monkeypatch) -> None:
     """Breaks when a few rows wait for a compiler, or many never use it."""
     built: list[str] = []
 
-    def build(pattern: str) -> None:
+    def build(pattern: str, controls: object) -> None:
         built.append(pattern)
         raise MissingError("none here")
 

@@ -36,14 +36,19 @@ from luthier.data.kind_checks import (
     seq2seq_findings,
     text_finding,
 )
+from luthier.data.rendering.batch import Batch
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.rendering.seq2seq import Seq2SeqRenderer
 from luthier.data.rendering.spans import alike
+from luthier.kernels.rows import Rows
+from luthier.kernels.words import Joined
 
 _EXCERPT = 8
 """Tokens shown where a row and what inference feeds part."""
 _ASSISTANT = TOKEN_ROLES.index("assistant")
+_TURNS = 64
+"""Turns of a row at most, where C++ looks at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +133,40 @@ def _sound_turns(view: Rendered, renderer: Renderer) -> list[tuple[int, int]] | 
     tokenizer, rows = renderer.tokenizer, renderer.native_rows
     if rows is None or tokenizer.spellings is None or renderer.train_on == "all" or len(view.roles) != len(view.tokens):
         return None
-    row = (view.tokens, view.weights, view.spans, view.text)
+    one = Rows.of(view.tokens, view.spans, view.weights)
+    if one is None:
+        return None
+    try:
+        text = Joined.of([view.text])
+    except UnicodeEncodeError:  # half a character, which no tokens say
+        return None
     bos = tokenizer.bos_id if tokenizer.adds_bos else None
-    return tokenizer.spellings.sound(rows, row, renderer.stop_ids, bos)
+    found = tokenizer.spellings.sound(rows, one, text, [_TURNS], stops=renderer.stop_ids, bos=bos)
+    if found is None or found[0][0] < 0:
+        return None
+    return [(start, stop) for start, stop in found[1][: found[0][0]].tolist()]
+
+
+def sound_rows(batch: Batch, renderer: Renderer) -> list[bool]:
+    """For each row of a batch whether it is sound: of these `check_rendered` would say nothing.
+
+    Its tokens say its text, weights are as they must be, and each trained turn ends in a stop token, as C++ finds by
+    looking at the finished rows anew. It begins behind the tokens that its prompt has by itself. No message holds BOS,
+    which stands at the start alone.
+    """
+    tokenizer, rows = renderer.tokenizer, renderer.native_rows
+    if rows is None or tokenizer.spellings is None:
+        return [False] * len(batch)
+    bos = tokenizer.bos_id if tokenizer.adds_bos else None
+    turn_ends = batch.turn_ends.tolist()
+    found = tokenizer.spellings.sound(rows, batch.rows, batch.texts, turn_ends, stops=renderer.stop_ids, bos=bos)
+    if found is None:
+        return [False] * len(batch)
+    counts, turns = found
+    first = np.concatenate([[0], batch.turn_ends[:-1]])
+    apart = np.add.reduceat(turns[:, 0] != batch.starts, first)
+    sound: list[bool] = (batch.known & (counts == batch.turn_ends - first) & (apart == 0)).tolist()
+    return sound
 
 
 def _trained(view: Rendered, turns: _Turns) -> Finding:

@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.errors import DataError
 from luthier.core.units import percent_text
+from luthier.data.rendering.batch import Batch
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.data.rendering.renderer import Renderer
 from luthier.data.token_store import TokenStore
-from luthier.kernels.rows import NativeRows
+from luthier.kernels.rows import NativeRows, Rows
+from luthier.kernels.words import Joined
 
 SHOWN: Final = 3
 """Addresses that a warning names."""
@@ -48,9 +50,9 @@ def digests(views: Sequence[Rendered], rows: NativeRows | None = None) -> tuple[
     """
     if rows is not None and len(views) == 1 and views[0].labels is None:
         (view,) = views
-        marks = rows.marks(view.tokens, view.weights, view.spans, view.text)
-        if marks is not None:
-            return marks
+        one = Rows.of(view.tokens, view.spans, view.weights)
+        if one is not None and view.text.isascii():
+            return rows.marks(one, Joined.of([view.text]))[0]
     # Hashes that grow, since a text may be one row of many views.
     tokens, words, answer = blake2b(digest_size=8), blake2b(digest_size=8), blake2b(digest_size=8)
     for view in views:
@@ -61,6 +63,24 @@ def digests(views: Sequence[Rendered], rows: NativeRows | None = None) -> tuple[
         answer.update(learned[view.weights > 0].tobytes() + _END)
     first, second, third = (int.from_bytes(one.digest(), "little") for one in (tokens, words, answer))
     return first, second, third
+
+
+@final
+class Noted(NamedTuple):
+    """What is known of a row before it passes by: its digests, and whether it has one answer, which shows something."""
+
+    marks: tuple[int, int, int]
+    answers: bool
+
+
+def noted(batch: Batch, renderer: Renderer) -> list[Noted]:
+    """What is known of the rows of a batch; nothing where nothing is compiled."""
+    rows = renderer.native_rows
+    if rows is None:
+        return []
+    counts = rows.answer(batch.rows, renderer.stop_ids, renderer.tokenizer.special_ids)
+    marks = rows.marks(batch.rows, batch.texts)
+    return [Noted(each, count > SHORT) for each, count in zip(marks, counts, strict=True)]
 
 
 @final
@@ -116,17 +136,21 @@ class Watch:
         self._renderer = renderer
         self._known: dict[tuple[int, ...], bool] = {}
 
-    def see(self, where: str, views: Sequence[Rendered]) -> None:
+    def see(self, where: str, views: Sequence[Rendered], known: Noted | None = None) -> None:
         """Count the answers of one row. A text has none, and where everything is trained no loss hangs on them."""
+        if known is not None and known.answers:
+            self.answers.trained += 1
+            return
         if self._renderer.train_on == "all" or self._renderer.kind == "encoder":
             return
         stops, rows = self._renderer.stop_ids, self._renderer.native_rows
         for view in views:
             if view.labels is not None or (len(view.roles) and view.roles[-1] == _TEXT):
                 continue
-            if rows is not None:
+            one = None if rows is None else Rows.of(view.tokens, view.spans, view.weights)
+            if rows is not None and one is not None:
                 specials = self._renderer.tokenizer.special_ids
-                if rows.answer(view.tokens, view.weights, stops, specials) > SHORT:
+                if rows.answer(one, stops, specials)[0] > SHORT:
                     self.answers.trained += 1  # nearly always: one answer, and one that shows something
                     continue
             content: list[int] = []

@@ -12,18 +12,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import final
+from typing import NamedTuple, final
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.data.checks import check_rendered
+from luthier.data.checks import check_rendered, sound_rows
 from luthier.data.conversation import Asked, Choices, Content, Conversation, Judged, Labelled, Preference, Row, Tagged
+from luthier.data.findings import Noted, noted
 from luthier.data.reading.rows import SourceFile, open_source
+from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import Renderer, Staged
 
-BATCH_ROWS = 32
-BATCH_CHARACTERS = 2**17
-"""Rows that are rendered together: enough that asking the template costs little, few enough to stay in the caches."""
+BATCH_ROWS = 256
+BATCH_CHARACTERS = 2**18
+"""Rows that are rendered together: enough that a call for all costs little, few enough to stay in the caches."""
+FIRST_ROWS = 32
+"""Rows that are rendered together at first, and then twice as many: of the first the shapes are not known."""
 
 
 @dataclass(slots=True)
@@ -44,11 +48,15 @@ class FileReport:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A row that may be trained on, and its views (none when it was dropped for its length)."""
+    """A row that may be trained on, and its views (none when it was dropped for its length).
+
+    `noted` is what is known of it from a look at many rows.
+    """
 
     file: int
     row: Row
     views: list[Rendered]
+    noted: Noted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +101,8 @@ class Intake:
 
     def __iter__(self) -> Iterator[Kept | Refused]:
         if self._renderer is None:
-            for file, item in self._items():
-                yield self._counted(file, item if isinstance(item, DataError) else Kept(file, item, []))
+            for file, item in self.items():
+                yield Refused(file, (item,), rendering=False) if isinstance(item, DataError) else Kept(file, item, [])
             return
         with ThreadPoolExecutor(1, "templates") as thread:
             waiting: _Batch | None = None
@@ -109,15 +117,24 @@ class Intake:
             if waiting is not None:
                 yield from self._finished(waiting, self._renderer)
 
+    def items(self) -> Iterator[tuple[int, Row | DataError]]:
+        """Everything as it is read, counted, with the number of its file; none of it is rendered."""
+        for file, item in self._items():
+            counts = self.files[file]
+            counts.read += 1
+            if not isinstance(item, DataError):
+                counts.kept += 1
+            yield file, item
+
     def _batches(self) -> Iterator[list[tuple[int, Row | DataError]]]:
         batch: list[tuple[int, Row | DataError]] = []
-        size = 0
+        size, most = 0, min(FIRST_ROWS, BATCH_ROWS)
         for file, item in self._items():
             batch.append((file, item))
             size += size_of(item) if isinstance(item, Row) else 0
-            if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+            if len(batch) == most or size > BATCH_CHARACTERS:
                 yield batch
-                batch, size = [], 0
+                batch, size, most = [], 0, min(2 * most, BATCH_ROWS)
         if batch:
             yield batch
 
@@ -142,11 +159,19 @@ class Intake:
         if batch.ahead is not None:
             batch.ahead.result()
         renderer.encode_ahead([one for one in batch.staged if isinstance(one, Staged)])
+        ready, stops, same = iter(_ready(renderer)), renderer.stop_ids, True
         for file, one in zip(batch.files, batch.staged, strict=True):
             if isinstance(one, DataError):
                 yield self._counted(file, one)
                 continue
+            ahead = next(ready, None) if isinstance(one.ready, Filled) else None
+            if ahead is not None and same:
+                renderer.accept(one.row, ahead.filled, len(ahead.view.tokens), ahead.trained)
+                yield self._counted(file, Kept(file, one.row, [ahead.view], ahead.noted))
+                continue
             made = renderer.finish(one)
+            # Where one more token ends turns, the rows behind have to be looked at again.
+            same = same and renderer.stop_ids == stops
             errors = (made,) if isinstance(made, DataError) else _problems(one.row, made, renderer)
             if errors:
                 renderer.take_back()
@@ -167,6 +192,25 @@ class _Batch:
     files: Sequence[int]
     staged: Sequence[Staged | DataError]
     ahead: Future[None] | None
+
+
+class _Ready(NamedTuple):
+    """A row that was made and checked together with others: its view, how much of it carries loss, and its digests."""
+
+    filled: Filled
+    view: Rendered
+    trained: int
+    noted: Noted
+
+
+def _ready(renderer: Renderer) -> list[_Ready | None]:
+    """The rows that were encoded last and are laid out; None for one that has to be looked at by itself."""
+    batch = renderer.weigh_ahead()
+    if batch is None:
+        return []
+    sound, notes = sound_rows(batch, renderer), noted(batch, renderer)
+    made = zip(sound, zip(batch.filled, batch.views(), batch.trained, notes, strict=True), strict=True)
+    return [_Ready(*each) if is_sound else None for is_sound, each in made]
 
 
 def _problems(row: Row, views: Sequence[Rendered], renderer: Renderer) -> tuple[DataError, ...]:

@@ -135,9 +135,10 @@ class RowLog:
                     rejects.write(json.dumps(_stored(item, self._intake.sources)) + "\n")
                 elif item.views:
                     _, line, column = item.row.where.rsplit(":", 2)
-                    marks = digests(item.views, self._renderer.native_rows)
+                    known = item.noted
+                    marks = digests(item.views, self._renderer.native_rows) if known is None else known.marks
                     self._records += _PACK.pack(item.row.number, item.file, int(line), int(column), *marks)
-                    self._watch.see(item.row.where, item.views)
+                    self._watch.see(item.row.where, item.views, known)
                 yield item
 
     def sound(self, on_bad_row: OnBadRow) -> Iterator[Kept]:
@@ -232,12 +233,12 @@ def demand_readable(sources: Sequence[SourceFile], *, keep: int = 0) -> Read | N
     bad: list[Refused] = []
     rows: list[tuple[int, Row]] = []
     size = 0
-    for item in intake:
-        if isinstance(item, Refused):
-            bad.append(item)
+    for file, item in intake.items():
+        if isinstance(item, DataError):
+            bad.append(Refused(file, (item,), rendering=False))
         elif size < keep and len(rows) < _KEPT_ROWS:
-            rows.append((item.file, item.row))
-            size += size_of(item.row)
+            rows.append((file, item))
+            size += size_of(item)
         else:
             rows, keep = [], 0
         if len(bad) == MAX_ERRORS:

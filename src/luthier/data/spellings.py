@@ -18,11 +18,12 @@ from types import MappingProxyType
 from typing import Any, Final, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luthier.core.errors import MissingError
-from luthier.data.forest import Floats, Ints
-from luthier.kernels.rows import NativeRows
-from luthier.kernels.words import NativeSpellings, is_compiled
+from luthier.data.forest import Ints
+from luthier.kernels.rows import NativeRows, Rows
+from luthier.kernels.words import Joined, NativeSpellings, is_compiled
 
 _SHOWN: Final = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
 """The bytes that are written as the character of that number; the others follow behind the last byte, in order."""
@@ -73,20 +74,27 @@ class Spellings:
                 self._told(self._native, np.concatenate(texts))
 
     def sound(
-        self, rows: NativeRows, row: tuple[Ints, Floats, Ints, str], stops: frozenset[int], bos: int | None
-    ) -> list[tuple[int, int]] | None:
-        """The turns of a row that says its text, among all else that `NativeRows.sound` looks at.
+        self,
+        rows: NativeRows,
+        given: Rows,
+        texts: Joined,
+        turns: Sequence[int],
+        *,
+        stops: frozenset[int],
+        bos: int | None,
+    ) -> tuple[NDArray[np.int64], Ints] | None:
+        """For each row how many turns it has, where it says its text, among all else that `NativeRows.sound` looks at.
 
-        None when that is not known.
+        -1 where that is not known; and the turns. None where nothing is compiled.
         """
-        native = self._built(len(row[0]))
+        native = self._built(len(given.ids))
         if native is None:
             return None
         with self._lock:
-            found = rows.sound(native, row, stops, bos)
-            if isinstance(found, int) and self._told(native, row[0]):
-                found = rows.sound(native, row, stops, bos)
-        return found if isinstance(found, list) else None
+            found = rows.sound(native, given, texts, turns, stops=stops, bos=bos)
+            if (found[0] < -1).any() and self._told(native, given.ids):
+                found = rows.sound(native, given, texts, turns, stops=stops, bos=bos)
+        return found
 
     def _quickly(self, ids: Ints) -> bytes | None:
         """The bytes of tokens, joined in C++ where that is compiled and enough was asked for; else None."""
@@ -116,10 +124,11 @@ class Spellings:
                 return False
             self._put = np.concatenate([self._put, np.zeros(last + 1, np.bool_)])
         new = np.unique(ids[~self._put[ids]]).tolist()
-        if not all(map(self._is_token, new)):
+        spelled = [self._known[token] for token in new]
+        if not self._known.keys() >= set(new):
             return False
         if new:
-            native.put(new, [self._known[token] for token in new])
+            native.put(new, spelled)
             self._put[new] = True
         return True
 

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from luthier.core.errors import DataError
 
@@ -42,8 +42,7 @@ _EXPECTED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A known place in a text: the file, line and column (from 1) of the character at `offset` (from 0)."""
 
     name: str
@@ -158,9 +157,8 @@ _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len)
 
 def parse(text: str, place: Place) -> object:
     """The one value that `text` holds. Raises DataError with the address, what came and what is allowed."""
-    value, end = parse_at(text, skip_space(text, 0), place)
-    end = skip_space(text, end)
-    if end != len(text):
+    value, end = parse_at(text, 0 if text.startswith("{") else skip_space(text, 0), place)
+    if end != len(text) and (end := skip_space(text, end)) != len(text):
         raise DataError(
             f"{excerpt(text[end : end + EXCERPT + 1])} after the end of the value",
             allowed="one JSON value",
@@ -180,7 +178,7 @@ def parse_at(text: str, start: int, place: Place) -> tuple[object, int]:
         raise _unstrict_error(text, start, place) from None
     if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _unstrict_error(text, start, place)
-    if _SURROGATE.search(text, start, end):
+    if text.find("\\u", start, end) >= 0 and _SURROGATE.search(text, start, end):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,20 +120,24 @@ class TokenStore:
             with explained("write the token cache", place):
                 with closing(make(made)) as views:
                     _write(views, renderer, made, key)
-                write_manifest(made, {"key": key})
-                _take_place(made, place, lambda: cls.open(place, key=key) is not None)
+                # What was read back from the disk for the manifest a moment ago is not read again.
+                own = write_manifest(made, {"key": key}).files
+                is_own = _take_place(made, place, lambda: cls.open(place, key=key) is not None)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        found = cls.open(place, key=key)
+        found = cls.open(place, key=key, trusted=own if is_own else ())
         if found is None:
             raise StorageError("the token cache was written but cannot be read back", where=str(place))
         return found
 
     @classmethod
-    def open(cls, place: Path, *, key: str) -> TokenStore | None:
-        """The store in `place`, or None when there is none that is whole, to the bit, and has this key."""
+    def open(cls, place: Path, *, key: str, trusted: Collection[str] = ()) -> TokenStore | None:
+        """The store in `place`, or None when there is none that is whole, to the bit, and has this key.
+
+        Of `trusted` files only the size is looked at.
+        """
         try:
-            verify(place)
+            verify(place, trusted=trusted)
             about = json.loads((place / "store.json").read_text(encoding="utf-8"))
             names = [*_ARRAYS, *(name for name in _OPTIONAL if name in about["lengths"])]
             arrays = {name: _open_array(place, name, about) for name in names}
@@ -223,11 +227,12 @@ def _renumber(path: Path, numbers: Ints) -> None:
     labels.flush()
 
 
-def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:
-    """Rename `made` to `place`; a whole store that somebody else put there meanwhile stays."""
+def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> bool:
+    """Rename `made` to `place`, and say whether that is where it is: a whole store that somebody else put there
+    meanwhile stays."""
     if place.exists():
         if is_whole():
-            return
+            return False
         shutil.rmtree(place)
     made.chmod(0o755)
     try:
@@ -235,12 +240,13 @@ def _take_place(made: Path, place: Path, is_whole: Callable[[], bool]) -> None:
     except OSError:
         if not is_whole():
             raise
-        return
+        return False
     directory = os.open(place.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+    return True
 
 
 def _open_array(place: Path, name: str, about: Mapping[str, Any]) -> NDArray[Any]:
@@ -317,7 +323,7 @@ class _Arrays:
         self.lengths[name] = 0
 
     def append(self, name: str, values: NDArray[Any]) -> None:
-        self._files[name].write(np.ascontiguousarray(values, dtype=_shape(name)[0]).tobytes())
+        self._files[name].write(np.ascontiguousarray(values, dtype=_shape(name)[0]).data)
         self.lengths[name] += len(values)
 
 

@@ -31,7 +31,7 @@ from luthier.data.covering import closed
 from luthier.data.forest import Ints
 from luthier.data.spellings import BYTE_OF
 from luthier.data.word_patterns import PATTERNS, ascii_pattern, is_plain, pattern_of
-from luthier.kernels.words import ORDER, NativeWords, is_compiled
+from luthier.kernels.words import ORDER, Encoded, Joined, NativeWords, is_compiled
 
 _OTHER: Final = re.compile(r"[^\x00-\x7f]+")
 _CUT: Final = re.compile(r"[A-Za-z](?=[ \n])")
@@ -42,6 +42,8 @@ _SLICE: Final = 2**20
 _MOST_WORDS, _MOST_TOKENS = 2**17, 2**20
 """What is remembered, at most, about 30 MB; then it begins anew."""
 _RECORD_BYTES: Final = 12
+_GAP: Final = "\uffff"
+"""What stands between words of ASCII that are written at once."""
 _LETTERS: Final = {byte: letter for letter, byte in BYTE_OF.items()}
 """The letter that a byte-level tokenizer writes for each byte."""
 
@@ -90,6 +92,21 @@ class Words:
             return made
         return [(ids, closed(spans, text)) for text, (ids, spans) in zip(texts, made, strict=True)]
 
+    def encode_begun(self, texts: Joined, begun: Sequence[tuple[int, int]]) -> Encoded | None:
+        """The tokens of texts, and of beginnings: of a text up to one of its characters; with spans that cover them.
+
+        None where they are not many enough to be cut in C++, too many, or words do not add up to one of them.
+        """
+        with self._lock:
+            native = self._built() if len(texts.raw) <= _SLICE else None
+            made = None if native is None else self._quickly(native, texts, begun)
+        if made is None or made.covered:
+            return made
+        said = [*texts.texts, *(texts.texts[like][:stop] for like, stop in begun)]
+        for text, (start, end) in zip(said, pairwise([0, *made.ends.tolist()]), strict=True):
+            made.spans[start:end] = closed(made.spans[start:end], text)
+        return made
+
     @property
     def sizes(self) -> tuple[int, int]:
         """The words that are remembered, and their tokens."""
@@ -105,7 +122,7 @@ class Words:
         beginnings = _beginnings(texts)
         rests = [text[begun.stop :] if begun.stop else text for text, begun in zip(texts, beginnings, strict=True)]
         if sum(map(len, rests)) <= _SLICE and (native := self._built()) is not None:
-            return self._quickly(native, rests, beginnings)
+            return self._with_beginnings(native, texts, beginnings)
         made: list[tuple[Ints, Ints]] = []
         for group in _groups(rests):
             parts = self._looked_up(group)
@@ -125,7 +142,8 @@ class Words:
     def _looked_up(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]] | None:
         """The ids and spans of each text; None when its words do not add up to it."""
         if (native := self._built()) is not None:
-            return self._quickly(native, texts, [_Begun(-1, 0)] * len(texts))[0]
+            found = self._quickly(native, Joined.of(texts), ())
+            return None if found is None else _apart(found)
         self._seen += sum(map(len, texts))
         cut = [self._cut(text) for text in texts]
         known = self._known
@@ -163,33 +181,36 @@ class Words:
                 return None
             self._may_build = False
             try:
-                self._native = NativeWords.build(ORDER[PATTERNS.index(self._pattern)])
+                self._native = NativeWords.build(ORDER[PATTERNS.index(self._pattern)], sorted(self._specials))
             except MissingError:
                 return None  # the twin does the same, slower
             self._begin()
         return self._native
 
     def _quickly(
-        self, native: NativeWords, rests: Sequence[str], beginnings: Sequence[_Begun]
-    ) -> tuple[list[tuple[Ints, Ints]] | None, bool]:
-        """What `_encoded` returns, with cuts and look-ups in C++; no tokens when words do not add up to a text."""
-        parts: list[bytes] = []
-        whole, last = bytearray(), []
-        for text in rests:
-            for part, one in self._parts(text):
-                parts.append(part.encode())
-                whole.append(one)
-            last.append(len(parts))
-        begun = [(like if stop else -1, stop) for like, stop in beginnings]
-        while isinstance(found := native.encode(parts, bytes(whole), last, begun), list):
+        self, native: NativeWords, texts: Joined, begun: Sequence[tuple[int, int]]
+    ) -> Encoded | None:
+        """The tokens of texts and of beginnings of them, all in C++; None when words do not add up to one of them."""
+        for found in native.cut(texts, begun):
             for words, records, edges in self._asked([word.decode() for word in found]):
                 native.put([word.encode() for word in words], records, edges[1:])
-        sizes = [stop + len(rest) for (_, stop), rest in zip(beginnings, rests, strict=True)]
-        if found is None or found.characters != sizes:
+        made = native.written()
+        sizes = [*map(len, texts.texts), *(stop for _, stop in begun)]
+        return made if made is not None and made.characters.tolist() == sizes else None
+
+    def _with_beginnings(
+        self, native: NativeWords, texts: Sequence[str], beginnings: Sequence[_Begun]
+    ) -> tuple[list[tuple[Ints, Ints]] | None, bool]:
+        """What `_encoded` returns, of few enough texts."""
+        whole = [place for place, begun in enumerate(beginnings) if not begun.stop]
+        place_of = {place: number for number, place in enumerate(whole)}
+        rest = [place for place, begun in enumerate(beginnings) if begun.stop]
+        begun = [(place_of[beginnings[place].like], len(texts[place])) for place in rest]
+        found = self._quickly(native, Joined.of([texts[place] for place in whole]), begun)
+        if found is None:
             return None, False
-        begins = [0, *found.ends]
-        made = [(found.ids[start:end], found.spans[start:end]) for start, end in pairwise(begins)]
-        return made, found.covered
+        made = dict(zip([*whole, *rest], _apart(found), strict=True))
+        return [made[place] for place in range(len(texts))], found.covered
 
     def _learn(self, words: Sequence[str]) -> None:
         """Remember the tokens of words."""
@@ -214,13 +235,17 @@ class Words:
 
     def _asked_alone(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
         tokenize = self._backend.model.tokenize
-        flat: list[int] = []
+        ids: list[int] = []
+        sizes: list[int] = []
         edges = [0]
-        for word in words:
-            for token in tokenize(word.translate(_LETTERS)):
-                flat += (token.id, 0, len(token.value))
-            edges.append(len(flat) // 3)
-        return np.array(flat, np.int32).reshape(-1, 3), edges
+        for word in _GAP.join(words).translate(_LETTERS).split(_GAP):
+            found = tokenize(word)
+            ids += [token.id for token in found]
+            sizes += [len(token.value) for token in found]
+            edges.append(len(ids))
+        records = np.zeros((len(ids), 3), np.int32)
+        records[:, 0], records[:, 2] = ids, sizes
+        return records, edges
 
     def _asked_whole(self, words: Sequence[str]) -> tuple[Ints, list[int]]:
         made = self._backend.encode(words, is_pretokenized=True, add_special_tokens=False)
@@ -273,6 +298,12 @@ def _beginnings(texts: Sequence[str]) -> list[_Begun]:
             like = place
         found.append(_Begun(like, 0 if like == place else _cut_before(text, 0, len(text))))
     return found
+
+
+def _apart(found: Encoded) -> list[tuple[Ints, Ints]]:
+    """The tokens of each text."""
+    begins = [0, *found.ends.tolist()]
+    return [(found.ids[start:end], found.spans[start:end]) for start, end in pairwise(begins)]
 
 
 def _continued(beginnings: Sequence[_Begun], rests: Sequence[tuple[Ints, Ints]]) -> list[tuple[Ints, Ints]]:

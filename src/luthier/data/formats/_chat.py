@@ -66,12 +66,16 @@ def exchange(prompt: object, answer: object, paths: tuple[Path, Path], where: st
 
 def system_message(value: object, path: Path, where: str) -> list[Message]:
     """The system message of a column; none when the column is absent or blank."""
-    text = "" if value is None else text_at(value, path, where)
+    if value is None:
+        return []
+    text = text_at(value, path, where)
     return [Message("system", text)] if text.strip() else []
 
 
 def turns_or_text(value: object, path: Path, where: str, *, role: Role, what: str) -> list[Message]:
     """A string as a message of `role`, a message, or a list of messages."""
+    if isinstance(value, str):
+        return [Message(role, filled(value, path, where, what=what))]
     if isinstance(value, Mapping):
         return [read_turn(value, path, where, expected=MESSAGE_ROLES)]
     if is_list(value):

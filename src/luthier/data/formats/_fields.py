@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TypeGuard
 
 from luthier.core.errors import DataError
@@ -67,7 +68,7 @@ def text_at(value: object, path: Path, where: str) -> str:
 def filled(value: object, path: Path, where: str, *, what: str) -> str:
     """A value that must be a string with something in it; `what` names it in the error."""
     text = text_at(value, path, where)
-    if not text.strip():
+    if not text or text.isspace():
         raise FieldError(f"{what} is empty ({dotted(path)})", path=path, allowed="expected some text", where=where)
     return text
 
@@ -118,11 +119,15 @@ def _lowered(values: Mapping[str, object]) -> dict[str, str]:
     return {str(key).strip().lower(): key for key in values}
 
 
-def pick_pair(values: Mapping[str, object], pairs: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+def pick_pair(values: Mapping[str, object], pairs: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
     """The columns of the first (prompt, answer) pair of names that the row has, whatever their capitals."""
-    if is_preference(values):
-        return None
-    lowered = _lowered(values)
+    return None if is_preference(values) else _pair_among(tuple(values), pairs)
+
+
+@lru_cache(maxsize=256)
+def _pair_among(columns: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
+    # The rows of a file have the same columns, nearly always.
+    lowered = _lowered(dict.fromkeys(columns))
     return next(((lowered[one], lowered[two]) for one, two in pairs if one in lowered and two in lowered), None)
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from luthier.core.errors import DataError
 from luthier.core.nearest import nearest
@@ -46,16 +46,15 @@ BATCH_BYTES = 16 * 2**20
 """How much of a Parquet file is decoded at once, about."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A row as the file has it: its number from 0 (rejected rows count), its address, and its columns."""
 
     number: int
     where: str
     values: Mapping[str, object]
-    source: str = field(default="", repr=False)
-    place: Place = field(default=Place(""), repr=False)
-    cells: Mapping[str, str] = field(default_factory=dict, repr=False)
+    source: str = ""
+    place: Place = Place("")
+    cells: Mapping[str, str] = MappingProxyType({})
 
     def locate(self, path: Sequence[str | int]) -> str:
         """The address of what stands at `path` in the row: its key in JSON, its cell in CSV, else the row."""
@@ -128,7 +127,7 @@ def suffix_of(path: Path) -> str:
 
 
 def _object_record(value: object, number: int, place: Place, source: str) -> Item:
-    where = place.at("", 0)
+    where = f"{place.name}:{place.line}:{place.column}"
     if isinstance(value, dict):
         return Record(number, where, value, source, place)
     do = "give the file the name .json if it is one list of rows" if isinstance(value, list) else ""
@@ -159,21 +158,20 @@ def _read_json(path: Path) -> Iterator[Item]:
 
 
 def _walk_lines(path: Path) -> Iterator[Item]:
-    number = 0
+    number, name = 0, str(path)
     for line, text in lines(path):
         if isinstance(text, DataError):
             yield text
         else:
-            start = skip_space(text, 0)
+            start = 0 if text.startswith("{") else skip_space(text, 0)
             if start == len(text):
                 continue
-            place = Place(str(path), line)
             try:
-                value = parse(text.rstrip("\r\n"), place)
+                value = parse(text.rstrip("\r\n"), Place(name, line))
             except DataError as failure:
                 yield failure
             else:
-                yield _object_record(value, number, Place(str(path), line, start + 1), text[start:].rstrip())
+                yield _object_record(value, number, Place(name, line, start + 1), text[start:].rstrip())
         number += 1
 
 

@@ -61,7 +61,7 @@ def _read(handle: BufferedIOBase, path: Path, line: int, *, limit: int, whole_li
 def lines(path: Path) -> Generator[tuple[int, str | DataError]]:
     """Line number and line with its end, or what is wrong with it; the last item may be why the file ends there."""
     with open_bytes(path) as handle:
-        number = 0
+        number, name = 0, str(path)
         while True:
             number += 1
             try:
@@ -79,7 +79,7 @@ def lines(path: Path) -> Generator[tuple[int, str | DataError]]:
             if not raw:
                 return
             try:
-                text = decode_text(raw, Place(str(path), number))
+                text = decode_text(raw, Place(name, number))
             except DataError as failure:
                 yield number, failure
                 continue

@@ -32,14 +32,17 @@ from luthier.data.conversation import (
     Text,
 )
 from luthier.data.forest import Ints
+from luthier.data.rendering.batch import Batch, Tokens
 from luthier.data.rendering.classified import ClassRenderer
 from luthier.data.rendering.compared import MOST_ANSWERS, Part, joined, longest, shortened
+from luthier.data.rendering.cutting import beginning_cut
 from luthier.data.rendering.document import document
+from luthier.data.rendering.layout import Filled, Layouts
 from luthier.data.rendering.marked import plain, plain_words
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.renderer import OverLength, Staged, Stages, TrainOn, refused
-from luthier.data.rendering.shown import Notice, Shown, show
-from luthier.data.rendering.spans import alike, lead, leading, message_weights, role_of_each
+from luthier.data.rendering.shown import Notice, Shown, show, turn_weights
+from luthier.data.rendering.spans import alike, lead, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
 from luthier.data.rendering.weighed import Trained, weighed
@@ -72,9 +75,35 @@ class CausalRenderer(ClassRenderer):
         )
         self._encoded: dict[str, tuple[Ints, Ints]] = {}
         self._ahead: dict[str, tuple[Ints, Ints]] = {}
+        self._layouts = Layouts(tokenizer, self._outlines)
+        self._tokens_ahead: Tokens | None = None
 
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        self._staged_rows += 1
+        if isinstance(row.content, Conversation) and self.train_on != "all" and self.native_rows is not None:
+            filled = self._layouts.fill(row.content)
+            if filled is not None:
+                return Staged(row, filled, ())
+        return self._staged(row)
+
+    def apart(self, staged: Staged) -> Staged:
+        """The row staged so that it can be finished by itself."""
+        if not isinstance(staged.ready, Filled):
+            return staged
+        one = self._staged(staged.row)
+        self.foresee([one])
+        if self._tokens_ahead is not None:
+            self._ahead.update(self._tokens_ahead.of_row(staged.ready))
+        return one
+
+    def learn(self, staged: Sequence[Staged]) -> None:
+        """See what the outlines of these rows say of all rows like them."""
+        for one in staged:
+            if isinstance(one.row.content, Conversation) and one.stages:
+                self._layouts.learn(one.row.content, one.stages[0])
+
+    def _staged(self, row: Row) -> Staged:
         told: list[tuple[str, str]] = []
 
         def notice(text: str, example: str = "") -> None:
@@ -94,14 +123,26 @@ class CausalRenderer(ClassRenderer):
 
     def encode_ahead(self, staged: Sequence[Staged]) -> None:
         """Make the tokens of all texts that these rows are known to need, at once; kept until the next call."""
+        laid = [(one.row, one.ready) for one in staged if isinstance(one.ready, Filled)]
+        self._tokens_ahead = Tokens.of([row for row, _ in laid], [filled for _, filled in laid], self.tokenizer)
         texts: dict[str, None] = {}
-        for one in staged:
+        for one in staged if len(laid) < len(staged) else ():
             if isinstance(one.ready, Text):
                 texts[one.ready.text] = None
             if not isinstance(one.row.content, Asked):
                 texts.update(dict.fromkeys(text for stage in one.stages for text in stage.texts()))
         self._ahead = {}
-        self._ahead = dict(zip(texts, self._covered(list(texts)), strict=True))
+        self._ahead = dict(zip(texts, self.tokenizer.encode_closed(list(texts)), strict=True))
+
+    def weigh_ahead(self) -> Batch | None:
+        """The rows that were encoded last and are laid out, with all that is known of them; None where there are none.
+
+        Each of them may be accepted or finished.
+        """
+        ahead, rows = self._tokens_ahead, self.native_rows
+        if ahead is None or rows is None:
+            return None
+        return ahead.weighed(rows, self.tokenizer, longest=self.max_tokens)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Ints:
         """What inference feeds to get the answer that follows `messages`."""
@@ -138,8 +179,9 @@ class CausalRenderer(ClassRenderer):
             if self.tokenizer.specials.within(message.content):
                 notice("a message contains the text of a control token, which is read as that token")
         shown = show(conversation, self.template, notice)
-        weights = {index: weight for index, weight in self._turn_weights(shown).items() if index >= given}
-        return Stage(shown, self._write, conversation.tools, weights if answered else {})
+        trained = turn_weights(shown, last=self.train_on == "last") if answered else {}
+        weights = {index: weight for index, weight in trained.items() if index >= given}
+        return Stage(shown, self._write, conversation.tools, weights)
 
     def _write(self, wanted: Wanted) -> str:
         """The one place where the template is asked, but for what was asked of it ahead."""
@@ -217,42 +259,32 @@ class CausalRenderer(ClassRenderer):
         roles = role_of_each(spans, View(text, (), bounds), stage.shown)
         return [Rendered(row.number, text, tokens, np.zeros(len(tokens), np.float32), roles, spans)]
 
-    def _turn_weights(self, shown: Sequence[Shown]) -> dict[int, float]:
-        """The trained turns and their weights; a weight in the row goes before `train_on`."""
-        answers = [index for index, message in enumerate(shown) if message.role == "assistant"]
-        weights: dict[int, float] = {}
-        for index in answers:
-            own = shown[index].weight
-            weight = (0.0 if self.train_on == "last" and index != answers[-1] else 1.0) if own is None else own
-            if weight > 0:
-                weights[index] = weight
-        return weights
-
     def _tokens(self, row: Row, view: View, shown: Sequence[Shown]) -> list[tuple[Rendered, list[Trained]]]:
         notice = self._notice
         tokens, spans = self._encode(view.text, notice)
-        starts: list[int] = []
+        prompts: list[Ints] = []
         for answer in view.answers:
             prompt = self._encode(view.text[: answer.start], _quiet)[0]
             if not alike(tokens[: len(prompt)], prompt):
                 break
-            starts.append(len(prompt))
-        if len(starts) < len(view.answers):
+            prompts.append(prompt)
+        if len(prompts) < len(view.answers):
             if len(view.answers) > 1:
                 # Each answer then follows exactly the ids that inference feeds, history included.
                 notice("a token would straddle the start of an answer: one view for each answer")
                 alone = [view.alone(answer) for answer in view.answers]
                 alone = alone[-1:] if self.train_on == "all" else alone
                 return [made for one in alone for made in self._tokens(row, one, shown)]
-            tokens, spans, starts = self._in_two(view)
+            tokens, spans, prompts = self._in_two(view)
         rows, ids = None if self.train_on == "all" else self.native_rows, self.tokenizer
         if rows is not None and (
-            made := weighed(tokens, spans, view=view, shown=shown, starts=starts, tokenizer=ids, rows=rows)
+            made := weighed(tokens, spans, view=view, shown=shown, prompts=prompts, tokenizer=ids, rows=rows)
         ):
             roles, weights, turns = made
             return [(Rendered(row.number, view.text, tokens, weights, roles, spans), turns)]
         trained = [
-            self._trained(tokens, spans, answer, start) for answer, start in zip(view.answers, starts, strict=True)
+            self._trained(tokens, spans, answer, len(prompt))
+            for answer, prompt in zip(view.answers, prompts, strict=True)
         ]
         roles = role_of_each(spans, view, shown)
         weights = np.zeros(len(tokens), np.float32)
@@ -266,7 +298,7 @@ class CausalRenderer(ClassRenderer):
             weights[: lead(tokens, self.tokenizer.bos_id)] = 0.0
         return [(Rendered(row.number, view.text, tokens, weights, roles, spans), trained)]
 
-    def _in_two(self, view: View) -> tuple[Ints, Ints, list[int]]:
+    def _in_two(self, view: View) -> tuple[Ints, Ints, list[Ints]]:
         """Prompt and answer encoded apart, where a token of the whole text would straddle the boundary."""
         answer = view.answers[0]
         prompt, prompt_spans = self._encode(view.text[: answer.start], _quiet)
@@ -278,7 +310,7 @@ class CausalRenderer(ClassRenderer):
             )
         self._notice("prompt and answer were encoded apart: a token would straddle the start of the answer")
         tokens = np.concatenate([prompt, rest[0]])
-        return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [len(prompt)]
+        return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [prompt]
 
     def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> Trained:
         """The token range of an answer up to its stop token; refused when there is no such token."""
@@ -325,49 +357,21 @@ class CausalRenderer(ClassRenderer):
         """`view` if it is not too long, and otherwise what `over_length` makes of it."""
         fate = self._fate(row, len(view.tokens), "the conversation")
         if fate == "cut" and trained and self.max_tokens is not None:
-            return self._cut(view, trained, self.max_tokens)
+            bos = self.tokenizer.bos_id if self.tokenizer.adds_bos else None
+            cut = beginning_cut(view, trained, self.max_tokens, bos=bos, notice=self._notice)
+            self.counts.truncated += cut is not None
+            self.counts.answers_too_long += cut is None
+            return [] if cut is None else [cut]
         if fate == "cut":
             self.counts.dropped += 1
         return [view] if fate == "fits" else []
-
-    def _cut(self, view: Rendered, trained: Sequence[Trained], limit: int) -> list[Rendered]:
-        """The last `limit` tokens up to the last trained one, behind BOS; nothing when the answer does not fit."""
-        bos = self.tokenizer.bos_id
-        begin, end = 0, 0
-        if bos is not None and self.tokenizer.adds_bos:
-            begin, end = leading(view.tokens, view.spans, view.text, bos)
-        head = end - begin
-        stop = trained[-1].stop
-        start = max(stop - (limit - head), end)
-        while end < start < stop and view.spans[start, 0] < view.spans[start - 1, 1]:
-            start += 1  # not in the middle of a character
-        # Without BOS one token of context must stay: the first token of an answer needs something that predicts it.
-        first = start if head else start + 1
-        if trained[-1].start < first:
-            self.counts.answers_too_long += 1
-            return []
-        weights = view.weights.copy()
-        for turn in trained[:-1]:
-            if turn.start < first:
-                weights[turn.start : turn.stop] = 0.0
-                self._notice("an earlier answer was cut away by truncation")
-        # White space before BOS is part of the beginning that goes.
-        keep = np.concatenate([np.arange(begin, end), np.arange(start, stop)])
-        weights = weights[keep]
-        weights[: max(head, 1)] = 0.0
-        self.counts.truncated += 1
-        return [Rendered(view.row, view.text, view.tokens[keep], weights, view.roles[keep], view.spans[keep])]
 
     # Tokens
 
     def _document(self, row: Row, content: Text) -> list[Rendered]:
         # Nobody asks for a text again, and it may be long.
-        encoded = self._ahead.pop(content.text, None) or self._covered([content.text])[0]
+        encoded = self._ahead.pop(content.text, None) or self.tokenizer.encode_closed([content.text])[0]
         return document(row.number, content.text, encoded, self.tokenizer, self.max_tokens, notice=self._notice)
-
-    def _covered(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
-        """The tokens of each text, with spans that cover it."""
-        return self.tokenizer.encode_closed(texts)
 
     def _encode(self, text: str, notice: Notice) -> tuple[Ints, Ints]:
         """The ids of a rendered text, with exactly one BOS at its start where the tokenizer adds one."""
@@ -376,7 +380,7 @@ class CausalRenderer(ClassRenderer):
             # The prompt of a row is asked for again when the row is checked.
             if len(self._encoded) >= _ENCODED:
                 self._encoded.clear()
-            known = self._encoded[text] = self._covered([text])[0]
+            known = self._encoded[text] = self.tokenizer.encode_closed([text])[0]
         tokens, spans = known
         bos = self.tokenizer.bos_id
         if bos is None or not self.tokenizer.adds_bos:

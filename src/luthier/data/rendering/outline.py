@@ -28,8 +28,9 @@ _LONGEST: Final = 2**20
 Asked = tuple[Stage, Place, Wanted]
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """The content of a message, stripped in this order of what is at its sides."""
 
     message: int
@@ -45,14 +46,15 @@ class _Part:
 _STRIPS: Final = {"strip": str.strip, "lstrip": str.lstrip, "rstrip": str.rstrip}
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Shape:
     """The outlines of a shape: literals and places in `parts`; None for a rendering that the template has to make.
 
     Messages of `filled` are not blank, those of `lacks` do not hold a text: what the outlines are proved for.
     """
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     outlines: tuple[tuple[Place, tuple[str | int, ...] | None], ...]
     filled: frozenset[int]
     lacks: frozenset[tuple[int, str]]
@@ -87,7 +89,7 @@ class Outlines:
 
     def __init__(self, template: Template) -> None:
         self._template = template
-        self._known: dict[Hashable, _Shape | None] = {}
+        self._known: dict[Hashable, Shape | None] = {}
 
     def give(self, stages: Iterable[Stage]) -> list[Asked]:
         """Hand these conversations all renderings that are outlined. Returns those the template has to be asked for."""
@@ -101,6 +103,10 @@ class Outlines:
             elif missing := shape.fill(stage):
                 asked += [(stage, place, wanted) for place, wanted in stage.foreseen() if place in missing]
         return asked
+
+    def shape_of(self, stage: Stage) -> Shape | None:
+        """The outlines of a conversation's shape, where they are known."""
+        return self._known.get(self._key(stage)) if stage.foreseeable else None
 
     def _key(self, stage: Stage) -> Hashable:
         """The shape of a conversation; None where it holds what cannot be written, which the template will say."""
@@ -130,8 +136,8 @@ class Outlines:
             self._known[key] = _shape([place for place, _ in each], [next(made) for _ in each])
 
 
-def _shape(places: Sequence[Place], made: Sequence[str | None]) -> _Shape:
-    parts: dict[_Part, int] = {}
+def _shape(places: Sequence[Place], made: Sequence[str | None]) -> Shape:
+    parts: dict[Part, int] = {}
     outlines: list[tuple[str | int, ...] | None] = []
     filled: set[int] = set()
     lacks: set[tuple[int, str]] = set()
@@ -146,9 +152,9 @@ def _shape(places: Sequence[Place], made: Sequence[str | None]) -> _Shape:
                 pieces.append(piece)
             else:
                 message, strips = piece
-                part = _Part(message, tuple((side, characters) for side, characters in strips))
+                part = Part(message, tuple((side, characters) for side, characters in strips))
                 pieces.append(parts.setdefault(part, len(parts)))
         outlines.append(tuple(pieces))
         filled.update(found["filled"])
         lacks.update((message, needle) for message, needle in found["lacks"])
-    return _Shape(tuple(parts), tuple(zip(places, outlines, strict=True)), frozenset(filled), frozenset(lacks))
+    return Shape(tuple(parts), tuple(zip(places, outlines, strict=True)), frozenset(filled), frozenset(lacks))

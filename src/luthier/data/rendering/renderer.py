@@ -5,7 +5,7 @@ Idea: which tokens a row becomes depends on what the model is: a causal decoder 
 an address; what was counted, and how to take a row's share back; the classes that were seen; what a prompt looks like.
 
 Use it through `render`; for many rows: stage each, foresee all of them at once (`ask` may be in another thread),
-encode all of them ahead, finish each in its turn.
+encode and weigh all of them ahead, and finish each in its turn, or accept it where it is known to be right.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, ClassVar, Final, Literal, get_args
 from luthier.core.errors import DataError, MissingError, RecipeError, TemplateError
 from luthier.data.conversation import Content, Meaning, Message, Row
 from luthier.data.forest import Ints
+from luthier.data.rendering.batch import Batch
 from luthier.data.rendering.classes import Classes
 from luthier.data.rendering.counts import RenderCounts
+from luthier.data.rendering.layout import Filled
 from luthier.data.rendering.outline import Asked, Outlines
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rendering.template import Template
-from luthier.data.rendering.turns import Stage, placed
+from luthier.data.rendering.turns import TRIMS, Stage, placed, said_of
 from luthier.data.tokenizer import Tokenizer
 from luthier.kernels.rows import NativeRows
 from luthier.kernels.words import is_compiled
@@ -61,12 +63,15 @@ class Staged:
     """A row on its way: ready to be finished, or the error that stands for it, and the notices given so far."""
 
     row: Row
-    ready: Stages | Content | DataError
+    ready: Stages | Filled | Content | DataError
     told: Sequence[tuple[str, str]]
 
     @property
     def stages(self) -> Stages:
-        """What the template will be asked for: one conversation, one for each answer to a prompt, or none."""
+        """What the template will be asked for: one conversation, one for each answer to a prompt, or none.
+
+        None too for a conversation that is laid out already.
+        """
         return self.ready if isinstance(self.ready, tuple) else ()
 
 
@@ -105,12 +110,13 @@ class Renderer(ABC):
         self._now: Staged | None = None
         self._rows: NativeRows | None = None
         self._look = _LOOK
+        self._staged_rows = 0
 
     @property
     def native_rows(self) -> NativeRows | None:
         """What is worked out of rows in C++, once there are many rows, where that is compiled."""
-        if self._rows is None and self.counts.rows >= self._look:
-            self._look = self.counts.rows + _LOOK_AGAIN
+        if self._rows is None and self._staged_rows >= self._look:
+            self._look = self._staged_rows + _LOOK_AGAIN
             try:
                 self._rows = NativeRows.build() if is_compiled() else None
             except MissingError:
@@ -145,7 +151,7 @@ class Renderer(ABC):
 
     def render(self, row: Row) -> list[Rendered]:
         """The views of `row`: one; several where history is rewritten or a text is long; none when it is dropped."""
-        staged = self.stage(row)
+        staged = self.apart(self.stage(row))
         self.foresee([staged])
         self.encode_ahead([staged])
         made = self.finish(staged)
@@ -155,6 +161,7 @@ class Renderer(ABC):
 
     def stage(self, row: Row) -> Staged:
         """The row as the template gets it, or why it cannot get it, and what there is to notice about that."""
+        self._staged_rows += 1
         return Staged(row, row.content, ())
 
     def foresee(self, staged: Sequence[Staged]) -> None:
@@ -163,7 +170,13 @@ class Renderer(ABC):
 
     def fill(self, staged: Sequence[Staged]) -> list[Asked]:
         """Hand these rows all that outlines say (see `outline.py`). Returns what the template has to be asked for."""
-        return self._outlines.give(stage for one in staged for stage in one.stages)
+        asked = self._outlines.give(stage for one in staged for stage in one.stages)
+        self.learn(staged)
+        return asked
+
+    def learn(self, staged: Sequence[Staged]) -> None:
+        """See what the outlines of these rows say of all rows like them; nothing, where no chat is rendered."""
+        return
 
     def ask(self, asked: Sequence[Asked]) -> None:
         """Hand rows what the template makes of them."""
@@ -178,8 +191,31 @@ class Renderer(ABC):
     def encode_ahead(self, staged: Sequence[Staged]) -> None:
         """Make the tokens of all texts that these rows are known to need, at once; kept until the next call."""
 
+    def weigh_ahead(self) -> Batch | None:
+        """The rows that were encoded last and are laid out, with all that is known of them; None where there are none.
+
+        Each of them may be accepted or finished.
+        """
+        return None
+
+    def accept(self, row: Row, filled: Filled, tokens: int, trained: int) -> None:
+        """Count a row that was made ahead and is right."""
+        counts = self.counts
+        counts.rows += 1
+        counts.views += 1
+        counts.tokens += tokens
+        counts.trained_tokens += trained
+        for message in filled.trimmed:
+            example = "" if TRIMS in counts.examples else said_of(message, filled.contents[message])
+            counts.notice(TRIMS, (row.where, example))
+
+    def apart(self, staged: Staged) -> Staged:
+        """The row staged so that it can be finished by itself."""
+        return staged
+
     def finish(self, staged: Staged) -> list[Rendered] | DataError:
         """The views of a staged row, or why there are none."""
+        staged = self.apart(staged)
         row, ready = staged.row, staged.ready
         # Whoever refuses the row later takes its counts back.
         self._before = (self.counts.copy(), set(self._found_stops), len(self.classes))
@@ -189,7 +225,7 @@ class Renderer(ABC):
         if isinstance(ready, DataError):
             return ready
         try:
-            made = self._views(row, ready)
+            made = [] if isinstance(ready, Filled) else self._views(row, ready)
         except DataError as error:
             return error if error.where == row.where else placed(error, row.where)
         self.counts.rows += 1

@@ -6,6 +6,7 @@ Use through the renderers, before anything is rendered.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,19 @@ def show(conversation: Conversation, template: Template, notice: Notice) -> list
                     fields["content"] = f"{before.fields['content']}\n{message.content}"
         shown.append(Shown(fields, message.role, message.weight))
     return shown
+
+
+def turn_weights(shown: Sequence[Shown], *, last: bool) -> dict[int, float]:
+    """The trained turns and their weights; a weight in the row goes before what is trained otherwise, all or the last.
+    """
+    answers = [index for index, message in enumerate(shown) if message.role == "assistant"]
+    weights: dict[int, float] = {}
+    for index in answers:
+        own = shown[index].weight
+        weight = (0.0 if last and index != answers[-1] else 1.0) if own is None else own
+        if weight > 0:
+            weights[index] = weight
+    return weights
 
 
 def call_fields(call: ToolCall) -> dict[str, Any]:

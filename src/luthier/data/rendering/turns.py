@@ -23,7 +23,8 @@ from luthier.data.rendering.shown import Notice, Shown, call_fields
 from luthier.data.rendering.template import Wanted
 from luthier.data.strict_json import excerpt
 
-_PROBES = ("Qz4mT", "Wk9xB")
+PROBES = ("Qz4mT", "Wk9xB")
+"""What is written in the place of an answer to see where it stands."""
 _FORESEEN = 2**18
 """Characters of one row's renderings that are made ahead: those of a very long conversation would fill the memory."""
 _BEFORE, _AFTER = 20, 40
@@ -39,6 +40,7 @@ PROMPT = (
     "the generation prompt is not how the template begins an answer, so each answer is trained behind that prompt in a "
     "view of its own; a template whose prompt is the beginning needs one view, such as data.template: chatml"
 )
+TRIMS = "the template trims white space around an answer"
 Write = Callable[[Wanted], str]
 Place = tuple[str, int]
 """Which rendering of a conversation: what it is for, and how many messages it has or which one it is about."""
@@ -276,11 +278,11 @@ class Stage:
 
     def _around(self, index: int) -> tuple[str, str]:
         """What the template writes before and after the content of message `index`, whatever the content is."""
-        one, two = (self._probed(index, probe) for probe in _PROBES)
+        one, two = (self._probed(index, probe) for probe in PROBES)
         # Where nothing but the probe differs, which is nearly everywhere, it is what they do not share.
-        at = one.find(_PROBES[0])
-        end = at + len(_PROBES[0])
-        if at >= 0 and two == f"{one[:at]}{_PROBES[1]}{one[end:]}":
+        at = one.find(PROBES[0])
+        end = at + len(PROBES[0])
+        if at >= 0 and two == f"{one[:at]}{PROBES[1]}{one[end:]}":
             return one[:at], one[end:]
         if one == two:
             raise _unproven(index, "the template does not show it")
@@ -292,11 +294,11 @@ class Stage:
         name, call_id = calls[-1]["function"]["name"], calls[-1].get("id", "")
         ending = text
         # A text and a number: the quote that closes a text belongs to the arguments.
-        for probe in (*_PROBES, 70417):
+        for probe in (*PROBES, 70417):
             probed = call_fields(ToolCall(name, {"probe": probe}, call_id))
             changed = self._changed(index, {"tool_calls": [*calls[:-1], probed]})
             ending = _common_end(ending, self._write(changed))
-        for probe in _PROBES:
+        for probe in PROBES:
             ending = _common_end(ending, self._probed(index, probe))
         if ending == text:
             raise _unproven(index, "the template does not show its tool calls")
@@ -324,18 +326,23 @@ class Stage:
                 f"message {index + 1} {excerpt(content)} is shown as {excerpt(said)}",
             )
         elif content not in said:
-            notice("the template trims white space around an answer", f"message {index + 1} {excerpt(content)}")
+            notice(TRIMS, said_of(index, content))
 
     def _said(self, index: int, text: str, opening: str, ending: str) -> str:
         """The content as the template shows it, where the generation prompt does not begin the template's own text."""
         content = self._fields[index]["content"]
-        probe = self._probed(index, _PROBES[0])
-        if probe != opening + _PROBES[0] + ending or not text.startswith(opening):
+        probe = self._probed(index, PROBES[0])
+        if probe != opening + PROBES[0] + ending or not text.startswith(opening):
             raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
         said = text[len(opening) : len(text) - len(ending)]
         if len(opening) + len(ending) > len(text) or said.strip() != content.strip():
             raise _unproven(index, "the template changes its text, and the generation prompt does not begin it")
         return said
+
+
+def said_of(index: int, content: str) -> str:
+    """What a message says, for an example of a notice."""
+    return f"message {index + 1} {excerpt(content)}"
 
 
 def _quiet(text: str, example: str = "") -> None:
@@ -350,7 +357,7 @@ def _foreseen(
         before = fields[:index]
         wanted.append((("prompt", index), Wanted(before, tools, add_generation_prompt=True)))
         wanted += [
-            ((probe, index), Wanted([*before, {**fields[index], "content": probe}], tools)) for probe in _PROBES
+            ((probe, index), Wanted([*before, {**fields[index], "content": probe}], tools)) for probe in PROBES
         ]
     return wanted
 

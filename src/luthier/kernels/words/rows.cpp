@@ -1,13 +1,15 @@
-// Rows: what is worked out of each row's tokens, in one pass over them each. See ../rows.py.
+// Rows: what is worked out of the tokens of many rows, in one pass over them each. See ../rows.py.
 //
 // Idea: a row has a hundred tokens, for which a call of numpy takes longer than the work; a row asks for thirty such
-// calls. Each function here does what a few of them do, for rows as nearly all are, and says of any other that it does
-// not know: the twins in Python then look at it.
+// calls. Each function here does what a few of them do, for all rows of a batch, which stand one behind the other: row r
+// has the tokens up to ends[r]. Of a row that is not as nearly all are it says that it does not know; the twins in Python
+// then look at it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "spellings.h"
 
@@ -68,9 +70,9 @@ class Digest {
         (mixed<round>(v, words), ...);
     }
 
-    void mix(bool last) {
+    void mix(const uint8_t* from, bool last) {
         uint64_t words[16], v[16];
-        std::memcpy(words, block, 128);
+        std::memcpy(words, from, 128);
         std::copy(state, state + 8, v);
         std::copy(START, START + 8, v + 8);
         v[12] ^= length;
@@ -90,8 +92,12 @@ public:
         while (count) {
             if (held == 128) {  // more follows, so that this block is not the last one
                 length += 128;
-                mix(false);
+                mix(block, false);
                 held = 0;
+            }
+            for (; !held && count > 128; count -= 128, from += 128) {
+                length += 128;
+                mix(from, false);
             }
             int64_t part = std::min<int64_t>(count, 128 - held);
             std::memcpy(block + held, from, size_t(part));
@@ -104,7 +110,7 @@ public:
     uint64_t end() {
         length += uint64_t(held);
         std::memset(block + held, 0, size_t(128 - held));
-        mix(true);
+        mix(block, true);
         return state[0];
     }
 };
@@ -122,20 +128,31 @@ inline int64_t byte_of(const uint8_t* text, int64_t size, int32_t ascii, int64_t
 
 const uint8_t VIEW_END[4] = {255, 255, 255, 255};
 
-}  // namespace
+struct Row {
+    const int32_t* tokens;
+    const float* weights;
+    const int32_t* spans;
+    int64_t count;
+};
 
-extern "C" {
+struct Text {
+    const uint8_t* bytes;
+    int64_t size;
+    bool is_ascii() const {
+        for (int64_t place = 0; place < size; place++)
+            if (bytes[place] >= 128) return false;
+        return true;
+    }
+};
 
-// The runs of tokens with weight, as [start, end) in `turns`, where the row is sound: weights are finite and none
-// negative, the first is 0, some are not; each run ends in a stop token and has no other; and the tokens say the text of
-// their spans, all but BOS (where that is not negative) at the start and stop tokens without a text at the end.
-// Returns how many runs there are; -1 where that cannot be said; -2 - place for a token that is not known.
-int64_t rows_sound(const void* given, const int32_t* tokens, const float* weights, const int32_t* spans, int64_t count,
-                   const uint8_t* text, int64_t size, int32_t ascii, const int32_t* stop_ids, int64_t stop_count,
-                   int64_t bos, int32_t* turns, int64_t room) {
-    const Spellings& known = *static_cast<const Spellings*>(given);
-    Set stops{stop_ids, stop_count};
-    if (count < 1 || weights[0] != 0) return -1;
+// Whether a row begins with BOS and has no other; any row where there is none to begin with.
+inline bool begins(const int32_t* tokens, int64_t count, int64_t bos) {
+    return bos < 0 || (count && tokens[0] == bos && std::find(tokens + 1, tokens + count, bos) == tokens + count);
+}
+
+int64_t sound(const Spellings& known, Row row, Text text, Set stops, int64_t bos, int32_t* turns, int64_t room) {
+    auto [tokens, weights, spans, count] = row;
+    if (count < 1 || weights[0] != 0 || !begins(tokens, count, bos)) return -1;
     int64_t found = 0;
     for (int64_t place = 0; place < count; place++) {
         if (!(weights[place] >= 0 && weights[place] < INFINITY)) return -1;
@@ -155,104 +172,211 @@ int64_t rows_sound(const void* given, const int32_t* tokens, const float* weight
     if (first == last) return found;
     int64_t from = spans[2 * first], to = from;
     for (int64_t place = first; place < last; place++) to = std::max<int64_t>(to, spans[2 * place + 1]);
-    int64_t at = byte_of(text, size, ascii, from), end = byte_of(text, size, ascii, to);
+    bool ascii = text.is_ascii();
+    int64_t at = byte_of(text.bytes, text.size, ascii, from), end = byte_of(text.bytes, text.size, ascii, to);
     if (at < 0 || end < 0) return -1;
     for (int64_t place = first; place < last; place++) {
         int64_t id = tokens[place];
         if (id < 0 || size_t(id) >= known.tokens.size() || known.tokens[size_t(id)].second < 0) return -2 - place;
         auto [begin, length] = known.tokens[size_t(id)];
-        if (length > end - at || std::memcmp(known.bytes.data() + begin, text + at, size_t(length)))
+        if (length > end - at || std::memcmp(known.bytes.data() + begin, text.bytes + at, size_t(length)))
             return -1;
         at += length;
     }
     return at == end ? found : -1;
 }
 
-// The role and the weight of each token. Message m's words end at the character bound_ends[m] and have the role
-// bound_roles[m]; answer a begins at the token starts[a], what it says ends at the character endings[a], what the
-// template writes behind that at behinds[a]. The first token there that is a stop token, or may be one (`end_ids`), ends
-// the turn. Leading BOS and the first token have no weight.
-// Returns 0, and where each turn ends in `ats`; -1 where a turn ends in no stop token, or has one within.
-int64_t rows_weigh(const int32_t* tokens, const int32_t* spans, int64_t count, const int32_t* bound_ends,
-                   const uint8_t* bound_roles, int64_t bounds, const int32_t* starts, const int32_t* endings,
-                   const int32_t* behinds, const double* turn_weights, int64_t answers, const int32_t* stop_ids,
-                   int64_t stop_count, const int32_t* end_ids, int64_t end_count, int64_t bos, uint8_t* roles,
-                   float* weights, int32_t* ats) {
-    Set stops{stop_ids, stop_count}, may_end{end_ids, end_count};
-    for (int64_t place = 0; place < count; place++) {
-        int32_t begin = spans[2 * place];
-        int64_t owner = std::upper_bound(bound_ends, bound_ends + bounds, begin) - bound_ends;
-        roles[place] = begin == spans[2 * place + 1] ? 0 : bound_roles[std::min(owner, bounds - 1)];
-        weights[place] = 0;
-    }
-    for (int64_t answer = 0; answer < answers; answer++) {
-        int64_t at = -1;
-        for (int64_t place = starts[answer]; place < count && at < 0; place++) {
-            if (spans[2 * place] < endings[answer]) {
-                if (stops.has(tokens[place])) return -1;
-                continue;
-            }
-            if (spans[2 * place] >= behinds[answer]) return -1;
-            if (stops.has(tokens[place]))
-                at = place;
-            else if (may_end.has(tokens[place]))
-                return -1;
+struct Turn {
+    const int32_t* prompt;
+    int64_t start;  // how many tokens the prompt has
+    int32_t ending, behind;
+    float weight;
+};
+
+// Where the turn ends, its tokens being given its weight; -1 where that cannot be said.
+int64_t weigh(Row row, float* weights, Turn turn, Set stops, Set may_end) {
+    if (turn.start > row.count || !std::equal(turn.prompt, turn.prompt + turn.start, row.tokens)) return -1;
+    int64_t at = -1;
+    for (int64_t place = turn.start; place < row.count && at < 0; place++) {
+        if (row.spans[2 * place] < turn.ending) {
+            if (stops.has(row.tokens[place])) return -1;
+            continue;
         }
-        if (at < 0) return -1;
-        for (int64_t place = starts[answer]; place <= at; place++) weights[place] = float(turn_weights[answer]);
-        ats[answer] = int32_t(at);
+        if (row.spans[2 * place] >= turn.behind) return -1;
+        if (stops.has(row.tokens[place]))
+            at = place;
+        else if (may_end.has(row.tokens[place]))
+            return -1;
     }
-    if (count) weights[0] = 0;
-    for (int64_t place = 0; place < count && tokens[place] == bos; place++) weights[place] = 0;
-    return 0;
+    for (int64_t place = turn.start; place <= at; place++) weights[place] = turn.weight;
+    return at;
 }
 
-// Digests of a row's tokens, of its words, and of its tokens with weight, as data/findings.py makes them. The words are
-// those of an ASCII text from the first character of the first token to the last of the last one, without capitals and
-// white space; or where `made` is set the text itself.
-void rows_marks(const int32_t* tokens, const float* weights, const int32_t* spans, int64_t count, const uint8_t* text,
-                int64_t size, int32_t made, uint64_t* marks) {
+// How each byte of an ASCII text is written without capitals; BLANK, which is not ASCII, for white space.
+constexpr uint8_t BLANK = 255;
+struct Folds {
+    uint8_t of[256];
+    Folds() {
+        for (int code = 0; code < 256; code++)
+            of[code] = is_blank(uint8_t(code)) ? BLANK : code >= 'A' && code <= 'Z' ? uint8_t(code + 32) : uint8_t(code);
+    }
+};
+const Folds folds;
+
+// `room` is for a text as it is without capitals and white space.
+void marks(Row row, Text text, bool made, std::vector<uint8_t>& room, uint64_t* found) {
     Digest all, words, learned;
-    all.add(tokens, count * 4);
+    all.add(row.tokens, row.count * 4);
     all.add(VIEW_END, 4);
-    int64_t at = spans[0], end = std::min<int64_t>(spans[2 * count - 1], size);
-    bool any = false;
-    uint8_t piece[256];
-    if (made) words.add(text, size);
-    while (!made && at < end) {
-        while (at < end && is_blank(text[at])) at++;
-        if (at == end) break;
-        if (any) words.add(" ", 1);
-        any = true;
-        while (at < end && !is_blank(text[at])) {
-            int64_t held = 0;
-            for (; held < 256 && at < end && !is_blank(text[at]); at++)
-                piece[held++] = text[at] >= 'A' && text[at] <= 'Z' ? uint8_t(text[at] + 32) : text[at];
-            words.add(piece, held);
+    int64_t at = row.spans[0], end = std::min<int64_t>(row.spans[2 * row.count - 1], text.size), size = 0;
+    if (made) words.add(text.bytes, text.size);
+    if (!made && at < end) {
+        room.resize(size_t(end - at + 1));
+        bool gap = false;
+        for (; at < end; at++) {
+            uint8_t code = folds.of[text.bytes[at]];
+            if (code == BLANK) {
+                gap = size > 0;
+                continue;
+            }
+            if (gap) room[size_t(size++)] = ' ';
+            gap = false;
+            room[size_t(size++)] = code;
         }
+        words.add(room.data(), size);
     }
     words.add(VIEW_END, 1);
-    for (int64_t place = 0; place < count; place++)
-        if (weights[place] > 0) learned.add(tokens + place, 4);
+    for (int64_t place = 0; place < row.count;) {
+        int64_t from = place;
+        while (place < row.count && row.weights[place] > 0) place++;
+        learned.add(row.tokens + from, 4 * (place - from));
+        while (place < row.count && !(row.weights[place] > 0)) place++;
+    }
     learned.add(VIEW_END, 4);
-    marks[0] = all.end();
-    marks[1] = words.end();
-    marks[2] = learned.end();
+    found[0] = all.end();
+    found[1] = words.end();
+    found[2] = learned.end();
 }
-// How many tokens with weight stand before the last of them, where that one is a stop token, no other is, and one of
-// the others is not special; else -1.
-int64_t rows_answer(const int32_t* tokens, const float* weights, int64_t count, const int32_t* stop_ids,
-                    int64_t stop_count, const int32_t* special_ids, int64_t special_count) {
-    Set stops{stop_ids, stop_count}, specials{special_ids, special_count};
+
+int64_t answer(Row row, Set stops, Set specials) {
     int64_t trained = 0;
     bool ended = false, says = false;
-    for (int64_t place = 0; place < count; place++) {
-        if (!(weights[place] > 0)) continue;
+    for (int64_t place = 0; place < row.count; place++) {
+        if (!(row.weights[place] > 0)) continue;
         if (ended) return -1;
         trained++;
-        ended = stops.has(tokens[place]);
-        says = says || !(ended || specials.has(tokens[place]));
+        ended = stops.has(row.tokens[place]);
+        says = says || !(ended || specials.has(row.tokens[place]));
     }
     return ended && says ? trained - 1 : -1;
+}
+
+// Rows one behind the other, and their texts: those of row r.
+struct Rows {
+    const int32_t* tokens;
+    const float* weights;
+    const int32_t* spans;
+    const int64_t* ends;
+    int64_t before(int64_t row) const { return row ? ends[row - 1] : 0; }
+    Row operator[](int64_t row) const {
+        int64_t at = before(row);
+        return {tokens + at, weights + at, spans + 2 * at, ends[row] - at};
+    }
+};
+
+struct Texts {
+    const uint8_t* bytes;
+    const int64_t* ends;
+    Text operator[](int64_t row) const {
+        int64_t at = row ? ends[row - 1] : 0;
+        return {bytes + at, ends[row] - at};
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// For each row its runs of tokens with weight, as [start, end) in `turns` up to its one of `turn_ends`, where the row is
+// sound: weights are finite and none negative, the first is 0, some are not; each run ends in a stop token and has no
+// other; the first token is BOS and no other (where that is not negative); and the tokens say the text of their spans,
+// all but BOS and stop tokens without a text at the end.
+// Written is how many runs there are; -1 where that cannot be said; -2 - place for a token that is not known.
+void rows_sound(const void* known, const int32_t* tokens, const float* weights, const int32_t* spans,
+                const int64_t* ends, int64_t rows, const uint8_t* bytes, const int64_t* byte_ends,
+                const int32_t* stop_ids, int64_t stop_count, int64_t bos, int32_t* turns, const int64_t* turn_ends,
+                int64_t* found) {
+    Rows all{tokens, weights, spans, ends};
+    Texts texts{bytes, byte_ends};
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t from = row ? turn_ends[row - 1] : 0;
+        found[row] = sound(*static_cast<const Spellings*>(known), all[row], texts[row], Set{stop_ids, stop_count}, bos,
+                           turns + 2 * from, turn_ends[row] - from);
+    }
+}
+
+// The role and the weight of each token. Message m's words end at the character bound_ends[m] and have the role
+// bound_roles[m]; row r has the messages up to bound_stops[r] and the answers up to answer_stops[r]. Answer a begins
+// behind its prompt, the tokens of `prompts` up to prompt_ends[a], the first from prompt_start on; what it says ends at
+// the character endings[a], what the template writes behind that at behinds[a]. The first token there that is a stop
+// token, or may be one (`end_ids`), ends the turn. Leading BOS and the first token have no weight.
+// Written is for each answer where its turn ends, and `known`, whether all is as it should be: a row does not begin with
+// one BOS, does not begin with a prompt, or a turn ends in no stop token or has one within, where it is 0.
+void rows_weigh(const int32_t* tokens, const int32_t* spans, const int64_t* ends, int64_t rows,
+                const int32_t* bound_ends, const uint8_t* bound_roles, const int64_t* bound_stops,
+                const int32_t* prompts, int64_t prompt_start, const int64_t* prompt_ends, const int32_t* endings,
+                const int32_t* behinds, const double* turn_weights, const int64_t* answer_stops,
+                const int32_t* stop_ids, int64_t stop_count, const int32_t* end_ids, int64_t end_count, int64_t bos,
+                uint8_t* roles, float* weights, int32_t* ats, uint8_t* known) {
+    Set stops{stop_ids, stop_count}, may_end{end_ids, end_count};
+    Rows all{tokens, weights, spans, ends};
+    int64_t bound = 0, turn = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        Row own = all[row];
+        float* weight = weights + all.before(row);
+        uint8_t* role = roles + all.before(row);
+        int64_t bounds = bound_stops[row] - bound;
+        const int32_t* first = bound_ends + bound;
+        for (int64_t place = 0; place < own.count; place++) {
+            int32_t begin = own.spans[2 * place];
+            int64_t owner = std::upper_bound(first, first + bounds, begin) - first;
+            role[place] = begin == own.spans[2 * place + 1] ? 0 : bound_roles[bound + std::min(owner, bounds - 1)];
+            weight[place] = 0;
+        }
+        bool is_known = bos < 0 || (own.count && own.tokens[0] == bos && (own.count < 2 || own.tokens[1] != bos));
+        for (; turn < answer_stops[row]; turn++) {
+            int64_t from = turn ? prompt_ends[turn - 1] : prompt_start;
+            Turn each{prompts + from, prompt_ends[turn] - from, endings[turn], behinds[turn],
+                      float(turn_weights[turn])};
+            if (bos >= 0 && !each.start) is_known = false;
+            int64_t at = is_known ? weigh(own, weight, each, stops, may_end) : -1;
+            is_known = at >= 0;
+            ats[turn] = int32_t(at);
+        }
+        if (own.count) weight[0] = 0;
+        known[row] = is_known;
+        bound = bound_stops[row];
+    }
+}
+
+// Digests of each row's tokens, of its words, and of its tokens with weight, as data/findings.py makes them. The words
+// are those of an ASCII text from the first character of the first token to the last of the last one, without capitals
+// and white space; or where `made` is set the text itself.
+void rows_marks(const int32_t* tokens, const float* weights, const int32_t* spans, const int64_t* ends, int64_t rows,
+                const uint8_t* bytes, const int64_t* byte_ends, const uint8_t* made, uint64_t* found) {
+    Rows all{tokens, weights, spans, ends};
+    Texts texts{bytes, byte_ends};
+    std::vector<uint8_t> room;
+    for (int64_t row = 0; row < rows; row++) marks(all[row], texts[row], made[row], room, found + 3 * row);
+}
+
+// For each row how many tokens with weight stand before the last of them, where that one is a stop token, no other is,
+// and one of the others is not special; else -1.
+void rows_answer(const int32_t* tokens, const float* weights, const int64_t* ends, int64_t rows,
+                 const int32_t* stop_ids, int64_t stop_count, const int32_t* special_ids, int64_t special_count,
+                 int64_t* found) {
+    Rows all{tokens, weights, nullptr, ends};
+    for (int64_t row = 0; row < rows; row++)
+        found[row] = answer(all[row], Set{stop_ids, stop_count}, Set{special_ids, special_count});
 }
 }

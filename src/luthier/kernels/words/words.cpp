@@ -1,199 +1,200 @@
 // Words: a table from words to their tokens, and texts cut into words and put together from it. See ../words.py.
 //
 // Idea: cutting and looking up is nearly all there is to do for a text whose words are known, and takes some twenty
-// nanoseconds a word here. A word that is not known is told, once a call; the tokenizer is asked for it elsewhere.
-// A text comes in parts: some are ASCII, which is cut here, others are one word each, whatever they hold.
+// nanoseconds a word here. Many texts are cut in one call, which remembers the place of each word in the table and tells
+// those that are new; the tokenizer is asked for these elsewhere, and a second call writes the tokens of all texts.
 //
-// The cuts are those of data/words.py for ASCII, where the patterns stand as regular expressions; written out, each is
-// one pass over the signs. Records are as there: three int32 a token, its id, how far it begins behind the end of the
-// one before (-1 in the middle of a character), and how many characters it has.
+// A control token is one word, and so is what is not ASCII with its surroundings, as in data/words.py. Records are as
+// there: three int32 a token, its id, how far it begins behind the end of the one before (-1 in the middle of a
+// character), and how many characters it has.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
 
+#include "cuts.h"
 #include "spellings.h"
 
 namespace {
-
-enum Sign : uint8_t { OTHER, UPPER, LOWER, DIGIT, SPACE, WHITE, BREAK };  // WHITE and BREAK: other white space
-
-struct Signs {
-    Sign of[256];
-    Signs() {
-        for (int code = 0; code < 256; code++) {
-            of[code] = code >= 'A' && code <= 'Z'     ? UPPER
-                       : code >= 'a' && code <= 'z'   ? LOWER
-                       : code >= '0' && code <= '9'   ? DIGIT
-                       : code == ' '                  ? SPACE
-                       : code == '\n' || code == '\r' ? BREAK
-                       : code == '\t' || code == '\v' || code == '\f' ? WHITE
-                                                      : OTHER;
-        }
-    }
-};
-const Signs signs;
-
-inline Sign sign(uint8_t code) { return signs.of[code]; }
-inline bool is_letter(uint8_t code) { return sign(code) == UPPER || sign(code) == LOWER; }
-inline bool is_white(uint8_t code) { return sign(code) >= SPACE; }
-
-using At = const uint8_t*;
-
-template <bool (*belongs)(uint8_t)>
-inline At run(At at, At end) {
-    while (at < end && belongs(*at)) at++;
-    return at;
-}
-inline bool is_digit(uint8_t code) { return sign(code) == DIGIT; }
-inline bool is_other(uint8_t code) { return sign(code) == OTHER; }
-inline bool is_break(uint8_t code) { return sign(code) == BREAK; }
-
-// 's 't 'm 'd 're 've 'll at an apostrophe; where it ends, or nullptr.
-template <bool any_case>
-inline At contraction(At at, At end) {
-    auto small = [](uint8_t code) { return any_case && sign(code) == UPPER ? uint8_t(code + 32) : code; };
-    if (at + 1 < end) {
-        uint8_t first = small(at[1]);
-        if (first == 's' || first == 't' || first == 'm' || first == 'd') return at + 2;
-        if (at + 2 < end) {
-            uint8_t second = small(at[2]);
-            if ((first == 'r' && second == 'e') || (first == 'v' && second == 'e') || (first == 'l' && second == 'l'))
-                return at + 3;
-        }
-    }
-    return nullptr;
-}
-
-// \s+(?!\S)|\s+ : white space up to the last of it, which belongs to what follows; alone when there is one.
-inline At white(At at, At end) {
-    At stop = run<is_white>(at, end);
-    return stop == end || stop - at == 1 ? stop : stop - 1;
-}
-
-// Where the word that begins at `at` ends: 's|...| ?L+| ?N+| ?[^\sLN]+|\s+(?!\S)|\s+
-inline At next_gpt2(At at, At end) {
-    if (*at == '\'')
-        if (At stop = contraction<false>(at, end)) return stop;
-    At first = at + (*at == ' ');
-    if (first < end && !is_white(*first)) {
-        if (is_letter(*first)) return run<is_letter>(first, end);
-        if (is_digit(*first)) return run<is_digit>(first, end);
-        return run<is_other>(first, end);
-    }
-    return white(at, end);
-}
-
-// (?i:'s|...)|[^\r\nLN]?L+|N{1,n}| ?[^\sLN]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-template <int digits>
-inline At next_llama3(At at, At end) {
-    if (*at == '\'')
-        if (At stop = contraction<true>(at, end)) return stop;
-    Sign what = sign(*at);
-    if (what == UPPER || what == LOWER) return run<is_letter>(at, end);
-    if (what == DIGIT) {
-        At stop = at;
-        while (stop < end && stop - at < digits && is_digit(*stop)) stop++;
-        return stop;
-    }
-    if (what != BREAK && at + 1 < end && is_letter(at[1])) return run<is_letter>(at + 1, end);
-    At first = at + (*at == ' ');
-    if (first < end && is_other(*first)) return run<is_break>(run<is_other>(first, end), end);
-    At stop = run<is_white>(at, end);
-    for (At last = stop; last > at; last--)
-        if (is_break(last[-1])) return last;
-    return white(at, end);
-}
-
-// '(?:[sdmt]|ll|ve|re)|Lu L*| ?(?!Lu)L+|N| ?[^\sLN]+|\s+(?!\S)|\s+
-inline At next_seedling(At at, At end) {
-    if (*at == '\'')
-        if (At stop = contraction<false>(at, end)) return stop;
-    if (sign(*at) == UPPER) return run<is_letter>(at, end);
-    if (is_digit(*at)) return at + 1;
-    At first = at + (*at == ' ');
-    if (first < end) {
-        if (sign(*first) == LOWER) return run<is_letter>(first, end);
-        if (is_other(*first)) return run<is_other>(first, end);
-    }
-    return white(at, end);
-}
 
 struct Token {
     int32_t id, gap, size;
 };
 
+// A word: where its bytes and its tokens begin, and how many there are; -1 tokens for a word that is asked for, since
+// this call. Numbers are small where they can be, as look-ups wait for memory.
 struct Entry {
-    uint64_t hash;
-    int64_t key, tokens;  // where they begin
-    int32_t size, count;  // bytes; tokens, -1 for a word that is asked for
-    int64_t call;         // in which call it was asked for; 0 for a place that is free
+    int64_t key;
+    int32_t tokens, count, call;
 };
 
-inline uint64_t hashed(At word, int64_t size) {
-    uint64_t total = 0x9E3779B97F4A7C15ull ^ uint64_t(size);
-    while (size >= 8) {
-        uint64_t piece;
-        std::memcpy(&piece, word, 8);
-        total = (total ^ piece) * 0xD6E8FEB86659FD93ull;
-        total ^= total >> 32;
-        word += 8;
-        size -= 8;
-    }
-    uint64_t piece = 0;
-    std::memcpy(&piece, word, size_t(size));
-    total = (total ^ piece) * 0xD6E8FEB86659FD93ull;
-    return total ^ (total >> 29);
+// A place in the table, with the first bytes of its word: of most words there are no more, and nothing else is read.
+struct Slot {
+    uint64_t head;
+    uint32_t hash;
+    int32_t size, entry;  // -1 for a place that is free
+};
+constexpr Slot FREE{0, 0, 0, -1};
+
+// A word of a text that was cut: its entry, and the byte of the text where it ends.
+struct Piece {
+    int32_t entry, end;
+};
+
+inline uint64_t eight(At at) {
+    uint64_t piece;
+    std::memcpy(&piece, at, 8);
+    return piece;
 }
+
+// A word, its first eight bytes, with zeros where it has fewer, and its hash.
+struct Word {
+    At at, end;
+    uint64_t head;
+    uint32_t hash;
+
+    // Nothing is read from `limit` on.
+    Word(At at, At end, At limit) : at(at), end(end), head(0) {
+        int64_t size = end - at;
+        if (limit - at >= 8)
+            head = size < 8 ? eight(at) & ((uint64_t(1) << (8 * size)) - 1) : eight(at);
+        else
+            std::memcpy(&head, at, size_t(size));
+        uint64_t total = (0x9E3779B97F4A7C15ull ^ uint64_t(size) ^ head) * 0xD6E8FEB86659FD93ull;
+        for (At each = at + 8; each < end; each += 8) {
+            total ^= total >> 32;
+            total = (total ^ eight(std::min(each, end - 8))) * 0xD6E8FEB86659FD93ull;
+        }
+        hash = uint32_t(total >> 32);
+    }
+
+    int64_t size() const { return end - at; }
+};
 
 struct Words {
     int32_t pattern = 0;
-    std::vector<Entry> table;
+    std::vector<Slot> table;
+    std::vector<Entry> entries;
     std::vector<uint8_t> keys;
     std::vector<Token> tokens;
-    int64_t used = 0, call = 1;
+    std::vector<std::pair<int64_t, int64_t>> controls;  // texts of control tokens in `control_bytes`, the longest first
+    std::vector<uint8_t> control_bytes;
+    bool may_begin[256] = {};  // whether a control token begins with this byte
+    int32_t call = 1;
+    size_t sure = 0;      // of so many entries the tokens are known
+    At limit = nullptr;  // where the bytes end that are cut
+    // What was cut last: the words of all texts, where each text's end, and the bytes of words that are not known.
+    std::vector<Piece> cut;
+    std::vector<int64_t> ends;
+    std::vector<std::pair<int64_t, int64_t>> missing;
 
     void clear() {
-        table.assign(1 << 12, Entry{});
+        table.assign(1 << 12, FREE);
+        entries = {};
         keys = {};
         tokens = {};
-        used = 0;
+        sure = 0;
+        forget_cut();
     }
 
-    // The place of a word, or the free one where it would be.
-    Entry* find(At word, int64_t size, uint64_t hash) {
+    void forget_cut() {
+        cut.clear();
+        ends.clear();
+        missing.clear();
+    }
+
+    // The slot of a word, or the free one where it would be.
+    Slot* find(const Word& word) {
         uint64_t mask = table.size() - 1;
-        for (uint64_t place = hash & mask;; place = (place + 1) & mask) {
-            Entry* entry = &table[place];
-            if (!entry->call) return entry;
-            if (entry->hash == hash && entry->size == size &&
-                !std::memcmp(keys.data() + entry->key, word, size_t(size)))
-                return entry;
+        for (uint64_t place = word.hash & mask;; place = (place + 1) & mask) {
+            Slot* slot = &table[place];
+            if (slot->entry < 0) return slot;
+            if (slot->head != word.head || slot->hash != word.hash || slot->size != word.size()) continue;
+            if (slot->size <= 8) return slot;
+            const Entry& entry = entries[size_t(slot->entry)];
+            if (!std::memcmp(keys.data() + entry.key, word.at, size_t(slot->size))) return slot;
         }
     }
 
-    Entry* add(Entry* free, At word, int64_t size, uint64_t hash) {
-        if (size_t(used) * 2 >= table.size()) {
-            std::vector<Entry> old(table.size() * 2);
+    int32_t add(Slot* free, const Word& word) {
+        if (entries.size() * 2 >= table.size()) {
+            std::vector<Slot> old(table.size() * 2, FREE);
             old.swap(table);
-            for (const Entry& entry : old)
-                if (entry.call) *find(keys.data() + entry.key, entry.size, entry.hash) = entry;
-            free = find(word, size, hash);
+            uint64_t mask = table.size() - 1;
+            for (const Slot& slot : old) {
+                if (slot.entry < 0) continue;
+                uint64_t place = slot.hash & mask;
+                while (table[place].entry >= 0) place = (place + 1) & mask;
+                table[place] = slot;
+            }
+            free = find(word);
         }
-        *free = Entry{hash, int64_t(keys.size()), 0, int32_t(size), -1, call};
-        keys.insert(keys.end(), word, word + size);
-        used++;
-        return free;
+        *free = Slot{word.head, word.hash, int32_t(word.size()), int32_t(entries.size())};
+        entries.push_back({int64_t(keys.size()), 0, -1, 0});
+        keys.insert(keys.end(), word.at, word.end);
+        return free->entry;
     }
 
-    At next(At at, At end) const {
-        switch (pattern) {
-            case 0: return next_gpt2(at, end);
-            case 1: return next_llama3<3>(at, end);
-            case 2: return next_llama3<1>(at, end);
-            default: return next_seedling(at, end);
+    // A word of the text that begins at `text`, all texts being in `bytes`.
+    void take(At bytes, At text, const Word& word) {
+        Slot* slot = find(word);
+        int32_t found = slot->entry < 0 ? add(slot, word) : slot->entry;
+        if (size_t(found) >= sure) {
+            Entry& entry = entries[size_t(found)];
+            if (entry.count < 0 && entry.call != call) {
+                entry.call = call;
+                missing.push_back({word.at - bytes, word.end - bytes});
+            }
         }
+        cut.push_back({found, int32_t(word.end - text)});
+    }
+
+    void take_ascii(At bytes, At text, At at, At end) {
+        while (at < end) {
+            At after = next_word(pattern, at, end);
+            take(bytes, text, Word(at, after, limit));
+            at = after;
+        }
+    }
+
+    // What stands between two control tokens.
+    void take_plain(At bytes, At text, At at, At end) {
+        At other = at;
+        while (true) {
+            while (other < end && *other < 128) other++;
+            if (other == end) break;
+            At start = cut_before(at, other);
+            while (other < end && *other >= 128) other++;
+            take_ascii(bytes, text, at, start);
+            at = other = cut_after(other, end);
+            take(bytes, text, Word(start, at, limit));
+        }
+        take_ascii(bytes, text, at, end);
+    }
+
+    // How many bytes the control token has that begins here; 0 for none.
+    int64_t control(At at, At end) const {
+        for (auto [start, size] : controls)
+            if (size <= end - at && !std::memcmp(control_bytes.data() + start, at, size_t(size))) return size;
+        return 0;
+    }
+
+    // The words of the bytes from `at` to `end` in the text that begins at `text`.
+    void take_text(At bytes, At text, At at, At end) {
+        At done = at;
+        while (at < end) {
+            int64_t size = may_begin[*at] ? control(at, end) : 0;
+            if (!size) {
+                at++;
+                continue;
+            }
+            take_plain(bytes, text, done, at);
+            take(bytes, text, Word(at, at + size, limit));
+            done = at += size;
+        }
+        take_plain(bytes, text, done, end);
+        ends.push_back(int64_t(cut.size()));
     }
 };
 
@@ -201,9 +202,17 @@ struct Words {
 
 extern "C" {
 
-void* words_new(int32_t pattern) {
+// Words that are cut by a pattern, but for control tokens: the bytes up to each of `ends`, the longest first.
+void* words_new(int32_t pattern, const uint8_t* bytes, const int64_t* ends, int64_t count) {
     Words* words = new Words;
     words->pattern = pattern;
+    int64_t begin = 0;
+    for (int64_t place = 0; place < count; place++) {
+        words->controls.push_back({begin, ends[place] - begin});
+        words->may_begin[bytes[begin]] = true;
+        begin = ends[place];
+    }
+    words->control_bytes.assign(bytes, bytes + begin);
     words->clear();
     return words;
 }
@@ -215,7 +224,7 @@ void words_clear(void* words) { static_cast<Words*>(words)->clear(); }
 // The words that are remembered, and their tokens.
 void words_sizes(void* given, int64_t* sizes) {
     const Words& words = *static_cast<Words*>(given);
-    sizes[0] = words.used;
+    sizes[0] = int64_t(words.entries.size());
     sizes[1] = int64_t(words.tokens.size());
 }
 
@@ -225,81 +234,96 @@ void words_put(void* given, const uint8_t* bytes, const int64_t* ends, const int
     Words& words = *static_cast<Words*>(given);
     int64_t begin = 0, token = 0;
     for (int64_t index = 0; index < count; index++) {
-        At word = bytes + begin;
-        int64_t size = ends[index] - begin;
-        uint64_t hash = hashed(word, size);
-        Entry* entry = words.find(word, size, hash);
-        if (!entry->call) entry = words.add(entry, word, size, hash);
-        entry->tokens = int64_t(words.tokens.size());
-        entry->count = int32_t(token_ends[index] - token);
+        Word word(bytes + begin, bytes + ends[index], bytes + ends[count - 1]);
+        Slot* slot = words.find(word);
+        Entry& entry = words.entries[size_t(slot->entry < 0 ? words.add(slot, word) : slot->entry)];
+        entry.tokens = int32_t(words.tokens.size());
+        entry.count = int32_t(token_ends[index] - token);
         for (; token < token_ends[index]; token++)
             words.tokens.push_back({records[token * 3], records[token * 3 + 1], records[token * 3 + 2]});
         begin = ends[index];
     }
 }
 
-// The tokens of texts. Part p is the bytes up to ends[p], one word where whole[p] is set; text t is the parts up to
-// last[t], behind the tokens of the earlier text like[t] that end up to its character stop[t], where like[t] is not
-// negative. Written are ids, spans (start, end) in characters of their text, for each text where its tokens end and how
-// many characters they make up, whether no token begins behind the end of all before it in its text, and the
-// [start, end) bytes of words that are not known, as many as there is room for.
-// Returns the number of unknown words, to be put before this is called again, or -1 where there is no room for tokens.
-int64_t words_encode(void* given, const uint8_t* bytes, const int64_t* ends, const uint8_t* whole, const int64_t* last,
-                     const int64_t* like, const int64_t* stop, int64_t texts, int32_t* ids, int32_t* spans, int64_t room, int64_t* token_ends,
-                     int64_t* characters, int32_t* covered, int64_t* unknown, int64_t unknown_room) {
+// Cut texts, the bytes up to each of `ends`, and beginnings of them: that of text like[b] up to its character stop[b].
+// Returns how many words are not known, which are to be put before their tokens are written.
+int64_t words_cut(void* given, const uint8_t* bytes, const int64_t* ends, int64_t texts, const int64_t* like,
+                  const int64_t* stop, int64_t begun) {
     Words& words = *static_cast<Words*>(given);
     words.call++;
-    *covered = 1;
-    int64_t missing = 0, token = 0, part = 0, begin = 0;
+    words.forget_cut();
+    words.limit = texts ? bytes + ends[texts - 1] : bytes;
+    while (words.sure < words.entries.size() && words.entries[words.sure].count >= 0) words.sure++;
     for (int64_t text = 0; text < texts; text++) {
+        At start = bytes + (text ? ends[text - 1] : 0);
+        words.take_text(bytes, start, start, bytes + ends[text]);
+    }
+    for (int64_t each = 0; each < begun; each++) {
+        int64_t text = like[each];
+        At start = bytes + (text ? ends[text - 1] : 0), end = start, last = bytes + ends[text];
+        for (int64_t left = stop[each]; end < last; end++)
+            if ((*end & 0xC0) != 0x80 && left-- == 0) break;
+        // As the text itself is cut up to the last place where any text is, and from there on by itself.
+        At edge = cut_before(start, end);
+        int64_t piece = text ? words.ends[size_t(text - 1)] : 0, own = words.ends[size_t(text)];
+        size_t before = words.cut.size();
+        for (; piece < own && words.cut[size_t(piece)].end <= edge - start; piece++)
+            words.cut.push_back(Piece(words.cut[size_t(piece)]));
+        if (words.cut.size() == before ? edge > start : words.cut.back().end != edge - start) {
+            words.cut.resize(before);
+            edge = start;
+        }
+        words.take_text(bytes, start, edge, end);
+    }
+    return int64_t(words.missing.size());
+}
+
+// The [start, end) bytes of `count` words that were not known when texts were cut, from the one at `first` on.
+void words_missing(void* given, int64_t first, int64_t count, int64_t* found) {
+    const Words& words = *static_cast<Words*>(given);
+    for (int64_t place = 0; place < count; place++) {
+        found[2 * place] = words.missing[size_t(first + place)].first;
+        found[2 * place + 1] = words.missing[size_t(first + place)].second;
+    }
+}
+
+// How many tokens the texts have that were cut last; -1 where a word is not known.
+int64_t words_count(void* given) {
+    const Words& words = *static_cast<Words*>(given);
+    int64_t total = 0;
+    for (const Piece& piece : words.cut) {
+        if (words.entries[size_t(piece.entry)].count < 0) return -1;
+        total += words.entries[size_t(piece.entry)].count;
+    }
+    return total;
+}
+
+// The tokens of what was cut last, texts and then beginnings. Written are ids, spans (start, end) in characters of their
+// text, for each text where its tokens end and how many characters they make up, and whether no token begins behind the
+// end of all before it in its text.
+void words_write(void* given, int32_t* ids, int32_t* spans, int64_t* token_ends, int64_t* characters,
+                 int32_t* covered) {
+    const Words& words = *static_cast<Words*>(given);
+    *covered = 1;
+    int64_t token = 0, piece = 0;
+    for (size_t text = 0; text < words.ends.size(); text++) {
         int64_t character = 0;
         int32_t covers = 0;
-        if (like[text] >= 0 && !missing) {
-            int64_t other = like[text] ? token_ends[like[text] - 1] : 0, other_end = token_ends[like[text]];
-            for (; other < other_end && spans[other * 2 + 1] <= stop[text]; other++, token++) {
-                if (token == room) return -1;
-                if (spans[other * 2] > covers) *covered = 0;
-                covers = std::max(covers, spans[other * 2 + 1]);
-                ids[token] = ids[other];
-                spans[token * 2] = spans[other * 2];
-                spans[token * 2 + 1] = spans[other * 2 + 1];
-            }
-            character = stop[text];
-        }
-        for (; part < last[text]; part++) {
-            At at = bytes + begin, end = bytes + ends[part];
-            begin = ends[part];
-            while (at < end) {
-                At after = whole[part] ? end : words.next(at, end);
-                int64_t size = after - at;
-                uint64_t hash = hashed(at, size);
-                Entry* entry = words.find(at, size, hash);
-                if (!entry->call || (entry->count < 0 && entry->call != words.call)) {
-                    if (missing == unknown_room) return missing;
-                    if (!entry->call) entry = words.add(entry, at, size, hash);
-                    entry->call = words.call;
-                    unknown[missing * 2] = at - bytes;
-                    unknown[missing * 2 + 1] = after - bytes;
-                    missing++;
-                }
-                at = after;
-                if (missing) continue;
-                if (token + entry->count > room) return -1;
-                const Token* each = words.tokens.data() + entry->tokens;
-                for (int32_t index = 0; index < entry->count; index++, each++, token++) {
-                    ids[token] = each->id;
-                    int32_t start = int32_t(character += each->gap), after = int32_t(character += each->size);
-                    if (start > covers) *covered = 0;
-                    covers = std::max(covers, after);
-                    spans[token * 2] = start;
-                    spans[token * 2 + 1] = after;
-                }
+        for (; piece < words.ends[text]; piece++) {
+            const Entry& entry = words.entries[size_t(words.cut[size_t(piece)].entry)];
+            const Token* each = words.tokens.data() + entry.tokens;
+            for (int32_t index = 0; index < entry.count; index++, each++, token++) {
+                ids[token] = each->id;
+                int32_t start = int32_t(character += each->gap), after = int32_t(character += each->size);
+                if (start > covers) *covered = 0;
+                covers = std::max(covers, after);
+                spans[token * 2] = start;
+                spans[token * 2 + 1] = after;
             }
         }
         token_ends[text] = token;
         characters[text] = character;
     }
-    return missing;
 }
 
 // The bytes of tokens, by id.
