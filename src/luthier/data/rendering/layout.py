@@ -220,5 +220,3 @@ def _merged(pieces: Pieces) -> tuple[str | int, ...]:
 
 def _parts(pieces: Pieces) -> int:
     return sum(isinstance(piece, int) for piece in pieces)
-
-
