@@ -33,6 +33,7 @@ from luthier.merge.plan import Job, Plan
 from luthier.merge.source import Source, copied, total
 from luthier.mergers import Rows, Sums, WeightedSum
 from luthier.model.files.shards import ShardWriter
+from luthier.store.large_file import HELD
 
 BLOCK: Final = 1 << 18
 """Numbers of a block at most: a megabyte in float32, so that what is done to it finds it in a cache."""
@@ -64,8 +65,8 @@ class Room:
     def block(self, models: int, columns: int, *, lean: bool = False) -> int:
         """Rows of a block; `lean` where no copies are made. Raises RecipeError where not one row fits."""
         each = 4 * columns * (models + 1 if lean else models * COPIES + 2)
-        # Twice as many threads: half of them look ahead; and one block is on its way to the disk.
-        most = 2 * self.threads + WAITING + 1
+        # Twice as many threads: half of them look ahead; and some blocks are on their way to the disk.
+        most = 2 * self.threads + WAITING + HELD
         rows = int(self.memory_bytes // 2 // (most * each))
         if not rows:
             raise RecipeError(

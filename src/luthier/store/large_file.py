@@ -2,13 +2,13 @@
 
 Idea: a file of a model's size fills the page cache with bytes that nobody asks for again, and the system writes them
 back in small pieces, late, all at the end: until they are durable takes several times as long as the disk needs for
-them. So a thread writes with O_DIRECT, which the disk takes at its own speed. Bytes that lie in memory as they will in
-the file, with the same remainder of a block, are written from where they lie; others are gathered in two aligned
-buffers, one of which is filled while the other is written. What comes out of order, the ends that are not aligned, and
+them. So threads write with O_DIRECT, which the disk takes at its own speed. Bytes that lie in memory as they will in
+the file, with the same remainder of a block, are written from where they lie; others are gathered in aligned buffers,
+one of which is filled while others are written. What comes out of order, the ends that are not aligned, and
 everything on file systems that know no such writing goes through the page cache, and is made durable beside the work.
 The digest is that of the bytes as they were handed over, so that reading the file back later proves the disk.
 Source: open(2), O_DIRECT: memory, offset and length are multiples of the block.
-Cost: two buffers of 2 MB while a file is being written in order, and what is being written is held until it is.
+Cost: a few buffers of 2 MB while a file is being written in order, and what is being written is held until it is.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ PIECE: Final = 1 << 21
 """Bytes of a buffer."""
 BLOCK: Final = 4096
 """What offsets and lengths are multiples of: enough for every disk's block."""
-_BUFFERS: Final = 3
-"""One is filled, one is written, and one waits for that."""
+_WRITES: Final = 3
+"""Writes under way at once: the disk has the next one when it is done with the one before."""
+HELD: Final = _WRITES + 1
+"""What was handed over in order is held until it is written: so many pieces at most."""
 _LARGE: Final = 1 << 17
 """Bytes that are worth a write of their own; fewer are gathered."""
 _SYNC: Final = 1 << 27
@@ -59,7 +61,7 @@ class LargeFile:
         self._digest, self._end = hashlib.sha256(), 0
         """What came in order, and where it ends."""
         self._lock, self._cached = Lock(), _SYNC - _FIRST
-        self._writing, self._syncing = ThreadPoolExecutor(1, "direct"), ThreadPoolExecutor(1, "sync")
+        self._writing, self._syncing = ThreadPoolExecutor(_WRITES, "direct"), ThreadPoolExecutor(1, "sync")
         self._written: deque[Future[None]] = deque()
         self._syncs: list[Future[None]] = []
         self._buffers: tuple[mmap, ...] = ()
@@ -144,7 +146,7 @@ class LargeFile:
         """Into the first buffer, and to the disk when it is full; where the bytes end."""
         while data:
             if not self._buffers:
-                self._buffers = tuple(mmap(-1, PIECE) for _ in range(_BUFFERS))
+                self._buffers = tuple(mmap(-1, PIECE) for _ in range(HELD + 1))
             count = min(len(data), PIECE - self._filled)
             into = np.frombuffer(self._buffers[0], np.uint8)
             # numpy copies without Python's lock.
@@ -156,7 +158,7 @@ class LargeFile:
 
     def _turn(self, at: int, behind: memoryview | None = None) -> None:
         """Write what was gathered up to `at`, and what lies `behind` it; the other buffers are filled meanwhile."""
-        self._wait(_BUFFERS - 2)
+        self._wait(HELD - 1)
         pieces = [] if behind is None else [behind]
         if self._filled:
             pieces.insert(0, memoryview(self._buffers[0])[: self._filled])
