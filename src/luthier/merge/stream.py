@@ -65,13 +65,13 @@ class Room:
     def block(self, models: int, columns: int, *, lean: bool = False) -> int:
         """Rows of a block; `lean` where no copies are made. Raises RecipeError where not one row fits."""
         each = 4 * columns * (models + 1 if lean else models * COPIES + 2)
-        # Twice as many threads: half of them look ahead; and some blocks are on their way to the disk.
-        most = 2 * self.threads + WAITING + HELD
-        rows = int(self.memory_bytes // 2 // (most * each))
+        # Twice as many threads: half of them look ahead. What is on its way to the disk is the result alone.
+        needed = (2 * self.threads + WAITING) * each + HELD * 4 * columns
+        rows = int(self.memory_bytes // 2 // needed)
         if not rows:
             raise RecipeError(
                 f"memory is {bytes_text(self.memory_bytes)}, and a row of {columns:,} numbers of {models} models needs "
-                f"{bytes_text(2 * most * each)}",
+                f"{bytes_text(2 * needed)}",
                 do="give it more: --set memory_gb=2",
             )
         return max(1, min(rows, (LEAN_BLOCK if lean else BLOCK) // max(columns, 1)))
