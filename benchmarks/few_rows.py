@@ -3,10 +3,11 @@
     python benchmarks/few_rows.py
     python benchmarks/few_rows.py --threads 1
 
-Each product has another matrix than the one before it, so that weights come from memory. The library's own product of
-the same tensors stands beside ours, and how many times as fast ours is with whole numbers of eight bits as weights. The
-first line has what the cores can: the library's product of 1,024 rows in float32. The best of five looks. One thread is
-timed by the processor time that it takes, which bears a busy machine.
+Each product has another matrix than the one before it, so that weights come from memory, and lies where the engine's
+weights do (`kernels/pool.py`). The library's own product of the same tensors stands beside ours, and how many times as
+fast ours is with whole numbers of eight bits as weights. The first line has what the cores can: the library's product
+of 1,024 rows in float32. The best of five looks. One thread is timed by the processor time that it takes, which bears a
+busy machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from luthier.kernels import pool
 from luthier.kernels.chosen import backend_for
 
 SHAPES = ((4864, 896), (896, 4864), (896, 896), (128, 896), (151936, 896))
@@ -49,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
+    pool.install()
     backend, missing = backend_for("auto", torch.device("cpu"), torch.bfloat16)
     print(f"{backend.identity} {missing}, {torch.get_num_threads()} threads, bfloat16; floats {limit():.0f} GFLOP/s")
     print(f"{'weight':>14} {'rows':>4} {'GB/s':>6} {'GFLOP/s':>8} {'library GB/s':>13} {'int8 x':>6}")
