@@ -264,17 +264,17 @@ def head_at_work(decoder: Decoder, work: Work) -> int:
     return 2 * states + slopes + passing + decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded)
 
 
-def libraries(number: int, *, threads: int = 1, zoo: bool = False) -> int:
+def libraries(number: int, *, threads: int = 1, both_ways: bool = False) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
     Measured over hidden sizes of 256 to 768 and all adapters: float32 3 to 11 MB, and 8 MB for a second thread, which
     packs what it multiplies for itself; bfloat16, for which oneDNN writes machine code for each shape of a product, 7
-    to 31 MB with its caches bounded (kernels/pool.py). A module of the model `zoo` has more shapes than our blocks: on
-    a Zen 4 BERT takes 32 to 34 MB and T5 26 MB, llama 16 MB.
+    to 31 MB with its caches bounded (kernels/pool.py). On a Zen 4 models that read `both_ways` take more, BERT 32 to
+    34 MB and T5 26 MB where decoders of rows take 14 to 16 MB; decoders of many short answers up to 56 MB.
     """
     if number >= _WIDE:
         return 7_000_000 + 8_000_000 * (threads - 1)
-    return 29_000_000 if zoo else 20_000_000
+    return 29_000_000 if both_ways else 20_000_000
 
 
 def on_heap(live: int) -> int:

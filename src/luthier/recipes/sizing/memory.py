@@ -22,6 +22,7 @@ from luthier.model.editing.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import stored_bytes
 from luthier.model.packing import packed_sites
+from luthier.model.tasks import kind_of
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.schemas.files import place_of
@@ -128,8 +129,8 @@ def lasting(
 
 
 def _libraries(model: LanguageModel) -> int:
-    threads, zoo = torch.get_num_threads(), model.executor.blocks is None
-    return bytes_of.libraries(model.dtype.itemsize, threads=threads, zoo=zoo)
+    threads, both_ways = torch.get_num_threads(), kind_of(model.config) != "causal"
+    return bytes_of.libraries(model.dtype.itemsize, threads=threads, both_ways=both_ways)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
