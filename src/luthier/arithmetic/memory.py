@@ -267,10 +267,11 @@ def head_at_work(decoder: Decoder, work: Work) -> int:
 def libraries(number: int, *, threads: int = 1, both_ways: bool = False) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
-    Measured over hidden sizes of 256 to 768 and all adapters: float32 3 to 11 MB, and 8 MB for a second thread, which
-    packs what it multiplies for itself; bfloat16, for which oneDNN writes machine code for each shape of a product, 7
-    to 31 MB with its caches bounded (kernels/pool.py). On a Zen 4 models that read `both_ways` take more, BERT 32 to
-    34 MB and T5 26 MB where decoders of rows take 14 to 16 MB; decoders of many short answers up to 56 MB.
+    Measured over hidden sizes of 256 to 768 and all adapters (tests/recipes/memory_peak.py): float32 3 to 11 MB, and
+    8 MB for a second thread, which packs what it multiplies for itself; bfloat16, for which oneDNN writes machine code
+    for each shape of a product, 7 to 31 MB with its caches bounded (kernels/pool.py). On a Zen 4 models that read
+    `both_ways` take more, BERT 32 to 34 MB and T5 26 MB, where decoders of rows take 14 to 16 MB; decoders of many
+    short answers in one pass take up to 56 MB, more than is told here.
     """
     if number >= _WIDE:
         return 7_000_000 + 8_000_000 * (threads - 1)

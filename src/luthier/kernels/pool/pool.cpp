@@ -5,8 +5,8 @@
 // costs a page fault for each 4 kB of each of them. Here freed neighbours become one place again, and a block is cut
 // from the smallest place that is enough: micro-batches differ in size, and so would blocks that fit only as a whole.
 // If none is enough, freed places are unmapped until the new block has room below the most that was ever alive.
-// New blocks lie one behind the other in ranges of addresses, so that the weights of a model share large pages at their
-// ends: a third of a model of half a billion numbers lay in small ones when each of its blocks was mapped for itself.
+// New blocks lie one behind the other in ranges of addresses, so that the weights of a model share large pages: where
+// each is mapped for itself its ends lie in small ones, and all of it where it is smaller than a large page.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
