@@ -37,7 +37,7 @@ PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working
 """What memory is needed for, as a plan names it: activations are kept for a backward pass, others are at work."""
 ROOMY = 4
 """As many times what a plan counts leave no doubt that it fits: plans of the models that were measured are off by a
-tenth."""
+seventh at most."""
 
 
 def plan_memory(
