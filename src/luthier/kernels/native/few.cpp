@@ -39,12 +39,12 @@ template <typename Kind, typename T> struct Plain {
         }
         return {room, PIECE, next, row_bytes(), step};
     }
-    Four finish(int64_t first, int64_t count, Four sums) const {
-        if (bias == nullptr) return sums;
-        Four own = {};
-        for (int64_t o = 0; o < count; o++) own[o] = widen(bias[first + o]);
-        return sums + own;
+    Vector beside(int64_t first, int64_t count) const {
+        Vector own = {};
+        for (int64_t o = 0; o < count && bias != nullptr; o++) own[o] = widen(bias[first + o]);
+        return own;
     }
+    static Vector finish(Vector sums, Vector beside) { return sums + beside; }
 };
 
 // A weight that may be wanted.

@@ -7,9 +7,10 @@
 // core that multiplies them, or vector by vector where few rows of x leave the time for it.
 //
 // What comes next is fetched past the outer caches (the hint for data that are used once), and with few rows of x one row
-// of W follows another, in long stretches for each thread: more bytes a second than with the hint for the second cache
-// and four rows at once. With more rows of x, which fill the nearest cache themselves, the second cache is the place
-// for what comes next where vectors are of 16 floats. benchmarks/few_rows.py measures it.
+// of W follows another: more bytes a second than with the hint for the second cache and four rows at once. With more
+// rows of x, which fill the nearest cache themselves, the second cache is the place for what comes next where vectors
+// are of 16 floats. Threads take long stretches, as what follows one is not on its way, and short ones at the end.
+// benchmarks/few_rows.py measures it.
 
 #pragma once
 
@@ -30,7 +31,7 @@ template <typename Kept, int COUNT> struct Alike {
     typedef Vector Right;
     typedef Vector Left;
     typedef Vector Sum;
-    static constexpr int WIDE = COUNT, GROUP = 3;
+    static constexpr int WIDE = COUNT, GROUP = LANES == 16 ? 4 : 3;
     static inline Vector load(const Kept* from) { return *reinterpret_cast<const Vector*>(from); }
     static inline Vector right(const Kept* from) { return load(from); }
     // A piece of a row of x from a number on, and a vector of it; what the sums with a row begin with; the sums as floats.
@@ -137,13 +138,14 @@ template <typename Kind, typename T> struct FewRows {
     FewRows(const FewRows&) = delete;
 };
 
-constexpr int64_t OUTS = LANES == 16 ? 8 : 4;  // rows of W at once
+constexpr int64_t OUTS = LANES == 16 ? 6 : 4;  // rows of W at once
+constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int64_t LINE_ROWS = 4;      // rows of x, at most, for which W is read row by row
 constexpr int64_t LINE_BYTES = LANES == 16 ? 8 << 10 : 1 << 30;  // and bytes of them, if they are more than one
 constexpr int64_t PIECE = 1024;       // numbers of a row at once: with OUTS rows they stay in the nearest cache
-constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once, and the most where there is much of it
-constexpr int64_t MOST = 512 << 10;
-constexpr int64_t SHARES = 6;         // parts that a weight is at least taken in, if these are not too small
+constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once in the end,
+constexpr int64_t MOST = 512 << 10;   // and the most before
+constexpr int64_t SHARES = 6;         // large parts that a weight is at least taken in, if these are not too small
 constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread is not worth waking
 constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
 constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and are not longer: those after them
@@ -178,20 +180,25 @@ template <typename Number> struct Piece {
     int64_t next_stride, next_step;
 };
 
-// Totals of four sums of a row of x.
+// Totals of four sums from `first` on, of `count` that are there: OUTS with a row of x, OUTS with the next one.
 template <typename Kind>
-INLINED static inline Four four_of(const typename Kind::Sum* sums, const typename Kind::Word* row) {
-    return totals(Kind::floats(sums[0], row), Kind::floats(sums[1], row), Kind::floats(sums[2], row),
-                  Kind::floats(sums[3], row));
+INLINED static inline Four four_of(const typename Kind::Sum* sums, int64_t first, int64_t count,
+                                   const typename Kind::Word* x, int64_t x_stride) {
+    const auto one = [&](int64_t i) INLINED {
+        const int64_t there = std::min(first + i, count - 1);
+        return Kind::floats(sums[there], x + there / OUTS * x_stride);
+    };
+    return totals(one(0), one(1), one(2), one(3));
 }
 
 // Numbers `from` to `until` of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
-// there when they are the first; with the last ones the totals go to `found`. Meanwhile FETCHED rows from `next` on come
-// nearer. A function of its own, so that all sums stay in registers.
+// there when they are the first; with the last ones the totals go to `found`, as many floats, and up to three more
+// behind them that mean nothing. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that all
+// sums stay in registers.
 template <typename Kind, int ROWS, int FETCHED>
 __attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x,
                                            int64_t x_stride, int64_t from, int64_t until, const char* next,
-                                           typename Kind::Sum* sums, Four* found) {
+                                           typename Kind::Sum* sums, float* found) {
     typename Kind::Sum own[ROWS * OUTS];
     if (from == 0) times<ROWS * OUTS>([&](auto i) INLINED { own[i] = Kind::start(x + i / OUTS * x_stride); });
     else times<ROWS * OUTS>([&](auto i) INLINED { own[i] = sums[i]; });
@@ -201,45 +208,59 @@ __attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
         for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * next_stride, 0, NEARER);
         if (FETCHED > 0) next += next_step;
-        typename Kind::Left left[ROWS];
-        times<ROWS>([&](auto r) INLINED { left[r] = in_register(Kind::left(piece + r * x_stride, k)); });
-        times<OUTS>([&](auto o) INLINED {
-            const typename Kind::Right right = in_register(Kind::right(at + o * stride + k));
-            times<ROWS>([&](auto r) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right, left[r]); });
-        });
+        if constexpr (ROWS * OUTS + OUTS < REGISTERS) {
+            // W first: what waits for it would fill the queue that loads have to pass.
+            typename Kind::Right right[OUTS];
+            times<OUTS>([&](auto o) INLINED { right[o] = Kind::right(at + o * stride + k); });
+            times<ROWS>([&](auto r) INLINED {
+                const typename Kind::Left left = Kind::left(piece + r * x_stride, k);
+                times<OUTS>([&](auto o) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right[o], left); });
+            });
+        } else {
+            typename Kind::Left left[ROWS];
+            times<ROWS>([&](auto r) INLINED { left[r] = in_register(Kind::left(piece + r * x_stride, k)); });
+            times<OUTS>([&](auto o) INLINED {
+                const typename Kind::Right right = in_register(Kind::right(at + o * stride + k));
+                times<ROWS>([&](auto r) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right, left[r]); });
+            });
+        }
     }
     if (found == nullptr) times<ROWS * OUTS>([&](auto i) INLINED { sums[i] = own[i]; });
-    else times<ROWS * OUTS / 4>([&](auto i) INLINED { found[i] = four_of<Kind>(own + 4 * i, x + i * 4 / OUTS * x_stride); });
+    else times<(ROWS * OUTS + 3) / 4>([&](auto i) INLINED {
+        *reinterpret_cast<Four*>(found + 4 * i) = four_of<Kind>(own, 4 * i, ROWS * OUTS, x, x_stride);
+    });
 }
 
 template <typename Kind, int FETCHED>
 static inline void some_dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x, int64_t x_stride,
                              int64_t rows, int64_t from, int64_t until, const char* next, typename Kind::Sum* sums,
-                             Four* found) {
-    static_assert(Kind::GROUP <= 3, "a case for each number of rows");
+                             float* found) {
+    static_assert(Kind::GROUP <= 4, "a case for each number of rows");
     if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, from, until, next, sums, found);
     else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
-    else dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else if (rows == 3) dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else dots<Kind, std::min(4, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
 }
 
 // Numbers `from` to `until` of OUTS rows of W with those of all rows of x. What comes next is fetched evenly over the time
-// that this takes.
+// that this takes, but not while W comes to the nearest cache, where there is time left for it.
 template <typename Kind, typename T>
 static inline void piece_dots(const Piece<typename Kind::Number>& w, const FewRows<Kind, T>& x, int64_t from,
-                              int64_t until, typename Kind::Sum* sums, Four* found) {
+                              int64_t until, typename Kind::Sum* sums, float* found) {
     const int64_t groups = (x.rows + Kind::GROUP - 1) / Kind::GROUP;
     int64_t row = 0, left = w.next == nullptr ? 0 : OUTS;
     const char* next = w.next;
     for (int64_t group = 0; group < groups; group++) {
-        const int64_t take = x.rows * (group + 1) / groups - row, share = (left + groups - group - 1) / (groups - group);
+        const int64_t take = x.rows * (group + 1) / groups - row, even = (left + groups - group - 1) / (groups - group);
+        const int64_t share = group == 0 && groups > 2 ? 0 : even;
         const typename Kind::Word* own = x.at + row * x.stride;
         typename Kind::Sum* to = sums + row * OUTS;
-        Four* four = found == nullptr ? nullptr : found + row * OUTS / 4;
-        if (share == 0) some_dots<Kind, 0>(w, own, x.stride, take, from, until, next, to, four);
-        else if (share == 1) some_dots<Kind, 1>(w, own, x.stride, take, from, until, next, to, four);
-        else if (share == 2) some_dots<Kind, 2>(w, own, x.stride, take, from, until, next, to, four);
-        else if (share <= 4) some_dots<Kind, 4>(w, own, x.stride, take, from, until, next, to, four);
-        else some_dots<Kind, OUTS>(w, own, x.stride, take, from, until, next, to, four);
+        float* totals = found == nullptr ? nullptr : found + row * OUTS;
+        if (share == 0) some_dots<Kind, 0>(w, own, x.stride, take, from, until, next, to, totals);
+        else if (share == 1) some_dots<Kind, 1>(w, own, x.stride, take, from, until, next, to, totals);
+        else if (share == 2) some_dots<Kind, 2>(w, own, x.stride, take, from, until, next, to, totals);
+        else if (share <= OUTS / 2) some_dots<Kind, OUTS / 2>(w, own, x.stride, take, from, until, next, to, totals);
+        else some_dots<Kind, OUTS>(w, own, x.stride, take, from, until, next, to, totals);
         row += take;
         left -= share;
         next += share * w.next_stride;
@@ -289,53 +310,51 @@ __attribute__((noinline)) static void lines_dots(const Source& source, const Few
 
 template <typename Kind, typename T, typename Source>
 static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                         typename Kind::Sum* sums, Four* found) {
+                         typename Kind::Sum* sums, float* found) {
     if (x.rows == 1) lines_dots<Kind, 1>(source, x, first, count, sums);
     else if (x.rows == 2) lines_dots<Kind, 2>(source, x, first, count, sums);
     else if (x.rows == 3) lines_dots<Kind, 3>(source, x, first, count, sums);
     else lines_dots<Kind, 4>(source, x, first, count, sums);
-    for (int64_t i = 0; i < x.rows * OUTS / 4; i++)
-        found[i] = four_of<Kind>(sums + 4 * i, x.at + i * 4 / OUTS * x.stride);
+    for (int64_t i = 0; i < x.rows * OUTS; i += 4)
+        *reinterpret_cast<Four*>(found + i) = four_of<Kind>(sums, i, x.rows * OUTS, x.at, x.stride);
 }
 
 // The totals of all rows of x with OUTS rows of W, piece by piece.
 template <typename Kind, typename T, typename Source>
 static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                          typename Kind::Number* room, typename Kind::Sum* sums, Four* found) {
+                          typename Kind::Number* room, typename Kind::Sum* sums, float* found) {
     const int64_t padded = x.whole + (x.rest ? Kind::WIDE : 0);
     for (int64_t from = 0, until; from < padded; from = until) {
         until = std::min(from + PIECE, from < x.whole ? x.whole : padded);
-        Four* const to = until == padded ? found : nullptr;
+        float* const to = until == padded ? found : nullptr;
         piece_dots<Kind>(source.piece(first, count, from, until, room), x, from, until, sums, to);
     }
 }
 
-// Numbers of a row of y, rounded: all four of them at once, or some.
-template <typename T> static inline void put(Four found, int64_t count, T* to) {
+// Numbers of a row of y, rounded.
+template <typename T> static inline void put(Vector found, int64_t count, T* to) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, there, (__m512)found);
+    else _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh((__m512)found));
+#else
     for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found[o]);
-}
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
-template <> inline void put<bf16>(Four found, int64_t count, bf16* to) {
-    if (count == 4) _mm_storel_epi64((__m128i*)to, (__m128i)_mm_cvtneps_pbh((__m128)found));
-    else for (int64_t o = 0; o < count; o++) to[o] = narrow<bf16>(found[o]);
-}
 #endif
+}
 
 // Numbers of y from the totals with OUTS rows of W from `first` on, the first `count` of which are there.
 template <typename T, typename Source>
-static inline void finish(const Source& source, int64_t rows, int64_t first, int64_t count, const Four* found, T* y) {
+static inline void finish(const Source& source, int64_t rows, int64_t first, int64_t count, const float* found, T* y) {
+    static_assert(OUTS <= LANES, "the totals of a row are one vector");
+    const Vector beside = source.beside(first, count);
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t o = 0; o < count; o += 4) {
-            const int64_t some = std::min<int64_t>(4, count - o);
-            const Four four = source.finish(first + o, some, found[(row * OUTS + o) / 4]);
-            put<T>(four, some, y + row * source.outs + first + o);
-        }
+        put<T>(source.finish(widened(found + row * OUTS), beside), count, y + row * source.outs + first);
 }
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
 // OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
 // behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES`.
-// `source.finish(first, count, four)` are up to four numbers of y from their sums.
+// `source.finish(sums, source.beside(first, count))` are `count` numbers of y from their sums.
 template <typename T, typename Source> struct Wanted {
     Source source;
     T* y;
@@ -343,24 +362,33 @@ template <typename T, typename Source> struct Wanted {
 
 // What is wanted of the same rows, in parts that threads take one after another: the blocks of OUTS rows of each W.
 template <typename T, typename Source> struct Parts {
-    const Wanted<T, Source>* wanted;
+    struct Cut {
+        int64_t blocks, large, small;  // of W, of one of the first parts, of one of the last quarter
+        int64_t many, until;           // how many are large; where the parts of this product end
+    };
+    Cut cuts[3];
     int count;
-    int64_t share[3], until[3], work = 0;  // blocks of a part, where the parts of a product end, and bytes of all W
-    Parts(const Wanted<T, Source>* wanted, int count, bool by_line) : wanted(wanted), count(count) {
+    int64_t work = 0;  // bytes of all W
+    Parts(const Wanted<T, Source>* wanted, int count) : count(count) {
         int64_t all = 0;
         for (int i = 0; i < count; i++) {
             const int64_t row_bytes = wanted[i].source.row_bytes(), bytes = wanted[i].source.outs * row_bytes;
-            // Long stretches where memory is waited for; short ones otherwise, so that all threads end at once.
-            const int64_t taken = by_line ? std::min(MOST, std::max(LEAST, bytes / SHARES)) : LEAST;
-            share[i] = std::max<int64_t>(1, taken / (OUTS * row_bytes + 1));
-            until[i] = all += (blocks(i) + share[i] - 1) / share[i];
+            Cut& cut = cuts[i];
+            cut.blocks = (wanted[i].source.outs + OUTS - 1) / OUTS;
+            cut.large = std::max<int64_t>(1, std::min(MOST, std::max(LEAST, bytes / SHARES)) / (OUTS * row_bytes + 1));
+            cut.small = std::max<int64_t>(1, LEAST / (OUTS * row_bytes + 1));
+            cut.many = cut.blocks * 3 / 4 / cut.large;
+            cut.until = all += cut.many + (cut.blocks - cut.many * cut.large + cut.small - 1) / cut.small;
             work += bytes;
         }
     }
-    int64_t blocks(int i) const { return (wanted[i].source.outs + OUTS - 1) / OUTS; }
-    int64_t all() const { return until[count - 1]; }
-    int of(int64_t part) const { return part < until[0] ? 0 : part < until[1] ? 1 : 2; }
-    int64_t first(int i, int64_t part) const { return (part - (i > 0 ? until[i - 1] : 0)) * share[i]; }
+    int64_t all() const { return cuts[count - 1].until; }
+    int of(int64_t part) const { return part < cuts[0].until ? 0 : part < cuts[1].until ? 1 : 2; }
+    // The block that a part of product i begins with, and the one behind its last.
+    int64_t first(int i, int64_t part) const {
+        const int64_t own = part - (i > 0 ? cuts[i - 1].until : 0), large = std::min(own, cuts[i].many);
+        return std::min(cuts[i].blocks, large * cuts[i].large + (own - large) * cuts[i].small);
+    }
 };
 
 // Up to three products of the same rows. Returns 1 when there is no memory.
@@ -368,19 +396,19 @@ template <typename Kind, typename T, typename Source>
 static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int count) {
     typedef typename Kind::Number Number;
     typedef typename Kind::Sum Sum;
-    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + sizeof(float)) * OUTS * x.rows + 64 * 4);
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + sizeof(float)) * OUTS * x.rows + 64 * 5);
     if (rooms.at == nullptr || x.failed) return 1;
     const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
     const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
-    const Parts<T, Source> parts(wanted, count, by_line);
+    const Parts<T, Source> parts(wanted, count);
     const auto work = [&](int64_t part, int member) {
         auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);
         Sum* sums = shelf.template take<Sum>(OUTS * x.rows);
-        Four* found = shelf.template take<Four>(OUTS * x.rows / 4);
+        float* found = shelf.template take<float>(OUTS * x.rows + LANES);
         const int i = parts.of(part);
         const Source& source = wanted[i].source;
-        const int64_t begin = parts.first(i, part), end = std::min(parts.blocks(i), begin + parts.share[i]);
+        const int64_t begin = parts.first(i, part), end = parts.first(i, part + 1);
         for (int64_t block = begin; block < end; block++) {
             const int64_t first = block * OUTS, held = std::min(OUTS, source.outs - first);
             if constexpr (Source::LINES) {

@@ -69,11 +69,12 @@ template <typename Kind> struct Bytes {
         }
         return {room, PIECE, nullptr, 0, 0};
     }
-    Four finish(int64_t first, int64_t count, Four sums) const {
-        if (count == 4) return sums * *reinterpret_cast<const Four*>(scales + first);
-        for (int64_t o = 0; o < count; o++) sums[o] *= scales[first + o];
-        return sums;
+    Vector beside(int64_t first, int64_t count) const {
+        Vector own = {};
+        for (int64_t o = 0; o < count; o++) own[o] = scales[first + o];
+        return own;
     }
+    static Vector finish(Vector sums, Vector beside) { return sums * beside; }
 };
 
 // Codes of four bits and the scale of each block of numbers, which may be kept as a code with a scale and a mean.
@@ -113,7 +114,8 @@ template <typename Kind> struct Coded {
         }
         return {room, PIECE, nullptr, 0, 0};
     }
-    Four finish(int64_t, int64_t, Four sums) const { return sums; }
+    static Vector beside(int64_t, int64_t) { return Vector{}; }
+    static Vector finish(Vector sums, Vector) { return sums; }
 };
 
 // Codes that may be wanted.

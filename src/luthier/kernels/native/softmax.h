@@ -8,7 +8,8 @@ constexpr int64_t EVERYTHING = INT64_MAX;  // as a window
 
 // Scores of a block of queries, the first of which sees keys up to number `first`, `window` of them at most, as
 // unnormalised probabilities: exp(scale s - most), with zeros before the window, after the diagonal and up to `padded`.
-static inline void scores_to_weights(float* scores, int64_t rows, int64_t first, int64_t window, int64_t padded,
+// Never a copy for one row: GCC 12 makes branches of its minima and then no vectors.
+__attribute__((noinline, noclone)) static void scores_to_weights(float* scores, int64_t rows, int64_t first, int64_t window, int64_t padded,
                                      float scale, float* most, float* sum) {
     for (int64_t row = 0; row < rows; row++) {
         float* own = scores + row * padded;

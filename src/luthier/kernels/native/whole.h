@@ -22,7 +22,7 @@ struct Wholes {
     typedef __m512i Right;
     struct Left { __m512i high, low; };
     struct Sum { __m512i high, low; };
-    static constexpr int WIDE = 64, GROUP = 1;
+    static constexpr int WIDE = 64, GROUP = 2;
     // What lies before the bytes of a row of x: what its sums begin with, and steps.
     static constexpr int64_t LOW = 64, STEPS = 128, BYTES = 192;
 

@@ -114,7 +114,7 @@ class Blocks:
         elif rows is not None:
             x = x.index_select(0, rows)
         last = self.body.get_submodule("norm")
-        if _is_watched(self.body) or isinstance(last, EditedModule):
+        if _is_watched(last) or isinstance(last, EditedModule):
             with routed(last, plan.routes if rows is None else plan.row_routes):
                 states: Tensor = last(x) if plan.routes is None else last(x[None])[0]
             return states
