@@ -221,7 +221,7 @@ class Blocks:
         heads = [y.unflatten(1, (-1, self.head_size)) for y in normed_products(x, weight, eps, products, self.backend)]
         query, key = heads[0], heads[1]
         if "q_norm" in attention._modules and "k_norm" in attention._modules:
-            query, key = attention.get_submodule("q_norm")(query), attention.get_submodule("k_norm")(key)
+            query, key = self._head_normed(attention, "q_norm", query), self._head_normed(attention, "k_norm", key)
         cosines, sines = halves
         query, key = (rotated(each, cosines, sines, self.backend) for each in (query, key))
         layer = int(attention.layer_idx)  # type: ignore[arg-type]
@@ -246,6 +246,14 @@ class Blocks:
             attention, query, key, value, None, scaling=call.scale, sliding_window=call.window, forest_plan=plan
         )
         return found[0].flatten(1)
+
+    def _head_normed(self, attention: nn.Module, name: str, heads: Float[Tensor, "T h _"]) -> Float[Tensor, "T h _"]:
+        """Heads after the norm of each, by our operation where nothing is on it."""
+        norm = inner(attention, name)
+        if isinstance(norm, EditedModule):
+            made: Tensor = norm(heads)
+            return made
+        return normed(heads.flatten(0, 1), *norm_of(norm), self.backend).view_as(heads)
 
     def _fed_forward(
         self, layer: nn.Module, x: Float[Tensor, "n d"], layers: tuple[Layer, ...] | None, routes: Routes | None
@@ -280,11 +288,13 @@ def _has_the_shape(layer: nn.Module) -> bool:
         return False
     linear = [attention.get_submodule(name) for name in PROJECTIONS] + [feed.get_submodule(name) for name in FEEDS]
     norms = [layer.get_submodule(name) for name in NORMS]
+    heads = [attention.get_submodule(name) for name in HEAD_NORMS if name in attention._modules]
     numbers = torch.linspace(-3, 3, 7)
     bends = feed.get_submodule("act_fn")(numbers)
     return (
         all(type(module) is nn.Linear for module in linear)
-        and all(_is_rmsnorm_of(norm) for norm in norms)
+        and all(_is_rmsnorm_of(norm) for norm in [*norms, *heads])
+        and all(norm.get_parameter("weight").numel() == attention.head_dim for norm in heads)
         and torch.equal(bends, F.silu(numbers))
     )
 
