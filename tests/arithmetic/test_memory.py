@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from luthier.adapters import Adapter
 from luthier.adapters.full import Full
@@ -19,6 +19,7 @@ from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.arithmetic.memory import (
     UNDER_WAY,
     Decoder,
+    Ours,
     Output,
     Peak,
     Recomputed,
@@ -55,6 +56,8 @@ SIZES = {
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "dropping": lambda: LlamaConfig(**SIZES, attention_dropout=0.1),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16),
 }
 ADAPTERS = {"lora": lambda: LoRA(rank=1), "full": Full, "prefix": lambda: PrefixTuning(prefix_tokens=1)}
@@ -63,6 +66,7 @@ TOKENS = ROWS * LENGTH
 DECODER = Decoder(
     layers=2, hidden=10, inner=30, query=10, key_value=5, heads=2, vocabulary=100, gated=True, bytes=2
 )  # fmt: skip
+FUSED = Ours(attention=True, feed_forward=True)
 
 
 def kept_by_autograd(model: LanguageModel, forest: Forest) -> int:
@@ -81,7 +85,8 @@ def kept_by_autograd(model: LanguageModel, forest: Forest) -> int:
 
 
 def laid_out(
-    architecture: str, adapter: Adapter, dtype: torch.dtype, *, fused: bool = True, recomputed: int = 0
+    architecture: str, adapter: Adapter, dtype: torch.dtype, *, fused: bool = True, recomputed: int = 0,
+    training: bool = False,
 ) -> tuple[int, int]:
     """What autograd keeps for a micro-batch, and what the formula says."""
     attention.register()
@@ -90,6 +95,8 @@ def laid_out(
     model = LanguageModel(module, source="fresh", digest="", kernels="auto" if fused else "torch")
     attachment = model.attach(adapter.attach(model.sites))
     model.recompute(recomputed)
+    if training:
+        model.train()
     rng = np.random.default_rng(0)
     weights = np.ones(LENGTH, dtype=np.float32)
     weights[: LENGTH // 2] = 0
@@ -101,13 +108,15 @@ def laid_out(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "zoo"])
 def test_activations_are_what_autograd_keeps(fused: bool, architecture: str, adapter: str, dtype: torch.dtype) -> None:
     """Breaks when a block, ours or the zoo's, keeps another tensor, or an adapter's inputs are forgotten."""
     found, formula = laid_out(architecture, ADAPTERS[adapter](), dtype, fused=fused)
-    # A learned root's masks are shared by some of the calls that are counted apart.
-    assert formula == pytest.approx(found, rel=0.07 if adapter == "prefix" else 0.05)
+    # A learned root's masks are shared by some of the calls that are counted apart, and the queries of the first block
+    # need no gradient, so that norms of heads keep nothing there.
+    learned_root = 0.1 if architecture == "qwen3" else 0.07
+    assert formula == pytest.approx(found, rel=learned_root if adapter == "prefix" else 0.05)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "zoo"])
@@ -117,6 +126,14 @@ def test_every_adapter_of_the_catalog_says_what_it_keeps(adapter: str, fused: bo
     for dtype in (torch.float32, torch.bfloat16):
         found, formula = laid_out("llama", choose("adapters", Adapter, adapter), dtype, fused=fused)
         assert formula == pytest.approx(found, rel=0.05), dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", ["lora", "ia3", "full", "bottleneck"])
+def test_attention_that_drops_weights_keeps_them(adapter: str, dtype: torch.dtype) -> None:
+    """Breaks when squares of a row's tokens are forgotten, or the half of a block that is still ours is the zoo's."""
+    found, formula = laid_out("dropping", choose("adapters", Adapter, adapter), dtype, training=True)
+    assert formula == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -160,7 +177,7 @@ def test_activations_grow_as_the_equation_says() -> None:
 
 def test_a_fused_block_is_kept_as_the_equation_says() -> None:
     """Breaks when a recomputed block keeps more than the stream, or rows that predict nothing reach the last half."""
-    work = Work(tokens=10, predicted=4, longest=5, fused=True, ranks=3)
+    work = Work(tokens=10, predicted=4, longest=5, ours=FUSED, edits=3)
     around = (2 * 10 + 2 * 5) * 2 + 2 * 4 + 2 * (10 * 2 + 4) + 3 * 2
     block, inner = 10 * (around + 2 * 30 * 2), 2 * 30 * 2
     last = 10 * around - 6 * (10 * 2 + 4) + 4 * (inner + 10 * 2)
@@ -172,7 +189,7 @@ def test_a_fused_block_is_kept_as_the_equation_says() -> None:
 
 def test_the_widest_moment_is_the_head_or_a_block_and_shrinks_with_what_is_recomputed() -> None:
     """Breaks when a moment is left out, or a block that is made again is taken to cost nothing then."""
-    work = Work(tokens=1000, predicted=1000, longest=5, fused=True, output=Output(in_place=True))
+    work = Work(tokens=1000, predicted=1000, longest=5, ours=FUSED, output=Output(in_place=True))
     deep = replace(DECODER, layers=12)
     totals = [peak(deep, replace(work, recomputed=Recomputed(blocks=count))).total for count in range(13)]
     assert all(more > less for more, less in pairwise(totals[:12]))
@@ -211,7 +228,7 @@ def test_copies_and_files_are_counted() -> None:
     small, large = (checkpoint(count, 8 * count, tensors=2, rows=5) for count in (0, 1000))
     assert large - small == 12_000
     assert on_heap(1000) == 1300
-    assert libraries(4) < libraries(4, threads=2) < libraries(2) < libraries(2, both_ways=True)
+    assert libraries(4) < libraries(2) < libraries(4, threads=2)
     assert kept_checkpoints(2, 100) == 5 and kept_checkpoints(2, 3) == 3
     assert token_cache(100, 10) == 1700 + 120 + 768
 

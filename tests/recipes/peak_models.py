@@ -34,6 +34,11 @@ def config_for(given: dict[str, Any]) -> Any:
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=given.get("key_value_heads", 2),
             tie_word_embeddings=True, max_position_embeddings=4096,
         ),
+        "qwen3": lambda: transformers.Qwen3Config(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=8 * hidden // 3, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+            attention_dropout=dropped,
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=vocabulary, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=1024, resid_pdrop=dropped,
             embd_pdrop=dropped, attn_pdrop=dropped, bos_token_id=None, eos_token_id=1,

@@ -302,7 +302,7 @@ def test_predicted_peaks_of_every_adapter(size: dict[str, int], adapter: str, pr
 WORDS = {"method": "classification", "level": "word"}
 KINDS: list[tuple[str, Any, int]] = [
     ("bert", "masked_lm", 1024), ("bert", "classification", 1024), ("bert", WORDS, 1024), ("t5", "seq2seq", 4096),
-    ("t5", "t_few", 4096), ("gpt2", "sft", 1024), ("llama", "classification", 4096),
+    ("t5", "t_few", 4096), ("gpt2", "sft", 1024), ("qwen3", "sft", 4096), ("llama", "classification", 4096),
     ("llama", "dpo", 4096), ("llama", "reward_model", 4096),
 ]  # fmt: skip
 """Architectures and objectives that no formula was made for, with tokens enough that tensors lie in the pool: smaller

@@ -2,17 +2,17 @@
 
 Idea: what a backward pass needs is decided by the shapes of a decoder block, so the peak of a step can be told before
 it is made. Counted is what autograd keeps until a layer's backward pass, tensor by tensor, for a block of attention and
-feed-forward, run by our operations (kernels/blocks.py), or as the zoo writes it where an edit sends half of such a
-block there, with flash attention over segments. Blocks of any other shape have counts instead (counted.py).
+feed-forward, each of them run by our operations (kernels/blocks.py), or as the zoo writes it where an edit sends it
+there, with flash attention over segments. Blocks of any other shape have counts instead (counted.py).
 Equation: a fused block keeps for each token 2 d (the residual stream before each half) + 2 q + 2 kv (queries, keys,
     values and the attention's output) + 2 f (gate and up), one number a norm and head, and the ranks of its adapters;
     the last block's feed-forward does for the tokens that predict something; a recomputed block keeps d. The zoo's
     block keeps 2 d in float32 (what the norms see) + 2 q + 2 kv + n f (the inner states; n = 3 with a gate, 2 without),
     and what edits or trained layers keep, at most 2 d + q + f where that is their inputs; trained norms keep 2 d more.
-    Blocks below the lowest edit keep nothing. q and kv are widths of queries and keys. A peak is the widest of: all
-    that is kept, with a chunk of the head at work; what is kept below a block and by it, with the gradients of gate
-    and up, 2 f, of the norm and the stream, 2 d, and the norm made again, d, of its feed-forward at work; or with those
-    of its attention, 2 q + 2 kv + d.
+    Norms of heads keep q + kv more, the zoo's in float32. Blocks below the lowest edit keep nothing. q and kv are
+    widths of queries and keys. A peak is the widest of: all that is kept, with a chunk of the head at work; what is
+    kept below a block and by it, with the gradients of gate and up, 2 f, of the norm and the stream, 2 d, and the norm
+    made again, d, of its feed-forward at work; or with those of its attention, 2 q + 2 kv + d.
 Source: counted with torch's saved-tensor hooks and its profiler of memory (torch 2.13, transformers 5.23): within 4 %
     of the peak of tensors for every adapter; and of processes, see tests/recipes/test_memory.py.
 """
@@ -38,7 +38,8 @@ _WIDE: Final = 4
 class Decoder:
     """The sizes of a decoder, in numbers; `bytes` is the size of one number that it computes with.
 
-    `query` and `key_value` are head count times head size. `gated` is whether the feed-forward has a gate.
+    `query` and `key_value` are head count times head size. `gated` is whether the feed-forward has a gate,
+    `normed_heads` whether each head of queries and keys goes through a norm.
     """
 
     layers: int
@@ -50,6 +51,7 @@ class Decoder:
     vocabulary: int
     gated: bool
     bytes: int
+    normed_heads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,19 @@ class Output:
     wide: bool = False
     tied: bool = False
     own_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """Which halves of all blocks our operations run; the model zoo's run the others."""
+
+    attention: bool = False
+    feed_forward: bool = False
+
+    @property
+    def everything(self) -> bool:
+        """Whether that is both."""
+        return self.attention and self.feed_forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +96,8 @@ class Work:
     `edits` is how many numbers a token and block edits and trained layers keep, beside those of the base. `squares` is
     how many numbers attention keeps for each pair of tokens of a row and each head; flash attention keeps none.
     `untouched` is how many of the first blocks lie below everything that is trained. `masked` is whether rows see
-    something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `fused` is
-    whether our operations run the blocks; `ranks` is then the sum of the ranks of a block's adapters. `recomputed` says
-    how many blocks keep only their input.
+    something before their own tokens (a learned prefix), so that attention needs a mask of such pairs. `ours` is what
+    our operations run of the blocks. `recomputed` says how many blocks keep only their input.
     """
 
     tokens: int
@@ -91,18 +105,17 @@ class Work:
     longest: int
     edits: float = 0.0
     trains_base: bool = False
-    squares: int = 0
+    squares: float = 0.0
     untouched: int = 0
     masked: bool = False
-    fused: bool = False
-    ranks: int = 0
+    ours: Ours = Ours()
     recomputed: Recomputed = Recomputed()
     output: Output = Output()
 
     @property
     def last_tokens(self) -> int:
         """Tokens that go through the last feed-forward."""
-        return self.predicted if self.fused else self.tokens
+        return self.predicted if self.ours.everything else self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,26 +194,36 @@ def _last_block(decoder: Decoder, work: Work) -> int:
     block = work.tokens * _around(decoder, work) + work.last_tokens * _inner(decoder, work)
     unasked = (work.tokens - work.predicted) * (decoder.hidden * decoder.bytes + _WIDE)
     # Of its heads the chosen rows are a copy.
-    return block - unasked + work.predicted * decoder.query * decoder.bytes if work.fused else block
+    return block - unasked + work.predicted * decoder.query * decoder.bytes if work.ours.everything else block
 
 
 def _around(decoder: Decoder, work: Work) -> int:
     """Bytes that attention, the norms and the adapters' thin products keep of a token."""
     number = decoder.bytes
     attention = (2 * decoder.query + 2 * decoder.key_value) * number + decoder.heads * _WIDE
-    if work.fused:
+    norms = _norm(decoder, work, decoder.hidden, ours=work.ours.attention)
+    norms += _norm(decoder, work, decoder.hidden, ours=work.ours.feed_forward)
+    if decoder.normed_heads:
+        norms += _norm(decoder, work, decoder.query + decoder.key_value, ours=work.ours.attention)
+    edits = int(work.edits * number)
+    if work.ours.everything:
         # A learned root is joined to the keys and values of each row, and what its attention gives is put together.
         attention += work.masked * (decoder.query * number + work.longest * number)
-        return attention + 2 * (decoder.hidden * number + _WIDE) + work.ranks * number
-    norms = 2 * decoder.hidden * _WIDE + 2 * decoder.hidden * number * work.trains_base
-    edits = int(work.edits * number)
-    squares = (work.squares * decoder.heads + work.masked) * work.longest * number
+        return attention + norms + edits
+    squares = int((work.squares * decoder.heads + work.masked) * work.longest * number)
     return norms + attention + edits + squares
+
+
+def _norm(decoder: Decoder, work: Work, width: int, *, ours: bool) -> int:
+    """Bytes that a norm keeps of a token: what it sees, which the zoo's sees in float32, and what that came to."""
+    if ours:
+        return width * decoder.bytes + _WIDE
+    return width * (_WIDE + decoder.bytes * work.trains_base)
 
 
 def _inner(decoder: Decoder, work: Work) -> int:
     """Bytes that the inside of a feed-forward keeps of a token."""
-    if work.fused:
+    if work.ours.feed_forward:
         return 2 * decoder.inner * decoder.bytes
     return (3 if decoder.gated else 2) * decoder.inner * decoder.bytes
 
@@ -210,7 +233,7 @@ def _states(decoder: Decoder, work: Work) -> int:
     number = decoder.bytes
     # Trained rows of a head need the states once more, and the slope of each of them.
     head = work.predicted * (decoder.hidden * number * (2 if work.output.rows else 1) + work.output.rows * _WIDE)
-    if work.fused or work.output.own_norm:
+    if work.ours.everything or work.output.own_norm:
         return head + work.predicted * (decoder.hidden * number + _WIDE)
     # The zoo's last norm sees all tokens, and works in float32.
     return head + work.tokens * decoder.hidden * (_WIDE + number + work.trains_base * number)
@@ -219,7 +242,7 @@ def _states(decoder: Decoder, work: Work) -> int:
 def _feed_forward_backward(decoder: Decoder, work: Work, tokens: int) -> int:
     """Beside what a block keeps: the gradients of gate and up, of the stream and of the norm, the norm made again."""
     number = decoder.bytes
-    wide = 2 * decoder.inner + 3 * decoder.hidden if work.fused else 3 * decoder.inner + 2 * decoder.hidden
+    wide = 2 * decoder.inner + 3 * decoder.hidden if work.ours.feed_forward else 3 * decoder.inner + 2 * decoder.hidden
     return tokens * wide * number + own_gradients(decoder, work)
 
 
@@ -264,18 +287,14 @@ def head_at_work(decoder: Decoder, work: Work) -> int:
     return 2 * states + slopes + passing + decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded)
 
 
-def libraries(number: int, *, threads: int = 1, both_ways: bool = False) -> int:
+def libraries(number: int, *, threads: int = 1) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
-    Measured over hidden sizes of 256 to 768 and all adapters (tests/recipes/memory_peak.py): float32 3 to 11 MB, and
-    8 MB for a second thread, which packs what it multiplies for itself; bfloat16, for which oneDNN writes machine code
-    for each shape of a product, 7 to 31 MB with its caches bounded (kernels/pool.py). On a Zen 4 models that read
-    `both_ways` take more, BERT 32 to 34 MB and T5 26 MB, where decoders of rows take 14 to 16 MB; decoders of many
-    short answers in one pass take up to 56 MB, more than is told here.
+    Measured over hidden sizes of 256 to 768, all adapters and tasks (tests/recipes/memory_peak.py) on a Zen 4: float32
+    3 to 15 MB, and 8 MB for a second thread, which packs what it multiplies for itself; bfloat16, for which oneDNN
+    writes machine code for each shape of a product, 5 to 27 MB with its caches bounded (kernels/pool.py).
     """
-    if number >= _WIDE:
-        return 7_000_000 + 8_000_000 * (threads - 1)
-    return 29_000_000 if both_ways else 20_000_000
+    return 8_000_000 * threads if number >= _WIDE else 13_000_000
 
 
 def on_heap(live: int) -> int:

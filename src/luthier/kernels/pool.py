@@ -23,7 +23,7 @@ from luthier.core.errors import MissingError
 from luthier.kernels.native_build import library
 
 SOURCES: Final = Path(__file__).parent / "pool"
-_CAPACITIES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "1"}
+_CAPACITIES: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "1"}
 """oneDNN's own cache, and the one that torch has around it."""
 
 

@@ -90,15 +90,18 @@ class Blocks:
         return cls(body, int(layers[0].self_attn.head_dim), calls, backend)  # type: ignore[union-attr, arg-type]
 
     @property
+    def taken(self) -> tuple[bool, bool]:
+        """Whether attention, and the feed-forward, of all of the blocks runs by our operations, as they stand now."""
+        layers = list(self.body.get_submodule("layers").children())
+        if _is_watched(self.body) or any(isinstance(layer, EditedModule) for layer in layers):
+            return False, False
+        attention = all(attention_layers(layer.get_submodule("self_attn"), None) is not None for layer in layers)
+        return attention, all(feed_layers(layer, None) is not None for layer in layers)
+
+    @property
     def take_everything(self) -> bool:
         """Whether all of the model's blocks run by our operations, as it stands now."""
-        layers = list(self.body.get_submodule("layers").children())
-        return not _is_watched(self.body) and all(
-            not isinstance(layer, EditedModule)
-            and attention_layers(layer.get_submodule("self_attn"), None) is not None
-            and feed_layers(layer, None) is not None
-            for layer in layers
-        )
+        return all(self.taken)
 
     def hidden(
         self,

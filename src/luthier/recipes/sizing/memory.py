@@ -22,7 +22,6 @@ from luthier.model.editing.edits import base_parameters
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import stored_bytes
 from luthier.model.packing import packed_sites
-from luthier.model.tasks import kind_of
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.schemas.files import place_of
@@ -30,7 +29,7 @@ from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.offload import Offload, inputs_are_far, optimizer_is_far
 from luthier.recipes.sizing.room import free_disk, free_memory
 from luthier.recipes.sizing.sizes import decoder_of, work_with, work_without
-from luthier.recipes.sizing.zoo_memory import Counted
+from luthier.recipes.sizing.zoo_memory import Counted, load_of
 from luthier.train.source import DataSource, MicroBatch
 
 PARTS = ("weights", "trained", "gradients", "optimizer", "activations", "working", "libraries", "saving")
@@ -117,20 +116,16 @@ def lasting(
     found = sum(constant.nbytes for constant in attachment.named_constants().values())
     far = optimizer_is_far(offload)
     wide = 0 if far else sum(bytes_of.masters(p.numel(), p.element_size()) for p in trained)
+    on_cpu = (device or model.device.type) == "cpu"
     return {
         # Of base weights that are trained the originals are kept aside, so they count in both.
         "weights": _weights(model, quantizer),
         "trained": found + sum(p.nbytes for p in trained) + wide,
         "gradients": _gradients(attachment, optimizer, far=far),
         "optimizer": 0 if far else optimizer.resident_bytes(_shapes(attachment)),
-        "libraries": _libraries(model) if (device or model.device.type) == "cpu" else 0,
+        "libraries": bytes_of.libraries(model.dtype.itemsize, threads=torch.get_num_threads()) if on_cpu else 0,
         "saving": 0,
     }
-
-
-def _libraries(model: LanguageModel) -> int:
-    threads, both_ways = torch.get_num_threads(), kind_of(model.config) != "causal"
-    return bytes_of.libraries(model.dtype.itemsize, threads=threads, both_ways=both_ways)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
@@ -298,10 +293,14 @@ class Formulas:
     def of_pass(
         self, batch: MicroBatch, predicted: int, forest: Forest | Callable[[], Forest], recomputed: int
     ) -> Pass:
-        """One pass, with so many blocks recomputed where they can be; the forest is looked at where passes are counted.
+        """One pass, with so many blocks recomputed where they can be; the forest is looked at where passes are counted,
+        and where attention keeps something for each pair of tokens.
         """
         work = work_with(self.work, self.model, batch, predicted)
         if self.counted is None:
+            if work.squares:
+                pairs = load_of(self.model, forest if isinstance(forest, Forest) else forest()).texts.pairs
+                work = replace(work, squares=work.squares * pairs / (work.tokens * work.longest))
             work = replace(work, recomputed=bytes_of.Recomputed(blocks=recomputed, far=self.far))
             widest = bytes_of.peak(self.decoder, work)
         else:

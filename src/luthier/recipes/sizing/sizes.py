@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from luthier.arithmetic.memory import Decoder, Output, Work
+from luthier.arithmetic.memory import Decoder, Ours, Output, Work
 from luthier.kernels.backend import Seen
 from luthier.kernels.head import Head
 from luthier.kernels.torch_backend import TorchBackend
@@ -14,6 +14,7 @@ from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import SiteEdit, TrainedParameters
 from luthier.model.editing.sites import Site
 from luthier.model.language_model import LanguageModel
+from luthier.model.running.block_parts import HEAD_NORMS, dropout_of
 from luthier.model.running.zoo_head import FeatureHead
 from luthier.train.source import MicroBatch
 
@@ -33,6 +34,7 @@ def decoder_of(model: LanguageModel) -> Decoder:
         vocabulary=len(model.task.classes) or model.vocabulary_size,
         gated=bool(sites.role("gate")),
         bytes=torch.finfo(model.dtype).bits // 8,
+        normed_heads=any(name.endswith(f".{HEAD_NORMS[0]}") for name, _ in model.module.named_modules()),
     )
 
 
@@ -52,17 +54,21 @@ def work_without(model: LanguageModel, attachment: Attachment) -> Work:
     """What is trained, for the formulas, before it is known on which tokens."""
     head = model.head
     plain = head.plain if isinstance(head, FeatureHead) else head
+    decoder, wide = decoder_of(model), 4 // decoder_of(model).bytes
+    ours = _ours(model)
+    drops = model.device.type == "cpu" and any(map(dropout_of, model.module.modules()))
     return Work(
         tokens=0,
         predicted=1,
         longest=0,
-        edits=_edits(model, attachment),
+        # Torch has no kernel for a CPU that drops weights of attention without n x n tensors: it keeps three of them in
+        # float32, and of bfloat16 also what they were made from.
+        edits=_edits(model, attachment, ours) + wide * wide * decoder.query * drops,
         untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,
-        squares=_squares(model, decoder_of(model)),
+        squares=3 * wide if drops else _squares(model, decoder),
         masked=_masks_a_root(model),
-        fused=_runs_fused(model),
-        ranks=_ranks(model, attachment),
+        ours=ours,
         output=_output(model, plain) if isinstance(plain, Head) else Output(tied=model.sites.tied),
     )
 
@@ -77,8 +83,11 @@ def _output(model: LanguageModel, head: Head) -> Output:
     )
 
 
-def _edits(model: LanguageModel, attachment: Attachment) -> float:
-    """Numbers that edits and trained layers keep of a token, the mean over blocks; an input of several counts once."""
+def _edits(model: LanguageModel, attachment: Attachment, ours: Ours) -> float:
+    """Numbers that edits and trained layers keep of a token, the mean over blocks; an input of several counts once.
+
+    In what is `ours` of a block only a low-rank term keeps anything: what it is in the middle.
+    """
     sites = {site.name: site for site in model.sites if site.layer is not None}
     inputs: dict[tuple[int | None, str], int] = {}
     own = 0
@@ -86,13 +95,22 @@ def _edits(model: LanguageModel, attachment: Attachment) -> float:
         if isinstance(edit, TrainedParameters):
             # A block that is trained trains all linear layers in it.
             below = [site for site in sites.values() if f"{site.name}.".startswith(f"{edit.site_name}.")]
-            inputs.update({_reads(site): site.in_features for site in below if site.is_linear})
+            inputs.update({_reads(site): site.in_features for site in below if site.is_linear and not _is(ours, site)})
         elif isinstance(edit, SiteEdit) and edit.site_name in sites:
             site, kept = sites[edit.site_name], edit.keeps()
+            if _is(ours, site):
+                term = edit.low_rank()
+                own += 0 if term is None else len(term.down)
+                continue
             if kept.input:
                 inputs[_reads(site)] = site.in_features or model.sites.hidden
             own += kept.own + kept.output * (site.out_features or model.sites.hidden)
     return (own + sum(inputs.values())) / max(1, model.sites.layers)
+
+
+def _is(ours: Ours, site: Site) -> bool:
+    """Whether a layer lies in a half of its block that our operations run."""
+    return ours.feed_forward if {"gate", "up", "down", "feed"} & set(site.roles) else ours.attention
 
 
 def edits_inner(model: LanguageModel, attachment: Attachment) -> bool:
@@ -124,33 +142,28 @@ def _reads(site: Site) -> tuple[int | None, str]:
     return site.layer, site.name
 
 
-def _runs_fused(model: LanguageModel) -> bool:
-    """Whether our operations run all blocks in training, dropout considered."""
+def _ours(model: LanguageModel) -> Ours:
+    """Which halves of all blocks our operations run in training, dropout considered."""
     blocks = model.executor.blocks
     if blocks is None:
-        return False
+        return Ours()
     was_training = model.module.training
     model.train()
     try:
-        return blocks.take_everything
+        attention, feed_forward = blocks.taken
     finally:
         model.train(was_training)
+    return Ours(attention=attention, feed_forward=feed_forward)
 
 
 def _masks_a_root(model: LanguageModel) -> bool:
     """Whether a learned root makes attention build a mask for each row: not where the backend takes it as it is."""
     if model.active_root is None:
         return False
-    if not _runs_fused(model):
+    if not _ours(model).everything:
         return True
     query = torch.empty(1, model.sites.heads, model.sites.head_size, dtype=model.dtype, device=model.device)
     return not model.executor.backend.attends(query, Seen((((0, 1),),), outside=1))
-
-
-def _ranks(model: LanguageModel, attachment: Attachment) -> int:
-    """The sum of the ranks of one block's adapters, the mean over blocks."""
-    terms = [edit.low_rank() for edit in attachment.edits if isinstance(edit, SiteEdit)]
-    return sum(len(term.down) for term in terms if term is not None) // max(1, model.sites.layers)
 
 
 def _squares(model: LanguageModel, decoder: Decoder) -> int:
