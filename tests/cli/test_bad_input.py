@@ -41,6 +41,7 @@ def test_a_misspelt_key_names_its_place_and_the_nearest_key(refused: Callable[..
     wrong = ("evaluation: {", "evaluation: {everry: 3, ")
     refused(2, ("own.yaml:8:14: unknown key evaluation.everry; did you mean every?",), change=wrong)
     refused(2, ("own.yaml:4:25: unknown key adapter.rnak; did you mean rank?",), change=("rank: 4", "rnak: 4"))
+    refused(2, ("--set: unknown key over_length; did you mean data.over_length?",), "over_length=drop")
     refused(2, ("--set: unknown key optimizer.learning_rat; did you mean learning_rate?",), "optimizer.learning_rat=1")
 
 

@@ -93,8 +93,9 @@ def validate(
 def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
     path = tuple(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = fields_at(kind, error["loc"][:-1])
-        return [Problem("unknown key ", path, "", did_you_mean(path[-1], known))]
+        known, elsewhere = fields_at(kind, error["loc"][:-1]), _places_of(path[-1], kind)
+        do = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(path[-1], known)
+        return [Problem("unknown key ", path, "", do)]
     if error["type"] == "missing":
         return [Problem("", path, " is missing")]
     cause = error.get("ctx", {}).get("error")
@@ -105,6 +106,16 @@ def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
     # A recipe has mappings; what Python calls them is no help.
     why = f"{error['msg'][:1].lower()}{error['msg'][1:]}".replace("a valid dictionary", "a mapping: {key: value}")
     return [Problem("", path, f": {error['input']!r} is not allowed: {why}")]
+
+
+def _places_of(name: str, kind: type[BaseModel]) -> list[str]:
+    """Where a key of this very name stands, in all that is nested."""
+    found = []
+    for key, field in kind.model_fields.items():
+        found += [key] if key == name else []
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [f"{key}.{place}" for place in _places_of(name, field.annotation)]
+    return found
 
 
 def fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
