@@ -53,12 +53,12 @@ class LuthierError(Exception):
             self.add_note(f"next: {self.advice}")
 
     def __str__(self) -> str:
-        return "; ".join(part for part in (self.cause(), self.do) if part)
+        return _joined(self.cause(), self.do)
 
     def cause(self) -> str:
         """The error without what to do about it."""
         address = f"{self.where}: " if self.where else ""
-        return "; ".join(part for part in (f"{address}{self.received}", self.allowed) if part)
+        return _joined(f"{address}{self.received}", self.allowed)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments would be lost by the default pickling of exceptions, and workers send errors home.
@@ -66,7 +66,7 @@ class LuthierError(Exception):
 
     def told(self) -> str:
         """The error for a person: with the next step of its category where it brings none of its own."""
-        return str(self) if self.do else f"{self}; {self.advice}"
+        return str(self) if self.do else _joined(str(self), self.advice)
 
     def as_dict(self) -> dict[str, str | int]:
         """The error as plain values, for `--json` and for events."""
@@ -82,6 +82,12 @@ class LuthierError(Exception):
 
 def _rebuild(kind: type[LuthierError], received: str, allowed: str, do: str, where: str) -> LuthierError:
     return kind(received, allowed=allowed, do=do, where=where)
+
+
+def _joined(first: str, then: str) -> str:
+    """Two parts of a sentence; behind a list, which ends with a line of its own, the second has one too."""
+    between = "\n" if "\n" in first else "; "
+    return f"{first}{between}{then}" if first and then else first or then
 
 
 def _clipped(text: str, room: int) -> str:

@@ -261,7 +261,7 @@ def bad_rows(intake: Intake, bad: Sequence[Refused]) -> DataError:
     if all(isinstance(error, TooLongError) for error in errors):
         do = "data.max_tokens and data.over_length say what becomes of long rows"
     kind = TemplateError if all(isinstance(error, TemplateError) for error in errors) else DataError
-    return kind(counts + "".join(f"\n  {line}" for line in problems.lines()) + "\n", do=do, where=_only(intake.sources))
+    return kind(counts + "".join(f"\n  {line}" for line in problems.lines()), do=do, where=_only(intake.sources))
 
 
 def _only(sources: Sequence[SourceFile]) -> str:
