@@ -30,6 +30,18 @@ def test_the_page_says_all_and_loads_nothing() -> None:
     assert text.index("Drift") < text.index("B first"), "what was not measured comes last"
 
 
+def test_the_page_begins_with_what_each_probe_says_in_a_sentence() -> None:
+    """Breaks when a reader has to scroll through all pictures to hear what was found, or a link leads nowhere."""
+    more = {**REPORT, "verdict": ["Nothing <b>lost</b>.", "And more."]}
+    blind = {**REPORT, "verdict": ["Nothing to see."], "measured": False}
+    text = page("a", "b", {"drift": REPORT, "effective_rank": more, "spectrum": blind})
+    short = text[text.index("<dl") : text.index("</dl>")]
+    assert re.findall(r'href="#(\w+)"', short) == ["drift", "effective_rank"] and "Nothing to see" not in short
+    assert "Nothing &lt;b&gt;lost&lt;/b&gt;." in short and "And more." not in short
+    assert all(f'<section id="{name}">' in text for name in ("drift", "effective_rank"))
+    assert "<dl" not in page("a", "b", {"drift": REPORT})
+
+
 @pytest.mark.parametrize(("draw", "picture"), [(pictures.curves, CURVES), (pictures.grid, GRID)])
 def test_pictures_are_well_formed_and_stay_inside(draw: object, picture: dict[str, object]) -> None:
     """Breaks when a value falls out of the frame, or the markup of a picture is broken."""

@@ -58,7 +58,7 @@ def show(found: DemoResult, console: Console, *, where: Path) -> None:
         before, after = example["before"] or "(nothing)", example["after"] or "(nothing)"
         table.add_row(Text(example["prompt"]), Text(before), Text(after, style=right))
     console.print(table, soft_wrap=False)
-    console.print(f"exact match      {found.before:.0%} -> {found.after:.0%} of 100 held-out rows")
+    console.print(f"exact match      {100 * found.before:.0f} % -> {100 * found.after:.0f} % of 100 held-out rows")
     forgetting = found.forgetting
     console.print(
         f"forgetting       loss on base text {forgetting['before']:.3f} -> {forgetting['after']:.3f} "

@@ -307,7 +307,7 @@ def _noise(row: Float[Tensor, " d"], norm: float, population: _Population) -> st
     excess = (share - population.noise_share) / population.noise_share_std
     if share >= population.low_share:
         return ""
-    said = f"it is noise: {share:.0%} of it lies in the leading directions of words, as of any random row"
+    said = f"it is noise: {100 * share:.0f} % of it lies in the leading directions of words, as of any random row"
     # The norm of a random row varies by 1/sqrt(2 d) only, so one that fits to four times that is strong evidence.
     if population.initial_norm and abs(norm / population.initial_norm - 1) < 4 / math.sqrt(2 * width) and excess < 3:
         return f"{said}, and it has the norm of a fresh row"

@@ -80,7 +80,8 @@ def _report(
         wider = "wider" if mean_after > mean_before else "less widely"
         said = (
             f"Heads look {wider} than before (mean entropy {mean_before:.3f}, now {mean_after:.3f} of what is "
-            f"possible); most changed is head {head} of layer {layer}: {largest:.0%} of its attention went elsewhere.",
+            f"possible); most changed is head {head} of layer {layer}: {100 * largest:.0f} % of its attention went "
+            "elsewhere.",
         )
     rows = [f"layer {number}" for number in range(len(moved))]
     columns = [str(number) for number in range(moved.shape[1])]

@@ -70,7 +70,7 @@ class EffectiveRank(Probe):
         most = sorted(one.most for one in found)[len(found) // 2]
         wanted = sorted(one.wanted for one in found)[len(found) // 2]
         start = f"The middle change has an effective rank of {middle:.3g} of the {most} it may have"
-        held = f"; {wanted} directions hold {self.share:.0%} of its square."
+        held = f"; {wanted} directions hold {100 * self.share:.0f} % of its square."
         if not low:
             return start + held
         if wanted <= most / 3:
@@ -102,7 +102,7 @@ def _by_role(found: Sequence[Ranks], share: float) -> Table:
         own = [one for one in found if one.change.role == role]
         effective, stable = (sum(each) / len(own) for each in ([o.effective for o in own], [o.stable for o in own]))
         rows.append([role, len(own), effective, stable, max(one.wanted for one in own), own[0].most])
-    heads = ("role", "matrices", "effective rank", "stable rank", f"most for {share:.0%}", "allowed")
+    heads = ("role", "matrices", "effective rank", "stable rank", f"most for {100 * share:.0f} %", "allowed")
     return Table(title="Mean ranks by role", heads=heads, rows=rows)
 
 

@@ -76,8 +76,8 @@ class Forgetting(Probe):
             return (*said, f"Nothing was forgotten that these texts could tell (at most {worst.rise:+.4f} nats).")
         growth = math.expm1(worst.rise)
         price = f", {worst.rise / gained:.2g} of what the task gained" if gained > 0 else ""
-        return (*said, f"Some of {worst.text.name} was forgotten: {worst.rise:+.4f} nats, a perplexity {growth:.0%} "
-                       f"higher{price}.", _advice(worst.rise, gained))  # fmt: skip
+        return (*said, f"Some of {worst.text.name} was forgotten: {worst.rise:+.4f} nats, a perplexity "
+                       f"{100 * growth:.0f} % higher{price}.", _advice(worst.rise, gained))  # fmt: skip
 
 
 @final

@@ -5,7 +5,7 @@ Idea: like the report of a run it is a view of plain values; what was left out o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
@@ -27,6 +27,8 @@ h2{font:400 1.4rem/1.3 var(--serif);margin:3.2rem 0 .4rem;padding-top:1.2rem;bor
 h3{font-size:.875rem;font-weight:600;margin:1.6rem 0 .3rem}p{margin:.4rem 0;max-width:46rem}
 .about,.hint,.out{color:var(--soft);font-size:.875rem}.hint{font-size:.8125rem;margin:.1rem 0 .3rem}
 .said{font:1.0625rem/1.5 var(--serif)}
+.short{display:grid;grid-template-columns:max-content 1fr;gap:.35rem 1.6rem;margin:1.8rem 0 0;max-width:54rem}
+.short dd{margin:0;font:1rem/1.5 var(--serif)}.short a{color:var(--soft);font-size:.875rem;text-underline-offset:.2em}
 .pictures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));
 gap:.4rem 2.4rem;align-items:start}figure{margin:0;min-width:0;overflow-x:auto}
 svg{display:block;width:100%;height:auto}
@@ -60,7 +62,9 @@ def page(
         f'<p class="about">{escape(about)}</p>'
     ]
     # What could not be measured comes last: there is nothing to see.
-    parts += [_section(name, report) for name, report in sorted(reports.items(), key=lambda one: not _measured(one[1]))]
+    ordered = sorted(reports.items(), key=lambda one: not _measured(one[1]))
+    parts += [_in_short([(name, report) for name, report in ordered if _measured(report) and report["verdict"]])]
+    parts += [_section(name, report) for name, report in ordered]
     for name, why in (left_out or {}).items():
         parts.append(f'<p class="out">Left out: {escape(name)} ({escape(why)})</p>')
     return "".join(parts) + "</main></html>\n"
@@ -70,12 +74,27 @@ def _measured(report: Mapping[str, Any]) -> bool:
     return bool(report.get("measured", True))
 
 
+def _in_short(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The first sentence of each, with the way to the rest of it; nothing of one alone."""
+    if len(reports) < 2:
+        return ""
+    rows = "".join(
+        f'<dt><a href="#{escape(name)}">{escape(_heading(name))}</a></dt><dd>{escape(str(report["verdict"][0]))}</dd>'
+        for name, report in reports
+    )
+    return f'<dl class="short">{rows}</dl>'
+
+
+def _heading(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
 def _section(name: str, report: Mapping[str, Any]) -> str:
     said = "".join(f'<p class="said">{escape(str(sentence))}</p>' for sentence in report["verdict"])
     drawn = [pictures.curves(one) for one in report["curves"]] + [pictures.grid(one) for one in report["grids"]]
     shown = f'<div class="pictures">{"".join(drawn)}</div>' if any(drawn) else ""
     tables = "".join(_table(one) for one in report["tables"])
-    return f"<section><h2>{escape(name.replace('_', ' ').capitalize())}</h2>{said}{shown}{tables}</section>"
+    return f'<section id="{escape(name)}"><h2>{escape(_heading(name))}</h2>{said}{shown}{tables}</section>'
 
 
 def _table(table: Mapping[str, Any]) -> str:
