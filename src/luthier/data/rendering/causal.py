@@ -45,7 +45,7 @@ from luthier.data.rendering.shown import Notice, Shown, show, turn_weights
 from luthier.data.rendering.spans import alike, lead, message_weights, role_of_each
 from luthier.data.rendering.template import Template, Wanted
 from luthier.data.rendering.turns import Answer, Stage, View, lay_out, placed
-from luthier.data.rendering.weighed import Trained, weighed
+from luthier.data.rendering.weighed import Trained, trained_turn, weighed
 from luthier.data.tokenizer import Tokenizer
 
 _ENCODED = 64
@@ -313,43 +313,14 @@ class CausalRenderer(ClassRenderer):
         return tokens, np.concatenate([prompt_spans, rest[1] + answer.start]).astype(np.int32), [prompt]
 
     def _trained(self, tokens: Ints, spans: Ints, answer: Answer, start: int) -> Trained:
-        """The token range of an answer up to its stop token; refused when there is no such token."""
-        ids, stops = self.tokenizer, self.tokenizer.stop_ids
-        begins = spans[start:, 0]
-        behind = (begins >= answer.ending).nonzero()[0]
-        tail: list[int] = []
-        for index, begin in zip(behind.tolist(), begins[behind].tolist(), strict=True):
-            if begin >= answer.stop:
-                break
-            tail.append(start + index)
-        known = [index for index in tail if int(tokens[index]) in stops]
-        special = [index for index in tail if int(tokens[index]) in stops or int(tokens[index]) in ids.specials.ends]
-        if not special:
-            # An answer that ends in nothing teaches a model that never stops.
-            text = ids.decode(tokens[tail])
-            raise TemplateError(
-                f"the answer of message {answer.message + 1} ends in "
-                + (f"{text!r}, which is no single control token of this tokenizer" if text else "nothing"),
-                allowed="an answer that ends in the end-of-text token or another control token",
-                do="choose another template with data.template (such as instruction), or add the token as a special "
-                "token to the tokenizer",
-            )
-        # Tool calls may close with control tokens of their own before the turn ends.
-        at = (known[0] if known else special[-1]) if answer.calls else special[0]
-        stop = int(tokens[at])
-        within = tokens[start:at].tolist()
-        ends = stops if stop in stops else stops | {stop}
-        if not ends.isdisjoint(within):
-            early = next(token for token in within if token in ends)
-            raise DataError(
-                f"the answer of message {answer.message + 1} contains {ids.token_text(early)!r}, "
-                "at which generation stops",
-                do="take that text out of the answer, or choose a template with another end of turn",
-            )
-        if stop not in stops:
+        """An answer up to its stop token, which generation stops at from now on."""
+        turn = trained_turn(tokens, spans, answer, start=start, tokenizer=self.tokenizer)
+        stop = int(tokens[turn.stop - 1])
+        if stop not in self.tokenizer.stop_ids:
             self._found_stops.add(stop)
-            self._notice(f"{ids.token_text(stop)!r} ends answers but is no stop token of the model; it is added")
-        return Trained(start, at + 1, answer.weight)
+            ends = self.tokenizer.token_text(stop)
+            self._notice(f"{ends!r} ends answers but is no stop token of the model; it is added")
+        return turn
 
     # Length
 
