@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t ALONE = 64 << 10;  // numbers below which a second thread is not worth waking
+constexpr int64_t STRETCH = 512;     // logits that are looked through at once for the greatest
 
 template <typename T> void norm_rows(const T* x, const T* weight, T* out, float* inverse, int64_t n, int64_t d,
                                      float eps, bool known) {
@@ -118,6 +119,12 @@ template <typename T> void best_rows(const T* logits, int64_t* best, float* norm
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < size; i++) most = widen(own[i]) > most ? widen(own[i]) : most;
         int64_t place = 0;
+        for (; place + STRETCH < size; place += STRETCH) {
+            int32_t here = 0;
+#pragma omp simd reduction(| : here)
+            for (int64_t i = place; i < place + STRETCH; i++) here |= widen(own[i]) == most;
+            if (here != 0) break;
+        }
         while (place < size - 1 && widen(own[place]) != most) place++;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < size; i++) sum += exponential(widen(own[i]) - most);
