@@ -113,6 +113,39 @@ def test_a_change_of_the_model_is_heard_at_once(
     assert torch.equal(after, by_operations(model)) and not torch.allclose(after, before)
 
 
+def with_hook(layer: Any, seen: list[int]) -> Callable[[], None]:
+    return layer.mlp.up_proj.register_forward_hook(lambda *_: seen.append(1)).remove  # type: ignore[no-any-return]
+
+
+def with_forward(layer: Any, seen: list[int]) -> Callable[[], None]:
+    module, own = layer.self_attn, layer.self_attn.forward
+
+    def forward(*given: Any, **named: Any) -> Any:
+        seen.append(1)
+        return own(*given, **named)
+
+    module.forward = forward
+    return lambda: delattr(module, "forward")
+
+
+@pytest.mark.parametrize("put", [with_hook, with_forward])
+@torch.no_grad()
+def test_who_watches_a_module_sees_it_called_and_is_missed_at_once(
+    model: LanguageModel, calls: dict[str, list[Any]], put: Callable[[Any, list[int]], Callable[[], None]]
+) -> None:
+    """Breaks when a hook is passed over because blocks go in one call, or they go one by one for ever after."""
+    seen: list[int] = []
+    before = said(model)
+    take_off = put(layer_of(model), seen)
+    calls["through"].clear()
+    after = said(model)
+    times = len(seen)
+    assert times >= 4 and not calls["through"]
+    assert torch.allclose(after, before, atol=1e-5)
+    take_off()
+    assert torch.equal(said(model), before) and len(seen) == times and all(fine for *_, fine in calls["through"][-3:])
+
+
 @torch.no_grad()
 def test_the_blocks_around_one_that_is_edited_still_go_in_one_call(
     model: LanguageModel, calls: dict[str, list[Any]]

@@ -180,10 +180,17 @@ def paged(texts: Sequence[Tables], stops: Sequence[int], news: Sequence[int], ca
 
 def rows_of(texts: Sequence[Tables], ranges: Sequence[tuple[int, int]], cache: Cache) -> list[Int[Tensor, " n"]]:
     """The rows of places of texts, end to end, in the layers of each group."""
+    device, size = cache.keys[0].device, cache.size
     found = []
+    one_each = all(stop - start == 1 for start, stop in ranges)
     for tables in zip(*texts, strict=True):
-        parts = [_rows(table, start, stop, cache.size) for table, (start, stop) in zip(tables, ranges, strict=True)]
-        found.append(torch.from_numpy(np.concatenate(parts)).to(cache.keys[0].device))
+        each = list(zip(tables, ranges, strict=True))
+        if one_each:
+            rows = [table.pages[start // size - table.passed] * size + start % size for table, (start, _) in each]
+            found.append(torch.tensor(rows, dtype=torch.int64).to(device))
+            continue
+        parts = [_rows(table, start, stop, size) for table, (start, stop) in each]
+        found.append(torch.from_numpy(np.concatenate(parts)).to(device))
     return found
 
 

@@ -89,9 +89,12 @@ class Continuation:
     def tokens(self, start: int, stop: int) -> Ints:
         """The tokens at places `start` to `stop`; those of a learned root are -1."""
         root, prompt = self.root_tokens, self.request.prompt
+        behind = root + len(prompt)
+        if start >= behind:
+            # Each step of each text comes this way.
+            return np.array(self.said[start - behind : stop - behind], dtype=np.int32)
         parts = [np.full(max(0, min(stop, root) - start), -1, np.int32)]
         parts.append(prompt[max(0, start - root) : max(0, stop - root)].astype(np.int32))
-        behind = root + len(prompt)
         parts.append(np.array(self.said[max(0, start - behind) : max(0, stop - behind)], dtype=np.int32))
         return np.concatenate(parts)
 

@@ -150,12 +150,13 @@ class Blocks:
         angles = body.get_submodule("rotary_emb")(x[None], position_ids=positions[None])
         halves = tuple(angle[0, :, : self.head_size // 2].contiguous() for angle in angles)
         layers = list(body.get_submodule("layers").children())
-        watched = _is_watched(body)
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
         far = None if self.lane is None else FarInputs(self.lane)
-        few = plan.kept is not None and not torch.is_grad_enabled() and not watched and len(x) <= self.backend.few
+        few = plan.kept is not None and not torch.is_grad_enabled() and len(x) <= self.backend.few
         whole = self.keeper.over(layers, self.calls, self.head_size, self.backend) if few else None
+        # Of whole blocks it is known that nobody watches them; else all modules have to be asked.
+        watched = whole is None and _is_watched(body)
         index = 0
         while index < len(layers):
             made = None if whole is None else whole.through(index, x, halves, plan)

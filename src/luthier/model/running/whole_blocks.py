@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import is_
 from typing import Any, Final, Literal, final
 
@@ -22,7 +23,7 @@ from luthier.kernels.thin import ThinTerms
 from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attending.attention import ForestPlan
 from luthier.model.attending.kept import AttentionCall
-from luthier.model.editing.edits import EditedModule
+from luthier.model.editing.edits import EditedModule, base_modules
 from luthier.model.editing.low_rank import Layer
 from luthier.model.packed import packing_of
 from luthier.model.routes import Routes
@@ -51,6 +52,8 @@ class _Found:
     values: list[object] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     pointers: list[int] = field(default_factory=list)
+    hooks: list[Mapping[int, Any]] = field(default_factory=list)
+    own: list[Mapping[str, Any]] = field(default_factory=list)
     edited: bool = False
     """Whether a module that was looked for since this was last set to False had edits around it."""
 
@@ -59,7 +62,17 @@ class _Found:
         """Whether all of it is as it was."""
         # By functions of C alone: there are hundreds of entries in a small model.
         same = all(map(is_, map(dict.get, self.holders, self.names), self.values))  # type: ignore[arg-type]
-        return same and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+        return same and not self.watched and list(map(Tensor.data_ptr, self.tensors)) == self.pointers
+
+    @property
+    def watched(self) -> bool:
+        """Whether a module has a hook or a forward pass of somebody else, which our operations would not call."""
+        return any(self.hooks) or any(map(dict.__contains__, self.own, repeat("forward")))  # type: ignore[arg-type]
+
+    def look_at(self, module: nn.Module) -> None:
+        """Note what would make `watched` true of a module."""
+        self.hooks += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+        self.own.append(vars(module))
 
     def module(self, holder: nn.Module, name: str) -> nn.Module:
         """The module of that name, without what is around it."""
@@ -147,10 +160,16 @@ class BlockKeeper:
     def over(
         self, layers: Sequence[nn.Module], calls: Mapping[int, AttentionCall], head_size: int, backend: Backend
     ) -> WholeBlocks | None:
-        """The blocks of a model as they stand now; None where its backend has no shorter way than its operations."""
+        """The blocks of a model as they stand now; None where its backend has no shorter way than its operations, or
+        somebody watches them."""
         if self._found is not None and self._backend is backend and self._found.stands:
             return self._whole
         found, blocks, questioned = _Found(), [], []
+        for layer in layers:
+            for each in base_modules(layer):
+                found.look_at(each)
+        if found.watched:
+            return None
         for index, layer in enumerate(layers):
             found.edited = isinstance(layer, EditedModule)
             blocks.append(_bare_block(layer, calls[index], head_size, found))
