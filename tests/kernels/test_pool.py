@@ -178,7 +178,7 @@ def test_what_the_user_has_set_stays() -> None:
     """Breaks when a bound that somebody chose is overruled."""
     environ = {"LRU_CACHE_CAPACITY": "9"}
     pool.bound_caches(environ)
-    assert environ == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+    assert environ == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
