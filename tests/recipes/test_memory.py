@@ -14,12 +14,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from luthier.adapters.lora import LoRA
 from luthier.core import catalog
 from luthier.core.errors import RecipeError, StorageError
 from luthier.core.events import Event
 from luthier.recipes import finetune
 from luthier.recipes.bench import Bench, lay_out
+from luthier.recipes.planning.plan import PlanKnobs, lay
 from luthier.recipes.schemas.files import load_recipe
 from luthier.recipes.sizing import memory, room
 from luthier.train.state import LoopState, take_snapshot
@@ -245,6 +248,26 @@ def test_a_limit_on_the_address_space_counts() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert 0 < found <= 10**8 < before
+
+
+@pytest.mark.parametrize(("device", "squares"), [("cpu", 3), ("cuda", 0)])
+def test_a_plan_by_config_knows_what_a_cpu_keeps_of_attention_that_drops(
+    device: Any, squares: int, tmp_path: Path
+) -> None:
+    """Breaks when `luthier plan` of a config with attention_dropout is that of one without."""
+    kept = []
+    for dropout in (0.0, 0.1):
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+            attention_dropout=dropout,
+        )  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
+        knobs = PlanKnobs(adapter=LoRA(), precision="float32", device=device, sequence=256)
+        kept.append(lay(tmp_path / "config.json", knobs).needed(8, 256, None)["activations"])
+    # Four heads of eight rows, in float32, in all blocks but the last.
+    one = 4 * 8 * 256 * 256 * 4 * 3
+    assert squares == 0 or kept[1] - kept[0] >= squares * one
+    assert kept[1] - kept[0] < (squares + 2) * one
 
 
 def measured(case: dict[str, Any]) -> dict[str, Any]:

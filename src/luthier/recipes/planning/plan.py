@@ -120,8 +120,10 @@ class Laid:
         require_device(knobs.offload, kind_of_device(knobs))
         require_blocks(knobs.offload, model.recomputable)
         attachment = attach_empty(model, knobs.adapter.attach)
-        apart = kind_of_device(knobs) == "cpu" and not isinstance(model.executor.backend, NativeBackend)
-        return cls(knobs, shape, model, attachment, Formulas.of(model, attachment, apart=apart), saves_meanwhile)
+        kind = kind_of_device(knobs)
+        apart = kind == "cpu" and not isinstance(model.executor.backend, NativeBackend)
+        formulas = Formulas.of(model, attachment, apart=apart, device=kind)
+        return cls(knobs, shape, model, attachment, formulas, saves_meanwhile)
 
     def asked(self, **other: Any) -> Laid:
         """The same with knobs that change neither the adapter nor the model."""

@@ -284,11 +284,15 @@ class Formulas:
 
     @classmethod
     def of(
-        cls, model: LanguageModel, attachment: Attachment, *, apart: bool = False, far: bool = False
+        cls, model: LanguageModel, attachment: Attachment, *, apart: bool = False, far: bool = False,
+        device: str | None = None,
     ) -> Formulas:
-        """Those of a model as it stands; of the zoo's blocks a few passes are counted."""
+        """Those of a model as it stands; of the zoo's blocks a few passes are counted.
+
+        Of a model without memory, `device` is the kind it would be on.
+        """
         counted = Counted.of(model, attachment) if model.executor.blocks is None else None
-        return cls(model, decoder_of(model), work_without(model, attachment), counted, apart, far)
+        return cls(model, decoder_of(model), work_without(model, attachment, device=device), counted, apart, far)
 
     def of_pass(
         self, batch: MicroBatch, predicted: int, forest: Forest | Callable[[], Forest], recomputed: int

@@ -50,13 +50,16 @@ def work_with(work: Work, model: LanguageModel, batch: MicroBatch, predicted: in
     return replace(work, tokens=tokens, predicted=max(1, predicted), longest=batch.longest)
 
 
-def work_without(model: LanguageModel, attachment: Attachment) -> Work:
-    """What is trained, for the formulas, before it is known on which tokens."""
+def work_without(model: LanguageModel, attachment: Attachment, *, device: str | None = None) -> Work:
+    """What is trained, for the formulas, before it is known on which tokens.
+
+    Of a model without memory, `device` is the kind it would be on.
+    """
     head = model.head
     plain = head.plain if isinstance(head, FeatureHead) else head
-    decoder, wide = decoder_of(model), 4 // decoder_of(model).bytes
-    ours = _ours(model)
-    drops = model.device.type == "cpu" and any(map(dropout_of, model.module.modules()))
+    decoder, ours = decoder_of(model), _ours(model)
+    wide = 4 // decoder.bytes
+    drops = (device or model.device.type) == "cpu" and any(map(dropout_of, model.module.modules()))
     return Work(
         tokens=0,
         predicted=1,
@@ -67,7 +70,7 @@ def work_without(model: LanguageModel, attachment: Attachment) -> Work:
         untouched=_untouched(model, attachment),
         trains_base=attachment.trains_base,
         squares=3 * wide if drops else _squares(model, decoder),
-        masked=_masks_a_root(model),
+        masked=_masks_a_root(model, ours),
         ours=ours,
         output=_output(model, plain) if isinstance(plain, Head) else Output(tied=model.sites.tied),
     )
@@ -156,11 +159,11 @@ def _ours(model: LanguageModel) -> Ours:
     return Ours(attention=attention, feed_forward=feed_forward)
 
 
-def _masks_a_root(model: LanguageModel) -> bool:
+def _masks_a_root(model: LanguageModel, ours: Ours) -> bool:
     """Whether a learned root makes attention build a mask for each row: not where the backend takes it as it is."""
     if model.active_root is None:
         return False
-    if not _ours(model).everything:
+    if not ours.everything:
         return True
     query = torch.empty(1, model.sites.heads, model.sites.head_size, dtype=model.dtype, device=model.device)
     return not model.executor.backend.attends(query, Seen((((0, 1),),), outside=1))
