@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -32,6 +33,11 @@ def feed_layers(layer: nn.Module, routes: Routes | None) -> tuple[Layer, ...] | 
             return None
         feed = feed.base
     return low_rank_layers(feed, FEEDS, routes)
+
+
+def watchers(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What holds the hooks of a module, which our operations would not call."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def norm_of(module: nn.Module) -> tuple[Tensor, float]:

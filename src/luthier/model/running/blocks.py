@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ from luthier.model.running.block_parts import (
     feed_layers,
     inner,
     norm_of,
+    watchers,
 )
 from luthier.model.running.far_inputs import FarInputs
 from luthier.model.running.graphs import Graphs, Pass
@@ -314,13 +315,7 @@ def _names(module: nn.Module) -> set[str]:
 
 def _is_watched(body: nn.Module) -> bool:
     """Whether a module has a hook or a forward pass of somebody else, which our operations would not call."""
-    return any(_hooks(module) for module in base_modules(body))
-
-
-def _hooks(module: Any) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    )
+    return any(any(watchers(module)) or "forward" in vars(module) for module in base_modules(body))
 
 
 def _untouched(x: Tensor) -> Tensor:

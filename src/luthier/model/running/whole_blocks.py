@@ -37,6 +37,7 @@ from luthier.model.running.block_parts import (
     feed_layers,
     inner,
     norm_of,
+    watchers,
 )
 
 Terms = tuple[ThinTerms | None, ...]
@@ -71,7 +72,7 @@ class _Found:
 
     def look_at(self, module: nn.Module) -> None:
         """Note what would make `watched` true of a module."""
-        self.hooks += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks]
+        self.hooks += watchers(module)
         self.own.append(vars(module))
 
     def module(self, holder: nn.Module, name: str) -> nn.Module:
