@@ -186,10 +186,12 @@ def test_skip_leaves_out_what_the_template_or_a_check_refuses(made: Make, tmp_pa
 
 
 def test_raise_names_every_refused_row(made: Make, tmp_path: Path) -> None:
-    """Breaks when a row that is refused while rendering has no address, or the counts are missing."""
+    """Breaks when a refused row has no address, the counts are missing, or advice hangs on the last row."""
     with pytest.raises(DataError, match=r"2 of 4 rows cannot be used \(2 can\)") as caught:
         made([ask("a", "b"), REFUSED, ask("c", "d"), REFUSED])
     assert f"{tmp_path}/train.jsonl:2:1" in str(caught.value) and "and 1 rows alike" in str(caught.value)
+    *listed, advice = str(caught.value).splitlines()
+    assert advice.startswith("mend them") and all(line.startswith("  ") for line in listed[1:])
     assert list((tmp_path / "cache").iterdir()) == []
     with pytest.raises(DataError, match="20 of 21 rows .* stopped after 20 bad rows"):
         made([ask("a", "b"), *[REFUSED] * 90])
