@@ -42,6 +42,9 @@ def test_a_misspelt_key_names_its_place_and_the_nearest_key(refused: Callable[..
     refused(2, ("own.yaml:8:14: unknown key evaluation.everry; did you mean every?",), change=wrong)
     refused(2, ("own.yaml:4:25: unknown key adapter.rnak; did you mean rank?",), change=("rank: 4", "rnak: 4"))
     refused(2, ("--set: unknown key over_length; did you mean data.over_length?",), "over_length=drop")
+    refused(2, ("--set: unknown key rank; did you mean adapter.rank?",), "rank=8")
+    meant = "--set: unknown key label_smoothing; did you mean objective.label_smoothing?"
+    refused(2, (meant,), "objective=dpo", "label_smoothing=0.1")
     refused(2, ("--set: unknown key optimizer.learning_rat; did you mean learning_rate?",), "optimizer.learning_rat=1")
 
 

@@ -170,7 +170,7 @@ def test_histogram():
     assert power.counts == (1, 2, 2, 2, 0, 0, 1) and power.row_count == 8
     assert power.quantiles[0] == 1 and power.quantiles[-1] == 100 and power.trained_share == 0.25
     lines = power.draw(40).splitlines()
-    assert max(map(len, lines[:-1])) <= 40 and "█" in lines[1] and "█" not in lines[4] and "25.0%" in lines[-1]
+    assert max(map(len, lines[:-1])) <= 40 and "█" in lines[1] and "█" not in lines[4] and "25.0 %" in lines[-1]
     width = LengthHistogram.of(lengths, bins="width", bin_count=4)
     assert width.edges == (1, 26, 51, 76, 101) and width.counts == (7, 0, 0, 1)
     assert LengthHistogram.of([]).draw() == "no rows"

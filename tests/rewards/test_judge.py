@@ -129,7 +129,7 @@ def test_a_rationale_that_was_cut_off_is_no_verdict() -> None:
 
 def test_a_judge_that_says_no_digit_has_given_no_verdict() -> None:
     """Breaks when what is left of the probability is blown up to a verdict."""
-    assert "less than 1.00%" in str(failure(Judge(scale="pair"), GOOD, Tools(judge=Biased(mass=0.001))))
+    assert "less than 1.0 %" in str(failure(Judge(scale="pair"), GOOD, Tools(judge=Biased(mass=0.001))))
     assert isinstance(failure(Judge(scale="pair", least_mass=1e-9), GOOD, Tools(judge=Biased(mass=0.0))), RewardError)
 
 

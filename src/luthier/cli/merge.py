@@ -14,7 +14,7 @@ from luthier.cli.options import DryRun, Json, Quiet, Set
 from luthier.cli.show import print_json
 from luthier.core.errors import RecipeError, advised
 from luthier.core.imports import uncollected
-from luthier.core.units import bytes_text
+from luthier.core.units import bytes_text, percent_text
 
 if TYPE_CHECKING:
     from luthier.recipes.merging.merge import Gate
@@ -149,7 +149,7 @@ def _merge_adapters(
     typer.echo(f"adapter    {found['folder']}, {found['modules']} modules, rank {found['rank']}, {found['method']}")
     cut = found["parity"]["cut"]
     more = "" if cut is None else f": {cut['numbers']}"
-    typer.echo(f"lost       {found['lost']:.2%} of the norm of the merged change{more}")
+    typer.echo(f"lost       {percent_text(found['lost'])} of the norm of the merged change{more}")
     typer.echo(f"parity     {_told_parity(found['parity'])}")
 
 
@@ -198,9 +198,11 @@ def _print_found(found: Mapping[str, Any]) -> None:
         more = "; their models are almost parallel: --set method.of=changes turns what they changed" if lerp else ""
         typer.echo(f"slerp      {whole - lerp} tensors, {lerp} more are a straight line (|cos| > 0.9995){more}")
     for line in found["roles"][:_SHOWN_ROLES]:
-        known = (("cosine", "cosine {:.4f}"), ("angle_degrees", "angle {:.2f}"), ("sign_conflict", "conflict {:.1%}"))
-        rest = "  ".join(form.format(line[key]) for key, form in known if key in line)
-        typer.echo(f"{line['role']:10} {line['tensors']:4} tensors  change {line['change']:.2%}  {rest}".rstrip())
+        told = [f"cosine {line['cosine']:.4f}"] if "cosine" in line else []
+        told += [f"angle {line['angle_degrees']:.2f}"] if "angle_degrees" in line else []
+        told += [f"conflict {percent_text(line['sign_conflict'])}"] if "sign_conflict" in line else []
+        head = f"{line['role']:10} {line['tensors']:4} tensors  change {percent_text(line['change'])}"
+        typer.echo("  ".join([head, *told]))
     if evaluation := found["evaluation"]:
         for name, score in evaluation["parents"].items():
             typer.echo(f"parent     {evaluation['measure']} {score:.4f}  {name}")

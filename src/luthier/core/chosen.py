@@ -15,13 +15,13 @@ from pydantic_core import core_schema
 
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
-from luthier.core.knobs import Method, validate
+from luthier.core.knobs import Chooser, Method, validate
 
 Kind = TypeVar("Kind", bound=Method)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Chooser):
     """Annotation of a recipe field that holds a method of `family`: `Annotated[Adapter, Chosen("adapters")]`."""
 
     family: str
@@ -36,20 +36,25 @@ class Chosen:
         """The method object that a mapping, a bare name or an object of the family stands for."""
         if isinstance(value, Method):
             return value
-        if isinstance(value, str):
-            value = {"method": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+        kind = self.kind_of(value)
+        knobs = {key: item for key, item in value.items() if key != "method"} if isinstance(value, Mapping) else {}
+        method = validate(kind, knobs, where=kind.method_name())
+        if not isinstance(method, Method):
+            raise TypeError(f"{kind} is not a Method")
+        return method
+
+    def kind_of(self, value: Any) -> type[Method]:
+        """The class of the method that a value stands for; its file alone is imported."""
+        if isinstance(value, Method):
+            return type(value)
+        name = value.get("method") if isinstance(value, Mapping) else value
+        if not isinstance(name, str):
             raise RecipeError(
                 f"{self.family}: {value!r} does not say which method",
                 allowed=f"a mapping with method: {' | '.join(catalog.names(self.family))}",
                 do=f"for example {{method: {catalog.names(self.family)[0]}}}",
             )
-        kind = catalog.load(self.family, value["method"])
-        knobs = {key: item for key, item in value.items() if key != "method"}
-        method = validate(kind, knobs, where=value["method"])
-        if not isinstance(method, Method):
-            raise TypeError(f"{kind} is not a Method")
-        return method
+        return catalog.load(self.family, name)
 
 
 def choose(family: str, base: type[Kind], value: Any) -> Kind:

@@ -6,12 +6,13 @@ How a recipe's mapping becomes a method is in `chosen.py`.
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from luthier.core.errors import LuthierError, RecipeError
@@ -41,6 +42,14 @@ class Method(Knobs, ABC):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class Chooser(ABC):
+    """Annotation of a field that holds one of several kinds; which one, its value says."""
+
+    @abstractmethod
+    def kind_of(self, value: Any) -> type[BaseModel]:
+        """The kind that a value stands for. Raises RecipeError when it stands for none."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def validate(
     try:
         return kind.model_validate(dict(values))
     except ValidationError as failure:
-        problems = tuple(problem for error in failure.errors() for problem in _problems(kind, error))
+        problems = tuple(problem for error in failure.errors() for problem in _problems(kind, values, error))
     texts = []
     for problem in problems:
         place = address(".".join(problem.path)) if address else ""
@@ -90,10 +99,10 @@ def validate(
     raise error
 
 
-def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
+def _problems(kind: type[BaseModel], values: Mapping[str, Any], error: ErrorDetails) -> list[Problem]:
     path = tuple(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known, elsewhere = fields_at(kind, error["loc"][:-1]), _places_of(path[-1], kind)
+        known, elsewhere = fields_at(kind, error["loc"][:-1]), _places_of(path[-1], kind, values)
         do = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(path[-1], known)
         return [Problem("unknown key ", path, "", do)]
     if error["type"] == "missing":
@@ -108,14 +117,27 @@ def _problems(kind: type[BaseModel], error: ErrorDetails) -> list[Problem]:
     return [Problem("", path, f": {error['input']!r} is not allowed: {why}")]
 
 
-def _places_of(name: str, kind: type[BaseModel]) -> list[str]:
-    """Where a key of this very name stands, in all that is nested."""
-    found = []
+def _places_of(name: str, kind: type[BaseModel], values: object) -> list[str]:
+    """Where a key of this very name stands, in all that is nested, and in the methods that `values` choose."""
+    found, written = [], values if isinstance(values, Mapping) else {}
     for key, field in kind.model_fields.items():
         found += [key] if key == name else []
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [f"{key}.{place}" for place in _places_of(name, field.annotation)]
+        value = written.get(key, field.get_default(call_default_factory=True))
+        inner = _kind_in(field, value)
+        found += [f"{key}.{place}" for place in _places_of(name, inner, value)] if inner is not None else []
     return found
+
+
+def _kind_in(field: FieldInfo, value: object) -> type[BaseModel] | None:
+    """The kind of knobs that a field holds when it is given `value`; None where it holds none."""
+    for each in field.metadata:
+        if isinstance(each, Chooser):
+            try:
+                return each.kind_of(value)
+            except RecipeError:
+                return None  # A problem of its own, which is told beside the one that asks.
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def fields_at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:

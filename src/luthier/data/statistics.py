@@ -12,6 +12,8 @@ from typing import Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.core.units import percent_text
+
 Bins = Literal["width", "power"]
 
 QUANTILES: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -86,7 +88,7 @@ class LengthHistogram:
         ]
         middle = self.quantiles[QUANTILES.index(0.5)]
         summary = f"{self.row_count} rows, {self.token_count} tokens, median {middle}, longest {self.quantiles[-1]}"
-        return "\n".join([*lines, f"{summary}, {self.trained_share:.1%} trained"])
+        return "\n".join([*lines, f"{summary}, {percent_text(self.trained_share)} trained"])
 
 
 def _powers(values: NDArray[np.int64]) -> list[int]:

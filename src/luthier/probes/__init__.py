@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from luthier.core.errors import NumericError
 from luthier.core.events import plain
@@ -19,6 +19,8 @@ from luthier.core.knobs import Method
 from luthier.model.comparing.pair import Pair
 
 Value = float | int | str | None
+Concern = Literal["harm", "change", "knobs"]
+"""What may be lost, what is different, what to set next time: in the order in which people ask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class Probe(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """What of a pair it looks at: weights, texts, samples, gradients, settings."""
+    concern: ClassVar[Concern] = "change"
+    """Which question it answers, and so its place among the others."""
     by_name_only: ClassVar[bool] = False
     """Whether it is left out unless it is asked for, however little it costs here."""
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.maths.adapter_scale import CASES, alpha_of_same_scale, growth, scale
 from luthier.model.comparing.pair import Pair
-from luthier.probes import Curves, Probe, Report, Table
+from luthier.probes import Concern, Curves, Probe, Report, Table
 
 RANKS = tuple(2**power for power in range(10))
 MEANING = {"random": "random B", "sgd": "first SGD step", "adam": "first Adam step"}
@@ -33,6 +33,7 @@ class AlphaRank(Probe):
     """Other choices of rank and alpha beside that of the run."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"settings"})
+    concern: ClassVar[Concern] = "knobs"
 
     times: int = Field(4, ge=2, description="how many times the rank the higher choices have")
 

@@ -23,7 +23,7 @@ from typing import ClassVar, Final, final
 from pydantic import Field
 
 from luthier.model.comparing.pair import Pair, Text
-from luthier.probes import Probe, Report, Table, Value, require_finite
+from luthier.probes import Concern, Probe, Report, Table, Value, require_finite
 
 KEPT: Final = ("kept", "other")
 """Kinds of text that a tuned model should not have become worse at."""
@@ -34,6 +34,7 @@ class Forgetting(Probe):
     """Losses before and after on the task and on what should have been kept."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"texts"})
+    concern: ClassVar[Concern] = "harm"
 
     tolerance: float = Field(0.02, ge=0, description="nats by which a loss may rise without being called forgetting")
 

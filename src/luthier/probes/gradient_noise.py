@@ -22,7 +22,7 @@ from torch import Tensor
 
 from luthier.maths.gradient_noise import Noise, noise_of
 from luthier.model.comparing.pair import Pair
-from luthier.probes import Probe, Report, Table, require_finite
+from luthier.probes import Concern, Probe, Report, Table, require_finite
 
 
 @final
@@ -30,6 +30,7 @@ class GradientNoise(Probe):
     """The simple noise scale at the tuned model."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    concern: ClassVar[Concern] = "knobs"
     by_name_only: ClassVar[bool] = True
 
     micro_batches: int = Field(32, ge=2, description="gradients that are taken; more make the estimate steadier")

@@ -29,7 +29,7 @@ from luthier.core.units import percent_text
 from luthier.maths.intruders import SIDES, Likeness, Side, likeness, shuffled, shuffled_whole
 from luthier.maths.spectra import Spectrum, Summed
 from luthier.model.comparing.pair import Change, Pair, by_layer_and_role
-from luthier.probes import Curves, Grid, Probe, Report, Table, Value
+from luthier.probes import Concern, Curves, Grid, Probe, Report, Table, Value
 
 
 @final
@@ -37,6 +37,7 @@ class IntruderDimensions(Probe):
     """Leading directions that are like none of the base's."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+    concern: ClassVar[Concern] = "harm"
 
     k: int = Field(10, ge=1, description="strongest directions of each matrix that are looked at")
     epsilon: float = Field(0.5, gt=0, lt=1, description="a direction whose cosines are all below this is an intruder")

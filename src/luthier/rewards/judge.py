@@ -24,6 +24,7 @@ from typing import Final, Literal, final
 from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError
+from luthier.core.units import percent_text
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
 from luthier.model.scorer import Begun, Likely, TextModel
@@ -149,7 +150,7 @@ class Judge(Reward):
             if verdict is not None and verdict.mass < self.least_mass:
                 # Without the share itself, so that failures of one kind are counted as one.
                 digits = ", ".join(question.verdicts)
-                told = f"less than {self.least_mass:.2%} of the judge's probability is on {digits}"
+                told = f"less than {percent_text(self.least_mass)} of the judge's probability is on {digits}"
                 verdict = None
             advice = "raise most_tokens, or take a judge that knows the task"
             decided.append(verdict or RewardError(told, do=advice).of(sample, again=False))

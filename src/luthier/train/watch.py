@@ -12,6 +12,7 @@ from typing import Final, final
 
 from luthier.core.errors import NumericError
 from luthier.core.events import Event, Recorder
+from luthier.core.units import percent_text
 from luthier.data.forest import Tree
 from luthier.train.diagnosis import BadNumber
 from luthier.train.pass_report import PassReport
@@ -61,8 +62,8 @@ class Watch:
         self._rounded_steps = self._rounded_steps + 1 if rounded else 0
         if self._rounded_steps == ROUNDED_STEPS:
             self.warn(
-                state, "rounded-away", f"for {ROUNDED_STEPS} steps more than {ROUNDED_AWAY:.1%} of the updates have "
-                "rounded to zero in the weights' low precision, so the model does not move yet; raise "
+                state, "rounded-away", f"for {ROUNDED_STEPS} steps more than {percent_text(ROUNDED_AWAY)} of the "
+                "updates have rounded to zero in the weights' low precision, so the model does not move yet; raise "
                 "optimizer.learning_rate or set precision to float32",
             )  # fmt: skip
 

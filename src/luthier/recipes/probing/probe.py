@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from luthier.core import catalog
 from luthier.core.chosen import choose
@@ -18,7 +18,7 @@ from luthier.core.nearest import choice
 from luthier.core.units import rate_text
 from luthier.core.yaml_text import parse_value
 from luthier.model.comparing.pair import Pair
-from luthier.probes import Probe
+from luthier.probes import Concern, Probe
 from luthier.recipes.probing.probed import Probed
 from luthier.store.files import read_json, write_json, write_text
 from luthier.store.probe_page import PAGE, page
@@ -30,7 +30,10 @@ PROBES: Final = "probes"
 
 
 def chosen_probes(names: Sequence[str], sets: Sequence[str]) -> list[Probe]:
-    """The probes of these names, or all, with `--set probe.knob=value`. Raises RecipeError for unknown ones."""
+    """The probes of these names, or all, with `--set probe.knob=value`. Raises RecipeError for unknown ones.
+
+    They stand in the order in which people ask: what may be lost, what is different, what to set next time.
+    """
     known = catalog.names("probes")
     for name in names:
         if name not in known:
@@ -38,7 +41,8 @@ def chosen_probes(names: Sequence[str], sets: Sequence[str]) -> list[Probe]:
     if len(set(names)) < len(names):
         raise RecipeError(f"--probe names {', '.join(names)}", allowed="each probe once")
     knobs = knobs_of(sets, list(names) or known)
-    return [choose("probes", Probe, {"method": name, **knobs.get(name, {})}) for name in names or known]
+    probes = [choose("probes", Probe, {"method": name, **knobs.get(name, {})}) for name in names or known]
+    return sorted(probes, key=lambda probe: _place(probe.concern))
 
 
 def split_by_cost(probes: Sequence[Probe], pair: Pair, *, named: bool) -> tuple[list[Probe], dict[str, str]]:
@@ -75,7 +79,7 @@ def written(
     pair = {"before": probed.before, "after": probed.after}
     for name, report in reports.items():
         write_json(folder / f"{name}.json", plain({**pair, **report}))
-    every = {**_found_before(folder, pair), **reports}
+    every = _ordered({**_found_before(folder, pair), **reports})
     missing = {name: why for name, why in left_out.items() if name not in every}
     about = f"{probed.after}, beside {probed.before}"
     write_text(folder / PAGE, page(Path(probed.after).name or probed.after, about, every, missing))
@@ -101,6 +105,21 @@ def _found_before(folder: Path, pair: Mapping[str, str]) -> dict[str, dict[str, 
         if all(held.get(key) == value for key, value in pair.items()) and "verdict" in held:
             found[path.stem] = held
     return found
+
+
+def _ordered(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The reports in the order of their probes; those of a probe that is no longer there at the end."""
+    known = catalog.names("probes")
+
+    def place(name: str) -> tuple[int, str]:
+        kind = catalog.load("probes", name) if name in known else None
+        return (_place(kind.concern) if kind is not None and issubclass(kind, Probe) else len(known), name)
+
+    return {name: reports[name] for name in sorted(reports, key=place)}
+
+
+def _place(concern: Concern) -> int:
+    return get_args(Concern).index(concern)
 
 
 def knobs_of(sets: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
