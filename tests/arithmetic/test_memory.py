@@ -228,7 +228,8 @@ def test_copies_and_files_are_counted() -> None:
     small, large = (checkpoint(count, 8 * count, tensors=2, rows=5) for count in (0, 1000))
     assert large - small == 12_000
     assert on_heap(1000) == 1300
-    assert libraries(4) < libraries(2) < libraries(4, threads=2)
+    assert libraries(2, ours=True) < libraries(4) < libraries(2) < libraries(4, threads=2)
+    assert libraries(4, ours=True) == libraries(4)
     assert kept_checkpoints(2, 100) == 5 and kept_checkpoints(2, 3) == 3
     assert token_cache(100, 10) == 1700 + 120 + 768
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels import halves, native_backend
+from luthier.kernels import halves, native_backend, native_tokens
 from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
@@ -154,8 +154,10 @@ def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, o
 def test_products_of_many_rows_without_instructions_for_them(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a piece of the weight is left out, or a sum is rounded before its end."""
     monkeypatch.setattr(halves, "_PIECE", 300)
-    monkeypatch.setattr(native_backend, "multiplies_halves", lambda: False)
-    monkeypatch.setattr(native_backend, "multiplies_whole", lambda: False)
+    for module in (halves, native_backend):
+        monkeypatch.setattr(module, "multiplies_halves", lambda: False)
+    monkeypatch.setattr(native_backend, "multiplies_many", lambda: False)
+    monkeypatch.setattr(native_tokens, "multiplies_whole", lambda: False)
     x, weight = draw(40, 70, dtype=torch.bfloat16), draw(30, 70, dtype=torch.bfloat16, seed=1)
     bias = draw(30, dtype=torch.bfloat16, seed=2) if biased else None
     wanted = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()

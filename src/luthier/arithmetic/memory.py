@@ -287,14 +287,15 @@ def head_at_work(decoder: Decoder, work: Work) -> int:
     return 2 * states + slopes + passing + decoder.vocabulary * decoder.hidden * (_WIDE + 2 * rounded)
 
 
-def libraries(number: int, *, threads: int = 1) -> int:
+def libraries(number: int, *, threads: int = 1, ours: bool = False) -> int:
     """What the libraries that multiply matrices on a CPU take for themselves, whatever the size of the model.
 
     Measured over hidden sizes of 256 to 768, all adapters and tasks (tests/recipes/memory_peak.py) on a Zen 4: float32
     3 to 15 MB, and 8 MB for a second thread, which packs what it multiplies for itself; bfloat16, for which oneDNN
-    writes machine code for each shape of a product, 5 to 27 MB with its caches bounded (kernels/pool.py).
+    writes machine code for each shape of a product, 5 to 27 MB with its caches bounded (kernels/pool.py), and at most
+    11 MB where blocks are `ours` and so nearly all products (kernels/many.py).
     """
-    return 8_000_000 * threads if number >= _WIDE else 13_000_000
+    return 8_000_000 * threads if number >= _WIDE else 2_000_000 if ours else 13_000_000
 
 
 def on_heap(live: int) -> int:

@@ -1,9 +1,10 @@
 """What each kind of device does in its own way: the work between the matrix products of a block, and attention.
 
-Idea: products are the library's and autograd functions are written once (blocks.py, causal.py, head.py). What lies
-between is a handful of operations over rows, each of which a device may do in one pass over memory. This is their
-contract. `torch_backend.py` is the twin in plain torch, which runs everywhere, in float64 too, and which all others are
-tested against; `native_backend.py` is C++ for CPUs, `triton_backend.py` is for GPUs, and `chosen.py` takes the best.
+Idea: autograd functions are written once (blocks.py, causal.py, head.py). What lies between the products is a handful
+of operations over rows, each of which a device may do in one pass over memory; the products are the library's where
+nothing is faster. This is their contract. `torch_backend.py` is the twin in plain torch, which runs everywhere, in
+float64 too, and which all others are tested against; `native_backend.py` is C++ for CPUs, `triton_backend.py` is for
+GPUs, and `chosen.py` takes the best.
 Every tensor is contiguous in its last dimension; float64 is only promised by the twin.
 """
 
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
+from luthier.kernels.many import Summand, by_library
 from luthier.kernels.thin import ThinRows, ThinTerms
 
 Run = tuple[int, int]
@@ -312,6 +314,22 @@ class Backend(ABC):
     ) -> list[Float[Tensor, "n _"]]:
         """`product` with each of several weights and biases."""
         return [self.product(x, weight, bias) for weight, bias in layers]
+
+    def summed(
+        self,
+        parts: Sequence[Summand],
+        bias: Float[Tensor, " out"] | None = None,
+        *,
+        out: Float[Tensor, "n out"] | None = None,
+    ) -> Float[Tensor, "n out"]:
+        """The sum of products of the same rows, and b, into `out` if there is one; without a backward pass."""
+        return by_library(parts, bias, out, self.product)
+
+    def crossed(
+        self, left: Float[Tensor, "n p"], right: Float[Tensor, "n q"], dtype: torch.dtype
+    ) -> Float[Tensor, "p q"]:
+        """left^T right, a sum over all rows, in `dtype`; without a backward pass."""
+        return (left.t() @ right).to(dtype)
 
     @property
     @abstractmethod

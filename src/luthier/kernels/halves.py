@@ -49,6 +49,15 @@ def product_of_many(
     return found
 
 
+def product_by_library(
+    x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "n out"]:
+    """x W^T + b by the library, which gets floats where it would imitate products of bfloat16."""
+    if imitated(x) and _is_plain_pair(x, weight):
+        return product_of_many(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 def product_of_many_bytes(
     x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
 ) -> Float[Tensor, "n out"]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.kernels.backend import Backend
+from luthier.kernels.many import Summand
 from luthier.kernels.sums import add_to
 from luthier.kernels.torch_backend import TorchBackend, wide
 
@@ -216,7 +217,7 @@ class _Rule:
 
     def through(self, slopes: Float[Tensor, "n V"], *, out: Float[Tensor, "n d"]) -> None:
         """Slopes in the logits as slopes in the hidden states, into `out`."""
-        torch.mm(slopes, self.weight, out=out)
+        self.settings.backend.summed((Summand(slopes, self.weight, across=True),), out=out)
         if len(self.ids):
             out.addmm_(slopes[:, self.ids], self.added)
         if self.settings.scale != 1.0:

@@ -22,12 +22,12 @@ from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
 from luthier.kernels.halves import (
     multiplies_halves,
-    multiplies_whole,
-    product_of_many,
+    product_by_library,
     product_of_many_bytes,
     product_of_many_codes,
 )
-from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, is_bare
+from luthier.kernels.many import NARROW, Summand, are_taken, by_library, laid_out, lie_plain, multiplies_many, outs_of
+from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, few_of_bytes, is_bare
 from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
@@ -53,13 +53,15 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "attend_pages": (*[_POINTER] * 7, *[_WHOLE] * 6, _REAL, _WHOLE),
     "token_blocks": ARGUMENTS,
     "products": (*[_POINTER] * 10, *[_WHOLE] * 5),
+    "product_sums": (*[_POINTER] * 3, *[_WHOLE] * 4),
+    "product_crossed": (*[_POINTER] * 3, *[_WHOLE] * 8),
     "products_of_bytes": (*[_POINTER] * 10, *[_WHOLE] * 5),
     "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-FEW_WHOLE: Final = 128
-"""Rows up to which products of whole numbers are faster than to unpack the weight for the library, or as fast."""
+_HALVES: Final = {torch.bfloat16: "bfloat16"}
+_OF_HALVES: Final = ("product_sums", "product_crossed")
 _TELLS: Final = ("attend", "product", "token")
 """Functions whose names begin so say whether there was memory for them."""
 
@@ -78,7 +80,7 @@ class NativeBackend(Backend):
         loaded, built_as = native_build.library(native_build.SOURCES, native_build.FLAGS)
         functions: dict[tuple[str, torch.dtype], Any] = {}
         for name, arguments in _SIGNATURES.items():
-            for dtype, ending in _PRECISIONS.items():
+            for dtype, ending in _HALVES.items() if name in _OF_HALVES else _PRECISIONS.items():
                 function = loaded[f"{name}_{ending}"]
                 function.argtypes = arguments
                 function.restype = ctypes.c_int if name.startswith(_TELLS) else None
@@ -266,10 +268,9 @@ class NativeBackend(Backend):
         self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[Float[Tensor, "n _"]]:
         rows, size = x.shape
-        plain = all(_are_plain(x, *layer) for layer in layers)
-        if plain and rows > FEW and x.dtype == torch.bfloat16 and not multiplies_halves():
-            return [product_of_many(x, weight, bias) for weight, bias in layers]
-        if not 0 < rows <= FEW or len(layers) > 3 or not plain:
+        if rows > FEW:
+            return [self.summed((Summand(x, weight),), bias) for weight, bias in layers]
+        if not rows or len(layers) > 3 or not all(_are_plain(x, *layer) for layer in layers):
             return [F.linear(x, weight, bias) for weight, bias in layers]
         sizes = [weight.shape[0] for weight, _ in layers]
         found = [x.new_empty(rows, outs) for outs in sizes]
@@ -277,6 +278,33 @@ class NativeBackend(Backend):
         missing = 3 - len(layers)
         x = x.contiguous()
         self._call("products", x.dtype, x, *given, *[None] * 3 * missing, rows, size, *sizes, *[0] * missing)
+        return found
+
+    def summed(
+        self,
+        parts: Sequence[Summand],
+        bias: Float[Tensor, " out"] | None = None,
+        *,
+        out: Float[Tensor, "n out"] | None = None,
+    ) -> Float[Tensor, "n out"]:
+        rows = len(parts[0].x)
+        if rows <= FEW or not multiplies_many() or not are_taken(parts, bias, out):
+            return by_library(parts, bias, out, self.product if rows <= FEW else product_by_library)
+        y = out if out is not None else parts[0].x.new_empty(rows, outs_of(parts[0]))
+        self._call("product_sums", y.dtype, laid_out(parts), bias, y, len(parts), y.stride(0), *y.shape)
+        return y
+
+    def crossed(
+        self, left: Float[Tensor, "n p"], right: Float[Tensor, "n q"], dtype: torch.dtype
+    ) -> Float[Tensor, "p q"]:
+        (rows, high), wide = left.shape, right.shape[1]
+        narrow = rows > FEW and min(high, wide) <= NARROW and dtype in (torch.float32, left.dtype)
+        if not narrow or not multiplies_many() or not lie_plain(left, right):
+            return super().crossed(left, right, dtype)
+        found = torch.empty(high, wide, dtype=dtype)
+        one, other, steps = (left, right, (wide, 1)) if high <= wide else (right, left, (1, wide))
+        sizes = (one.stride(0), other.stride(0), *steps, rows, one.shape[1], other.shape[1], dtype == left.dtype)
+        self._call("product_crossed", left.dtype, one, other, found, *sizes)
         return found
 
     @property
@@ -288,7 +316,7 @@ class NativeBackend(Backend):
         return rows > 0 and (rows <= FEW or not multiplies_halves())
 
     def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
-        return 0 < rows <= _few_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
+        return 0 < rows <= few_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
 
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
@@ -296,7 +324,7 @@ class NativeBackend(Backend):
         (rows, size), outs = x.shape, codes.shape[0]
         if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
-        if rows > _few_of_bytes(x.dtype) and not multiplies_halves():
+        if rows > few_of_bytes(x.dtype) and not multiplies_halves():
             return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
@@ -361,10 +389,6 @@ def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: 
     dtype = x.dtype
     plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
     return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
-
-
-def _few_of_bytes(dtype: torch.dtype) -> int:
-    return FEW_WHOLE if dtype == torch.bfloat16 and multiplies_whole() else FEW
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

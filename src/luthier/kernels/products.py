@@ -1,8 +1,9 @@
 """Products: several linear layers of one input, each with a low-rank term or without, and their backward pass.
 
 Idea: layers that read the same input (queries, keys and values; gate and up) are one operation. Their low-rank factors
-are multiplied as one wider matrix, the second factor is added to the output where it lies, and only what the backward
-pass cannot cheaply make again is kept: the thin products of the first factors. Weights are trained or frozen; nothing
+are multiplied as one wider matrix, a layer and its second factor are one sum of products, as is all that comes back to
+the input (many.py), and only what the backward pass cannot cheaply make again is kept: the thin products of the first
+factors. Weights are trained or frozen; nothing
 is computed for a frozen one.
 Where one batch holds rows of several adapters, the weights are multiplied once, and each adapter's factors with its own
 rows.
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from luthier.kernels.backend import Backend
 from luthier.kernels.halves import add_low_rank
+from luthier.kernels.many import Summand
 from luthier.kernels.thin_pass import Around
 
 
@@ -121,10 +123,13 @@ class Products:
         low = self._thin(x)
         outputs = []
         for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            around, layer = self.factors[index].around, partial(self.backend.product, weight=weight, bias=bias)
-            y = layer(x) if around is None else around.through(x, layer)
-            up = self.ups[index]
-            if low is not None and up is not None:
+            around, up, parts = self.factors[index].around, self.ups[index], [Summand(x, weight)]
+            apart = self.shared or around is not None
+            if low is not None and up is not None and not apart:
+                parts.append(Summand(low[:, self._own(index)], up))
+            layer = partial(self.backend.product, weight=weight, bias=bias)
+            y = self.backend.summed(parts, bias) if around is None else around.through(x, layer)
+            if low is not None and up is not None and apart:
                 for rows, own, ranks in self._shares(index):
                     add_low_rank(y[rows], low[rows, own], up[:, ranks].t())
             outputs.append(y)
@@ -142,30 +147,30 @@ class Products:
         """The gradients of the input and of the tensors; `needs` says of which tensors it is asked."""
         found: list[Tensor | None] = [None] * (STRIDE * len(self.weights))
         grad_low = None if low is None else torch.empty_like(low)
-        grad_x: Tensor | None = None
+        parts: list[Summand] = []
         for index, (weight, up, grad) in enumerate(zip(self.weights, self.ups, grads, strict=True)):
             at = STRIDE * index
             if needs[at]:
-                found[at] = grad.t() @ x
+                found[at] = self.backend.crossed(grad, x, weight.dtype)
             if needs[at + 1]:
                 found[at + 1] = grad.sum(0)
             if low is not None and grad_low is not None and up is not None:
                 for rows, own, ranks in self._shares(index):
-                    torch.mm(grad[rows], up[:, ranks], out=grad_low[rows, own])
+                    part = Summand(grad[rows], up[:, ranks], across=True)
+                    self.backend.summed((part,), out=grad_low[rows, own])
                 if needs[at + 3]:
                     found[at + 3] = self._grad_up(index, grad, low, up)
-            if input_needs:
-                grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        if grad_low is not None and self.shared:
-            self._backward_shared(x, grad_low, grad_x, needs, found)
-        elif grad_low is not None and self.down is not None:
+            parts.append(Summand(grad, weight, across=True))
+        if grad_low is not None and self.down is not None:
+            parts.append(Summand(grad_low, self.down, across=True))
             if any(needs[2::STRIDE]):
-                grad_down = (grad_low.t() @ x).to(self.trained)
+                grad_down = self.backend.crossed(grad_low, x, self.trained)
                 for index, rank in enumerate(self.ranks):
                     if rank and needs[STRIDE * index + 2]:
                         found[STRIDE * index + 2] = grad_down[self._own(index)]
-            if grad_x is not None:
-                grad_x.addmm_(grad_low, self.down)
+        grad_x = self.backend.summed(parts) if input_needs else None
+        if grad_low is not None and self.shared:
+            self._backward_shared(x, grad_low, grad_x, needs, found)
         return grad_x, found
 
     def _thin(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n R"] | None:
@@ -184,7 +189,7 @@ class Products:
     ) -> Float[Tensor, "out r"]:
         scale = self.factors[index].scale
         if not self.shared:
-            return (grad.t() @ low[:, self._own(index)]).to(self.trained).mul_(scale)
+            return self.backend.crossed(grad, low[:, self._own(index)], self.trained).mul_(scale)
         found = torch.zeros(up.shape, dtype=self.trained, device=up.device)
         for rows, own, ranks in self._shares(index):
             found[:, ranks] += grad[rows].t() @ low[rows, own]

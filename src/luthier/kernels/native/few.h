@@ -150,14 +150,6 @@ constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread 
 constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
 constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and are not longer: those after them
 
-// each(0), each(1), ... with the numbers known to the compiler: only so does it keep an array in registers.
-#define INLINED __attribute__((always_inline))
-template <typename Do, int... I> INLINED static inline void times(const Do& each, std::integer_sequence<int, I...>) {
-    (each(std::integral_constant<int, I>()), ...);
-}
-template <int COUNT, typename Do> INLINED static inline void times(const Do& each) {
-    times(each, std::make_integer_sequence<int, COUNT>());
-}
 constexpr int NEARER = LANES == 16 ? 2 : 0;  // where pieces are fetched to, as a hint: the second cache, or once
 
 static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
@@ -329,17 +321,6 @@ static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64
         float* const to = until == padded ? found : nullptr;
         piece_dots<Kind>(source.piece(first, count, from, until, room), x, from, until, sums, to);
     }
-}
-
-// Numbers of a row of y, rounded.
-template <typename T> static inline void put(Vector found, int64_t count, T* to) {
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __mmask16 there = __mmask16((1u << count) - 1);
-    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, there, (__m512)found);
-    else _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh((__m512)found));
-#else
-    for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found[o]);
-#endif
 }
 
 // Numbers of y from the totals with OUTS rows of W from `first` on, the first `count` of which are there.

@@ -57,14 +57,73 @@ template <typename Step, typename T> struct Left {
     }
 };
 
+#if defined(__AVX512BF16__)
+// The words of 16 rows that lie at `at` and behind, turned: word k of all rows at to[k * padded].
+static inline void turn_words(const char* at, int64_t stride, uint32_t* to, int64_t padded) {
+    __m512i rows[16], next[16];
+    for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(at + i * stride);
+    for (int i = 0; i < 8; i++) {
+        next[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        next[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[4 * i] = _mm512_unpacklo_epi64(next[4 * i], next[4 * i + 2]);
+        rows[4 * i + 1] = _mm512_unpackhi_epi64(next[4 * i], next[4 * i + 2]);
+        rows[4 * i + 2] = _mm512_unpacklo_epi64(next[4 * i + 1], next[4 * i + 3]);
+        rows[4 * i + 3] = _mm512_unpackhi_epi64(next[4 * i + 1], next[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
+        const __m512i high_odd = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
+        _mm512_storeu_si512(to + i * padded, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_storeu_si512(to + (4 + i) * padded, _mm512_shuffle_i32x4(low_odd, high_odd, 0x88));
+        _mm512_storeu_si512(to + (8 + i) * padded, _mm512_shuffle_i32x4(low, high, 0xdd));
+        _mm512_storeu_si512(to + (12 + i) * padded, _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd));
+    }
+}
+#endif
+
 // Rows as B of a product over their numbers: (steps, padded rows) words; rows beyond the last are zero.
 template <typename Step, typename T>
 static void pack_across(const T* from, int64_t stride, int64_t rows, int64_t size, int64_t padded, typename Step::Word* to) {
     const int64_t steps = size / Step::NUMBERS;
-    for (int64_t row = 0; row < rows; row++)
+    int64_t row = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (Step::NUMBERS * sizeof(T) == sizeof(uint32_t))
+        for (; row + 16 <= rows; row += 16) {
+            int64_t k = 0;
+            const char* own = reinterpret_cast<const char*>(from + row * stride);
+            const int64_t bytes = stride * int64_t(sizeof(T));
+            for (; k + 16 <= steps; k += 16)
+                turn_words(own + 4 * k, bytes, reinterpret_cast<uint32_t*>(to) + k * padded + row, padded);
+            for (; k < steps; k++)
+                for (int64_t i = row; i < row + 16; i++) to[k * padded + i] = word_of<Step, T>(from + i * stride, k);
+        }
+#endif
+    for (; row < rows; row++)
         for (int64_t k = 0; k < steps; k++) to[k * padded + row] = word_of<Step, T>(from + row * stride, k);
-    for (int64_t k = 0; k < steps; k++)
+    // Compilers make a call of each of these loops, whole or empty.
+    for (int64_t k = 0; rows < padded && k < steps; k++)
         for (int64_t row = rows; row < padded; row++) to[k * padded + row] = 0;
+}
+
+constexpr int64_t ROWS_AHEAD = 8;
+
+// Numbers of two rows as pairs.
+template <typename Step, typename T>
+static inline void pair_up(const T* first, const T* second, int64_t size, typename Step::Word* to) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2)
+        for (; i + 16 <= size; i += 16) {
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + i)));
+            const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + i)));
+            _mm512_storeu_si512(to + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+#endif
+    for (; i < size; i++) to[i] = Step::word(widen(first[i]), widen(second[i]));
 }
 
 // Rows as B of a product over the rows: (steps of rows, padded size) words; rows beyond the last are zero.
@@ -74,14 +133,19 @@ static void pack_along(const T* from, int64_t stride, int64_t rows, int64_t size
     for (int64_t k = 0; k < steps; k++) {
         typename Step::Word* row = to + k * padded;
         const T* first = from + k * Step::NUMBERS * stride;
+        // Steps of more than a page are not seen coming by the processor.
+        for (int64_t row = 0; row < Step::NUMBERS; row++)
+            for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(first + (ROWS_AHEAD + row) * stride + i);
         if constexpr (Step::NUMBERS == 1) {
             for (int64_t i = 0; i < size; i++) row[i] = widen(first[i]);
         } else if (2 * k + 1 < rows) {
-            for (int64_t i = 0; i < size; i++) row[i] = Step::word(widen(first[i]), widen(first[stride + i]));
+            pair_up<Step, T>(first, first + stride, size, row);
         } else {
             for (int64_t i = 0; i < size; i++) row[i] = Step::word(widen(first[i]), 0.0f);
         }
-        for (int64_t i = size; i < padded; i++) row[i] = 0;
+        if (size < padded)
+            for (int64_t i = size; i < padded; i++) row[i] = 0;
     }
 }
 

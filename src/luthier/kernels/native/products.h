@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "numbers.h"
 
@@ -38,13 +40,34 @@ static inline Vector fused(Vector sum, Vector a, Vector b) {
 static inline Vector fused(Vector sum, Vector a, Vector b) { return sum + a * b; }
 #endif
 
+// Numbers of a row of y, rounded.
+template <typename T> static inline void put(Vector found, int64_t count, T* to) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(to, there, (__m512)found);
+    else _mm256_mask_storeu_epi16(to, there, (__m256i)_mm512_cvtneps_pbh((__m512)found));
+#else
+    for (int64_t o = 0; o < count; o++) to[o] = narrow<T>(found[o]);
+#endif
+}
+
+// each(0), each(1), ... with the numbers known to the compiler: only so does it keep an array in registers.
+#define INLINED __attribute__((always_inline))
+template <typename Do, int... I> INLINED static inline void times(const Do& each, std::integer_sequence<int, I...>) {
+    (each(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, typename Do> INLINED static inline void times(const Do& each) {
+    times(each, std::make_integer_sequence<int, COUNT>());
+}
+
 // A step of k as it is packed: one float, or two bfloat16 numbers, the lower one first.
 struct Single {
     typedef float Word;
     static constexpr int NUMBERS = 1;
-    static inline Vector add(Vector sum, const Word* row, Word factor) {
-        return fused(sum, *reinterpret_cast<const Vector*>(row), Vector{} + factor);
-    }
+    typedef Vector Row;
+    static inline Row row(const Word* at) { return *reinterpret_cast<const Vector*>(at); }
+    static inline Row spread(Word factor) { return Vector{} + factor; }
+    static inline Vector add(Vector sum, Row row, Row factor) { return fused(sum, row, factor); }
     static inline Word word(float number) { return number; }
 };
 
@@ -52,9 +75,11 @@ struct Single {
 struct Pair {
     typedef uint32_t Word __attribute__((may_alias));
     static constexpr int NUMBERS = 2;
-    static inline Vector add(Vector sum, const Word* row, Word factor) {
-        __m512i values = _mm512_loadu_si512(row);
-        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)values, (__m512bh)_mm512_set1_epi32(int(factor)));
+    typedef __m512i Row;
+    static inline Row row(const Word* at) { return _mm512_loadu_si512(at); }
+    static inline Row spread(Word factor) { return _mm512_set1_epi32(int(factor)); }
+    static inline Vector add(Vector sum, Row row, Row factor) {
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)factor);
     }
     static inline Word word(float first, float second) {
         return uint32_t(rounded_bits(first)) | uint32_t(rounded_bits(second)) << 16;
@@ -68,21 +93,29 @@ typedef Pair StepOfHalves;
 typedef Single StepOfHalves;
 #endif
 
+// All steps of a tile. Each vector of B is loaded once, not for each row of A: loads would be what there is not enough of.
+template <typename Step, int ROWS, int VECTORS>
+INLINED static inline void add_steps(Vector (&sums)[ROWS * VECTORS], const typename Step::Word* a, int64_t a_row,
+                                     int64_t a_step, const typename Step::Word* b, int64_t b_step, int64_t steps) {
+    for (int64_t k = 0; k < steps; k++, a += a_step, b += b_step) {
+        typename Step::Row own[VECTORS];
+        times<VECTORS>([&](auto j) INLINED { own[j] = Step::row(b + j * LANES); });
+        times<ROWS>([&](auto i) INLINED {
+            const typename Step::Row factor = Step::spread(a[i * a_row]);
+            times<VECTORS>([&](auto j) INLINED { sums[i * VECTORS + j] = Step::add(sums[i * VECTORS + j], own[j], factor); });
+        });
+    }
+}
+
 // One tile: ROWS rows of A, VECTORS vectors of B.
 template <typename Step, int ROWS, int VECTORS, bool ADDS>
 static inline void tile(const typename Step::Word* a, int64_t a_row, int64_t a_step, const typename Step::Word* b,
                         int64_t b_step, int64_t steps, float* c, int64_t c_row) {
-    Vector sums[ROWS][VECTORS];
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++)
-            sums[i][j] = ADDS ? *reinterpret_cast<const Vector*>(c + i * c_row + j * LANES) : Vector{};
-    for (int64_t k = 0; k < steps; k++)
-        for (int i = 0; i < ROWS; i++) {
-            typename Step::Word factor = a[i * a_row + k * a_step];
-            for (int j = 0; j < VECTORS; j++) sums[i][j] = Step::add(sums[i][j], b + k * b_step + j * LANES, factor);
-        }
-    for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) *reinterpret_cast<Vector*>(c + i * c_row + j * LANES) = sums[i][j];
+    Vector sums[ROWS * VECTORS];
+    const auto place = [&](int i) INLINED { return reinterpret_cast<Vector*>(c + i / VECTORS * c_row + i % VECTORS * LANES); };
+    times<ROWS * VECTORS>([&](auto i) INLINED { sums[i] = ADDS ? *place(i) : Vector{}; });
+    add_steps<Step, ROWS, VECTORS>(sums, a, a_row, a_step, b, b_step, steps);
+    times<ROWS * VECTORS>([&](auto i) INLINED { *place(i) = sums[i]; });
 }
 
 template <typename Step, int ROWS, bool ADDS>
@@ -103,6 +136,8 @@ static void product(const typename Step::Word* a, int64_t a_row, int64_t a_step,
     int64_t i = 0;
     for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
         strip<Step, TILE_ROWS, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
+    for (; i + 4 <= rows; i += 4)
+        strip<Step, 4, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
     for (; i + 2 <= rows; i += 2)
         strip<Step, 2, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);
     if (i < rows) strip<Step, 1, ADDS>(a + i * a_row, a_row, a_step, b, b_step, steps, c + i * c_row, c_row, columns);

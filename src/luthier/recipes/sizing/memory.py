@@ -16,6 +16,7 @@ from luthier.core.units import bytes_text, count_text, percent_text
 from luthier.data.forest import Forest
 from luthier.data.prepare import Prepared
 from luthier.kernels import pool
+from luthier.kernels.many import multiplies_many
 from luthier.kernels.native_backend import NativeBackend
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import base_parameters
@@ -123,9 +124,16 @@ def lasting(
         "trained": found + sum(p.nbytes for p in trained) + wide,
         "gradients": _gradients(attachment, optimizer, far=far),
         "optimizer": 0 if far else optimizer.resident_bytes(_shapes(attachment)),
-        "libraries": bytes_of.libraries(model.dtype.itemsize, threads=torch.get_num_threads()) if on_cpu else 0,
+        "libraries": _libraries(model, attachment, device) if on_cpu else 0,
         "saving": 0,
     }
+
+
+def _libraries(model: LanguageModel, attachment: Attachment, device: str | None) -> int:
+    """What products take beside their numbers. A model without memory has no backend yet: it gets the fastest."""
+    native = isinstance(model.executor.backend, NativeBackend) or model.device.type != "cpu"
+    ours = native and multiplies_many() and work_without(model, attachment, device=device).ours.everything
+    return bytes_of.libraries(model.dtype.itemsize, threads=torch.get_num_threads(), ours=ours)
 
 
 def far_optimizer(attachment: Attachment, optimizer: Optimizer, offload: Offload) -> int:
