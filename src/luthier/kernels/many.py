@@ -27,10 +27,7 @@ from torch import Tensor, nn
 from luthier.kernels.halves import add_low_rank
 
 NARROW: Final = 128
-"""Columns of one side up to which products over rows are faster than the library's (of gradients of whole weights they
-are not: 340 beside 400 GFLOP/s on a Zen 4)."""
-
-
+"""Columns of one side up to which products over rows are faster than the library's; those of whole weights are not."""
 DEEP: Final = 1 << 16
 """Inputs from which on, as those of a head of many words on the way back, the library's products are faster."""
 

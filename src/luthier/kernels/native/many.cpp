@@ -5,7 +5,7 @@
 // back, a piece of it at a time, with the sums of some rows beside it. A sum takes its products in the order of s and k,
 // so neither the number of threads nor other rows change a bit.
 //
-// And a^T b over many rows, as the gradient of a weight or of a thin factor is: of STRETCH rows after another a panel of b
+// And a^T b over many rows, as the gradient of a thin factor is: of STRETCH rows after another a panel of b
 // is packed, and beside it BLOCK columns of a.
 
 #include <algorithm>
@@ -20,7 +20,8 @@ constexpr int64_t PARTS = 4;         // for each thread at least, where there ar
 constexpr int64_t CHUNK = 192;       // rows for which it is worth packing a panel once more
 constexpr int64_t DEEP = 2048;       // steps of W that are packed at once,
 constexpr int64_t BESIDE = 384;      // and the rows whose sums are kept where there are more
-constexpr int64_t STRETCH = 512, BLOCK = 96;
+constexpr int64_t STRETCH = 512;     // rows of a^T b that are packed at once,
+constexpr int64_t BLOCK = 96;        // and columns of a
 constexpr int64_t ALONE = 1 << 16;   // products of numbers below which a second thread is not worth waking
 
 // One product: W is (size, outs) where it lies `across`, else (outs, size) as linear layers have it.
