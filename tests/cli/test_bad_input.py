@@ -45,6 +45,8 @@ def test_a_misspelt_key_names_its_place_and_the_nearest_key(refused: Callable[..
     refused(2, ("--set: unknown key rank; did you mean adapter.rank?",), "rank=8")
     meant = "--set: unknown key label_smoothing; did you mean objective.label_smoothing?"
     refused(2, (meant,), "objective=dpo", "label_smoothing=0.1")
+    # A method that there is not has no knobs to look through; both problems are told.
+    refused(2, ("unknown key rank; did you mean run?", "'lorra' is no method of adapters"), "adapter=lorra", "rank=8")
     refused(2, ("--set: unknown key optimizer.learning_rat; did you mean learning_rate?",), "optimizer.learning_rat=1")
 
 

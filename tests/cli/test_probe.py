@@ -81,9 +81,13 @@ def test_costly_ones_are_made_by_name_and_join_the_page(finished: Path, tmp_path
     found = luthier("probe", finished, *some, "--report", folder, "--json").must(0).json
     assert found["probes"]["gradient_noise"]["numbers"]["micro_batches"] == 6
     assert found["probes"]["attention"]["measured"]
+    # A report of a probe that is gone, such as one of a package that was taken away, stays on the page, at its end.
+    gone = json.loads((folder / "drift.json").read_text()) | {"probe": "aura", "verdict": ["It glows."]}
+    (folder / "aura.json").write_text(json.dumps(gone))
+    luthier("probe", finished, "--probe", "drift", "--report", folder).must(0)
     page = (folder / "probes.html").read_text()
     # In the order of all probes, whichever was made first.
-    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Attention", "Drift", "Gradient noise"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Attention", "Drift", "Gradient noise", "Aura"]
 
 
 def test_two_folders_and_an_adapter_are_pairs_too(llama: Path, tuned: Path, adapter: Path, tmp_path: Path) -> None:
