@@ -3,8 +3,7 @@
 Idea: layers that read the same input (queries, keys and values; gate and up) are one operation. Their low-rank factors
 are multiplied as one wider matrix, a layer and its second factor are one sum of products, as is all that comes back to
 the input (many.py), and only what the backward pass cannot cheaply make again is kept: the thin products of the first
-factors. Weights are trained or frozen; nothing
-is computed for a frozen one.
+factors. Weights are trained or frozen; nothing is computed for a frozen one.
 Where one batch holds rows of several adapters, the weights are multiplied once, and each adapter's factors with its own
 rows.
 Equation: y_i = W_i x + b_i + s_i B_i u_i, u_i = A_i x;
@@ -127,8 +126,10 @@ class Products:
             apart = self.shared or around is not None
             if low is not None and up is not None and not apart:
                 parts.append(Summand(low[:, self._own(index)], up))
-            layer = partial(self.backend.product, weight=weight, bias=bias)
-            y = self.backend.summed(parts, bias) if around is None else around.through(x, layer)
+            if around is None:
+                y = self.backend.summed(parts, bias)
+            else:
+                y = around.through(x, partial(self.backend.product, weight=weight, bias=bias))
             if low is not None and up is not None and apart:
                 for rows, own, ranks in self._shares(index):
                     add_low_rank(y[rows], low[rows, own], up[:, ranks].t())

@@ -109,7 +109,7 @@ static void pack_across(const T* from, int64_t stride, int64_t rows, int64_t siz
         for (int64_t row = rows; row < padded; row++) to[k * padded + row] = 0;
 }
 
-constexpr int64_t ROWS_AHEAD = 8;
+constexpr int64_t ROWS_AHEAD = 8;  // how many rows before they are packed they are fetched
 
 // Numbers of two rows as pairs.
 template <typename Step, typename T>
@@ -134,9 +134,8 @@ static void pack_along(const T* from, int64_t stride, int64_t rows, int64_t size
         typename Step::Word* row = to + k * padded;
         const T* first = from + k * Step::NUMBERS * stride;
         // Steps of more than a page are not seen coming by the processor.
-        for (int64_t row = 0; row < Step::NUMBERS; row++)
-            for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T)))
-                __builtin_prefetch(first + (ROWS_AHEAD + row) * stride + i);
+        for (int64_t ahead = ROWS_AHEAD; ahead < ROWS_AHEAD + Step::NUMBERS; ahead++)
+            for (int64_t i = 0; i < size; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(first + ahead * stride + i);
         if constexpr (Step::NUMBERS == 1) {
             for (int64_t i = 0; i < size; i++) row[i] = widen(first[i]);
         } else if (2 * k + 1 < rows) {
