@@ -51,17 +51,17 @@ def main() -> int:
     device, clock = Device("cpu"), Clock(job)
     device.forget_peak()
     stepper = stepper_of(job, DPO(beta=BETA))
-    used, losses = pairs(job), []
+    used, losses, norms = pairs(job), [], []
     for step in range(job.steps):
         chosen = used[step * job.rows : (step + 1) * job.rows]
         report = stepper.forward_backward([tree_of(pair, row) for row, pair in enumerate(chosen)])
-        stepper.optim_step()
+        norms.append(stepper.optim_step().grad_norm)
         clock.step_ended()
         losses.append(report.loss)
     settings = {"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()}
     packages = ("torch", "transformers", "safetensors")
     tokens = [sum(pair.tokens for pair in used[step * job.rows : (step + 1) * job.rows]) for step in range(job.steps)]
-    line = clock.line(tokens, losses=losses, peak=device.peak(), packages=packages, settings=settings)
+    line = clock.line(tokens, losses=losses, norms=norms, peak=device.peak(), packages=packages, settings=settings)
     print(json.dumps(line), flush=True)
     return 0
 

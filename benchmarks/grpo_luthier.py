@@ -65,10 +65,10 @@ def main() -> int:
     stepper = stepper_of(job, GRPO(longest=NEW))
     engine = Engine(stepper.model)
     speaker = TimedSpeaker(GroupSpeaker(engine))
-    source, losses, tokens = source_of(job, stepper, speaker), [], []
+    source, losses, norms, tokens = source_of(job, stepper, speaker), [], [], []
     for _ in range(job.steps):
         report = stepper.forward_backward(source.next_step())
-        stepper.optim_step()
+        norms.append(stepper.optim_step().grad_norm)
         engine.forget()
         clock.step_ended()
         losses.append(report.loss)
@@ -78,7 +78,7 @@ def main() -> int:
     clock.sampled = speaker.seconds
     settings = {"micro_tokens": stepper.micro_tokens, "threads": torch.get_num_threads()}
     packages = ("torch", "transformers", "safetensors")
-    line = clock.line(tokens, losses=losses, peak=device.peak(), packages=packages, settings=settings)
+    line = clock.line(tokens, losses=losses, norms=norms, peak=device.peak(), packages=packages, settings=settings)
     print(json.dumps(line), flush=True)
     return 0
 

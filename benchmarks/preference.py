@@ -5,9 +5,10 @@
     python benchmarks/preference.py --home bench-home --workloads grpo --systems luthier,trl-tuned
 
 Each repetition of each system is a process of its own (A B C A B C). One JSON line a process goes to
-HOME/preference.jsonl. A figure is void where the loss has not changed, and one of DPO where the first loss is not
-log 2, as it is for any model while policy and reference are equal. The systems are a table in `preference_work.py`. Run
-it with luthier's interpreter.
+HOME/preference.jsonl. A figure is void where a step had no gradient, and one of DPO where the loss has not changed, or
+the first one is not log 2, as it is for any model while policy and reference are equal. The loss of GRPO tells nothing:
+while the policy is the one that has sampled, it is the sum of a group's advantages, which is zero. The systems are a
+table in `preference_work.py`. Run it with luthier's interpreter.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ def run(args: argparse.Namespace, workload: str, name: str) -> dict[str, Any]:
 def void(line: Line) -> str:
     """Why the work of a line was not done; empty when it was."""
     first, last = line["loss"]["first"], line["loss"]["last"]
-    if not (math.isfinite(first) and math.isfinite(last)) or first == last:
-        return f"void: losses {first} and {last}, where they have to be finite and to change"
+    if not (math.isfinite(first) and math.isfinite(last)):
+        return f"void: losses {first} and {last}, where they have to be finite"
+    if not all(0 < norm < math.inf for norm in line["grad_norms"]):
+        return f"void: gradient norms {line['grad_norms']}, where each step has to have a finite one above zero"
+    if line["workload"] == "dpo" and first == last:
+        return f"void: a loss of {first} at the end as at the beginning"
     if line["workload"] == "dpo" and abs(first - math.log(2)) > NEAR:
         return f"void: a first loss of {first}, where it has to be log 2"
     return ""

@@ -144,11 +144,12 @@ class Clock:
         tokens: Sequence[int],
         *,
         losses: Sequence[float],
+        norms: Sequence[float],
         peak: Mapping[str, Any],
         packages: Sequence[str],
         settings: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The figures of the run: timed steps only, all losses. `tokens` are those that each step trains on."""
+        """The figures of the run: timed steps only, but the norm of each. Each step trains on `tokens`."""
         job = self.job
         if len(self.moments) != job.steps or len(tokens) != job.steps:
             raise SystemExit(f"{len(self.moments)} steps were made, {job.steps} were asked for")
@@ -168,5 +169,6 @@ class Clock:
             "sampling_s": round(sum(self.sampled[job.warm :]) / timed, 3),
             "tokens_per_second": round(sum(tokens[job.warm :]) / taken["wall_s"], 1),
             "loss": {"first": losses[0], "last": losses[-1]},
+            "grad_norms": list(norms),
             **peak,
         }

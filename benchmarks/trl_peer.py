@@ -41,10 +41,12 @@ def run(
     with tempfile.TemporaryDirectory(dir=job.home) as scratch:
         trainer = trainer_of(job, clock, scratch)
         trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses, norms = [entry["loss"] for entry in steps], [entry["grad_norm"] for entry in steps]
     shown = {"gradient_checkpointing": trainer.args.gradient_checkpointing, "bf16": trainer.args.bf16}
     line = clock.line(
-        list(tokens_of(job, trainer)), losses=losses, peak=device.peak(), packages=_PACKAGES, settings=shown
-    )
+        list(tokens_of(job, trainer)), losses=losses, norms=norms, peak=device.peak(), packages=_PACKAGES,
+        settings=shown,
+    )  # fmt: skip
     print(json.dumps(line), flush=True)
     return 0

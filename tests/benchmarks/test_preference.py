@@ -50,16 +50,25 @@ def test_a_pair_weighs_one(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("workload", "first", "last", "void"),
-    [("dpo", math.log(2), 0.5, False), ("dpo", 0.71, 0.5, True), ("dpo", 0.69315, 0.69315, True),
-     ("grpo", 0.0, -0.1, False), ("grpo", 0.0, math.nan, True)],
+    ("workload", "first", "last", "norms", "void"),
+    [("dpo", math.log(2), 0.5, (1.0, 0.5), False), ("dpo", 0.71, 0.5, (1.0, 0.5), True),
+     ("dpo", 0.69315, 0.69315, (1.0, 0.5), True), ("grpo", 0.0, 0.0, (1.0, 0.5), False),
+     ("grpo", 0.0, math.nan, (1.0, 0.5), True), ("grpo", 0.0, -0.1, (1.0, 0.0), True),
+     ("grpo", 0.0, -0.1, (math.nan, 1.0), True)],
 )  # fmt: skip
 def test_a_figure_is_void_where_the_work_was_not_done(
-    home: Path, monkeypatch: pytest.MonkeyPatch, workload: str, first: float, last: float, void: bool
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workload: str,
+    first: float,
+    last: float,
+    norms: tuple[float, ...],
+    void: bool,
 ) -> None:
-    """Breaks when a trainer that computes another loss, or changes nothing, is quoted."""
+    """Breaks when a trainer that computes another loss, or learns nothing in a step, is quoted."""
     script = module("preference")
-    line = json.dumps({"workload": workload, "system": "luthier", "loss": {"first": first, "last": last}})
+    said = {"workload": workload, "system": "luthier", "loss": {"first": first, "last": last}, "grad_norms": norms}
+    line = json.dumps(said)
     done = SimpleNamespace(returncode=0, stdout=f"noise\n{line}\n", stderr="")
     monkeypatch.setattr(script.subprocess, "run", lambda *given, **more: done)
     found = script.run(script.parse(["--home", str(home)]), workload, "luthier")
