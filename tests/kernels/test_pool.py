@@ -123,6 +123,24 @@ assert before - resident() > 60_000_000, (before, resident())
 """)
 
 
+def test_scratch_of_kernels_stays_out_of_the_heap() -> None:
+    """Breaks when glibc raises its threshold after the first scratch is freed, and the next lies among what stays."""
+    run("""
+import ctypes
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def heap():
+    return next(line for line in open("/proc/self/maps") if line.endswith("[heap]\\n")).split()[0].split("-")
+
+for _ in range(3):
+    scratch = libc.malloc(1_000_000)
+    start, end = (int(each, 16) for each in heap())
+    assert not start <= scratch < end
+    libc.free(scratch)
+""")
+
+
 def test_a_child_of_a_process_with_the_pool_can_allocate() -> None:
     """Breaks when a fork inherits a lock that nobody will open."""
     run("""

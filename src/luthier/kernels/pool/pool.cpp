@@ -183,6 +183,9 @@ void Pool::free(void* place) {
 extern "C" void pool_install() {
 #ifdef __GLIBC__
   malloc_trim(0);  // what was freed before, as the weights that were packed, would stay with the heap
+  // Set, it stays: glibc would raise it whenever a larger piece is freed, and the scratch of kernels would then lie
+  // among what is small and long-lived, and leave holes there.
+  mallopt(M_MMAP_THRESHOLD, kLarge);
 #endif
   if (the_pool != nullptr) return;
   the_pool = new Pool(c10::GetCPUAllocator());
