@@ -113,15 +113,15 @@ def test_answers_that_were_judged_one_by_one() -> None:
 
 def test_what_is_asked_keeps_the_other_columns_as_facts() -> None:
     """Breaks when a fact that a reward needs is dropped, or the answer of a row is shown to the model."""
-    plain = Asked(Conversation((HI,)), {"answer": "4", "tests": ["a", {"b": 1}]})
+    plain = Asked(Conversation((HI,)), {"answer": "4", "tests": ["a", {"b": 1}]}, "Hi")
     assert meaning({"question": "Hi", "answer": "4", "tests": ["a", {"b": 1}]}, "asked") == plain
     assert meaning({"messages": [U, {"role": "assistant", "content": "4"}], "level": 2}, "asked") == Asked(
         Conversation((HI,)), {"answer": "4", "level": 2}
     )
     whole = meaning({"prompt": "Hi", "system": "S", "answer": "4"}, "asked")
-    assert whole == Asked(Conversation((Message("system", "S"), HI)), {"answer": "4"})
+    assert whole == Asked(Conversation((Message("system", "S"), HI)), {"answer": "4"}, "Hi")
     assert mapped({"prompt": "ask"}).read({"ask": "Hi", "prompt": "no"}, "x") == Asked(
-        Conversation((HI,)), {"prompt": "no"}
+        Conversation((HI,)), {"prompt": "no"}, "Hi"
     )
 
 

@@ -103,6 +103,39 @@ def test_held_out_answers_that_nobody_can_score_end_the_run_with_the_reason(aske
     assert "worth.py, line 3" in done.err and "mend the reward" in done.err
 
 
+SPY = (
+    "import json\n\n\n"
+    "def spy(prompts, completions, completion_ids, **more):\n"
+    "    with open({log!r}, 'a') as log:\n"
+    "        for pair in zip(prompts, completions):\n            log.write(json.dumps(pair) + chr(10))\n"
+    "    return [float(sum(ids) % 5) for ids in completion_ids]\n"
+)
+
+
+def spied(asked: Path, folder: Path, rows: list[dict[str, Any]], form: str) -> list[Any]:
+    """What a function got in a run on these rows, held-out ones among them: prompts with completions."""
+    folder.mkdir()
+    (folder / "spy.py").write_text(SPY.format(log=str(folder / "log.jsonl")))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    reward = f"reward={{method: function, path: '{folder}/spy.py:spy', form: {form}}}"
+    luthier("train", asked, "--run", folder / "run", "--set", reward, "--set", f"data.train={folder / 'rows.jsonl'}",
+            "--set", "budget.steps=2").must(0)  # fmt: skip
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_function_gets_what_trl_would_give_it(asked: Path, tmp_path: Path) -> None:
+    """Breaks when a run gives a function messages for a prompt that is a text, or the other way round."""
+    texts = [f"What colour has thing {number}?" for number in range(6)]
+    plain = spied(asked, tmp_path / "plain", [{"prompt": text, "system": "Be short."} for text in texts], "auto")
+    assert all(prompt in texts and isinstance(said, str) for prompt, said in plain), plain
+    assert len({len(said) for _, said in plain}) > 1
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    talks = spied(asked, tmp_path / "talks", [{"prompt": chat} for chat in chats], "auto")
+    assert all(prompt in chats and said[0]["role"] == "assistant" for prompt, said in talks), talks
+    forced = spied(asked, tmp_path / "forced", [{"prompt": text} for text in texts], "messages")
+    assert all(prompt in chats and [*said[0]] == ["role", "content"] for prompt, said in forced), forced
+
+
 def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
     """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
     found = luthier("eval", unbroken, "--json").must(0).json

@@ -46,6 +46,38 @@ def test_an_answer_that_cannot_be_scored_is_no_zero(tmp_path: Path) -> None:
     assert "no" in first["reason"] and second["reason"] == "the reward does not apply"
 
 
+SPY = (
+    "import json\n\n\n"
+    "def spy(prompts, completions, **more):\n"
+    "    with open({log!r}, 'a') as log:\n"
+    "        for pair in zip(prompts, completions):\n            log.write(json.dumps(pair) + chr(10))\n"
+    "    return [float(len(said)) for said in completions]\n"
+)
+
+
+def spied(folder: Path, reward: str, rows: list[dict[str, Any]]) -> list[Any]:
+    """What a function got of these rows: prompts with completions. `reward` has FUNCTION where it is to stand."""
+    log = folder / "log.jsonl"
+    log.unlink(missing_ok=True)
+    (folder / "spy.py").write_text(SPY.format(log=str(log)))
+    recipe = json.loads(json.dumps({**RECIPE, "reward": "REWARD"}).replace('"REWARD"', reward))
+    function = {"method": "function", "path": f"{folder}/spy.py:spy"}
+    recipe = json.loads(json.dumps(recipe).replace('"FUNCTION"', json.dumps(function)))
+    (folder / "spied.yaml").write_text(json.dumps(recipe))
+    luthier("reward", str(folder / "spied.yaml"), str(written(folder, rows))).must(0)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_a_function_gets_texts_for_texts_and_messages_for_messages(tmp_path: Path) -> None:
+    """Breaks when a function for TRL counts messages where TRL gives it the letters of a text."""
+    question = [{"role": "user", "content": "What is 2 + 3?"}]
+    messages = [question, [{"role": "assistant", "content": "#### 4"}]]
+    assert spied(tmp_path, '"FUNCTION"', ROWS) == [["What is 2 + 2?", "#### 4"], messages]
+    # In an exchange all is messages, and so it is where its reward is tried.
+    [[prompt, said], _] = spied(tmp_path, '{"method": "calculator", "reward": "FUNCTION"}', ROWS)
+    assert prompt == [{"role": "user", "content": "What is 2 + 2?"}] and said == messages[1]
+
+
 def test_wrong_files_and_recipes_are_told(tmp_path: Path) -> None:
     recipe = validate(ReinforceRecipe, RECIPE)
     for rows, part in (([], "no row"), ([{"prompt": "x", "answer": "4"}], "--column"),

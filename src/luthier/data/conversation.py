@@ -101,11 +101,13 @@ class Judged:
 class Asked:
     """A conversation that waits for an answer, and the `facts` by which answers are checked: the row's other columns.
 
-    Facts are what JSON can hold, such as the right result or tests.
+    Facts are what JSON can hold, such as the right result or tests. A prompt that the row writes as a text, and not as
+    messages, is `text` too.
     """
 
     asked: Conversation
     facts: Mapping[str, Any]
+    text: str | None = None
 
 
 Content = Conversation | Text | Labelled | Tagged | Choices | Preference | Judged | Asked

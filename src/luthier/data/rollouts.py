@@ -24,12 +24,14 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked: its tokens, the messages they stand for, and the `facts` by which answers are checked."""
+    """What is asked: its tokens, the messages they stand for, and the `facts` by which answers are checked. What the
+    data row writes as a text is `text` too."""
 
     tokens: Ints
     messages: tuple[Message, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     row: int = 0
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

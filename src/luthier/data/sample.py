@@ -12,13 +12,22 @@ from luthier.data.conversation import Message
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """An answer to a prompt; `ended` is "stop" or "length", `facts` are the other columns of the data row."""
+    """An answer to a prompt; `ended` is "stop" or "length", `facts` are the other columns of the data row.
+
+    Where the data row writes its prompt as a text, that is `text`, whatever messages a chat makes of it.
+    """
 
     prompt: tuple[Message, ...] | str
     answer: str
     tokens: tuple[int, ...] = ()
     ended: str = "stop"
     facts: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+    @property
+    def plain(self) -> str | None:
+        """The prompt where it is a text; None for messages."""
+        return self.prompt if isinstance(self.prompt, str) else self.text
 
     @property
     def said(self) -> str:

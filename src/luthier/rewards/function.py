@@ -2,8 +2,9 @@
 
 Idea: `rewards.py:polite` is called once for a batch with prompts, completions, completion_ids, trainer_state,
 log_extra, log_metric and every column of the rows, by keyword, and gives a number for each completion, or None where it
-does not apply. It may be async. Conversations come as messages, plain prompts as texts, as in TRL. A function that does
-not take any keyword gets those it names. The file is yours and runs in our process, as a recipe does; what a model has
+does not apply. It may be async. A prompt that its row writes as a text comes as a text, with a text for an answer, one
+of messages as messages, as in TRL; in an exchange with an environment all is messages. A function that does not take
+any keyword gets those it names. The file is yours and runs in our process, as a recipe does; what a model has
 written belongs into the sandbox (passes_tests), never into such a function.
 Equation: r = f(prompts, completions, completion_ids, columns)
 Source: TRL 1.16, `GRPOTrainer` and its reward functions (github.com/huggingface/trl)
@@ -50,7 +51,7 @@ class Function(Reward):
         default_factory=dict, description="if the function makes the reward function: what it is called with first"
     )
     form: Literal["auto", "messages", "text"] = Field(
-        "auto", description="prompts and completions as lists of messages or as texts; auto: as the prompt is"
+        "auto", description="prompts and completions as messages or as texts; auto: as the row writes its prompt"
     )
     seconds: float = Field(
         600.0, gt=0,
@@ -215,6 +216,8 @@ def _is_float(number: float) -> bool:
 
 
 def _prompt(sample: Sample, form: str) -> Any:
+    if form == "auto" and sample.plain is not None:
+        return sample.plain
     if isinstance(sample.prompt, str):
         return [{"role": "user", "content": sample.prompt}] if form == "messages" else sample.prompt
     if form == "text":
@@ -223,7 +226,7 @@ def _prompt(sample: Sample, form: str) -> Any:
 
 
 def _completion(sample: Sample, form: str) -> Any:
-    plain = form == "text" or (form == "auto" and isinstance(sample.prompt, str))
+    plain = form == "text" or (form == "auto" and sample.plain is not None)
     return sample.answer if plain else [{"role": "assistant", "content": sample.answer}]
 
 

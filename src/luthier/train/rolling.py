@@ -210,8 +210,10 @@ class Roller:
 
 def sample_of(prompt: Prompt, answer: Answer) -> Sample:
     """An answer as rewards see it."""
-    tokens = tuple(answer.tokens.tolist())
-    return Sample(prompt=prompt.messages, answer=answer.text, tokens=tokens, ended=answer.ended, facts=prompt.facts)
+    return Sample(
+        prompt=prompt.messages, answer=answer.text, tokens=tuple(answer.tokens.tolist()), ended=answer.ended,
+        facts=prompt.facts, text=prompt.text,
+    )  # fmt: skip
 
 
 def seed_of(*numbers: int) -> int:

@@ -45,7 +45,8 @@ class Question(Format):
 
 def asked(values: Values, prompt: str, where: str, *, system: str | None = "system") -> Asked:
     """What the column `prompt` asks; the columns that say nothing of the conversation are facts."""
-    turns = turns_or_text(column(values, prompt, where), (prompt,), where, role="user", what="the prompt")
+    written = column(values, prompt, where)
+    turns = turns_or_text(written, (prompt,), where, role="user", what="the prompt")
     tools = read_tools(values.get("tools"), ("tools",), where)
     facts = {name: _fact(value, name, where) for name, value in values.items() if name not in (prompt, *BESIDE, system)}
     if turns[-1].role == "assistant" and len(turns) > 1:
@@ -54,7 +55,8 @@ def asked(values: Values, prompt: str, where: str, *, system: str | None = "syst
     before: list[Message] = []
     if system is not None:
         before = system_message(values.get(system), (system,), where)
-    return Asked(conversation_so_far([*before, *turns], (prompt,), where, tools=tools), facts)
+    text = written if isinstance(written, str) else None
+    return Asked(conversation_so_far([*before, *turns], (prompt,), where, tools=tools), facts, text)
 
 
 def _fact(value: object, name: str, where: str) -> Any:

@@ -16,6 +16,7 @@ from luthier.data.sample import Sample
 from luthier.recipes.reinforcing.tools import scoring_of
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
+from luthier.rewards import Environment
 from luthier.train.scoring import Scoring
 
 
@@ -57,7 +58,10 @@ def _samples(file: Path, column: str, scoring: Scoring) -> Iterator[Sample]:
                 do="name the column that has it: --column NAME",
             )  # fmt: skip
         scoring.check(facts, item.where)
-        yield Sample(prompt=_prompt(item.values.get("prompt", ""), item.where), answer=said, facts=facts)
+        asked = item.values.get("prompt", "")
+        # In an exchange, as a run would have it, all is messages.
+        text = asked if isinstance(asked, str) and not isinstance(scoring.reward, Environment) else None
+        yield Sample(prompt=_prompt(asked, item.where), answer=said, facts=facts, text=text)
 
 
 def _prompt(value: object, where: str) -> tuple[Message, ...]:

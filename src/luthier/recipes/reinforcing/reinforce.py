@@ -75,9 +75,9 @@ class Facts:
                 continue
             if scoring is not None:
                 scoring.check(row.content.facts, row.where)
-            found.append(Prompt(view.tokens, row.content.asked.messages, row.content.facts, view.row))
+            asked = row.content
+            found.append(Prompt(view.tokens, asked.asked.messages, asked.facts, view.row, asked.text))
         return found
-
 
     def words(self, views: Views) -> list[Rendered]:
         """Rows that are imitated beside rollouts: those that ask nothing."""
@@ -284,7 +284,7 @@ class HeldOut:
         samples = [
             Sample(
                 prompt=prompt.messages, answer=decode(said.tokens), tokens=tuple(said.tokens.tolist()),
-                ended="length" if said.ended == "length" else "stop", facts=prompt.facts,
+                ended="length" if said.ended == "length" else "stop", facts=prompt.facts, text=prompt.text,
             )
             for prompt, said in zip(self.prompts, spoken, strict=True)
         ]  # fmt: skip
