@@ -136,6 +136,34 @@ def test_a_function_gets_what_trl_would_give_it(asked: Path, tmp_path: Path) -> 
     assert all(prompt in chats and [*said[0]] == ["role", "content"] for prompt, said in forced), forced
 
 
+def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Path) -> None:
+    """Breaks when a run in which half of the answers failed ends as if all were well, or nobody can find out why."""
+    (tmp_path / "odd.py").write_text(
+        "def odd(completion_ids, **more):\n    for ids in completion_ids:\n"
+        "        if len(completion_ids) == 1 and sum(ids) % 3 == 0:\n            raise ValueError('odd')\n"
+        "        if len(completion_ids) > 1:\n            raise OSError('busy')\n"
+        "    return [float(sum(ids) % 5) for ids in completion_ids]\n"
+    )
+    run = tmp_path / "run"
+    sets = [f"reward={{method: function, path: '{tmp_path / 'odd.py'}:odd'}}", "rollouts.max_new_tokens=3",
+            "evaluation.fraction=0"]  # fmt: skip
+    done = luthier("train", asked, "--run", run, *[word for each in sets for word in ("--set", each)]).must(0)
+    notes = [line for line in done.out.splitlines() if line.startswith("note    ")]
+    rollouts = told(run, "rollout")
+    failed, answers = (sum(each[name] for each in rollouts) for name in ("failed", "answers"))
+    assert 0 < failed < answers
+    reason = f"{tmp_path / 'odd.py'}:odd raised ValueError: odd (odd.py, line 4)"
+    assert {name for each in rollouts for name in each["failures"]} == {reason}
+    assert sum(each["failures"].get(reason, 0) for each in rollouts) == failed
+    assert notes[0] == (
+        f"note    {failed} of {answers} answers could not be scored and were left out, {failed} of them because of "
+        f"this: {reason}"
+    )
+    assert any("were cut off at rollouts.max_new_tokens" in note for note in notes), notes
+    shown = luthier("run", "show", run).must(0).out.splitlines()
+    assert [line for line in shown if line in notes] == notes
+
+
 def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
     """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
     found = luthier("eval", unbroken, "--json").must(0).json
@@ -214,7 +242,10 @@ def test_lessons_are_said_where_there_are_any() -> None:
     said_of = " ".join(lessons(course, [{"reward": 0.6}, {"reward": 0.2}]))
     for part in ("something is exploited", "answers have become one", "answers went from 15 to 75 tokens"):
         assert part in said_of
-    assert "could not be scored" in lessons([rollout(1, failed=3)], [])[0]
+    assert lessons([rollout(1, failed=3)], [])[0] == "3 of 80 answers could not be scored and were left out"
+    reasons = [{"no number": 1, "too long": 2}, {"no number": 3}]
+    [said] = lessons([rollout(step, failed=3, failures=why) for step, why in enumerate(reasons)], [])
+    assert said.endswith("6 of 160 answers could not be scored and were left out, 4 of them because of this: no number")
     assert "cut off" in lessons([rollout(1, cut=40)], [])[0]
 
 

@@ -51,7 +51,7 @@ def show(run: Run, json: Json = False) -> None:
     if json:
         print_json(found)
     elif status.state == "finished":
-        print_several(found) if "adapters" in found else print_summary(found)
+        print_several(found, again=True) if "adapters" in found else print_summary(found, again=True)
     else:
         typer.echo(f"{folder.folder}: {status.state}{f' ({status.reason})' if status.reason else ''}")
         typer.echo(f"next    luthier resume {folder.folder}")

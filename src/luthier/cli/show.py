@@ -118,8 +118,8 @@ _NEXT = {
 """What there is to do with a result."""
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """What a run did, in a few lines."""
+def print_summary(summary: Mapping[str, Any], *, again: bool = False) -> None:
+    """What a run did, in a few lines, with what it has to be told; `again` with what was told before it began too."""
     loss, tokens = summary["loss"], summary["tokens"]
     seconds = duration_text(summary["train_seconds"])
     typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {seconds} of training")
@@ -145,8 +145,16 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         if "/" in name:  # a part of a part of a reward
             continue
         typer.echo(f"{name} {before:.3f} -> {after:.3f}")
+    print_notices(summary, again=again)
     if verb := _NEXT.get(summary["task"], ""):
         typer.echo(f'next    luthier {verb.format(run=summary["run"])}')
+
+
+def print_notices(summary: Mapping[str, Any], *, again: bool) -> None:
+    """What a run has taught in words, and `again` what its plan had said; nothing where there is nothing to say."""
+    # Summaries of before had no lessons of their own.
+    for notice in summary["notices"] if again else summary.get("lessons", ()):
+        typer.echo(f"note    {notice}")
 
 
 def print_runs(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -40,7 +40,10 @@ def print_feedback(summary: Mapping[str, Any]) -> None:
         f"the judge prefers the first place by {figures['position_bias']:+.3f}; in "
         f"{percent_text(figures['decided_by_place'])} of pairs the place decided (both orders are averaged)"
     )
+    policy = summary["policy"]
     for notice in summary["notices"]:
-        typer.echo(f"note    {notice}")
-    print_summary(summary["policy"])
+        # Those of the policy's that nobody has seen yet follow with what it did.
+        if notice not in policy.get("lessons", ()):
+            typer.echo(f"note    {notice}")
+    print_summary(policy)
     typer.echo(f"data    {summary['run']}/preferences.jsonl")

@@ -7,11 +7,12 @@ from typing import Any
 
 import typer
 
+from luthier.cli.show import print_notices
 from luthier.core.units import bytes_text, count_text, duration_text
 
 
-def print_several(summary: Mapping[str, Any]) -> None:
-    """What a run of several adapters did: all of them together, and what has become of each."""
+def print_several(summary: Mapping[str, Any], *, again: bool = False) -> None:
+    """What a run of several adapters did: all of them together, and what has become of each; as `print_summary`."""
     tokens = summary["tokens"]
     typer.echo(
         f"{summary['status']}: {len(summary['adapters'])} adapters, {summary['steps']:,} steps, "
@@ -27,6 +28,7 @@ def print_several(summary: Mapping[str, Any]) -> None:
         if loss["eval"] is not None and loss["eval_first"] is not None:
             told = f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f}"
         typer.echo(f"{name}: {told} in {each['steps']:,} steps; {each['result']}")
+    print_notices(summary, again=again)
     first = next(iter(summary["adapters"].values()))
     typer.echo(f'next    luthier generate {first["run"]} --prompt "..."')
 

@@ -8,6 +8,7 @@ falls where it is held out (something is exploited).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -60,7 +61,13 @@ def _failed(rollouts: Events) -> str:
     answers, failed = (sum(int(each[name]) for each in rollouts) for name in ("answers", "failed"))
     if not failed:
         return ""
-    return f"{failed:,} of {answers:,} answers could not be scored and were left out: see the reward events"
+    # Runs of before had no reasons in their events.
+    reasons: Counter[str] = Counter()
+    for each in rollouts:
+        reasons.update(each.get("failures", {}))
+    [(reason, count)] = reasons.most_common(1) or [("", 0)]
+    why = f", {count:,} of them because of this: {reason}" if reason else ""
+    return f"{failed:,} of {answers:,} answers could not be scored and were left out{why}"
 
 
 def _cut(rollouts: Events) -> str:

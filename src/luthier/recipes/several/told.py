@@ -108,5 +108,8 @@ def summary_of(
         "peak_memory_bytes": peak_memory_bytes(),
         "model": recipe.first.model,
         "adapters": {name: dict(summaries[name]) for name in recipe.adapters},
-        "notices": [f"{name}: {notice}" for name in recipe.adapters for notice in summaries[name]["notices"]],
+        **{
+            kind: [f"{name}: {notice}" for name in recipe.adapters for notice in summaries[name][kind]]
+            for kind in ("notices", "lessons")
+        },
     }

@@ -158,10 +158,12 @@ def summary(
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What happened, for people, reports and `--json`."""
-    notices = [*planned["notices"], *more]
+    notices = list(more)
     first, best = state.first_eval_loss, state.best_eval_loss
     if best is not None and first is not None and best >= first:
-        notices.append(f"the held-out loss did not improve ({first:.4f} before, {best:.4f} best)")
+        # The held-out loss of rollouts is minus the mean reward.
+        what, sign = ("reward", -1) if "reward" in state.metrics.get("first", {}) else ("loss", 1)
+        notices.append(f"the held-out {what} did not improve ({sign * first:.4f} before, {sign * best:.4f} best)")
     if state.skipped_steps:
         notices.append(
             f"{state.skipped_steps:,} of {state.step:,} steps had a number that was not finite and were not applied; "
@@ -203,7 +205,9 @@ def summary(
         "data": planned["data"],
         "result": proof["result"],
         "proof": {key: proof[key] for key in PROVED},
-        "notices": notices,
+        "notices": [*planned["notices"], *notices],
+        # Those of them that nobody could know before the first step.
+        "lessons": notices,
     }
 
 
