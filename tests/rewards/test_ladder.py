@@ -8,7 +8,7 @@ import pytest
 
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
-from luthier.rewards import Reward, RewardError, Score, Tools
+from luthier.rewards import Environment, Reward, RewardError, Score, Tools
 from luthier.rewards.ladder import ladder_of
 from tests.rewards.samples import failure, sample, score
 
@@ -37,6 +37,21 @@ def test_later_rungs_count_only_above_passed_gates(said: str, known: str, value:
     found = score(ladder_of(RUNGS), sample(said, answer=known))
     assert found.value == pytest.approx(value) and found.parts["right"] == right
     assert {"format", "contains", "right", "contains/found"} <= set(found.parts)
+
+
+def test_an_environment_is_no_rung_and_has_a_ladder_for_a_reward() -> None:
+    """Breaks when an environment among rungs is taken and never played, or advice is given that is refused."""
+    format_: dict[str, Any] = {"method": "format", "tags": ("answer",), "outside": True}
+    rungs: list[Any] = [{"method": "calculator", "reward": "numeric"}, format_]
+    for name in ("calculator", "sums"):
+        with pytest.raises(RecipeError, match=f"the rung '{name}' is an environment") as told:
+            ladder_of([{"reward": rungs[0], **({} if name == "calculator" else {"name": name})}, rungs[1]])
+        assert "{method: calculator, reward: {method: ladder, rungs: [...]}}" in str(told.value)
+    around = {"method": "calculator", "reward": {"method": "ladder", "rungs": ["numeric", rungs[1]]}}
+    made = choose("rewards", Reward, around)
+    assert isinstance(made, Environment)
+    found = score(made, sample("<answer>4</answer> #### 4", answer="4"))
+    assert found.value == 2.0 and {"numeric", "format", "calls"} <= set(found.parts)
 
 
 def test_what_is_not_reached_is_not_asked() -> None:

@@ -7,7 +7,7 @@ Equation: r = sum_k w_k r_k prod_{j < k, j a gate} 1[r_j >= pass_j]
 Source: Predibase, reinforcement fine-tuning of PyTorch to Triton (formatting, compilation, correctness, speed)
 Cost: that of its rungs, for the samples that reach them.
 Use when: what counts can only be had after something simpler (format, compiles, right, fast).
-Not when: there is one reward; it needs no ladder.
+Not when: there is one reward; it needs no ladder. An environment is no rung: it has a ladder as its reward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from luthier.core.chosen import Chosen, choose
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import Knobs
 from luthier.data.sample import Sample
-from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.rewards import Environment, Reward, RewardError, Score, Tools, Verdict
 
 _OWN = ("reward", "name", "weight", "gate", "pass_at")
 
@@ -65,6 +65,20 @@ class Ladder(Reward):
         names = [rung.called for rung in self.rungs]
         if twice := [name for name in names if names.count(name) > 1]:
             raise RecipeError(f"two rungs are called {twice[0]!r}", do="give one a name: {method: M, name: N}")
+        return self
+
+    @model_validator(mode="after")
+    def _judges_what_was_said(self) -> Ladder:
+        for rung in self.rungs:
+            if isinstance(rung.reward, Environment):
+                # A rung judges what was said; an exchange is what the whole ladder judges.
+                name = rung.reward.method_name()
+                raise RecipeError(
+                    f"the rung {rung.called!r} is an environment, and nobody would play it: a ladder judges answers",
+                    allowed="rewards that open no episode",
+                    do=f"put the ladder into it: {{method: {name}, reward: {{method: ladder, rungs: [...]}}}}, with "
+                    f"the reward of {name} as a rung",
+                )
         return self
 
     @property
