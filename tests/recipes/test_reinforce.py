@@ -136,6 +136,35 @@ def test_a_function_gets_what_trl_would_give_it(asked: Path, tmp_path: Path) -> 
     assert all(prompt in chats and [*said[0]] == ["role", "content"] for prompt, said in forced), forced
 
 
+def test_a_checkpoint_is_not_the_best_by_other_rows(asked: Path, tmp_path: Path) -> None:
+    """Breaks when a mean over the rows that could be scored beats one over all, or nobody says which were left out."""
+    (tmp_path / "worth.py").write_text(
+        "from pathlib import Path\nlog = Path(__file__).with_name('calls')\n"
+        "held = [[1, 1], [2, 2], [None, 9], [2, 2]]\n\n\n"
+        "def worth(completion_ids, held_out=None, **more):\n    if not held_out or not held_out[0]:\n"
+        "        return [float(sum(ids) % 5) for ids in completion_ids]\n"
+        "    calls = len(log.read_text()) if log.exists() else 0\n    log.write_text('x' * (calls + 1))\n"
+        "    return held[calls]\n"
+    )
+    for name, count, held in (("learned", 6, False), ("held", 2, True)):
+        rows = [{"prompt": f"What {name} thing is {number}?", "held_out": held} for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sets = [f"reward={{method: function, path: '{tmp_path / 'worth.py'}:worth'}}",
+            f"data.train={tmp_path / 'learned.jsonl'}", f"data.evaluation={tmp_path / 'held.jsonl'}"]  # fmt: skip
+    run = tmp_path / "run"
+    done = luthier("train", asked, "--run", run, *[word for each in sets for word in ("--set", each)]).must(0)
+    assert "held-out reward 1.0000 -> 2.0000 (best at step 3)" in done.out
+    first, second, third = told(run, "evaluation")
+    assert "not_scored" not in first and "not_scored" not in second
+    assert third["not_scored"] == 1 and third["failures"] == {"the reward gave None": 1}
+    assert third["reward"] == 9.0 and third["not_compared_with"] == 3
+    assert (
+        "step 6: held-out reward 9.0000 over 1 of 2 prompts; 1 could not be scored (the reward gave None), so it is "
+        "not compared with that of step 3, which was scored on others, and step 3 stays the best" in done.err
+    )
+    assert "note    in 1 of 3 evaluations 1 held-out answers could not be scored, 1 of them because" in done.out
+
+
 def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Path) -> None:
     """Breaks when a run in which half of the answers failed ends as if all were well, or nobody can find out why."""
     (tmp_path / "odd.py").write_text(

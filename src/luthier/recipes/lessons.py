@@ -32,7 +32,7 @@ def lessons(rollouts: Events, evaluations: Events) -> list[str]:
     """Sentences about the rollouts of a run, the most important first; none where all is well."""
     if not rollouts:
         return []
-    said = [_alike(rollouts), _failed(rollouts), _cut(rollouts)]
+    said = [_alike(rollouts), _failed(rollouts), _unscored(evaluations), _cut(rollouts)]
     if len(rollouts) >= _FEW:
         said += [_exploited(rollouts, evaluations), _collapsed(rollouts), _drifted(rollouts)]
     return [sentence for sentence in said if sentence]
@@ -70,6 +70,24 @@ def _failed(rollouts: Events) -> str:
     return f"{failed:,} of {answers:,} answers could not be scored and were left out{why}"
 
 
+def _unscored(evaluations: Events) -> str:
+    """Held-out answers that are in no mean."""
+    lacking = [each for each in evaluations if each.get("not_scored")]
+    if not lacking:
+        return ""
+    lost = sum(int(each["not_scored"]) for each in lacking)
+    reasons: Counter[str] = Counter()
+    for each in lacking:
+        reasons.update(each["failures"])
+    [(reason, count)] = reasons.most_common(1)
+    apart = sum("not_compared_with" in each for each in lacking)
+    more = f"; {apart:,} of these lacked rows that the best one had, and were not compared with it" if apart else ""
+    return (
+        f"in {len(lacking):,} of {len(evaluations):,} evaluations {lost:,} held-out answers could not be scored, "
+        f"{count:,} of them because of this: {reason}; the means of these evaluations are over the other rows{more}"
+    )
+
+
 def _cut(rollouts: Events) -> str:
     answers, cut = (sum(int(each[name]) for each in rollouts) for name in ("answers", "cut"))
     if not answers or cut / answers < CUT:
@@ -79,7 +97,8 @@ def _cut(rollouts: Events) -> str:
 
 
 def _exploited(rollouts: Events, evaluations: Events) -> str:
-    held = [float(each["reward"]) for each in evaluations if "reward" in each]
+    # What lacks rows may only have had the easier ones.
+    held = [float(each["reward"]) for each in evaluations if "reward" in each and not each.get("not_scored")]
     first, last = _ends(rollouts, "reward")
     if len(held) < 2 or last <= first or held[-1] >= held[0]:
         return ""

@@ -154,7 +154,7 @@ def event_line(event: Event) -> str | None:
 
 def _event_line(event: Event) -> str | None:
     if event.kind == "evaluation" and "reward" in event.values:
-        return f"step {event.step}: held-out reward {event.values['reward']:.4f} over {event.values['rows']} prompts"
+        return f"step {event.step}: held-out reward {event.values['reward']:.4f} over {_prompts(event.values)}"
     if event.kind == "evaluation":
         return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
     if event.kind == "doing":
@@ -178,6 +178,18 @@ def _event_line(event: Event) -> str | None:
     if event.kind == "warning":
         return f"warning: {event.values['message']}"
     return None
+
+
+def _prompts(values: Any) -> str:
+    """The prompts that a held-out reward is the mean of, and what it cannot be compared with."""
+    if not (lost := values.get("not_scored", 0)):
+        return f"{values['rows']} prompts"
+    why = next(iter(values["failures"]))
+    told = f"{values['rows']} of {values['rows'] + lost} prompts; {lost} could not be scored ({why})"
+    if (best := values.get("not_compared_with")) is not None:
+        told += f", so it is not compared with that of step {best}, which was scored on others, and step {best} stays "
+        told += "the best"
+    return told
 
 
 def _wait_line(values: Any) -> str:

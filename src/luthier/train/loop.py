@@ -19,6 +19,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.events import Event, Recorder
 from luthier.data.forest import Tree
 from luthier.schedules import Schedule
+from luthier.train.best import is_better, take_best
 from luthier.train.pass_report import PassReport
 from luthier.train.shortage import shortage
 from luthier.train.source import Source
@@ -258,7 +259,7 @@ class Loop:
         self.recorder.record(Event("step", values, step=state.step))
 
     def _evaluate(self, state: LoopState) -> bool:
-        """The loss on held-out rows; whether it is the best so far."""
+        """The loss on held-out rows; whether it is the best so far (best.py)."""
         if self.evaluate is not None:
             report = self.evaluate()
         elif self.eval_trees:
@@ -271,12 +272,13 @@ class Loop:
             state.first_eval_loss = report.loss
         metrics = report.figures
         state.metrics.setdefault("first", metrics)
-        gain = state.best_eval_loss is None or report.loss < state.best_eval_loss
-        better = state.step > 0 and math.isfinite(report.loss) and gain
+        better = is_better(state, report) if state.step else False
+        lost = {"not_scored": sum(report.unscored.values()), "failures": report.unscored} if report.unscored else {}
+        apart = {"not_compared_with": state.best_step} if better is None else {}
         if better:
-            state.best_eval_loss, state.best_step = report.loss, state.step
-            state.metrics["best"] = metrics
-        state.evaluations_without_gain = 0 if better or state.step == 0 else state.evaluations_without_gain + 1
+            take_best(state, report)
+        if better is not None:
+            state.evaluations_without_gain = 0 if better or state.step == 0 else state.evaluations_without_gain + 1
         worst = sorted(report.row_losses.items(), key=lambda item: -item[1][0] / item[1][1])[:20]
         self.recorder.record(
             Event(
@@ -285,13 +287,15 @@ class Loop:
                     "loss": report.loss,
                     **metrics,
                     "rows": len(report.row_losses),
+                    **lost,
+                    **apart,
                     "trained_tokens": report.trained_tokens,
                     "worst_rows": [{"row": row, "loss": loss / weight} for row, (loss, weight) in worst],
                 },
                 step=state.step,
             )
         )
-        return better
+        return bool(better)
 
     def _sample(self, state: LoopState) -> None:
         if self.sample is None:

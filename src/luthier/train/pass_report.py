@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ class PassReport:
     """What a forward (and backward) pass over some trees found: sums, not means.
 
     `splits` says how often micro-batches were made smaller on the way; `metrics` are an objective's own, each a sum and
-    its weight, and `most` those of which the largest counts.
+    its weight, and `most` those of which the largest counts. `unscored` are rows that could not be measured, by reason.
     """
 
     loss_sum: float
@@ -29,6 +30,7 @@ class PassReport:
     splits: tuple[Split, ...] = ()
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     most: Mapping[str, float] = field(default_factory=dict)
+    unscored: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -58,6 +60,7 @@ def add_up(reports: Sequence[PassReport]) -> PassReport:
         splits=tuple(split for report in reports for split in report.splits),
         metrics=_summed([report.metrics for report in reports]),
         most=_largest([report.most for report in reports]),
+        unscored=sum((Counter(report.unscored) for report in reports), Counter[str]()),
     )
 
 

@@ -10,16 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from luthier.data.rollouts import Answer, Group
-from luthier.train.scoring import Scored
+from luthier.train.scoring import Scored, frequent
 
 COUNTED: Final = (
     "groups", "alike", "redrawn", "answers", "cut", "tokens", "failed", "unasked", "retried"
 )  # fmt: skip
 """What is counted of a rollout: groups, those whose answers were all worth the same, those that were drawn again for
 it; answers, those cut off, their tokens; those whose reward failed or does not apply, and how often it was asked."""
-_REASONS: Final = 3
-_LONGEST: Final = 200
-"""How many reasons for which answers could not be scored are told, and letters of each."""
 
 
 @dataclass
@@ -66,7 +63,7 @@ class RolloutReport:
 
     def why(self) -> str:
         """What became of the answers, in a sentence."""
-        said = "; ".join(f"{count} x {reason}" for reason, count in self.failures.most_common(_REASONS))
+        said = "; ".join(f"{count} x {reason}" for reason, count in self.failures.most_common(3))
         reasons = f" ({said})" if said else ""
         return (
             f"of {self.counts['answers']} answers {self.counts['failed']} could not be scored{reasons}, "
@@ -82,21 +79,13 @@ class RolloutReport:
             return "give a number for more of them: where the reward gives None an answer is left out"
         return "look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts"
 
-    @property
-    def reasons(self) -> dict[str, int]:
-        """The most frequent reasons for which answers could not be scored, and how many each."""
-        found: Counter[str] = Counter()
-        for reason, count in self.failures.most_common(_REASONS):
-            found[reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ..."] += count
-        return dict(found)
-
     def values(self) -> dict[str, Any]:
         """Plain numbers. Means are over answers that have a score."""
         best = max(self._rewards, default=math.nan)
         tokens = self.counts["tokens"]
         return {
             **{name: self.counts[name] for name in COUNTED},
-            "failures": self.reasons,
+            "failures": frequent(self.failures),
             "version": self.version,
             "reward": _mean(self._rewards),
             "reward_std": _std(self._rewards),

@@ -12,13 +12,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import final
+from typing import Final, final
 
 from luthier.core.errors import RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Limits
 from luthier.sandbox.sandbox import Sandbox, open_sandbox
+
+_REASONS: Final = 3
+_LONGEST: Final = 200
+"""How many reasons for which samples could not be scored are told, and letters of each."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,25 @@ class Scored:
         }
 
     @property
+    def unscored(self) -> dict[str, int]:
+        """How many samples have no score, by reason."""
+        reasons = frequent(Counter(failure.received for failure in self.failures))
+        more = {"other reasons": len(self.failures) - sum(reasons.values()), "the reward gave None": self.unasked}
+        return {**reasons, **{reason: count for reason, count in more.items() if count}}
+
+    @property
     def told(self) -> str:
         """What happened to those that failed, the most frequent first."""
         reasons = Counter(failure.received for failure in self.failures)
         return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+
+
+def frequent(reasons: Counter[str]) -> dict[str, int]:
+    """The most frequent of the reasons for which samples could not be scored, shortened, and how many each."""
+    found: Counter[str] = Counter()
+    for reason, count in reasons.most_common(_REASONS):
+        found[reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} ..."] += count
+    return dict(found)
 
 
 @final

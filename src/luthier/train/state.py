@@ -35,6 +35,7 @@ NUMBERS = "state.json"
 
 
 _OWED = "owed"
+_ROWS = "best-rows"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class LoopState:
     """Every number that one step hands to the next. Losses are sums with their weights, so that means stay exact.
 
     `metrics` are an objective's own, of the first evaluation and of the best one, and none of one that is owed: see
-    `unseen`.
+    `unseen`. Beside them stand the rows of the best one, where it has not scored all: see `best_rows`.
     """
 
     step: int = 0
@@ -80,6 +81,18 @@ class LoopState:
         self.metrics.pop(_OWED, None)
         if owed:
             self.metrics[_OWED] = {}
+
+
+    @property
+    def best_rows(self) -> dict[int, float]:
+        """The loss of each row that the best evaluation has scored; nothing where it has scored all that there are."""
+        return {int(row): loss for row, loss in self.metrics.get(_ROWS, {}).items()}
+
+    @best_rows.setter
+    def best_rows(self, rows: Mapping[int, float]) -> None:
+        self.metrics.pop(_ROWS, None)
+        if rows:
+            self.metrics[_ROWS] = {str(row): loss for row, loss in rows.items()}
 
 
 @final

@@ -247,8 +247,9 @@ class HeldOut:
             )
         tokens = sum(lengths)
         return PassReport(
-            sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics
-        )
+            sum(loss for loss, _ in rows.values()), float(len(rows)), tokens, tokens, rows, metrics=metrics,
+            unscored=scored.unscored,
+        )  # fmt: skip
 
     def _taught(self, sampling: Sampling) -> PassReport:
         """The objective over answers that nobody has scored."""
