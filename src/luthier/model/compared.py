@@ -21,6 +21,7 @@ from torch import Tensor
 from luthier.core.errors import DataError
 from luthier.data.forest import Floats, Forest, Note, Segment, Tree
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
+from luthier.data.training_rows import TrainingRows
 from luthier.model.running.outputs import TokenOutputs
 
 ScoreUse = Literal["unused", "margin", "probability"]
@@ -44,6 +45,27 @@ def compared_tree(view: Rendered, *, at_end: bool = False) -> Tree:
     nothing = np.zeros(int(prompt.sum()), dtype=np.float32)
     leaves = [_leaf(view, number, 1 / count, at_end) for number in range(1, count + 1)]
     return Tree((Segment(view.tokens[prompt], nothing), *leaves), row=view.row)
+
+
+def require_scores(rows: TrainingRows, use: ScoreUse) -> list[str]:
+    """What to say of rows without the scores that are used. Raises DataError where there are none at all."""
+    if use == "unused":
+        return []
+    lacking = ~rows.scored
+    if not (count := int(lacking.sum())):
+        return []
+    columns = "margin, probability, or score_chosen and score_rejected"
+    if count == len(rows):
+        raise DataError(
+            f"scores is {use} in the objective, and none of {count:,} training rows has scores",
+            allowed=f"rows with {columns}",
+            do="add one of these columns, or set scores to unused",
+        )
+    taken = "their answers have no margin to keep" if use == "margin" else "their order is taken for certain"
+    return [
+        f"{count:,} of {len(rows):,} training rows have no scores, and scores is {use} in the objective (first: "
+        f"{rows.first(lacking)}): {taken}; give them {columns}, or take them out"
+    ]
 
 
 def is_good(view: Rendered) -> bool:

@@ -21,6 +21,7 @@ from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rollout_learner import RolloutLearner
+from luthier.data.training_rows import TrainingRows
 from luthier.maths.divergences import Comparison
 from luthier.model.editing.edits import Edit
 from luthier.model.running.outputs import LossReport, TokenOutputs
@@ -87,6 +88,10 @@ class Objective(Method):
     def task(self, classes: tuple[str, ...]) -> Task:
         """What the model is loaded for; `classes` are those of the data. Raises DataError where they do not do."""
         return CAUSAL
+
+    def remarks(self, rows: TrainingRows) -> list[str]:
+        """What to say of the training rows before the first step. Raises DataError where they lack what it is for."""
+        return []
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Self:
         """The objective with what it needs of a tokenizer. Raises RecipeError where the tokenizer lacks it."""

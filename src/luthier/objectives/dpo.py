@@ -24,8 +24,9 @@ from luthier.core.errors import RecipeError
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.training_rows import TrainingRows
 from luthier.maths.preferences import PairLoss, pair_losses
-from luthier.model.compared import Pairs, ScoreUse, compared_tree
+from luthier.model.compared import Pairs, ScoreUse, compared_tree, require_scores
 from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.objectives import Objective
 
@@ -62,6 +63,9 @@ class DPO(Objective):
     @property
     def meanings(self) -> tuple[Meaning, ...] | None:
         return ("preference",)
+
+    def remarks(self, rows: TrainingRows) -> list[str]:
+        return require_scores(rows, self.scores)
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         return [compared_tree(view)]

@@ -29,6 +29,7 @@ from luthier.data.conversation import WORDS, Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
 from luthier.data.rollout_learner import RolloutLearner
+from luthier.data.training_rows import TrainingRows
 from luthier.model.editing.edits import Edit
 from luthier.model.running.outputs import LossReport, TokenOutputs, of_trees
 from luthier.model.tasks import CAUSAL, Task
@@ -97,6 +98,9 @@ class Mixture(Objective):
     def with_vocabulary(self, vocabulary: Vocabulary) -> Self:
         parts = {name: getattr(self, name).with_vocabulary(vocabulary) for name in ("said", "compared")}
         return self.model_copy(update=parts)
+
+    def remarks(self, rows: TrainingRows) -> list[str]:
+        return self.compared.remarks(rows.of(rows.answered))
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         if view.answers is not None or not view.weights.any():

@@ -21,8 +21,9 @@ from luthier.core.errors import DataError
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.training_rows import TrainingRows
 from luthier.maths.preferences import pair_losses
-from luthier.model.compared import Pairs, ScoreUse, compared_tree
+from luthier.model.compared import Pairs, ScoreUse, compared_tree, require_scores
 from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.tasks import SCORES, Task
 from luthier.objectives import Objective
@@ -48,6 +49,9 @@ class RewardModel(Objective):
 
     def task(self, classes: tuple[str, ...]) -> Task:
         return SCORES
+
+    def remarks(self, rows: TrainingRows) -> list[str]:
+        return require_scores(rows, self.scores)
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         return [compared_tree(view, at_end=True)]

@@ -15,6 +15,7 @@ import torch
 from luthier.core.errors import RecipeError
 from luthier.data.prepare import Prepared, Reading, prepare
 from luthier.data.tokenizer import Tokenizer
+from luthier.data.training_rows import TrainingRows
 from luthier.kernels.lanes import Lane
 from luthier.kernels.pool import bound_caches
 from luthier.model.editing.attachment import Attachment
@@ -83,6 +84,7 @@ def lay_out(
     recipe = recipe.model_copy(update={"objective": objective})
     data = _prepared(found, tokenizer)
     task = objective.task(data.classes)
+    remarks = objective.remarks(TrainingRows(data.train, data.report.where, recipe.batch.rows))
     if name:
         _require_one_of_several(name, task, recipe)
     model = beside[0].model if beside else _base(recipe, found, task)
@@ -108,7 +110,7 @@ def lay_out(
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
     _recompute(model, recipe, [plan, *(bench.plan for bench in beside)], lane)
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
-    plan["notices"] = [*notices, *plan["notices"]]
+    plan["notices"] = [*notices, *remarks, *plan["notices"]]
     return Bench(
         recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded,
         recorded(model, recipe.batch.micro_tokens, alone=not name),

@@ -206,8 +206,7 @@ def summary(
         "result": proof["result"],
         "proof": {key: proof[key] for key in PROVED},
         "notices": [*planned["notices"], *notices],
-        # Those of them that nobody could know before the first step.
-        "lessons": notices,
+        "lessons": notices,  # those of them that nobody could know before the first step
     }
 
 

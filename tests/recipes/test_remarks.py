@@ -1,0 +1,63 @@
+"""What an objective has to say of all of its rows is said before the first step, or refuses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import Said, luthier, write_rows
+
+PAIR = {"prompt": "How are you?", "chosen": "Well.", "rejected": "BAD!!"}
+
+
+def planned(llama: Path, folder: Path, rows: Sequence[Mapping[str, Any]], objective: str, *sets: str) -> Said:
+    """A dry run on these rows."""
+    path = folder / "recipe.yaml"
+    path.write_text("evaluation: {fraction: 0}\n", encoding="utf-8")
+    data = write_rows(folder / "rows.jsonl", rows)
+    given = [f"model={llama}", f"data.train={data}", f"objective={objective}", *sets]
+    return luthier("train", path, "--dry-run", "--json", *(part for each in given for part in ("--set", each)))
+
+
+def notices(said: Said) -> list[str]:
+    """What the plan has to say."""
+    return list(json.loads(said.must(0).out)["plan"]["notices"])
+
+
+@pytest.mark.parametrize("method", ["dpo", "reward_model"])
+@pytest.mark.parametrize(
+    ("use", "scored", "taken"),
+    [("margin", {"margin": 1}, "no margin to keep"), ("probability", {"probability": 0.8}, "taken for certain"),
+     ("margin", {"score_chosen": 2, "score_rejected": 1}, "no margin to keep")],
+)  # fmt: skip
+def test_rows_without_the_scores_that_are_asked_for_are_told(
+    method: str, use: str, scored: dict[str, Any], taken: str, llama: Path, tmp_path: Path
+) -> None:
+    """Breaks when a margin that no row has is a plain preference without a word, or rows without count as 0 unsaid."""
+    objective = f"{{method: {method}, scores: {use}}}"
+    rows = [{**PAIR, "prompt": f"How are you, {place}?", **scored} for place in range(4)]
+    assert not [each for each in notices(planned(llama, tmp_path, rows, objective)) if "have no scores" in each]
+    rows[2] = {key: value for key, value in rows[2].items() if key not in scored}
+    [told] = [each for each in notices(planned(llama, tmp_path, rows, objective)) if "have no scores" in each]
+    assert told.startswith(f"1 of 4 training rows have no scores, and scores is {use} in the objective (first: ")
+    assert "rows.jsonl:3:1" in told and taken in told
+    bare = [{**PAIR, "prompt": f"How are you, {place}?"} for place in range(4)]
+    why = f"scores is {use} in the objective, and none of 4 training rows has scores"
+    planned(llama, tmp_path, bare, objective).must(65, why, "set scores to unused")
+    assert not [each for each in notices(planned(llama, tmp_path, bare, method)) if "have no scores" in each]
+
+
+def test_scores_are_asked_of_the_pairs_of_a_mixture_alone(llama: Path, tmp_path: Path) -> None:
+    """Breaks when a conversation to imitate is said to lack a score, or the pairs beside it are not looked at."""
+    objective = "{method: mixture, compared: {method: dpo, scores: margin}}"
+    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    (tmp_path / "talks").mkdir()
+    talks = write_rows(tmp_path / "talks" / "talks.jsonl", [talk])
+    sets = f"data.train=[{tmp_path / 'rows.jsonl'}, {talks}]"
+    assert not [each for each in notices(planned(llama, tmp_path, [{**PAIR, "margin": 1}], objective, sets)) if
+                "have no scores" in each]  # fmt: skip
+    planned(llama, tmp_path, [PAIR], objective, sets).must(65, "none of 1 training rows has scores")
