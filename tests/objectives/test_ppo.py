@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
 from luthier.data.rollouts import leaf_notes, noting
 from luthier.maths.gae import gae
+from luthier.objectives import Objective
 from luthier.objectives.ppo import PPO
 from tests import rollouts
 from tests.objectives.test_grpo import assert_close, gradients
@@ -53,6 +55,13 @@ def test_the_leash_adapts_to_how_far_answers_are_away() -> None:
     near = [noting(tree, "old", leaf_notes(tree, "reference")) for tree in trees]
     assert objective.credited(groups, far, leash=0.1)[1] == pytest.approx(0.1 * np.exp(0.02))
     assert objective.credited(groups, near, leash=0.1)[1] == pytest.approx(0.1 * np.exp(-0.02))
+
+
+def test_a_leash_of_nothing_cannot_adapt() -> None:
+    """Breaks when a target is taken that is never looked at: 0 times any factor is 0."""
+    with pytest.raises(RecipeError, match=r"beta is 0 and target_kl is 1.*set beta to 0\.05, or leave target_kl out"):
+        choose("objectives", Objective, {"method": "ppo", "beta": 0, "target_kl": 1})
+    assert choose("objectives", Objective, {"method": "ppo", "beta": 0}).needs
 
 
 def test_the_loss_is_the_mean_over_tokens_of_both_parts() -> None:

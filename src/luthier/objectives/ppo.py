@@ -21,7 +21,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Note, Tree
@@ -56,6 +56,16 @@ class PPO(RolloutLearner, Objective):
     temperature: float = Field(1.0, gt=0, description="at which answers are sampled, and the policy is trained")
     passes: int = Field(4, ge=1, description="times that a rollout is gone through")
     minibatches: int = Field(1, ge=1, description="optimizer steps in each time")
+
+    @model_validator(mode="after")
+    def _can_adapt(self) -> PPO:
+        if self.target_kl is not None and not self.beta:
+            raise RecipeError(
+                f"beta is 0 and target_kl is {self.target_kl:g}, and beta adapts by a factor: 0 stays 0",
+                allowed="a beta above 0 to begin with",
+                do="set beta to 0.05, or leave target_kl out",
+            )
+        return self
 
     @property
     def recalled(self) -> frozenset[Note]:
