@@ -61,3 +61,20 @@ def test_scores_are_asked_of_the_pairs_of_a_mixture_alone(llama: Path, tmp_path:
     assert not [each for each in notices(planned(llama, tmp_path, [{**PAIR, "margin": 1}], objective, sets)) if
                 "have no scores" in each]  # fmt: skip
     planned(llama, tmp_path, [PAIR], objective, sets).must(65, "none of 1 training rows has scores")
+
+
+def test_judged_rows_of_one_kind_and_steps_of_one_row_are_told(llama: Path, tmp_path: Path) -> None:
+    """Breaks when a policy learns from good answers alone, or without a point of reference, and nobody is told."""
+    rows = [{"prompt": f"How are you, {place}?", "completion": "Well.", "label": place % 2 == 0} for place in range(4)]
+    quiet = ("judged training rows", "point of reference")
+    assert not [each for each in notices(planned(llama, tmp_path, rows, "kto", "batch.rows=2")) if
+                any(words in each for words in quiet)]  # fmt: skip
+    for good, what in ((True, "good answers, and none is bad"), (False, "bad answers, and none is good")):
+        alike = [{**row, "label": good} for row in rows]
+        one, two = (each for each in notices(planned(llama, tmp_path, alike, "kto", "batch.rows=1")) if
+                    any(words in each for words in quiet))  # fmt: skip
+        assert one.startswith(f"all 4 judged training rows are {what}: ") and ("objective sft" in one) is good
+        assert two.startswith("batch.rows is 1, and") and "set batch.rows to 8 or more" in two
+    mixed = "{method: mixture, compared: kto}"
+    [told] = [each for each in notices(planned(llama, tmp_path, alike, mixed)) if "judged training rows" in each]
+    assert told.startswith("all 4 judged")

@@ -26,6 +26,7 @@ from pydantic import Field
 from luthier.data.conversation import Meaning
 from luthier.data.forest import Forest, Segment, Tree
 from luthier.data.rendering.rendered import Rendered
+from luthier.data.training_rows import TrainingRows
 from luthier.maths.preferences import kto_losses
 from luthier.model.compared import Answers, compared_tree, is_good
 from luthier.model.running.outputs import LossReport, TokenOutputs
@@ -51,6 +52,22 @@ class KTO(Objective):
     @property
     def meanings(self) -> tuple[Meaning, ...] | None:
         return ("judged",)
+
+    def remarks(self, rows: TrainingRows) -> list[str]:
+        told, bad = [], int(rows.wrong.sum())
+        if len(rows) and bad in (0, len(rows)):
+            one, other = ("bad", "good") if bad else ("good", "bad")
+            told.append(
+                f"all {len(rows):,} judged training rows are {one} answers, and none is {other}: whatever is said "
+                f"becomes {'un' if bad else ''}likelier, with nothing to tell apart; add {other} answers"
+                + ("" if bad else ", or imitate these with objective sft")
+            )
+        if rows.step_rows == 1:
+            told.append(
+                "batch.rows is 1, and the point of reference is found on the other answers of a step, so that it stays "
+                "0: set batch.rows to 8 or more"
+            )
+        return told
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         tree = compared_tree(view)
