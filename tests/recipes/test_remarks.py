@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.commands import Said, luthier, write_rows
 
+TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 PAIR = {"prompt": "How are you?", "chosen": "Well.", "rejected": "BAD!!"}
 
 
@@ -54,9 +55,8 @@ def test_rows_without_the_scores_that_are_asked_for_are_told(
 def test_scores_are_asked_of_the_pairs_of_a_mixture_alone(llama: Path, tmp_path: Path) -> None:
     """Breaks when a conversation to imitate is said to lack a score, or the pairs beside it are not looked at."""
     objective = "{method: mixture, compared: {method: dpo, scores: margin}}"
-    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     (tmp_path / "talks").mkdir()
-    talks = write_rows(tmp_path / "talks" / "talks.jsonl", [talk])
+    talks = write_rows(tmp_path / "talks" / "talks.jsonl", [TALK])
     sets = f"data.train=[{tmp_path / 'rows.jsonl'}, {talks}]"
     assert not [each for each in notices(planned(llama, tmp_path, [{**PAIR, "margin": 1}], objective, sets)) if
                 "have no scores" in each]  # fmt: skip
@@ -78,3 +78,33 @@ def test_judged_rows_of_one_kind_and_steps_of_one_row_are_told(llama: Path, tmp_
     mixed = "{method: mixture, compared: kto}"
     [told] = [each for each in notices(planned(llama, tmp_path, alike, mixed)) if "judged training rows" in each]
     assert told.startswith("all 4 judged")
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts", "idle", "alone"),
+    [([PAIR], "0 are conversations or texts and 1 prompts", "said (sft)", "dpo"),
+     ([TALK], "1 are conversations or texts and 0 prompts", "compared (dpo)", "sft")],
+)  # fmt: skip
+def test_a_mixture_of_one_kind_is_told(
+    rows: list[dict[str, Any]], counts: str, idle: str, alone: str, llama: Path, tmp_path: Path
+) -> None:
+    """Breaks when one of two objectives has no row to learn from, and nobody is told."""
+    [told] = [each for each in notices(planned(llama, tmp_path, rows, "mixture")) if "nothing to learn from" in each]
+    assert told == (
+        f"of 1 training rows {counts} with answers that were compared or judged: {idle} has nothing to learn from; add "
+        f"rows for it, or take the objective {alone} alone"
+    )
+    (tmp_path / "more").mkdir()
+    other = write_rows(tmp_path / "more" / "more.jsonl", [TALK if rows == [PAIR] else PAIR])
+    both = f"data.train=[{tmp_path / 'rows.jsonl'}, {other}]"
+    assert "nothing to learn from" not in str(notices(planned(llama, tmp_path, rows, "mixture", both)))
+
+
+def test_texts_that_are_missing_beside_rollouts_are_named(llama: Path, tmp_path: Path) -> None:
+    """Breaks when prompts are there, and all that is said is that there is no row."""
+    sets = ("recipe=reinforce", "reward=numeric", "budget.steps=1")
+    rows = [{"prompt": f"What is {place}?", "answer": "4"} for place in range(8)]
+    planned(llama, tmp_path, rows, "{method: mixture, compared: grpo}", *sets).must(
+        65, "the objective mixture imitates texts beside its rollouts", "of 8 training rows none is a conversation",
+        "or take the objective grpo alone",
+    )  # fmt: skip

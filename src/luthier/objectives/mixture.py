@@ -100,7 +100,18 @@ class Mixture(Objective):
         return self.model_copy(update=parts)
 
     def remarks(self, rows: TrainingRows) -> list[str]:
-        return self.compared.remarks(rows.of(rows.answered))
+        compared, imitated = rows.answered, rows.trained & ~rows.answered
+        others = len(rows) - int(imitated.sum())
+        told = self.compared.remarks(rows.of(compared)) if compared.any() else []
+        if others in (0, len(rows)):
+            idle, busy = ("said", "compared") if others else ("compared", "said")
+            names = {"said": self.said.method_name(), "compared": self.compared.method_name()}
+            told.append(
+                f"of {len(rows):,} training rows {len(rows) - others:,} are conversations or texts and {others:,} "
+                f"prompts with answers that were compared or judged: {idle} ({names[idle]}) has nothing to learn from; "
+                f"add rows for it, or take the objective {names[busy]} alone"
+            )
+        return told
 
     def trees(self, view: Rendered, *, epoch: int = 0) -> list[Tree]:
         if view.answers is not None or not view.weights.any():

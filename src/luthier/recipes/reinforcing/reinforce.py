@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from luthier.core.errors import CorruptError, RecipeError
+from luthier.core.errors import CorruptError, DataError, RecipeError
 from luthier.data.conversation import Asked, Row
 from luthier.data.forest import Ints, Note, Tree
 from luthier.data.intake import Intake, Kept
@@ -140,6 +140,13 @@ def _beside(recipe: ReinforceRecipe, facts: Facts, data: Prepared) -> DataSource
     if isinstance(recipe.objective, RolloutLearner):
         return None
     rows = facts.words(data.train)
+    if not rows:
+        raise DataError(
+            f"the objective {recipe.objective.method_name()} imitates texts beside its rollouts, and of "
+            f"{len(data.train):,} training rows none is a conversation with an answer, or a text",
+            allowed="rows to imitate beside the prompts",
+            do=f"add a file of them to data.train, or take the objective {recipe.learner.method_name()} alone",
+        )
     lengths = np.array([len(view.tokens) for view in rows], dtype=np.int64)
     tokens = recipe.batch.tokens
     count = None if tokens else recipe.batch.rows or recipe.rollouts.prompts
