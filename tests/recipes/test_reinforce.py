@@ -165,6 +165,17 @@ def test_a_checkpoint_is_not_the_best_by_other_rows(asked: Path, tmp_path: Path)
     assert "note    in 1 of 3 evaluations 1 held-out answers could not be scored, 1 of them because" in done.out
 
 
+def test_a_step_without_a_gradient_names_the_rewards(asked: Path, tmp_path: Path) -> None:
+    """Breaks when somebody whose rewards are all alike is sent to look at rows and at what the adapter trains."""
+    sets = ["objective={method: grpo}", "evaluation.fraction=0", "budget.steps=2",
+            "reward={method: length, most_tokens: 900, buffer_tokens: 4}"]  # fmt: skip
+    done = luthier("train", asked, "--run", tmp_path / "run", *[word for each in sets for word in ("--set", each)])
+    done.must(78, "parameters are exactly what they were at the start")
+    [told] = [line for line in done.err.splitlines() if line.startswith("warning: the gradient is exactly zero")]
+    assert "in each group of this step all answers were worth the same" in told and "rollouts.redraws" in told
+    assert "luthier data show" not in done.err
+
+
 def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Path) -> None:
     """Breaks when a run in which half of the answers failed ends as if all were well, or nobody can find out why."""
     (tmp_path / "odd.py").write_text(

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 
 from luthier.core.errors import NumericError, StorageError
-from luthier.data.forest import Tree
+from luthier.data.forest import Floats, Note, Segment, Tree
 from luthier.objectives.sft import SFT
 from luthier.optimizers.adamw import AdamW
 from luthier.schedules.linear import Linear
@@ -20,6 +21,7 @@ from luthier.train.signals import StopRequest
 from luthier.train.source import DataSource
 from luthier.train.state import LoopState
 from luthier.train.stepper import StepReport
+from luthier.train.watch import Watch
 from tests import forests
 from tests.forests import Diary
 
@@ -247,6 +249,22 @@ def test_bad_steps_in_a_row_end_the_run_and_nothing_is_applied(losses: list[floa
     assert all(event.values["rows"] for event in diary.events if event.kind == "bad_step")
     assert math.isfinite(losses[0]) or ("optim_step" not in script.done and script.done.count("zero_grad") == 3)
     assert diary.saves == []
+
+
+@pytest.mark.parametrize(
+    ("advantages", "cause"), [((0.0, 0.0), "alike"), ((0.0, 0.5), "no-gradient"), ((), "no-gradient")]
+)
+def test_a_gradient_of_zero_is_told_with_its_cause(advantages: tuple[float, ...], cause: str) -> None:
+    """Breaks when answers that were worth more and less than others are called alike, or rows of a file are."""
+    tokens, weights = np.zeros(2, np.int32), np.ones(2, np.float32)
+    told: list[dict[Note, Floats]] = [{"advantage": np.full(2, each, np.float32)} for each in advantages]
+    prompt = Segment(tokens, np.zeros(2, np.float32))
+    trees = [Tree((prompt, Segment(tokens, weights, 0, notes=notes))) for notes in told or [{}]]
+    watch = Watch(diary := Diary(), lambda: "", max_bad_steps=3, diagnose=None)
+    for _ in range(2):
+        watch.applied(LoopState(), StepReport(0.0, True), trees)
+    watch.applied(LoopState(), StepReport(1.0, True), trees)
+    assert [event.values["cause"] for event in diary.events] == [cause]
 
 
 def test_a_single_bad_step_is_noted_and_the_count_starts_anew() -> None:

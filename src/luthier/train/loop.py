@@ -213,7 +213,7 @@ class Loop:
             return math.nan
         step = self.stepper.optim_step(factor=factor)
         if step.applied:
-            self.watch.applied(state, step)
+            self.watch.applied(state, step, trees)
         else:
             self.watch.bad_gradient(state, passed, trees, step)
         return step.grad_norm

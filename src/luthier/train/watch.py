@@ -45,15 +45,21 @@ class Watch:
         self._warned: set[str] = set()
         self._rounded_steps = 0
 
-    def applied(self, state: LoopState, step: StepReport) -> None:
-        """After a step that was applied. Raises NumericError when the update itself has broken weights."""
+    def applied(self, state: LoopState, step: StepReport, trees: Sequence[Tree]) -> None:
+        """After a step from `trees` that was applied. Raises NumericError when the update has broken weights."""
         if step.broken:
             raise NumericError(
                 f"step {state.step + 1}: the update made {', '.join(step.bad_tensors)} not finite; {self._pinned()}",
                 do="lower optimizer.learning_rate in the recipe and begin a new run with it",
             )
         state.bad_steps = 0
-        if step.grad_norm == 0.0:
+        if step.grad_norm == 0.0 and _alike(trees):
+            self.warn(
+                state, "alike", "the gradient is exactly zero: in each group of this step all answers were worth the "
+                "same, so that there is nothing to learn from comparing them; raise objective.temperature or "
+                "rollouts.answers, set rollouts.redraws, or give partial credit",
+            )  # fmt: skip
+        elif step.grad_norm == 0.0:
             self.warn(
                 state, "no-gradient", "the gradient is exactly zero, so nothing is learned; look at the rows with "
                 "luthier data show, and at what the adapter trains",
@@ -111,6 +117,13 @@ class Watch:
     def _pinned(self) -> str:
         name = self.pin()
         return f"{name} is finite and kept" if name else "there is no checkpoint yet, nothing was saved"
+
+
+def _alike(trees: Sequence[Tree]) -> bool:
+    """Whether these are answers that were sampled, and none of them was better or worse than expected."""
+    leaves = [leaf for tree in trees for leaf in tree.segments if leaf.weights.any()]
+    noted = [leaf.notes["advantage"] for leaf in leaves if leaf.notes is not None and "advantage" in leaf.notes]
+    return 0 < len(noted) == len(leaves) and not any(each.any() for each in noted)
 
 
 def _but(stepped: int) -> str:
