@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.core.errors import RecipeError
-from luthier.core.units import bytes_from, bytes_text, count_text, duration_text, percent_text
+from luthier.core.units import bytes_from, bytes_text, count_text, duration_text, percent_text, signed_text
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,12 @@ def test_sizes_from_text(text: str, size: float) -> None:
 def test_texts_that_are_no_size(text: str) -> None:
     with pytest.raises(RecipeError, match="a size of"):
         bytes_from(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.0, "0.0000"), (0.0, "0.0000"), (-0.00004, "0.0000"), (-0.00006, "-0.0001"), (-1.5, "-1.5000")],
+)  # fmt: skip
+def test_what_is_shown_as_a_zero_has_no_minus(value: float, text: str) -> None:
+    """Breaks when a reward of nothing is shown as less than nothing."""
+    assert signed_text(value) == text

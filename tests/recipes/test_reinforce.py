@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from luthier.cli.show import print_summary
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
 from luthier.recipes.lessons import lessons
@@ -75,6 +76,16 @@ def test_a_run_is_proved_by_the_rewards_of_its_reloaded_answers(unbroken: Path) 
     assert steps[0]["ratio"] == pytest.approx(1, abs=1e-4) and steps[0]["mismatch_most"] < 0.1
     report = (unbroken / "report.html").read_text("utf-8")
     assert "Reward: format" in report and "<h2>Reward</h2>" in report
+
+
+def test_a_reward_of_nothing_has_no_minus(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Breaks when a held-out reward of 0, whose loss is minus that, is shown as -0.0000."""
+    summary = json.loads((unbroken / "summary.json").read_text("utf-8"))
+    summary["loss"] |= {"eval_first": 0.0, "eval": 0.00001}
+    summary["metrics"] = {"reward": [-0.0, -0.00001]}
+    print_summary(summary)
+    said = capsys.readouterr().out
+    assert "held-out reward 0.0000 -> 0.0000 (best" in said and "reward 0.000 -> 0.000\n" in said
 
 
 def test_a_group_of_one_is_refused_where_answers_are_compared() -> None:

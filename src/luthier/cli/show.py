@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.core.events import plain
-from luthier.core.units import bytes_text, count_text, duration_text, percent_text, rate_text
+from luthier.core.units import bytes_text, count_text, duration_text, percent_text, rate_text, signed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,8 +125,8 @@ def print_summary(summary: Mapping[str, Any], *, again: bool = False) -> None:
     typer.echo(f"{summary['status']}: {summary['steps']:,} steps, {seconds} of training")
     if loss["eval"] is not None and loss["eval_first"] is not None and "reward" in summary["metrics"]:
         # The held-out loss of rollouts is minus the mean reward.
-        first, last = -loss["eval_first"], -loss["eval"]
-        typer.echo(f"held-out reward {first:.4f} -> {last:.4f} (best at step {loss['best_step']})")
+        first, last = (signed_text(-loss[when]) for when in ("eval_first", "eval"))
+        typer.echo(f"held-out reward {first} -> {last} (best at step {loss['best_step']})")
     elif loss["eval"] is not None and loss["eval_first"] is not None:
         typer.echo(f"held-out loss {loss['eval_first']:.4f} -> {loss['eval']:.4f} (best at step {loss['best_step']})")
     typer.echo(f"training loss {_number(loss['first'])} -> {_number(loss['last'])}")
@@ -144,7 +144,7 @@ def print_summary(summary: Mapping[str, Any], *, again: bool = False) -> None:
     for name, (before, after) in summary["metrics"].items():
         if "/" in name:  # a part of a part of a reward
             continue
-        typer.echo(f"{name} {before:.3f} -> {after:.3f}")
+        typer.echo(f"{name} {signed_text(before, 3)} -> {signed_text(after, 3)}")
     print_notices(summary, again=again)
     if verb := _NEXT.get(summary["task"], ""):
         typer.echo(f'next    luthier {verb.format(run=summary["run"])}')

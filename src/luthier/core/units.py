@@ -71,6 +71,11 @@ def percent_text(share: float) -> str:
     return f"{percent:.{digits}f}".rstrip("0") + " %"
 
 
+def signed_text(value: float, digits: int = 4) -> str:
+    """`-0.2500`, `0.0000`: with so many digits after the point, and no minus before what is shown as a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def _scaled(value: float, units: tuple[str, ...]) -> tuple[str, str]:
     number, index = abs(value), 0
     # What would round to 1000 of one unit is 1 of the next.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 from luthier.core.events import Event, Recorder
-from luthier.core.units import count_text, duration_text
+from luthier.core.units import count_text, duration_text, signed_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,8 +142,8 @@ def rewards(values: Any) -> str:
     """The numbers of a rollout: its mean reward, and the parts of it; nothing where nobody rewards."""
     if math.isnan(values["reward"]):
         return ""
-    parts = "".join(f" {name} {value:.3f}" for name, value in values["parts"].items() if "/" not in name)
-    return f"reward {values['reward']:.3f}{f' ({parts[1:]})' if parts else ''}  "
+    parts = "".join(f" {name} {signed_text(value, 3)}" for name, value in values["parts"].items() if "/" not in name)
+    return f"reward {signed_text(values['reward'], 3)}{f' ({parts[1:]})' if parts else ''}  "
 
 
 def event_line(event: Event) -> str | None:
@@ -154,7 +154,7 @@ def event_line(event: Event) -> str | None:
 
 def _event_line(event: Event) -> str | None:
     if event.kind == "evaluation" and "reward" in event.values:
-        return f"step {event.step}: held-out reward {event.values['reward']:.4f} over {_prompts(event.values)}"
+        return f"step {event.step}: held-out reward {signed_text(event.values['reward'])} over {_prompts(event.values)}"
     if event.kind == "evaluation":
         return f"step {event.step}: held-out loss {event.values['loss']:.4f} over {event.values['rows']} rows"
     if event.kind == "doing":

@@ -242,7 +242,7 @@ class HeldOut:
         for prompt, length, score in zip(self.prompts, lengths, scored.scores, strict=True):
             if score is None:
                 continue
-            rows[prompt.row] = (-score.value, 1.0)
+            rows[prompt.row] = (0.0 - score.value, 1.0)  # a reward of 0 has no sign
             for name, value in {"reward": score.value, **score.parts, "answer_tokens": length}.items():
                 total, count = metrics.get(name, (0.0, 0.0))
                 metrics[name] = (total + value, count + 1)

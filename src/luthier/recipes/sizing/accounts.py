@@ -11,7 +11,7 @@ from typing import Any, Final
 import psutil
 import torch
 
-from luthier.core.units import bytes_text, count_text, duration_text
+from luthier.core.units import bytes_text, count_text, duration_text, signed_text
 from luthier.data.forest import Tree
 from luthier.data.prepare import Prepared
 from luthier.data.tokenizer import Tokenizer
@@ -158,12 +158,7 @@ def summary(
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What happened, for people, reports and `--json`."""
-    notices = list(more)
-    first, best = state.first_eval_loss, state.best_eval_loss
-    if best is not None and first is not None and best >= first:
-        # The held-out loss of rollouts is minus the mean reward.
-        what, sign = ("reward", -1) if "reward" in state.metrics.get("first", {}) else ("loss", 1)
-        notices.append(f"the held-out {what} did not improve ({sign * first:.4f} before, {sign * best:.4f} best)")
+    notices = [*more, *_not_better(state)]
     if state.skipped_steps:
         notices.append(
             f"{state.skipped_steps:,} of {state.step:,} steps had a number that was not finite and were not applied; "
@@ -208,6 +203,17 @@ def summary(
         "notices": [*planned["notices"], *notices],
         "lessons": notices,  # those of them that nobody could know before the first step
     }
+
+
+def _not_better(state: LoopState) -> list[str]:
+    """That nothing was won on what was held out, where it is so."""
+    first, best = state.first_eval_loss, state.best_eval_loss
+    if best is None or first is None or not best >= first:
+        return []
+    # The held-out loss of rollouts is minus the mean reward.
+    what, sign = ("reward", -1) if "reward" in state.metrics.get("first", {}) else ("loss", 1)
+    before, after = signed_text(sign * first), signed_text(sign * best)
+    return [f"the held-out {what} did not improve ({before} before, {after} best)"]
 
 
 def worst_rows(
