@@ -179,12 +179,13 @@ def test_a_checkpoint_is_not_the_best_by_other_rows(asked: Path, tmp_path: Path)
 def test_a_step_without_a_gradient_names_the_rewards(asked: Path, tmp_path: Path) -> None:
     """Breaks when somebody whose rewards are all alike is sent to look at rows and at what the adapter trains."""
     sets = ["objective={method: grpo}", "evaluation.fraction=0", "budget.steps=2",
-            "reward={method: length, most_tokens: 900, buffer_tokens: 4}"]  # fmt: skip
+            "reward={method: length, most_tokens: 900, buffer_tokens: 4}", "rollouts.redraws=2"]  # fmt: skip
     done = luthier("train", asked, "--run", tmp_path / "run", *[word for each in sets for word in ("--set", each)])
     done.must(78, "parameters are exactly what they were at the start")
     [told] = [line for line in done.err.splitlines() if line.startswith("warning: the gradient is exactly zero")]
     assert "in each group of this step all answers were worth the same" in told and "rollouts.redraws" in told
     assert "luthier data show" not in done.err
+    assert "), 6 groups drawn again in 2 attempts  loss 0.0000" in done.err
 
 
 def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Path) -> None:
@@ -266,6 +267,9 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded() -> None:
         validate(ReinforceRecipe, recipe_with(objective={"method": "sft"}))
     with pytest.raises(RecipeError, match="a recipe: reinforce"):
         validate(FinetuneRecipe, {"model": "seedling", "data": "x.jsonl", "objective": {"method": "grpo"}})
+    # A reward that is alike for all would draw again for ever.
+    with pytest.raises(RecipeError, match=r"redraws.*32"):
+        validate(ReinforceRecipe, recipe_with(rollouts={"redraws": 33}))
     with pytest.raises(RecipeError, match="minibatches is 9"):
         validate(ReinforceRecipe, recipe_with(objective={"method": "grpo", "minibatches": 9}))
 

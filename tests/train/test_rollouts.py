@@ -125,6 +125,7 @@ def test_groups_that_teach_nothing_are_drawn_again() -> None:
     assert source.report is not None
     values = source.report.values()
     assert len(trees) == 2 and values["redrawn"] == 6 and values["alike"] == 8
+    assert values["redraws"] == 3
     assert (source.cursor.epoch - before.epoch) * 5 + source.cursor.used - before.used == 8
     assert all((np.concatenate(leaf_notes(tree, "advantage")) == 0).all() for tree in trees)
 

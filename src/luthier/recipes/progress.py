@@ -139,11 +139,12 @@ def figures(values: Any) -> str:
 
 
 def rewards(values: Any) -> str:
-    """The numbers of a rollout: its mean reward, and the parts of it; nothing where nobody rewards."""
+    """The numbers of a rollout: its mean reward, its parts, and what was drawn again; nothing where nobody rewards."""
     if math.isnan(values["reward"]):
         return ""
     parts = "".join(f" {name} {signed_text(value, 3)}" for name, value in values["parts"].items() if "/" not in name)
-    return f"reward {signed_text(values['reward'], 3)}{f' ({parts[1:]})' if parts else ''}  "
+    again = f", {values['redrawn']:,} groups drawn again in {values['redraws']:,} attempts" if values["redraws"] else ""
+    return f"reward {signed_text(values['reward'], 3)}{f' ({parts[1:]})' if parts else ''}{again}  "
 
 
 def event_line(event: Event) -> str | None:

@@ -119,6 +119,7 @@ class Roller:
         kept: list[Group] = []
         for attempt in range(self.plan.redraws + 1):
             if attempt:
+                report.counts["redraws"] += 1
                 said = self._said(start, speaker, said.cursor, self.plan.prompts - len(kept), attempt)
             groups = self._groups(said, start.version, report)
             last = attempt == self.plan.redraws

@@ -13,10 +13,11 @@ from luthier.data.rollouts import Answer, Group
 from luthier.train.scoring import Scored, frequent
 
 COUNTED: Final = (
-    "groups", "alike", "redrawn", "answers", "cut", "tokens", "failed", "unasked", "retried"
+    "groups", "alike", "redrawn", "redraws", "answers", "cut", "tokens", "failed", "unasked", "retried"
 )  # fmt: skip
 """What is counted of a rollout: groups, those whose answers were all worth the same, those that were drawn again for
-it; answers, those cut off, their tokens; those whose reward failed or does not apply, and how often it was asked."""
+it, and in how many attempts; answers, those cut off, their tokens; those whose reward failed or does not apply, and how
+often it was asked."""
 
 
 @dataclass

@@ -79,7 +79,7 @@ class RolloutKnobs(Knobs):
     )  # fmt: skip
     correction: float = Field(2.0, ge=1, description="most that a token of a lagging rollout counts for")
     redraws: int = Field(
-        0, ge=0, description="attempts to replace groups whose answers were all worth the same by other prompts'"
+        0, ge=0, le=32, description="attempts to replace groups whose answers were all worth the same by other prompts'"
     )
     engine: EngineKnobs = Field(
         default_factory=EngineKnobs, description="the engine that samples, where it is not this process"
