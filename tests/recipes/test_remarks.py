@@ -106,5 +106,5 @@ def test_texts_that_are_missing_beside_rollouts_are_named(llama: Path, tmp_path:
     rows = [{"prompt": f"What is {place}?", "answer": "4"} for place in range(8)]
     planned(llama, tmp_path, rows, "{method: mixture, compared: grpo}", *sets).must(
         65, "the objective mixture imitates texts beside its rollouts", "of 8 training rows none is a conversation",
-        "or take the objective grpo alone",
+        "or make objective.compared the whole objective",
     )  # fmt: skip

@@ -145,7 +145,7 @@ def _beside(recipe: ReinforceRecipe, facts: Facts, data: Prepared) -> DataSource
             f"the objective {recipe.objective.method_name()} imitates texts beside its rollouts, and of "
             f"{len(data.train):,} training rows none is a conversation with an answer, or a text",
             allowed="rows to imitate beside the prompts",
-            do=f"add a file of them to data.train, or take the objective {recipe.learner.method_name()} alone",
+            do="add a file of them to data.train, or make objective.compared the whole objective",
         )
     lengths = np.array([len(view.tokens) for view in rows], dtype=np.int64)
     tokens = recipe.batch.tokens
