@@ -65,6 +65,20 @@ def test_cached_greedy_equals_full_forwards_in_a_batch_of_mixed_lengths(architec
         check_against_full_forwards(model, prompt, spoken)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_texts_are_those_of_transformers(architecture: str) -> None:
+    """Breaks when an answer is not what the library's own `generate` gives, stop tokens and penalties included."""
+    model = forests.language_model(architecture)
+    theirs = forests.zoo(architecture, ours=False)
+    sampling = Sampling(max_new_tokens=24, stop_ids=(5, 9), repetition_penalty=1.3, min_new_tokens=3)
+    for prompt, spoken in zip(PROMPTS, Engine(model).speak(PROMPTS, sampling), strict=True):
+        made = theirs.generate(
+            torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=24, min_new_tokens=3, do_sample=False,
+            repetition_penalty=1.3, eos_token_id=[5, 9], pad_token_id=0,
+        )  # fmt: skip
+        assert spoken.tokens.tolist() == made[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("name", list(ADAPTERS))
 def test_log_probabilities_are_those_the_trainer_computes(name: str) -> None:
     """Breaks when generation and training disagree about the model they share."""
