@@ -66,6 +66,9 @@ class Calculator(Reward):
     def needs(self) -> frozenset[str]:
         return self.reward.needs
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        self.reward.check(facts)
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         asked = self.reward.score(samples, tools)
         return [self._with_calls(sample, verdict) for sample, verdict in zip(samples, asked, strict=True)]

@@ -94,6 +94,13 @@ class Grader(Reward):
             return (float(low), float(high))
         return (-math.inf, math.inf) if grader["type"] in ("multi", "python") else (0.0, 1.0)
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        names = {"item": {"prompt": "", **facts}}
+        for text in (text for part in _parts(self._known()) for text in _texts(part)):
+            paths = [path for field in _FIELD.findall(text) if (path := _PATH.fullmatch(field)) and path[1] == "item"]
+            for path in paths:
+                _looked_up("item", re.findall(r"\w+", path[2]), names)
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return _grade(self._known(), samples, tools)
 

@@ -62,6 +62,10 @@ class JsonSchema(Reward):
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.column else ()
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.column:
+            _schema(facts[self.column], self.column)
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]
 
@@ -219,8 +223,12 @@ def _resolved(reference: object, root: object) -> object:
 
 
 def _schema(value: object, column: str) -> object:
+    """The schema of a row. Raises DataError for what is none: the fault is the row's and not the recipe's."""
     schema = parse(value, Place(column)) if isinstance(value, str) else value
-    check_schema(schema, column)
+    try:
+        check_schema(schema, column)
+    except RecipeError as failure:
+        raise DataError(failure.received, allowed=failure.allowed) from failure
     return schema
 
 

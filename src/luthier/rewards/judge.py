@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 from pydantic import Field
 
@@ -99,6 +99,10 @@ class Judge(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.scale == "pair" else ()
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.scale == "pair":
+            _text(facts[self.column], self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if self.scale == "pair":

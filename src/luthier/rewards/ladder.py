@@ -81,6 +81,10 @@ class Ladder(Reward):
     def needs(self) -> frozenset[str]:
         return frozenset[str]().union(*(rung.reward.needs for rung in self.rungs))
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        for rung in self.rungs:
+            rung.reward.check(facts)
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         climbs = [_Climb(sample, {rung.called: 0.0 for rung in self.rungs}) for sample in samples]
         for rung in self.rungs:

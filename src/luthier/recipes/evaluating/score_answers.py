@@ -16,7 +16,6 @@ from luthier.data.sample import Sample
 from luthier.recipes.reinforcing.tools import scoring_of
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
-from luthier.train.scoring import Scoring
 
 
 def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completion") -> dict[str, Any]:
@@ -24,9 +23,11 @@ def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completi
     scoring = scoring_of(recipe) if isinstance(recipe, ReinforceRecipe) else None
     if scoring is None:
         raise RecipeError("the recipe has no reward", allowed="recipe: reinforce with a reward")
-    samples = list(_samples(file, column, scoring))
+    rows = list(_rows(file, column))
+    samples = [sample for sample, _ in rows]
     if not samples:
         raise DataError("there is no row", allowed="one answer or more", where=str(file))
+    scoring.check((sample.facts, where) for sample, where in rows)
     scored = scoring.score(samples)
     # Failures carry their samples, and stand in no order.
     why = {id(failure.sample): str(failure) for failure in scored.failures}
@@ -45,7 +46,8 @@ def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completi
     }
 
 
-def _samples(file: Path, column: str, scoring: Scoring) -> Iterator[Sample]:
+def _rows(file: Path, column: str) -> Iterator[tuple[Sample, str]]:
+    """The answers of a file, each with the address of its row."""
     for item in read_records(file):
         if isinstance(item, DataError):
             raise item
@@ -56,8 +58,8 @@ def _samples(file: Path, column: str, scoring: Scoring) -> Iterator[Sample]:
                 f"{column} is {said!r}"[:200], allowed="the answer, as text", where=item.where,
                 do="name the column that has it: --column NAME",
             )  # fmt: skip
-        scoring.check(facts, item.where)
-        yield Sample(prompt=_prompt(item.values.get("prompt", ""), item.where), answer=said, facts=facts)
+        prompt = _prompt(item.values.get("prompt", ""), item.where)
+        yield Sample(prompt=prompt, answer=said, facts=facts), item.where
 
 
 def _prompt(value: object, where: str) -> tuple[Message, ...]:
