@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Begun, Likely, Said
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
 from luthier.rewards import Score, Tools
 from luthier.rewards.grader import Grader
 from luthier.sandbox.program import Outcome, Returned, Status
@@ -122,6 +123,16 @@ def test_score_model(said: str, value: float) -> None:
 def test_a_score_that_cannot_be_read_is_an_error_and_no_zero(said: str) -> None:
     grader = {"type": "score_model", "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
     assert failure(Grader(grader=grader), GOOD, Tools(judge=Model(said))).again
+
+
+@pytest.mark.parametrize("more", [{"type": "score_model"}, {"type": "label_model", "labels": ["good"],
+                                                            "passing_labels": ["good"]}])  # fmt: skip
+def test_a_question_that_the_model_has_no_room_for_is_no_grade(more: dict[str, Any]) -> None:
+    lack = NoRoom("J", "fewer than 297")
+    model = Mock(go_on=lambda asked, **_: [lack for _ in asked], likely=lambda asked, _: [lack for _ in asked])
+    grader = {**more, "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
+    told = failure(Grader(grader=grader), GOOD, Tools(judge=model))
+    assert "the judge J has no room for the question; fewer than 297" in str(told) and not told.again
 
 
 def test_label_model_takes_the_likeliest_label() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, final
 from unittest.mock import Mock
 
@@ -76,7 +77,9 @@ def test_what_stays_broken_is_left_out_and_counted_and_never_a_zero() -> None:
     assert found.counts == {"samples": 5, "failed": 2, "unasked": 1, "retried": 2}
     assert [failure.sample for failure in found.failures] == [asked[1], asked[4]]
     assert ASKED["broken"] == 3 and ASKED["1"] == ASKED["final"] == ASKED["none"] == 1
-    assert found.told == "1 x the sandbox broke; 1 x it cannot be"
+    assert found.told == "1 x the sandbox broke; 1 x it cannot be" and found.advice == ""
+    advised = replace(found, failures=(RewardError("a", do="first"), *[RewardError("b", do="do that")] * 2))
+    assert advised.advice == "do that"
 
 
 def test_one_sample_cannot_take_its_batch_with_it() -> None:

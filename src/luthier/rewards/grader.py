@@ -35,7 +35,7 @@ from luthier.data.conversation import ROLES, Message
 from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
 from luthier.data.strict_json import Place, parse
-from luthier.model.scorer import Begun
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
@@ -188,22 +188,30 @@ def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools
     if grader["type"] == "label_model":
         labels, passing = list(grader["labels"]), set(grader["passing_labels"])
         found = tools.judge.likely(asked, labels)
-        best = [max(zip(row, labels, strict=True), key=lambda pair: pair[0].log_prob)[1] for row in found]
-        return [
-            Score(float(said in passing), {f"label/{each}": float(each == said) for each in labels}, f"labelled {said}")
-            for said in best
-        ]
+        return [_labelled(row, labels, passing, sample) for row, sample in zip(found, samples, strict=True)]
     how = grader.get("sampling_params") or {}
     room = next((int(how[name]) for name in _ROOM if name in how), 1024)
     answers = tools.judge.go_on(
         asked, most_tokens=room, temperature=float(how.get("temperature", 0)), seed=int(how.get("seed", tools.seed))
     )
     low, high = grader.get("range", (0, 1))
-    return [_scored(said.text, low, high, sample) for said, sample in zip(answers, samples, strict=True)]
+    return [_scored(said, low, high, sample) for said, sample in zip(answers, samples, strict=True)]
 
 
-def _scored(text: str, low: float, high: float, sample: Sample) -> Verdict:
+def _labelled(odds: Sequence[Likely] | NoRoom, labels: list[str], passing: set[str], sample: Sample) -> Verdict:
+    """Whether the likeliest label is one that passes."""
+    if isinstance(odds, NoRoom):
+        return RewardError(odds.received, allowed=odds.told, do=odds.do).of(sample, again=False)
+    said = max(zip(odds, labels, strict=True), key=lambda pair: pair[0].log_prob)[1]
+    parts = {f"label/{each}": float(each == said) for each in labels}
+    return Score(float(said in passing), parts, f"labelled {said}")
+
+
+def _scored(said: Said | NoRoom, low: float, high: float, sample: Sample) -> Verdict:
     """The number that a model gives: {"result": 0.5}, or the one that its last line ends in."""
+    if isinstance(said, NoRoom):
+        return RewardError(said.received, allowed=said.told, do=said.do).of(sample, again=False)
+    text = said.text
     found = re.search(r'"result"\s*:\s*(-?\d{1,12}(?:\.\d{1,12})?)', text)
     found = found or re.search(r"(-?\d{1,12}(?:\.\d{1,12})?)\W*$", text)
     if found is None or not low <= float(found[1]) <= high:

@@ -62,6 +62,11 @@ class Scored:
         reasons = Counter(failure.received for failure in self.failures)
         return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
 
+    @property
+    def advice(self) -> str:
+        """What the failures themselves advise, the most frequent of it; empty where they advise nothing."""
+        return "".join(do for do, _ in Counter(failure.do for failure in self.failures).most_common(1))
+
 
 @final
 class Sandboxes:

@@ -247,9 +247,10 @@ class HeldOut:
                 metrics[name] = (total + value, count + 1)
         if self.prompts and not rows:
             reasons = scored.told or "the reward gave None"
+            own = f"{scored.advice}, or " if scored.advice else ""
             raise RecipeError(
                 f"none of {len(self.prompts)} held-out answers could be scored: {reasons}",
-                do="mend the reward (luthier reward RECIPE FILE tries it), then luthier resume RUN",
+                do=f"{own}mend the reward (luthier reward RECIPE FILE tries it), then luthier resume RUN",
             )
         tokens = sum(lengths)
         return PassReport(
