@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Final, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.chosen import Chosen
+from luthier.core.errors import RecipeError
 from luthier.data.conversation import Message, ToolCall
 from luthier.data.sample import Sample
 from luthier.rewards import Episode, Reward, Score, Tools, Turn, Verdict
@@ -52,6 +53,14 @@ class Calculator(Reward):
     reward: Annotated[Reward, Chosen("rewards")] = Field(description="what judges the final answer")
     most_turns: int = Field(6, ge=1, description="how often the model may speak")
     system: str = Field("", description="what the model is told first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "reward" not in value:
+            told = "calculator does not say what judges the final answer"
+            raise RecipeError(told, allowed="a reward of its own", do="write {method: calculator, reward: numeric}")
+        return value
 
     @property
     def bounds(self) -> tuple[float, float]:
