@@ -11,8 +11,9 @@ from luthier.data.cells import name_of, program_of, text_of
 
 
 @pytest.mark.parametrize(
-    "program", ["def draw(seed): ...", "try:\n    import draw\nexcept ImportError:\n    draw = 1", "from x import *"]
-)
+    "program", ["def draw(seed): ...", "try:\n    import draw\nexcept ImportError:\n    draw = 1", "from x import *",
+                "def draw(seed):\n    return [" + "1, " * 100_000 + "]"]
+)  # fmt: skip
 def test_a_program_may_get_its_name_from_anywhere(program: str) -> None:
     """Breaks when a program that runs is refused for how it defines what is called."""
     assert program_of({"inputs": program}, "inputs", "draw") == program

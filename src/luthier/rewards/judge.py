@@ -41,8 +41,8 @@ class _Question:
 
 
 _PAIR: Final = _Question("which response is better", "Preferred response=", ("1", "2"))
-_ADVICE: Final = "raise most_tokens, or take a judge that knows the task"
 _RATING: Final = _Question("how good the response is", "Rating from 1 to 10=", tuple(map(str, range(1, 11))))
+_ADVICE: Final = "raise most_tokens, or take a judge that knows the task"
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class PassesTests(Reward):
 
 def _untested(assertions: str) -> str:
     """Why a text can hold no test at all; empty where it may. What is a test is known when it is run."""
+    if len(assertions) > LONGEST:
+        return ""
     tree = parsed(assertions)
     if isinstance(tree, str):
         return tree

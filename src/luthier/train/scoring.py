@@ -189,9 +189,10 @@ class Scoring:
         except RewardError as failure:
             return [_again(failure, sample) for sample in samples]
         except DataError as failure:
+            if failure.do or type(failure) is not DataError:
+                raise
             # What shows only when programs of a row are run; what can be seen has been looked for in all rows.
-            do = failure.do or _MEND
-            raise DataError(failure.received, allowed=failure.allowed, do=do, where=failure.where) from failure
+            raise DataError(failure.received, allowed=failure.allowed, do=_MEND, where=failure.where) from failure
         if len(verdicts) != len(samples):
             told = f"{self.reward.method_name()} gave {len(verdicts)} verdicts on {len(samples)} samples"
             raise RecipeError(told, allowed="one for each")
