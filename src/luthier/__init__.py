@@ -6,7 +6,8 @@
 Names are looked up when they are first used, so that importing this package is instant: `finetune`, `Run`; what comes
 before and after it (`plan`, `plan_training`, `plan_inference`, `evaluate`, `probe`, `merge_models`, `merge_adapters`,
 `export`, `compare`); `load`, `Session`, `load_several`, `SeveralSession`; `open_named` (a run or a model, to be asked),
-`Opened`, `Engine`, `Request`, `Sampling`; and the class of every method of the catalog (`LoRA`, `IA3`, ...).
+`Opened`, `Engine`, `Request`, `Sampling`; `LuthierError`, which every error is; and the class of every method of the
+catalog (`LoRA`, `IA3`, ...).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _HOMES = {
     "Engine": "luthier.infer.engine",
     "Request": "luthier.infer.request",
     "Sampling": "luthier.model.speaker",
+    "LuthierError": "luthier.core.errors",
 }  # fmt: skip
 
 

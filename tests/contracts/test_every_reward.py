@@ -91,8 +91,8 @@ def test_it_says_which_columns_and_tools_it_needs(name: str) -> None:
         with pytest.raises(DataError, match=column):
             reward.score([replace(good, facts=facts)], tools)
         with pytest.raises(LuthierError, match=column):
-            Scoring(reward, tools).check(facts, "rows.jsonl:3:1")
-    Scoring(reward, tools).check(good.facts, "rows.jsonl:3:1")
+            Scoring(reward, tools).check([(facts, "rows.jsonl:3:1")])
+    Scoring(reward, tools).check([(each.facts, "rows.jsonl:3:1") for each in (good, bad)])
     only = [replace(each, facts={key: each.facts[key] for key in reward.columns}) for each in (good, bad)]
     assert values(reward, only, tools) == values(reward, [good, bad], tools)
     if reward.needs:
@@ -100,6 +100,22 @@ def test_it_says_which_columns_and_tools_it_needs(name: str) -> None:
             Scoring(reward, Tools())
         with pytest.raises(LuthierError, match="needs"):
             reward.score([good], Tools())
+
+
+@each
+def test_a_cell_that_cannot_be_read_is_found_before_an_answer_is(name: str) -> None:
+    """Breaks when a run ends in the middle because the bad cell's row is drawn there, or rubbish is a traceback."""
+    reward, tools, good, _ = asked(name)
+    for column in reward.columns:
+        for value in (None, True, 5, 0.5, "", "\0", "one two", [], [[]], [None], {}, {"a": None}):
+            row = replace(good, facts={**good.facts, column: value})
+            try:
+                reward.check(row.facts)
+            except DataError as failure:
+                assert column in failure.received
+                continue
+            if "sandbox" not in reward.needs:
+                reward.score([row], tools)
 
 
 @each

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 import luthier.assets
-from luthier.core.errors import MissingError
+from luthier.core.errors import DataError, MissingError
 from luthier.data import words as words_module
 from luthier.data.covering import closed
 from luthier.data.tokenizer import Tokenizer
@@ -282,3 +282,11 @@ def test_the_model_alone_says_of_a_word_what_the_tokenizer_says(name: str) -> No
     assert len(asked) > 200
     (alone, own), (whole, edges) = words._asked_alone(asked), words._asked_whole(asked)
     assert np.array_equal(alone, whole) and alone.dtype == whole.dtype and own == edges
+
+
+@pytest.mark.parametrize("text", ["h\udce9", "\ud800", "😀\udc00"])
+def test_half_a_character_is_told(any_tokenizer: Tokenizer, text: str) -> None:
+    """Breaks when bytes of a command line that are no UTF-8 end in an error that nobody foresaw."""
+    for encode in (any_tokenizer.encode_many, any_tokenizer.encode_closed):
+        with pytest.raises(DataError, match=f"at character {len(text)}, which is no character"):
+            encode(["fine", text])

@@ -10,6 +10,7 @@ from luthier.core.errors import RecipeError
 from luthier.infer.engine import Engine
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import Room
+from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
 from tests import forests
 
@@ -60,8 +61,28 @@ def test_beams_find_the_same_lines_when_pages_run_out_and_give_all_of_them_back(
 def test_what_beams_cannot_do_is_refused() -> None:
     """Breaks when a setting is taken and not heeded."""
     engine = Engine(forests.language_model("llama"), decode=lambda tokens: "")
-    for sampling in (Sampling(temperature=1.0), Sampling(stop=("a",))):
-        with pytest.raises(RecipeError, match="2 beams"):
-            engine.add(Request(prompt=PROMPT, sampling=sampling, beams=2))
+    others = [
+        {"temperature": 1.0}, {"stop": ("a",)}, {"min_new_tokens": 3}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1},
+        {"repetition_penalty": 1.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}, {"likeliest": 2},
+        {"logit_bias": ((5, 1.0),)},
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(RecipeError, match=f"2 beams were asked for with {next(iter(other))}"):
+            engine.add(Request(prompt=PROMPT, sampling=Sampling(**other), beams=2))
+    with pytest.raises(RecipeError, match="with drafts"):
+        engine.add(Request(prompt=PROMPT, beams=2, drafts=2))
     with pytest.raises(RecipeError, match="beams is 2"):
         Request(prompt=PROMPT, choices=3, beams=2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_beams_tell_of_their_prompt_once(kind: str) -> None:
+    """Breaks when a beam that splits is taken for one that still has to tell, which nothing is left to tell of."""
+    paged = forests.language_model("llama")
+    engine = Engine(paged if kind == "llama" else LanguageModel(forests.mamba(), source="tiny/mamba", digest=""))
+    sampling = Sampling(max_new_tokens=6, prompt_log_probs=True)
+    told = answers(engine, Request(prompt=PROMPT, sampling=sampling, beams=4, choices=2))
+    (prompt,) = [news.prompt for news in told if news.prompt is not None]
+    assert [said.token for said in prompt] == PROMPT[1:].tolist()
+    plain = answers(engine, Request(prompt=PROMPT, sampling=Sampling(max_new_tokens=6), beams=4, choices=2))
+    assert [news.said for news in told if news.said] == [news.said for news in plain]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import wraps
 from itertools import product
 
 import numpy as np
@@ -62,6 +63,20 @@ def test_cached_greedy_equals_full_forwards_in_a_batch_of_mixed_lengths(architec
     for prompt, spoken in zip(PROMPTS, answers, strict=True):
         assert len(spoken.tokens) == len(spoken.log_probs) == 9 and spoken.ended == "length"
         check_against_full_forwards(model, prompt, spoken)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_texts_are_those_of_transformers(architecture: str) -> None:
+    """Breaks when an answer is not what the library's own `generate` gives, stop tokens and penalties included."""
+    model = forests.language_model(architecture)
+    theirs = forests.zoo(architecture, ours=False)
+    sampling = Sampling(max_new_tokens=24, stop_ids=(5, 9), repetition_penalty=1.3, min_new_tokens=3)
+    for prompt, spoken in zip(PROMPTS, Engine(model).speak(PROMPTS, sampling), strict=True):
+        made = theirs.generate(
+            torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=24, min_new_tokens=3, do_sample=False,
+            repetition_penalty=1.3, eos_token_id=[5, 9], pad_token_id=0,
+        )  # fmt: skip
+        assert spoken.tokens.tolist() == made[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("name", list(ADAPTERS))
@@ -455,6 +470,50 @@ def test_what_can_never_run_is_refused_when_it_is_asked_for() -> None:
     with pytest.raises(RecipeError, match="room.page is 0"):
         Room(tokens=16, page=0)
     assert not engine.busy
+
+
+def test_a_token_below_0_is_told_when_it_is_asked_for() -> None:
+    """Breaks when it comes up inside a step, which is everybody's."""
+    engine = Engine(forests.language_model("llama"))
+    with pytest.raises(RecipeError, match="token -1 has no row"):
+        engine.add(Request(prompt=np.array([-1, 6], np.int32)))
+
+
+def test_an_answer_as_long_as_the_context_takes_no_more_room_than_that() -> None:
+    """Breaks when room is taken for what was asked for and cannot be said."""
+    model = forests.language_model("gpt2")
+    left = (model.context_tokens or 0) - len(PROMPTS[0])
+    [[spoken]] = Engine(model).answer([Request(prompt=PROMPTS[0], sampling=Sampling(max_new_tokens=10**9))])
+    assert len(spoken.tokens) == left > 0 and spoken.ended == "length"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_a_step_that_breaks_off_ends_what_it_was_at(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when an engine stays busy for ever with what it cannot go on with, or keeps its pages."""
+    paged = forests.language_model("llama")
+    model = paged if kind == "llama" else LanguageModel(forests.mamba(), source="tiny/mamba", digest="")
+    engine = Engine(model)
+    sampling = Sampling(max_new_tokens=4)
+    expected = [each.tokens.tolist() for each in engine.speak(PROMPTS[:2], sampling)]
+    for request in (Request(prompt=PROMPTS[0], choices=2), Request(prompt=PROMPTS[1], beams=2),
+                    Request(prompt=PROMPTS[2], best_of=3)):  # fmt: skip
+        engine.add(request)
+    engine.step()
+
+    @wraps(model.module.forward)
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the pass is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.module, "forward", broken)
+        patched.setattr("luthier.infer.reader.flat_hidden", broken)
+        with pytest.raises(RuntimeError, match="the pass is broken"):
+            engine.step()
+    told = [news for news in run(engine) if news.ended]
+    assert {news.request for news in told} == {2, 3, 4} and {news.ended for news in told} == {"failed"}
+    assert all("the pass is broken" in str(news.failure) for news in told)
+    assert engine.counts.held == engine.counts.waiting == engine.counts.running == 0 and not engine.busy
+    assert [each.tokens.tolist() for each in engine.speak(PROMPTS[:2], sampling)] == expected
 
 
 class Every(Guide):

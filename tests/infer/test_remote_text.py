@@ -18,7 +18,7 @@ from luthier.infer.remote_text import RemoteTextModel
 from luthier.infer.wire import RemoteError, UnavailableError, Wire
 from luthier.recipes.reinforcing import tools
 from luthier.recipes.reinforcing.tools import judge_named, require_judge
-from luthier.rewards import Tools
+from luthier.rewards import RewardError, Tools
 from luthier.rewards.judge import Comparison, Judge
 
 
@@ -31,6 +31,7 @@ class Engine(ThreadingHTTPServer):
         self.models = ["big", "small"]
         self.odd: dict[str, Any] | None = None
         self.away: list[tuple[int, dict[str, str]]] = []
+        self.words = "too much to do"
 
     @property
     def url(self) -> str:
@@ -57,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, values: Any) -> None:
         status, headers = self.server.away.pop(0) if self.server.away else (200, {})
-        content = json.dumps(values if status == 200 else {"error": "too much to do"}).encode()
+        content = json.dumps(values if status == 200 else {"error": self.server.words}).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -122,6 +123,24 @@ def test_an_engine_that_is_otherwise_is_told(engine: Engine) -> None:
     engine.models = []
     with pytest.raises(RemoteError, match="/v1/models"):
         one.require()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["This model's maximum context length is 256 tokens. However, you requested 297 tokens",
+     "The input (297 tokens) is longer than the model's context length (256 tokens).",
+     "the request exceeds the available context size, try increasing it"],
+)  # fmt: skip
+@pytest.mark.parametrize("rationale", [True, False])
+def test_a_question_that_is_too_long_for_the_engine_is_no_verdict(engine: Engine, words: str, rationale: bool) -> None:
+    """Breaks when one long answer ends the run, or what else an engine refuses is taken for that."""
+    engine.words, engine.away = words, [(200, {}), (400, {}), (400, {})]
+    found = compared(engine, most_tokens=9, rationale=rationale)
+    assert isinstance(found, RewardError) and not found.again
+    assert f"the judge {engine.url}" in found.received and words in str(found)
+    engine.words, engine.away = "no such parameter: seed", [(200, {}), (400, {})]
+    with pytest.raises(RemoteError, match="no such parameter"):
+        compared(engine, rationale=rationale)
 
 
 def test_a_judge_that_is_away_for_a_while_is_asked_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

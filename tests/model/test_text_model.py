@@ -15,7 +15,7 @@ from luthier.data.forest import Forest
 from luthier.data.rendering.causal import CausalRenderer
 from luthier.infer.engine import Engine
 from luthier.model.compared import compared_tree
-from luthier.model.scorer import Begun
+from luthier.model.scorer import Begun, NoRoom, Said
 from luthier.model.tasks import SCORES
 from luthier.model.text_model import LocalTextModel, LocalTextScorer
 from luthier.recipes.opening.session import Session, load
@@ -66,6 +66,38 @@ def test_it_goes_on_behind_what_was_begun(session: Session) -> None:
     assert model_of(session).go_on([], most_tokens=5, temperature=0.0, seed=0) == []
 
 
+def test_a_question_without_room_is_told_and_takes_no_other_with_it(session: Session) -> None:
+    """Breaks when a long question ends the run, is answered past the context, or moves the answers of others."""
+    context = session.model.context_tokens
+    assert context is not None
+    model, most = model_of(session), context - len(session.renderer.prompt_ids((Message("user", ""),)))
+    long = Begun((Message("user", "x" * (most + 1)),))
+    asked, how = [ASKED[0], long, ASKED[1]], {"most_tokens": 5, "temperature": 0.0, "seed": 0}
+    first, lack, last = model.go_on(asked, **how)  # type: ignore[arg-type]
+    assert isinstance(lack, NoRoom) and f"(a context of {context} tokens) has no room" in lack.received
+    assert f"than the {context + 2} of it" in lack.told and str(session.model.source) in lack.received
+    assert [first, last] == model.go_on([ASKED[0], ASKED[1]], **how)  # type: ignore[arg-type]
+    first_odds, lack, last_odds = model.likely(asked, TEXTS)
+    assert isinstance(lack, NoRoom) and not isinstance(first_odds, NoRoom) and not isinstance(last_odds, NoRoom)
+    alone = model.likely([ASKED[1]], TEXTS)[0]
+    assert not isinstance(alone, NoRoom)
+    assert [one.log_prob for one in last_odds] == pytest.approx([one.log_prob for one in alone], abs=1e-5)
+
+
+def test_a_question_has_all_of_the_context_and_no_more(session: Session) -> None:
+    """Breaks when the last position is lost, or one too many is taken."""
+    context = session.model.context_tokens
+    assert context is not None
+    most = context - len(session.renderer.prompt_ids((Message("user", ""),)))
+    full, over = (Begun((Message("user", "x" * count),)) for count in (most - 1, most))
+    model = model_of(session)
+    for one, fits in ((full, True), (over, False)):
+        assert len(session.renderer.prompt_ids(one.messages)) == context - fits
+        [said] = model.go_on([one], most_tokens=9, temperature=0.0, seed=0)
+        [odds] = model.likely([one], ["1"])
+        assert isinstance(said, Said) is isinstance(odds, list) is fits
+
+
 @pytest.fixture
 def renderer(session: Session) -> CausalRenderer:
     return CausalRenderer(session.tokenizer, session.renderer.template)
@@ -111,6 +143,7 @@ def test_dropout_is_as_it_was(session: Session) -> None:
 def test_a_judge_reads_its_verdict_from_a_real_model(session: Session) -> None:
     """Breaks when the judge and a model in texts do not fit together."""
     reward = Judge(scale="pair", rationale=False, least_mass=1e-12)
+    session.model.module.config.max_position_embeddings = 2048  # type: ignore[assignment, union-attr]
     [verdict] = reward.score([sample("a", reference="b")], Tools(judge=model_of(session)))
     assert isinstance(verdict, Score) and 0 < verdict.value < 1
     with pytest.raises(RecipeError, match="behind a prompt"):

@@ -18,6 +18,7 @@ from luthier.recipes.opening.opened import open_named
 from luthier.recipes.opening.results import of_policy
 from luthier.recipes.progress import Silent
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe, policy_recipe, reward_recipe
+from luthier.rewards import RewardError
 from luthier.rewards.judge import Comparison, Judge
 from luthier.store.runs import RunDirectory
 from luthier.train.stepper import Stepper
@@ -218,6 +219,11 @@ def test_what_the_judge_did_not_decide_is_counted_and_told(tmp_path: Path) -> No
     assert (two["chosen"], two["probability"], two["shown_first"]) == ("b", pytest.approx(0.85), pytest.approx(0.9))
     assert three["chosen"] == "a" and [row["row"] for row in (one, two, three)] == [0, 1, 5]
     assert any("1 x cut off" in sentence for sentence in feedback.lessons(figures))
+    lack = RewardError("the judge J has no room for the question", allowed="fewer tokens", do="a longer context")
+    rows[3] = pair(3, "a", "b", feedback.verdict_row(lack))
+    figures = feedback.Feedback([one for one, _ in rows], [two for _, two in rows], tie=0.02).figures()
+    assert figures["failures"] == {"the judge J has no room for the question": 1, "cut off": 1}
+    assert any("1 x cut off; a longer context" in sentence for sentence in feedback.lessons(figures))
     # What a person has changed stays.
     (tmp_path / feedback.PREFERENCES).write_text("changed\n", encoding="utf-8")
     judged.write(tmp_path)

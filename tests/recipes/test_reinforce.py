@@ -216,6 +216,26 @@ def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Pa
     assert [line for line in shown if line in notes] == notes
 
 
+@pytest.mark.parametrize("side", ["train", "evaluation"])
+def test_a_row_that_no_answer_can_be_scored_by_is_told_before_anything_is_trained(
+    asked: Path, tmp_path: Path, side: str
+) -> None:
+    """Breaks when a run dies at the step that draws the row, and at each resume, or held-out rows are not looked at."""
+    cells = ["1", "2", "3", "four", "5", "six"]
+    for name, answers in (("good", "123456"), ("bad", cells)):
+        rows = [json.dumps({"prompt": f"What is {at}?", "answer": cell}) + "\n" for at, cell in enumerate(answers)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    other = "evaluation" if side == "train" else "train"
+    sets = [f"data.{side}={tmp_path}/bad.jsonl", f"data.{other}={tmp_path}/good.jsonl", "evaluation.max_rows=1",
+            "evaluation.fraction=0", "reward={method: numeric}"]  # fmt: skip
+    run = tmp_path / "run"
+    for command in (["plan", asked], ["train", asked, "--run", run, "--dry-run"], ["train", asked, "--run", run]):
+        told = luthier(*command, *(word for each in sets for word in ("--set", each)))
+        told.must(65, "2 of 12 rows cannot be scored by the reward numeric")
+        told.must(65, "bad.jsonl:4:1: answer is 'four'", "bad.jsonl:6:1: answer is 'six'")
+    assert not run.exists()
+
+
 def test_its_rewards_come_out_again_from_its_files(unbroken: Path, asked: Path, tmp_path: Path) -> None:
     """Breaks when eval refuses a run of rollouts, or scores other answers than the run did."""
     found = luthier("eval", unbroken, "--json").must(0).json

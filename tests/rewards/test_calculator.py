@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from luthier.core.chosen import choose
+from luthier.core.errors import RecipeError
 from luthier.data.conversation import Message, ToolCall
 from luthier.data.tool_calls import message_said
-from luthier.rewards import Environment, Score, Tools
+from luthier.rewards import Environment, Reward, Score, Tools
 from luthier.rewards.calculator import Calculator, calculated
 from tests.rewards.samples import QUESTION, sample, score
 
@@ -89,3 +91,10 @@ def test_an_answer_as_it_is_sampled_reaches_the_tool() -> None:
     turn = episode.step(said)
     assert not turn.done and [message.content for message in turn.messages] == ["144"]
     assert episode.step(message_said("It is 144.")).done
+
+
+@pytest.mark.parametrize("knobs", [{}, {"most_turns": 3}])
+def test_without_a_reward_it_is_told_how_one_is_named(knobs: dict[str, Any]) -> None:
+    """Breaks when all that is said is that a key is missing."""
+    with pytest.raises(RecipeError, match="what judges the final answer; .*{method: calculator, reward: numeric}"):
+        choose("rewards", Reward, {"method": "calculator", **knobs})

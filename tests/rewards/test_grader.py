@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from luthier.core.chosen import choose
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Begun, Likely, Said
-from luthier.rewards import Score, Tools
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
+from luthier.rewards import Reward, Score, Tools
 from luthier.rewards.grader import Grader
 from luthier.sandbox.program import Outcome, Returned, Status
 from tests.rewards.samples import failure, sample, sandbox_tools, score
@@ -124,6 +126,16 @@ def test_a_score_that_cannot_be_read_is_an_error_and_no_zero(said: str) -> None:
     assert failure(Grader(grader=grader), GOOD, Tools(judge=Model(said))).again
 
 
+@pytest.mark.parametrize("more", [{"type": "score_model"}, {"type": "label_model", "labels": ["good"],
+                                                            "passing_labels": ["good"]}])  # fmt: skip
+def test_a_question_that_the_model_has_no_room_for_is_no_grade(more: dict[str, Any]) -> None:
+    lack = NoRoom("J", "fewer than 297")
+    model = Mock(go_on=lambda asked, **_: [lack for _ in asked], likely=lambda asked, _: [lack for _ in asked])
+    grader = {**more, "input": [{"role": "user", "content": "{{sample.output_text}}"}]}
+    told = failure(Grader(grader=grader), GOOD, Tools(judge=model))
+    assert "the judge J has no room for the question; fewer than 297" in str(told) and not told.again
+
+
 def test_label_model_takes_the_likeliest_label() -> None:
     grader = {"type": "label_model", "labels": ["good", "bad"], "passing_labels": ["good"],
               "input": [{"role": "user", "content": "{{sample.output_text}}"}]}  # fmt: skip
@@ -177,6 +189,88 @@ def test_a_formula_that_has_no_value_is_an_error_and_no_zero() -> None:
 def test_what_is_not_done_to_the_letter_is_refused(grader: dict[str, Any], part: str) -> None:
     with pytest.raises((RecipeError, ValueError), match=part):
         Grader(grader=grader)
+
+
+ASKS: dict[str, Any] = {"input": [{"role": "user", "content": "x"}]}
+SCORES: dict[str, Any] = {"type": "score_model", **ASKS}
+LABELS: dict[str, Any] = {"type": "label_model", **ASKS, "labels": ["a"], "passing_labels": ["a"]}
+MULTI: dict[str, Any] = {"type": "multi", "graders": {"a": CHECK}, "calculate_output": "a"}
+
+
+@pytest.mark.parametrize(
+    ("grader", "received", "allowed"),
+    [
+        ({"type": ["x"]}, "grader.type is ['x']", "string_check, text_similarity"),
+        ({"type": None}, "grader.type is None", "string_check, text_similarity"),
+        ({**CHECK, "operation": ["eq"]}, "grader.operation is ['eq']", "eq, ne, like, ilike"),
+        ({**SIMILAR, "evaluation_metric": {}}, "grader.evaluation_metric is {}", "fuzzy_match"),
+        ({**CHECK, "input": 5}, "grader.input is 5", "a text"),
+        ({**CHECK, "input": [5]}, "grader.input is [5]", "a text"),
+        ({**CHECK, "reference": None}, "grader.reference is None", "a text"),
+        ({**CHECK, "input": "a {{sample.output_text"}, "opens '{{sample.output_text'", "{{sample.output_text}}"),
+        ({**CHECK, "input": "{{item.a}} {{ item.b }"}, "opens '{{ item.b }'", "{{item.COLUMN}}"),
+        ({**CHECK, "pass_threshold": "x"}, "grader.pass_threshold is 'x'", "a number"),
+        ({**CHECK, "pass_threshold": True}, "grader.pass_threshold is True", "a number"),
+        ({**CHECK, "pass_threshold": 10**400}, "grader.pass_threshold is 1", "a number"),
+        ({**CHECK, "name": 5}, "grader.name is 5", "a text"),
+        ({**SCORES, "input": 5}, "grader.input is 5", "a list of 1 or more"),
+        ({**SCORES, "input": "x"}, "grader.input is 'x'", "a list of 1 or more"),
+        ({**SCORES, "input": []}, "grader.input is []", "a list of 1 or more"),
+        ({**SCORES, "input": [5]}, "grader.input[0] is 5", "an object"),
+        ({**SCORES, "input": [{"role": "boss", "content": "x"}]}, "grader.input[0].role is 'boss'", "developer"),
+        ({**SCORES, "input": [{"role": ["user"], "content": "x"}]}, "grader.input[0].role is ['user']", "developer"),
+        ({**SCORES, "input": [{"role": "user"}]}, "grader.input[0].content is None", "a text"),
+        ({**SCORES, "input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content is None",
+         "a text"),
+        ({**SCORES, "input": [{"role": "user", "content": "{{x}}"}]}, "the template says {{x}}", "{{item.COLUMN}}"),
+        ({**SCORES, "sampling_params": 5}, "grader.sampling_params is 5", "an object"),
+        ({**SCORES, "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature is 'hot'", "a number"),
+        ({**SCORES, "sampling_params": {"temperature": -1}}, "sampling_params.temperature is -1", "0 or more"),
+        ({**SCORES, "sampling_params": {"seed": [1]}}, "sampling_params.seed is [1]", "a whole number"),
+        ({**SCORES, "sampling_params": {"max_tokens": 0}}, "sampling_params.max_tokens is 0", "1 or more"),
+        ({**SCORES, "range": 5}, "grader.range is 5", "[LEAST, MOST]"),
+        ({**SCORES, "range": "x"}, "grader.range is 'x'", "[LEAST, MOST]"),
+        ({**SCORES, "range": "xy"}, "grader.range is 'xy'", "[LEAST, MOST]"),
+        ({**SCORES, "range": [1]}, "grader.range is [1]", "[LEAST, MOST]"),
+        ({**SCORES, "range": [0, "1"]}, "grader.range[1] is '1'", "a number"),
+        ({**SCORES, "range": [1, 0]}, "grader.range is [1, 0]", "the least first"),
+        ({**LABELS, "labels": 5}, "grader.labels is 5", "a list of 1 or more"),
+        ({**LABELS, "labels": []}, "grader.labels is []", "a list of 1 or more"),
+        ({**LABELS, "labels": [{"x": 1}]}, "grader.labels[0] is {'x': 1}", "a text"),
+        ({**LABELS, "labels": [""]}, "grader.labels[0] is ''", "not empty"),
+        ({**LABELS, "passing_labels": 5}, "grader.passing_labels is 5", "a list of 1 or more"),
+        ({**LABELS, "passing_labels": []}, "grader.passing_labels is []", "a list of 1 or more"),
+        ({"type": "python", "source": 5}, "grader.source is 5", "a text"),
+        ({"type": "python", "source": "def grade(:"}, "grader.source is no Python: line 1", "grade(sample, item)"),
+        ({"type": "python", "source": " "}, "grader.source is ' '", "not empty"),
+        ({**MULTI, "graders": ["a"]}, "grader.graders is ['a']", "an object with 1 or more keys"),
+        ({**MULTI, "graders": {}}, "grader.graders is {}", "an object with 1 or more keys"),
+        ({**MULTI, "graders": {"a": 5}}, "grader.graders.a is 5", "an object"),
+        ({**MULTI, "graders": {"a": {**CHECK, "input": 5}}}, "grader.graders.a.input is 5", "a text"),
+        ({**MULTI, "calculate_output": 5}, "grader.calculate_output is 5", "a text"),
+        ({**MULTI, "calculate_output": "1 / 0 + b"}, "'b' is not known", "the graders a"),
+        ({**MULTI, "calculate_output": "max(a)"}, "'max(a)' is not known", "the graders a"),
+        ({**MULTI, "calculate_output": "abs(a, a)"}, "'abs(a, a)' is not known", "the graders a"),
+        ({**MULTI, "calculate_output": "a\0"}, "grader.calculate_output is", "the graders a"),
+        ({**MULTI, "calculate_output": "(" * 999 + "a" + ")" * 999}, "grader.calculate_output is", "the graders a"),
+    ],
+)  # fmt: skip
+def test_json_of_the_wrong_kind_is_refused_by_its_key(grader: dict[str, Any], received: str, allowed: str) -> None:
+    """Breaks when a wrong type is a traceback, or is told only when answers were sampled."""
+    with pytest.raises(RecipeError) as failure:
+        choose("rewards", Reward, {"method": "grader", "grader": grader})
+    text = failure.value.told()
+    assert received in text and allowed in text.partition(received)[2], text
+
+
+def test_what_a_grader_leaves_out_as_null_is_left_out() -> None:
+    """Breaks when graders that a program has written, with null for each key without a value, are refused."""
+    empty = dict.fromkeys(("name", "model", "image_tag", "range", "pass_threshold"))
+    how = {"temperature": None, "seed": None, "max_tokens": None, "top_p": None}
+    model = Model("0.5")
+    made = Grader(grader={**SCORES, **empty, "sampling_params": how})
+    assert score(made, GOOD, Tools(judge=model, seed=4)).value == 0.5 and made.bounds == (0.0, 1.0)
+    assert model.how == (1024, 0.0, 4)
 
 
 def test_a_grader_comes_from_a_file(tmp_path: Any) -> None:

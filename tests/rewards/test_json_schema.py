@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from luthier.core.chosen import choose
 from luthier.core.errors import DataError, RecipeError
+from luthier.rewards import Reward
 from luthier.rewards.json_schema import JsonSchema, check_schema, troubles
 from tests.rewards.samples import failure, sample, score
 
@@ -98,6 +100,39 @@ def test_what_would_not_be_checked_is_refused(schema: Any, part: str) -> None:
     """Breaks when a keyword that nobody reads lets every answer through."""
     with pytest.raises((RecipeError, ValueError), match=part):
         JsonSchema(fits=schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "received", "allowed"),
+    [
+        ({"type": 5}, "schema.type is 5", "object, array"),
+        ({"type": [["x"]]}, "schema.type[0] is ['x']", "object, array"),
+        ({"type": []}, "schema.type is []", "a list of 1 or more"),
+        ({"enum": 5}, "schema.enum is 5", "a list of 1 or more"),
+        ({"required": "name"}, "schema.required is 'name'", "a list"),
+        ({"required": [5]}, "schema.required[0] is 5", "a text"),
+        ({"minimum": "0"}, "schema.minimum is '0'", "a number"),
+        ({"maximum": float("inf")}, "schema.maximum is inf", "a number"),
+        ({"multipleOf": 0}, "schema.multipleOf is 0", "a number above 0"),
+        ({"minLength": "3"}, "schema.minLength is '3'", "a whole number"),
+        ({"maxItems": -1}, "schema.maxItems is -1", "a whole number"),
+        ({"maxItems": 1.5}, "schema.maxItems is 1.5", "a whole number"),
+        ({"uniqueItems": "yes"}, "schema.uniqueItems is 'yes'", "true or false"),
+        ({"pattern": 5}, "schema.pattern is 5", "a text"),
+        ({"$ref": 5}, "schema.$ref is 5", "a text"),
+        ({"properties": ["a"]}, "schema.properties is ['a']", "an object"),
+        ({"properties": {"a": {"type": 5}}}, "schema.properties.a.type is 5", "object, array"),
+        ({"items": {"oneOf": "a"}}, "schema.items.oneOf is 'a'", "a list"),
+    ],
+)
+def test_a_keyword_of_the_wrong_kind_is_refused_by_its_name(schema: Any, received: str, allowed: str) -> None:
+    """Breaks when a schema that is none is a traceback, as it is read or when an answer is compared with it."""
+    with pytest.raises(RecipeError) as failure:
+        choose("rewards", Reward, {"method": "json_schema", "fits": schema})
+    text = failure.value.told()
+    assert received in text and allowed in text.partition(received)[2], text
+    with pytest.raises(DataError, match="form"):
+        JsonSchema(column="form").check({"form": schema})
 
 
 def test_an_answer_that_is_deep_or_a_schema_that_goes_in_circles_ends_nothing() -> None:

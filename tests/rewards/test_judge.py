@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.model.scorer import Begun, Likely, Said
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
 from luthier.rewards import RewardError, Tools
 from luthier.rewards.judge import Comparison, Judge
 from tests.rewards.samples import failure, sample, score
@@ -125,6 +125,31 @@ def test_a_rationale_that_was_cut_off_is_no_verdict() -> None:
     judge = Biased()
     judge.said = Said("Both are", ended="length")
     assert "cut off" in str(failure(Judge(scale="pair"), GOOD, Tools(judge=judge)))
+
+
+class Narrow(Biased):
+    """A judge that has no room for a question about a long answer."""
+
+    def go_on(self, asked: Sequence[Begun], **how: Any) -> list[Any]:
+        return [self._lack(one) or said for one, said in zip(asked, super().go_on(asked, **how), strict=True)]
+
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[Any]:
+        return [self._lack(one) or odds for one, odds in zip(asked, super().likely(asked, continuations), strict=True)]
+
+    def _lack(self, one: Begun) -> NoRoom | None:
+        return NoRoom("J (a context of 256 tokens)", "fewer than 297") if "much" in one.messages[0].content else None
+
+
+@pytest.mark.parametrize("rationale", [True, False])
+def test_a_question_that_the_judge_has_no_room_for_is_no_verdict_and_no_fault_of_the_data(rationale: bool) -> None:
+    """Breaks when one long answer ends the run, is asked about again, or the data are blamed for it."""
+    long = sample("much " * 9, reference="an answer")
+    reward, tools = Judge(scale="pair", rationale=rationale), Tools(judge=Narrow())
+    first, lack, last = reward.score([GOOD, long, BAD], tools)
+    assert [first, last] == Judge(scale="pair", rationale=rationale).score([GOOD, BAD], Tools(judge=Biased()))
+    assert isinstance(lack, RewardError) and not lack.again and lack.sample is long
+    assert "the judge J (a context of 256 tokens) has no room for the question; fewer than 297" in str(lack)
+    assert "name a judge with a longer context" in lack.do
 
 
 def test_a_judge_that_says_no_digit_has_given_no_verdict() -> None:

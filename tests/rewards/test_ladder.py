@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from luthier.core.chosen import choose
 from luthier.core.errors import RecipeError
@@ -85,6 +86,24 @@ def test_bounds_columns_and_needs_are_those_of_the_rungs() -> None:
 def test_a_ladder_is_written_as_a_recipe_and_read_again() -> None:
     made = ladder_of(RUNGS)
     assert choose("rewards", Reward, made.as_recipe()) == made
+
+
+@pytest.mark.parametrize(
+    ("rung", "advice"),
+    [
+        ({"method": "calculator", "reward": "numeric"},
+         "{method: calculator, reward: {method: ladder, rungs: [numeric, length]}}"),
+        ({"method": "numeric", "reward": "exact_match"}, "{method: numeric, weight: 0.5}"),
+        ({"method": "calculater", "reward": "numeric"}, "calculator"),
+    ],
+)  # fmt: skip
+def test_a_rung_with_method_and_reward_is_told_how_to_write_it(rung: dict[str, Any], advice: str) -> None:
+    """Breaks when a reward that has a reward of its own cannot be found out how to write, or the advice is refused."""
+    with pytest.raises(RecipeError) as failure:
+        ladder_of([rung, {"method": "length"}])
+    assert advice in failure.value.told() and "--dry-run" not in failure.value.told()
+    if advice[0] == "{":
+        assert choose("rewards", Reward, yaml.safe_load(advice.replace(", weight: 0.5", "")))
 
 
 def test_names_are_told_apart_and_wrong_knobs_are_told() -> None:

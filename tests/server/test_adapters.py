@@ -113,6 +113,9 @@ def test_weights_of_llama_cpp(loaded: Running) -> None:
         both = text(loaded, "french@0.5+code@0.5")
         assert text(loaded, "seedling", lora=[{"id": 0, "scale": 0.5}, {"id": 2, "scale": 0.5}]) == both
         assert client.post("/lora-adapters", json=[{"id": 9, "scale": 1}]).status_code == 404
+        for twice in ({"model": "french@0.5+french"}, {"lora": [{"id": 0, "scale": 0.5}, {"id": 0, "scale": 1}]}):
+            answer = client.post("/v1/completions", json={"model": "seedling", "prompt": "a", **twice})
+            assert answer.status_code == 400 and "add its weights up" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,11 @@ def test_names_are_kept_apart(loaded: Running) -> None:
             body = {"lora_name": name, "lora_path": path}
             assert client.post("/v1/load_lora_adapter", json=body).status_code == 400
         before, other = text(loaded, "french"), text(loaded, "code")
+        body = {"lora_name": "french", "lora_path": "empty", "load_inplace": True}
+        failed = client.post("/v1/load_lora_adapter", json=body)
+        assert failed.status_code == 400 and text(loaded, "french") == before, "what was served still is"
+        body = {"lora_name": "seedling:code", "lora_path": "code"}
+        assert "call it 'code'" in client.post("/v1/load_lora_adapter", json=body).json()["error"]["message"]
         body = {"lora_name": "french", "lora_path": "code", "load_inplace": True}
         assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
         assert text(loaded, "french") == other != before

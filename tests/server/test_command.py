@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -103,9 +104,37 @@ def test_what_takes_too_long_is_ended_and_ctrl_c_drains_too(tmp_path: Path) -> N
     assert "POST /v1/completions" in served.text
 
 
+# Valid for a hundred years, for localhost and 127.0.0.1 alone.
+CERTIFICATE, KEY = (Path(__file__).parent / name for name in ("certificate.pem", "key.pem"))
+
+
+def test_it_serves_over_tls_and_no_other_way(tmp_path: Path) -> None:
+    """Breaks when the certificate is not used, a stream does not come through it, or plain HTTP is answered too."""
+    served = Served(tmp_path, "--tls-cert", str(CERTIFICATE), "--tls-key", str(KEY), token="chosen-token")
+    try:
+        assert served.url.startswith("https://")
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        headers = {"Authorization": "Bearer chosen-token"}
+        body = {"model": "seedling", "prompt": "The ship", "max_tokens": 4, "stream": True}
+        with httpx2.Client(base_url=served.url, verify=trusted, timeout=60) as client:
+            assert client.get("/v1/models").status_code == 401
+            assert client.get("/v1/models", headers=headers).json()["data"][0]["id"] == "seedling"
+            with client.stream("POST", "/v1/completions", json=body, headers=headers) as stream:
+                assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{served.url}/v1/models", headers=headers)  # a client that does not know the certificate
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(served.url.replace("https", "http") + "/v1/models", headers=headers)
+        assert served.end() == 0
+    finally:
+        served.process.kill()
+        served.process.wait()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
+        (["seedling", "--tls-cert", str(CERTIFICATE), "--tls-key", str(CERTIFICATE)], 2, "no certificate and its key"),
         (["seedling", "--listen", "0.0.0.0"], 77, "--insecure-http"),
         (["seedling", "--listen", "192.0.2.1"], 77, "TLS"),
         (["seedling", "--tls-cert", "a.pem"], 2, "both or none"),

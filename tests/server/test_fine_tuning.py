@@ -15,9 +15,10 @@ from openai import OpenAI
 from luthier.core import catalog
 from luthier.core.errors import RecipeError
 from luthier.core.knobs import validate
+from luthier.model.speaker import Sampling
 from luthier.recipes.opening.opened import open_named
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
-from luthier.server import jobs, tuning_methods
+from luthier.server import fine_tuning, jobs, tuning_methods
 from luthier.server.fine_tuning import JobBody
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
@@ -179,7 +180,11 @@ def test_a_name_of_a_file_is_no_path(client: OpenAI, state: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: Path) -> None:
+def test_a_fine_tune_is_at_once_a_model(
+    client: OpenAI, tuning: Running, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = {"checkpoint": {"every": 16}}
+    monkeypatch.setattr(fine_tuning, "recipe_of", lambda *asked, of=fine_tuning.recipe_of: of(*asked) | often)
     file = client.files.create(file=("rows.jsonl", rows(48)), purpose="fine-tune")
     held_out = client.files.create(file=("more.jsonl", rows(6)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -202,14 +207,24 @@ def test_a_fine_tune_is_at_once_a_model(client: OpenAI, tuning: Running, state: 
     assert done.fine_tuned_model in events[0].message and events[-1].message.startswith("Created fine-tuning job")
     assert sum(each.type == "metrics" for each in events) >= 48
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert checkpoints and checkpoints[0].step_number == 48 and checkpoints[0].metrics.train_loss is not None
+    assert [each.step_number for each in checkpoints] == [48, 32, 16]
+    assert all(each.metrics.train_loss is not None for each in checkpoints)
+    names = {each.step_number: each.fine_tuned_model_checkpoint for each in checkpoints}
+    assert list(names.values()).count(done.fine_tuned_model) == 1 and len(set(names.values())) == 3
+    for step, name in names.items():
+        made = client.chat.completions.create(model=name, messages=asked, temperature=0, max_tokens=8)
+        place = state / "jobs" / job.id / (f"step-{step}" if name != done.fine_tuned_model else "run/adapter")
+        alone = open_named("seedling", adapter=str(place), precision="float32")
+        sampling = Sampling(max_new_tokens=8, stop_ids=alone.stop_ids)
+        [expected] = alone.engine.speak([alone.prompt("What is 3 + 1?")], sampling)
+        assert made.choices[0].message.content == alone.text(expected.tokens)
     table = client.files.content(done.result_files[0]).read().decode().splitlines()
     assert table[0].startswith("step,train_loss") and len(table) >= 49
     card = client.models.retrieve(done.fine_tuned_model)
     assert card.model_dump()["parent"] == "seedling"
     again = serve_opened(open_named("seedling", precision="float32"), Settings(token=TOKEN, port=0, state=state),
                          base="seedling", tokens=2048)  # fmt: skip
-    assert done.fine_tuned_model in again.names.all, "a server that comes up again serves it too"
+    assert set(names.values()) <= set(again.names.all), "a server that comes up again serves it too"
     again.close()
 
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from luthier.recipes.opening.opened import Opened
 from luthier.server.app import routes_of
-from luthier.server.guard import OPEN, deeper
+from luthier.server.guard import OPEN, deeper, half_of_a_pair
 from luthier.server.settings import Limits
 from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
 
@@ -108,7 +108,11 @@ def test_streams_are_behind_the_guard_too(guarded: Running) -> None:
         (b"{", 400, "invalid_parameter"),
         (b"", 400, "missing_parameter"),
         (b"null", 400, "invalid_parameter"),
-        (b"\xff\xfe", 400, None),
+        (b"\xff\xfe", 400, "invalid_parameter"),
+        ('{"model": "é"}'.encode("latin-1"), 400, "invalid_parameter"),
+        (b'{"model": "seedling", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', 400, "invalid_parameter"),
+        (json.dumps({"model": "seedling", "messages": [{"role": "user", "content": "\ud800"}]}).encode(), 400,
+         "invalid_parameter"),
         (b'{"model": NaN}', 400, None),
         (json.dumps({"model": "seedling", "messages": [], "temperatur": 1}).encode(), 400, None),
         (b'{"model": "seedling", "messages": ' + b"9" * 4000 + b"}", 400, None),
@@ -135,6 +139,49 @@ def test_depth_counts_brackets_outside_of_texts_only() -> None:
     assert deeper(b'"\\\\"' + b"[" * 11, 10)
     assert not deeper(b"[]" * 100, 10)
     assert not deeper(b"[" * 10 + b"]" * 10, 10) and deeper(b'{"a":' * 11, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (rb'"\ud83d\ude00"', None),
+        (rb'"\\ud800"', None),
+        (rb'"\\\ud800"', 3),
+        (rb'"\ud800"', 1),
+        (rb'"a\uDFFF"', 2),
+        (rb'"\ud83d\ude00\ude00"', 13),
+        (rb'"\ud83d \ude00"', 1),
+        (rb'"\ud83d\ud83d\ude00"', 1),
+        (rb'"\u00e9 d800"', None),
+    ],
+)
+def test_half_a_pair_is_found(text: bytes, place: int | None) -> None:
+    """Breaks when what is no character comes to a tokenizer, or a character outside of the first plane is refused."""
+    assert half_of_a_pair(text) == place
+    json.loads(text).encode("utf-8", "strict" if place is None else "surrogatepass")
+
+
+@pytest.mark.parametrize("host", ["[::1]evil", "[::1]:80x", "[::1", "[::1].evil.example"])
+def test_a_host_that_only_begins_like_ours_is_another(guarded: Running, host: str) -> None:
+    answer = httpx2.get(f"{guarded.url}/v1/models", headers={**TRUE, "Host": host})
+    assert answer.status_code == 421
+
+
+def test_what_nobody_foresaw_is_told_in_the_form_of_every_error(
+    guarded: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when it is answered in plain words that no client reads, or ends the connection."""
+
+    def broken(*_: object, **__: object) -> str:
+        raise KeyError("/a/path/of/ours")
+
+    monkeypatch.setattr(guarded.serving.metrics, "text", broken)
+    with guarded.client() as client:
+        answer = client.get("/metrics")
+        assert answer.status_code == 500 and "/a/path" not in answer.text
+        assert answer.json()["error"]["code"] == "unexpected"
+        assert client.get("/health").status_code == 200
+    assert guarded.serving.metrics.requests["/metrics", 500] >= 1
 
 
 CHUNKED = b"POST /v1/completions HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n"

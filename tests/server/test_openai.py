@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -13,7 +16,7 @@ from openai import OpenAI
 
 from luthier.model.speaker import Sampling
 from luthier.recipes.opening.opened import Opened
-from tests.server.fakes import Running
+from tests.server.fakes import FakeEngine, Running, fake_serving, running
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 7 + 5?"}]
 
@@ -205,6 +208,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": "hot"}, "invalid_parameter", "temperature"),
     ({"temperature": -1}, "invalid_parameter", "temperature"),
     ({"n": 17}, "invalid_parameter", "n"),
+    ({"stop": 5}, "invalid_parameter", "stop: Input should be a valid string; or Input should be a valid list"),
+    ({"stop": ["a", 5]}, "invalid_parameter", "stop: Input should be a valid string; or 1: Input"),
+    ({"max_tokens": 0}, "recipe", "max_tokens is 0; at least 1"),
+    ({"min_tokens": 9, "max_tokens": 8}, "recipe", "min_tokens is 9; 0 to 8"),
+    ({"guided_json": {"$ref": "#"}}, "recipe", "cannot be followed"),
     ({"max_tokens": 100_000}, "recipe", "4096"),
     ({"logit_bias": {"99999999": 1}}, "recipe", "logit_bias"),
     ({"model": "seedlin"}, "not-served", "did you mean seedling"),
@@ -227,6 +235,40 @@ def test_what_cannot_be_done_is_refused_by_name(client: OpenAI, more: dict[str, 
         client.post("/chat/completions", body=body, cast_to=object)
     assert caught.value.status_code in (400, 404)
     assert caught.value.code == code and words in str(caught.value.message), caught.value.message
+    assert len(str(caught.value.message)) < 500
+
+
+def test_parameters_beside_the_body_are_refused_by_name_too(server: Running) -> None:
+    """Breaks when a slip in a query or a form is taken for nothing."""
+    with server.client() as plain:
+        for path in ("/v1/models?limt=1", "/v1/files?limt=1", "/metrics?a=1", "/v1/fine_tuning/jobs?limt=1"):
+            error = plain.get(path).json()["error"]
+            assert error["code"] == "unknown_parameter" and error["param"] in ("limt", "a"), path
+        assert "did you mean limit" in plain.get("/v1/files?limt=1").json()["error"]["message"]
+        form = {"purpose": "fine-tune", "expires": "1"}
+        made = plain.post("/v1/files", data=form, files={"file": ("a.jsonl", b'{"text": "a"}')})
+        assert made.status_code == 400 and made.json()["error"]["param"] == "expires"
+        assert not plain.get("/v1/files").json()["data"]
+
+
+def test_paths_of_the_api_stay_in_messages(server: Running) -> None:
+    """Breaks when what hides our folders eats what a client is to call."""
+    with server.client() as plain:
+        gone = plain.get("/v1/files/file-" + "0" * 24).json()["error"]["message"]
+    assert "GET /v1/files lists them" in gone
+
+
+def test_more_than_can_wait_is_told_to_come_back(opened: Opened) -> None:
+    """Breaks when a full server queues on, or says no without saying when."""
+    engine = FakeEngine(lambda _: range(200), pause=0.005)
+    # An engine of 64 rows: 16 in all.
+    body = {"model": "seedling", "prompt": "a", "max_tokens": 200, "n": 4}
+    with running(fake_serving(opened, engine, waiting=-48)) as full, ThreadPoolExecutor(8) as pool:
+        ask = partial(httpx2.post, f"{full.url}/v1/completions", json=body, headers=full.headers, timeout=60)
+        found = list(pool.map(lambda _: ask(), range(8)))
+    refused = [each for each in found if each.status_code == 429]
+    assert refused and {each.status_code for each in found} == {200, 429}
+    assert all(each.headers["retry-after"] == "1" and each.json()["error"]["code"] == "busy" for each in refused)
 
 
 def test_models_tokens_and_numbers(client: OpenAI, server: Running, opened: Opened) -> None:

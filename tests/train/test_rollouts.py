@@ -107,6 +107,11 @@ def test_a_rollout_without_any_score_ends_the_run() -> None:
     )
     with pytest.raises(RecipeError, match=r"8 could not be scored \(8 x the sandbox is down\)"):
         source.next_step()
+    source.roller.score = lambda samples: Scored(
+        (None,) * len(samples), tuple(RewardError("no room", do="name another judge").of(one) for one in samples)
+    )
+    with pytest.raises(RecipeError, match="8 x no room.*; name another judge, or mend the reward"):
+        source.next_step()
 
 
 def test_groups_that_teach_nothing_are_drawn_again() -> None:

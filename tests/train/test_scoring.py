@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import final
+from dataclasses import replace
+from typing import Any, final
+from unittest.mock import Mock
 
 import pytest
 from pydantic import Field
@@ -14,6 +16,7 @@ from luthier.core.chosen import choose
 from luthier.core.errors import DataError, RecipeError, RefusedError, SandboxUnavailableError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
+from luthier.rewards.ladder import ladder_of
 from luthier.sandbox.program import Limits, Program, Status
 from luthier.train import scoring
 from luthier.train.scoring import Sandboxes, Scoring, with_sandbox
@@ -74,7 +77,9 @@ def test_what_stays_broken_is_left_out_and_counted_and_never_a_zero() -> None:
     assert found.counts == {"samples": 5, "failed": 2, "unasked": 1, "retried": 2}
     assert [failure.sample for failure in found.failures] == [asked[1], asked[4]]
     assert ASKED["broken"] == 3 and ASKED["1"] == ASKED["final"] == ASKED["none"] == 1
-    assert found.told == "1 x the sandbox broke; 1 x it cannot be"
+    assert found.told == "1 x the sandbox broke; 1 x it cannot be" and found.advice == ""
+    advised = replace(found, failures=(RewardError("a", do="first"), *[RewardError("b", do="do that")] * 2))
+    assert advised.advice == "do that"
 
 
 def test_one_sample_cannot_take_its_batch_with_it() -> None:
@@ -125,6 +130,86 @@ def test_faults_of_rows_and_recipes_are_no_failures_of_samples() -> None:
 
     with pytest.raises(RecipeError, match="0 verdicts on 1"):
         Scoring(Short()).score(samples("1"))
+
+
+DRAW = "def draw(seed):\n    return [[seed]]"
+REFERENCE = "def f(x):\n    return x"
+OF_KERNELS: dict[str, Any] = {"function": "f", "reference": REFERENCE, "inputs": DRAW, "timed": [[8], 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("reward", "good", "bad", "part"),
+    [
+        ("numeric", {"answer": "#### 4"}, {"answer": "four"}, "answer is 'four'"),
+        ("exact_match", {"answer": ["a", 4]}, {"answer": ["a", ""]}, "answer is"),
+        ({"method": "contains", "column": "words"}, {"words": "a"}, {"words": [4]}, "words is"),
+        ({"method": "json_schema", "column": "form"}, {"form": True}, {"form": '{"type": "x"}'}, "form.t"),
+        ({"method": "json_schema", "column": "form"}, {"form": {}}, {"form": "{"}, "form:1:2"),
+        ({"method": "judge", "scale": "pair"}, {"reference": "yes"}, {"reference": " "}, "reference is"),
+        ({"method": "compiles", "column": "f"}, {"f": ""}, {"f": "no name"}, "f is 'no name'"),
+        ({"method": "no_cheating", "examples": "e"}, {"e": [[[1], 2]]}, {"e": [[1]]}, "e is"),
+        ({"method": "no_cheating", "baseline": "b"}, {"b": ""}, {"b": None}, "b is None"),
+        ("passes_tests", {"tests": "assert f()"}, {"tests": []}, "tests is"),
+        ("passes_tests", {"tests": [{"stdout": "1"}]}, {"tests": 5}, "tests is 5"),
+        ("passes_tests", {"tests": "def test_f():\n    f()"}, {"tests": "f()"}, "tests has no test"),
+        ("passes_tests", {"tests": "assert f()\n" * 20_000}, {"tests": "# assert f()"}, "tests has no test"),
+        ("passes_tests", {"tests": "class T(TestCase): ..."}, {"tests": "assert ("}, "tests has no test"),
+        ({"method": "passes_tests", "function": "f"}, {"tests": [{"expected": 1}]}, {"tests": [{}]}, "tests.0. is"),
+        ({"method": "performance", "function": "f"}, {"baseline": REFERENCE, "inputs": DRAW},
+         {"baseline": REFERENCE, "inputs": "def drew(seed): ..."}, "inputs says nowhere 'draw'"),
+        ("kernel", OF_KERNELS, {**OF_KERNELS, "reference": "def f(:"}, "reference is"),
+        ("kernel", OF_KERNELS, {**OF_KERNELS, "function": 5}, "function is 5"),
+        ("kernel_speed", OF_KERNELS, {**OF_KERNELS, "timed": [3]}, "timed is"),
+        ([{"method": "length"}, {"method": "numeric"}], {"answer": 4}, {"answer": None}, "answer is None"),
+        ({"method": "calculator", "reward": "numeric"}, {"answer": 4}, {"answer": True}, "answer is True"),
+        ({"method": "grader", "grader": {"type": "string_check", "operation": "eq", "input": "{{item.a[0].b}}",
+                                         "reference": "{{sample.output_json.a}}"}},
+         {"a": [{"b": 1}]}, {"a": [{"c": 1}]}, "a.0.b"),
+    ],
+)  # fmt: skip
+def test_a_cell_that_cannot_be_read_is_told_with_its_row(
+    reward: Any, good: dict[str, Any], bad: dict[str, Any], part: str
+) -> None:
+    """Breaks when a bad row is found only when it is drawn, in the middle of a run, or without its address."""
+    scoring = told_of_rows(reward)
+    scoring.check([(good, "rows.jsonl:1:1")])
+    with pytest.raises(DataError, match=part) as failure:
+        scoring.check([(good, "rows.jsonl:1:1"), (bad, "rows.jsonl:2:1")])
+    text = failure.value.told()
+    assert text.startswith("1 of 2 rows cannot be scored") and "\n  rows.jsonl:2:1: " in text
+    assert "rows.jsonl:1:1" not in text and "data check" not in text
+
+
+def told_of_rows(reward: Any) -> Scoring:
+    """A reward with tools that are never asked."""
+    return Scoring(ladder_of(reward), Tools(judge=Mock(), sandbox=Mock()))
+
+
+def test_bad_rows_are_told_together_and_the_others_counted() -> None:
+    """Breaks when the first bad row hides the second, a million of them are listed, or rows that lack a column pass."""
+    rows: list[tuple[dict[str, Any], str]] = [({"answer": "x"}, f"a.jsonl:{line}:1") for line in range(1, 31)]
+    with pytest.raises(DataError) as failure:
+        told_of_rows("numeric").check([*rows, ({"answer": 1}, "a.jsonl:31:1"), ({"b": 1}, "a.jsonl:32:1")])
+    text = failure.value.told()
+    assert text.startswith("31 of 32 rows") and "a.jsonl:20:1" in text and "a.jsonl:21:1" not in text
+    assert "(11 more rows)" in text and "take it out of the data" in text.splitlines()[-1]
+    with pytest.raises(DataError, match="a.jsonl:2:1: the reward numeric reads the column 'answer'"):
+        told_of_rows("numeric").check([({"answer": 1}, "a.jsonl:1:1"), ({"b": 1}, "a.jsonl:2:1")])
+    with pytest.raises(RecipeError, match="a.jsonl:1:1: the reward numeric reads the column 'answer'"):
+        told_of_rows("numeric").check([({"b": 1}, "a.jsonl:1:1"), ({"b": 1}, "a.jsonl:2:1")])
+    told_of_rows("numeric").check([])
+
+
+def test_a_row_whose_programs_fail_when_they_run_is_told_what_helps() -> None:
+    """Breaks when the checks of data, which know nothing of rewards, are the advice."""
+
+    class Runs(Reward):
+        def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
+            raise DataError("inputs drew 5", allowed="a list")
+
+    with pytest.raises(DataError, match="inputs drew 5; a list; mend the row") as failure:
+        Scoring(Runs()).score(samples("1"))
+    assert "data check" not in failure.value.told()
 
 
 def test_a_reward_that_runs_programs_gets_walls_before_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,9 +200,20 @@ def _certified(host: str, chain: Path | None, key: Path | None, *, insecure: boo
     if (chain is None) != (key is None):
         raise RecipeError(f"--tls-cert is {chain} and --tls-key is {key}", allowed="both or none")
     if chain is not None and key is not None:
+        # Not at the top: every other command would wait for it.
+        import ssl
+
         for path in (chain, key):
             if not path.is_file():
                 raise RecipeError(f"{path} is no file", allowed="PEM files for --tls-cert and --tls-key")
+        try:
+            # A key with a password would be asked for here, where nobody may be.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key, password=lambda: "")
+        except ssl.SSLError as failure:
+            raise RecipeError(
+                f"{chain} and {key} are no certificate and its key: {failure.reason or failure}",
+                allowed="PEM files, the key without a password",
+            ) from None
         return chain, key
     if host not in LOCAL and not insecure:
         raise RefusedError(

@@ -17,7 +17,7 @@ from typing import Any, final
 
 import numpy as np
 
-from luthier.core.errors import UnsafeArtifactError
+from luthier.core.errors import DataError, UnsafeArtifactError
 from luthier.data.covering import closed
 from luthier.data.forest import Ints
 from luthier.data.hub import ModelFiles
@@ -139,18 +139,29 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
-        """Ids and spans of each text, as `encode` gives them; many at once take less time than one by one."""
-        made = self.words.encode(texts) if self.words is not None else None
-        if made is not None:
-            return made
-        return [
-            (np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2))
-            for one in self.raw.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        """Ids and spans of each text, as `encode` gives them; many at once take less time than one by one.
+
+        Raises DataError for half of a surrogate pair, as Python makes of bytes that are no UTF-8.
+        """
+        try:
+            made = self.words.encode(texts) if self.words is not None else None
+            if made is not None:
+                return made
+            return [
+                (np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2))
+                for one in self.raw.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            ]
+        except (UnicodeEncodeError, TypeError):
+            _require_characters(texts)
+            raise
 
     def encode_closed(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
         """Ids and spans of each text, the spans such that they cover it, as `covering.closed` makes them."""
-        made = self.words.encode(texts, closing=True) if self.words is not None else None
+        try:
+            made = self.words.encode(texts, closing=True) if self.words is not None else None
+        except (UnicodeEncodeError, TypeError):
+            _require_characters(texts)
+            raise
         if made is not None:
             if self.spellings is not None:
                 self.spellings.foresee([ids for ids, _ in made])  # whoever checks them reads them back
@@ -311,3 +322,17 @@ def _prefix_space(raw: Any) -> bool:
         if text.endswith(" xy"):
             return True
     return False
+
+
+def _require_characters(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as failure:
+            what = text[failure.start]
+            byte = f", the byte {ord(what) - 0xDC00:#x}" if 0xDC80 <= ord(what) <= 0xDCFF else ""
+            raise DataError(
+                f"a text has {what!r}{byte} at character {failure.start + 1}, which is no character",
+                allowed="whole characters",
+                do="give the text in UTF-8",
+            ) from None

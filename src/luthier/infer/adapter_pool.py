@@ -90,17 +90,19 @@ class AdapterPool(Pool):
         """Where the files of a registered adapter are."""
         return self._known(name).folder
 
-    def register(self, name: str, folder: Path) -> None:
-        """Let a name stand for the adapter in `folder`; nothing is read.
+    def register(self, name: str, folder: Path, *, anew: bool = False) -> None:
+        """Let a name stand for the adapter in `folder`; nothing is read. `anew` takes it from a registered adapter.
 
-        Raises RecipeError for a name that is taken or cannot be one, and for a folder without an adapter.
+        Raises RecipeError for a name that is taken or cannot be one, and for a folder without an adapter; what was
+        registered then still is.
         """
         if not _NAME.fullmatch(name):
             raise RecipeError(
                 f"{name!r:.80} cannot name an adapter",
                 allowed="letters, digits and . _ - / : (+ and @ spell a mix)",
             )
-        if name in self._registered or name in self._standing() or name in self.model.mixes:
+        again = anew and name in self._registered
+        if not again and (name in self._registered or name in self._standing() or name in self.model.mixes):
             raise RecipeError(f"an adapter is called {name!r} already", do=f"unregister {name!r} first")
         if missing := [file for file in (CONFIG, TENSORS) if not (folder / file).is_file()]:
             raise RecipeError(
@@ -108,6 +110,8 @@ class AdapterPool(Pool):
                 allowed=f"folders with {CONFIG} and {TENSORS}",
                 do="name a folder in PEFT's format, such as the adapter folder of a run",
             )
+        if again:
+            self.unregister(name)
         self._count += 1
         self._registered[name] = Registered(name, folder, self._count)
 

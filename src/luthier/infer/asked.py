@@ -52,7 +52,7 @@ class Asked:
         for place, choice in enumerate(best):
             held = self.held[choice]
             said = tuple(one for news in held for one in news.said)
-            found.append(News(number, place, said, held[-1].ended))
+            found.append(News(number, place, said, held[-1].ended, failure=held[-1].failure))
         return found
 
 

@@ -143,5 +143,7 @@ class Search:
     def _twin(self, source: Continuation, reader: Reader) -> Continuation:
         twin = self._make()
         twin.said.extend(source.said)
+        # Once for all of them is told what is told of the prompt.
+        twin.prompt_said = source.prompt_said
         reader.fork(source, twin)
         return twin

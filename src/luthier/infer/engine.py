@@ -97,12 +97,19 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[News]:
-        """One pass of the model, and what came of it."""
-        reading = None if self._reader is None else self._reader.read()
-        if reading is not None and reading.continuations:
-            # Twins begin where the first of them is, before it says anything.
-            self._say(self._with_twins(reading))
-            self._search_on()
+        """One pass of the model, and what came of it.
+
+        Where it breaks off, everything under way has failed, as the next step tells, and its room is free.
+        """
+        try:
+            reading = None if self._reader is None else self._reader.read()
+            if reading is not None and reading.continuations:
+                # Twins begin where the first of them is, before it says anything.
+                self._say(self._with_twins(reading))
+                self._search_on()
+        except BaseException as failure:
+            self._fail_all(failure)
+            raise
         news, self._news = self._news, []
         return news
 
@@ -111,12 +118,7 @@ class Engine:
         asked = self._asked.get(request)
         if asked is None:
             return False
-        if asked.search is not None and self._reader is not None:
-            for beam in asked.search.beams:
-                self._reader.remove(beam)
-        for each in asked.choices:
-            if each.choice in asked.open:
-                self._end(each, News(request, each.choice, ended="cancelled"))
+        self._end_all(asked, "cancelled")
         return True
 
     def forget(self) -> None:
@@ -285,9 +287,23 @@ class Engine:
     def _fail(self, each: Continuation, failure: LuthierError) -> None:
         """End all of a request that cannot go on."""
         asked = self._asked.get(each.number)
-        for other in () if asked is None else asked.choices:
-            if asked is not None and other.choice in asked.open:
-                self._end(other, News(other.number, other.choice, ended="failed", failure=failure))
+        if asked is not None:
+            self._end_all(asked, "failed", failure)
+
+    def _fail_all(self, failure: BaseException) -> None:
+        """End whatever is under way: what has been read of whom is not known any more."""
+        told = failure if isinstance(failure, LuthierError) else LuthierError(f"a step broke off: {failure!r}")
+        for asked in list(self._asked.values()):
+            self._end_all(asked, "failed", told)
+
+    def _end_all(self, asked: Asked, ended: Ended, failure: LuthierError | None = None) -> None:
+        """End all open choices of a request, and its beams."""
+        if asked.search is not None and self._reader is not None:
+            for beam in asked.search.beams:
+                self._reader.remove(beam)
+        for each in asked.choices:
+            if each.choice in asked.open:
+                self._end(each, News(each.number, each.choice, ended=ended, failure=failure))
 
     def _search_on(self) -> None:
         """Every search whose beams all know what they may say goes on by a token, or is over."""

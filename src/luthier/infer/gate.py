@@ -20,9 +20,13 @@ from luthier.infer.sampler import require_possible
 from luthier.infer.scheduler import Room
 from luthier.model.editing.edits import LearnedRoot
 from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling
 
 SPOKEN_ROWS: Final = 64
 """Prompts of a list that are answered at once."""
+
+WITH_BEAMS: Final = ("max_new_tokens", "stop_ids", "prompt_log_probs", "seed")
+"""What of a Sampling a search for the likeliest continuations heeds; it draws nothing, so any seed is as good."""
 
 
 @final
@@ -124,17 +128,22 @@ class Gate:
             )
 
     def _check_beams(self, request: Request) -> None:
-        sampling = request.sampling
-        drawn = sampling.stop or sampling.temperature or request.guide is not None or request.best_of or request.drafts
-        if request.beams > 1 and drawn:
+        if request.beams == 1:
+            return
+        sampling, plain = request.sampling, Sampling()
+        others = [name for name in vars(plain) if getattr(sampling, name) != getattr(plain, name)]
+        others = [name for name in others if name not in WITH_BEAMS]
+        others += [name for name in ("best_of", "drafts") if getattr(request, name)]
+        others += ["guide"] if request.guide is not None else []
+        if others:
             raise RecipeError(
-                f"{request.beams} beams were asked for with stop strings, a temperature, a guide, drafts or best_of",
-                allowed="beams with stop_ids and max_new_tokens",
-                do="take those out, or ask for one beam",
+                f"{request.beams} beams were asked for with {', '.join(others)}",
+                allowed=f"beams with {', '.join(WITH_BEAMS)}",
+                do="take the others out, or ask for one beam",
             )
 
     def _places(self, request: Request) -> int:
-        return self._root_tokens(request.adapter) + len(request.prompt) + request.sampling.max_new_tokens
+        return self._root_tokens(request.adapter) + len(request.prompt) + self.limit(request)
 
     def _left(self, request: Request) -> int | None:
         """How many tokens may follow a prompt, when the context is limited."""

@@ -88,9 +88,14 @@ class Grammars:
             grammar = make.grammar_from_json_schema(text, _JSON)
         matcher = make(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise RecipeError(f"the {kind} {text} cannot be followed: {matcher.get_error().strip()}")
+            raise RecipeError(f"the {kind} {text} cannot be followed: {_first_line(matcher)}")
         stops = sorted(self.stops)
         return lambda: _GrammarGuide(matcher.deep_copy(), stops)
+
+
+def _first_line(matcher: Any) -> str:
+    # Behind it comes the state of its parser.
+    return str(matcher.get_error()).strip().partition("\n")[0]
 
 
 def _vocabulary(library: ModuleType, tokenizer: Tokenizer) -> Any:
@@ -117,7 +122,7 @@ class _GrammarGuide(Guide):
     def allowed(self) -> Bool[Tensor, " V"] | None:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise RecipeError(f"the grammar cannot be followed any further: {self._matcher.get_error().strip()}")
+            raise RecipeError(f"the grammar cannot be followed any further: {_first_line(self._matcher)}")
         mask = np.zeros(max(8 * len(bits), self._stops[-1] + 1), np.bool_)
         if not self._over:
             mask[: 8 * len(bits)] = np.unpackbits(bits, bitorder="little")

@@ -11,6 +11,7 @@ tokens; or the engine cannot go on with an answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,12 +21,16 @@ from typing import Any, Final, TypeVar, final
 from luthier.core.errors import RecipeError
 from luthier.infer.patience import Patience
 from luthier.infer.wire import RemoteError, Wire
-from luthier.model.scorer import Begun, Likely, Said
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
 
 _LIKELIEST: Final = 20
 """How many next tokens engines tell at most."""
 _NOT_TOLD: Final = -30.0
 """The log-probability of what is not among them: no more than this small part of what is told is lost."""
+_REFUSED: Final = (400, 413, 422)
+_TOO_LONG: Final = re.compile(r"context[ _](length|size|window)", re.IGNORECASE)
+"""How vLLM, SGLang and llama.cpp's server say that a question is too long for them; their codes say only that it is
+refused."""
 _PATH: Final = "/v1/chat/completions"
 T = TypeVar("T")
 
@@ -44,12 +49,14 @@ class RemoteTextModel:
         """Raise RecipeError where the engine has no such model, RemoteError where it cannot be asked."""
         self._name()
 
-    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(
+        self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int
+    ) -> list[Said | NoRoom]:
         """One continuation of each."""
         name = self._name()
         return self._all(asked, lambda one: self._said(one, name, most_tokens, temperature, seed))
 
-    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely] | NoRoom]:
         """How likely each continuation is as the next token. Raises RecipeError for one that cannot be a token."""
         if long := [text for text in continuations if len(text.strip()) > 1]:
             raise RecipeError(
@@ -90,16 +97,20 @@ class RemoteTextModel:
                 for each in found:
                     each.cancel()
 
-    def _said(self, asked: Begun, name: str, most_tokens: int, temperature: float, seed: int) -> Said:
+    def _said(self, asked: Begun, name: str, most_tokens: int, temperature: float, seed: int) -> Said | NoRoom:
         choice = self._choice(asked, name, max_tokens=most_tokens, temperature=temperature, seed=seed)
+        if isinstance(choice, NoRoom):
+            return choice
         message = choice.get("message")
         text = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(text, str):
             raise RemoteError(f"{self.wire.shown}{_PATH} answered {choice!r:.200}", allowed="a choice with a message")
         return Said(text, "length" if choice.get("finish_reason") == "length" else "stop")
 
-    def _likely(self, asked: Begun, name: str, continuations: Sequence[str]) -> list[Likely]:
+    def _likely(self, asked: Begun, name: str, continuations: Sequence[str]) -> list[Likely] | NoRoom:
         choice = self._choice(asked, name, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=_LIKELIEST)
+        if isinstance(choice, NoRoom):
+            return choice
         told = choice.get("logprobs")
         content = told.get("content") if isinstance(told, Mapping) else None
         if not content:
@@ -107,13 +118,15 @@ class RemoteTextModel:
         found = {str(one.get("token")): float(one.get("logprob", _NOT_TOLD)) for one in content[0]["top_logprobs"]}
         return [Likely(max(found.get(text, _NOT_TOLD), _NOT_TOLD)) for text in continuations]
 
-    def _choice(self, asked: Begun, name: str, **more: Any) -> Mapping[str, Any]:
+    def _choice(self, asked: Begun, name: str, **more: Any) -> Mapping[str, Any] | NoRoom:
         messages = [{"role": message.role, "content": message.content} for message in asked.messages]
         begun: dict[str, Any] = {}
         if asked.begun:
             messages.append({"role": "assistant", "content": asked.begun})
             begun = {"continue_final_message": True, "add_generation_prompt": False}
         answer = self.wire.post(_PATH, {"model": name, "messages": messages, **begun, **more})
+        if answer.status in _REFUSED and _TOO_LONG.search(answer.words):
+            return NoRoom(self.wire.shown, f"a question that fits; it answered {answer.status}: {answer.words}")
         choices = answer.body.get("choices") if answer.fine and isinstance(answer.body, Mapping) else None
         if not isinstance(choices, Sequence) or not choices or not isinstance(choices[0], Mapping):
             raise RemoteError(f"{self.wire.shown}{_PATH} answered {answer.status}: {answer.words}")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal, final
 
-from luthier.core.errors import LuthierError, RecipeError
+import numpy as np
+
+from luthier.core.errors import DataError, LuthierError, RecipeError
 from luthier.data.forest import Ints
 from luthier.infer.guides import Guide
 from luthier.model.speaker import Likely, Sampling
@@ -39,6 +41,8 @@ class Request:
     drafts: int = 0
 
     def __post_init__(self) -> None:
+        # A list of ids is as good.
+        object.__setattr__(self, "prompt", _ids(self.prompt))
         limits = {
             "choices": (self.choices >= 1, "at least 1"),
             "best_of": (self.best_of == 0 or self.best_of >= self.choices, f"0 (off) or {self.choices} and more"),
@@ -48,6 +52,21 @@ class Request:
         for name, (fine, allowed) in limits.items():
             if not fine:
                 raise RecipeError(f"{name} is {getattr(self, name)}", allowed=allowed)
+
+
+def _ids(prompt: object) -> Ints:
+    try:
+        given = np.asarray(prompt)
+    except ValueError:
+        given = np.zeros((1, 0))
+    whole = given.astype(np.int32) if given.ndim == 1 and given.dtype.kind in "iuf" else None
+    if whole is None or not np.array_equal(whole, given):
+        raise DataError(
+            f"a prompt that is {type(prompt).__name__}: {prompt!r:.60}",
+            allowed="token ids, one after another",
+            do="make them of a text with: Opened.prompt(text)",
+        )
+    return whole
 
 
 @final

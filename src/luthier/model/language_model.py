@@ -122,10 +122,10 @@ class LanguageModel:
 
     def require_rows(self, tokens: Ints) -> None:
         """Raise RecipeError for a token that has no row here; the lookup would end in an index error."""
-        size, largest = self.vocabulary_size, int(tokens.max(initial=0))
-        if largest >= size:
+        size, largest, least = self.vocabulary_size, int(tokens.max(initial=0)), int(tokens.min(initial=0))
+        if largest >= size or least < 0:
             raise RecipeError(
-                f"token {largest} has no row: {self.source} has {size:,}",
+                f"token {least if least < 0 else largest} has no row: {self.source} has {size:,}",
                 allowed=f"tokens 0 to {size - 1}",
                 do=f"use the tokenizer and template this model was trained with. {ADD_ROWS}",
             )

@@ -38,13 +38,36 @@ class Likely:
     tokens: int = 1
 
 
+@dataclass(frozen=True)
+class NoRoom:
+    """A question that is too long for a model: `who` that is, and what is known of both lengths (`told`).
+
+    It is an answer and no error, so that one long question takes no other of its batch with it.
+    """
+
+    who: str
+    told: str
+
+    @property
+    def received(self) -> str:
+        """What happened, in the same words for every question."""
+        return f"the judge {self.who} has no room for the question"
+
+    @property
+    def do(self) -> str:
+        """What helps."""
+        return "let answers be shorter (max_new_tokens), or name a judge with a longer context"
+
+
 class TextModel(Protocol):
     """Goes on with texts, and says how likely continuations of them are."""
 
-    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
-        """One continuation of each."""
+    def go_on(
+        self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int
+    ) -> Sequence[Said | NoRoom]:
+        """One continuation of each that it has room for."""
 
-    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> Sequence[Sequence[Likely] | NoRoom]:
         """For each, how likely every one of the continuations is, under the model itself (temperature 1)."""
 
 

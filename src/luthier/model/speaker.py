@@ -49,6 +49,9 @@ class Sampling:
     prompt_log_probs: bool = False
 
     def __post_init__(self) -> None:
+        stop: object = self.stop
+        if isinstance(stop, str):
+            raise RecipeError(f"stop is the text {stop!r:.80}", allowed="a tuple of texts", do="write (text,)")
         limits = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, f"0 to {self.max_new_tokens}"),

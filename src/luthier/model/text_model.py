@@ -22,8 +22,8 @@ from luthier.data.forest import Forest, Ints, Segment, Tree
 from luthier.data.rendering.renderer import Renderer
 from luthier.model.compared import compared_tree
 from luthier.model.language_model import LanguageModel
-from luthier.model.scorer import Begun, Likely, Said
-from luthier.model.speaker import Sampling, Speaker
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
+from luthier.model.speaker import Sampling, Speaker, Spoken
 from luthier.model.tasks import SCORES
 
 _AT_ONCE: Final = 8192
@@ -41,19 +41,39 @@ class LocalTextModel:
         self._renderer = renderer
         self._most_tokens = most_tokens
 
-    def go_on(self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int) -> list[Said]:
+    def go_on(
+        self, asked: Sequence[Begun], *, most_tokens: int, temperature: float, seed: int
+    ) -> list[Said | NoRoom]:
         """One continuation of each, without control tokens."""
         stops = tuple(sorted(self._renderer.stop_ids))
         sampling = Sampling(max_new_tokens=most_tokens, temperature=temperature, seed=seed, stop_ids=stops)
-        spoken = self._speaker.speak([self._prompt(one) for one in asked], sampling) if asked else []
-        return [Said(self._text(each.tokens), each.ended) for each in spoken]
+        prompts = [self._prompt(one) for one in asked]
+        # An answer has one token at least.
+        lacks = [self._lack(len(prompt) + 1) for prompt in prompts]
+        fitting = [prompt for prompt, lack in zip(prompts, lacks, strict=True) if lack is None]
+        spoken = iter(self._speaker.speak(fitting, sampling) if fitting else [])
+        return [self._said(next(spoken)) if lack is None else lack for lack in lacks]
 
     @torch.no_grad()
-    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely]]:
+    def likely(self, asked: Sequence[Begun], continuations: Sequence[str]) -> list[list[Likely] | NoRoom]:
         """How likely every continuation is after each prompt."""
         trees = [self._tree(self._prompt(one), continuations) for one in asked]
+        lengths = [[len(segment.tokens) for segment in tree.segments] for tree in trees]
+        lacks = [self._lack(prompt + max(leaves, default=0)) for prompt, *leaves in lengths]
+        fitting = [tree for tree, lack in zip(trees, lacks, strict=True) if lack is None]
         with _without_dropout(self._model):
-            return [found for group in _groups(trees, self._most_tokens) for found in self._likely(group)]
+            found = [each for group in _groups(fitting, self._most_tokens) for each in self._likely(group)]
+        likely = iter(found)
+        return [next(likely) if lack is None else lack for lack in lacks]
+
+    def _lack(self, tokens: int) -> NoRoom | None:
+        """What is said of a text of so many tokens that the model has no room for."""
+        context, root = self._model.context_tokens, self._model.active_root
+        before = 0 if root is None else root.token_count
+        if context is None or tokens + before <= context:
+            return None
+        who = f"{self._model.source} (a context of {context:,} tokens)"
+        return NoRoom(who, f"fewer tokens than the {tokens + before:,} of it, its template and what is to follow")
 
     def _prompt(self, asked: Begun) -> Ints:
         prompt = self._renderer.prompt_ids(asked.messages)
@@ -74,6 +94,9 @@ class LocalTextModel:
         log_probs = iter(self._model.token_outputs(Forest(tuple(trees))).log_probs.tolist())
         counts = [[len(segment.tokens) for segment in tree.segments[1:]] for tree in trees]
         return [[Likely(sum(next(log_probs) for _ in range(count)), count) for count in each] for each in counts]
+
+    def _said(self, spoken: Spoken) -> Said:
+        return Said(self._text(spoken.tokens), spoken.ended)
 
     def _text(self, tokens: Ints) -> str:
         silent = self._renderer.tokenizer.special_ids | self._renderer.stop_ids

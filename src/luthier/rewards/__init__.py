@@ -3,10 +3,7 @@
 The contract: a reward sees samples and says of each how good it is (a `Score`), that it does not apply (None), or that
 it could not be found out (a `RewardError` in the place of the score). What could not be found out is never a 0: whoever
 asked tries again, then leaves the sample out and counts it (`train/scoring.py`). A sample is judged by itself: what
-stands beside it in the batch changes nothing. `bounds` is what values lie within, `columns` what it reads of the data
-row, and `requires` which of the `Tools` it needs, out of "judge", "reward-model" and "sandbox".
-
-An environment is a reward with a `reset`: it opens an episode, and the episode answers what the model says.
+stands beside it changes nothing. `requires` is which `Tools` it needs, of "judge", "reward-model" and "sandbox".
 """
 
 from __future__ import annotations
@@ -95,6 +92,9 @@ class Reward(Method):
         """The tools that it cannot do without."""
         return self.requires
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """Raise DataError for a data row that has all `columns` and a cell that it cannot read. Nothing is run."""
+
     @abstractmethod
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         """A verdict on each sample, in order. Raises DataError for a row that it cannot be asked about."""
@@ -124,7 +124,7 @@ class Episode(Protocol):
 
 @runtime_checkable
 class Environment(Protocol):
-    """What a reward file has besides, when answers are part of a longer exchange."""
+    """What a reward file has besides, a `reset` that opens an episode, when answers are part of a longer exchange."""
 
     def reset(self, prompt: tuple[Message, ...], facts: Mapping[str, Any], *, seed: int) -> Episode:
         """A new episode for a data row; the same seed begins the same one."""

@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Final, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.chosen import Chosen
+from luthier.core.errors import RecipeError
 from luthier.data.conversation import Message, ToolCall
 from luthier.data.sample import Sample
 from luthier.rewards import Episode, Reward, Score, Tools, Turn, Verdict
@@ -53,6 +54,14 @@ class Calculator(Reward):
     most_turns: int = Field(6, ge=1, description="how often the model may speak")
     system: str = Field("", description="what the model is told first")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _judged(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "reward" not in value:
+            told = "calculator does not say what judges the final answer"
+            raise RecipeError(told, allowed="a reward of its own", do="write {method: calculator, reward: numeric}")
+        return value
+
     @property
     def bounds(self) -> tuple[float, float]:
         low, high = self.reward.bounds
@@ -65,6 +74,9 @@ class Calculator(Reward):
     @property
     def needs(self) -> frozenset[str]:
         return self.reward.needs
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        self.reward.check(facts)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         asked = self.reward.score(samples, tools)

@@ -12,12 +12,13 @@ Not when: it is the only reward for programs: an empty program compiles too, so 
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from pydantic import Field
 
 from luthier.core.errors import RecipeError
+from luthier.data.cells import name_of
 from luthier.data.programs import defined, parsed, program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
@@ -41,6 +42,10 @@ class Compiles(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.column else ()
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.column and facts[self.column] != "":  # nothing is asked to be defined there
+            name_of(facts, self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:

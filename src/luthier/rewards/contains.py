@@ -12,9 +12,9 @@ Not when: the phrases say nothing of whether the answer is right: "not Paris" co
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Literal, final
+from typing import Any, Literal, final
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,10 @@ class Contains(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.column else ()
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.column:
+            _texts(facts[self.column], self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]

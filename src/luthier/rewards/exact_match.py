@@ -14,8 +14,8 @@ Not when: the answer is a number (numeric), or may be worded in many ways (judge
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from pydantic import Field
 
@@ -36,6 +36,9 @@ class ExactAnswer(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        _texts(facts[self.column], self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]

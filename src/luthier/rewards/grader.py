@@ -30,24 +30,19 @@ from pydantic import Field, model_validator
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.optional import require
+from luthier.data import typed_json
 from luthier.data.cases import shown
-from luthier.data.conversation import ROLES, Message
+from luthier.data.conversation import ROLES, Message, Role
+from luthier.data.grader_texts import NoAnswerError, computed, filled, formula, require_columns, template
+from luthier.data.programs import parsed
 from luthier.data.sample import Sample
 from luthier.data.similarity import SIMILARITIES
 from luthier.data.strict_json import Place, parse
-from luthier.model.scorer import Begun
+from luthier.data.typed_json import Reader
+from luthier.model.scorer import Begun, Likely, NoRoom, Said
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
 
-_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
-    "string_check": ("input", "reference", "operation"),
-    "text_similarity": ("input", "reference", "evaluation_metric"),
-    "score_model": ("input",),
-    "label_model": ("input", "labels", "passing_labels"),
-    "python": ("source",),
-    "multi": ("graders", "calculate_output"),
-}
-_MAY: Final = ("type", "name", "model", "sampling_params", "range", "image_tag", "pass_threshold")
 _OPERATIONS: Final[Mapping[str, Callable[[str, str], bool]]] = {
     "eq": lambda text, known: text == known,
     "ne": lambda text, known: text != known,
@@ -90,9 +85,14 @@ class Grader(Reward):
     def bounds(self) -> tuple[float, float]:
         grader = self._known()
         if grader["type"] == "score_model":
-            low, high = grader.get("range", (0, 1))
+            low, high = grader.get("range") or (0, 1)
             return (float(low), float(high))
         return (-math.inf, math.inf) if grader["type"] in ("multi", "python") else (0.0, 1.0)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        for part in _parts(self._known()):
+            for text in _texts(part):
+                require_columns(text, facts)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return _grade(self._known(), samples, tools)
@@ -101,50 +101,98 @@ class Grader(Reward):
         return self.grader or _read(self.file)
 
 
-def _check(grader: object, where: str) -> None:
+def _check(value: object, where: str) -> None:
     """Raise RecipeError for what is no grader, or one that would not be followed to the letter."""
-    if not isinstance(grader, Mapping) or grader.get("type") not in _TYPES:
-        shown = grader.get("type") if isinstance(grader, Mapping) else grader
-        raise RecipeError(f"{where}.type is {shown!r}", allowed=", ".join(_TYPES))
-    kind = grader["type"]
-    if missing := [key for key in _TYPES[kind] if key not in grader]:
-        raise RecipeError(f"{where} ({kind}) has no {missing[0]}", allowed=", ".join(_TYPES[kind]))
-    if unknown := [key for key in grader if key not in (*_TYPES[kind], *_MAY)]:
-        raise RecipeError(f"{where} ({kind}) has {unknown[0]!r}", allowed=", ".join((*_TYPES[kind], *_MAY)))
-    if kind == "string_check" and grader["operation"] not in _OPERATIONS:
-        raise RecipeError(f"{where}.operation is {grader['operation']!r}", allowed=", ".join(_OPERATIONS))
-    if kind == "text_similarity" and grader["evaluation_metric"] not in (*SIMILARITIES, "bleu"):
-        raise RecipeError(
-            f"{where}.evaluation_metric is {grader['evaluation_metric']!r}, which is not computed here",
-            allowed=", ".join((*SIMILARITIES, "bleu")),
-        )
-    how = grader.get("sampling_params") or {}
-    # How much another model reasons, and a top_p of all there is, change nothing here.
-    heard = {"temperature", "seed", "reasoning_effort", *_ROOM}
-    if unheard := {key for key, value in how.items() if key not in heard and (key, value) != ("top_p", 1)}:
-        raise RecipeError(
-            f"{where}.sampling_params has {sorted(unheard)}",
-            allowed=f"temperature, seed, {_ROOM[0]}, reasoning_effort, and a top_p of 1",
-        )
+    grader = typed_json.named(typed_json.anything)(value, where)
+    kind = typed_json.one_of(_TYPES)(grader.get("type"), f"{where}.type")
+    needed = _TYPES[kind]
+    if missing := [key for key in needed if key not in grader]:
+        raise RecipeError(f"{where} ({kind}) has no {missing[0]}", allowed=", ".join(needed))
+    readers = {**_MAY, **needed}
+    if unknown := [key for key in grader if key not in ("type", *readers)]:
+        raise RecipeError(f"{where} ({kind}) has {unknown[0]!r}", allowed=", ".join(("type", *readers)))
+    for key, read in readers.items():
+        if key in needed or key in _without_nulls(grader):
+            read(grader[key], f"{where}.{key}")
     if kind == "label_model" and not set(grader["passing_labels"]) <= set(grader["labels"]):
-        raise RecipeError(f"{where}.passing_labels is {grader['passing_labels']}", allowed=f"of {grader['labels']}")
+        raise typed_json.refused(grader["passing_labels"], f"{where}.passing_labels", f"of {grader['labels']}")
     if kind == "multi":
-        _formula(grader["calculate_output"], dict.fromkeys(grader["graders"], 1.0), check=True)
+        formula(grader["calculate_output"], f"{where}.calculate_output", grader["graders"])
         for name, part in grader["graders"].items():
             _check(part, f"{where}.graders.{name}")
-    for text in _texts(grader):
-        _filled(text, {}, check=True)
+
+
+def _sampling(value: object, where: str) -> None:
+    """How a model is sampled, as far as it is heard."""
+    how = _without_nulls(typed_json.named(typed_json.anything)(value, where))
+    # How much another model reasons, and a top_p of all there is, change nothing here.
+    if unheard := [key for key, each in how.items() if key not in _SAMPLING and (key, each) != ("top_p", 1)]:
+        told = f"{', '.join(_SAMPLING)}, and a top_p of 1"
+        raise RecipeError(f"{where} has {', '.join(sorted(unheard))}", allowed=told)
+    for key in (key for key in _SAMPLING if key in how):
+        _SAMPLING[key](how[key], f"{where}.{key}")
+
+
+def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Graders that a program has written say null for what they leave out."""
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _program(value: object, where: str) -> None:
+    """A Python program; whether it has `grade` shows when it runs."""
+    tree = parsed(typed_json.filled_text(value, where))
+    if isinstance(tree, str):
+        raise RecipeError(f"{where} is no Python: {tree}", allowed="a program that defines grade(sample, item)")
+
+
+def _role(value: object, where: str) -> Role:
+    named = typed_json.one_of((*ROLES, "developer"))(value, where)
+    return next((role for role in ROLES if role == named), "system")
+
+
+def _said(value: object, where: str) -> tuple[Role, str]:
+    """A message: its role, and the template of its text, which may come in pieces."""
+    message = typed_json.named(typed_json.anything)(value, where)
+    content = message.get("content")
+    pieces = content if isinstance(content, list) else [content]
+    texts = [
+        template(each.get("text") if isinstance(each, Mapping) else each, f"{where}.content") for each in pieces
+    ]
+    return _role(message.get("role"), f"{where}.role"), "\n".join(texts)
+
+
+_ROOM: Final = ("max_completions_tokens", "max_completion_tokens", "max_tokens")
+_MAY: Final[Mapping[str, Reader[Any]]] = {
+    **dict.fromkeys(("name", "model", "image_tag"), typed_json.text), "sampling_params": _sampling,
+    "range": typed_json.bounds, "pass_threshold": typed_json.number,
+}  # fmt: skip
+"""Keys that a grader of any type may have, and what reads them."""
+_SAMPLING: Final[Mapping[str, Reader[Any]]] = {
+    "temperature": typed_json.amount, "seed": typed_json.count, "reasoning_effort": typed_json.text,
+    **dict.fromkeys(_ROOM, typed_json.size),
+}  # fmt: skip
+_TYPES: Final[Mapping[str, Mapping[str, Reader[Any]]]] = {
+    "string_check": {"operation": typed_json.one_of(_OPERATIONS), "input": template, "reference": template},
+    "text_similarity": {"evaluation_metric": typed_json.one_of((*SIMILARITIES, "bleu")), "input": template,
+                        "reference": template},
+    "score_model": {"input": typed_json.listed(_said)},
+    "label_model": {"labels": typed_json.listed(typed_json.filled_text),
+                    "passing_labels": typed_json.listed(typed_json.text), "input": typed_json.listed(_said)},
+    "python": {"source": _program},
+    "multi": {"graders": typed_json.named(typed_json.anything, least=1), "calculate_output": typed_json.text},
+}  # fmt: skip
+"""The keys that a grader of each type has, and what reads them."""
 
 
 _MOST: Final = 1e300
-_ROOM: Final = ("max_completions_tokens", "max_completion_tokens", "max_tokens")
 
 
 def _grade(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
     kind = grader["type"]
     if kind == "multi":
         parts = {name: _grade(part, samples, tools) for name, part in grader["graders"].items()}
-        return [_computed(grader, {name: verdicts[at] for name, verdicts in parts.items()}, sample)
+        tree = formula(grader["calculate_output"], "calculate_output", parts)
+        return [_computed(tree, {name: verdicts[at] for name, verdicts in parts.items()}, sample)
                 for at, sample in enumerate(samples)]  # fmt: skip
     if kind == "python":
         return _in_sandbox(grader, samples, tools)
@@ -156,8 +204,8 @@ def _grade(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -
 def _by_text(grader: Mapping[str, Any], sample: Sample) -> Verdict:
     names = _names(sample)
     try:
-        text, known = (_filled(grader[key], names) for key in ("input", "reference"))
-    except _NoAnswerError as failure:
+        text, known = (filled(grader[key], names) for key in ("input", "reference"))
+    except NoAnswerError as failure:
         return Score(0.0, reason=str(failure), feedback=str(failure))
     if grader["type"] == "string_check":
         value = float(_OPERATIONS[grader["operation"]](text, known))
@@ -181,22 +229,30 @@ def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools
     if grader["type"] == "label_model":
         labels, passing = list(grader["labels"]), set(grader["passing_labels"])
         found = tools.judge.likely(asked, labels)
-        best = [max(zip(row, labels, strict=True), key=lambda pair: pair[0].log_prob)[1] for row in found]
-        return [
-            Score(float(said in passing), {f"label/{each}": float(each == said) for each in labels}, f"labelled {said}")
-            for said in best
-        ]
-    how = grader.get("sampling_params") or {}
+        return [_labelled(row, labels, passing, sample) for row, sample in zip(found, samples, strict=True)]
+    how = _without_nulls(grader.get("sampling_params") or {})
     room = next((int(how[name]) for name in _ROOM if name in how), 1024)
     answers = tools.judge.go_on(
         asked, most_tokens=room, temperature=float(how.get("temperature", 0)), seed=int(how.get("seed", tools.seed))
     )
-    low, high = grader.get("range", (0, 1))
-    return [_scored(said.text, low, high, sample) for said, sample in zip(answers, samples, strict=True)]
+    low, high = grader.get("range") or (0, 1)
+    return [_scored(said, low, high, sample) for said, sample in zip(answers, samples, strict=True)]
 
 
-def _scored(text: str, low: float, high: float, sample: Sample) -> Verdict:
+def _labelled(odds: Sequence[Likely] | NoRoom, labels: list[str], passing: set[str], sample: Sample) -> Verdict:
+    """Whether the likeliest label is one that passes."""
+    if isinstance(odds, NoRoom):
+        return RewardError(odds.received, allowed=odds.told, do=odds.do).of(sample, again=False)
+    said = max(zip(odds, labels, strict=True), key=lambda pair: pair[0].log_prob)[1]
+    parts = {f"label/{each}": float(each == said) for each in labels}
+    return Score(float(said in passing), parts, f"labelled {said}")
+
+
+def _scored(said: Said | NoRoom, low: float, high: float, sample: Sample) -> Verdict:
     """The number that a model gives: {"result": 0.5}, or the one that its last line ends in."""
+    if isinstance(said, NoRoom):
+        return RewardError(said.received, allowed=said.told, do=said.do).of(sample, again=False)
+    text = said.text
     found = re.search(r'"result"\s*:\s*(-?\d{1,12}(?:\.\d{1,12})?)', text)
     found = found or re.search(r"(-?\d{1,12}(?:\.\d{1,12})?)\W*$", text)
     if found is None or not low <= float(found[1]) <= high:
@@ -205,15 +261,9 @@ def _scored(text: str, low: float, high: float, sample: Sample) -> Verdict:
     return Score(float(found[1]), reason=text[:2000])
 
 
-def _message(given: Mapping[str, Any], names: Mapping[str, Any]) -> Message:
-    content = given.get("content", "")
-    pieces = content if isinstance(content, list) else [content]
-    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in pieces]
-    text = "\n".join(texts) if all(isinstance(each, str) for each in texts) else None
-    role = "system" if given.get("role") == "developer" else given.get("role")
-    if role not in ROLES or not isinstance(text, str):
-        raise RecipeError(f"a message of the grader is {given!r}", allowed="a role and a text")
-    return Message(role, _filled(text, names))
+def _message(given: object, names: Mapping[str, Any]) -> Message:
+    role, content = _said(given, "a message of the grader")
+    return Message(role, filled(content, names))
 
 
 def _in_sandbox(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
@@ -229,10 +279,7 @@ def _in_sandbox(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Too
 
 def _imported(source: str) -> tuple[str, ...]:
     """The packages of OpenAI's image that a program imports and that are installed here."""
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError:
-        return ()  # it is told when it is run
+    nodes = list(ast.walk(ast.parse(source)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     found = {name.partition(".")[0] for name in names} & set(_PACKAGES)
@@ -250,39 +297,7 @@ def _graded(outcome: Outcome, sample: Sample) -> Verdict:
     return Score(float(value))
 
 
-# ----------------------------------------------------------------------------------------------- templates, formulas
-
-
-class _NoAnswerError(Exception):
-    """The answer does not have what a template asks of it."""
-
-
-_FIELD: Final = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
-_PATH: Final = re.compile(r"\s*(item|sample)((?:\.\w+|\[\d+\])+)\s*")
-
-
-def _filled(template: str, names: Mapping[str, Any], *, check: bool = False) -> str:
-    def value(found: re.Match[str]) -> str:
-        path = _PATH.fullmatch(found[1])
-        if path is None:
-            raise RecipeError(f"the template says {found[0]}", allowed="{{item.COLUMN}} or {{sample.output_text}}")
-        return "" if check else _looked_up(path[1], re.findall(r"\w+", path[2]), names)
-
-    return _FIELD.sub(value, template)
-
-
-def _looked_up(start: str, keys: list[str], names: Mapping[str, Any]) -> str:
-    found = names[start]
-    for at, key in enumerate(keys):
-        if isinstance(found, list) and key.isdigit() and int(key) < len(found):
-            found = found[int(key)]
-        elif isinstance(found, Mapping) and key in found:
-            found = found[key]
-        elif start == "sample" and keys[0] != "output_text":
-            raise _NoAnswerError(f"the answer has no {'.'.join(keys)}")
-        else:
-            raise DataError(f"the row has no {'.'.join(keys[: at + 1])!r}", allowed=f"one of {', '.join(names[start])}")
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+# ------------------------------------------------------------------------------------------------- what they are told
 
 
 def _names(sample: Sample) -> dict[str, Any]:
@@ -294,63 +309,23 @@ def _names(sample: Sample) -> dict[str, Any]:
     return {"item": {"prompt": asked, **sample.facts}, "sample": told}
 
 
-def _computed(grader: Mapping[str, Any], verdicts: Mapping[str, Verdict], sample: Sample) -> Verdict:
+def _computed(tree: ast.expr, verdicts: Mapping[str, Verdict], sample: Sample) -> Verdict:
     if failed := [verdict for verdict in verdicts.values() if isinstance(verdict, RewardError)]:
         return failed[0]
     scores = {name: verdict for name, verdict in verdicts.items() if isinstance(verdict, Score)}
     parts = {name: score.value for name, score in scores.items()}
     try:
-        value = _formula(grader["calculate_output"], parts)
+        value = computed(tree, parts)
     except (ArithmeticError, ValueError) as failure:
-        return RewardError(f"{grader['calculate_output']} of {parts}: {failure}").of(sample, again=False)
+        return RewardError(f"{ast.unparse(tree)} of {parts}: {failure}").of(sample, again=False)
     return Score(value, parts, "; ".join(f"{name}: {score.reason}" for name, score in scores.items() if score.reason))
 
 
-_FUNCTIONS: Final[Mapping[str, Callable[..., float]]] = {
-    "abs": abs, "ceil": math.ceil, "exp": math.exp, "floor": math.floor, "log": math.log, "max": max, "min": min,
-    "sqrt": math.sqrt,
-}  # fmt: skip
-_OPERATORS: Final[Mapping[type, Callable[[float, float], float]]] = {
-    ast.Add: lambda one, two: one + two, ast.Sub: lambda one, two: one - two, ast.Mult: lambda one, two: one * two,
-    ast.Div: lambda one, two: one / two, ast.Pow: math.pow,
-}  # fmt: skip
-
-
-def _formula(text: str, names: Mapping[str, float], *, check: bool = False) -> float:
-    def of(node: ast.expr) -> float:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return float(node.value)
-        if isinstance(node, ast.Name) and node.id in names:
-            return names[node.id]
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -of(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            return _OPERATORS[type(node.op)](of(node.left), of(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-            return float(_FUNCTIONS[node.func.id](*map(of, node.args)))
-        raise RecipeError(
-            f"calculate_output is {text!r}: {ast.unparse(node)!r} is not known",
-            allowed=f"numbers, + - * / ^, {', '.join(_FUNCTIONS)} and the graders {', '.join(names)}",
-        )
-
-    try:
-        return of(ast.parse(text.replace("^", "**"), mode="eval").body)
-    except SyntaxError as failure:
-        raise RecipeError(f"calculate_output is {text!r}: {failure.msg}", allowed="a formula of graders") from failure
-    except RecipeError:
-        raise
-    except (ArithmeticError, ValueError):
-        if check:  # whether it can be computed depends on the results
-            return 0.0
-        raise
-
-
 def _texts(grader: Mapping[str, Any]) -> list[str]:
+    """The templates of a grader."""
     given = grader.get("input", "")
-    contents = [given] if isinstance(given, str) else [one.get("content", "") for one in given]
-    pieces = [piece for each in contents for piece in (each if isinstance(each, list) else [each])]
-    texts = [each.get("text", "") if isinstance(each, Mapping) else each for each in pieces]
-    return [*texts, grader.get("reference", "")]
+    return [given if isinstance(given, str) else "\n".join(_said(each, "input")[1] for each in given),
+            grader.get("reference", "")]  # fmt: skip
 
 
 def _parts(grader: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -23,8 +23,10 @@ import regex
 from pydantic import Field, model_validator
 
 from luthier.core.errors import DataError, RecipeError
+from luthier.data import typed_json
 from luthier.data.sample import Sample
 from luthier.data.strict_json import Place, parse
+from luthier.data.typed_json import Reader
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -32,13 +34,20 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "null": (type(None),), "integer": (int, float),
 }  # fmt: skip
 _SAYS_NOTHING: Final = {"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"}
-_LIMITS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
-                  "minItems", "maxItems", "minProperties", "maxProperties")  # fmt: skip
+_LIMITS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_COUNTS: Final = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _MANY: Final = ("allOf", "anyOf", "oneOf", "prefixItems")
 _ONE: Final = ("not", "items", "additionalProperties", "propertyNames")
 _NAMED: Final = ("properties", "$defs", "definitions", "patternProperties")
-_OTHERS: Final = ("type", "enum", "const", "required", "uniqueItems", "pattern", "$ref")
-_KNOWN: Final = {*_SAYS_NOTHING, *_LIMITS, *_MANY, *_ONE, *_NAMED, *_OTHERS}
+_READERS: Final[Mapping[str, Reader[Any]]] = {
+    **dict.fromkeys(_LIMITS, typed_json.number), **dict.fromkeys(_COUNTS, typed_json.count),
+    **dict.fromkeys(_MANY, typed_json.listed(typed_json.anything)),
+    **dict.fromkeys(_NAMED, typed_json.named(typed_json.anything)), "multipleOf": typed_json.positive,
+    "enum": typed_json.listed(typed_json.anything), "required": typed_json.listed(typed_json.text, least=0),
+    "uniqueItems": typed_json.flag, "pattern": typed_json.text, "$ref": typed_json.text,
+}  # fmt: skip
+"""What reads the keywords that are no schemas themselves; those in the lists and objects are read one by one."""
+_KNOWN: Final = {*_SAYS_NOTHING, *_READERS, *_ONE, "type", "const"}
 _SECONDS: Final = 0.5
 _DEPTH: Final = 64
 
@@ -61,6 +70,10 @@ class JsonSchema(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.column else ()
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.column:
+            _schema(facts[self.column], self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]
@@ -94,9 +107,13 @@ def check_schema(schema: object, where: str = "schema", root: object = None) -> 
             f"{where} has the keyword {unknown[0]!r}, which luthier does not check",
             allowed=f"{', '.join(sorted(_KNOWN - _SAYS_NOTHING))}",
         )
-    types = schema.get("type", [])
-    if wrong := [name for name in ([types] if isinstance(types, str) else types) if name not in _TYPES]:
-        raise RecipeError(f"{where}.type is {wrong[0]!r}", allowed=", ".join(_TYPES))
+    for key, read in _READERS.items():
+        if key in schema:
+            read(schema[key], f"{where}.{key}")
+    if "type" in schema:
+        kind = typed_json.one_of(_TYPES)
+        kinds = typed_json.listed(kind) if isinstance(schema["type"], list) else kind
+        kinds(schema["type"], f"{where}.type")
     for name, part in _schemas_in(schema):
         check_schema(part, f"{where}.{name}", root)
     for pattern in [*([schema["pattern"]] if "pattern" in schema else []), *schema.get("patternProperties", {})]:
@@ -200,12 +217,10 @@ def _schemas_in(schema: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     for key, value in schema.items():
         if key in _ONE:
             yield key, value
-        elif key in _MANY and isinstance(value, list):
+        elif key in _MANY:
             yield from ((f"{key}[{at}]", part) for at, part in enumerate(value))
-        elif key in _NAMED and isinstance(value, Mapping):
+        elif key in _NAMED:
             yield from ((f"{key}.{name}", part) for name, part in value.items())
-        elif key in (*_MANY, *_NAMED):
-            raise RecipeError(f"{key} is {value!r}", allowed="a list of schemas" if key in _MANY else "named schemas")
 
 
 def _resolved(reference: object, root: object) -> object:
@@ -219,8 +234,12 @@ def _resolved(reference: object, root: object) -> object:
 
 
 def _schema(value: object, column: str) -> object:
+    """The schema of a row. Raises DataError for what is none: the fault is the row's and not the recipe's."""
     schema = parse(value, Place(column)) if isinstance(value, str) else value
-    check_schema(schema, column)
+    try:
+        check_schema(schema, column)
+    except RecipeError as failure:
+        raise DataError(failure.received, allowed=failure.allowed) from failure
     return schema
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.core.units import percent_text
 from luthier.data.conversation import Message
 from luthier.data.sample import Sample
-from luthier.model.scorer import Begun, Likely, TextModel
+from luthier.model.scorer import Begun, Likely, NoRoom, Said, TextModel
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 
 
@@ -42,6 +42,7 @@ class _Question:
 
 _PAIR: Final = _Question("which response is better", "Preferred response=", ("1", "2"))
 _RATING: Final = _Question("how good the response is", "Rating from 1 to 10=", tuple(map(str, range(1, 11))))
+_ADVICE: Final = "raise most_tokens, or take a judge that knows the task"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Judge(Reward):
     def columns(self) -> tuple[str, ...]:
         return (self.column,) if self.scale == "pair" else ()
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.scale == "pair":
+            _text(facts[self.column], self.column)
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if self.scale == "pair":
             known = [_text(sample.fact(self.column), self.column) for sample in samples]
@@ -138,38 +143,47 @@ class Judge(Reward):
         asked = f"explain {question.asked}" if self.rationale else f"say {question.asked}"
         task = f"Consider the {self.criteria} and {asked}."
         messages: list[tuple[Message, ...]] = [(Message("user", f"{text}\n\n{task}"),) for text in shown]
-        begun, cut = self._rationales(messages, question, tools.judge, tools.seed)
-        whole = [at for at in range(len(shown)) if at not in cut]
+        begun = self._rationales(messages, question, tools.judge, tools.seed)
+        whole = {at: before for at, before in enumerate(begun) if isinstance(before, str)}
         spelled = [spelling for verdict in question.verdicts for spelling in (verdict, f" {verdict}")]
-        found = tools.judge.likely([Begun(messages[at], f"{begun[at]}{question.ending}") for at in whole], spelled)
+        asked_for = [Begun(messages[at], f"{before}{question.ending}") for at, before in whole.items()]
+        odds = dict(zip(whole, tools.judge.likely(asked_for, spelled), strict=True))
         decided: list[_Decided | RewardError] = []
-        odds = dict(zip(whole, found, strict=True))
-        for at, sample in enumerate(samples):
-            told = f"the rationale was cut off at {self.most_tokens} tokens"
-            verdict = None if at in cut else _decided(odds[at], len(question.verdicts), begun[at])
-            if verdict is not None and verdict.mass < self.least_mass:
-                # Without the share itself, so that failures of one kind are counted as one.
-                digits = ", ".join(question.verdicts)
-                told = f"less than {percent_text(self.least_mass)} of the judge's probability is on {digits}"
-                verdict = None
-            advice = "raise most_tokens, or take a judge that knows the task"
-            decided.append(verdict or RewardError(told, do=advice).of(sample, again=False))
+        for at, (sample, before) in enumerate(zip(samples, begun, strict=True)):
+            found = self._verdict(question, odds[at], before) if isinstance(before, str) else before
+            decided.append(found.of(sample, again=False) if isinstance(found, RewardError) else found)
         return decided
+
+    def _verdict(
+        self, question: _Question, odds: Sequence[Likely] | NoRoom, before: str
+    ) -> _Decided | RewardError:
+        if isinstance(odds, NoRoom):
+            return _unasked(odds)
+        found = _decided(odds, len(question.verdicts), before)
+        if found.mass >= self.least_mass:
+            return found
+        # Without the share itself, so that failures of one kind are counted as one.
+        digits = ", ".join(question.verdicts)
+        told = f"less than {percent_text(self.least_mass)} of the judge's probability is on {digits}"
+        return RewardError(told, do=_ADVICE)
 
     def _rationales(
         self, messages: list[tuple[Message, ...]], question: _Question, judge: TextModel, seed: int
-    ) -> tuple[list[str], set[int]]:
-        """What stands before each verdict, and which rationales were cut off.
-
-        A judge that was tuned on whole answers goes on to its verdict: the rationale ends where that begins.
-        """
+    ) -> list[str | RewardError]:
+        """What stands before each verdict; an error for a rationale that there is not, or that was cut off."""
         if not self.rationale:
-            return [""] * len(messages), set()
+            return [""] * len(messages)
         asked = [Begun(each, "Rationale:") for each in messages]
         said = judge.go_on(asked, most_tokens=self.most_tokens, temperature=0.0, seed=seed)
-        found = [each.text.partition(question.ending) for each in said]
-        cut = {at for at, (_, decided, _) in enumerate(found) if said[at].ended == "length" and not decided}
-        return [f"Rationale: {text.strip()}\n\n" for text, _, _ in found], cut
+        return [_unasked(each) if isinstance(each, NoRoom) else self._rationale(each, question) for each in said]
+
+    def _rationale(self, said: Said, question: _Question) -> str | RewardError:
+        # A judge that was tuned on whole answers goes on to its verdict: the rationale ends where that begins.
+        text, decided, _ = said.text.partition(question.ending)
+        if said.ended == "length" and not decided:
+            told = f"the rationale was cut off at {self.most_tokens} tokens, or where the judge's context ends"
+            return RewardError(told, do=_ADVICE)
+        return f"Rationale: {text.strip()}\n\n"
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,11 @@ class _Decided:
     before: str
 
 
-def _decided(odds: Sequence[Likely], count: int, before: str) -> _Decided | None:
+def _unasked(lack: NoRoom) -> RewardError:
+    return RewardError(lack.received, allowed=lack.told, do=lack.do)
+
+
+def _decided(odds: Sequence[Likely], count: int, before: str) -> _Decided:
     if len(odds) != 2 * count or any(math.isnan(one.log_prob) or one.log_prob > 1e-6 for one in odds):
         raise RecipeError(f"the judge gave {odds} for {2 * count} verdicts", allowed="a log-probability for each")
     chances = [math.exp(one.log_prob) for one in odds]

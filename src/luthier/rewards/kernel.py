@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, final
 
@@ -26,6 +26,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError, MissingError, RecipeError, SandboxUnavailableError
 from luthier.data.cases import Sameness, shown
+from luthier.data.cells import name_of, program_of
 from luthier.data.kernel_programs import (
     MAKES,
     PRECISE,
@@ -107,6 +108,10 @@ class Kernel(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column, self.reference, self.inputs)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        program_of(facts, self.reference, name_of(facts, self.column))
+        program_of(facts, self.inputs, "draw")
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from statistics import median
@@ -31,6 +31,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError, SandboxUnavailableError
 from luthier.data.cases import Sameness, shown
+from luthier.data.cells import name_of, program_of
 from luthier.data.kernel_programs import (
     MAKES,
     PRECISE,
@@ -92,6 +93,10 @@ class KernelSpeed(Reward):
     def columns(self) -> tuple[str, ...]:
         return (self.column, self.reference, self.timed)
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        program_of(facts, self.reference, name_of(facts, self.column))
+        self._arguments(facts[self.timed])
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:
             raise RecipeError("the reward kernel_speed needs the sandbox", allowed="a machine that has one")
@@ -118,7 +123,8 @@ class KernelSpeed(Reward):
 
     def _one(self, sample: Sample, run: Any, device: str, secret: bytes) -> Verdict:
         name, reference = str(sample.fact(self.column)), str(sample.fact(self.reference))
-        race = _Race(name, reference, self._arguments(sample), device, self.rounds + 1, self.repeats, secret)
+        arguments = self._arguments(sample.fact(self.timed))
+        race = _Race(name, reference, arguments, device, self.rounds + 1, self.repeats, secret)
         form = torch_form(sample.said, name) if device == "cpu" else kernel_form(sample.said, name)
         if form.trouble:
             return Score(0.0, _parts(), form.trouble, form.trouble)
@@ -141,8 +147,7 @@ class KernelSpeed(Reward):
             return Score(0.0, _parts(), told, told)
         return self._verdict(_Result(race, said, known), sample)
 
-    def _arguments(self, sample: Sample) -> list[Any]:
-        given = sample.fact(self.timed)
+    def _arguments(self, given: Any) -> list[Any]:
         if not isinstance(given, list) or not any(isinstance(each, list) for each in given) or not all(
             isinstance(size, int | float) for each in given for size in (each if isinstance(each, list) else [each])
         ):  # fmt: skip

@@ -45,13 +45,23 @@ class Rung(Knobs):
             return value
         own = {key: item for key, item in value.items() if key in _OWN}
         if "reward" in own:
-            raise RecipeError(f"a rung has both method ({value['method']}) and reward", allowed="one of the two")
+            raise _both(value)
         return {"reward": {key: item for key, item in value.items() if key not in _OWN}, **own}
 
     @property
     def called(self) -> str:
         """The name of its part."""
         return self.name or self.reward.method_name()
+
+
+def _both(value: Mapping[str, Any]) -> RecipeError:
+    """The error for a rung with method and reward: what is meant depends on whether the method has a reward too."""
+    kind, name = Chosen("rewards").kind_of(value), value["method"]
+    do = f"leave one of them out: {{method: {name}, weight: 0.5}}"
+    if "reward" in kind.model_fields:
+        # An exchange is had by what is outermost; a rung would only see how it ended.
+        do = f"put the ladder into it: {{method: {name}, reward: {{method: ladder, rungs: [numeric, length]}}}}"
+    return RecipeError(f"a rung has both method ({name}) and reward", allowed="one of the two", do=do)
 
 
 @final
@@ -94,6 +104,10 @@ class Ladder(Reward):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset[str]().union(*(rung.reward.needs for rung in self.rungs))
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        for rung in self.rungs:
+            rung.reward.check(facts)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         climbs = [_Climb(sample, {rung.called: 0.0 for rung in self.rungs}) for sample in samples]

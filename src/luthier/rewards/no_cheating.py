@@ -23,6 +23,7 @@ from typing import Any, Final, final
 from pydantic import Field
 
 from luthier.core.errors import DataError
+from luthier.data.cells import text_of
 from luthier.data.programs import parsed, program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, Score, Tools, Verdict
@@ -98,6 +99,12 @@ class NoCheating(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.examples, self.baseline)))
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        if self.examples:
+            _examples(facts[self.examples], self.examples)
+        if self.baseline:
+            text_of(facts, self.baseline)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]

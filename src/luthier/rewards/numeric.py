@@ -13,9 +13,9 @@ Not when: the result is a formula or a text (exact_match), or how it was found m
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 from pydantic import Field
 
@@ -45,6 +45,9 @@ class Numeric(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        _known(facts[self.column], self.column)
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         return [self._one(sample) for sample in samples]

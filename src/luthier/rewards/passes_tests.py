@@ -13,15 +13,17 @@ Not when: the cases stand in the prompt: then they are learned by heart.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.cases import Case, Sameness, cases_of, same_text, shown
-from luthier.data.programs import LONGEST, program_in
+from luthier.data.cells import text_of
+from luthier.data.programs import LONGEST, parsed, program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Examination, Limits, Outcome, Program, Returned, Status
@@ -50,6 +52,14 @@ class PassesTests(Reward):
     def columns(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.column, self.setup)))
 
+    def check(self, facts: Mapping[str, Any]) -> None:
+        given = facts[self.column]
+        self._cases(given)
+        if self.setup:
+            text_of(facts, self.setup)
+        if isinstance(given, str) and (why := _untested(given)):
+            raise DataError(f"{self.column} has no test: {given[:80]!r} ({why})", allowed="one or more assertions")
+
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:
             raise RecipeError("the reward passes_tests needs the sandbox", allowed="a machine that has one")
@@ -71,9 +81,7 @@ class PassesTests(Reward):
     def _trial(self, sample: Sample) -> _Trial:
         """What of a sample is to be run. Raises DataError for a row without a test."""
         given, before = sample.fact(self.column), str(sample.fact(self.setup)) if self.setup else ""
-        if isinstance(given, str) and not given.strip():
-            raise DataError(f"{self.column} is {given!r}", allowed="assertions, or a list of cases")
-        cases = [] if isinstance(given, str) else cases_of(given, self.column, self.function)
+        cases = self._cases(given)
         program = program_in(sample.said)
         if program is not None and (len(program) > LONGEST or not _is_text(program)):
             # It would be refused at the border, and a refusal must not look like a fault of the row.
@@ -85,6 +93,12 @@ class PassesTests(Reward):
             trial.programs += [Program(source, calls)] * bool(calls)
             trial.programs += [Program(source, stdin=case.stdin) for case in cases if case.call is None]
         return trial
+
+    def _cases(self, given: Any) -> list[Case]:
+        """The cases of a cell; none where it is assertions. Raises DataError for a cell without a test."""
+        if isinstance(given, str) and not given.strip():
+            raise DataError(f"{self.column} is {given!r}", allowed="assertions, or a list of cases")
+        return [] if isinstance(given, str) else cases_of(given, self.column, self.function)
 
     def _examined(self, trial: _Trial, found: Examination) -> Verdict:
         if found.status is Status.BROKEN or found.candidate.status is Status.BROKEN:
@@ -126,6 +140,18 @@ class PassesTests(Reward):
         # All of them, so that a mean over answers is the share of those that ended so.
         parts = {"passed": share} | {f"status/{each}": float(each is status) for each in _STATUSES}
         return Score(share if self.partial else float(passed == total), parts, told, told)
+
+
+def _untested(assertions: str) -> str:
+    """Why a text can hold no test at all; empty where it may. What is a test is known when it is run."""
+    if len(assertions) > LONGEST:
+        return ""
+    tree = parsed(assertions)
+    if isinstance(tree, str):
+        return tree
+    tests = any(isinstance(node, ast.Assert | ast.ClassDef) for node in ast.walk(tree))
+    named = any(isinstance(node, ast.FunctionDef) and node.name.startswith("test") for node in tree.body)
+    return "" if tests or named else "nothing is asserted"
 
 
 def _is_text(program: str) -> bool:

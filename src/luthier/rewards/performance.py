@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -24,6 +24,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.cases import Sameness, shown
+from luthier.data.cells import program_of
 from luthier.data.programs import program_in
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
@@ -57,6 +58,10 @@ class Performance(Reward):
     @property
     def columns(self) -> tuple[str, ...]:
         return (self.baseline, self.inputs)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        program_of(facts, self.baseline, self.function)
+        program_of(facts, self.inputs, "draw")
 
     def score(self, samples: Sequence[Sample], tools: Tools) -> list[Verdict]:
         if tools.sandbox is None:

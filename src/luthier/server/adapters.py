@@ -39,13 +39,9 @@ def routes(serving: Serving) -> APIRouter:
         """Serve an adapter under a name. It is read when it is first asked for."""
         pool = _pool(names)
         folder = names.place(body.lora_path)
-        if body.lora_name in names.all:
-            if not body.load_inplace or body.lora_name == names.base:
-                raise RecipeError(f"a model is called {body.lora_name!r:.80} already",
-                                  do="unload it first, or set load_inplace")  # fmt: skip
-            await serving.worker.do(lambda: pool.unregister(body.lora_name))
-            del names.adapters[body.lora_name]
-        await serving.worker.do(lambda: pool.register(body.lora_name, folder))
+        names.require_free(body.lora_name, inplace=body.load_inplace)
+        known = body.lora_name in names.adapters
+        await serving.worker.do(lambda: pool.register(body.lora_name, folder, anew=known))
         names.add(body.lora_name, body.lora_name, folder=body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -17,7 +17,7 @@ from luthier.core.errors import LuthierError
 from luthier.server import adapters, chat, completions, embeddings, files, fine_tuning, plain
 from luthier.server.bodies import ChatBody, CompletionBody
 from luthier.server.description import described
-from luthier.server.errors import answer, invalid, refuse, unexpected
+from luthier.server.errors import answer, invalid, refuse, unexpected, unknown
 from luthier.server.guard import Guard, Message, Receive, Send
 from luthier.server.serving import Serving
 
@@ -33,7 +33,8 @@ def application(serving: Serving) -> Guard:
 
 def routes_of(serving: Serving) -> FastAPI:
     """The routes, without the guard. Pages that show the description come from elsewhere, and are not there."""
-    api = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    api = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url="/openapi.json",
+                  dependencies=[Depends(known_query)])  # fmt: skip
     for part in (chat, completions, embeddings, plain, adapters, files, fine_tuning):
         api.include_router(part.routes(serving))
     api.openapi = lambda: described(api)  # type: ignore[method-assign]
@@ -46,6 +47,11 @@ def routes_of(serving: Serving) -> FastAPI:
     async def misfit(request: Request, failure: RequestValidationError) -> JSONResponse:
         return invalid(failure, known_at(request.url.path))
 
+    @api.exception_handler(Exception)
+    async def unforeseen(_request: Request, _failure: Exception) -> JSONResponse:
+        # It is raised again behind this answer, and logged where requests are counted.
+        return unexpected()
+
     @api.exception_handler(HTTPException)
     async def plain_error(request: Request, failure: HTTPException) -> JSONResponse:
         words = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not for this path"}
@@ -54,6 +60,14 @@ def routes_of(serving: Serving) -> FastAPI:
         return refuse(failure.status_code, message, code=code, headers=failure.headers)
 
     return api
+
+
+async def known_query(request: Request) -> None:
+    """Raise for a parameter in the query that the route does not know."""
+    names = [each.alias for each in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in names:
+            raise unknown("query", name, names)
 
 
 def known_at(path: str) -> Mapping[str, Sequence[str]]:
@@ -83,13 +97,14 @@ class Counted:
         if scope["type"] != "http":
             await self.api(scope, receive, send)
             return
-        status, begun, start = 0, False, time.monotonic()
+        status, whole, start = 0, False, time.monotonic()
 
         async def noted(message: Message) -> None:
-            nonlocal status, begun
+            nonlocal status, whole
             if message["type"] == "http.response.start":
-                status, begun = message["status"], True
+                status = message["status"]
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self.api(scope, receive, noted)
@@ -100,9 +115,9 @@ class Counted:
         except Exception:
             _LOG.exception("%s %s", scope["method"], scope["path"])
             status = 500
-            if begun:
+            if not whole:
+                # What was begun is cut off, so that nobody takes it for all.
                 raise
-            await unexpected()(scope, receive, send)
         finally:
             self.serving.metrics.requests[_route(scope), status] += 1
             _ACCESS.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - start)

@@ -75,6 +75,10 @@ def sampling_of(
                           do="ask for less, or start the server with more: --max-new-tokens")  # fmt: skip
     if limit is None:
         limit = most if serving.room is None else max(1, min(most, serving.room - prompt))
+    if limit < 1 or body.min_tokens > limit:
+        name, given, allowed = ("max_tokens", limit, "at least 1") if limit < 1 else (
+            "min_tokens", body.min_tokens, f"0 to {limit}, the most that the answer may have")  # fmt: skip
+        raise RecipeError(f"{name} is {given}", allowed=allowed)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     known = () if body.ignore_eos else serving.opened.stop_ids
     return Sampling(

@@ -66,7 +66,8 @@ _STATUS: Final[Sequence[tuple[type[LuthierError], int, str]]] = (
     (CorruptError, 400, "invalid_request_error"),
 )
 _REFUSED: Final = ("extra_forbidden", "none_required", "literal_error", "too_long", "list_type")
-_FOLDERS: Final = re.compile(r"(?<![\w.])/(?:[^\s/:]+/)+")
+_FOLDERS: Final = re.compile(r"(?<![\w.])/(?!v1/)(?:[^\s/:]+/)+")
+"""Folders of an absolute path, but for the API's own paths."""
 RETRY: Final = {"Retry-After": "1"}
 
 
@@ -82,9 +83,12 @@ def body_of(error: LuthierError, *, param: str | None = None) -> dict[str, Any]:
     message, where = str(error) if plain else error.told(), error.where
     if isinstance(error, (StorageError, RefusedError)):
         where = ""
-    # Where our files are is nobody's business: of a path the end stays.
-    message = _FOLDERS.sub("", message)
-    return told(message, code=error.code, kind=status_of(error)[1], param=param or where or None)
+    return told(without_folders(message), code=error.code, kind=status_of(error)[1], param=param or where or None)
+
+
+def without_folders(message: str) -> str:
+    """A message whose paths are their ends: where our files are is nobody's business."""
+    return _FOLDERS.sub("", message)
 
 
 def told(message: str, *, code: str, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
@@ -115,23 +119,64 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
     # A required name that is misspelt is missing, and unknown: the second says what to do.
     problems = sorted(failure.errors(), key=lambda problem: problem["type"] == "missing")
     first: Mapping[str, Any] = problems[0] if problems else {"type": "", "loc": (), "msg": "it cannot be read"}
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = place_of(first, failure.body)
     param = ".".join(place) or None
     if place and place[-1] in INSTEAD and first["type"] in _REFUSED:
         message = f"{param} cannot be had; {INSTEAD[place[-1]]}"
-        return JSONResponse(told(message, code="unsupported_parameter", param=param), 400)
+        return _misfit(message, "unsupported_parameter", param)
     if first["type"] == "extra_forbidden" and place:
-        names = known.get(".".join(place[:-1]), ())
+        names = first.get("ctx", {}).get("known") or known.get(".".join(place[:-1]), ())
         near = f"; {did_you_mean(place[-1][:80], names)}" if names else ""
-        return JSONResponse(told(f"unknown parameter {param!r:.200}{near}", code="unknown_parameter", param=param), 400)
+        return _misfit(f"unknown parameter {param!r:.200}{near}", "unknown_parameter", param)
     if first["type"] == "json_invalid":
         why = dict(first.get("ctx", {})).get("error", first["msg"])
-        message = f"the body is no JSON: {why} at character {place[-1] if place else '?'}"
-        return JSONResponse(told(message, code="invalid_parameter"), 400)
+        at = first["loc"][-1] if first["loc"] else "?"
+        return _misfit(f"the body is no JSON: {why} at character {at}", "invalid_parameter", None)
     if first["type"] == "model_attributes_type" and not place:
         message = "the body is no JSON object; send one, with Content-Type: application/json"
-        return JSONResponse(told(message, code="invalid_parameter"), 400)
+        return _misfit(message, "invalid_parameter", None)
     if first["type"] == "missing":
-        return JSONResponse(told(f"{param or 'the body'} is missing", code="missing_parameter", param=param), 400)
+        return _misfit(f"{param or 'the body'} is missing", "missing_parameter", param)
     what = f"{param}: " if param else ""
-    return JSONResponse(told(f"{what}{first['msg']}", code="invalid_parameter", param=param), 400)
+    return _misfit(f"{what}{_said_of(first, problems, failure.body)}", "invalid_parameter", param)
+
+
+def unknown(kind: str, name: str, names: Sequence[str]) -> RequestValidationError:
+    """A parameter of a query or a form (`kind`) that its route does not know."""
+    problem = {"type": "extra_forbidden", "loc": (kind, name), "msg": "", "ctx": {"known": names}}
+    return RequestValidationError([problem])
+
+
+def place_of(problem: Mapping[str, Any], body: object) -> list[str]:
+    """Where a problem is, in the client's own words: nobody has written the names of forms that a value may have."""
+    kind, *parts = problem["loc"] or ("",)
+    if kind != "body" or not isinstance(body, (dict, list)):
+        return [str(part) for part in parts]
+    found: list[str] = []
+    at: object = body
+    for part in parts:
+        within = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
+        if within:
+            at = at[part]  # type: ignore[index]  # a mapping or a list, which has it
+        elif problem["type"] != "missing" or part is not parts[-1]:
+            continue
+        found.append(str(part))
+    return found
+
+
+def _said_of(first: Mapping[str, Any], problems: Sequence[Mapping[str, Any]], body: object) -> str:
+    """What is wrong; where a value may have several forms, with each of them."""
+    place = place_of(first, body)
+    if len(place) == len(first["loc"]) - 1:
+        return str(first["msg"])
+    told: dict[str, None] = {}
+    for each in problems:
+        own = place_of(each, body)
+        if own[: len(place)] == place:
+            inner = ".".join(own[len(place) :])
+            told[f"{inner}: {each['msg']}" if inner else str(each["msg"])] = None
+    return "; or ".join(list(told)[:4])
+
+
+def _misfit(message: str, code: str, param: str | None) -> JSONResponse:
+    return JSONResponse(told(message, code=code, param=param), 400)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
+from fastapi import APIRouter, File, Form, Path, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse
 
 from luthier.server.answers import ERRORS, Deleted, FileList, StoredFile
+from luthier.server.errors import unknown
 from luthier.server.serving import Serving
 from luthier.server.store import require_rows
 
@@ -23,9 +24,12 @@ def routes(serving: Serving) -> APIRouter:
 
     @router.post("/v1/files", response_model=StoredFile, responses=ERRORS)
     async def create_file(
-        file: Annotated[UploadFile, File()], purpose: Annotated[Literal["fine-tune"], Form()]
+        request: Request, file: Annotated[UploadFile, File()], purpose: Annotated[Literal["fine-tune"], Form()]
     ) -> Response:
         """Upload a JSONL file, in any of luthier's data formats."""
+        for name in await request.form():
+            if name not in ("file", "purpose"):
+                raise unknown("body", name, ("file", "purpose"))
         content = await file.read()
         await asyncio.to_thread(require_rows, content)
         made = await asyncio.to_thread(files.add, file.filename or "file.jsonl", content, purpose=purpose)

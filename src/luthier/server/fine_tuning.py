@@ -105,7 +105,7 @@ def routes(serving: Serving) -> APIRouter:
 
     @router.get("/{job_id}/checkpoints", response_model=CheckpointList, responses=ERRORS)
     async def list_fine_tuning_job_checkpoints(job_id: Id, after: After = None, limit: Most = 10) -> Response:
-        """The states that were saved, the latest first; the last one is what is served."""
+        """The states that were saved, the latest first; each is served under its name once the job has succeeded."""
         job = jobs.get(job_id)
         return JSONResponse(_page(await asyncio.to_thread(checkpoints_of, job, jobs.run_folder(job)), after, limit))
 

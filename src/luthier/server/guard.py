@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, final
 
@@ -26,6 +27,8 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN: Final = frozenset({"/health"})
 """Paths that need no token."""
 UPLOAD: Final = "/v1/files"
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPE: Final = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
 @final
@@ -118,9 +121,21 @@ class Guard:
         except TimeoutError:
             return refuse(408, f"the body did not come within {limits.body_seconds:g} seconds", code="slow"), b""
         body = b"".join(parts)
-        if not upload and deeper(body, limits.depth):
-            return refuse(400, f"the body is nested deeper than {limits.depth}", code="depth"), b""
-        return None, body
+        return (None if upload else self._misread(body)), body
+
+    def _misread(self, body: bytes) -> JSONResponse | None:
+        """Why JSON is not read: what no parser should be given, or what no tokenizer could take of it."""
+        if deeper(body, self.settings.limits.depth):
+            return refuse(400, f"the body is nested deeper than {self.settings.limits.depth}", code="depth")
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError as failure:
+            told = f"the body is no UTF-8 at byte {failure.start}"
+            return refuse(400, told, code="invalid_parameter")
+        if (place := half_of_a_pair(body)) is not None:
+            told = f"the body has half of a surrogate pair at byte {place}, which is no character; send both halves"
+            return refuse(400, told, code="invalid_parameter")
+        return None
 
     def _bounded(self, send: Send) -> Send:
         """`send` that does not wait for a reader for ever."""
@@ -135,7 +150,8 @@ def _host(value: bytes) -> str:
     """The name in a Host header, without its port."""
     text = value.decode("latin-1").lower()
     if text.startswith("["):
-        return text.partition("]")[0] + "]"
+        name, end, port = text.partition("]")
+        return name + end if not port or (port[0] == ":" and port[1:].isdigit()) else ""
     return text.rpartition(":")[0] if text.count(":") == 1 else text
 
 
@@ -157,6 +173,23 @@ def deeper(body: bytes, most: int) -> bool:
         elif byte in b"]}":
             depth -= 1
     return False
+
+
+def half_of_a_pair(body: bytes) -> int | None:
+    """Where JSON escapes a UTF-16 surrogate without the other one; None where it does not."""
+    if not _SURROGATE.search(body):
+        return None
+    high: re.Match[bytes] | None = None
+    # Every escape, so that a backslash which is escaped itself begins none.
+    for each in _ESCAPE.finditer(body):
+        code = int(each[1], 16) if each[1] else 0
+        low = 0xDC00 <= code < 0xE000
+        if high is not None and not (low and each.start() == high.end()):
+            return high.start()
+        if low and high is None:
+            return each.start()
+        high = each if 0xD800 <= code < 0xDC00 else None
+    return None if high is None else high.start()
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from luthier.recipes.opening.checkpoint_adapters import step_of_result
+from luthier.recipes.opening.results import of_policy
 from luthier.server.jobs import Job
 from luthier.store.lines import JsonLines
 from luthier.store.runs import RunDirectory, is_run
@@ -57,10 +59,16 @@ def events_of(job: Job, run: Path) -> list[dict[str, Any]]:
     return made[::-1]
 
 
+def name_at(job: Job, step: int) -> str:
+    """What is served of a job's state at a step that is not its result."""
+    return f"{job.name}:ckpt-step-{step}"
+
+
 def checkpoints_of(job: Job, run: Path) -> list[dict[str, Any]]:
-    """The states that a job's run holds, the latest first."""
+    """The states that a job's run holds, the latest first. They are served once the job has succeeded."""
     if not is_run(run):
         return []
+    result = step_of_result(RunDirectory.open(run))
     losses: dict[int, dict[str, Any]] = {}
     for said in _records(run):
         if said.get("kind") in ("step", "evaluation") and isinstance(said.get("step"), int):
@@ -71,12 +79,12 @@ def checkpoints_of(job: Job, run: Path) -> list[dict[str, Any]]:
             "id": f"ftckpt-{job.id.removeprefix('ftjob-')}-{step}",
             "object": "fine_tuning.job.checkpoint",
             "created_at": job.finished_at or job.created_at,
-            "fine_tuned_model_checkpoint": job.name,
+            "fine_tuned_model_checkpoint": job.name if step == result else name_at(job, step),
             "fine_tuning_job_id": job.id,
             "step_number": step,
             "metrics": {"step": step, **losses.get(step, {})},
         }
-        for step in RunDirectory.open(run).checkpoints.steps()
+        for step in of_policy(RunDirectory.open(run)).checkpoints.steps()
     ]
     return sorted(made, key=lambda each: -int(str(each["step_number"])))
 

@@ -23,7 +23,7 @@ import yaml
 
 from luthier.core.child import WAIT_POLICY, start_child
 from luthier.core.errors import LuthierError, RecipeError, StoppedError
-from luthier.server.errors import NotServedError
+from luthier.server.errors import NotServedError, without_folders
 from luthier.store.files import read_json, write_json, write_text
 
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -204,20 +204,21 @@ class Jobs:
         self._end(job, code, _plain(said))
 
     def _end(self, job: Job, code: int, said: Mapping[str, Any]) -> None:
-        now = int(time.time())
         if code != 0:
             told = said.get("error") or {"code": "unexpected", "received": f"the trainer ended with {code}", "do": ""}
-            error = {"code": told["code"], "message": f"{told['received']}; {told['do']}", "param": None}
-            self._set(job, state="failed", finished_at=now, error=error)
+            self._failed(job, told["code"], f"{told['received']}; {told['do']}")
             return
         try:
             results = self._on_result(job, self.run_folder(job))
         except LuthierError as failure:
-            self._set(job, state="failed", finished_at=now,
-                      error={"code": failure.code, "message": failure.told(), "param": None})  # fmt: skip
+            self._failed(job, failure.code, failure.told())
             return
         tokens = said.get("tokens", {}).get("trained")
-        self._set(job, state="succeeded", finished_at=now, trained_tokens=tokens, results=tuple(results))
+        self._set(job, state="succeeded", finished_at=int(time.time()), trained_tokens=tokens, results=tuple(results))
+
+    def _failed(self, job: Job, code: str, message: str) -> None:
+        error = {"code": code, "message": without_folders(message), "param": None}
+        self._set(job, state="failed", finished_at=int(time.time()), error=error)
 
 
 def _plain(said: bytes) -> dict[str, Any]:

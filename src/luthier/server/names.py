@@ -22,8 +22,8 @@ from luthier.server.errors import NotServedError
 class Pool(Protocol):
     """What the names need of the adapters' pool. Only the engine's thread calls what changes it."""
 
-    def register(self, name: str, folder: Path) -> None:
-        """Let a name stand for the adapter in a folder."""
+    def register(self, name: str, folder: Path, *, anew: bool = False) -> None:
+        """Let a name stand for the adapter in a folder, also one that stands for another if `anew`."""
 
     def unregister(self, name: str) -> None:
         """Let a name stand for nothing."""
@@ -61,6 +61,15 @@ class Names:
         """Serve an adapter that the engine knows."""
         self.adapters[name] = Adapter(name, engine, folder)
 
+    def require_free(self, name: str, *, inplace: bool) -> None:
+        """Raise RecipeError for a name that no adapter can be given; `inplace` takes one that an adapter has."""
+        own = self.adapters.get(name)
+        if name == self.base or (own is not None and (not inplace or own.engine != name)):
+            raise RecipeError(f"a model is called {name!r:.80} already", do="unload it first, or set load_inplace")
+        if name.startswith(self.base + ":"):
+            raise RecipeError(f"{name!r:.80} begins with the base's name, as every adapter may be asked for",
+                              do=f"call it {name.removeprefix(self.base + ':')!r:.80}")  # fmt: skip
+
     def engine_name(self, model: str, lora: Sequence[Scaled] | None = None) -> str:
         """What the engine calls what a request asks for. Raises NotServedError for a name that nobody has."""
         wanted = model.removeprefix(self.base + ":") if model.startswith(self.base + ":") else model
@@ -73,6 +82,7 @@ class Names:
             return self.adapters[wanted].engine
         parts = [part.partition("@") for part in wanted.split("+")]
         if self.pool is not None and all(name in self.adapters for name, _, _ in parts):
+            _require_once([name for name, _, _ in parts], f"the mix {wanted!r:.80}")
             return self._mix({name: _weight(wanted, weight, at) for name, at, weight in parts})
         raise NotServedError(f"no model is called {model!r:.80}", do=did_you_mean(model[:200], self.all[:200]))
 
@@ -101,6 +111,7 @@ class Names:
         for each in scales:
             if each.id >= len(known):
                 raise NotServedError(f"no adapter has the id {each.id}", do="GET /lora-adapters lists them")
+        _require_once([known[each.id] for each in scales], "the list of weights")
         return {known[each.id]: each.scale for each in scales}
 
     def _mix(self, scales: Mapping[str, float]) -> str:
@@ -113,6 +124,12 @@ class Names:
         if list(wanted.values()) == [1.0]:
             return self.adapters[next(iter(wanted))].engine
         return "+".join(f"{self.adapters[name].engine}@{scale!r}" for name, scale in wanted.items())
+
+
+def _require_once(names: Sequence[str], what: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"{what} has {twice!r:.80} twice", do="add its weights up")
 
 
 def _weight(mix: str, text: str, at: str) -> float:

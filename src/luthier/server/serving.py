@@ -7,27 +7,30 @@ nor other clients should wait. One thread: a chat template's process lives as lo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import LuthierError, RecipeError
 from luthier.data.tokenizer import Tokenizer
 from luthier.infer.grammars import Grammars
+from luthier.recipes.opening.checkpoint_adapters import earlier_steps, write_adapter_at
 from luthier.recipes.opening.opened import Opened
 from luthier.recipes.opening.results import result_of
 from luthier.server.errors import DrainingError
-from luthier.server.history import results_csv
+from luthier.server.history import name_at, results_csv
 from luthier.server.jobs import Job, Jobs
 from luthier.server.metrics import Metrics
-from luthier.server.names import Names
+from luthier.server.names import Names, Pool
 from luthier.server.pooling import Pooling
 from luthier.server.settings import Settings
 from luthier.server.store import Files
 from luthier.server.worker import Worker
-from luthier.store.runs import ADAPTER, RunDirectory
+from luthier.store.runs import ADAPTER, RunDirectory, is_run
 
+_LOG = logging.getLogger("luthier.server")
 T = TypeVar("T")
 
 
@@ -87,10 +90,25 @@ class Serving:
     def load_jobs(self) -> None:
         """Serve what earlier fine-tunes have made, and go on with those that were broken off. Before anything runs."""
         for job in self.jobs.load():
-            folder = self.jobs.run_folder(job) / ADAPTER
-            if job.state == "succeeded" and job.model == self.names.base and self.names.pool and folder.is_dir():
-                self.names.pool.register(job.name, folder)
-                self.names.add(job.name, job.name)
+            if job.state == "succeeded" and job.model == self.names.base and self.names.pool is not None:
+                places = {name: place for name, place in self._places(job).items() if place.is_dir()}
+                self._register(places, self.names.pool)
+                self._add(places)
+
+    def _places(self, job: Job) -> dict[str, Path]:
+        """Where the adapters of a job that has succeeded lie, by the names that they are served under."""
+        run = self.jobs.run_folder(job)
+        earlier = earlier_steps(RunDirectory.open(run)) if is_run(run) else []
+        return {job.name: run / ADAPTER} | {name_at(job, step): run.parent / f"step-{step}" for step in earlier}
+
+    def _register(self, places: Mapping[str, Path], pool: Pool) -> None:
+        """Let the engine know adapters; in its thread, or before it runs."""
+        for name, place in places.items():
+            pool.register(name, place)
+
+    def _add(self, places: Mapping[str, Path]) -> None:
+        for name in places:
+            self.names.add(name, name)
 
     def close(self) -> None:
         """End the threads and processes for words and fine-tunes."""
@@ -99,14 +117,23 @@ class Serving:
 
     def _serve_result(self, job: Job, run: Path) -> list[str]:
         """Serve what a job has made, and keep its losses as a file; in the thread of the jobs."""
-        folder, _ = result_of(RunDirectory.open(run))
+        opened = RunDirectory.open(run)
+        result_of(opened)
         table = self.files.add("step_metrics.csv", results_csv(run), purpose="fine-tune-results")
+        places = self._places(job)
+        for step in earlier_steps(opened):
+            try:
+                write_adapter_at(opened, step, places[name_at(job, step)])
+            except LuthierError as failure:
+                # The result is there all the same.
+                _LOG.error("step %d of %s is not served: %s", step, job.id, failure)
+                del places[name_at(job, step)]
 
         async def register() -> None:
             pool = self.names.pool
             if pool is not None:
-                await self.worker.do(lambda: pool.register(job.name, folder))
-                self.names.add(job.name, job.name)
+                await self.worker.do(lambda: self._register(places, pool))
+                self._add(places)
 
         try:
             asyncio.run_coroutine_threadsafe(register(), self.worker.loop).result()

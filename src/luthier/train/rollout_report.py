@@ -31,7 +31,7 @@ class RolloutReport:
     leash: float = 0.0
     seconds: float = 0.0
     sampling_seconds: float = 0.0
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     _rewards: list[float] = field(default_factory=list)
     _parts: dict[str, list[float]] = field(default_factory=dict)
     _lengths: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class RolloutReport:
     def count(self, scored: Scored, answers: Sequence[Answer]) -> None:
         """Answers that were sampled and scored, those that could not be scored among them."""
         self.counts.update({name: count for name, count in scored.counts.items() if name != "samples"})
-        self.failures.update(failure.received for failure in scored.failures)
+        self.failures.update((failure.received, failure.do) for failure in scored.failures)
         for answer in answers:
             self.counts.update(answers=1, cut=int(answer.ended == "length"), tokens=answer.length)
             self.surprise -= float(answer.sampled[answer.own].sum())
@@ -62,9 +62,16 @@ class RolloutReport:
         """How long sampling and scoring took."""
         self.sampling_seconds = seconds
 
+    @property
+    def _reasons(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for (reason, _), count in self.failures.items():
+            found[reason] += count
+        return found
+
     def why(self) -> str:
         """What became of the answers, in a sentence."""
-        said = "; ".join(f"{count} x {reason}" for reason, count in self.failures.most_common(3))
+        said = "; ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
         reasons = f" ({said})" if said else ""
         return (
             f"of {self.counts['answers']} answers {self.counts['failed']} could not be scored{reasons}, "
@@ -75,7 +82,8 @@ class RolloutReport:
         """What to do where hardly any answer could be trained."""
         left = self.counts["answers"]
         if self.counts["failed"] == left:
-            return "mend the reward, and try it with luthier reward RECIPE FILE on answers that are there"
+            own = "".join(f"{do}, or " for (_, do), _ in self.failures.most_common(1) if do)
+            return f"{own}mend the reward, and try it with luthier reward RECIPE FILE on answers that are there"
         if self.counts["failed"] + self.counts["unasked"] == left:
             return "give a number for more of them: where the reward gives None an answer is left out"
         return "look at the rewards' errors and at rollouts.max_new_tokens; raise rollouts.prompts"
@@ -86,7 +94,7 @@ class RolloutReport:
         tokens = self.counts["tokens"]
         return {
             **{name: self.counts[name] for name in COUNTED},
-            "failures": frequent(self.failures),
+            "failures": frequent(self._reasons),
             "version": self.version,
             "reward": _mean(self._rewards),
             "reward_std": _std(self._rewards),

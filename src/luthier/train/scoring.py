@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Final, final
+from typing import Any, Final, final
 
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DataError, LuthierError, RecipeError
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Limits
@@ -23,6 +23,9 @@ from luthier.sandbox.sandbox import Sandbox, open_sandbox
 _REASONS: Final = 3
 _LONGEST: Final = 200
 """How many reasons for which samples could not be scored are told, and letters of each."""
+_MOST_LISTED: Final = 20
+"""Rows that are listed where many cannot be scored; the others are counted."""
+_MEND: Final = "mend the row or take it out of the data, or let the reward read another column"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Scored:
         """What happened to those that failed, the most frequent first."""
         reasons = Counter(failure.received for failure in self.failures)
         return "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+
+    @property
+    def advice(self) -> str:
+        """What the failures themselves advise, the most frequent of it; empty where they advise nothing."""
+        return "".join(do for do, _ in Counter(failure.do for failure in self.failures).most_common(1))
 
 
 def frequent(reasons: Counter[str]) -> dict[str, int]:
@@ -146,13 +154,30 @@ class Scoring:
                 allowed=f"a recipe that says which {missing[0]} to use",
             )
 
-    def check(self, facts: Mapping[str, object], where: str) -> None:
-        """Raise RecipeError for a data row without a column that the reward reads."""
-        if missing := [column for column in self.reward.columns if column not in facts]:
-            raise RecipeError(
-                f"the reward {self.reward.method_name()} reads the column {missing[0]!r}, and the row has none",
-                allowed=f"its columns: {', '.join(facts) or 'none'}", where=where,
-            )  # fmt: skip
+    def check(self, rows: Iterable[tuple[Mapping[str, Any], str]]) -> None:
+        """Raise one DataError that lists the data rows, each with its address, that answers to cannot be scored by.
+
+        Raises RecipeError where none of them has a column that the reward reads.
+        """
+        columns, name = self.reward.columns, self.reward.method_name()
+        count, lines, lacking = 0, _Listed(), _Listed()
+        for facts, where in rows:
+            count += 1
+            if missing := [column for column in columns if column not in facts]:
+                told = f"the reward {name} reads the column {missing[0]!r}, and the row has none"
+                error = RecipeError(told, allowed=f"its columns: {', '.join(facts) or 'none'}", where=where)
+                lacking.add(error)
+                lines.add(error)
+                continue
+            try:
+                self.reward.check(facts)
+            except DataError as failure:
+                told = f"{failure.where}: {failure.received}" if failure.where else failure.received
+                lines.add(DataError(told, allowed=failure.allowed, do=failure.do, where=where))
+        if lacking.first and lacking.count == count:
+            raise lacking.first[0]
+        if lines.first:
+            raise lines.told(f"{lines.count:,} of {count:,} rows cannot be scored by the reward {name}")
 
     def score(self, samples: Sequence[Sample], *, step: int | None = None) -> Scored:
         """A score for each sample that can have one. Rewards are told the `step` of training where it is given."""
@@ -181,10 +206,33 @@ class Scoring:
                 verdicts = self.reward.score(samples, tools)
         except RewardError as failure:
             return [_again(failure, sample) for sample in samples]
+        except DataError as failure:
+            if failure.do or type(failure) is not DataError:
+                raise
+            # What shows only when programs of a row are run; what can be seen has been looked for in all rows.
+            raise DataError(failure.received, allowed=failure.allowed, do=_MEND, where=failure.where) from failure
         if len(verdicts) != len(samples):
             told = f"{self.reward.method_name()} gave {len(verdicts)} verdicts on {len(samples)} samples"
             raise RecipeError(told, allowed="one for each")
         return [_finite(verdict, sample) for verdict, sample in zip(verdicts, samples, strict=True)]
+
+
+@dataclass
+class _Listed:
+    """Errors about rows: the first, which are listed, and how many there are."""
+
+    first: list[LuthierError] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, error: LuthierError) -> None:
+        self.count += 1
+        if self.count <= _MOST_LISTED:
+            self.first.append(error)
+
+    def told(self, what: str) -> DataError:
+        more = [f"... ({self.count - len(self.first):,} more rows)"] * (self.count > len(self.first))
+        lines = "".join(f"\n  {line}" for line in [*map(str, self.first), *more])
+        return DataError(what + lines, do=_MEND)
 
 
 def _again(failure: RewardError, sample: Sample) -> RewardError:

@@ -17,7 +17,6 @@ from luthier.recipes.reinforcing.tools import scoring_of
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.reinforce import ReinforceRecipe
 from luthier.rewards import Environment
-from luthier.train.scoring import Scoring
 
 
 def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completion") -> dict[str, Any]:
@@ -25,9 +24,11 @@ def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completi
     scoring = scoring_of(recipe) if isinstance(recipe, ReinforceRecipe) else None
     if scoring is None:
         raise RecipeError("the recipe has no reward", allowed="recipe: reinforce with a reward")
-    samples = list(_samples(file, column, scoring))
+    rows = list(_rows(file, column, exchanged=isinstance(scoring.reward, Environment)))
+    samples = [sample for sample, _ in rows]
     if not samples:
         raise DataError("there is no row", allowed="one answer or more", where=str(file))
+    scoring.check((sample.facts, where) for sample, where in rows)
     scored = scoring.score(samples)
     # Failures carry their samples, and stand in no order.
     why = {id(failure.sample): str(failure) for failure in scored.failures}
@@ -46,7 +47,8 @@ def score_answers(recipe: FinetuneRecipe, file: Path, *, column: str = "completi
     }
 
 
-def _samples(file: Path, column: str, scoring: Scoring) -> Iterator[Sample]:
+def _rows(file: Path, column: str, *, exchanged: bool) -> Iterator[tuple[Sample, str]]:
+    """The answers of a file, each with the address of its row."""
     for item in read_records(file):
         if isinstance(item, DataError):
             raise item
@@ -57,11 +59,10 @@ def _samples(file: Path, column: str, scoring: Scoring) -> Iterator[Sample]:
                 f"{column} is {said!r}"[:200], allowed="the answer, as text", where=item.where,
                 do="name the column that has it: --column NAME",
             )  # fmt: skip
-        scoring.check(facts, item.where)
         asked = item.values.get("prompt", "")
         # In an exchange, as a run would have it, all is messages.
-        text = asked if isinstance(asked, str) and not isinstance(scoring.reward, Environment) else None
-        yield Sample(prompt=_prompt(asked, item.where), answer=said, facts=facts, text=text)
+        text = asked if isinstance(asked, str) and not exchanged else None
+        yield Sample(prompt=_prompt(asked, item.where), answer=said, facts=facts, text=text), item.where
 
 
 def _prompt(value: object, where: str) -> tuple[Message, ...]:

@@ -120,7 +120,7 @@ def as_messages(prompt: str | Sequence[Mapping[str, str]]) -> tuple[Message, ...
 def verdict_row(found: Comparison | RewardError) -> Row:
     """What a judge said of a pair."""
     if isinstance(found, RewardError):
-        return {"failed": found.received}
+        return {"failed": found.received, "allowed": found.allowed, "do": found.do}
     return {
         "probability": found.preference, "shown_first": found.shown_first, "shown_second": found.shown_second,
         "mass": found.mass, "rationale": found.rationales[0], "rationale_swapped": found.rationales[1],
@@ -153,6 +153,8 @@ class Feedback:
         judged = [verdict for answer, verdict in self._pairs() if not alike(answer) and "probability" in verdict]
         decided = [verdict for answer, verdict in self._pairs() if self._decided(answer, verdict)]
         failures = Counter(verdict["failed"] for verdict in self.verdicts if "failed" in verdict)
+        # Runs that were begun by an earlier version have no advice in their files.
+        advice = Counter(verdict["do"] for verdict in self.verdicts if verdict.get("do"))
         biases = [(one["shown_first"] - one["shown_second"]) / 2 for one in judged]
         by_place = [one for one in judged if (one["shown_first"] - 0.5) * (one["shown_second"] - 0.5) < 0]
         return {
@@ -162,6 +164,7 @@ class Feedback:
             "ties": len(judged) - len(decided),
             "failed": sum(failures.values()),
             "failures": dict(failures.most_common(5)),
+            "advice": next((do for do, _ in advice.most_common(1)), ""),
             "cut_off": sum(ended == "length" for answer in self.answers for ended in answer["ended"]),
             "position_bias": _mean(biases),
             "decided_by_place": len(by_place) / len(judged) if judged else 0.0,
@@ -206,8 +209,8 @@ def lessons(figures: Mapping[str, Any]) -> list[str]:
     if figures["failed"]:
         most = "; ".join(f"{count} x {reason}" for reason, count in figures["failures"].items())
         said.append(
-            f"the judge gave no verdict on {figures['failed']:,} of {pairs:,} pairs: {most}; take a model that was "
-            "tuned to judge, or see what verdict asks of it"
+            f"the judge gave no verdict on {figures['failed']:,} of {pairs:,} pairs: {most}; "
+            + (figures["advice"] or "take a model that was tuned to judge, or see what verdict asks of it")
         )
     if figures["decided_by_place"] > _MUCH:
         said.append(

@@ -63,21 +63,26 @@ class Facts:
         sources = [*sources_of(paths, reading), *(sources_of(evaluation, reading) if evaluation is not None else [])]
         return cls({item.row.number: item.row for item in Intake(sources, None) if isinstance(item, Kept)})
 
-    def prompts(self, views: Views, scoring: Scoring | None, *, most: int | None = None) -> list[Prompt]:
-        """Prompts of rendered rows. Raises RecipeError for a row without a column that the reward reads."""
+    def prompts(self, views: Views, *, most: int | None = None) -> list[Prompt]:
+        """Prompts of rendered rows."""
         found = []
         for index in range(len(views) if most is None else min(most, len(views))):
             view = views[index]
             row = self.rows.get(view.row)
             if row is None:
                 raise CorruptError(f"row {view.row} of the data is not the prompt it was", do="read the data again")
-            if not isinstance(row.content, Asked):
-                continue
-            if scoring is not None:
-                scoring.check(row.content.facts, row.where)
-            asked = row.content
-            found.append(Prompt(view.tokens, asked.asked.messages, asked.facts, view.row, asked.text))
+            if isinstance(row.content, Asked):
+                asked = row.content
+                found.append(Prompt(view.tokens, asked.asked.messages, asked.facts, view.row, asked.text))
         return found
+
+    def check(self, scoring: Scoring | None, *kinds: Views) -> None:
+        """Raise what is wrong with the rows by which answers are to be scored, in the order of the data."""
+        if scoring is None:
+            return
+        numbers = sorted({row for views in kinds for row in views.store.rows[views.indices].tolist()} & set(self.rows))
+        rows = ((row.content, row.where) for row in map(self.rows.__getitem__, numbers))
+        scoring.check((content.facts, where) for content, where in rows if isinstance(content, Asked))
 
     def words(self, views: Views) -> list[Rendered]:
         """Rows that are imitated beside rollouts: those that ask nothing."""
@@ -98,7 +103,8 @@ def rollout_source(
     """Steps from what the model answers to training prompts while it is trained."""
     facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
     knobs = recipe.rollouts
-    prompts = facts.prompts(data.train, scoring)
+    facts.check(scoring, data.train, data.held_out)
+    prompts = facts.prompts(data.train)
     plan = Plan(
         prompts=knobs.prompts, answers=knobs.answers, max_new_tokens=knobs.max_new_tokens, cut=knobs.cut,
         redraws=knobs.redraws, lag=knobs.lag, correction=knobs.correction, stop_ids=tuple(sorted(data.store.stop_ids)),
@@ -221,7 +227,8 @@ class HeldOut:
     ) -> HeldOut:
         """Those of a recipe, or the prompts of other `views`."""
         facts = Facts.of(recipe.data.train, reading, recipe.data.evaluation)
-        prompts = facts.prompts(views or data.held_out, scoring, most=recipe.evaluation.max_rows)
+        facts.check(scoring, views or data.held_out)
+        prompts = facts.prompts(views or data.held_out, most=recipe.evaluation.max_rows)
         episodes = _episodes(recipe, data, tokenizer, scoring, room_of(model))
         return cls(model, prompts, scoring, tokenizer, data, recipe, reference, episodes)
 
@@ -248,9 +255,10 @@ class HeldOut:
                 metrics[name] = (total + value, count + 1)
         if self.prompts and not rows:
             reasons = scored.told or "the reward gave None"
+            own = f"{scored.advice}, or " if scored.advice else ""
             raise RecipeError(
                 f"none of {len(self.prompts)} held-out answers could be scored: {reasons}",
-                do="mend the reward (luthier reward RECIPE FILE tries it), then luthier resume RUN",
+                do=f"{own}mend the reward (luthier reward RECIPE FILE tries it), then luthier resume RUN",
             )
         tokens = sum(lengths)
         return PassReport(
