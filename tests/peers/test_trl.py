@@ -1,6 +1,6 @@
-"""trl as the oracle of preference losses: the same log-probabilities, the same loss, to 1e-6.
+"""trl as the oracle of losses: the same log-probabilities, the same loss, to 1e-6.
 
-What trl says of them is in trl_preferences.json; trl_preferences.py made it with trl's own trainers.
+What trl says of them is in files beside this one, each made by a script of its name with trl's own trainers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import pytest
 import torch
 
 from luthier.data.forest import Forest, Segment, Tree
+from luthier.data.rollouts import Answer, Group, noting
 from luthier.maths.preferences import log_odds, pair_losses
 from luthier.model.running.outputs import TokenOutputs
 from luthier.objectives import Objective
 from luthier.objectives.dpo import DPO
+from luthier.objectives.grpo import GRPO
 from luthier.objectives.kto import BAD, GOOD, KTO
 from luthier.objectives.orpo import ORPO
 from luthier.objectives.reward_model import RewardModel
 from luthier.objectives.simpo import SimPO
 
-TOLD: dict[str, Any] = json.loads(Path(__file__).with_suffix("").with_name("trl_preferences.json").read_text("ascii"))
+TOLD: dict[str, Any] = json.loads(Path(__file__).with_name("trl_preferences.json").read_text("ascii"))
+POLICIES: dict[str, Any] = json.loads(Path(__file__).with_name("trl_policies.json").read_text("ascii"))
 SIZES: list[list[int]] = TOLD["sizes"]
 EXACT = 1e-6
 
@@ -136,3 +139,41 @@ def _at_end(leaf: Segment) -> Segment:
     weights = np.zeros_like(leaf.weights)
     weights[-1] = 0.5
     return Segment(leaf.tokens, weights, 0, labels=np.zeros_like(leaf.tokens), notes=leaf.notes)
+
+
+def groups(objective: GRPO) -> tuple[Forest, torch.Tensor]:
+    """The groups as trees with all that was told of their tokens, and the policy's log-probabilities in their order."""
+    made, trees, said, row = [], [], [], 0
+    for sizes, rewards in zip(POLICIES["groups"], POLICIES["rewards"], strict=True):
+        places = range(row, row := row + len(sizes))
+        cut = {
+            name: [np.array(POLICIES[name][at][:count], np.float32) for at, count in zip(places, sizes, strict=True)]
+            for name in ("new", "old", "reference", "sampled")
+        }
+        answers = tuple(
+            Answer(np.arange(count, dtype=np.int32), np.ones(count, np.bool_), sampled, reward)
+            for count, sampled, reward in zip(sizes, cut["sampled"], rewards, strict=True)
+        )
+        made.append(Group(np.arange(3, dtype=np.int32), answers))
+        tree = objective.grow(made[-1])
+        trees.append(noting(noting(tree, "old", cut["old"]), "reference", cut["reference"]))
+        said += [float(one) for each in cut["new"] for one in each]
+    credited, _ = objective.credited(made, trees, leash=0.0)
+    return Forest(tuple(credited)), torch.tensor(said, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "corrected"])
+def test_the_kin_of_grpo_are_trls(name: Any) -> None:
+    """Breaks when a weight, a ratio, a band or an advantage is another, also where the loss alone would not show it."""
+    corrected = {"preset": "grpo", "correction": POLICIES["correction"]}
+    objective = GRPO(**(corrected if name == "corrected" else {"preset": name}), longest=POLICIES["longest"])
+    forest, said = groups(objective)
+    report = objective.loss(outputs(forest, said), forest)
+    loss = report.sum / report.weight
+    (gradient,) = torch.autograd.grad(loss, said)
+    sizes = [count for group in POLICIES["groups"] for count in group]
+    theirs = POLICIES[name]
+    expected = [one for row, count in zip(theirs["gradient"], sizes, strict=True) for one in row[:count]]
+    assert float(loss.detach()) == pytest.approx(theirs["loss"], rel=EXACT, abs=EXACT)
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-5, abs=EXACT)
+    assert any(expected)
