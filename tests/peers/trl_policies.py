@@ -2,7 +2,7 @@
 
 trl is no dependency of the tests. Where it is installed, this makes the file again:
     python tests/peers/trl_policies.py > tests/peers/trl_policies.json
-The file was made with trl 1.16.0 and torch 2.13.0 (CPU), and has the gradient in the log-probabilities beside each loss.
+The file was made with trl 1.16.0 and torch 2.13.0 (CPU); beside each loss stands its gradient in the log-probabilities.
 """
 
 from __future__ import annotations
