@@ -7,17 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx2
 
+from luthier.adapters.lora import LoRA
 from luthier.infer.reader import Counts
 from luthier.infer.request import News, Request, Said
-from luthier.recipes.opening.opened import Opened
+from luthier.model.files.adapter_files import save_adapter
+from luthier.recipes.opening.opened import Opened, open_named
 from luthier.server.listen import listen
 from luthier.server.names import Names
 from luthier.server.serving import Serving
 from luthier.server.settings import Limits, Settings
 from luthier.server.worker import Worker
+from tests import forests
 
 TOKEN = "a-token-for-tests"
 
@@ -116,3 +120,15 @@ def fake_serving(
     """A server before a fake engine, with the words of a real model."""
     settings = Settings(token=TOKEN, port=0, limits=limits or Limits())
     return Serving(opened, Worker(engine, waiting=waiting, buffer=buffer), Names("seedling"), settings)
+
+
+def save_adapters(folder: Path, names: Sequence[str]) -> None:
+    """Adapters of the seedling below a folder, each of which says something else."""
+    opened = open_named("seedling", precision="float32")
+    for seed, name in enumerate(names):
+        method = LoRA(rank=4 + seed)
+        attachment = opened.model.attach(method.attach(opened.model.sites), name=name)
+        forests.shake(attachment.named_parameters().values(), seed=seed, std=0.05)
+        config, extras = method.peft_config(opened.model.sites), {"base_digest": opened.model.digest}
+        save_adapter(folder / name, attachment, peft_type="LORA", config=config, base="seedling", extras=extras)
+        opened.model.detach(name)

@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 
-from luthier.adapters.lora import LoRA
-from luthier.model.files.adapter_files import save_adapter
 from luthier.model.speaker import Sampling
 from luthier.recipes.opening.opened import Opened, open_named, put_on
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
-from tests import forests
-from tests.server.fakes import TOKEN, Running, running
+from tests.server.fakes import TOKEN, Running, running, save_adapters
 
 NAMES = ("french", "formal", "code")
 
@@ -28,14 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("adapters")
     made = base / "open"
     made.mkdir()
-    opened = open_named("seedling", precision="float32")
-    for seed, name in enumerate(NAMES):
-        method = LoRA(rank=4 + seed)
-        attachment = opened.model.attach(method.attach(opened.model.sites), name=name)
-        forests.shake(attachment.named_parameters().values(), seed=seed, std=0.05)
-        config, extras = method.peft_config(opened.model.sites), {"base_digest": opened.model.digest}
-        save_adapter(made / name, attachment, peft_type="LORA", config=config, base="seedling", extras=extras)
-        opened.model.detach(name)
+    save_adapters(made, NAMES)
     (base / "secret").mkdir()
     for path in (made / "french").iterdir():
         (base / "secret" / path.name).write_bytes(path.read_bytes())

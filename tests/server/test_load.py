@@ -1,6 +1,7 @@
 """Many clients at once (R11): normal ones, ones that leave in the middle, slow ones, and ones that send nonsense.
 
-Every answer is the one that a client alone gets, none is lost, and afterwards nothing is held. The long form behind the
+Meanwhile one adapter takes the place of another under a name. Every answer is the one that a client alone gets, none is
+lost, and afterwards nothing is held. The long form behind the
 slow marker is the mark of the benchmark: 200 clients, 20,000 requests.
 """
 
@@ -21,19 +22,21 @@ import pytest
 from luthier.recipes.opening.opened import open_named
 from luthier.server.opening import serve_opened
 from luthier.server.settings import Settings
-from tests.server.fakes import TOKEN, Running, running
+from tests.server.fakes import TOKEN, Running, running, save_adapters
 
 PROMPTS = ["The ship", "One, two,", "My name is", "In the morning", "Seven plus five", "A cat and a dog"]
+ADAPTERS = ("french", "code")
 HEAD = "\r\n".join([
-    "POST /v1/completions HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}",
-    "Content-Type: application/json", "",
+    "POST %s HTTP/1.1", "Host: 127.0.0.1", f"Authorization: Bearer {TOKEN}", "Content-Type: application/json", "",
 ])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     own = open_named("seedling", precision="float32")
-    settings = Settings(token=TOKEN, port=0, state=tmp_path_factory.mktemp("state"))
+    adapters = tmp_path_factory.mktemp("adapters")
+    save_adapters(adapters, ADAPTERS)
+    settings = Settings(token=TOKEN, port=0, state=tmp_path_factory.mktemp("state"), adapters=adapters)
     with running(serve_opened(own, settings, base="seedling", tokens=4096, waiting=1000)) as listening:
         yield listening
 
@@ -62,9 +65,9 @@ async def asked(port: int, sent: bytes, *, slow: bool = False, leave_after: int 
         writer.close()
 
 
-def request(values: dict[str, Any] | bytes) -> bytes:
+def request(values: dict[str, Any] | bytes, path: str = "/v1/completions") -> bytes:
     content = values if isinstance(values, bytes) else json.dumps(values).encode()
-    return f"{HEAD}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+    return f"{HEAD % path}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
 
 
 def text_of(answer: bytes, *, stream: bool) -> str:
@@ -95,11 +98,40 @@ async def client(port: int, number: int, requests: int, wanted: list[str], seen:
         seen[kind] += 1
 
 
+async def load(port: int, name: str, path: str) -> None:
+    """Let a name stand for an adapter, whatever it stood for."""
+    values = {"lora_name": name, "lora_path": path, "load_inplace": True}
+    answer = await asked(port, request(values, "/v1/load_lora_adapter"))
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+
+
+async def swapping(port: int, over: asyncio.Event, wanted: dict[str, str]) -> int:
+    """One adapter after another under the same name, each asked at once; how often."""
+    count = 0
+    while not over.is_set():
+        name = ADAPTERS[count % 2]
+        await load(port, "swapped", name)
+        answer = await asked(port, request(body(0, stream=False) | {"model": "swapped"}))
+        assert text_of(answer, stream=False) == wanted[name]
+        count += 1
+    return count
+
+
 async def storm(running_: Running, clients: int, requests: int) -> Counter[str]:
+    said: dict[str, str] = {}
+    for name in ADAPTERS:
+        await load(running_.port, name, name)
+        answer = await asked(running_.port, request(body(0, stream=False) | {"model": name}))
+        said[name] = text_of(answer, stream=False)
+    assert len(set(said.values())) == len(ADAPTERS)
     alone = [await asked(running_.port, request(body(n, stream=False))) for n in range(len(PROMPTS))]
     wanted = [text_of(each, stream=False) for each in alone]
     seen: Counter[str] = Counter()
+    over = asyncio.Event()
+    swaps = asyncio.ensure_future(swapping(running_.port, over, said))
     await asyncio.gather(*(client(running_.port, n, requests, wanted, seen) for n in range(clients)))
+    over.set()
+    assert await swaps > 1
     worker = running_.serving.worker
     for _ in range(200):
         if not worker.open and not worker.counts.running and not worker.counts.held:
