@@ -19,6 +19,7 @@ from schemathesis.checks import (
 
 from luthier.recipes.opening.opened import Opened
 from luthier.server.app import routes_of
+from luthier.server.jobs import Jobs
 from luthier.server.names import Names
 from luthier.server.serving import Serving
 from luthier.server.settings import Limits, Settings
@@ -36,7 +37,9 @@ def fuzzed(opened: Opened, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     engine = FakeEngine(lambda request: [5] * min(3, request.sampling.max_new_tokens))
     settings_ = Settings(token=TOKEN, port=0, state=folder, limits=Limits(body_seconds=2))
     serving = Serving(opened, Worker(engine), Names("seedling"), settings_)
-    with running(serving) as listening:
+    with pytest.MonkeyPatch.context() as patched, running(serving) as listening:
+        # A job is taken and told, and none of them is trained.
+        patched.setattr(Jobs, "_enqueue", lambda *_: None)
         yield listening
 
 
@@ -60,9 +63,6 @@ def fuzz(fuzzed: Running, examples: int) -> int:
     sent = 0
     for found in schema.get_all_operations():
         operation = found.ok()
-        if operation.path == "/v1/fine_tuning/jobs" and operation.method == "post":
-            continue
-
         strategy = operation.as_strategy()
 
         @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
