@@ -98,3 +98,9 @@ def test_without_a_reward_it_is_told_how_one_is_named(knobs: dict[str, Any]) -> 
     """Breaks when all that is said is that a key is missing."""
     with pytest.raises(RecipeError, match="what judges the final answer; .*{method: calculator, reward: numeric}"):
         choose("rewards", Reward, {"method": "calculator", **knobs})
+
+
+def test_an_environment_inside_it_is_refused() -> None:
+    """Breaks when an exchange is taken that nobody plays."""
+    with pytest.raises(RecipeError, match="is calculator, an environment, and nobody would play it"):
+        choose("rewards", Reward, {"method": "calculator", "reward": {"method": "calculator", "reward": "numeric"}})

@@ -149,7 +149,7 @@ def test_a_question_that_the_judge_has_no_room_for_is_no_verdict_and_no_fault_of
     assert [first, last] == Judge(scale="pair", rationale=rationale).score([GOOD, BAD], Tools(judge=Biased()))
     assert isinstance(lack, RewardError) and not lack.again and lack.sample is long
     assert "the judge J (a context of 256 tokens) has no room for the question; fewer than 297" in str(lack)
-    assert "name a judge with a longer context" in lack.do
+    assert "name a model with a longer context" in lack.do
 
 
 def test_a_judge_that_says_no_digit_has_given_no_verdict() -> None:

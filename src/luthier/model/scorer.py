@@ -51,12 +51,12 @@ class NoRoom:
     @property
     def received(self) -> str:
         """What happened, in the same words for every question."""
-        return f"the judge {self.who} has no room for the question"
+        return f"{self.who} has no room for the question"
 
     @property
     def do(self) -> str:
         """What helps."""
-        return "let answers be shorter (max_new_tokens), or name a judge with a longer context"
+        return "let answers be shorter (max_new_tokens), or name a model with a longer context"
 
 
 class TextModel(Protocol):

@@ -24,7 +24,7 @@ from luthier.core.chosen import Chosen
 from luthier.core.errors import RecipeError
 from luthier.data.conversation import Message, ToolCall
 from luthier.data.sample import Sample
-from luthier.rewards import Episode, Reward, Score, Tools, Turn, Verdict
+from luthier.rewards import Environment, Episode, Reward, Score, Tools, Turn, Verdict
 
 TOOL: Final[Mapping[str, Any]] = {
     "type": "function",
@@ -61,6 +61,13 @@ class Calculator(Reward):
             told = "calculator does not say what judges the final answer"
             raise RecipeError(told, allowed="a reward of its own", do="write {method: calculator, reward: numeric}")
         return value
+
+    @model_validator(mode="after")
+    def _alone(self) -> Calculator:
+        if isinstance(self.reward, Environment):
+            told = f"the reward of calculator is {self.reward.method_name()}, an environment, and nobody would play it"
+            raise RecipeError(told, allowed="rewards that open no episode", do="write its own reward in its place")
+        return self
 
     @property
     def bounds(self) -> tuple[float, float]:

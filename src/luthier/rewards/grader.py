@@ -242,16 +242,20 @@ def _by_model(grader: Mapping[str, Any], samples: Sequence[Sample], tools: Tools
 def _labelled(odds: Sequence[Likely] | NoRoom, labels: list[str], passing: set[str], sample: Sample) -> Verdict:
     """Whether the likeliest label is one that passes."""
     if isinstance(odds, NoRoom):
-        return RewardError(odds.received, allowed=odds.told, do=odds.do).of(sample, again=False)
+        return _unasked(odds, sample)
     said = max(zip(odds, labels, strict=True), key=lambda pair: pair[0].log_prob)[1]
     parts = {f"label/{each}": float(each == said) for each in labels}
     return Score(float(said in passing), parts, f"labelled {said}")
 
 
+def _unasked(lack: NoRoom, sample: Sample) -> RewardError:
+    return RewardError(f"the judge {lack.received}", allowed=lack.told, do=lack.do).of(sample, again=False)
+
+
 def _scored(said: Said | NoRoom, low: float, high: float, sample: Sample) -> Verdict:
     """The number that a model gives: {"result": 0.5}, or the one that its last line ends in."""
     if isinstance(said, NoRoom):
-        return RewardError(said.received, allowed=said.told, do=said.do).of(sample, again=False)
+        return _unasked(said, sample)
     text = said.text
     found = re.search(r'"result"\s*:\s*(-?\d{1,12}(?:\.\d{1,12})?)', text)
     found = found or re.search(r"(-?\d{1,12}(?:\.\d{1,12})?)\W*$", text)

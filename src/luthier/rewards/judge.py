@@ -196,7 +196,7 @@ class _Decided:
 
 
 def _unasked(lack: NoRoom) -> RewardError:
-    return RewardError(lack.received, allowed=lack.told, do=lack.do)
+    return RewardError(f"the judge {lack.received}", allowed=lack.told, do=lack.do)
 
 
 def _decided(odds: Sequence[Likely], count: int, before: str) -> _Decided:
