@@ -41,10 +41,12 @@ def earlier_steps(run: RunDirectory) -> list[int]:
 
 
 def write_adapter_at(run: RunDirectory, step: int, place: Path) -> None:
-    """Write the LoRA adapter of a checkpoint into the folder `place`, which must not be there.
+    """Let `place` hold the LoRA adapter of a checkpoint; what was written before a server died is whole and stays.
 
     Raises RecipeError for a run without such a result, CorruptError for files that are damaged or do not fit.
     """
+    if place.is_dir():
+        return
     run = of_policy(run)
     result, manifest = result_of(run)
     kind = read_config(result).get("peft_type")
