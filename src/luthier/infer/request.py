@@ -25,7 +25,7 @@ class Request:
     """A prompt to be continued, `choices` times, by the base with `adapter`.
 
     `adapter` is the name of an attachment, or of a mix of them; empty takes all that are switched on. Choice i of a
-    request draws with a generator that knows the seed and i alone, so its text does not depend on what else runs. Of
+    request draws with a generator that knows the seed and i alone, so its draws do not depend on what else runs. Of
     `best_of` continuations the `choices` likeliest are told, all at once at their end. `beams` above 1 searches for the
     likeliest continuations instead of drawing them. `guide` makes what bounds each choice to a grammar. Where the text
     repeats itself or its prompt, up to `drafts` tokens are looked at in one pass; the text is the same without.
