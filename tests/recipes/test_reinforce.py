@@ -114,6 +114,11 @@ def test_held_out_answers_that_nobody_can_score_end_the_run_with_the_reason(aske
     assert "worth.py, line 3" in done.err and "mend the reward" in done.err
 
 
+def set_to(values: list[str]) -> list[str]:
+    """Keys of a recipe with their values, as words of a command."""
+    return [word for each in values for word in ("--set", each)]
+
+
 SPY = (
     "import json\n\n\n"
     "def spy(prompts, completions, completion_ids, **more):\n"
@@ -163,7 +168,7 @@ def test_a_checkpoint_is_not_the_best_by_other_rows(asked: Path, tmp_path: Path)
     sets = [f"reward={{method: function, path: '{tmp_path / 'worth.py'}:worth'}}",
             f"data.train={tmp_path / 'learned.jsonl'}", f"data.evaluation={tmp_path / 'held.jsonl'}"]  # fmt: skip
     run = tmp_path / "run"
-    done = luthier("train", asked, "--run", run, *[word for each in sets for word in ("--set", each)]).must(0)
+    done = luthier("train", asked, "--run", run, *set_to(sets)).must(0)
     assert "held-out reward 1.0000 -> 2.0000 (best at step 3)" in done.out
     first, second, third = told(run, "evaluation")
     assert "not_scored" not in first and "not_scored" not in second
@@ -180,7 +185,7 @@ def test_a_step_without_a_gradient_names_the_rewards(asked: Path, tmp_path: Path
     """Breaks when somebody whose rewards are all alike is sent to look at rows and at what the adapter trains."""
     sets = ["objective={method: grpo}", "evaluation.fraction=0", "budget.steps=2",
             "reward={method: length, most_tokens: 900, buffer_tokens: 4}", "rollouts.redraws=2"]  # fmt: skip
-    done = luthier("train", asked, "--run", tmp_path / "run", *[word for each in sets for word in ("--set", each)])
+    done = luthier("train", asked, "--run", tmp_path / "run", *set_to(sets))
     done.must(78, "parameters are exactly what they were at the start")
     [told] = [line for line in done.err.splitlines() if line.startswith("warning: the gradient is exactly zero")]
     assert "in each group of this step all answers were worth the same" in told and "rollouts.redraws" in told
@@ -199,7 +204,7 @@ def test_a_run_ends_with_what_its_rollouts_have_taught(asked: Path, tmp_path: Pa
     run = tmp_path / "run"
     sets = [f"reward={{method: function, path: '{tmp_path / 'odd.py'}:odd'}}", "rollouts.max_new_tokens=3",
             "evaluation.fraction=0"]  # fmt: skip
-    done = luthier("train", asked, "--run", run, *[word for each in sets for word in ("--set", each)]).must(0)
+    done = luthier("train", asked, "--run", run, *set_to(sets)).must(0)
     notes = [line for line in done.out.splitlines() if line.startswith("note    ")]
     rollouts = told(run, "rollout")
     failed, answers = (sum(each[name] for each in rollouts) for name in ("failed", "answers"))
@@ -230,7 +235,7 @@ def test_a_row_that_no_answer_can_be_scored_by_is_told_before_anything_is_traine
             "evaluation.fraction=0", "reward={method: numeric}"]  # fmt: skip
     run = tmp_path / "run"
     for command in (["plan", asked], ["train", asked, "--run", run, "--dry-run"], ["train", asked, "--run", run]):
-        told = luthier(*command, *(word for each in sets for word in ("--set", each)))
+        told = luthier(*command, *set_to(sets))
         told.must(65, "2 of 12 rows cannot be scored by the reward numeric")
         told.must(65, "bad.jsonl:4:1: answer is 'four'", "bad.jsonl:6:1: answer is 'six'")
     assert not run.exists()

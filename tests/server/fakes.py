@@ -115,11 +115,12 @@ def running(serving: Serving) -> Iterator[Running]:
 
 
 def fake_serving(
-    opened: Opened, engine: FakeEngine, *, waiting: int = 256, buffer: int = 1024, limits: Limits | None = None
-) -> Serving:
+    opened: Opened, engine: FakeEngine, *, rows: int = 64, waiting: int = 256, buffer: int = 1024,
+    limits: Limits | None = None,
+) -> Serving:  # fmt: skip
     """A server before a fake engine, with the words of a real model."""
     settings = Settings(token=TOKEN, port=0, limits=limits or Limits())
-    return Serving(opened, Worker(engine, waiting=waiting, buffer=buffer), Names("seedling"), settings)
+    return Serving(opened, Worker(engine, rows=rows, waiting=waiting, buffer=buffer), Names("seedling"), settings)
 
 
 def save_adapters(folder: Path, names: Sequence[str]) -> None:

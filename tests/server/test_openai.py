@@ -261,9 +261,8 @@ def test_paths_of_the_api_stay_in_messages(server: Running) -> None:
 def test_more_than_can_wait_is_told_to_come_back(opened: Opened) -> None:
     """Breaks when a full server queues on, or says no without saying when."""
     engine = FakeEngine(lambda _: range(200), pause=0.005)
-    # An engine of 64 rows: 16 in all.
     body = {"model": "seedling", "prompt": "a", "max_tokens": 200, "n": 4}
-    with running(fake_serving(opened, engine, waiting=-48)) as full, ThreadPoolExecutor(8) as pool:
+    with running(fake_serving(opened, engine, rows=8, waiting=8)) as full, ThreadPoolExecutor(8) as pool:
         ask = partial(httpx2.post, f"{full.url}/v1/completions", json=body, headers=full.headers, timeout=60)
         found = list(pool.map(lambda _: ask(), range(8)))
     refused = [each for each in found if each.status_code == 429]
