@@ -125,6 +125,21 @@ def test_a_machine_that_takes_as_much_from_the_reference_accuses_nobody() -> Non
     assert judged(raced(8.0, 1.0, busy=20.0)).value == 1.0
 
 
+def test_who_hid_time_in_one_race_alone_is_not_accused() -> None:
+    """Breaks when one disturbance of the machine calls an honest answer a cheat, or a cheat that was lucky is paid."""
+
+    class Once(Timed):
+        def run(self, program: Program) -> Outcome:
+            self.hidden = 60.0 if len(self.asked) == 0 else 0.0
+            return super().run(program)
+
+    sandbox = Once(8.0, 1.0)
+    verdict = judged(sandbox)
+    assert isinstance(verdict, RewardError) and verdict.again and len(sandbox.asked) == 4
+    always = judged(raced(8.0, 1.0, hidden=60.0))
+    assert not isinstance(always, RewardError) and always.value == 0.0 and always.parts["hack/clock"] == 1.0
+
+
 def test_time_that_only_our_clock_sees_pays_nothing() -> None:
     """Breaks when the inner clock is believed alone: a patched one, work on a stream that no event sees."""
     assert judged(raced(8.0, 1.0, hidden=6.0)).value == 1.0  # less than half of what was gained

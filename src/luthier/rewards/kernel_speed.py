@@ -5,13 +5,13 @@ Idea: reference and answer are timed in one process, the reference first and for
 the fastest round, since other work on the machine only ever adds. Every repetition has inputs that were drawn after the
 answer was written; what it gave is looked at when the clocks have stopped, at places told then, beside what the other
 process gives. How much less work the first process was than the other one is seen from outside too: by the kernel's
-account of processor time, on a GPU by our own clock. What was gained on the inner clock and not there is time that was
-hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device: cpu` programs of PyTorch. Under Triton's
+account of processor time, on a GPU by our own clock. What was gained on the inner clock and not there, twice, is time
+that was hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device: cpu` programs of PyTorch. Under Triton's
 interpreter time means nothing: without a GPU value and the part `timed` are 0, and that is said.
 Equation: log(s) / log(most), within 0 and 1, with s = min_rounds median t_reference / min_rounds median t_answer; 0
 where an answer is wrong or s < least
 Source: Ouyang et al., arXiv 2502.10517 (KernelBench); Predibase, reinforcement fine-tuning of PyTorch to Triton
-Cost: two processes in turn; (rounds + 1) x repeats calls of the answer, and twice as many of the reference.
+Cost: two processes in turn, four where time seems hidden; (rounds + 1) x repeats calls of the answer, and twice as many of the reference.
 Use when: kernels are right (above the reward `kernel`, behind its gate) and shall be fast.
 Not when: the GPU trains or serves at the same time: a reference that then differs threefold is no verdict.
 """
@@ -128,7 +128,20 @@ class KernelSpeed(Reward):
         form = torch_form(sample.said, name) if device == "cpu" else kernel_form(sample.said, name)
         if form.trouble:
             return Score(0.0, _parts(), form.trouble, form.trouble)
-        said, known = run(race.with_(form.program)), run(race.with_(reference))
+        verdict = self._raced(race, form.program, run, sample)
+        if not _accused(verdict):
+            return verdict
+        # Whoever hides time does so each time; other work on the machine does not come twice.
+        again = self._raced(race, form.program, run, sample)
+        if isinstance(again, Score) and not _accused(again):
+            told = "processor time went elsewhere in one race and not in the next"
+            return RewardError(told, do="let the machine do less else").of(sample)
+        return again
+
+    def _raced(self, race: _Race, answer: str, run: Any, sample: Sample) -> Verdict:
+        """The verdict on one race."""
+        device, reference = race.device, race.reference
+        said, known = run(race.with_(answer)), run(race.with_(reference))
         for outcome in (said, known):
             if outcome.status is Status.BROKEN:
                 return RewardError(f"the sandbox broke: {outcome.reason}").of(sample)
@@ -320,6 +333,11 @@ def _claimed(lap: Returned, repeats: int) -> list[float]:
     if isinstance(said, list) and len(said) == repeats and all(isinstance(each, float) and each >= 0 for each in said):
         return said
     return [0.0] * repeats
+
+
+def _accused(verdict: Verdict) -> bool:
+    """Whether an answer is said to have hidden time."""
+    return isinstance(verdict, Score) and verdict.parts["hack/clock"] > 0
 
 
 def _failed(outcome: Outcome, first: int, end: int) -> str:
