@@ -45,9 +45,12 @@ METHODS: dict[str, Adapter] = {
 }
 
 
-def saved(folder: Path, adapter: Adapter, *, architecture: str = "llama", seed: int = 0, std: float = 0.3) -> Path:
+def saved(
+    folder: Path, adapter: Adapter, *, architecture: str = "llama", seed: int = 0, std: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
     """An adapter that does something, as files of its own."""
-    model = forests.language_model(architecture)
+    model = forests.language_model(architecture, dtype=dtype)
     torch.manual_seed(seed)
     attachment = model.attach(adapter.attach(model.sites))
     forests.shake(attachment.named_parameters().values(), seed=seed, std=std)

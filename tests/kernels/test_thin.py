@@ -136,5 +136,5 @@ def test_nothing_to_do_is_nothing_done() -> None:
 def test_rows_that_are_not_there_are_refused(backend: Backend) -> None:
     """Breaks when ranges of another batch are written to, whoever's memory that is."""
     terms, _ = made(16, 16, torch.float32)
-    with pytest.raises(ValueError, match="terms for 46 rows, of which there are 45"):
+    with pytest.raises(ValueError, match=f"terms for {COUNT} rows, of which there are {COUNT - 1}"):
         ThinTerm(terms, ThinRows(RANGES), backend).add(torch.ones(COUNT - 1, 16), torch.zeros(COUNT - 1, 16))

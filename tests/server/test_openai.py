@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,8 +16,10 @@ import torch
 from openai import OpenAI
 
 from luthier.model.speaker import Sampling
-from luthier.recipes.opening.opened import Opened
-from tests.server.fakes import FakeEngine, Running, fake_serving, running
+from luthier.recipes.opening.opened import Opened, open_named
+from luthier.server.opening import serve_opened
+from luthier.server.settings import Settings
+from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
 
 ASKED: list[Any] = [{"role": "user", "content": "What is 7 + 5?"}]
 
@@ -183,6 +186,32 @@ def test_a_harness_that_scores_prompts_finds_each_where_it_looks_for_it(client: 
         assert scores == pytest.approx(wanted.gather(1, ids[0, 1:, None])[:, 0].tolist(), abs=1e-4)
         greedy = [score == max(top.values()) for score, top in zip(scores, tops, strict=True)]
         assert greedy == (wanted.argmax(-1) == ids[0, 1:]).tolist()
+
+
+def test_a_seed_gives_the_same_text_in_any_company(tmp_path: Path) -> None:
+    """Breaks when company changes the last bits of what a seed draws by; in bfloat16 most texts would be others."""
+    settings = Settings(token=TOKEN, port=0, state=tmp_path / "state")
+    serving = serve_opened(open_named("seedling", precision="bfloat16"), settings, base="seedling", tokens=16_384)
+
+    def said(client: OpenAI, seed: int) -> tuple[str, list[float]]:
+        [choice] = client.completions.create(
+            model="seedling", prompt="Once upon a time " * (1 + seed), seed=seed, max_tokens=30, logprobs=0
+        ).choices
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        return choice.text, choice.logprobs.token_logprobs
+
+    def other(client: OpenAI, place: int) -> str:
+        made = client.completions.create(model="seedling", prompt="The ship " * (1 + place), max_tokens=40)
+        return made.choices[0].text
+
+    with (
+        running(serving) as listening, ThreadPoolExecutor(48) as pool,
+        OpenAI(base_url=f"{listening.url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client,
+    ):  # fmt: skip
+        alone = [said(client, seed) for seed in range(8)]
+        company = [pool.submit(other, client, place) for place in range(40)]
+        assert list(pool.map(partial(said, client), range(8))) == alone
+        assert all(each.result() for each in company)
 
 
 def test_several_prompts_come_in_their_order_and_stream_side_by_side(client: OpenAI) -> None:

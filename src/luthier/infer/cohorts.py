@@ -170,22 +170,24 @@ class CohortReader(Reader):
 
     def _admit(self) -> None:
         free = self.rows - sum(len(cohort.members) for cohort in self.cohorts)
-        alike: dict[tuple[int, int], list[Continuation]] = {}
+        alike: dict[tuple[int, int, int], list[Continuation]] = {}
         for _ in range(min(free, len(self.waiting))):
             each = self.waiting.popleft()
             alike.setdefault(self._shape(each), []).append(each)
         made = Answers if self.model.task.name == "seq2seq_lm" else States
-        for (_, length), members in alike.items():
+        for (_, length, _), members in alike.items():
             most = len(members) if made is Answers else max(1, PASS_TOKENS // length)
             for start in range(0, len(members), most):
                 self.cohorts.append(made(self.model, members[start : start + most], mixed=self.mixed))
 
-    def _shape(self, each: Continuation) -> tuple[int, int]:
-        """What the members of a cohort have in common: how many keys are there before, and how long a text is."""
+    def _shape(self, each: Continuation) -> tuple[int, int, int]:
+        """What the members of a cohort have in common: how many keys are there before, and how long a text is; one that
+        is to be the same in any company has nothing in common with others."""
+        alone = id(each) if each.request.batch_invariant else 0
         if self.model.task.name != "seq2seq_lm":
-            return 0, each.length
+            return 0, each.length, alone
         root = root_for(self.model, _adapter(each), mixed=self.mixed)
-        return root.token_count if isinstance(root, LearnedKeysValues) else 0, len(each.said)
+        return root.token_count if isinstance(root, LearnedKeysValues) else 0, len(each.said), alone
 
 
 def root_for(model: LanguageModel, adapter: str, *, mixed: bool) -> LearnedRoot | None:

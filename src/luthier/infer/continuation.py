@@ -13,6 +13,7 @@ from luthier.infer.pages import Name, Table, first_name
 from luthier.infer.request import Request, Said
 from luthier.infer.sampler import Chooser
 from luthier.infer.text import Decode, TextStream
+from luthier.kernels.backend import SPEAKS
 
 
 @final
@@ -52,7 +53,8 @@ class Continuation:
         self.names: list[Name] = []
         self.done = 0
         self.prompt_said: list[Said] = []
-        self._first = first_name(adapter)
+        # Keys that were read in passes of their own are others than those that were not.
+        self._first = first_name((adapter, "invariant") if request.batch_invariant else adapter)
 
     @property
     def said(self) -> list[int]:
@@ -62,7 +64,19 @@ class Continuation:
     @property
     def length(self) -> int:
         """Places that are known, whether their keys are there or not."""
-        return self.root_tokens + len(self.request.prompt) + len(self.said)
+        return self.prompt_stop + len(self.said)
+
+    @property
+    def prompt_stop(self) -> int:
+        """The place behind its prompt."""
+        return self.root_tokens + len(self.request.prompt)
+
+    @property
+    def step(self) -> int:
+        """How many places it reads next where it goes token by token: one, or none. One that has read all waits."""
+        behind = self.length - self.done
+        again = self.request.batch_invariant and self.done >= self.prompt_stop
+        return 1 if behind == 1 or (behind and again) else 0
 
     @property
     def met_stop_string(self) -> bool:
@@ -79,6 +93,8 @@ class Continuation:
     def draft(self, most: int) -> tuple[int, ...]:
         """What may come next, as its drafter has it; `most` tokens of it, and none past its end."""
         count = min(most, self.request.drafts, self.limit - len(self.said) - 1)
+        if self.request.batch_invariant:
+            count = min(count, SPEAKS - 1)
         return tuple(self._drafter.propose(count)) if self._drafter is not None and count > 0 else ()
 
     @property

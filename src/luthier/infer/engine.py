@@ -200,10 +200,14 @@ class Engine:
     def _continuation(self, number: int, choice: int, request: Request, *, draw: int) -> Continuation:
         name = request.adapter
         key: Hashable = self.pool.key(name) if self.pool is not None and name else name
+        # Beside a draft a row has to be what it is alone.
+        drafted = request.drafts > 0 and (
+            not request.batch_invariant or self.model.keeps_rows_apart(None if self.pool is None else name)
+        )
         return Continuation(
             number, choice, request, draw=draw, limit=self._gate.limit(request), adapter=key,
             root_tokens=self._gate.places_ahead(name), decode=self.decode,
-            drafter=self.drafting(request, draw) if request.drafts else None,
+            drafter=self.drafting(request, draw) if drafted else None,
         )  # fmt: skip
 
     def _with_twins(self, reading: Reading) -> list[Turn]:

@@ -1,7 +1,14 @@
 """Readers: what lets a model read on, for many continuations at once, and says what may come next.
 
-The paged one is for every model whose attention we drive: all parts of a pass are one flat batch, whatever their
+The paged one is for every model whose attention we drive: all parts of a step are one flat batch, whatever their
 lengths and adapters. Cohorts (cohorts.py) are for the others.
+
+Where a part is of a batch-invariant request, a step is several passes. A product may add up in another order when it
+has more rows, so a piece of such a prompt is a pass of its own; single tokens go side by side in passes of so few rows
+that a row is the same in any company, where the model's operations and the adapter's promise it, and else each in a
+pass of its own. Whoever is not invariant loses little by it: the weights are read once more.
+Source: He et al., Defeating nondeterminism in LLM inference (Thinking Machines, 2025), of the reason; kernels there
+    keep one order for any number of rows, passes here keep the number.
 """
 
 from __future__ import annotations
@@ -188,10 +195,48 @@ class PagedReader(Reader):
         parts = [part for part in (self._behind_its_root(part) for part in parts) if part.start < part.stop]
         if not parts:
             return Reading([], torch.empty(0, self.model.vocabulary_size))
+        readings = [self._pass(own) for own in self._passes(parts)]
+        if len(readings) == 1:
+            return readings[0]
+        return Reading(
+            [each for own in readings for each in own.continuations],
+            torch.cat([own.logits for own in readings]),
+            [draft for own in readings for draft in own.drafts],
+        )
+
+    def _passes(self, parts: list[Part]) -> list[list[Part]]:
+        """The parts of a step by the passes that compute them."""
+        if not any(part.continuation.request.batch_invariant for part in parts):
+            return [parts]
+        few = self.model.executor.backend.few
+        names = {part.continuation.request.adapter for part in parts}
+        apart = {name for name in names if self.model.keeps_rows_apart(name if self.mixed else None)}
+        small: list[Part] = []
+        alone: list[Part] = []
+        others: list[Part] = []
+        for part in parts:
+            request = part.continuation.request
+            fits = request.adapter in apart and part.count <= few
+            (others if not request.batch_invariant else small if fits else alone).append(part)
+        passes: list[list[Part]] = []
+        for part in small:
+            if not passes or sum(each.count for each in passes[-1]) + part.count > few:
+                passes.append([])
+            passes[-1].append(part)
+        # The weights are read anyway: others that speak come along as far as there is room.
+        room = few - sum(each.count for each in passes[-1]) if passes else 0
+        guests = [part for part in others if part.count == 1 and part.continuation.request.adapter in apart][:room]
+        if guests:
+            passes[-1] += guests
+            others = [part for part in others if part not in guests]
+        return [*passes, *([part] for part in alone), *([others] if others else [])]
+
+    def _pass(self, parts: list[Part]) -> Reading:
+        """One pass over these parts."""
         # Rows of one adapter side by side are one range.
         parts.sort(key=lambda part: part.continuation.request.adapter)
         hidden, rows = self._hidden(parts)
-        self._read += sum(part.stop - part.start for part in parts)
+        self._read += sum(part.count for part in parts)
         for part in parts:
             self.scheduler.read(part)
         speaking = [part for part in parts if part.speaks]
@@ -229,7 +274,7 @@ class PagedReader(Reader):
         rows: dict[int, slice] = {}
         start = looked = 0
         for part in parts:
-            count = part.stop - part.start
+            count = part.count
             tokens.append(part.tokens)
             positions.append(np.arange(part.start, part.stop))
             first = 0 if part.continuation.wants_prompt else count - 1 - len(part.draft)
@@ -238,7 +283,7 @@ class PagedReader(Reader):
             rows[id(part)] = slice(looked, looked + kept)
             start, looked = start + count, looked + kept
         tables = [part.continuation.tables for part in parts]
-        counts, looked_at = [part.stop - part.start for part in parts], [len(each) for each in wanted]
+        counts, looked_at = [part.count for part in parts], [len(each) for each in wanted]
         texts = paged(tables, [part.stop for part in parts], counts, self.cache)
         where = rows_of(tables, [(part.start, part.stop) for part in parts], self.cache)
         adapters = [part.continuation.request.adapter for part in parts]

@@ -29,6 +29,11 @@ class Request:
     `best_of` continuations the `choices` likeliest are told, all at once at their end. `beams` above 1 searches for the
     likeliest continuations instead of drawing them. `guide` makes what bounds each choice to a grammar. Where the text
     repeats itself or its prompt, up to `drafts` tokens are looked at in one pass; the text is the same without.
+
+    Draws are one thing, and what a product rounds to another: a processor multiplies many rows in another order than
+    few, so that company may turn a token that nearly ties. A `batch_invariant` request is computed in passes whose
+    shapes depend on it alone, and its text is the same to the bit in any company; reader.py says how, and what it
+    costs. It is drafted where a row is the same in any company of few.
     """
 
     prompt: Ints
@@ -39,6 +44,7 @@ class Request:
     beams: int = 1
     guide: Callable[[], Guide] | None = None
     drafts: int = 0
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         # A list of ids is as good.

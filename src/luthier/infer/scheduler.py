@@ -4,6 +4,9 @@ Idea: whoever is speaking goes on, a token each; what is left of a pass goes to 
 new ones come in while there are pages for all of their prompt. Nobody waits for others to end. When pages run out, the
 one that came last gives all of its own back and reads again later; most of it is then still there, by name.
 A prompt whose beginning another one is just about to read waits for it, and then finds it there.
+What is to be the same in any company is read in pieces that depend on its own text alone: its prompt in pieces that end
+at every so manyth place, then token by token, even where it was put back and reads its own words. It begins with pages
+that others have read in the very same pieces, and no others.
 Of layers that see no further back than a window, a text holds the pages that its next token may see; the others are
 free while it grows (stores.py).
 Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agrawal et al., arXiv 2308.16369; preemption
@@ -25,6 +28,9 @@ from luthier.infer.continuation import Continuation
 from luthier.infer.pages import Name, next_name
 from luthier.infer.stores import Stores
 
+PIECE: Final = 128
+"""Places of a batch-invariant prompt that are read at once: with more the weights are read less often, and with fewer
+prompts that begin alike share more."""
 DRAFTED_ROWS: Final = 16
 """Drafts are looked at while a pass has no more rows than these: so many cost little more than one."""
 
@@ -82,6 +88,11 @@ class Part:
     draft: tuple[int, ...] = ()
 
     @property
+    def count(self) -> int:
+        """How many places it has."""
+        return self.stop - self.start
+
+    @property
     def speaks(self) -> bool:
         """Whether the next token is known after it."""
         return self.stop - len(self.draft) == self.continuation.length
@@ -110,21 +121,20 @@ class Scheduler:
         parts: list[Part] = []
         left = self.room.pass_tokens
         for each in list(self.running):
-            behind = each.length - each.done
             # Whoever was put back to make room for an earlier one is not there any more.
-            if each in self.running and behind == 1 and left and self._grow(each, each.length):
-                parts.append(Part(each, each.done, each.length))
+            if each in self.running and each.step and left and self._grow(each, each.done + 1):
+                parts.append(Part(each, each.done, each.done + 1))
                 left -= 1
         parts = self._drafted([part for part in parts if part.continuation in self.running])
-        left = self.room.pass_tokens - sum(part.stop - part.start for part in parts)
+        left = self.room.pass_tokens - sum(part.count for part in parts)
         for each in list(self.running):
-            if each in self.running and each.length - each.done > 1 and left:
+            if each in self.running and not each.step and each.done < each.length and left > 0:
                 stop = self._stop(each, left)
                 if self._grow(each, stop):
                     parts.append(Part(each, each.done, stop))
                     left -= stop - each.done
         parts = [part for part in parts if part.continuation in self.running]
-        while left and self.waiting:
+        while left > 0 and self.waiting:
             new = self._admitted() if len(self.running) < self.room.rows else None
             if new is not None:
                 stop = self._stop(new, left)
@@ -146,8 +156,8 @@ class Scheduler:
 
     def found(self, each: Continuation) -> None:
         """Its full pages can be found by their names from now on, and what it sees no more is free."""
-        size = self.room.page
-        while (len(each.names) + 1) * size <= each.done:
+        size, known = self.room.page, min(each.done, self._shared(each))
+        while (len(each.names) + 1) * size <= known:
             at = len(each.names)
             name = next_name(each.last_name, each.tokens(at * size, (at + 1) * size))
             each.names.append(name)
@@ -192,7 +202,7 @@ class Scheduler:
         found = []
         for part in parts:
             each = part.continuation
-            draft = each.draft(left) if left > 0 else ()
+            draft = each.draft(left) if left > 0 and part.speaks else ()
             if not self.stores.grow(each.tables, part.stop + len(draft)):
                 draft = draft[: max(0, self.stores.reach(each.tables) - part.stop)]
             left -= len(draft)
@@ -200,8 +210,23 @@ class Scheduler:
         return found
 
     def _stop(self, each: Continuation, left: int) -> int:
-        """Up to where it is read next, in a pass that has `left` places."""
-        return min(each.length, each.done + self.stores.piece(each.length, left))
+        """Up to where it is read next, in a pass that has `left` places; it takes more where its pieces are its own."""
+        if not each.request.batch_invariant:
+            return min(each.length, each.done + self.stores.piece(each.length, left))
+        piece = self._piece(each)
+        return min(each.prompt_stop, (each.done // piece + 1) * piece)
+
+    def _piece(self, each: Continuation) -> int:
+        """Places of a batch-invariant prompt that are read at once."""
+        return self.stores.piece(each.prompt_stop + each.limit, min(PIECE, self.room.pass_tokens))
+
+    def _shared(self, each: Continuation) -> int:
+        """How many of its places others may begin with, or it with those of others."""
+        if not each.request.batch_invariant:
+            return each.length
+        piece = self._piece(each)
+        whole = piece % self.room.page == 0 and self.stores.windows == (None,)
+        return (each.prompt_stop - 1) // piece * piece if whole else 0
 
     def _grow(self, each: Continuation, stop: int) -> bool:
         """Give it room up to a place, others giving way if need be; False when it had to give way itself."""
@@ -252,7 +277,10 @@ class Scheduler:
         size = self.room.page
         names: list[Name] = []
         # The last token is always read: the next one is predicted from it.
-        for at in range((each.length - 1) // size):
+        for at in range(min(each.length - 1, self._shared(each)) // size):
             name = next_name(names[-1] if names else each.last_name, each.tokens(at * size, (at + 1) * size))
             names.append(name)
-        return names, 0 if each.wants_prompt else self.stores.known(names)
+        known = 0 if each.wants_prompt else self.stores.known(names)
+        if each.request.batch_invariant and known:
+            known -= known % (self._piece(each) // size)
+        return names, known

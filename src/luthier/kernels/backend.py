@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 from jaxtyping import Float, Int, Int8, Int32, UInt8
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from luthier.kernels.many import Summand, by_library
 from luthier.kernels.thin import ThinRows, ThinTerms
+
+SPEAKS: Final = 8
+"""New tokens of a text that are taken one by one, as those are that it says (native/pages.cpp)."""
 
 Run = tuple[int, int]
 """How many texts follow each other, and the length of each of them."""
@@ -295,7 +298,8 @@ class Backend(ABC):
     ) -> Float[Tensor, "n heads size"]:
         """Causal attention of the new tokens of texts over all keys of each, without a backward pass.
 
-        With a `window` a token sees that many keys at most, itself included.
+        With a `window` a token sees that many keys at most, itself included. Where there are products of `few` rows,
+        up to SPEAKS new tokens of a text are each the same to the bit in any company.
         """
 
     def token_blocks(self, blocks: Sequence[BareBlock]) -> TokenBlocks | None:
@@ -334,7 +338,8 @@ class Backend(ABC):
     @property
     @abstractmethod
     def few(self) -> int:
-        """Up to how many rows our products are faster here than the library's, or as fast."""
+        """Up to how many rows our products are faster here than the library's, or as fast. A row of them is the same to
+        the bit in any company, and so is what else is done to so many rows without a backward pass."""
 
     def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
         """Whether products of so many rows with packed weights are faster here than to unpack them and multiply."""

@@ -27,8 +27,8 @@ from luthier.kernels.halves import add_low_rank
 
 Numbered = tuple[tuple[int, float], ...]
 """Terms by their numbers, and what each is multiplied by."""
-LONG: Final = 32
-"""Rows of one range from which on the library's products are faster."""
+LONG: Final = 33
+"""Rows of one range from which on the library's products are faster: more than kernels of few rows take."""
 TILE: Final = 4
 """Rows of one range that read a factor together."""
 MOST_RANKS: Final = 1024

@@ -250,6 +250,18 @@ class LanguageModel:
         self._require((name,))
         return root_of(parts_of(name, self.mixes), self.attachments)
 
+    def keeps_rows_apart(self, name: str | None) -> bool:
+        """Whether a row under an attachment or mix of that name, under none with "", or under what is switched on with
+        None, is the same to the bit in every pass without gradients of no more rows than the backend's `few`."""
+        on = [own.name for own in self.attachments.values() if own.active.always]
+        parts = on if name is None else [part for part, _ in parts_of(name, self.mixes)]
+        sites = [self._terms.sites_of(part, self.attachments[part]) for part in parts]
+        if any(own is None for own in sites) or (name is None and len(on) > 1):
+            # Other edits are torch's; of several that are switched on nothing is laid out for few rows.
+            return False
+        head = self.head if name is None else self.head_with(name)
+        return self.executor.keeps_rows_apart(head, [site for own in sites for site in own or ()])
+
     @property
     def head_is_edited(self) -> bool:
         """Whether an adapter on the model changes the output head, for whichever rows."""

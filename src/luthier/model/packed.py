@@ -43,6 +43,11 @@ class Packing(ABC):
         """
         return None
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether a row of its product with a few rows is the same, bit for bit, in any company."""
+        return False
+
     def row_codes(self) -> RowCodes | None:
         """It as whole numbers with a scale for each row, where it is that and its product is theirs."""
         return None

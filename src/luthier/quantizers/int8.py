@@ -80,6 +80,11 @@ class Int8Packing(Packing):
     def row_codes(self) -> RowCodes | None:
         return RowCodes(self.codes, self.scales) if self.outlier_threshold is None else None
 
+    @property
+    def rows_apart(self) -> bool:
+        # Which columns hold outliers is asked of all rows.
+        return self.outlier_threshold is None and self.backend.few > 0
+
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if self.outlier_threshold is None:
             ours = self.backend.multiplies_bytes(len(x), x.dtype)

@@ -97,6 +97,10 @@ class NF4Packing(Packing):
         flat = self.backend.unpacked(self.codes, self.block_scales(), levels, self.block, math.prod(self.shape), dtype)
         return flat.view(self.shape)
 
+    @property
+    def rows_apart(self) -> bool:
+        return self.backend.few > 0 and self.block % 2 == self.shape[1] % 2 == 0
+
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if not self.backend.multiplies_packed(len(x), x.dtype):
             return None

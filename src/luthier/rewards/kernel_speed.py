@@ -6,12 +6,13 @@ the fastest round, since other work on the machine only ever adds. Every repetit
 answer was written; what it gave is looked at when the clocks have stopped, at places told then, beside what the other
 process gives. How much less work the first process was than the other one is seen from outside too: by the kernel's
 account of processor time, on a GPU by our own clock. What was gained on the inner clock and not there, twice, is time
-that was hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device: cpu` programs of PyTorch. Under Triton's
-interpreter time means nothing: without a GPU value and the part `timed` are 0, and that is said.
+that was hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device: cpu` programs of PyTorch. Under
+Triton's interpreter time means nothing: without a GPU value and the part `timed` are 0, and that is said.
 Equation: log(s) / log(most), within 0 and 1, with s = min_rounds median t_reference / min_rounds median t_answer; 0
 where an answer is wrong or s < least
 Source: Ouyang et al., arXiv 2502.10517 (KernelBench); Predibase, reinforcement fine-tuning of PyTorch to Triton
-Cost: two processes in turn, four where time seems hidden; (rounds + 1) x repeats calls of the answer, and twice as many of the reference.
+Cost: two processes in turn, four where time seems hidden; in one of them (rounds + 1) x repeats calls of the answer,
+    and as many of the reference in each place of it.
 Use when: kernels are right (above the reward `kernel`, behind its gate) and shall be fast.
 Not when: the GPU trains or serves at the same time: a reference that then differs threefold is no verdict.
 """

@@ -35,7 +35,7 @@ async def chat_request(serving: Serving, body: ChatBody) -> Request:
     likeliest = (body.top_logprobs or 0) if body.logprobs else 0
     sampling = sampling_of(serving, body, len(prompt), limit=body.limit, likeliest=likeliest)
     return Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1, guide=guide,
-                   drafts=_drafts(serving, body))  # fmt: skip
+                   drafts=_drafts(serving, body), batch_invariant=body.seed is not None)  # fmt: skip
 
 
 async def completion_requests(serving: Serving, body: CompletionBody) -> list[Request]:
@@ -61,7 +61,8 @@ async def completion_requests(serving: Serving, body: CompletionBody) -> list[Re
         if _is_given_form(body):
             guide = await serving.in_words(lambda prompt=prompt: _guide(serving.grammars, body, prompt))  # type: ignore[misc]
         requests.append(Request(prompt=prompt, sampling=sampling, adapter=adapter, choices=body.n or 1,
-                                best_of=body.best_of or 0, guide=guide, drafts=_drafts(serving, body)))  # fmt: skip
+                                best_of=body.best_of or 0, guide=guide, drafts=_drafts(serving, body),
+                                batch_invariant=body.seed is not None))  # fmt: skip
     return requests
 
 

@@ -8,7 +8,7 @@ Cost: the factors of each adapter that was used, once more in the model's precis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import final
@@ -61,6 +61,13 @@ class TermKeeper:
         )
         numbers = {name: self._laid[name].number for name in routes.attachments}
         return ThinPass(self.sites, self.odd, numbers, ThinRows(ranges), self.backend, self.dtype)
+
+    def sites_of(self, name: str, attachment: Attachment) -> Sequence[str] | None:
+        """The sites of an attachment whose edits at sites are low-rank terms, and which trains nothing of the model
+        beside them; None for any other."""
+        self._lay(name, attachment)
+        laid = self._laid[name]
+        return None if laid.odd or (laid.sites and attachment.trained) else laid.sites
 
     def forget(self, names: Iterable[str] | None = None) -> None:
         """Let go of what was laid out of these attachments, or of all."""

@@ -13,7 +13,7 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +103,13 @@ class Blocks:
     def take_everything(self) -> bool:
         """Whether all of the model's blocks run by our operations, as it stands now."""
         return all(self.taken)
+
+    def keep_rows_apart(self, sites: Iterable[str]) -> bool:
+        """Whether our operations run all of the blocks, with low-rank terms at these sites, so that a row is the same
+        in any company of few."""
+        layers = list(self.body.get_submodule("layers").children())
+        there = all(site.rpartition(".")[2] in (*PROJECTIONS, *FEEDS) for site in sites)
+        return there and self.keeper.rows_apart(layers, self.calls, self.head_size, self.backend)
 
     def hidden(
         self,

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Layout, Span
 from luthier.kernels.backend import Backend
+from luthier.kernels.head import Head
 from luthier.model.attending.attention import ForestPlan, Root
 from luthier.model.attending.block_mask import MaskedAttention
 from luthier.model.editing.edits import LearnedKeysValues, LearnedPrompt, LearnedRoot, routed
 from luthier.model.editing.value_head import ValueHead
+from luthier.model.packed import packing_of
 from luthier.model.routes import Mixes, predicted_routes, routes_of, whole
 from luthier.model.running.blocks import Blocks
 from luthier.model.running.guests import Guest, first_positions, mixes_of, side_by_side
@@ -56,6 +58,14 @@ class Executor:
     blocks: Blocks | None = None
     by_mask: MaskedAttention | None = None
     entry: Entry = PLAIN
+
+    def keeps_rows_apart(self, head: AnyHead, sites: Sequence[str]) -> bool:
+        """Whether a row, with low-rank terms at these sites, is the same to the bit in every pass without gradients of
+        no more rows than the backend's `few`."""
+        if not self.backend.few or self.blocks is None or not isinstance(head, Head) or head.changes:
+            return False
+        packing = packing_of(head.weight)
+        return (packing is None or packing.rows_apart) and self.blocks.keep_rows_apart(sites)
 
 
 def run_segments(

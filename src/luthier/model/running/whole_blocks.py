@@ -57,6 +57,8 @@ class _Found:
     own: list[Mapping[str, Any]] = field(default_factory=list)
     edited: bool = False
     """Whether a module that was looked for since this was last set to False had edits around it."""
+    rows_apart: bool = True
+    """Whether a row of the products with all weights is the same in any company of few."""
 
     @property
     def stands(self) -> bool:
@@ -99,6 +101,7 @@ class _Found:
         packing = packing_of(weight)
         codes = None if packing is None else packing.row_codes()
         own: Tensor | RowCodes = weight if codes is None else codes
+        self.rows_apart = self.rows_apart and (weight.is_contiguous() if packing is None else packing.rows_apart)
         self._note(module._parameters, "weight", weight)
         self._note(module._parameters, "bias", bias)
         for tensor in (codes.codes, codes.scales) if codes is not None else () if packing is not None else (weight,):
@@ -179,6 +182,13 @@ class BlockKeeper:
         self._whole = None if made is None else WholeBlocks(tuple(layers), questioned, made)
         self._found, self._backend = found, backend
         return self._whole
+
+    def rows_apart(
+        self, layers: Sequence[nn.Module], calls: Mapping[int, AttentionCall], head_size: int, backend: Backend
+    ) -> bool:
+        """Whether a row is the same in any company of few, of blocks as they stand now and nobody watches them."""
+        self.over(layers, calls, head_size, backend)
+        return self._found is not None and self._found.rows_apart and self._found.stands
 
 
 def _bare_block(layer: nn.Module, call: AttentionCall, head_size: int, found: _Found) -> BareBlock:

@@ -1,0 +1,252 @@
+"""Batch invariance: what a request says, to the last bit of its log-probabilities, is the same in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from luthier.adapters import Adapter
+from luthier.adapters.bottleneck import Bottleneck
+from luthier.adapters.lora import LoRA
+from luthier.adapters.prefix_tuning import PrefixTuning
+from luthier.core import catalog
+from luthier.infer.engine import Engine
+from luthier.infer.reader import PagedReader, Reading
+from luthier.infer.request import News, Request
+from luthier.infer.scheduler import PIECE, Part, Room
+from luthier.model.language_model import LanguageModel
+from luthier.model.speaker import Sampling
+from luthier.recipes.opening.pooled import pool_of
+from luthier.recipes.opening.quantized import quantize
+from tests import forests, task_models
+from tests.forests import ARCHITECTURES
+from tests.infer.test_adapter_pool import METHODS, saved
+from tests.task_models import ANSWERS
+
+RNG = np.random.default_rng(5)
+LENGTHS = (1, 2, 20, 40, PIECE, PIECE + 1, 190)
+TRUNK = forests.tokens(RNG, 190)
+"""Prompts begin alike, so that some find pages of others."""
+PROMPTS = [np.concatenate([TRUNK[: count // 2], forests.tokens(RNG, count - count // 2)]) for count in LENGTHS]
+PROMPTS += [np.concatenate([TRUNK[: PIECE + 5], forests.tokens(RNG, 20)]) for _ in range(2)]
+COMPANY = [forests.tokens(RNG, int(count)) for count in RNG.integers(1, 60, 33)] + [TRUNK[:150], PROMPTS[2]]
+WIDE = Room(tokens=16 * 2000)
+TIGHT = Room(tokens=16 * 14, pass_tokens=64)
+"""So little that texts are put back while they speak, and read what they have said once more."""
+
+Told = list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]
+
+
+def asked(place: int, *, adapter: str = "", said: int = 12) -> Request:
+    """A request whose text is to be the same in any company; all of them draw, save one."""
+    sampling = Sampling(max_new_tokens=said, temperature=0.0 if place == 3 else 1.3, seed=place, likeliest=2)
+    return Request(prompt=PROMPTS[place], sampling=sampling, adapter=adapter, batch_invariant=True)
+
+
+def others(adapters: Sequence[str] = ("",)) -> list[Request]:
+    """Company: of all lengths, under all of these adapters."""
+    return [
+        Request(prompt=prompt, sampling=Sampling(max_new_tokens=3 + place % 9, temperature=1.0, seed=place),
+                adapter=adapters[place % len(adapters)])
+        for place, prompt in enumerate(COMPANY)
+    ]  # fmt: skip
+
+
+def told(engine: Engine, requests: Sequence[Request], company: Sequence[Request] = (), *, ahead: int = 0) -> Told:
+    """What the choices of these requests are told, bit for bit; company comes `ahead`, and then one each step."""
+    left = list(company)
+    for _ in range(min(ahead, len(left))):
+        engine.add(left.pop())
+    numbers = [engine.add(request) for request in requests]
+    news: list[News] = []
+    while engine.busy:
+        news += engine.step()
+        if left:
+            engine.add(left.pop())
+    found: dict[tuple[int, int], list[tuple[int, float, tuple[tuple[int, float], ...]]]] = {}
+    for each in news:
+        assert each.failure is None, each.failure
+        found.setdefault((each.request, each.choice), []).extend(
+            (said.token, said.log_prob, said.likeliest) for said in each.said
+        )
+    return [found[number, choice] for number, request in zip(numbers, requests, strict=True)
+            for choice in range(request.choices)]  # fmt: skip
+
+
+def check(model: LanguageModel, requests: Sequence[Request], *, room: Room = WIDE, longest: int = 200) -> None:
+    """Each of them alone, all of them together, and all of them among others say the very same."""
+    alone = [text for request in requests for text in told(Engine(model, room=WIDE), [request])]
+    assert told(Engine(model, room=room), requests) == alone
+    company = [each for each in others() if len(each.prompt) < longest]
+    engine = Engine(model, room=room)
+    assert told(engine, requests, company, ahead=25) == alone
+    # Once more, when there are pages to be found, and company comes later.
+    assert told(engine, requests, company) == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_text_is_the_same_alone_and_among_others(architecture: str, dtype: torch.dtype) -> None:
+    """Breaks when a piece of a prompt, or a token, is computed in a pass whose number of rows others decide."""
+    model = forests.language_model(architecture, dtype=dtype)
+    check(model, [asked(place, said=6) for place in range(len(PROMPTS))])
+
+
+def test_without_it_company_does_turn_texts() -> None:
+    """Breaks when the tests here would pass whatever the reader does: products of few rows and of many differ."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    plain = [replace(asked(place), batch_invariant=False) for place in range(len(PROMPTS))]
+    alone = [text for request in plain for text in told(Engine(model, room=WIDE), [request])]
+    assert told(Engine(model, room=WIDE), plain, others(), ahead=30) != alone
+
+
+@pytest.mark.parametrize("method", [name for name in catalog.names("quantizers") if name != "none"])
+def test_it_holds_for_packed_weights(method: str) -> None:
+    """Breaks when products with packed weights depend on the number of rows."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    quantize(model, catalog.load("quantizers", method)(), head=True)
+    check(model, [asked(place, said=6) for place in (1, 3, 5, 7, 8)])
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4), Bottleneck(size=4), PrefixTuning(prefix_tokens=3)], ids=str)
+def test_it_holds_for_what_is_switched_on(adapter: Adapter) -> None:
+    """Breaks when edits that torch computes, whose sums depend on the rows, go side by side."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    forests.shake(model.attach(adapter.attach(model.sites)).named_parameters().values())
+    check(model, [asked(place, said=6) for place in (1, 3, 5, 7, 8)])
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=4), Bottleneck(size=4)], ids=str)
+def test_it_holds_for_drafts(adapter: Adapter | None) -> None:
+    """Breaks when tokens that are looked at beside a draft are others than those that are said one by one."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    if adapter is not None:
+        forests.shake(model.attach(adapter.attach(model.sites)).named_parameters().values())
+    plain = [replace(asked(place, said=30), prompt=np.tile(PROMPTS[place][:5], 9)) for place in (2, 3, 4, 6)]
+    alone = [told(Engine(model, room=WIDE), [request])[0] for request in plain]
+    engine = Engine(model, room=WIDE)
+    company = [replace(each, drafts=8) for each in others()]
+    assert told(engine, [replace(each, drafts=20) for each in plain], company, ahead=12) == alone
+    assert (engine.counts.agreed > 0) == model.keeps_rows_apart(None)
+
+
+def test_it_holds_in_a_room_in_which_texts_are_put_back() -> None:
+    """Breaks when what was said is read again in one piece, or a page of it is found by its name."""
+    model = forests.language_model("qwen2", dtype=torch.bfloat16)
+    requests = [replace(asked(place, said=60), drafts=4) for place in (0, 1, 2, 3, 3)]
+    alone = [text for request in requests for text in told(Engine(model, room=WIDE), [request])]
+    engine = Engine(model, room=TIGHT)
+    assert told(engine, requests, others(), ahead=3) == alone
+    read = engine.counts.read
+    once = sum(len(each.prompt) + each.sampling.max_new_tokens - 1 for each in (*requests, *others()))
+    assert read > once + 100, "nothing was put back"
+
+
+def test_choices_and_prompt_log_probs_are_the_same_too() -> None:
+    """Breaks when a twin, or what is told of a prompt, depends on company."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    check(model, [replace(asked(place), choices=3) for place in (2, 4, 6)])
+    request = replace(asked(6), sampling=replace(asked(6).sampling, prompt_log_probs=True))
+
+    def of_prompt(company: Sequence[Request]) -> list[float]:
+        engine = Engine(model, room=WIDE)
+        for each in company:
+            engine.add(each)
+        number = engine.add(request)
+        while engine.busy:
+            for news in engine.step():
+                if news.request == number and news.prompt is not None:
+                    return [said.log_prob for said in news.prompt]
+        raise AssertionError("nothing was told")
+
+    assert of_prompt(()) == of_prompt(others()[:20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_holds_for_adapters_of_all_kinds_in_one_batch(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Breaks when the adapters of others, or a whole pass of one adapter, change how a row is computed."""
+    files = {
+        name: saved(tmp_path / name, adapter, seed=len(name), dtype=dtype) for name, adapter in METHODS.items()
+    }
+
+    @cache
+    def model() -> LanguageModel:
+        return forests.language_model("llama", dtype=dtype)
+
+    def engine() -> Engine:
+        return Engine(model(), room=WIDE, pool=pool)
+
+    pool = pool_of(model(), files, most=64)
+    names = ["", *files]
+    requests = [asked(place, adapter=names[(place + shift) % len(names)]) for shift in (0, 3) for place in (1, 3, 5, 8)]
+    alone = [told(engine(), [request])[0] for request in requests]
+    assert told(engine(), requests, others(names), ahead=30) == alone
+    # So many rows of one adapter that they fill a pass.
+    many = [replace(request, adapter="lora") for request in others()]
+    one = asked(1, adapter="lora")
+    assert told(engine(), [one], many, ahead=34) == [told(engine(), [one])[0]]
+
+
+@pytest.mark.parametrize("kind", ["t5", "mamba"])
+def test_it_holds_for_models_with_a_cache_of_their_own(kind: str) -> None:
+    """Breaks when such a text is padded to the length of others, or computed beside them."""
+    model = (
+        LanguageModel(forests.mamba(), source="tiny/mamba", digest="m") if kind == "mamba"
+        else task_models.language_model(kind, ANSWERS)
+    )  # fmt: skip
+    check(model, [asked(place) for place in (1, 2, 3)], room=Room(tokens=1, rows=16), longest=60)
+
+
+def test_tokens_go_side_by_side_where_a_row_is_the_same_in_any_company() -> None:
+    """Breaks when each invariant text costs a pass of its own, or edits that torch computes go side by side."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+
+    def passes(model: LanguageModel) -> list[int]:
+        engine, rows = Engine(model, room=WIDE), []
+        for request in [asked(2)] * 5 + others()[:3]:
+            engine.add(request)
+        engine.step()
+        assert isinstance(engine._reader, PagedReader)
+        passed = engine._reader._pass
+
+        def counted(parts: list[Part]) -> Reading:
+            rows.append(len(parts))
+            return passed(parts)
+
+        engine._reader._pass = counted  # type: ignore[method-assign]
+        engine.step()
+        return rows
+
+    fast = model.executor.backend.few > 0
+    assert passes(model) == ([8] if fast else [1, 1, 1, 1, 1, 3])
+    forests.shake(model.attach(Bottleneck(size=4).attach(model.sites)).named_parameters().values())
+    assert passes(model) == [1, 1, 1, 1, 1, 3]
+    model.detach()
+    watched = model.module.get_submodule("model.layers.0.mlp")
+    assert isinstance(watched, nn.Module)
+    watched.register_forward_hook(lambda *_: None)
+    assert passes(model) == [1, 1, 1, 1, 1, 3]
+
+
+def test_pieces_end_at_places_that_the_text_alone_decides() -> None:
+    """Breaks when the place that a pass has left decides where a prompt is cut."""
+    model = forests.language_model("llama")
+    engine = Engine(model, room=Room(tokens=3000, pass_tokens=200))
+    reader = engine._gate.reader()
+    assert isinstance(reader, PagedReader)
+    engine._reader = reader
+    engine.add(Request(prompt=TRUNK[:150], sampling=Sampling(max_new_tokens=2)))
+    engine.add(asked(6))
+    ends = []
+    while engine.busy:
+        engine.step()
+        ends += [each.done for each in reader.scheduler.running if each.request.batch_invariant]
+    assert ends[:3] == [PIECE, 190, 191] and all(later - before == 1 for before, later in pairwise(ends[1:]))
