@@ -18,10 +18,12 @@ from luthier.adapters.bottleneck import Bottleneck
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
 from luthier.core import catalog
+from luthier.infer.continuation import Continuation
+from luthier.infer.drafts import Drafter
 from luthier.infer.engine import Engine
 from luthier.infer.reader import PagedReader, Reading
 from luthier.infer.request import News, Request
-from luthier.infer.scheduler import PIECE, Part, Room
+from luthier.infer.scheduler import PIECE, Part, Room, Scheduler
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import Sampling
 from luthier.recipes.opening.pooled import pool_of
@@ -116,6 +118,23 @@ def test_it_holds_for_packed_weights(method: str) -> None:
     check(model, [asked(place, said=6) for place in (1, 3, 5, 7, 8)])
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_it_holds_for_a_whole_pass_of_one_adapter_over_packed_weights(tmp_path: Path, named: bool) -> None:
+    """Breaks when terms of as many rows as a pass has are the library's products."""
+    lora, dtype = LoRA(rank=4), torch.bfloat16
+    model = forests.language_model("llama", dtype=dtype)
+    quantize(model, catalog.load("quantizers", "nf4")(), head=False)
+    pool = None
+    if named:
+        pool = pool_of(model, {"lora": saved(tmp_path / "lora", lora, dtype=dtype)}, most=4)
+    else:
+        forests.shake(model.attach(lora.attach(model.sites)).named_parameters().values(), std=0.3)
+        assert not model.keeps_rows_apart(None)
+    requests = [asked(place % 3, adapter="lora" if named else "") for place in range(36)]
+    alone = [text for request in requests[:3] for text in told(Engine(model, room=WIDE, pool=pool), [request])]
+    assert told(Engine(model, room=WIDE, pool=pool), requests) == alone * 12
+
+
 @pytest.mark.parametrize("adapter", [LoRA(rank=4), Bottleneck(size=4), PrefixTuning(prefix_tokens=3)], ids=str)
 def test_it_holds_for_what_is_switched_on(adapter: Adapter) -> None:
     """Breaks when edits that torch computes, whose sums depend on the rows, go side by side."""
@@ -136,17 +155,23 @@ def test_it_holds_for_drafts(adapter: Adapter | None) -> None:
     company = [replace(each, drafts=8) for each in others()]
     assert told(engine, [replace(each, drafts=20) for each in plain], company, ahead=12) == alone
     assert (engine.counts.agreed > 0) == model.keeps_rows_apart(None)
+    # As many as there may be, when nobody else is there.
+    for request, text in zip(plain, alone, strict=True):
+        assert told(Engine(model, room=WIDE), [replace(request, drafts=20)]) == [text]
 
 
 def test_it_holds_in_a_room_in_which_texts_are_put_back() -> None:
     """Breaks when what was said is read again in one piece, or a page of it is found by its name."""
     model = forests.language_model("qwen2", dtype=torch.bfloat16)
-    requests = [replace(asked(place, said=60), drafts=4) for place in (0, 1, 2, 3, 3)]
+    requests = [replace(asked(place, said=60), drafts=4) for place in (0, 1, 2)]
+    requests += [replace(asked(3, said=60), prompt=np.tile(PROMPTS[place][:5], 4), drafts=4) for place in (2, 3)]
     alone = [text for request in requests for text in told(Engine(model, room=WIDE), [request])]
+    # Those that came before stay, and the last ones give way.
+    company = [replace(each, sampling=replace(each.sampling, max_new_tokens=50)) for each in others()[:12]]
     engine = Engine(model, room=TIGHT)
-    assert told(engine, requests, others(), ahead=3) == alone
+    assert told(engine, requests, company, ahead=9) == alone
     read = engine.counts.read
-    once = sum(len(each.prompt) + each.sampling.max_new_tokens - 1 for each in (*requests, *others()))
+    once = sum(len(each.prompt) + each.sampling.max_new_tokens - 1 for each in (*requests, *company))
     assert read > once + 100, "nothing was put back"
 
 
@@ -190,9 +215,8 @@ def test_it_holds_for_adapters_of_all_kinds_in_one_batch(tmp_path: Path, dtype: 
     alone = [told(engine(), [request])[0] for request in requests]
     assert told(engine(), requests, others(names), ahead=30) == alone
     # So many rows of one adapter that they fill a pass.
-    many = [replace(request, adapter="lora") for request in others()]
-    one = asked(1, adapter="lora")
-    assert told(engine(), [one], many, ahead=34) == [told(engine(), [one])[0]]
+    many = [asked(place % 3, adapter="lora") for place in range(36)]
+    assert told(engine(), many) == [text for request in many[:3] for text in told(engine(), [request])] * 12
 
 
 @pytest.mark.parametrize("kind", ["t5", "mamba"])
@@ -250,3 +274,25 @@ def test_pieces_end_at_places_that_the_text_alone_decides() -> None:
         engine.step()
         ends += [each.done for each in reader.scheduler.running if each.request.batch_invariant]
     assert ends[:3] == [PIECE, 190, 191] and all(later - before == 1 for before, later in pairwise(ends[1:]))
+
+
+def test_what_reads_its_own_words_again_is_not_drafted() -> None:
+    """Breaks when a draft stands behind a token that others follow already."""
+
+    class Always(Drafter):
+        def said(self, token: int) -> None: ...
+
+        def propose(self, count: int) -> list[int]:
+            return [7] * count
+
+    request = replace(asked(2), drafts=4)
+    each = Continuation(0, 0, request, limit=20, drafter=Always())
+    scheduler = Scheduler(WIDE)
+    scheduler.waiting.append(each)
+    each.chooser.said.extend([5, 6, 7])
+    read = []
+    for _ in range(4):
+        [part] = scheduler.plan()
+        read.append((part.start, part.stop, part.draft))
+        scheduler.read(part)
+    assert read == [(0, 20, ()), (20, 21, ()), (21, 22, ()), (22, 27, (7,) * 4)]

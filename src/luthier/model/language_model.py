@@ -260,7 +260,8 @@ class LanguageModel:
             # Other edits are torch's; of several that are switched on nothing is laid out for few rows.
             return False
         head = self.head if name is None else self.head_with(name)
-        return self.executor.keeps_rows_apart(head, [site for own in sites for site in own or ()])
+        named = name is not None
+        return self.executor.keeps_rows_apart(head, [site for own in sites for site in own or ()], named=named)
 
     @property
     def head_is_edited(self) -> bool:

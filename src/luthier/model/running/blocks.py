@@ -13,7 +13,7 @@ Source: the sub-module names and the forward pass of transformers' llama, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,12 +104,14 @@ class Blocks:
         """Whether all of the model's blocks run by our operations, as it stands now."""
         return all(self.taken)
 
-    def keep_rows_apart(self, sites: Iterable[str]) -> bool:
+    def keep_rows_apart(self, sites: Sequence[str], *, named: bool) -> bool:
         """Whether our operations run all of the blocks, with low-rank terms at these sites, so that a row is the same
-        in any company of few."""
+        in any company of few. Of adapters that rows have not `named` the terms are the library's outside of one call.
+        """
         layers = list(self.body.get_submodule("layers").children())
         there = all(site.rpartition(".")[2] in (*PROJECTIONS, *FEEDS) for site in sites)
-        return there and self.keeper.rows_apart(layers, self.calls, self.head_size, self.backend)
+        whole = self.keeper.over(layers, self.calls, self.head_size, self.backend)
+        return there and self.keeper.keeps_rows_apart and (named or not sites or whole is not None)
 
     def hidden(
         self,

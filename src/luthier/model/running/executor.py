@@ -59,13 +59,13 @@ class Executor:
     by_mask: MaskedAttention | None = None
     entry: Entry = PLAIN
 
-    def keeps_rows_apart(self, head: AnyHead, sites: Sequence[str]) -> bool:
+    def keeps_rows_apart(self, head: AnyHead, sites: Sequence[str], *, named: bool) -> bool:
         """Whether a row, with low-rank terms at these sites, is the same to the bit in every pass without gradients of
-        no more rows than the backend's `few`."""
+        no more rows than the backend's `few`, which `named` their adapters."""
         if not self.backend.few or self.blocks is None or not isinstance(head, Head) or head.changes:
             return False
         packing = packing_of(head.weight)
-        return (packing is None or packing.rows_apart) and self.blocks.keep_rows_apart(sites)
+        return (packing is None or packing.rows_apart) and self.blocks.keep_rows_apart(sites, named=named)
 
 
 def run_segments(

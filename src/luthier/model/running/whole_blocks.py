@@ -183,11 +183,9 @@ class BlockKeeper:
         self._found, self._backend = found, backend
         return self._whole
 
-    def rows_apart(
-        self, layers: Sequence[nn.Module], calls: Mapping[int, AttentionCall], head_size: int, backend: Backend
-    ) -> bool:
-        """Whether a row is the same in any company of few, of blocks as they stand now and nobody watches them."""
-        self.over(layers, calls, head_size, backend)
+    @property
+    def keeps_rows_apart(self) -> bool:
+        """Whether a row is the same in any company of few, in the blocks that were asked for last, as they stand."""
         return self._found is not None and self._found.rows_apart and self._found.stands
 
 
