@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -44,3 +46,36 @@ def test_a_patient_run_is_not_interrupted() -> None:
     with stop_on_signals() as request, request.patient():
         signal.raise_signal(signal.SIGHUP)
         assert request and request.reason == "SIGHUP"
+
+
+@main_thread
+def test_a_request_that_python_drops_stops_at_the_next_place_without_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Breaks when a signal that comes while an object is finalised is printed as a fault, or forgotten."""
+
+    class Finalised:
+        def __init__(self, what: Callable[[], object]) -> None:
+            self.what = what
+
+        def __del__(self) -> None:
+            self.what()
+
+    def run() -> None:
+        with stop_on_signals() as request:
+            Finalised(lambda: signal.raise_signal(signal.SIGTERM))
+            assert request.reason == "SIGTERM" and not told
+            Finalised(lambda: 1 / 0)
+            assert len(told) == 1, "what others drop is told as ever"
+            with request.patient():
+                raise AssertionError("it went on")
+
+    hook = sys.unraisablehook
+    told: list[object] = []
+    sys.unraisablehook = told.append
+    try:
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            run()
+    finally:
+        sys.unraisablehook = hook
+    assert capsys.readouterr().err == ""

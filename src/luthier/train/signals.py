@@ -7,6 +7,7 @@ nothing needs to be saved, and a request ends the run where it is.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,11 @@ class StopRequest:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Within the block a request is only noted, because somebody looks at it after each step."""
+        """Within the block a request is only noted, because somebody looks at it after each step.
+
+        Raises StoppedError for one that was made before and dropped.
+        """
+        self.require_patience()
         self._patient = True
         try:
             yield
@@ -81,6 +86,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
     names = [name for name in (*STOPS, SAVES) if name in signal.Signals.__members__]
     before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    unraisable = sys.unraisablehook
+
+    def dropped(told: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised while an object is finalised, and prints it; the request is there all the same.
+        if not isinstance(told.exc_value, StoppedError):
+            unraisable(told)
 
     def handle(number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -94,6 +105,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
+    sys.unraisablehook = dropped
     try:
         yield request
     except LuthierError:
@@ -103,5 +115,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise
         raise request.error() from error
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
