@@ -335,3 +335,25 @@ def test_an_engine_that_goes_away_stops_the_run(
     said = luthier("train", asked, "--run", tmp_path / "run").must(75, "the engine is gone; what was done is saved")
     assert f"luthier resume {tmp_path / 'run'}" in said.err
     assert RunDirectory.open(tmp_path / "run").status().state == "stopped"
+
+
+@pytest.mark.parametrize(("over_length", "code"), [("raise", 65), ("drop", 0)])
+def test_prompts_without_room_for_an_answer_are_told_before_one_is_answered(
+    over_length: str, code: int, asked: Path, tmp_path: Path
+) -> None:
+    """Breaks when such a prompt ends a run in the middle, where no resume helps, or is not counted."""
+    rows = [{"prompt": "What colour?"}, {"prompt": "word " * 400}, {"prompt": "What else?"}, {"prompt": "long " * 500}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = json.loads(asked.read_text("utf-8"))
+    values["data"] = {"train": str(tmp_path / "prompts.jsonl"), "over_length": over_length}
+    values["answers"] = {**values["answers"], "pairs": 3}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    said = luthier("train", tmp_path / "recipe.yaml", "--run", tmp_path / "run")
+    said.must(code)
+    answers = feedback.rows_of(tmp_path / "run" / feedback.ANSWERS)
+    if code:
+        assert not answers and "2 of 4 prompts leave no room for an answer" in said.err
+        assert "prompts.jsonl:2" in said.err and "prompts.jsonl:4" in said.err
+        assert "set data.over_length to drop" in said.err
+        return
+    assert [row["row"] for row in answers] == [0, 0, 0, 2, 2, 2] and "2 of 4 prompts are left out" in said.err

@@ -8,7 +8,7 @@ become of the model is a run of its own, `policy/`, which every later verb takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from luthier.core.errors import DataError, StoppedError
 from luthier.core.events import Recorder, Several, plain
 from luthier.core.knobs import validate
 from luthier.core.waiting import Waits
-from luthier.data.conversation import Asked
+from luthier.data.conversation import Asked, Row
 from luthier.data.prepare import Reading, make_renderer
 from luthier.data.sample import Sample
 from luthier.model.speaker import PolicySampling, Speaker
@@ -27,7 +27,7 @@ from luthier.recipes.bench import reading_of
 from luthier.recipes.ending import SUMMARY
 from luthier.recipes.feedback import judged as feedback
 from luthier.recipes.finetune import RunResult, resume, start, told
-from luthier.recipes.opening.opened import open_named
+from luthier.recipes.opening.opened import Opened, open_named
 from luthier.recipes.opening.places import located
 from luthier.recipes.opening.results import POLICY, started_in
 from luthier.recipes.reinforcing.remote_base import base_elsewhere, require_engine
@@ -144,9 +144,9 @@ def _answered(
 ) -> list[feedback.Row]:
     """Both answers of each pair, sampled from the model, here or by an engine, or from who is to speak in its place."""
     reading = _reading(recipe)
-    rows = [row for row in feedback.prompts_of(recipe.data.train, reading) for _ in range(recipe.answers.pairs)]
+    prompts = feedback.prompts_of(recipe.data.train, reading)
     path = run.folder / feedback.ANSWERS
-    if feedback.is_whole(path, len(rows)):
+    if feedback.is_whole(path, len(prompts) * recipe.answers.pairs):
         return feedback.rows_of(path)
     knobs = recipe.rollouts.engine
     elsewhere = bool(knobs.url) and recipe.speaker is None
@@ -160,6 +160,8 @@ def _answered(
         renderer, _ = make_renderer(opened.tokenizer, reading, context_tokens=opened.model.context_tokens)
         opened = replace(opened, renderer=renderer, stop_ids=tuple(sorted({*opened.stop_ids, *renderer.stop_ids})))
     speaker: Speaker = opened.engine
+    fit = _with_room(recipe, opened, prompts, say)
+    rows = [row for row in fit for _ in range(recipe.answers.pairs)]
     if elsewhere:
         waits = Waits(f"the engine at {knobs.url}")
         bind(waits)
@@ -183,6 +185,23 @@ def _answered(
         ]  # fmt: skip
 
     return feedback.in_groups(path, len(rows), recipe.answers.at_once, answer, say.counter("answered", len(rows)))
+
+
+def _with_room(
+    recipe: AiFeedbackRecipe, opened: Opened, prompts: Sequence[Row], say: feedback.Teller
+) -> list[Row]:  # fmt: skip
+    """The prompts that leave room for an answer. Before the first is answered: a run cannot go on past another one."""
+    root, room = opened.model.active_root, opened.model.context_tokens
+
+    def tokens(row: Row) -> int:
+        asked = row.content.asked if isinstance(row.content, Asked) else None
+        return 0 if asked is None else len(opened.renderer.prompt_ids(asked.messages, asked.tools))
+
+    left = room if room is None or root is None else room - root.token_count
+    fit = feedback.with_room(prompts, tokens, left, drop=recipe.data.over_length != "raise")
+    if len(fit) < len(prompts):
+        say(f"{len(prompts) - len(fit):,} of {len(prompts):,} prompts are left out: they leave no room for an answer")
+    return fit
 
 
 def _judged(

@@ -39,6 +39,9 @@ FIGURES: Final = "feedback.json"
 _MUCH: Final = 0.3
 """A share of pairs from which on it is said that they were lost."""
 
+_MOST_LISTED: Final = 20
+"""Prompts that are listed where many are too long."""
+
 Row = dict[str, Any]
 Make = Callable[[int, int], Sequence[Mapping[str, Any]]]
 
@@ -70,6 +73,29 @@ def prompts_of(paths: str | Sequence[str], reading: Reading) -> list[conversatio
     if not rows:
         raise DataError(f"there are no prompts in {paths}", allowed="rows with a prompt")
     return rows
+
+
+def with_room(
+    rows: Sequence[conversation.Row], tokens: Callable[[conversation.Row], int], room: int | None, *, drop: bool
+) -> list[conversation.Row]:
+    """The rows whose prompts, so many `tokens` each, leave room for an answer in a context of `room` tokens.
+
+    Raises DataError for others, unless they are to be dropped, and where none is left.
+    """
+    if room is None:
+        return list(rows)
+    sized = [(row, tokens(row)) for row in rows]
+    kept, long = [row for row, size in sized if size < room], [each for each in sized if each[1] >= room]
+    if not long or (drop and kept):
+        return kept
+    listed = [f"{row.where}: {size:,} tokens" for row, size in long[:_MOST_LISTED]]
+    listed += [f"and {len(long) - len(listed):,} more"] if len(long) > len(listed) else []
+    told = f"{len(long):,} of {len(rows):,} prompts leave no room for an answer"
+    raise DataError(
+        "\n  ".join([told, *listed]),
+        allowed=f"fewer than {room:,} tokens each: what the model that answers sees at once",
+        do="take them out" if drop else "take them out, or set data.over_length to drop",
+    )
 
 
 def rows_of(path: Path) -> list[Row]:
