@@ -188,8 +188,9 @@ def test_a_harness_that_scores_prompts_finds_each_where_it_looks_for_it(client: 
         assert greedy == (wanted.argmax(-1) == ids[0, 1:]).tolist()
 
 
-def test_a_seed_gives_the_same_text_in_any_company(tmp_path: Path) -> None:
-    """Breaks when company changes the last bits of what a seed draws by; in bfloat16 most texts would be others."""
+def test_a_seed_gives_the_same_text_in_any_company(tmp_path: Path, client: OpenAI) -> None:
+    """Breaks when company changes the last bits of what a seed draws by; in bfloat16 most texts would be others. Or
+    when a fingerprint is another from answer to answer, or the same for other weights."""
     settings = Settings(token=TOKEN, port=0, state=tmp_path / "state")
     serving = serve_opened(open_named("seedling", precision="bfloat16"), settings, base="seedling", tokens=16_384)
 
@@ -206,12 +207,19 @@ def test_a_seed_gives_the_same_text_in_any_company(tmp_path: Path) -> None:
 
     with (
         running(serving) as listening, ThreadPoolExecutor(48) as pool,
-        OpenAI(base_url=f"{listening.url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client,
+        OpenAI(base_url=f"{listening.url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as ours,
     ):  # fmt: skip
-        alone = [said(client, seed) for seed in range(8)]
-        company = [pool.submit(other, client, place) for place in range(40)]
-        assert list(pool.map(partial(said, client), range(8))) == alone
+        asked: dict[str, Any] = {"model": "seedling", "prompt": "A", "max_tokens": 2}
+        mine = ours.completions.create(**asked).system_fingerprint
+        alone = [said(ours, seed) for seed in range(8)]
+        company = [pool.submit(other, ours, place) for place in range(40)]
+        assert list(pool.map(partial(said, ours), range(8))) == alone
         assert all(each.result() for each in company)
+        streamed = {chunk.system_fingerprint for chunk in ours.completions.create(**asked, stream=True)}
+        talk = ours.chat.completions.create(model="seedling", messages=ASKED, max_tokens=2).system_fingerprint
+    assert mine is not None and mine.startswith("fp_") and streamed == {mine} and talk == mine
+    other_precision = client.completions.create(**asked).system_fingerprint
+    assert other_precision is not None and other_precision != mine
 
 
 def test_several_prompts_come_in_their_order_and_stream_side_by_side(client: OpenAI) -> None:

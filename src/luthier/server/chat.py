@@ -59,7 +59,8 @@ class _Answer:
         single = body.parallel_tool_calls is False
         self.readers = [CallReader(forced=forced, single=single) if calls else None for _ in self.voices]
         self.told = [0] * len(self.voices)
-        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+        self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model,
+                     "system_fingerprint": serving.fingerprint}  # fmt: skip
         self.frame = Frame({**self.head, "object": "chat.completion.chunk"}, _said)
 
     @property

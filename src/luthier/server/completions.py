@@ -114,7 +114,7 @@ class _Answer:
         count = body.n or 1
         self.prompts = [_Prompt(serving, body, one, index * count) for index, one in enumerate(asked)]
         self.head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
-                     "model": body.model}  # fmt: skip
+                     "model": body.model, "system_fingerprint": serving.fingerprint}  # fmt: skip
         self.frame = Frame(self.head, _piece)
 
     def usage(self) -> Part:

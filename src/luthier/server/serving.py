@@ -20,6 +20,7 @@ from luthier.recipes.opening.checkpoint_adapters import earlier_steps, write_ada
 from luthier.recipes.opening.opened import Opened
 from luthier.recipes.opening.results import result_of
 from luthier.server.errors import DrainingError
+from luthier.server.fingerprint import fingerprint
 from luthier.server.history import name_at, results_csv
 from luthier.server.jobs import Job, Jobs
 from luthier.server.metrics import Metrics
@@ -62,6 +63,7 @@ class Serving:
         self.files = Files(settings.state / "files")
         self.jobs = Jobs(settings.state / "jobs", self._serve_result)
         self.metrics = Metrics()
+        self.fingerprint = fingerprint(opened.model)
         self._grammars: Grammars | None = None
         self._words = ThreadPoolExecutor(1, thread_name_prefix="words")
 
