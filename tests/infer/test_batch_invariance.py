@@ -25,7 +25,7 @@ from luthier.infer.reader import PagedReader, Reading
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import PIECE, Part, Room, Scheduler
 from luthier.model.language_model import LanguageModel
-from luthier.model.speaker import Sampling
+from luthier.model.speaker import PolicySampling, Sampling
 from luthier.recipes.opening.pooled import pool_of
 from luthier.recipes.opening.quantized import quantize
 from tests import forests, task_models
@@ -54,12 +54,13 @@ def asked(place: int, *, adapter: str = "", said: int = 12) -> Request:
 
 
 def others(adapters: Sequence[str] = ("",)) -> list[Request]:
-    """Company: of all lengths, under all of these adapters."""
-    return [
-        Request(prompt=prompt, sampling=Sampling(max_new_tokens=3 + place % 9, temperature=1.0, seed=place),
-                adapter=adapters[place % len(adapters)])
-        for place, prompt in enumerate(COMPANY)
-    ]  # fmt: skip
+    """Company: of all lengths, under all of these adapters; some are told of many tokens, some at their temperature."""
+    made = []
+    for place, prompt in enumerate(COMPANY):
+        told_at = PolicySampling if place % 5 == 0 else Sampling
+        sampling = told_at(max_new_tokens=3 + place % 9, temperature=0.7, seed=place, likeliest=place % 21)
+        made.append(Request(prompt=prompt, sampling=sampling, adapter=adapters[place % len(adapters)]))
+    return made
 
 
 def told(engine: Engine, requests: Sequence[Request], company: Sequence[Request] = (), *, ahead: int = 0) -> Told:
@@ -193,6 +194,27 @@ def test_choices_and_prompt_log_probs_are_the_same_too() -> None:
         raise AssertionError("nothing was told")
 
     assert of_prompt(()) == of_prompt(others()[:20])
+
+
+def test_a_choice_that_comes_later_is_read_as_the_first_one_was() -> None:
+    """Breaks when a twin for which there is no row reads less of the prompt than the one that tells of it."""
+    model = forests.language_model("llama")
+    own = replace(asked(6), choices=3, sampling=replace(asked(6).sampling, prompt_log_probs=True))
+    alone = told(Engine(model, room=WIDE), [own])
+    assert told(Engine(model, room=replace(WIDE, rows=4)), [own], others()[:8], ahead=8) == alone
+
+
+def test_adapters_that_rows_do_not_name_are_not_counted() -> None:
+    """Breaks when an adapter that computes for others alone sends the one that is on through the library."""
+    model = forests.language_model("llama")
+    for name in ("on", "other"):
+        attached = model.attach(LoRA(rank=4).attach(model.sites), name=name, named_only=name == "other")
+        forests.shake(attached.named_parameters().values())
+    assert model.keeps_rows_apart(None) == (model.executor.backend.few > 0)
+    reader = Engine(model)._gate.reader()
+    with torch.no_grad():
+        assert isinstance(reader, PagedReader) and reader._thin(3) is not None
+    check(model, [asked(place, said=6) for place in (1, 3, 5)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

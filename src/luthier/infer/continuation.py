@@ -115,6 +115,12 @@ class Continuation:
         return np.concatenate(parts)
 
     @property
+    def shows_prompt(self) -> bool:
+        """Whether all that is read of its prompt goes to the end of the model; of a choice that tells nothing of it too
+        where it is to be read as the first one reads it."""
+        return self.wants_prompt or (self.request.batch_invariant and self.request.sampling.prompt_log_probs)
+
+    @property
     def wants_prompt(self) -> bool:
         """Whether something is still to be told of tokens of its prompt."""
         asked = self.request.sampling.prompt_log_probs and self.choice == 0

@@ -4,9 +4,10 @@ The paged one is for every model whose attention we drive: all parts of a step a
 lengths and adapters. Cohorts (cohorts.py) are for the others.
 
 Where a part is of a batch-invariant request, a step is several passes. A product may add up in another order when it
-has more rows, so a piece of such a prompt is a pass of its own; single tokens go side by side in passes of so few rows
-that a row is the same in any company, where the model's operations and the adapter's promise it, and else each in a
-pass of its own. Whoever is not invariant loses little by it: the weights are read once more.
+has more rows, so a piece of such a prompt is a pass of its own; single tokens, and pieces that are as short, go side by
+side in passes of so few rows that a row is the same in any company, where the model's operations and the adapter's
+promise it: then whoever is not invariant loses little, as the weights are read once more. Elsewhere each token is a
+pass of its own, and all wait for it.
 Source: He et al., Defeating nondeterminism in LLM inference (Thinking Machines, 2025), of the reason; kernels there
     keep one order for any number of rows, passes here keep the number.
 """
@@ -195,41 +196,50 @@ class PagedReader(Reader):
         parts = [part for part in (self._behind_its_root(part) for part in parts) if part.start < part.stop]
         if not parts:
             return Reading([], torch.empty(0, self.model.vocabulary_size))
+        if not any(part.continuation.request.batch_invariant for part in parts):
+            return self._pass(parts)
         readings = [self._pass(own) for own in self._passes(parts)]
-        if len(readings) == 1:
-            return readings[0]
         return Reading(
             [each for own in readings for each in own.continuations],
-            torch.cat([own.logits for own in readings]),
+            # In float32 alone too: beside a head that gives floats all of them are floats.
+            torch.cat([own.logits.float() for own in readings]),
             [draft for own in readings for draft in own.drafts],
         )
 
     def _passes(self, parts: list[Part]) -> list[list[Part]]:
-        """The parts of a step by the passes that compute them."""
-        if not any(part.continuation.request.batch_invariant for part in parts):
-            return [parts]
+        """The parts of a step by the passes that compute them, where some are batch-invariant."""
         few = self.model.executor.backend.few
-        names = {part.continuation.request.adapter for part in parts}
-        apart = {name for name in names if self.model.keeps_rows_apart(name if self.mixed else None)}
-        small: list[Part] = []
-        alone: list[Part] = []
+        apart: dict[str, bool] = {}
+
+        def fits(part: Part) -> bool:
+            name = part.continuation.request.adapter
+            if name not in apart:
+                apart[name] = self.model.keeps_rows_apart(name if self.mixed else None)
+            return apart[name] and part.count <= few
+
+        passes: list[list[Part]] = []
+        alone: list[list[Part]] = []
         others: list[Part] = []
         for part in parts:
-            request = part.continuation.request
-            fits = request.adapter in apart and part.count <= few
-            (others if not request.batch_invariant else small if fits else alone).append(part)
-        passes: list[list[Part]] = []
-        for part in small:
-            if not passes or sum(each.count for each in passes[-1]) + part.count > few:
-                passes.append([])
-            passes[-1].append(part)
+            if not part.continuation.request.batch_invariant:
+                others.append(part)
+            elif not fits(part):
+                # Beside a draft a row would be another.
+                alone.append([Part(part.continuation, part.start, part.stop - len(part.draft))])
+            elif passes and sum(each.count for each in passes[-1]) + part.count <= few:
+                passes[-1].append(part)
+            else:
+                passes.append([part])
         # The weights are read anyway: others that speak come along as far as there is room.
         room = few - sum(each.count for each in passes[-1]) if passes else 0
-        guests = [part for part in others if part.count == 1 and part.continuation.request.adapter in apart][:room]
+        guests: list[Part] = []
+        for part in others:
+            if len(guests) < room and part.count == 1 and fits(part):
+                guests.append(part)
         if guests:
             passes[-1] += guests
             others = [part for part in others if part not in guests]
-        return [*passes, *([part] for part in alone), *([others] if others else [])]
+        return [*passes, *alone, *([others] if others else [])]
 
     def _pass(self, parts: list[Part]) -> Reading:
         """One pass over these parts."""
@@ -277,8 +287,9 @@ class PagedReader(Reader):
             count = part.count
             tokens.append(part.tokens)
             positions.append(np.arange(part.start, part.stop))
-            first = 0 if part.continuation.wants_prompt else count - 1 - len(part.draft)
-            kept = count - first if part.speaks or part.continuation.wants_prompt else 0
+            whole = part.continuation.shows_prompt
+            first = 0 if whole else count - 1 - len(part.draft)
+            kept = count - first if part.speaks or whole else 0
             wanted.append(np.arange(start + count - kept, start + count))
             rows[id(part)] = slice(looked, looked + kept)
             start, looked = start + count, looked + kept
@@ -312,8 +323,8 @@ class PagedReader(Reader):
 
     def _thin(self, rows: int) -> ThinPass | None:
         """The terms of the adapter that is switched on, where it is one and nothing but an adapter."""
-        on = [each for each in self.model.attachments.values() if each.enabled]
-        if len(on) != 1 or not on[0].active.always or on[0].trains_base:
+        on = [each for each in self.model.attachments.values() if each.active.always]
+        if len(on) != 1 or on[0].trains_base:
             return None
         routes = self.model.routes(((on[0].name, rows),))
         return routes.thin

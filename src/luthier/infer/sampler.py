@@ -188,14 +188,15 @@ def _told(
     """Each token with its log-probability, and the likeliest in its place; `normalisers` are log sum exp of a row."""
     log_probs = (logits.gather(1, tokens[:, None])[:, 0].float() - normalisers).tolist()
     best: list[list[tuple[int, float]]] = [[] for _ in log_probs]
-    if most := max(likeliest, default=0):
-        values, ids = logits.topk(most)
-        pairs = zip(ids.tolist(), (values.float() - normalisers[:, None]).tolist(), strict=True)
-        best = [list(zip(*row, strict=True)) for row in pairs]
-    return [
-        Said(token, log_prob, tuple(row[:count]))
-        for token, log_prob, row, count in zip(tokens.tolist(), log_probs, best, likeliest, strict=True)
-    ]
+    # Which of several that tie are told depends on how many are: not on what others want.
+    for count in sorted(set(likeliest) - {0}):
+        own = [row for row, wanted in enumerate(likeliest) if wanted == count]
+        values, ids = (logits if len(own) == len(logits) else logits[own]).topk(count)
+        found = (values.float() - normalisers[own][:, None]).tolist()
+        for row, names, numbers in zip(own, ids.tolist(), found, strict=True):
+            best[row] = list(zip(names, numbers, strict=True))
+    told = zip(tokens.tolist(), log_probs, best, strict=True)
+    return [Said(token, log_prob, tuple(row)) for token, log_prob, row in told]
 
 
 def _not_finite(logits: Float[Tensor, " V"], token: int) -> NumericError:

@@ -109,6 +109,9 @@ class Blocks:
         in any company of few. Of adapters that rows have not `named` the terms are the library's outside of one call.
         """
         layers = list(self.body.get_submodule("layers").children())
+        if vars(self.body.get_submodule("rotary_emb")).get("rope_type") == "longrope":
+            # The longest text of a pass decides by which angles all of it turns.
+            return False
         there = all(site.rpartition(".")[2] in (*PROJECTIONS, *FEEDS) for site in sites)
         whole = self.keeper.over(layers, self.calls, self.head_size, self.backend)
         return there and self.keeper.keeps_rows_apart and (named or not sites or whole is not None)
