@@ -255,6 +255,9 @@ def test_flags_of_the_data_commands_are_checked(rows: Path, llama: Path) -> None
     luthier(*show, "--format", "alpca").must(2, "'alpca' is no data format; did you mean alpaca?")
     luthier(*show, "--template", "zz").must(2, "no chat template is called 'zz'")
     luthier("describe", "lorra").must(2, "no method is called 'lorra'; did you mean lora")
+    made = "qlora is a preset of adapters/lora, quantizers/nf4, optimizers/paged_adamw; luthier describe adapters/lora"
+    luthier("describe", "qlora").must(2, made)
+    luthier("describe", "in_context").must(2, "in_context is a preset that trains nothing", "luthier compare --help")
 
 
 @pytest.mark.parametrize(("command", "sentence"), [
