@@ -137,6 +137,16 @@ class ReferenceKnobs(Knobs):
         return self.model is not None or bool(self.prompt)
 
 
+def require_trainable(adapter: Adapter, quantizer: Quantizer) -> None:
+    """Raise RecipeError for an adapter that trains the weights which a quantizer packs."""
+    if "trains-base" in adapter.provides and "packed-weights" in quantizer.provides:
+        packs, trains = quantizer.method_name(), adapter.method_name()
+        raise RecipeError(
+            f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
+            allowed="adapters beside the weights, such as lora; or quantizer none",
+        )
+
+
 class FinetuneRecipe(Knobs):
     """A fine-tune: one base model, one data set, one adapter, one objective."""
 
@@ -188,12 +198,7 @@ class FinetuneRecipe(Knobs):
 
     @model_validator(mode="after")
     def _trains_what_is_there(self) -> FinetuneRecipe:
-        if "trains-base" in self.adapter.provides and "packed-weights" in self.quantizer.provides:
-            packs, trains = self.quantizer.method_name(), self.adapter.method_name()
-            raise RecipeError(
-                f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
-                allowed="adapters beside the weights, such as lora; or quantizer none",
-            )
+        require_trainable(self.adapter, self.quantizer)
         return self
 
     @model_validator(mode="after")
