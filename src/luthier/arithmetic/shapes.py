@@ -165,7 +165,7 @@ def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
         value = values.get(names.get(key, key), default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise RecipeError(
-                f"the config says {names.get(key, key)}: {value!r:.60}", allowed=f"whole numbers, {least} to {most}",
+                f"the config says {names.get(key, key)}: {value!r:.60}", allowed=_span(least, most),
                 do=f"give the config.json of a {name} model",
             )  # fmt: skip
         return value
@@ -197,6 +197,11 @@ def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
         )  # fmt: skip
     matrices = (*_attention(shape, family), *_feed_forward(shape, family, experts, each))
     return replace(shape, matrices=matrices, vectors=_vectors(shape, family, values))
+
+
+def _span(least: int, most: int) -> str:
+    """What a size may be, without the end that only damage reaches."""
+    return f"a whole number, {least} or more" if most == MOST_SIZE else f"whole numbers, {least} to {most}"
 
 
 def _attention(shape: Shape, family: Family) -> list[Matrix]:

@@ -46,7 +46,14 @@ from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
 from luthier.recipes.planning.inference import longer_than
 from luthier.recipes.schemas.finetune import require_trainable
-from luthier.recipes.schemas.offload import Offload, inputs_are_far, optimizer_is_far, require_blocks, require_device
+from luthier.recipes.schemas.offload import (
+    Offload,
+    inputs_are_far,
+    optimizer_is_far,
+    require_blocks,
+    require_device,
+    require_recomputed,
+)
 from luthier.recipes.sizing.limits import plan_speed, rates_for
 from luthier.recipes.sizing.memory import PARTS, Formulas, Pass, far_optimizer, lasting
 from luthier.recipes.sizing.products import Flow, Stream
@@ -90,6 +97,7 @@ class PlanKnobs(Knobs):
     @model_validator(mode="after")
     def _as_a_recipe_has_it(self) -> PlanKnobs:
         require_trainable(self.adapter, self.quantizer)
+        require_recomputed(self.offload, self.recompute)
         return self
 
 

@@ -18,7 +18,7 @@ from luthier.core.knobs import Knobs
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes.schemas.offload import Offload, inputs_are_far
+from luthier.recipes.schemas.offload import Offload, require_recomputed
 from luthier.schedules import Schedule
 from luthier.train.in_backward import cut, require_no_clipping
 
@@ -88,12 +88,7 @@ class BatchKnobs(Knobs):
 
     @model_validator(mode="after")
     def _keeps_what_it_moves(self) -> BatchKnobs:
-        if inputs_are_far(self.offload) and self.recompute in ("none", 0):
-            raise RecipeError(
-                f"batch.offload is {self.offload!r}, which moves the inputs of recomputed blocks, and batch.recompute "
-                f"is {self.recompute!r}",
-                allowed="batch.recompute: auto, all, or a number of blocks",
-            )
+        require_recomputed(self.offload, self.recompute, within="batch.")
         return self
 
 
