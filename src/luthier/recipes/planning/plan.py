@@ -91,7 +91,7 @@ class PlanKnobs(Knobs):
     sharding: Sharding = Field("none", description="what several devices divide: zero1, zero2, zero3 or fsdp")
     offload: Offload = Field("none", description="what lies with the host: optimizer, activations or both")
     memory_bytes: float | None = Field(
-        None, ge=1, allow_inf_nan=False, description="memory of each; empty is what is free here"
+        None, ge=1, description="memory of each; empty is what is free here"
     )
 
     @model_validator(mode="after")

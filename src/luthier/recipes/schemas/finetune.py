@@ -58,7 +58,9 @@ class DataKnobs(Knobs):
 class BudgetKnobs(Knobs):
     """How long a run is. The first limit that is reached ends it."""
 
-    epochs: float | None = Field(None, gt=0, description="passes over the data; 3 when nothing else is given")
+    epochs: float | None = Field(
+        None, gt=0, le=100_000, description="passes over the data; 3 when nothing else is given"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="minutes of training")
 
