@@ -57,8 +57,10 @@ def test_a_plan_says_what_the_run_would(tmp_path: Path, recipe: Path) -> None:
     """Breaks when rows are cut, or a key is read as another, and only `train` says so."""
     (file := tmp_path / "recipe.yaml").write_text(recipe.read_text("utf-8") + "max_seq_length: 16\n", "utf-8")
     sets = ("--set", "data.over_length=truncate")
-    dry = luthier("train", file, "--dry-run", "--json", *sets).must(0).json["plan"]["notices"]
+    planned = luthier("train", file, "--dry-run", "--json", *sets).must(0).json["plan"]
+    dry, cut = planned["notices"], planned["data"]["rendered"]
     said = luthier("plan", file, *sets).must(0).out
+    assert cut["truncated"] and f"rows       {cut['truncated']} truncated, 0 dropped" in said
     assert "note       " in said and "max_seq_length is read as data.max_tokens" in said
     assert all(f"note       {notice}" in said for notice in dry)
     assert luthier("plan", file, "--json", *sets).must(0).json["notices"][1:] == dry

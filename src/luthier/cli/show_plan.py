@@ -28,6 +28,9 @@ def print_needs(plan: Mapping[str, Any]) -> None:
         typer.echo(f"host       {bytes_text(memory['host'])} in its memory")
     again = f", {memory['recomputed']} of {memory['blocks']} blocks made again" if memory["recomputed"] else ""
     typer.echo(f"pass       {memory['tokens']:,} tokens at once, rows of {memory['longest']:,}{again}")
+    cut = plan["plan"]["data"]["rendered"] if "plan" in plan else {}
+    if cut.get("truncated") or cut.get("dropped"):
+        typer.echo(f"rows       {cut['truncated']:,} truncated, {cut['dropped']:,} dropped")
     if handbook := plan.get("handbook"):
         logits, total = bytes_text(handbook["logits"]), bytes_text(handbook["total"])
         typer.echo(f"handbooks  {total} in other engines: 18 bytes a trained parameter, and logits of {logits} at once")
