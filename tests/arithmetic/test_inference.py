@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.arithmetic import inference
-from luthier.arithmetic.shapes import shape_of
+from luthier.arithmetic.shapes import Shape, shape_of
 from tests.arithmetic.published import config
 from tests.tiny import KINDS, WINDOW, tiny_model
 
@@ -69,3 +69,16 @@ def test_what_fits_is_whole_rows() -> None:
     assert inference.most_rows(100, weights=40, cache=25) == 2
     assert inference.most_rows(30, weights=40, cache=25) == 0
     assert inference.rule_of_thumb(10.0) == 12.0
+
+
+def test_experts_are_not_packed() -> None:
+    """Breaks when weights are promised in four bits that stay in sixteen: no quantizer packs slices of a tensor."""
+    shape = shape_of(config("Mixtral-8x7B"))
+    attention = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096)
+    assert weight_saved(shape) == 2 * attention - attention // 2
+    assert weight_saved(shape_of(config("LLaMA-7B"))) == 1.5 * shape_of(config("LLaMA-7B")).blocks
+
+
+def weight_saved(shape: Shape) -> int:
+    """Bytes that packing saves, at half a byte a number."""
+    return inference.weight_bytes(shape, 2) - inference.weight_bytes(shape, 2, lambda size: size[0] * size[1] // 2)

@@ -86,6 +86,11 @@ def test_experts_are_all_there_and_few_are_passed() -> None:
     assert round((shape.active + 2 * shape.table) / 1e9, 1) == 12.9
 
 
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -94,9 +99,29 @@ def test_experts_are_all_there_and_few_are_passed() -> None:
         ({"model_type": "llama"}, "num_hidden_layers: None"),
         ({"model_type": "llama", "num_hidden_layers": -3}, "num_hidden_layers: -3"),
         ({"model_type": "gpt2", "n_layer": "many"}, "n_layer: 'many'"),
+        ({**SMALL, "num_hidden_layers": 10**12}, "num_hidden_layers: 1000000000000"),
+        ({**SMALL, "vocab_size": 10**400}, "vocab_size: 10000"),
+        ({**SMALL, "num_attention_heads": 128}, "num_attention_heads: 128"),
+        ({**SMALL, "max_position_embeddings": "long"}, "max_position_embeddings: 'long'"),
+        ({**SMALL, "max_position_embeddings": -5}, "max_position_embeddings: -5"),
+        ({**SMALL, "model_type": "mistral", "sliding_window": "abc"}, "sliding_window: 'abc'"),
+        ({**SMALL, "model_type": "mistral", "sliding_window": -4}, "sliding_window: -4"),
+        ({**SMALL, "model_type": "gemma2", "sliding_window_pattern": 0}, "sliding_window_pattern: 0"),
+        ({**SMALL, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "x"}, "layers: 'x'"),
+        ({**SMALL, "model_type": "mixtral", "num_local_experts": "8"}, "num_local_experts: '8'"),
+        ({**SMALL, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 8}, "8, of 2 experts"),
     ],
 )
 def test_what_describes_no_shape_is_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said) as caught:
         shape_of(config)
     assert caught.value.allowed and caught.value.do
+
+
+def test_kinds_of_layers_that_are_no_list_of_all_are_left_out() -> None:
+    """Breaks when a cache is counted for other layers than the model has."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    for kinds in (3, ["sliding_attention"], None):
+        assert shape_of({**SMALL, "model_type": "qwen2", **windows, "layer_types": kinds}).windows == (None, 8)
+    named = {**SMALL, "model_type": "qwen2", **windows, "layer_types": ["sliding_attention", "full_attention"]}
+    assert shape_of(named).windows == (8, None)

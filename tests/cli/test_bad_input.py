@@ -54,6 +54,10 @@ def test_an_unknown_method_or_a_wrong_type_is_told_with_its_place(refused: Calla
     refused(2, ("own.yaml:4:1", "'lorra' is no method of adapters; did you mean lora"), change=("lora,", "lorra,"))
     refused(2, ("own.yaml:4:25: adapter.rank: 'four'", "integer"), change=("rank: 4", "rank: four"))
     refused(2, ("--set: adapter.rank", "greater than"), "adapter.rank=0")
+    for key, number in (("budget.epochs", ".inf"), ("optimizer.learning_rate", ".inf"), ("max_grad_norm", ".nan")):
+        refused(2, (f"--set: {key}: {number[1:]} is not allowed", "finite number"), f"{key}={number}")
+    # As many passes are laid out one by one: the plan of these would never be made.
+    refused(2, ("--set: budget.epochs: 1e+300", "less than or equal to 100000"), "budget.epochs=1e300")
     luthier("init", "--dry-run", "--set", "adapter.method=loraa").must(2, "--set: adapter: 'loraa' is no method")
     refused(2, ("--set x; --set key=value",), "x")
     refused(2, ("batch has both tokens and rows", "one of the two"), "batch.tokens=64")
@@ -255,6 +259,9 @@ def test_flags_of_the_data_commands_are_checked(rows: Path, llama: Path) -> None
     luthier(*show, "--format", "alpca").must(2, "'alpca' is no data format; did you mean alpaca?")
     luthier(*show, "--template", "zz").must(2, "no chat template is called 'zz'")
     luthier("describe", "lorra").must(2, "no method is called 'lorra'; did you mean lora")
+    made = "qlora is a preset of adapters/lora, quantizers/nf4, optimizers/paged_adamw; luthier describe adapters/lora"
+    luthier("describe", "qlora").must(2, made)
+    luthier("describe", "in_context").must(2, "in_context is a preset that trains nothing", "luthier compare --help")
 
 
 @pytest.mark.parametrize(("command", "sentence"), [

@@ -52,6 +52,11 @@ def test_each_command_that_prints_prints_one_line_of_json(rows: Path, llama: Pat
     assert luthier("run", "list", rows.parent, "--json").json == {"runs": []}
     assert luthier("describe", "lora", "--json").json["method"] == "lora"
     assert luthier("describe", "full", "--json").json["family"] == "adapters"
+    both = luthier("describe", "linear", "--json").must(0).json["methods"]
+    assert [each["family"] for each in both] == ["mergers", "schedules"]
+    assert luthier("describe", "schedules/linear", "--json").must(0).json["family"] == "schedules"
+    listed = luthier("describe", "adapters", "--json").must(0).json["methods"]
+    assert {each["family"] for each in listed} == {"adapters"}
     described = luthier("describe", "--json").json["methods"]
     assert ("adapters", "ia3") in [(one["family"], one["method"]) for one in described]
     answers = luthier("generate", finished, "-p", "a", "-p", "b", "--max-new-tokens", 3, "--json").must(0).json
@@ -85,6 +90,7 @@ def test_every_command_also_prints_for_people(rows: Path, llama: Path, finished:
         ("eval", finished): ["base  loss", "tuned loss"],
         ("describe",): ["adapters:", "prefix_tuning"],
         ("describe", "lora"): ["LoRA", "knobs:", "rank = 16"],
+        ("describe", "schedules"): ["schedules:", "cosine"],
     }
     for command, parts in said.items():
         told = luthier(*command).must(0)

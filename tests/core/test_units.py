@@ -43,13 +43,14 @@ def test_shares(share: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512M", 512e6), ("1.5TB", 1.5e12), ("80", 80), ("3kB", 3000), ("2b", 2)],
+    [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512M", 512e6), ("1.5TB", 1.5e12), ("80", 80), ("3kB", 3000), ("2b", 2),
+     ("24gb", 24e9), ("16gib", 16 * 2**30), ("1m", 1e6)],
 )
 def test_sizes_from_text(text: str, size: float) -> None:
     assert bytes_from(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "3 iB", "1e9", "nan", "5 X"])
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "3 iB", "1e9", "nan", "5 X", "0.0001kB", "9" * 400 + "GB"])
 def test_texts_that_are_no_size(text: str) -> None:
     with pytest.raises(RecipeError, match="a size of"):
         bytes_from(text)

@@ -85,3 +85,17 @@ def test_a_cpu_without_the_instructions_is_not_measured(monkeypatch: pytest.Monk
     assert choose_precision("auto", (512, 1408), CPU)[0] == torch.float32
     assert choose_precision("bfloat16", (512, 1408), CPU) == (torch.bfloat16, "bfloat16, as asked")
     assert choose_precision("auto", (512, 1408), torch.device("cuda"))[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "timed"),
+    [
+        ((512, 1408), (512, 1408)),
+        ((8192, 28672), (8192, 16384)),
+        ((28672, 8192), (16384, 8192)),
+        ((131_072, 524_288), (11_585, 11_585)),
+    ],
+)
+def test_a_matrix_that_is_timed_fits_into_memory(sizes: tuple[int, int], timed: tuple[int, int]) -> None:
+    """Breaks when the plan of a model that nobody could load here makes a matrix of it."""
+    assert machine._timed_sizes(*sizes) == timed and timed[0] * timed[1] <= machine.MOST_NUMBERS

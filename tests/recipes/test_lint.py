@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,3 +97,34 @@ def test_an_adapter_that_all_take_is_told_so(save: Save) -> None:
     """Breaks when the command finds fault with plain LoRA."""
     folder = save(peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
     assert luthier("lint", folder).must(0).out.count("takes it as it is") == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("r", "abc", 'r is "abc"; a whole number above 0'),
+        ("r", 0, 'r is "0"'),
+        ("r", None, 'r is "None"'),
+        ("lora_alpha", "x", 'lora_alpha is "x"; a number'),
+        ("rank_pattern", {"(": 3}, 'rank_pattern names "("'),
+        ("rank_pattern", [1], 'rank_pattern is "[1]"'),
+        ("alpha_pattern", {"v_proj": None}, 'alpha_pattern.v_proj is "None"'),
+    ],
+)
+def test_a_config_that_makes_no_scale_is_told_as_damaged(save: Save, key: str, value: object, said: str) -> None:
+    """Breaks when a damaged adapter ends the command with an error of Python's."""
+    folder = save(peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), key: value}), "utf-8")
+    luthier("lint", folder).must(74, f"{file}: {said}", "save or fetch the adapter again")
+
+
+def test_words_of_the_command_are_read_as_they_are_meant(save: Save) -> None:
+    """Breaks when a server is told of twice, one module is spelt letter by letter, or no rank is one."""
+    folder = save(peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    file = folder / "adapter_config.json"
+    whole = {"modules_to_save": "lm_head", "bias": None}
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **whole}), "utf-8")
+    told = luthier("lint", folder, "--for", "vllm", "--for", "vllm").must(65).out.splitlines()
+    assert len(told) == 1 and "whole modules beside LoRA: lm_head;" in told[0]
+    luthier("lint", folder, "--max-rank", 0).must(2, "--max-rank")

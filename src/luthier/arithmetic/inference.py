@@ -31,7 +31,7 @@ def weight_bytes(shape: Shape, number: int, packed: PackedBytes | None = None) -
     """
     blocks = 0
     for matrix in shape.matrices:
-        size = packed((matrix.outputs, matrix.inputs)) if packed is not None else None
+        size = packed((matrix.outputs, matrix.inputs)) if packed is not None and matrix.linear else None
         blocks += matrix.count * (matrix.outputs * matrix.inputs * number if size is None else size)
     return blocks + (shape.parameters - shape.blocks) * number
 

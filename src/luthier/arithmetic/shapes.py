@@ -17,17 +17,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from luthier.core.errors import RecipeError
-from luthier.core.nearest import did_you_mean
+
+MOST_SIZE: Final = 2**40
+"""No size of a model is as large."""
+MOST_LAYERS: Final = 10_000
+_SLIDING: Final = "sliding_attention"
+_OPTIONAL: Final = {
+    "max_position_embeddings": 1, "sliding_window": 1, "sliding_window_pattern": 1, "max_window_layers": 0,
+    "num_local_experts": 1, "num_experts_per_tok": 1,
+}  # fmt: skip
+"""Sizes that a config may leave empty, and the least that each can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Equal matrices of all blocks: how many, their sizes, and the share of them that one token goes through."""
+    """Equal matrices of all blocks: how many, their sizes, and the share of them that one token goes through.
+
+    `linear` is whether each is a layer of its own, which a quantizer can pack; experts are slices of one tensor.
+    """
 
     count: int
     outputs: int
     inputs: int
     active: float = 1.0
+    linear: bool = True
 
     @property
     def parameters(self) -> int:
@@ -136,7 +149,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         raise RecipeError(
             f"model_type is {name!r:.60}, whose blocks are not known here",
             allowed=", ".join(sorted(FAMILIES)),
-            do=did_you_mean(name, FAMILIES),
+            # The nearest name would be another model's, and changing the config to it a plan of that one.
+            do="training is planned for any family by a recipe, from the model itself: luthier plan RECIPE.yaml",
         )
     family = FAMILIES[name]
     # No window is a choice; no other size can be left empty.
@@ -147,16 +161,20 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
     names = family.names
 
-    def size(key: str, default: int | None = None) -> int:
+    def size(key: str, default: int | None = None, *, least: int = 1, most: int = MOST_SIZE) -> int:
         value = values.get(names.get(key, key), default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise RecipeError(
-                f"the config says {names.get(key, key)}: {value!r:.60}", allowed="a whole number above 0",
+                f"the config says {names.get(key, key)}: {value!r:.60}", allowed=_span(least, most),
                 do=f"give the config.json of a {name} model",
             )  # fmt: skip
         return value
 
-    layers, hidden, heads = size("num_hidden_layers"), size("hidden_size"), size("num_attention_heads")
+    told = {
+        key: size(key, least=least) for key, least in _OPTIONAL.items() if values.get(names.get(key, key)) is not None
+    }
+    layers, hidden = size("num_hidden_layers", most=MOST_LAYERS), size("hidden_size")
+    heads = size("num_attention_heads", most=hidden)
     shape = Shape(
         layers=layers,
         hidden=hidden,
@@ -169,11 +187,21 @@ def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
         matrices=(),
         vectors=0,
         positions=size("max_position_embeddings") if family.learned_positions else 0,
-        context=values.get(names.get("max_position_embeddings", "max_position_embeddings")),
+        context=told.get("max_position_embeddings"),
     )
-    experts, each = values.get("num_local_experts"), values.get("num_experts_per_tok")
+    experts, each = told.get("num_local_experts"), told.get("num_experts_per_tok")
+    if experts and each and each > experts:
+        raise RecipeError(
+            f"the config says num_experts_per_tok: {each}, of {experts} experts", allowed=f"1 to {experts}",
+            do=f"give the config.json of a {name} model",
+        )  # fmt: skip
     matrices = (*_attention(shape, family), *_feed_forward(shape, family, experts, each))
     return replace(shape, matrices=matrices, vectors=_vectors(shape, family, values))
+
+
+def _span(least: int, most: int) -> str:
+    """What a size may be, without the end that only damage reaches."""
+    return f"a whole number, {least} or more" if most == MOST_SIZE else f"whole numbers, {least} to {most}"
 
 
 def _attention(shape: Shape, family: Family) -> list[Matrix]:
@@ -190,13 +218,13 @@ def _attention(shape: Shape, family: Family) -> list[Matrix]:
 
 def _feed_forward(shape: Shape, family: Family, experts: int | None, each: int | None) -> list[Matrix]:
     count, share = shape.layers * (experts or 1), (each or 1) / (experts or 1)
-    up = 1 + shape.gated
+    up, alone = 1 + shape.gated, not experts
     wide = 2 if "gate_up" in family.fused else 1
     made = [
-        Matrix(count=up // wide * count, outputs=wide * shape.inner, inputs=shape.hidden, active=share),
-        Matrix(count=count, outputs=shape.hidden, inputs=shape.inner, active=share),
+        Matrix(count=up // wide * count, outputs=wide * shape.inner, inputs=shape.hidden, active=share, linear=alone),
+        Matrix(count=count, outputs=shape.hidden, inputs=shape.inner, active=share, linear=alone),
     ]
-    return [*made, Matrix(count=shape.layers, outputs=experts, inputs=shape.hidden)] if experts else made
+    return [*made, Matrix(count=shape.layers, outputs=experts, inputs=shape.hidden, linear=False)] if experts else made
 
 
 def _vectors(shape: Shape, family: Family, values: Mapping[str, Any]) -> int:
@@ -228,11 +256,9 @@ def _some(period: int, default: int) -> Callable[[Mapping[str, Any], int], Seque
 
     def windows(values: Mapping[str, Any], layers: int) -> Sequence[int | None]:
         window = values.get("sliding_window", default)
-        kinds = values.get("layer_types")
-        if isinstance(kinds, Sequence) and len(kinds) == layers:
-            return [window if kind == "sliding_attention" else None for kind in kinds]
-        every = int(values.get("sliding_window_pattern", period))
-        return [window if (layer + 1) % every else None for layer in range(layers)]
+        every = values.get("sliding_window_pattern", period)
+        kinds = _kinds(values, layers) or [_SLIDING if (layer + 1) % every else "" for layer in range(layers)]
+        return [window if kind == _SLIDING else None for kind in kinds]
 
     return windows
 
@@ -241,9 +267,15 @@ def _qwen(values: Mapping[str, Any], layers: int) -> Sequence[int | None]:
     """Windows only where they are switched on, and from some layer up."""
     if not values.get("use_sliding_window"):
         return (None,) * layers
-    window, first = values.get("sliding_window", 4096), int(values.get("max_window_layers", 28))
-    kinds = values.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    window, first = values.get("sliding_window", 4096), values.get("max_window_layers", 28)
+    kinds = _kinds(values, layers) or [_SLIDING if layer >= first else "" for layer in range(layers)]
+    return [window if kind == _SLIDING else None for kind in kinds]
+
+
+def _kinds(values: Mapping[str, Any], layers: int) -> Sequence[object]:
+    """The kind of each layer, where a config names them all."""
+    kinds = values.get("layer_types")
+    return kinds if isinstance(kinds, Sequence) and len(kinds) == layers else ()
 
 
 _GPT2_NAMES: Final = {

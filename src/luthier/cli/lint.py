@@ -19,7 +19,7 @@ def lint(
         typer.Option("--for", metavar="NAME", help="vllm, sglang or llama.cpp; repeatable, all when left out."),
     ] = None,
     max_rank: Annotated[
-        int, typer.Option("--max-rank", metavar="N", help="The --max-lora-rank that vLLM is started with.")
+        int, typer.Option("--max-rank", min=1, metavar="N", help="The --max-lora-rank that vLLM is started with.")
     ] = 16,
     json: Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def lint(
     with uncollected():
         from luthier.recipes.lint import SERVERS, lint
 
-    servers = tuple(server or SERVERS)
+    servers = tuple(dict.fromkeys(server or SERVERS))
     found = lint(name, servers, max_rank=max_rank)
     if json:
         print_json({"findings": [asdict(each) for each in found]})

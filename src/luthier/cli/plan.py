@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from luthier.cli.options import Json, Set
 from luthier.cli.show import print_json
 from luthier.cli.show_plan import print_explained, print_inference, print_needs
-from luthier.core.errors import RecipeError, advised
+from luthier.core.errors import CorruptError, RecipeError, advised
 from luthier.core.imports import uncollected
 
 ModelConfig = Annotated[
@@ -22,6 +23,7 @@ _OF_A_RECIPE = {"recipe", "set_", "json"}
 _OF_ANSWERING = {"model_config", "inference", "clients", "context", "precision", "quantizer", "memory", "tflops",
                  "bandwidth", "json"}  # fmt: skip
 _ONLY_ANSWERING = {"inference", "clients", "context"}
+_OF_A_MACHINE = {"memory", "devices", "sharding", "tflops", "bandwidth", "efficiency"}
 _ADVICE = "luthier plan --help shows the options, luthier describe METHOD the knobs of a method"
 
 
@@ -65,10 +67,10 @@ def plan(
     given = _given(ctx)
     if (recipe is None) == (model_config is None):
         which = "both" if recipe else "neither"
-        raise RecipeError(f"{which} of RECIPE.yaml and --model-config is given", allowed="one of the two")
+        raise RecipeError(f"{which} of RECIPE.yaml and --model-config is given", allowed="one of the two",
+                          do="luthier plan RECIPE.yaml, or luthier plan --model-config FILE")  # fmt: skip
     if recipe is not None:
-        _require_none(given - _OF_A_RECIPE, "a recipe, which says all of it: see --set")
-        _of_recipe(recipe, set_ or [], as_json=json)
+        _of_recipe(recipe, set_ or [], given, as_json=json)
         return
     config = model_config or Path()
     if inference:
@@ -80,9 +82,9 @@ def plan(
         "sequence": sequence, "batch": batch, "device": device, "devices": devices, "sharding": sharding,
         "precision": precision, "optimizer.method": optimizer, "quantizer.method": quantizer,
     }  # fmt: skip
-    sets = [f"{key}={value}" for key, value in wanted.items() if value is not None]
+    options = {key: value for key, value in wanted.items() if value is not None}
     _of_config(
-        config, method, [*sets, *(set_ or [])], memory=memory, rates=(tflops, bandwidth, efficiency),
+        config, method, set_ or [], options, memory=memory, rates=(tflops, bandwidth, efficiency),
         run=(tokens, price), explain=explain, as_json=json,
     )  # fmt: skip
 
@@ -99,7 +101,26 @@ def _require_none(unread: set[str], what: str) -> None:
         raise RecipeError(f"{names} with {what}", do=f"leave {names} out")
 
 
-def _of_recipe(recipe: Path, sets: list[str], *, as_json: bool) -> None:
+def _require_no_model(recipe: Path) -> None:
+    """Raise RecipeError for a model, or the config of one, in the place of a recipe."""
+    config = recipe / "config.json" if recipe.is_dir() else recipe
+    if config.suffix != ".json" or not config.is_file():
+        return
+    from luthier.data.hub import read_json
+
+    model = False
+    with suppress(CorruptError):
+        # What is wrong with it otherwise is told by those who read all of it.
+        model = "model_type" in read_json(config)
+    if model:
+        raise RecipeError(f"{recipe} is a model, and no recipe", do=f"luthier plan --model-config {recipe}")
+
+
+def _of_recipe(recipe: Path, sets: list[str], given: set[str], *, as_json: bool) -> None:
+    _require_no_model(recipe)
+    machines = "a recipe, which is planned for the machine that this is: see --model-config for others"
+    _require_none(given & _OF_A_MACHINE, machines)
+    _require_none(given - _OF_A_RECIPE, "a recipe, which says all of it: see --set")
     with uncollected():
         from luthier.recipes.planning.of_recipe import plan_file
 
@@ -112,6 +133,7 @@ def _of_config(
     config: Path,
     method: str,
     sets: list[str],
+    options: dict[str, Any],
     *,
     memory: str | None,
     rates: tuple[float | None, float | None, float],
@@ -127,7 +149,7 @@ def _of_config(
         from luthier.recipes.planning.plan import Machine
 
     tokens, price = run
-    found = answered(config, asked(method, sets, limit), Machine.of(*rates),
+    found = answered(config, asked(method, sets, limit, options=options), Machine.of(*rates),
                      tokens=tokens, price=price, explain=explain)  # fmt: skip
     if as_json:
         print_json(found)

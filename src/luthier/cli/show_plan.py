@@ -28,6 +28,9 @@ def print_needs(plan: Mapping[str, Any]) -> None:
         typer.echo(f"host       {bytes_text(memory['host'])} in its memory")
     again = f", {memory['recomputed']} of {memory['blocks']} blocks made again" if memory["recomputed"] else ""
     typer.echo(f"pass       {memory['tokens']:,} tokens at once, rows of {memory['longest']:,}{again}")
+    cut = plan["plan"]["data"]["rendered"] if "plan" in plan else {}
+    if cut.get("truncated") or cut.get("dropped"):
+        typer.echo(f"rows       {cut['truncated']:,} truncated, {cut['dropped']:,} dropped")
     if handbook := plan.get("handbook"):
         logits, total = bytes_text(handbook["logits"]), bytes_text(handbook["total"])
         typer.echo(f"handbooks  {total} in other engines: 18 bytes a trained parameter, and logits of {logits} at once")
@@ -37,7 +40,7 @@ def print_needs(plan: Mapping[str, Any]) -> None:
     else:
         rate = rate_text(speed["flops_per_second"])
         typer.echo(
-            f"time       at least {plan['seconds_per_1k_tokens']:.3g} s for 1,000 tokens: products at {rate}"
+            f"time       at least {_seconds_text(plan['seconds_per_1k_tokens'])} for 1,000 tokens: products at {rate}"
             f"{' each' if speed['devices'] > 1 else ''}, {percent_text(speed['efficiency'])} of it reached"
         )
     if cost := plan.get("cost"):
@@ -48,6 +51,7 @@ def print_needs(plan: Mapping[str, Any]) -> None:
             f"{largest['sequence']:,}"
         )
     _print_advice(plan.get("advice") or ())
+    _print_notices(plan["notices"])
 
 
 def print_inference(plan: Mapping[str, Any], clients: int, context: int) -> None:
@@ -64,14 +68,17 @@ def print_inference(plan: Mapping[str, Any], clients: int, context: int) -> None
         f"work       {count_text(plan['flops_per_token'])}FLOP a new token, {count_text(plan['prefill_flops'])}FLOP to "
         "read a text"
     )
-    if plan["seconds_per_1k_tokens"] is not None:
+    if plan["seconds_per_1k_tokens"] is None:
+        typer.echo("time       unknown: name the rates of the device with --tflops and --bandwidth")
+    else:
         typer.echo(
-            f"time       at least {plan['seconds_per_1k_tokens']:.3g} s for 1,000 new tokens of all; products are what "
-            f"takes time from {plan['ridge_rows']:,.0f} texts up"
+            f"time       at least {_seconds_text(plan['seconds_per_1k_tokens'])} for 1,000 new tokens of all; products "
+            f"are what takes time from {plan['ridge_rows']:,.0f} texts up"
         )
     if largest["clients"] is not None:
         typer.echo(f"largest    {largest['clients']:,} texts of {context:,} tokens, or {clients:,} of "
                    f"{largest['context']:,}")  # fmt: skip
+    _print_notices(plan["notices"])
 
 
 def print_explained(formulas: Mapping[str, str]) -> None:
@@ -123,3 +130,13 @@ def _print_advice(changes: Sequence[Mapping[str, Any]]) -> None:
             f"{mark} {change['change']}: {bytes_text(change['total'])} ({change['price']}); "
             f"--set {' --set '.join(change['set'])}"
         )
+
+
+def _seconds_text(seconds: float) -> str:
+    """Three digits, and from where these would need an exponent the units of a clock."""
+    return f"{seconds:.3g} s" if seconds < 1000 else duration_text(seconds)
+
+
+def _print_notices(notices: Sequence[str]) -> None:
+    for notice in notices:
+        typer.echo(f"note       {notice}")

@@ -20,9 +20,14 @@ from luthier.core.nearest import did_you_mean
 
 
 class Knobs(BaseModel):
-    """Settings that cannot be changed once made, refuse what they do not know, and convert nothing silently."""
+    """Settings that cannot be changed once made, refuse what they do not know, and convert nothing silently.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    A number that is none, or has no end, is no setting: what is empty says that there is no limit.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Method(Knobs, ABC):

@@ -24,12 +24,15 @@ def bytes_text(count: float) -> str:
 
 def bytes_from(text: str) -> float:
     """Bytes that a text such as `24GB`, `1.5 GiB` or `512M` says. Raises RecipeError for any other text."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGTP]?)(i?)[bB]?\s*", text)
-    if found is None or (found[3] and not found[2]) or float(found[1]) <= 0:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    size = 0.0
+    if found is not None and (found[2] or not found[3]):
+        size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGTP".index(found[2].upper() or " ")
+    if not 1 <= size < math.inf:
         raise RecipeError(
             f"a size of {text!r:.40}", allowed="a number above 0 with a unit", do="write it as 24GB or 16GiB"
         )
-    return float(found[1]) * float(1024 if found[3] else 1000) ** " KMGTP".index(found[2].upper() or " ")
+    return size
 
 
 def count_text(count: float) -> str:

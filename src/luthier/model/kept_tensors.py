@@ -9,7 +9,7 @@ Cost: a forward pass of the tokens at hand; nothing of it remains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from luthier.data.forest import Forest
 from luthier.kernels.head import Head
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.model.language_model import LanguageModel
+from luthier.model.packed import PackedWeight
 from luthier.model.running.zoo_head import FeatureHead
 
 
@@ -52,7 +53,7 @@ class _Notes:
     def __init__(self, model: LanguageModel) -> None:
         own = [*model.module.parameters(), *model.module.buffers()]
         own += [each for attachment in model.attachments.values() for each in attachment.named_parameters().values()]
-        self._seen = {_place(each.untyped_storage()) for each in own}
+        self._seen = {_place(each.untyped_storage()) for whole in own for each in _parts(whole)}
         # Kept as long as this is: a place that is free again would be taken for the tensor that was there.
         self._alive: list[Any] = []
         self._blocks: Sequence[nn.Module] = [site.module for site in model.sites.role("block")]
@@ -70,6 +71,9 @@ class _Notes:
             handle.remove()
 
     def note(self, kept: Tensor) -> Tensor:
+        if isinstance(kept, PackedWeight):
+            # One of the model's own: what is unpacked of it is let go after each product.
+            return kept
         storage = kept.untyped_storage()
         if _place(storage) not in self._seen and not (self._slopes and kept.shape[-1:] == (self._slopes,)):
             self._seen.add(_place(storage))
@@ -79,6 +83,11 @@ class _Notes:
 
     def _next(self, *call: object) -> None:
         self.stages.append(0)
+
+
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensors that a tensor of a model is: of a packed weight, which has no memory of its own, those it packs."""
+    return tensor.packing.tensors.values() if isinstance(tensor, PackedWeight) else (tensor,)
 
 
 def _place(storage: torch.UntypedStorage) -> int:

@@ -8,6 +8,7 @@ slower on another, and depends on the shape.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ MOST_TOKENS = 2048
 MOST_FLOPS = 2e10
 """FLOPs of one product that is timed: a tenth of a second on a small machine."""
 COPIED = 64 * 2**20
+MOST_NUMBERS = 2**27
+"""Numbers of a matrix that is timed: half a gigabyte. A product with a larger one is no faster, and may not fit."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def rates(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int
 
 def measure(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int, seconds: float = SECONDS) -> Rates:
     """The rates now: the best of as many tries as fit into `seconds`."""
+    inputs, outputs = _timed_sizes(inputs, outputs)
     tokens = max(64, min(MOST_TOKENS, int(MOST_FLOPS / (2 * inputs * outputs))))
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -61,6 +65,13 @@ def measure(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: i
         product = _best(lambda: F.linear(x, weight), device, seconds)
         copied = _best(lambda: target.copy_(source), device, seconds / 3)
     return Rates(2 * tokens * inputs * outputs / product, 2 * source.nbytes / copied)
+
+
+def _timed_sizes(inputs: int, outputs: int) -> tuple[int, int]:
+    """The sizes of a matrix that is as large as one is timed, the longer side shortened first."""
+    shorter = min(inputs, outputs, math.isqrt(MOST_NUMBERS))
+    longer = min(max(inputs, outputs), MOST_NUMBERS // shorter)
+    return (longer, shorter) if inputs > outputs else (shorter, longer)
 
 
 def _best(call: Callable[[], object], device: torch.device, seconds: float) -> float:

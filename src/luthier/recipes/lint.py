@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from luthier.core.errors import GateError, RecipeError
+from luthier.core.errors import CorruptError, GateError, RecipeError
 from luthier.core.nearest import did_you_mean
+from luthier.data.strict_json import excerpt
 from luthier.model.files.adapter_config import CONFIG, TENSORS, read_config
 from luthier.model.files.tensor_headers import tensor_shapes
 from luthier.store.runs import ADAPTER, RunDirectory, is_run
@@ -27,6 +28,8 @@ MERGE: Final = "merge it into the base, and serve that"
 SERVERS: Final = ("vllm", "sglang", "llama.cpp")
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
+_MOST: Final = 1e9
+"""No rank and no alpha is as large; what is has no place in a sum."""
 
 
 @final
@@ -56,7 +59,7 @@ def lint(name: str, servers: tuple[str, ...] = SERVERS, *, max_rank: int = 16) -
     folder = RunDirectory.open(Path(name)).folder / ADAPTER if is_run(Path(name)) else Path(name)
     if missing := [file for file in (CONFIG, TENSORS) if not (folder / file).is_file()]:
         raise RecipeError(f"{folder} holds no {missing[0]}", do="name a run with an adapter, or its adapter folder")
-    adapter = _Adapter(read_config(folder), tensor_shapes(folder / TENSORS))
+    adapter = _sound(_Adapter(read_config(folder), tensor_shapes(folder / TENSORS)), folder)
     return [finding for server in servers for finding in _findings(adapter, server, max_rank)]
 
 
@@ -102,6 +105,42 @@ class _Adapter:
         return [name for name in self.named(*modules) if ".lora_" in name]
 
 
+def _sound(adapter: _Adapter, folder: Path) -> _Adapter:
+    """The adapter, if scales can be made of what it says. Raises CorruptError where they cannot."""
+    if adapter.kind != "LORA":
+        return adapter
+    config = adapter.config
+    said = [(key, config[key], key == "r") for key in ("r", "lora_alpha") if key in config]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise _unsound(folder, f"{key} is {excerpt(str(patterns))}", "numbers by the names of modules")
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error:
+                raise _unsound(folder, f"{key} names {excerpt(pattern)}", "names, or patterns of names") from None
+            said.append((f"{key}.{pattern}", value, key == "rank_pattern"))
+    for key, value, whole in said:
+        if not _is_number(value, whole=whole):
+            raise _unsound(folder, f"{key} is {excerpt(str(value))}", "a whole number above 0" if whole else "a number")
+    for name, shape in adapter.shapes.items():
+        if ".lora_" in name and not math.prod(shape) * len(shape):
+            raise _unsound(folder, f"{excerpt(name)} has the shape {list(shape)}", "factors that hold numbers")
+    return adapter
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    """Whether it is a finite number that ranks or scales can be; a rank is `whole`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return (isinstance(value, int) and 1 <= value < _MOST) if whole else -_MOST < value < _MOST
+
+
+def _unsound(folder: Path, what: str, allowed: str) -> CorruptError:
+    return CorruptError(what, allowed=allowed, do="save or fetch the adapter again", where=str(folder / CONFIG))
+
+
 def _findings(adapter: _Adapter, server: str, max_rank: int) -> list[Finding]:
     if adapter.kind != "LORA":
         do = "serve it with luthier serve, or merge it into the base where it can be merged"
@@ -119,11 +158,11 @@ def _beside(adapter: _Adapter, server: str) -> list[tuple[Kind, str]]:
     found: list[tuple[Kind, str]] = []
     if config.get("use_dora") or adapter.named("lora_magnitude_vector"):
         found.append((kind, "DoRA: a magnitude for each output"))
-    if whole := config.get("modules_to_save") or adapter.named("modules_to_save"):
+    if whole := _listed(config.get("modules_to_save")) or adapter.named("modules_to_save"):
         norms = server == "llama.cpp" and all("norm" in name for name in adapter.shapes if ".lora_" not in name)
         what = f"whole modules beside LoRA: {', '.join(map(str, whole))[:120]}"
         found.append(("otherwise" if norms else kind, what))
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         found.append((kind, f"trained biases (bias is {config['bias']!r})"))
     if config.get("trainable_token_indices"):
         # Some versions of vLLM read them.
@@ -171,3 +210,8 @@ def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: float)
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
     return float(default)
+
+
+def _listed(names: object) -> list[str]:
+    """Names of modules as a config has them: none, one, or a list."""
+    return [names] if isinstance(names, str) and names else list(map(str, names)) if isinstance(names, list) else []

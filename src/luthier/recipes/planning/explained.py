@@ -82,6 +82,11 @@ def _work(laid: Laid, plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         told.append(
             ("time", f"{rate} x {speed['devices']} devices x {speed['efficiency']:g} of it / "
              f"({count_text(speed['flops_per_token'])} + {count_text(speed['recomputed_flops_per_token'])} made again) "
-             f"= {speed['tokens_per_second']:,.0f} tokens/s at most")
+             f"= {_rate_text(speed['tokens_per_second'])} tokens/s at most")
         )  # fmt: skip
     return told
+
+
+def _rate_text(rate: float) -> str:
+    """Whole tokens, or two digits of what is less than ten of them."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

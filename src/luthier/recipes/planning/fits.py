@@ -16,11 +16,9 @@ from luthier.core import catalog
 from luthier.core.chosen import choose
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes.planning.plan import Laid, PlanKnobs, available_to, lay
+from luthier.recipes.planning.plan import MOST_ROWS, MOST_TOKENS, Laid, PlanKnobs, available_to, lay
 from luthier.recipes.schemas.offload import Offload, inputs_are_far, optimizer_is_far
 
-MOST_ROWS: Final = 2**16
-MOST_TOKENS: Final = 2**21
 MOST_DEVICES: Final = 64
 LEAST_RANK: Final = 4
 
@@ -110,7 +108,7 @@ def _fewer_rows(laid: Laid, available: float) -> Iterator[Change]:
     if laid.knobs.batch > 1:
         rows = max(1, largest(laid)["batch"] or 1)
         price = "no result changes; small products are slower"
-        yield _change(laid, f"{rows} rows at once", [f"batch={rows}"], price, batch=rows)
+        yield _change(laid, f"{rows:,} rows at once", [f"batch={rows}"], price, batch=rows)
 
 
 def _made_again(laid: Laid, available: float) -> Iterator[Change]:
@@ -187,7 +185,7 @@ def _shorter_rows(laid: Laid, available: float) -> Iterator[Change]:
     if tokens and tokens < laid.knobs.sequence:
         price = "longer rows are cut, or left out"
         sets = [f"sequence={tokens}", "batch=1"]
-        yield _change(laid, f"rows of {tokens} tokens, one at once", sets, price, sequence=tokens, batch=1)
+        yield _change(laid, f"rows of {tokens:,} tokens, one at once", sets, price, sequence=tokens, batch=1)
 
 
 _KINDS: Final = (
@@ -199,7 +197,9 @@ _KINDS: Final = (
 
 def _devices(laid: Laid, available: float) -> int | None:
     """The fewest devices, doubling, that are enough where they divide weights, gradients and state."""
-    knobs, count = laid.knobs, 2
+    knobs = laid.knobs
+    # Of several that hold the same, all are there to divide it.
+    count = max(2, knobs.devices)
     while count <= MOST_DEVICES:
         divided = laid.asked(devices=count, sharding="fsdp")
         if divided.needed(knobs.batch, knobs.sequence, available)["total"] <= available:

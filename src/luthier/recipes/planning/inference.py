@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,8 @@ def plan_inference(
 
     `packed` says what a packed matrix takes; `memory`, `flops` and `bandwidth` are those of the device.
     """
-    rates = [rate for rate in (flops, bandwidth) if rate is not None]
-    if precision not in NUMBERS or clients < 1 or context < 1 or any(rate <= 0 for rate in rates):
-        raise RecipeError(
-            f"precision {precision!r}, {clients} clients, {context} tokens, rates {rates}",
-            allowed=f"{', '.join(NUMBERS)}; at least 1 of each, and rates above 0",
-            do="leave out what you do not know",
-        )
+    rates = {"tflops": (flops, 1e12), "bandwidth": (bandwidth, 1e9)}
+    _require(precision, {"clients": clients, "context": context}, rates)
     shape, number = shape_of(read_json(config_file(config))), NUMBERS[precision]
     weights = inference.weight_bytes(shape, number, packed)
     each = inference.cache_bytes(shape, context, number)
@@ -69,7 +65,30 @@ def plan_inference(
         "largest": _largest(shape, weights, memory, clients, each, number),
         "prefill_flops": inference.prefill_flops(shape, context),
         "ridge_rows": inference.ridge(flops, bandwidth, number=number) if flops and bandwidth else None,
+        "notices": longer_than(shape, context, "texts", "what a model says past them is noise"),
     }
+
+
+def longer_than(shape: Shape, tokens: int, what: str, then: str) -> list[str]:
+    """What is to be known of `what` has more tokens than the model has positions, and what comes of it."""
+    if shape.context is None or tokens <= shape.context:
+        return []
+    return [f"{what} of {tokens:,} tokens are longer than the model's {shape.context:,} positions: {then}"]
+
+
+def _require(precision: str, counts: Mapping[str, int], rates: Mapping[str, tuple[float | None, float]]) -> None:
+    """Raise RecipeError for a precision that is none, for counts of nothing and for rates that are no speed."""
+    if precision not in NUMBERS:
+        raise RecipeError(f"precision is {precision!r:.60}", allowed=", ".join(NUMBERS), do="leave it out for bfloat16")
+    for name, count in counts.items():
+        if count < 1:
+            raise RecipeError(f"{name} is {count}", allowed="1 or more", do=f"leave {name} out for the usual")
+    for name, (rate, unit) in rates.items():
+        if rate is not None and not 0 < rate < math.inf:
+            raise RecipeError(
+                f"{name} is {rate / unit:g}", allowed="a rate above 0",
+                do=f"leave {name} out if you do not know it: then no time is told",
+            )  # fmt: skip
 
 
 def _seconds(

@@ -17,9 +17,11 @@ from luthier.model.load import resolve_source
 from luthier.model.tasks import CAUSAL
 from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.planning.fits import advice, largest
-from luthier.recipes.planning.plan import Laid, PlanKnobs, lay
+from luthier.recipes.planning.plan import MOST_ROWS, MOST_TOKENS, Laid, PlanKnobs, lay
+from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
 from luthier.recipes.schemas.files import load_recipe
 from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.kinds import names_adaptation
 from luthier.recipes.schemas.several import names_several
 
 AGREED: Final = 0.1
@@ -31,11 +33,21 @@ _LEAST: Final = 16
 
 def plan_file(file: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
     """What a run of the recipe in a file would take, with values set over it."""
-    if names_several(file, sets):
-        raise RecipeError(
-            f"{file} trains several adapters", allowed="recipes with one", do="use luthier train --dry-run"
-        )
-    return plan_recipe(load_recipe(file, overrides=sets).recipe)
+    several, stages = names_several(file, sets), names_adaptation(file)
+    if several or stages:
+        what = "trains several adapters" if several else "trains in stages"
+        raise _not_one_run(file, what)
+    loaded = load_recipe(file, overrides=sets)
+    if isinstance(loaded.recipe, AiFeedbackRecipe):
+        raise _not_one_run(file, "trains on answers that are judged first")
+    found = plan_recipe(loaded.recipe)
+    return {**found, "notices": [*loaded.notices, *found["notices"]]}
+
+
+def _not_one_run(file: Path, what: str) -> RecipeError:
+    return RecipeError(
+        f"{file} {what}", allowed="recipes of one run with one adapter", do=f"use luthier train {file} --dry-run"
+    )
 
 
 def plan_recipe(recipe: FinetuneRecipe) -> dict[str, Any]:
@@ -51,6 +63,7 @@ def plan_recipe(recipe: FinetuneRecipe) -> dict[str, Any]:
         "fits": memory["total"] <= memory["available"],
         "speed": {**speed, "efficiency": 1.0, "devices": 1},
         **_instead(bench),
+        "notices": plan["notices"],
         "plan": plan,
     }
 
@@ -63,9 +76,12 @@ def _instead(bench: Bench) -> dict[str, Any]:
     if bench.model.task != CAUSAL or path is None or memory["longest"] < 2:
         return nothing
     length = memory["longest"]
+    rows = max(1, round(memory["tokens"] / length))
+    if length > MOST_TOKENS or rows > MOST_ROWS:
+        return nothing
     knobs = PlanKnobs(
         adapter=recipe.adapter, quantizer=recipe.quantizer, optimizer=recipe.optimizer, sequence=length,
-        batch=max(1, round(memory["tokens"] / length)), recompute=recipe.batch.recompute,
+        batch=rows, recompute=recipe.batch.recompute,
         trained_share=max(1e-9, bench.plan["tokens"]["trained"] / max(1, bench.plan["tokens"]["total"])),
         precision="bfloat16" if bench.plan["speed"]["dtype"] == "bfloat16" else "float32",
         device="cpu" if bench.model.device.type == "cpu" else "cuda", memory_bytes=float(memory["available"]),

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.adapters import Adapter
 from luthier.arithmetic.compute import mean_context
@@ -44,13 +44,25 @@ from luthier.model.load import choose_precision
 from luthier.model.machine import Rates
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes.schemas.offload import Offload, inputs_are_far, optimizer_is_far, require_blocks, require_device
+from luthier.recipes.planning.inference import longer_than
+from luthier.recipes.schemas.finetune import require_trainable
+from luthier.recipes.schemas.offload import (
+    Offload,
+    inputs_are_far,
+    optimizer_is_far,
+    require_blocks,
+    require_device,
+    require_recomputed,
+)
 from luthier.recipes.sizing.limits import plan_speed, rates_for
 from luthier.recipes.sizing.memory import PARTS, Formulas, Pass, far_optimizer, lasting
 from luthier.recipes.sizing.products import Flow, Stream
 from luthier.recipes.sizing.room import free_memory
 from luthier.train.source import MicroBatch
 
+MOST_ROWS: Final = 2**16
+MOST_TOKENS: Final = 2**21
+"""More rows at once, and longer ones, are looked for by nobody, and take long to lay out."""
 GATHERED = 2
 """Blocks that are whole on each device where weights are divided: the one at work and the one that is fetched."""
 
@@ -67,8 +79,8 @@ class PlanKnobs(Knobs):
     optimizer: Annotated[Optimizer, Chosen("optimizers")] = Field(
         default_factory=lambda: choose("optimizers", Optimizer, "adamw"), description="how a gradient becomes a step"
     )
-    sequence: int = Field(2048, ge=2, description="tokens of a row")
-    batch: int = Field(1, ge=1, description="rows that go through the model at once, on each device")
+    sequence: int = Field(2048, ge=2, le=MOST_TOKENS, description="tokens of a row")
+    batch: int = Field(1, ge=1, le=MOST_ROWS, description="rows that go through the model at once, on each device")
     trained_share: float = Field(1.0, gt=0, le=1, description="share of the tokens that carry loss")
     recompute: Literal["auto", "none", "all"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="blocks that are made again in the backward pass; auto takes as few as memory allows"
@@ -78,7 +90,15 @@ class PlanKnobs(Knobs):
     devices: int = Field(1, ge=1, description="how many of them")
     sharding: Sharding = Field("none", description="what several devices divide: zero1, zero2, zero3 or fsdp")
     offload: Offload = Field("none", description="what lies with the host: optimizer, activations or both")
-    memory_bytes: float | None = Field(None, gt=0, description="memory of each; empty is what is free here")
+    memory_bytes: float | None = Field(
+        None, ge=1, description="memory of each; empty is what is free here"
+    )
+
+    @model_validator(mode="after")
+    def _as_a_recipe_has_it(self) -> PlanKnobs:
+        require_trainable(self.adapter, self.quantizer)
+        require_recomputed(self.offload, self.recompute)
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,9 +112,13 @@ class Machine:
     @classmethod
     def of(cls, tflops: float | None, bandwidth: float | None, efficiency: float = 1.0) -> Machine:
         """The machine of a data sheet: products in TFLOP/s, memory in GB/s. Raises RecipeError for what is no rate."""
-        if any(rate is not None and not 0 < rate < math.inf for rate in (tflops, bandwidth)) or not 0 < efficiency <= 1:
+        rates = {"tflops": tflops, "bandwidth": bandwidth}
+        wrong = {name: rate for name, rate in rates.items() if rate is not None and not 0 < rate < math.inf}
+        if not 0 < efficiency <= 1:
+            wrong["efficiency"] = efficiency
+        if wrong:
             raise RecipeError(
-                f"tflops {tflops}, bandwidth {bandwidth}, efficiency {efficiency}",
+                ", ".join(f"{name} {value}" for name, value in wrong.items()),
                 allowed="rates above 0, and a share of them above 0 and at most 1",
                 do="leave out what you do not know: it is measured here",
             )
@@ -245,6 +269,7 @@ def plan_training(laid: Laid, machine: Machine = Machine()) -> dict[str, Any]:
         "fits": None if available is None else memory["total"] <= available,
         "speed": speed,
         "handbook": _handbook(laid),
+        "notices": longer_than(laid.shape, knobs.sequence, "rows", "luthier train refuses them"),
     }
 
 

@@ -18,7 +18,7 @@ from luthier.core.knobs import Knobs
 from luthier.objectives import Objective
 from luthier.optimizers import Optimizer
 from luthier.quantizers import Quantizer
-from luthier.recipes.schemas.offload import Offload, inputs_are_far
+from luthier.recipes.schemas.offload import Offload, require_recomputed
 from luthier.schedules import Schedule
 from luthier.train.in_backward import cut, require_no_clipping
 
@@ -58,7 +58,9 @@ class DataKnobs(Knobs):
 class BudgetKnobs(Knobs):
     """How long a run is. The first limit that is reached ends it."""
 
-    epochs: float | None = Field(None, gt=0, description="passes over the data; 3 when nothing else is given")
+    epochs: float | None = Field(
+        None, gt=0, le=100_000, description="passes over the data; 3 when nothing else is given"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="minutes of training")
 
@@ -88,12 +90,7 @@ class BatchKnobs(Knobs):
 
     @model_validator(mode="after")
     def _keeps_what_it_moves(self) -> BatchKnobs:
-        if inputs_are_far(self.offload) and self.recompute in ("none", 0):
-            raise RecipeError(
-                f"batch.offload is {self.offload!r}, which moves the inputs of recomputed blocks, and batch.recompute "
-                f"is {self.recompute!r}",
-                allowed="batch.recompute: auto, all, or a number of blocks",
-            )
+        require_recomputed(self.offload, self.recompute, within="batch.")
         return self
 
 
@@ -135,6 +132,16 @@ class ReferenceKnobs(Knobs):
     def teaches(self) -> bool:
         """Whether it is another's word than the base's."""
         return self.model is not None or bool(self.prompt)
+
+
+def require_trainable(adapter: Adapter, quantizer: Quantizer) -> None:
+    """Raise RecipeError for an adapter that trains the weights which a quantizer packs."""
+    if "trains-base" in adapter.provides and "packed-weights" in quantizer.provides:
+        packs, trains = quantizer.method_name(), adapter.method_name()
+        raise RecipeError(
+            f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
+            allowed="adapters beside the weights, such as lora; or quantizer none",
+        )
 
 
 class FinetuneRecipe(Knobs):
@@ -188,12 +195,7 @@ class FinetuneRecipe(Knobs):
 
     @model_validator(mode="after")
     def _trains_what_is_there(self) -> FinetuneRecipe:
-        if "trains-base" in self.adapter.provides and "packed-weights" in self.quantizer.provides:
-            packs, trains = self.quantizer.method_name(), self.adapter.method_name()
-            raise RecipeError(
-                f"adapter {trains} trains the weights that quantizer {packs} would freeze in a few bits",
-                allowed="adapters beside the weights, such as lora; or quantizer none",
-            )
+        require_trainable(self.adapter, self.quantizer)
         return self
 
     @model_validator(mode="after")

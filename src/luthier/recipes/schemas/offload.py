@@ -36,6 +36,17 @@ def require_device(offload: Offload, kind: str) -> None:
         )
 
 
+def require_recomputed(offload: Offload, recompute: str | int, *, within: str = "") -> None:
+    """Raise RecipeError where inputs of recomputed blocks are to be moved and none is recomputed; `within` is what
+    stands before both keys."""
+    if inputs_are_far(offload) and recompute in ("none", 0):
+        raise RecipeError(
+            f"{within}offload is {offload!r}, which moves the inputs of recomputed blocks, and {within}recompute is "
+            f"{recompute!r}",
+            allowed=f"{within}recompute: auto, all, or a number of blocks",
+        )
+
+
 def require_blocks(offload: Offload, recomputable: int) -> None:
     """Raise RecipeError where no block can be recomputed, so that no input of one could go anywhere."""
     if inputs_are_far(offload) and not recomputable:

@@ -58,4 +58,4 @@ def preset(name: str) -> Mapping[str, Any]:
     if name in adapters:
         return {"adapter": {"method": name}}
     known = sorted({*PRESETS, *adapters})
-    raise RecipeError(f"there is no method {name!r} to compare", do=choice(name, known))
+    raise RecipeError(f"there is no method {name!r}", do=choice(name, known))
