@@ -95,10 +95,11 @@ def test_the_end_insists_and_then_says_so() -> None:
     disk = Disk(*[DiskFullError("full")] * 100)
     saver = Saver(disk, first_pause=PAUSE)
     saver.start(snapshot(1), best=False)
-    until(lambda: disk.tries == 1)
+    until(lambda: disk.tries >= 1)
+    before = disk.tries
     with pytest.raises(DiskFullError):
         saver.finish()
-    assert disk.tries <= 2 + RETRIES and disk.written == []
+    assert disk.tries <= before + 1 + RETRIES and disk.written == []
     assert saver.poll()[-1].values["retry_in_seconds"] is None and saver.finish() == []
 
 
