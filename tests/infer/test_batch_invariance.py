@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from luthier.adapters import Adapter
 from luthier.adapters.bottleneck import Bottleneck
 from luthier.adapters.lora import LoRA
 from luthier.adapters.prefix_tuning import PrefixTuning
+from luthier.adapters.trainable_tokens import TrainableTokens
 from luthier.core import catalog
 from luthier.infer.continuation import Continuation
 from luthier.infer.drafts import Drafter
@@ -24,6 +26,7 @@ from luthier.infer.engine import Engine
 from luthier.infer.reader import PagedReader, Reading
 from luthier.infer.request import News, Request
 from luthier.infer.scheduler import PIECE, Part, Room, Scheduler
+from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.speaker import PolicySampling, Sampling
 from luthier.recipes.opening.pooled import pool_of
@@ -32,6 +35,7 @@ from tests import forests, task_models
 from tests.forests import ARCHITECTURES
 from tests.infer.test_adapter_pool import METHODS, saved
 from tests.task_models import ANSWERS
+from tests.tiny import tiny_config
 
 RNG = np.random.default_rng(5)
 LENGTHS = (1, 2, 20, 40, PIECE, PIECE + 1, 190)
@@ -318,3 +322,31 @@ def test_what_reads_its_own_words_again_is_not_drafted() -> None:
         read.append((part.start, part.stop, part.draft))
         scheduler.read(part)
     assert read == [(0, 20, ()), (20, 21, ()), (21, 22, ()), (22, 27, (7,) * 4)]
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4, targets=("head",)), TrainableTokens(tokens=(5, 6, 7))], ids=str)
+def test_it_holds_beside_an_adapter_that_changes_the_head(adapter: Adapter, tmp_path: Path) -> None:
+    """Breaks when logits of others, which come in float32, have all of a step add up as floats do."""
+    model = forests.language_model("llama", dtype=torch.bfloat16)
+    pool = pool_of(model, {"head": saved(tmp_path / "head", adapter, dtype=torch.bfloat16)}, most=4)
+    requests = [asked(place) for place in (1, 2, 3, 4)]
+    alone = [told(Engine(model, room=WIDE, pool=pool), [request])[0] for request in requests]
+    company = [replace(each, adapter="head") for each in others()]
+    assert told(Engine(model, room=WIDE, pool=pool), requests, company, ahead=20) == alone
+
+
+def test_it_holds_where_the_longest_text_of_a_pass_chooses_the_angles() -> None:
+    """Breaks when a token of a short text is turned by the angles of a long one beside it."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4,
+            "original_max_position_embeddings": 64, "factor": 4.0}  # fmt: skip
+    config = tiny_config("llama")
+    config.rope_parameters = rope
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    forests.shake(list(module.parameters()), std=0.3)
+    attention.register()
+    module.set_attn_implementation(attention.NAME)
+    model = LanguageModel(module, source="tiny/longrope", digest="longrope")
+    assert not model.keeps_rows_apart(None)
+    requests = [asked(place) for place in (1, 2, 3)]
+    alone = [told(Engine(model, room=WIDE), [request])[0] for request in requests]
+    assert told(Engine(model, room=WIDE), requests, [replace(asked(6), batch_invariant=False)], ahead=1) == alone
