@@ -102,27 +102,36 @@ def test_a_term_that_left_adds_nothing(backend: Backend) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_more_ranks_than_a_tile_has_room_for(backend: Backend) -> None:
-    """Breaks when the C++ writes behind its workspace."""
-    terms = ThinTerms()
-    down, up = drawn(700, 16, seed=0), drawn(8, 700, seed=1)
-    for number in (0, 1):
-        terms.put(number, ThinFactors.of(down, up, 1.0, torch.float32))
-    x, y = drawn(2, 16, seed=2), torch.zeros(2, 8)
-    ThinTerm(terms, ThinRows(((0, 2, ((0, 1.0), (1, 1.0))),)), backend).add(x, y)
-    torch.testing.assert_close(y.double(), 2 * x.double() @ down.double().t() @ up.double().t(), rtol=1e-4, atol=1e-2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("ranks", [(700, 700), (1024,), (1025,), (1023, 3, 1), (2500, 5), (1, 4, 1024, 1024, 9)])
+def test_more_ranks_than_a_tile_has_room_for(
+    backend: Backend, ranks: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Breaks when the C++ writes behind its workspace, or a term that is cut there loses a rank."""
+    terms, x, y = ThinTerms(), drawn(5, 16, seed=2, dtype=dtype), drawn(5, 70, seed=3, dtype=dtype)
+    expected = y.double()
+    for number, rank in enumerate(ranks):
+        down, up = drawn(rank, 16, seed=number, dtype=dtype), drawn(70, rank, seed=9 + number, dtype=dtype)
+        terms.put(number, ThinFactors.of(down, up, 0.5, dtype))
+        expected = expected + 0.5 * (1 + number) * (x.double() @ down.double().t() @ up.double().t())
+    parts = tuple((number, 1.0 + number) for number in range(len(ranks)))
+    ThinTerm(terms, ThinRows(((0, 5, parts),)), backend).add(x, y)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_a_row_is_the_same_whoever_shares_its_tile() -> None:
     """Breaks when a row's sum depends on how many rows of its range there are."""
     backend = NativeBackend.build()
     terms, _ = made(100, 200, torch.float32)
+    many = ThinFactors.of(drawn(1500, 100, seed=7), drawn(200, 1500, seed=8), 1.0, torch.float32)
+    terms.put(4, many)
     x, y = drawn(7, 100, seed=3), drawn(7, 200, seed=4)
-    together, alone = y.clone(), y.clone()
-    backend.thin(x, together, terms, ThinRows(((0, 7, ((1, 1.0),)),)))
-    for row in range(7):
-        backend.thin(x, alone, terms, ThinRows(((row, row + 1, ((1, 1.0),)),)))
-    assert torch.equal(together, alone)
+    for parts in (((1, 1.0),), ((1, 1.0), (4, 0.5))):
+        together, alone = y.clone(), y.clone()
+        backend.thin(x, together, terms, ThinRows(((0, 7, parts),)))
+        for row in range(7):
+            backend.thin(x, alone, terms, ThinRows(((row, row + 1, parts),)))
+        assert torch.equal(together, alone)
 
 
 def test_nothing_to_do_is_nothing_done() -> None:

@@ -28,7 +28,7 @@ from luthier.kernels.halves import (
 )
 from luthier.kernels.many import NARROW, Summand, are_taken, by_library, laid_out, lie_plain, multiplies_many, outs_of
 from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, few_of_bytes, is_bare
-from luthier.kernels.thin import MOST_RANKS, ThinRows, ThinTerms, add_gathered
+from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
     bytes_unpacked_and_multiplied,
@@ -190,7 +190,7 @@ class NativeBackend(Backend):
         return out
 
     def thin(self, x: Float[Tensor, "n in"], y: Float[Tensor, "n out"], terms: ThinTerms, rows: ThinRows) -> None:
-        if rows.most_parts * terms.most_ranks > MOST_RANKS or not y.is_contiguous():
+        if not y.is_contiguous():
             add_gathered(x, y, terms, rows.short)
             return
         terms.reserve(rows.top)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, Paged, RowCodes, TokenBlocks
 from luthier.kernels.halves import multiplies_whole
-from luthier.kernels.thin import MOST_RANKS
 
 FEW: Final = 32
 """Rows up to which our products are faster than the library's, or as fast."""
@@ -140,7 +139,7 @@ def _fit(added: AddedTerms, rows: int) -> bool:
     """Whether the C++ takes these terms; their tables then have a place for each number."""
     own = added.rows.together
     terms = [each for block in added.terms for each in block if each is not None]
-    if own.stop > rows or any(own.most_parts * each.most_ranks > MOST_RANKS for each in terms):
+    if own.stop > rows:
         return False
     for each in terms:
         each.reserve(own.top)

@@ -31,8 +31,6 @@ LONG: Final = 33
 """Rows of one range from which on the library's products are faster: more than kernels of few rows take."""
 TILE: Final = 4
 """Rows of one range that read a factor together."""
-MOST_RANKS: Final = 1024
-"""Ranks that the terms of one row may have together in C++."""
 
 
 @final
@@ -62,7 +60,6 @@ class ThinTerms:
         # Where the factors lie, and their ranks: none where there is no term of that number.
         self.table = torch.zeros(8, 3, dtype=torch.int64)
         self.scales = torch.zeros(8, dtype=torch.float32)
-        self.most_ranks = 0
         self._stacks: tuple[Tensor, Tensor, dict[int, int]] | None = None
 
     def put(self, number: int, term: ThinFactors) -> None:
@@ -73,7 +70,6 @@ class ThinTerms:
         places = (each.data_ptr() or nowhere(each) for each in (term.down, term.up))
         self.table[number] = torch.tensor([*places, len(term.down)])
         self.scales[number] = term.scale
-        self.most_ranks = max(self.most_ranks, len(term.down))
 
     def reserve(self, count: int) -> None:
         """Have a row of the table for each number below `count`."""
@@ -143,11 +139,6 @@ class ThinRows:
     def top(self) -> int:
         """One more than the largest number of the short ranges."""
         return 1 + max((number for *_, parts in self.short for number, _ in parts), default=-1)
-
-    @cached_property
-    def most_parts(self) -> int:
-        """How many terms a row of the short ranges has at most."""
-        return max((len(parts) for *_, parts in self.short), default=0)
 
     @cached_property
     def firsts(self) -> Int[Tensor, " firsts"]:

@@ -255,7 +255,7 @@ class LanguageModel:
         None, is the same to the bit in every pass without gradients of no more rows than the backend's `few`."""
         on = [own.name for own in self.attachments.values() if own.active.always]
         parts = on if name is None else [part for part, _ in parts_of(name, self.mixes)]
-        sites = [self._terms.sites_of(part, self.attachments[part], beside=len(parts)) for part in parts]
+        sites = [self._terms.sites_of(part, self.attachments[part]) for part in parts]
         if any(own is None for own in sites) or (name is None and len(on) > 1):
             # Other edits are torch's; of several that are switched on nothing is laid out for few rows.
             return False

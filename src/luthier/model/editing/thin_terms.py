@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from luthier.kernels.backend import Backend
-from luthier.kernels.thin import MOST_RANKS, ThinFactors, ThinRows, ThinTerms
+from luthier.kernels.thin import ThinFactors, ThinRows, ThinTerms
 from luthier.kernels.thin_pass import ThinPass
 from luthier.model.editing.attachment import Attachment
 from luthier.model.editing.edits import SiteEdit
@@ -62,13 +62,12 @@ class TermKeeper:
         numbers = {name: self._laid[name].number for name in routes.attachments}
         return ThinPass(self.sites, self.odd, numbers, ThinRows(ranges), self.backend, self.dtype)
 
-    def sites_of(self, name: str, attachment: Attachment, *, beside: int) -> Sequence[str] | None:
+    def sites_of(self, name: str, attachment: Attachment) -> Sequence[str] | None:
         """The sites of an attachment whose edits at sites are low-rank terms, and which trains nothing of the model
-        beside them; None for any other, and where so many attachments on a row have more ranks than C++ takes."""
+        beside them; None for any other."""
         self._lay(name, attachment)
         laid = self._laid[name]
-        ranks = beside * max((self.sites[site].most_ranks for site in laid.sites), default=0)
-        return None if laid.odd or (laid.sites and attachment.trained) or ranks > MOST_RANKS else laid.sites
+        return None if laid.odd or (laid.sites and attachment.trained) else laid.sites
 
     def forget(self, names: Iterable[str] | None = None) -> None:
         """Let go of what was laid out of these attachments, or of all."""
