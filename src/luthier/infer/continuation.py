@@ -21,7 +21,8 @@ class Continuation:
     """`number` and `choice` say whose it is; places are those of a learned root, the prompt and the answer.
 
     `tables` say where the keys of its first `done` places lie, in each store of pages, once it runs; `names` are those
-    of its first full pages. `limit` is how many tokens it may say.
+    of its first full pages. `limit` is how many tokens it may say. Where it has more than `short` places, if that is
+    said, all of them are read in another way, and it is read again when it comes to that.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Continuation:
         root_tokens: int = 0,
         decode: Decode | None = None,
         drafter: Drafter | None = None,
+        short: int | None = None,
     ) -> None:
         self.number = number
         self.choice = choice
@@ -49,12 +51,32 @@ class Continuation:
         stops = request.sampling.stop
         self._text = TextStream(decode, stops) if decode is not None and stops else None
         self._drafter = drafter
-        self.tables: list[Table] = []
-        self.names: list[Name] = []
-        self.done = 0
+        self.tables: list[Table]
+        self.names: list[Name]
+        self.done: int
         self.prompt_said: list[Said] = []
+        self.passed_over = 0
+        """Steps in a row in which others had their turn."""
+        self._short = short
         # Keys that were read in passes of their own are others than those that were not.
-        self._first = first_name((adapter, "invariant") if request.batch_invariant else adapter)
+        self._kind: Hashable = (adapter, "invariant") if request.batch_invariant else adapter
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing of it is read, or held."""
+        self.tables, self.names, self.done = [], [], 0
+        self.is_long = self._short is not None and self.length > self._short
+        self._first = first_name((self._kind, "long") if self.is_long else self._kind)
+
+    def follow(self, source: Continuation, tables: list[Table]) -> None:
+        """It has read what `source` has read, and `tables` hold it."""
+        self.tables, self.names, self.done = tables, list(source.names), source.done
+        self.is_long, self._first = source.is_long, source._first
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether it has become too long for the way in which it was read."""
+        return self._short is not None and not self.is_long and self.length > self._short
 
     @property
     def said(self) -> list[int]:
@@ -95,6 +117,8 @@ class Continuation:
         count = min(most, self.request.drafts, self.limit - len(self.said) - 1)
         if self.request.batch_invariant:
             count = min(count, SPEAKS - 1)
+        if self._short is not None and not self.is_long:
+            count = min(count, self._short - self.length)
         return tuple(self._drafter.propose(count)) if self._drafter is not None and count > 0 else ()
 
     @property

@@ -29,6 +29,7 @@ from luthier.infer.sampler import choose, choose_drafted
 from luthier.infer.scheduler import Room
 from luthier.infer.text import Decode
 from luthier.model.language_model import LanguageModel
+from luthier.model.running.own_lengths import short_length
 from luthier.model.speaker import Sampling, Spoken
 
 
@@ -208,6 +209,7 @@ class Engine:
             number, choice, request, draw=draw, limit=self._gate.limit(request), adapter=key,
             root_tokens=self._gate.places_ahead(name), decode=self.decode,
             drafter=self.drafting(request, draw) if drafted else None,
+            short=short_length(self.model.module.base_model),
         )  # fmt: skip
 
     def _with_twins(self, reading: Reading) -> list[Turn]:

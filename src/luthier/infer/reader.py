@@ -7,7 +7,7 @@ Where a part is of a batch-invariant request, a step is several passes. A produc
 has more rows, so a piece of such a prompt is a pass of its own; single tokens, and pieces that are as short, go side by
 side in passes of so few rows that a row is the same in any company, where the model's operations and the adapter's
 promise it: then whoever is not invariant loses little, as the weights are read once more. Elsewhere each token is a
-pass of its own, and all wait for it.
+pass of its own; of these a step has a few in turns, so that others wait for few of them.
 Source: He et al., Defeating nondeterminism in LLM inference (Thinking Machines, 2025), of the reason; kernels there
     keep one order for any number of rows, passes here keep the number.
 """
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from luthier.data.forest import Span
+from luthier.data.forest import Ints, Span
 from luthier.infer.cache import Cache, Layers, PassKeys, paged, rows_of
 from luthier.infer.continuation import Continuation
 from luthier.infer.sampler import log_probs_of
@@ -37,10 +37,13 @@ from luthier.model.attending.attention import ForestPlan, Root
 from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, routes_over
 from luthier.model.running.executor import flat_hidden
+from luthier.model.running.own_lengths import short_length
 from luthier.model.running.scoring import logits_of
 
 PROMPT_ROWS: Final = 32
 """Rows of a prompt whose logits are looked at together: beside 150,000 words they are memory."""
+ALONE: Final = 2
+"""Tokens of a step at most that are each a pass of their own, where others wait for them and these are no more."""
 SHARE: Final = 0.3
 """How much of the free memory keys may take where nobody says it."""
 LONGEST: Final = 8192
@@ -104,6 +107,29 @@ def default_room(model: LanguageModel, layers: Layers) -> Room:
     return replace(plain, tokens=max(1, pages) * plain.page)
 
 
+def _lengths(parts: Sequence[Part]) -> Ints:
+    """How many places the text of each token of a pass has, (T,)."""
+    return np.repeat(np.array([part.continuation.length for part in parts], np.int32), [part.count for part in parts])
+
+
+def _in_turn(alone: Sequence[Part], *, beside: int) -> list[Part]:
+    """Which of the parts that are passes of their own have their turn, with so many parts `beside` them in a step.
+
+    Pieces of prompts all have it, as the scheduler gives a step few of them. Of tokens so many that each text has its
+    share of the time, or a few more: those that have waited longest.
+    """
+    pieces = [part for part in alone if part.count > 1]
+    tokens = [part for part in alone if part.count == 1]
+    most = max(ALONE, -(-len(tokens) // beside)) if beside else len(tokens)
+    # Sorting keeps the order of those that have waited as long.
+    tokens.sort(key=lambda part: -part.continuation.passed_over)
+    for part in tokens[:most]:
+        part.continuation.passed_over = 0
+    for part in tokens[most:]:
+        part.continuation.passed_over += 1
+    return [*pieces, *tokens[:most]]
+
+
 class Reader(ABC):
     """Holds continuations from their beginning to their end."""
 
@@ -147,7 +173,8 @@ class PagedReader(Reader):
         self.mixed = mixed
         pages = [each.count for each in self.scheduler.stores.pages]
         self.cache = Cache(layers, pages=pages, size=room.page, dtype=model.dtype, device=model.device)
-        self._roots: dict[str, Root | None] = {}
+        self._roots: dict[tuple[str, int], Root | None] = {}
+        self._short = short_length(model.module.base_model)
         self._read = 0
 
     def add(self, each: Continuation) -> None:
@@ -180,14 +207,17 @@ class PagedReader(Reader):
             bytes=total, bytes_held=total_held, bytes_kept=total_kept,
         )  # fmt: skip
 
-    def root(self, adapter: str) -> Root | None:
-        """The learned root of an adapter as attention sees it, or of what is switched on."""
-        if adapter not in self._roots:
+    def root(self, adapter: str, places: int = 0) -> Root | None:
+        """The learned root of an adapter as attention sees it, or of what is switched on, with so many `places` of a
+        text where that matters."""
+        if (adapter, places) not in self._roots:
             known = {"", *self.model.attachments, *self.model.mixes}
             # Of adapters that have left the model nothing is kept.
-            self._roots = {name: root for name, root in self._roots.items() if name in known}
-            self._roots[adapter] = self.model.seen_root_of(adapter) if self.mixed else self.model.seen_root()
-        return self._roots[adapter]
+            self._roots = {key: root for key, root in self._roots.items() if key[0] in known}
+            model = self.model
+            made = model.seen_root_of(adapter, places) if self.mixed else model.seen_root(places)
+            self._roots[adapter, places] = made
+        return self._roots[adapter, places]
 
     def read(self) -> Reading | None:
         parts = self.scheduler.plan()
@@ -218,18 +248,19 @@ class PagedReader(Reader):
             return apart[name] and part.count <= few
 
         passes: list[list[Part]] = []
-        alone: list[list[Part]] = []
+        alone: list[Part] = []
         others: list[Part] = []
         for part in parts:
             if not part.continuation.request.batch_invariant:
                 others.append(part)
             elif not fits(part):
                 # Beside a draft a row would be another.
-                alone.append([Part(part.continuation, part.start, part.stop - len(part.draft))])
+                alone.append(Part(part.continuation, part.start, part.stop - len(part.draft)))
             elif passes and sum(each.count for each in passes[-1]) + part.count <= few:
                 passes[-1].append(part)
             else:
                 passes.append([part])
+        together = len(parts) - len(alone)
         # The weights are read anyway: others that speak come along as far as there is room.
         room = few - sum(each.count for each in passes[-1]) if passes else 0
         guests: list[Part] = []
@@ -239,7 +270,7 @@ class PagedReader(Reader):
         if guests:
             passes[-1] += guests
             others = [part for part in others if part not in guests]
-        return [*passes, *alone, *([others] if others else [])]
+        return [*passes, *([part] for part in _in_turn(alone, beside=together)), *([others] if others else [])]
 
     def _pass(self, parts: list[Part]) -> Reading:
         """One pass over these parts."""
@@ -265,7 +296,7 @@ class PagedReader(Reader):
         each, root_tokens = part.continuation, part.continuation.root_tokens
         if part.start >= root_tokens:
             return part
-        root = self.root(each.request.adapter)
+        root = self.root(each.request.adapter, self._short + 1 if self._short is not None and each.is_long else 0)
         stop = min(part.stop, root_tokens)
         if root is not None:
             self.cache.put(rows_of([each.tables], [(part.start, stop)], self.cache), root, part.start)
@@ -312,6 +343,7 @@ class PagedReader(Reader):
             plan,
             blocks=model.executor.blocks,
             rows=self._there(np.concatenate(wanted)),
+            lengths=None if self._short is None else _lengths(parts),
         )
         return hidden, rows
 

@@ -7,6 +7,7 @@ A prompt whose beginning another one is just about to read waits for it, and the
 What is to be the same in any company is read in pieces that depend on its own text alone: its prompt in pieces that end
 at every so manyth place, then token by token, even where it was put back and reads its own words. It begins with pages
 that others have read in the very same pieces, and no others.
+Where long texts are read otherwise than short ones, one that becomes long gives its pages back and is read again.
 Of layers that see no further back than a window, a text holds the pages that its next token may see; the others are
 free while it grows (stores.py).
 Source: continuous batching: Yu et al., OSDI 2022 (Orca); chunked prefill: Agrawal et al., arXiv 2308.16369; preemption
@@ -120,6 +121,8 @@ class Scheduler:
         """The parts of the next pass; empty when nobody is there."""
         parts: list[Part] = []
         left = self.room.pass_tokens
+        for each in [each for each in reversed(self.running) if each.outgrown]:
+            self._put_back(each)
         for each in list(self.running):
             # Whoever was put back to make room for an earlier one is not there any more.
             if each in self.running and each.step and left and self._grow(each, each.done + 1):
@@ -175,11 +178,11 @@ class Scheduler:
         runs = source in self.running and len(self.running) < self.room.rows
         found = self.stores.fork(source.tables, source.done) if runs else None
         if found is None:
+            twin.begin()
             self.waiting.append(twin)
             return ()
-        twin.tables, copies = found
-        twin.names = list(source.names)
-        twin.done = source.done
+        tables, copies = found
+        twin.follow(source, tables)
         self.running.append(twin)
         return copies
 
@@ -244,7 +247,7 @@ class Scheduler:
 
     def _empty(self, each: Continuation) -> None:
         self.stores.give_back(each.tables)
-        each.tables, each.names, each.done = [], [], 0
+        each.begin()
         for name in [name for name, owner in self._coming.items() if owner is each]:
             del self._coming[name]
 

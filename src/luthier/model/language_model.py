@@ -236,14 +236,14 @@ class LanguageModel:
         """The value head that is switched on, if any."""
         return sole([value_head_of(a.edits) for a in self.attachments.values() if a.active.always], "value head")
 
-    def seen_root(self) -> Root | None:
-        """The learned root that is switched on as attention sees it, if any."""
-        return seen_root(self.module, self.active_root, self.executor.blocks)
+    def seen_root(self, places: int = 0) -> Root | None:
+        """The learned root that is switched on as attention sees it, if any, in texts of so many `places`."""
+        return seen_root(self.module, self.active_root, self.executor.blocks, places=places)
 
-    def seen_root_of(self, name: str) -> Root | None:
-        """The learned root that rows of a name see, as attention sees it, if they have one; the base, "", has none."""
+    def seen_root_of(self, name: str, places: int = 0) -> Root | None:
+        """The same of rows of a name, if they have a learned root; the base, "", has none."""
         root = self.root_with(name)
-        return seen_root(self.module, root, self.executor.blocks, adapter=name, mixes=self.mixes)
+        return seen_root(self.module, root, self.executor.blocks, adapter=name, mixes=self.mixes, places=places)
 
     def root_with(self, name: str) -> LearnedRoot | None:
         """The learned root of an attachment, or of a part of a mix; the base, "", has none."""

@@ -129,6 +129,13 @@ class ForestPlan:
         pairs = [] if self.root is None else [self.root.keys_values(layer, dtype)]
         return pairs if self.outer is None else [*pairs, self.outer[layer]]
 
+    @property
+    def ahead(self) -> list[int]:
+        """For each span how many keys of a learned root are before it."""
+        if self.root is None or self.root.seen_by is None:
+            return [0 if self.root is None else self.root.token_count] * len(self.spans)
+        return [count for _, count in self.root.seen_by]
+
     @cached_property
     def both_ways(self) -> bool:
         """Whether any segment sees both ways."""

@@ -52,6 +52,7 @@ from luthier.model.running.block_parts import (
 )
 from luthier.model.running.far_inputs import FarInputs
 from luthier.model.running.graphs import Graphs, Pass
+from luthier.model.running.own_lengths import short_length
 from luthier.model.running.whole_blocks import BlockKeeper
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -109,9 +110,6 @@ class Blocks:
         in any company of few. Of adapters that rows have not `named` the terms are the library's outside of one call.
         """
         layers = list(self.body.get_submodule("layers").children())
-        if vars(self.body.get_submodule("rotary_emb")).get("rope_type") == "longrope":
-            # The longest text of a pass decides by which angles all of it turns.
-            return False
         there = all(site.rpartition(".")[2] in (*PROJECTIONS, *FEEDS) for site in sites)
         whole = self.keeper.over(layers, self.calls, self.head_size, self.backend)
         return there and self.keeper.keeps_rows_apart and (named or not sites or whole is not None)
@@ -140,6 +138,9 @@ class Blocks:
         """The states of all tokens after the last block, by a pass that was recorded; None where there is none."""
         graphs = self.graphs
         if graphs is None or self.recomputed or not graphs.take(tokens, plan, self.calls) or not self.take_everything:
+            return None
+        if short_length(self.body) is not None:
+            # Angles that go by the length of each text are no part of what is recorded.
             return None
 
         def states(tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:

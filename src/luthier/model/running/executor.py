@@ -7,17 +7,19 @@ unrolled paths, gives the same losses and gradients (see unrolled.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError, UndrivableAttentionError
-from luthier.data.forest import Forest, Layout, Span
+from luthier.data.forest import Forest, Ints, Layout, Span
 from luthier.kernels.backend import Backend
 from luthier.kernels.head import Head
 from luthier.model.attending.attention import ForestPlan, Root
@@ -29,6 +31,7 @@ from luthier.model.routes import Mixes, predicted_routes, routes_of, whole
 from luthier.model.running.blocks import Blocks
 from luthier.model.running.guests import Guest, first_positions, mixes_of, side_by_side
 from luthier.model.running.outputs import TokenOutputs
+from luthier.model.running.own_lengths import short_length, span_lengths, token_lengths, turned
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score, scored, valued
 
 
@@ -90,16 +93,21 @@ def run_segments(
         predicting = predicting_states(module, layout, root=root, blocks=blocks, by_mask=by_mask)
         worth = None if values is None else values.values(predicting)
         return outputs_of(layout, score(module, predicting, head, labels), module, values=worth)
-    roots = _seen_roots(module, routes.names, guests or {}, blocks)
+    known = guests or {}
+    own_roots = {name: known[name].root for name in routes.names}
+    names = [tree.adapter for tree in forest.trees for _ in tree.segments]
+
+    def seen(name: str, places: int) -> Root | None:
+        return seen_root(module, own_roots[name], blocks, adapter=name, mixes=mixes, places=places)
+
+    root_seen = _seen_by_each(module, layout.spans, [own_roots[name] for name in names], names, seen)
     rows = predicted_routes(forest, mixes)
-    plan = ForestPlan(
-        spans=layout.spans, by_mask=by_mask, routes=routes, row_routes=rows, root=side_by_side(forest, roots)
-    )
-    positions = long(layout.positions, module) + long(first_positions(forest, roots), module)
+    plan = ForestPlan(spans=layout.spans, by_mask=by_mask, routes=routes, row_routes=rows, root=root_seen)
+    positions = long(layout.positions, module) + long(first_positions(forest, own_roots), module)
     tokens, predictors = long(layout.tokens, module), long(layout.predictors, module)
     predicting = flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors)
-    log_probs = scored(module, predicting, head, labels, rows, guests or {})
-    return outputs_of(layout, log_probs, module, values=valued(predicting, rows, guests or {}))
+    log_probs = scored(module, predicting, head, labels, rows, known)
+    return outputs_of(layout, log_probs, module, values=valued(predicting, rows, known))
 
 
 def predicting_states(
@@ -118,7 +126,13 @@ def predicting_states(
     predictors = long(layout.predictors, module)
     if isinstance(root, LearnedPrompt) and any(span.both_ways for span in layout.spans):
         return _with_prompts(module, layout, root, types=types, entry=entry)
-    plan = ForestPlan(spans=layout.spans, root=seen_root(module, root, blocks), by_mask=by_mask)
+
+    def seen(name: str, places: int) -> Root | None:
+        return seen_root(module, root, blocks, places=places)
+
+    spans = layout.spans
+    root_seen = _seen_by_each(module, spans, [root] * len(spans), [""] * len(spans), seen)
+    plan = ForestPlan(spans=spans, root=root_seen, by_mask=by_mask)
     tokens = long(layout.tokens, module)
     return flat_hidden(module, tokens, positions, plan, blocks=blocks, rows=predictors, types=types)
 
@@ -147,11 +161,25 @@ def _with_prompts(
     return flat_hidden(module, torch.cat(parts), positions, plan, rows=rows, types=flat_types)
 
 
-def _seen_roots(
-    module: PreTrainedModel, names: Sequence[str], guests: Mapping[str, Guest], blocks: Blocks | None
-) -> dict[str, Root]:
-    found = {name: seen_root(module, guests[name].root, blocks, adapter=name, mixes=mixes_of(guests)) for name in names}
-    return {name: root for name, root in found.items() if root is not None}
+def _seen_by_each(
+    module: PreTrainedModel,
+    spans: Sequence[Span],
+    roots: Sequence[LearnedRoot | None],
+    names: Sequence[str],
+    seen: Callable[[str, int], Root | None],
+) -> Root | None:
+    """What the spans of a batch see of their learned roots, which go by a name and by how long their texts are."""
+    limit = short_length(module.base_model) or sys.maxsize
+    lengths = span_lengths(spans, [0 if root is None else root.token_count for root in roots])
+    # Keys that were learned as they are have no angles.
+    kinds = [
+        (name, isinstance(root, LearnedPrompt) and length > limit)
+        for name, root, length in zip(names, roots, lengths, strict=True)
+    ]
+    places = dict(zip(kinds, lengths, strict=True))
+    made = {kind: seen(kind[0], length) for kind, length in places.items()}
+    found = {kind: root for kind, root in made.items() if root is not None}
+    return next(iter(found.values()), None) if len(made) == 1 else side_by_side(found, kinds)
 
 
 def seen_root(
@@ -161,10 +189,12 @@ def seen_root(
     *,
     adapter: str = "",
     mixes: Mixes | None = None,
+    places: int = 0,
 ) -> Root | None:
     """A learned root as attention sees it. A prompt goes through the model for that, with its graph if there is one.
 
     `adapter` is whose it is, in a batch of several: no other changes how the model sees it. It may be one of `mixes`.
+    The texts behind it have so many `places`, its own among them.
     """
     if root is None:
         return None
@@ -177,9 +207,10 @@ def seen_root(
     routes = whole(adapter, count, mixes or {}) if adapter else None
     nobody = whole(adapter, 0, mixes or {})
     plan = ForestPlan(spans=(Span(0, count, ()),), captured=captured, routes=routes, row_routes=nobody)
-    places = torch.arange(root.token_count, device=module.device)
+    at = torch.arange(count, device=module.device)
+    lengths = np.full(count, max(count, places), np.int32)
     # Nothing predicts from it: where our operations run the last block, it ends with these keys.
-    flat_hidden(module, root.embeddings(module.dtype), places, plan, blocks=blocks, rows=places[:0])
+    flat_hidden(module, root.embeddings(module.dtype), at, plan, blocks=blocks, rows=at[:0], lengths=lengths)
     return Root(root.token_count, lambda layer, dtype: (captured[layer][0].to(dtype), captured[layer][1].to(dtype)))
 
 
@@ -204,13 +235,31 @@ def flat_hidden(
     blocks: Blocks | None = None,
     rows: Int[Tensor, " N"] | None = None,
     types: Int[Tensor, " T"] | None = None,
+    lengths: Ints | None = None,
 ) -> Float[Tensor, "N d"]:
-    """Final hidden states of a flat batch of token ids, or of their embeddings: those of `rows`, or all."""
-    if blocks is not None:
-        return blocks.hidden(tokens, positions, plan, rows)
+    """Final hidden states of a flat batch of token ids, or of their embeddings: those of `rows`, or all.
+
+    `lengths` (T,) are how many places the text of each token has, where the plan does not show all of it.
+    """
+    body = module.base_model
+    with turned(body, lambda: token_lengths(plan.spans, plan.ahead) if lengths is None else lengths):
+        if blocks is not None:
+            return blocks.hidden(tokens, positions, plan, rows)
+        return _zoo_hidden(body, tokens, positions, plan, rows=rows, types=types)
+
+
+def _zoo_hidden(
+    body: nn.Module,
+    tokens: Int[Tensor, " T"] | Float[Tensor, "T e"],
+    positions: Int[Tensor, " T"],
+    plan: ForestPlan,
+    *,
+    rows: Int[Tensor, " N"] | None,
+    types: Int[Tensor, " T"] | None,
+) -> Float[Tensor, "N d"]:
+    """The same by the zoo's own modules, one after another."""
     # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-    body = module.base_model
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens[None]}
     if types is not None:
         given["token_type_ids"] = types[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, final
 
@@ -23,6 +23,7 @@ from luthier.model.running.head import EditedHead
 from luthier.model.running.zoo_head import FeatureHead
 
 Found = TypeVar("Found")
+Kind = TypeVar("Kind")
 
 
 @final
@@ -70,25 +71,25 @@ def refuse_trained_base(attachments: Mapping[str, Attachment]) -> None:
         )
 
 
-def side_by_side(forest: Forest, roots: Mapping[str, Root]) -> Root | None:
-    """The roots of several adapters as one, of which each tree sees its own; None when there is none."""
+def side_by_side(roots: Mapping[Kind, Root], kinds: Sequence[Kind]) -> Root | None:
+    """Roots of several kinds as one, of which each span sees that of its own kind; None when there is none."""
     if not roots:
         return None
     ends = np.cumsum([root.token_count for root in roots.values()]).tolist()
     sized = zip(roots.items(), ends, strict=True)
-    places = {name: (end - root.token_count, root.token_count) for (name, root), end in sized}
+    places = {kind: (end - root.token_count, root.token_count) for (kind, root), end in sized}
 
     def keys_values(layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         pairs = [root.keys_values(layer, dtype) for root in roots.values()]
         return torch.cat([key for key, _ in pairs], 2), torch.cat([value for _, value in pairs], 2)
 
-    seen_by = tuple(places.get(tree.adapter, (0, 0)) for tree in forest.trees for _ in tree.segments)
-    return Root(ends[-1], keys_values, seen_by)
+    return Root(ends[-1], keys_values, tuple(places.get(kind, (0, 0)) for kind in kinds))
 
 
-def first_positions(forest: Forest, roots: Mapping[str, Root]) -> Ints:
+def first_positions(forest: Forest, roots: Mapping[str, LearnedRoot | None]) -> Ints:
     """For each token of a forest the position at which its tree starts: after the root of its adapter."""
-    counts = [roots[tree.adapter].token_count if tree.adapter in roots else 0 for tree in forest.trees]
+    own = [roots[tree.adapter] for tree in forest.trees]
+    counts = [0 if root is None else root.token_count for root in own]
     return np.repeat(np.array(counts, dtype=np.int32), [tree.token_count for tree in forest.trees])
 
 

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.data.forest import ROOT, Forest, Segment, Span, Tree
-from luthier.model.attending.attention import ForestPlan
+from luthier.data.forest import ROOT, Forest, Ints, Segment, Span, Tree
+from luthier.model.attending.attention import ForestPlan, Root
 from luthier.model.attending.block_mask import MaskedAttention
 from luthier.model.editing.edits import LearnedRoot
 from luthier.model.editing.value_head import ValueHead
@@ -30,6 +30,7 @@ from luthier.model.routes import Routes, whole
 from luthier.model.running.blocks import Blocks
 from luthier.model.running.executor import flat_hidden, seen_root
 from luthier.model.running.outputs import LossReport, TokenOutputs
+from luthier.model.running.own_lengths import span_lengths
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
@@ -44,6 +45,27 @@ class _Trunk:
     keys_values: dict[int, tuple[Tensor, Tensor]]
     last_leaf: Float[Tensor, "1 d"]
     leaves: dict[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the passes of one tree go. However it is cut, its texts have as many `places` as they had, root included."""
+
+    module: PreTrainedModel
+    root: LearnedRoot | None
+    blocks: Blocks | None
+    places: int
+
+    def seen_root(self, adapter: str) -> Root | None:
+        """The learned root as attention sees it."""
+        return seen_root(self.module, self.root, self.blocks, adapter=adapter, places=self.places)
+
+    def hidden(self, tokens: Ints, positions: Ints, plan: ForestPlan) -> Float[Tensor, "T d"]:
+        """The final states of a pass; `positions` (T,) are those behind the learned root."""
+        ids, at = long(tokens, self.module), long(positions, self.module)
+        ahead = 0 if plan.root is None else plan.root.token_count
+        lengths = np.full(len(tokens), self.places, np.int32)
+        return flat_hidden(self.module, ids, at + ahead, plan, blocks=self.blocks, lengths=lengths)
 
 
 def can_split(tree: Tree) -> bool:
@@ -68,9 +90,12 @@ def backward_in_parts(
     The gradients of the *sum* of losses are added to whatever is trained once the iterator is exhausted. A branch that
     is larger than `max_tokens` is a part of its own.
     """
-    trunk = _run_trunk(module, tree, root, blocks)
+    ahead = 0 if root is None else root.token_count
+    spans = Forest((tree,)).layout.spans
+    way = _Way(module, root, blocks, max(span_lengths(spans, [ahead] * len(spans))))
+    trunk = _run_trunk(way, tree)
     for part in _parts(tree, max_tokens):
-        first, hidden = _run_branches(module, part, trunk, root, blocks, by_mask)
+        first, hidden = _run_branches(way, part, trunk, by_mask)
         outputs = _score(module, part, hidden, head, values, first=first)
         report = loss(outputs, part)
         if report.sum.requires_grad:
@@ -84,23 +109,22 @@ def backward_in_parts(
     yield own, outputs, report
 
 
-def _run_trunk(module: PreTrainedModel, tree: Tree, root: LearnedRoot | None, blocks: Blocks | None) -> _Trunk:
-    length = len(tree.segments[0].tokens)
+def _run_trunk(way: _Way, tree: Tree) -> _Trunk:
+    tokens = tree.segments[0].tokens
     captured: dict[int, tuple[Tensor, Tensor]] = {}
-    seen = seen_root(module, root, blocks, adapter=tree.adapter)
-    plan = ForestPlan(spans=(Span(0, length, ()),), root=seen, captured=captured, routes=_routes(tree, length))
-    hidden = _hidden(module, tree.segments[0].tokens, 0, plan, blocks)
+    plan = ForestPlan(
+        spans=(Span(0, len(tokens), ()),),
+        root=way.seen_root(tree.adapter),
+        captured=captured,
+        routes=_routes(tree, len(tokens)),
+    )
+    hidden = way.hidden(tokens, np.arange(len(tokens), dtype=np.int32), plan)
     leaves = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in captured.items()}
     return _Trunk(hidden, captured, _leaf(hidden[-1:]), leaves)
 
 
 def _run_branches(
-    module: PreTrainedModel,
-    part: Forest,
-    trunk: _Trunk,
-    root: LearnedRoot | None,
-    blocks: Blocks | None,
-    by_mask: MaskedAttention | None,
+    way: _Way, part: Forest, trunk: _Trunk, by_mask: MaskedAttention | None
 ) -> tuple[int, Float[Tensor, "n d"]]:
     """The states of the branches of a part, seeing the trunk through its leaves, and the flat position of the first."""
     layout = part.layout
@@ -110,31 +134,15 @@ def _run_branches(
         Span(span.start - length, span.stop - length, tuple(ancestor - 1 for ancestor in span.ancestors if ancestor))
         for span in layout.spans[1:]
     )
-    tree, seen = part.trees[0], seen_root(module, root, blocks, adapter=part.trees[0].adapter)
-    routes = _routes(tree, spans[-1].stop)
+    tree = part.trees[0]
+    seen, routes = way.seen_root(tree.adapter), _routes(tree, spans[-1].stop)
     plan = ForestPlan(spans=spans, root=seen, outer=trunk.leaves, by_mask=by_mask, routes=routes)
-    hidden = _hidden(module, layout.tokens[length:], length, plan, blocks, positions=layout.positions[length:])
+    hidden = way.hidden(layout.tokens[length:], layout.positions[length:], plan)
     return length - 1, torch.cat([trunk.last_leaf, hidden])
 
 
 def _routes(tree: Tree, count: int) -> Routes | None:
     return whole(tree.adapter, count) if tree.adapter else None
-
-
-def _hidden(
-    module: PreTrainedModel,
-    tokens: np.ndarray,
-    start: int,
-    plan: ForestPlan,
-    blocks: Blocks | None,
-    *,
-    positions: np.ndarray | None = None,
-) -> Float[Tensor, "T d"]:
-    places = np.arange(start, start + len(tokens)) if positions is None else positions
-    offset = 0 if plan.root is None else plan.root.token_count
-    ids = torch.from_numpy(tokens.astype(np.int64)).to(module.device)
-    at = torch.from_numpy(places.astype(np.int64)).to(module.device) + offset
-    return flat_hidden(module, ids, at, plan, blocks=blocks)
 
 
 def _score(
