@@ -33,6 +33,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from counts import count
 from startup_tokens import PIECE, texts
 
 from luthier.core.errors import DataError
@@ -172,7 +173,7 @@ def main() -> int:
     parser.add_argument("--model", default="seedling", help="whose tokenizer: a folder or a hub id")
     parser.add_argument("--files", type=Path, nargs="+", required=True, help="data files of conversations")
     parser.add_argument("--templates", nargs="+", default=["instruction", "chatml"], help="names, or .jinja files")
-    parser.add_argument("--repetitions", type=int, default=1, help="the best of so many is shown")
+    parser.add_argument("--repetitions", type=count, default=1, help="the best of so many is shown")
     args = parser.parse_args()
     folder = Path(sys.modules["luthier"].__path__[0]) / "assets" / "seedling"
     tokenizer = Tokenizer.load(folder if args.model == "seedling" else args.model)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from counts import count
 
 from luthier.store.checkpoints import CheckpointStore
 from luthier.train.state import Snapshot
@@ -41,8 +42,8 @@ def peak() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--megabytes", type=count, default=1000)
+    parser.add_argument("--repetitions", type=count, default=3)
     parser.add_argument("--folder", type=Path, default=Path(), help="on which disk: a folder there")
     args = parser.parse_args()
     snapshot = state(args.megabytes)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from counts import count
 from torch import Tensor
 
 from luthier.kernels import pool
@@ -49,16 +50,16 @@ def limit() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     pool.install()
     backend, missing = backend_for("auto", torch.device("cpu"), torch.bfloat16)
     print(f"{backend.identity} {missing}, {torch.get_num_threads()} threads, bfloat16; floats {limit():.0f} GFLOP/s")
     print(f"{'weight':>14} {'rows':>4} {'GB/s':>6} {'GFLOP/s':>8} {'library GB/s':>13} {'int8 x':>6}")
     for outs, size in SHAPES:
-        count = max(1, BYTES // (2 * outs * size))
-        weights = [torch.randn(outs, size).bfloat16() for _ in range(count)]
-        codes = [torch.randint(-127, 128, (outs, size), dtype=torch.int8) for _ in range(2 * count)]
+        copies = max(1, BYTES // (2 * outs * size))
+        weights = [torch.randn(outs, size).bfloat16() for _ in range(copies)]
+        codes = [torch.randint(-127, 128, (outs, size), dtype=torch.int8) for _ in range(2 * copies)]
         scales = torch.rand(outs)
         for rows in ROWS:
             x = torch.randn(rows, size).bfloat16()

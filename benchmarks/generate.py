@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+import results
+from counts import above_zero, count
 from generate_report import table
 from generate_work import ADAPTERS, ALPHA, RANK, SYSTEMS, WORKLOADS, Job
 from sft import commit
@@ -107,8 +109,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
                 about = {"run": began, "commit": commit(), "data_digest": digest, "repetition": repetition}
                 line = {"workload": workload, "system": name, **line, **about, "load_before": load}
                 line |= percent_of_limit(line, args.home / work.model / "model")
-                with (args.home / "generate.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                results.append_line(args.home / "generate.jsonl", line)
                 good = good and "failure" not in line
                 print(told(line), file=sys.stderr, flush=True)
                 lines.append(line)
@@ -152,11 +153,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--systems", help=f"instead of the workload's: of {', '.join(SYSTEMS)}")
-    parser.add_argument("--repetitions", type=int, default=1, help="processes of each system")
+    parser.add_argument("--repetitions", type=count, default=1, help="processes of each system")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto",
                         help="of weights and products; auto is what the processor multiplies natively")
-    parser.add_argument("--threads", type=int, default=procfs.available_cores(), help="OMP_NUM_THREADS")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a process is ended")
+    parser.add_argument("--threads", type=count, default=procfs.available_cores(), help="OMP_NUM_THREADS")
+    parser.add_argument("--limit", type=above_zero, default=1800, help="seconds after which a process is ended")
     args = parser.parse_args(arguments)
     args.home = args.home.resolve()
     args.workloads = args.workloads.split(",")
@@ -164,8 +165,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for word, names, known in (("workload", args.workloads, WORKLOADS), ("system", args.systems or [], SYSTEMS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"unknown {word} {unknown[0]!r}; there are {', '.join(known)}")
-    if args.repetitions < 1:
-        parser.error("--repetitions must be at least 1")
     return args
 
 

@@ -10,13 +10,14 @@ a process beside which others took more than a tenth of the time is left out.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import results
 import tables
+from counts import count
 from generate_work import OURS, SYSTEMS, WORKLOADS
 
 Line = Mapping[str, Any]
@@ -117,14 +118,13 @@ def _short(rate: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder of generate.jsonl")
-    parser.add_argument("--repetitions", type=int, default=1, help="processes of each system that a run must have")
+    parser.add_argument("--repetitions", type=count, default=1, help="processes of each system that a run must have")
     parser.add_argument("--report", type=Path, help="Markdown document to write into; without it the text is printed")
     args = parser.parse_args()
     path = args.home / "generate.jsonl"
     if not path.exists():
         parser.error(f"{path} does not exist; run generate.py first")
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    text = page(latest(lines, args.repetitions))
+    text = page(latest(results.read_lines(path), args.repetitions))
     if args.report is None:
         print(text)
         return 0

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counts import above_zero
+from results import read_lines
 from sft import commit
 from surroundings import interpreter
 from systems import SYSTEMS
@@ -148,12 +150,8 @@ def evidence(outcomes: Sequence[Outcome], lines: Sequence[Mapping[str, Any]]) ->
     }
 
 
-def _lines_since(path: Path, count: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _lines(path)[count:]]
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8").splitlines() if path.exists() else []
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return read_lines(path) if path.exists() else []
 
 
 def write_rows(home: Path) -> None:
@@ -169,7 +167,7 @@ def write_rows(home: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
+    parser.add_argument("--seconds", type=above_zero, default=SECONDS, help="for all steps together")
     parser.add_argument("--list", action="store_true", help="print the steps and do none of them")
     args = parser.parse_args(arguments)
     todo = steps(args.home.resolve())
@@ -183,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_rows(home)
     results = home / "results.jsonl"
     before = len(_lines(results))
-    found = evidence(check(todo, args.seconds), _lines_since(results, before))
+    found = evidence(check(todo, args.seconds), _lines(results)[before:])
     path = home / "gpu-check.json"
     path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(f"{sum(each['code'] == 0 for each in found['steps'])} of {len(todo)} steps are fine; {path}")

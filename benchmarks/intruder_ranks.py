@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counts import count
 
 from luthier.adapters import Adapter
 from luthier.adapters.full import Full
@@ -292,8 +293,8 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float:
 def main() -> None:
     """Train all that the file does not hold yet, write what came out."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--steps", type=int, default=60)
-    arguments.add_argument("--rows", type=int, default=8, help="rows of a step")
+    arguments.add_argument("--steps", type=count, default=60)
+    arguments.add_argument("--rows", type=count, default=8, help="rows of a step")
     arguments.add_argument("--json", type=Path, default=Path("intruder-ranks.json"))
     arguments.add_argument("--svg", type=Path, default=Path("intruder-ranks.svg"))
     arguments.add_argument("--task", choices=TASKS, help="only this one")

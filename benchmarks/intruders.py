@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from counts import above_zero, count
 
 from luthier.maths.intruders import likeness, shuffled
 from luthier.maths.spectra import Summed
@@ -59,10 +60,12 @@ def timed(what: Callable[[], int], repeats: int) -> tuple[list[float], int]:
 def main() -> None:
     """Time each way, and compare."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--width", type=int, default=2048)
-    arguments.add_argument("--rank", type=int, default=16)
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--strength", type=float, default=1.5, help="norm of B A beside the base's largest value")
+    arguments.add_argument("--width", type=count, default=2048)
+    arguments.add_argument("--rank", type=count, default=16)
+    arguments.add_argument("--repeats", type=count, default=5)
+    arguments.add_argument(
+        "--strength", type=above_zero, default=1.5, help="norm of B A beside the base's largest value"
+    )
     arguments.add_argument("--weight", default="", help="FILE:TENSOR of a real layer instead")
     given = arguments.parse_args()
     weight = layer(given.width, given.weight)
@@ -92,11 +95,11 @@ def main() -> None:
         look(kept)
         results = {name: timed(way, given.repeats) for name, way in ways.items()}
     reference = statistics.median(results["whole"][0])
-    for name, (seconds, count) in results.items():
+    for name, (seconds, intruders) in results.items():
         middle = statistics.median(seconds)
         spread = f"{min(seconds):.3f} to {max(seconds):.3f} s"
-        print(f"{name:13} {middle:8.3f} s ({spread})  {reference / middle:6.1f} x  {count} intruders")
-    if len({count for _, count in results.values()}) > 1:
+        print(f"{name:13} {middle:8.3f} s ({spread})  {reference / middle:6.1f} x  {intruders} intruders")
+    if len({intruders for _, intruders in results.values()}) > 1:
         raise SystemExit("the counts differ: see above")
 
 

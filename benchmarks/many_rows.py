@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from counts import count
 from torch import Tensor
 
 from luthier.kernels import pool
@@ -53,14 +54,14 @@ def rate(way: Way, backend: Backend, work: float, rows: int, *, varied: bool) ->
     counts = [rows - 7 * index * varied for index in range(TIMES)]
     way(backend, counts[0] + 1)
     began = time.perf_counter()
-    for count in counts:
-        way(backend, count)
+    for each in counts:
+        way(backend, each)
     return work * sum(counts) / 1e9 / (time.perf_counter() - began)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     bound_caches()
     pool.install()

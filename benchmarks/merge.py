@@ -42,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+import results
+from counts import count
 from surroundings import variables
 
 HERE = Path(__file__).resolve().parent
@@ -283,11 +285,14 @@ def table(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
-    parser.add_argument("--repetitions", type=int, default=5, help="processes of each system")
+    parser.add_argument("--repetitions", type=count, default=5, help="processes of each system")
     parser.add_argument("--method", default="slerp", choices=["slerp", *WEIGHTED], help="how tensors are merged")
     parser.add_argument("--only", default="", help="systems whose name contains this")
     args = parser.parse_args()
     home = args.home.resolve()
+    names = list(commands(home, home, home))
+    if not any(args.only in name for name in names):
+        parser.error(f"--only {args.only!r} is in no name of a system; there are {', '.join(names)}")
     # Imported late: preparing needs torch and transformers, and --help does not.
     from prepare import prepare
 
@@ -311,8 +316,7 @@ def main() -> int:
                 line = measured(name, command, scratch / "out", variables(home))
                 line |= {"run": run, "repetition": repetition, "method": args.method, "data_digest": digest,
                          "machine": procfs.machine()}  # fmt: skip
-                with (home / "merge.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                results.append_line(home / "merge.jsonl", line)
                 lines.append(line)
                 if repetition == 0:
                     (scratch / "out").rename(places[name])

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+import results
+from counts import above_zero, count
 from preference_work import SYSTEMS, WORKLOADS
 from sft import commit
 from surroundings import interpreter, variables
@@ -82,8 +84,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
             for name in args.systems:
                 about = {"run": began, "commit": commit(), "data_digest": digest, "repetition": repetition}
                 line = {**run(args, workload, name), **about}
-                with (args.home / "preference.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                results.append_line(args.home / "preference.jsonl", line)
                 head = f"{workload} {repetition} {name}: {line.get('failure') or told(line)}"
                 print(head + ("  [contended]" if line.get("contended") else ""), file=sys.stderr, flush=True)
                 lines.append(line)
@@ -128,17 +129,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--model", choices=["m1", "m2"], default="m1", help="shape of the model")
     parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}")
-    parser.add_argument("--repetitions", type=int, default=1, help="processes of each system")
-    parser.add_argument("--rows", type=int, default=4, help="pairs, or prompts, of a step")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a process")
-    parser.add_argument("--warm", type=int, default=2, help="first steps that are not timed")
-    parser.add_argument("--threads", type=int, default=procfs.available_cores(), help="OMP_NUM_THREADS")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a process is ended")
+    parser.add_argument("--repetitions", type=count, default=1, help="processes of each system")
+    parser.add_argument("--rows", type=count, default=4, help="pairs, or prompts, of a step")
+    parser.add_argument("--steps", type=count, default=6, help="steps of a process")
+    parser.add_argument("--warm", type=count, default=2, help="first steps that are not timed")
+    parser.add_argument("--threads", type=count, default=procfs.available_cores(), help="OMP_NUM_THREADS")
+    parser.add_argument("--limit", type=above_zero, default=1800, help="seconds after which a process is ended")
     args = parser.parse_args(arguments)
     args.home, args.systems, args.workloads = args.home.resolve(), args.systems.split(","), args.workloads.split(",")
     for word, names, known in (("system", args.systems, SYSTEMS), ("workload", args.workloads, WORKLOADS)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"unknown {word} {unknown[0]!r}; there are {', '.join(known)}")
+    if args.warm >= args.steps:
+        parser.error(f"--warm {args.warm} leaves none of --steps {args.steps} to be timed")
     return args
 
 

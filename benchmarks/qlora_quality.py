@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from counts import count
+
 import luthier
 from luthier.assets.demo_task import demo_rows
 from luthier.model.packed import packing_of, stored_bytes
@@ -63,8 +65,8 @@ def verdict(plain: Sequence[float], packed: Sequence[float]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="seedling", help="base model")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each way, at least two")
+    parser.add_argument("--steps", type=count, default=100, help="optimizer steps")
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each way, at least two")
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("one seed has no spread")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +66,31 @@ def matrix_rate(probes: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    """The lines of a file. One that is not whole, as a process leaves it that is killed while it writes, is told on
+    standard error and left out: the others took hours, and say what they said before."""
+    found: list[dict[str, Any]] = []
+    with path.open("rb") as lines:
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError as failure:
+                line = failure
+            if isinstance(line, dict):
+                found.append(line)
+            else:
+                print(f"{path}:{number} is left out: it is no whole JSON object ({str(line)[:200]})", file=sys.stderr)
+    return found
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Add a line to a file; what stands at its end without being ended is left as a line of its own."""
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        begun = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * begun + json.dumps(line).encode() + b"\n")
 
 
 def section(line: Line) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from counts import count
 
 from luthier.data.forest import Ints
 from luthier.infer.engine import Engine
@@ -52,8 +53,8 @@ def texts(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="seedling", help="what says the texts")
-    parser.add_argument("--texts", type=int, default=24, help="texts under way at once")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is timed")
+    parser.add_argument("--texts", type=count, default=24, help="texts under way at once")
+    parser.add_argument("--rounds", type=count, default=3, help="how often each is timed")
     parser.add_argument("--precisions", default="float32,bfloat16", help="precisions, with commas")
     args = parser.parse_args()
     places = range(args.texts)

@@ -31,6 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, final
 
 import numpy as np
+from counts import count, not_below_zero
 
 from luthier.core.child import WAIT_POLICY
 from luthier.infer.reader import Counts
@@ -245,11 +246,11 @@ def _spent(http: threading.Thread) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="seedling", help="run, model folder or hub id")
-    parser.add_argument("--clients", type=int, default=64, help="connections, and requests of the engine at a time")
-    parser.add_argument("--requests", type=int, default=512)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--clients", type=count, default=64, help="connections, and requests of the engine at a time")
+    parser.add_argument("--requests", type=count, default=512)
+    parser.add_argument("--repetitions", type=count, default=3)
     parser.add_argument("--no-engine", action="store_true", help="say tokens without computing them, a step of --pause")
-    parser.add_argument("--pause", type=float, default=0.008, help="seconds a step takes with --no-engine")
+    parser.add_argument("--pause", type=not_below_zero, default=0.008, help="seconds a step takes with --no-engine")
     chosen = parser.parse_args()
     if WAIT_POLICY not in os.environ:
         # As `luthier serve` has it; torch, which is loaded by now, has read another.

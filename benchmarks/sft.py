@@ -26,6 +26,7 @@ from typing import Any
 
 import procfs
 import results
+from counts import above_zero, count, count_from_zero
 from surroundings import interpreter, variables
 from systems import BASELINE, REFERENCE, REFERENCE_SYSTEM, SYSTEMS, System
 from workloads import WORKLOADS, Tier
@@ -140,11 +141,11 @@ def measure(workload: str, tier: Tier, session: Session) -> tuple[list[dict[str,
             line = start(name, SYSTEMS[name], workload=workload, tier=tier, session=session)
         except WorkerError as failure:
             print(failure, file=sys.stderr)
-            _append(session.home / "failures.jsonl", {**about, "system": name, "failure": str(failure)})
+            results.append_line(session.home / "failures.jsonl", {**about, "system": name, "failure": str(failure)})
             failed = True
             continue
         line = judged({**line, **about, "load_before": load}, expected)
-        _append(session.home / "results.jsonl", line)
+        results.append_line(session.home / "results.jsonl", line)
         lines.append(line)
         print(_progress(line), file=sys.stderr)
     return lines, failed
@@ -171,11 +172,6 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _known(home: Path) -> list[dict[str, Any]]:
@@ -206,16 +202,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"instead of the device's: of {', '.join(WORKLOADS)}")
     parser.add_argument("--tier", choices=["quick", "full"], default="quick", help="how long to look (workloads.py)")
     parser.add_argument("--systems", help=f"instead of the tier's: of {', '.join(SYSTEMS)}")
-    parser.add_argument("--repetitions", type=int, help="instead of the tier's: processes of each system")
-    parser.add_argument("--steps", type=int, help="instead of the tier's: optimizer steps of a process")
-    parser.add_argument("--warm", type=int, help="instead of the tier's: first steps that are not timed")
+    parser.add_argument("--repetitions", type=count, help="instead of the tier's: processes of each system")
+    parser.add_argument("--steps", type=count, help="instead of the tier's: optimizer steps of a process")
+    parser.add_argument("--warm", type=count, help="instead of the tier's: first steps that are not timed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all systems run")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto",
                         help="of weights and products; auto is what the device multiplies natively")
     parser.add_argument("--resume", action="store_true", help="continue the last run of the same work and code")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the systems; the data has its own")
-    parser.add_argument("--threads", type=int, default=procfs.available_cores(), help="OMP_NUM_THREADS")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a process is ended")
+    parser.add_argument("--seed", type=count_from_zero, default=0, help="seed of the systems; the data has its own")
+    parser.add_argument("--threads", type=count, default=procfs.available_cores(), help="OMP_NUM_THREADS")
+    parser.add_argument("--limit", type=above_zero, default=1800, help="seconds after which a process is ended")
     args = parser.parse_args(arguments)
     args.home = args.home.resolve()
     own = [name for name, work in WORKLOADS.items() if work.device == args.device]
@@ -229,8 +225,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{missing[0]} has no environment in {args.home}; run setup_peers.py with the same --home")
     for name in args.workloads:
         tier = tier_of(name, args)
-        if not 1 <= tier.warm < tier.steps or tier.repetitions < 1:
-            parser.error("--warm must be at least 1 and less than --steps; --repetitions at least 1")
+        if tier.warm >= tier.steps:
+            parser.error(f"{name}: --warm {tier.warm} leaves none of --steps {tier.steps} to be timed")
     return args
 
 

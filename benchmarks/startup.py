@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import procfs
+import results
+from counts import count
 from surroundings import interpreter, variables
 
 HERE = Path(__file__).resolve().parent
@@ -155,10 +157,13 @@ def table(lines: Sequence[Mapping[str, Any]], units: Mapping[str, tuple[str, str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=Path("bench-home"), help="folder for all files and environments")
-    parser.add_argument("--repetitions", type=int, default=5, help="processes of each measure")
+    parser.add_argument("--repetitions", type=count, default=5, help="processes of each measure")
     parser.add_argument("--only", default="", help="measures whose name contains this")
     args = parser.parse_args()
     home = args.home.resolve()
+    names = list(measures(home, home, "float32"))
+    if not any(args.only in name for name in names):
+        parser.error(f"--only {args.only!r} is in no name of a measure; there are {', '.join(names)}")
     # Imported late: preparing needs torch and transformers, and --help does not.
     from prepare import prepare
     from probes import native
@@ -180,8 +185,7 @@ def main() -> int:
             for name, measure in chosen.items():
                 line = measured(name, measure, environment, scratch)
                 line |= {"run": run, "repetition": repetition, "data_digest": digest, "machine": procfs.machine()}
-                with (home / "startup.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                results.append_line(home / "startup.jsonl", line)
                 lines.append(line)
     rows = table(lines, {name: (each.figure, each.unit) for name, each in chosen.items()})
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

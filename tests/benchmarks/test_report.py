@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,28 @@ def test_labels_do_not_lie_on_each_other_or_outside() -> None:
         assert not plot._touches(label, [*dots, *map(plot._extent, found[:index])])
         left, right, _ = plot._extent(label)
         assert left >= 0 and right <= plot.WIDTH
+
+
+@pytest.mark.parametrize("torn", ['{"run": "r2", "system": "lu', '{"run": "\xc3', "[1]"])
+@pytest.mark.parametrize("script", ["report", "generate_report"])
+def test_a_line_that_a_killed_process_has_left_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, torn: str
+) -> None:
+    """Breaks when results that took hours cannot be read for one line, or that is not told, or the next is lost too."""
+    results = module("results")
+    path = tmp_path / {"report": "results.jsonl", "generate_report": "generate.jsonl"}[script]
+    line = line_of(run="2026-01-01T00:00:00Z", later_tokens_per_second=3.0, first_tokens_s=0.5)
+    if script == "generate_report":
+        line |= {"workload": "m1-1"}
+    results.append_line(path, line)
+    results.append_line(path, {**line, "system": "trl-stock" if script == "report" else "transformers"})
+    whole = results.read_lines(path)
+    with path.open("ab") as file:
+        file.write(torn.encode("latin-1"))
+    results.append_line(path, {**line, "repetition": 1})
+    assert results.read_lines(path) == [*whole, {**line, "repetition": 1}]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--home", str(tmp_path)])
+    assert module(script).main() == 0
+    said = capsys.readouterr()
+    assert f"{path}:3 is left out: it is no whole JSON object" in said.err and "| luthier |" in said.out

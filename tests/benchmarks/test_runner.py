@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,48 @@ def test_pins_are_exact_and_torch_comes_first() -> None:
         assert first == [pins[0]] and pins[0].startswith("torch==") and set(first) <= set(rest)
         assert alone == ([["--no-deps", next(pin for pin in pins if pin.startswith(f"{bare}=="))]] if bare else [])
         assert sorted({*rest, *(alone[0][1:] if alone else [])}) == sorted(pins)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("sft", "--threads 0"), ("sft", "--limit -1"), ("sft", "--repetitions 0"), ("sft", "--seed -1"),
+        ("generate", "--threads 0"), ("generate", "--limit 0"), ("generate", "--repetitions -2"),
+        ("generate_report", "--repetitions 0"), ("preference", "--rows 0"), ("preference", "--warm 0"),
+        ("preference", "--limit nan"), ("merge", "--repetitions 0"), ("startup", "--repetitions 0"),
+        ("serve", "--clients 0"), ("serve", "--requests -1"), ("serve", "--pause -1"), ("seeds", "--texts 0"),
+        ("seeds", "--rounds 0"), ("checkpoint", "--megabytes 0"), ("few_rows", "--threads 0"),
+        ("many_rows", "--threads two"), ("intruders", "--rank 0"), ("gpu_check", "--seconds 0"),
+        ("qlora_quality", "--steps 1.5"),
+    ],
+)  # fmt: skip
+def test_counts_of_nothing_are_refused_before_anything_is_done(
+    script: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Breaks when a number is found to be none after minutes, or a run measures nothing and calls that good."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        module(script).main()
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    option, value = words.split()
+    assert f"argument {option}: it is {value}; a " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("sft", "--warm 4 --steps 4", "--warm 4 leaves none of --steps 4"),
+        ("preference", "--warm 6", "--warm 6 leaves none of --steps 6"),
+        ("merge", "--only megekit", "--only 'megekit' is in no name of a system; there are luthier"),
+        ("startup", "--only steps", "--only 'steps' is in no name of a measure; there are luthier --help"),
+    ],
+)
+def test_a_run_that_would_measure_nothing_is_refused(
+    script: str, words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--home", str(tmp_path), *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        module(script).main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
