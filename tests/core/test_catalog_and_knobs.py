@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, model_validator
@@ -82,3 +83,31 @@ def test_errors_travel_whole(kind: type[LuthierError]) -> None:
 def test_codes_are_unique() -> None:
     codes = [kind.code for kind in kinds(LuthierError) if kind.__module__ == "luthier.core.errors"]
     assert len(codes) == len(set(codes))
+
+
+class Choices(Knobs):
+    blocks: Literal["auto", "none"] | Annotated[int, Field(ge=0)] = Field("auto", description="a word or a number")
+    files: str | Annotated[tuple[str, ...], Field(strict=False)] = Field("", description="one or several")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = Field(None, description="by name")
+
+
+class Chooses(Knobs):
+    inner: Choices = Field(default_factory=Choices, description="inner")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"blocks": -1}, "inner.blocks: -1 is not allowed: input should be 'auto' or 'none', or greater than or equal "
+         "to 0"),
+        ({"blocks": "nne"}, "inner.blocks: 'nne' is not allowed: input should be 'auto' or 'none', or a valid integer"),
+        ({"files": 3}, "inner.files: 3 is not allowed: input should be a valid string, or a valid tuple"),
+        ({"files": ["a", 3]}, "inner.files.1: 3 is not allowed: input should be a valid string"),
+        ({"ranks": {"q": 0}}, "inner.ranks.q: 0 is not allowed: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_key_that_takes_several_kinds_is_told_by_its_own_name_and_once(values: dict[str, Any], told: str) -> None:
+    """Breaks when the library's names for the kinds stand for keys of a recipe."""
+    with pytest.raises(RecipeError) as caught:
+        validate(Chooses, {"inner": values})
+    assert str(caught.value).endswith(told) and str(caught.value).count("inner.blocks") <= 1

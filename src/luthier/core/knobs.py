@@ -7,9 +7,10 @@ How a recipe's mapping becomes a method is in `chosen.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -47,6 +48,7 @@ class Method(Knobs, ABC):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+_MAY: Final = " is not allowed: input should be "
 
 
 class Chooser(ABC):
@@ -91,7 +93,7 @@ def validate(
     try:
         return kind.model_validate(dict(values))
     except ValidationError as failure:
-        problems = tuple(problem for error in failure.errors() for problem in _problems(kind, values, error))
+        problems = _of_each_key([problem for error in failure.errors() for problem in _problems(kind, values, error)])
     texts = []
     for problem in problems:
         place = address(".".join(problem.path)) if address else ""
@@ -105,7 +107,7 @@ def validate(
 
 
 def _problems(kind: type[BaseModel], values: Mapping[str, Any], error: ErrorDetails) -> list[Problem]:
-    path = tuple(str(part) for part in error["loc"])
+    path = tuple(map(str, _keys(kind, error["loc"])))
     if error["type"] == "extra_forbidden":
         known, elsewhere = fields_at(kind, error["loc"][:-1]), _places_of(path[-1], kind, values)
         do = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(path[-1], known)
@@ -120,6 +122,36 @@ def _problems(kind: type[BaseModel], values: Mapping[str, Any], error: ErrorDeta
     # A recipe has mappings; what Python calls them is no help.
     why = f"{error['msg'][:1].lower()}{error['msg'][1:]}".replace("a valid dictionary", "a mapping: {key: value}")
     return [Problem("", path, f": {error['input']!r} is not allowed: {why}")]
+
+
+def _keys(annotation: object, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The keys of a place in what an annotation says, without the names that pydantic gives members of a union."""
+    if not loc:
+        return ()
+    within = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _keys(within[0], loc)
+    if get_origin(annotation) in (Union, UnionType):
+        members = [each for each in within if each is not NoneType]
+        return _keys(members[0], loc) if len(members) == 1 else loc[1:]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get(str(loc[0]))
+        return (loc[0], *_keys(None if field is None else field.annotation, loc[1:]))
+    # Of a tuple each item is of the first kind, of a mapping each value of the second.
+    items = [each for each in within if each is not Ellipsis]
+    return (loc[0], *_keys(items[-1] if items else None, loc[1:]))
+
+
+def _of_each_key(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """The problems, with what several members of a union would have taken at one key in one sentence."""
+    found: list[Problem] = []
+    for problem in problems:
+        what, may, allowed = problem.after.partition(_MAY)
+        if may and found and found[-1].path == problem.path and found[-1].after.startswith(what + may):
+            found[-1] = replace(found[-1], after=f"{found[-1].after}, or {allowed}")
+        else:
+            found.append(problem)
+    return tuple(found)
 
 
 def _places_of(name: str, kind: type[BaseModel], values: object) -> list[str]:
