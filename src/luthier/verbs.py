@@ -287,7 +287,8 @@ def _name(name: Named | None) -> str:
 
 
 def _bytes(memory: float | str | None) -> float | None:
-    return bytes_from(memory) if isinstance(memory, str) else memory
+    """Bytes that were said with a unit, or as a number, which is as small as a text may be without one."""
+    return None if memory is None else bytes_from(memory if isinstance(memory, str) else f"{memory:.0f}")
 
 
 def _sets(settings: Settings | None) -> list[str]:

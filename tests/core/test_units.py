@@ -43,8 +43,8 @@ def test_shares(share: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512M", 512e6), ("1.5TB", 1.5e12), ("80", 80), ("3kB", 3000), ("2b", 2),
-     ("24gb", 24e9), ("16gib", 16 * 2**30), ("1m", 1e6)],
+    [("24GB", 24e9), ("16 GiB", 16 * 2**30), ("512M", 512e6), ("1.5TB", 1.5e12), ("80B", 80), ("3kB", 3000), ("2b", 2),
+     ("1000000", 1e6), ("24000000000", 24e9), ("24gb", 24e9), ("16gib", 16 * 2**30), ("1m", 1e6)],
 )
 def test_sizes_from_text(text: str, size: float) -> None:
     assert bytes_from(text) == size
@@ -53,6 +53,13 @@ def test_sizes_from_text(text: str, size: float) -> None:
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "0GB", "3 iB", "1e9", "nan", "5 X", "0.0001kB", "9" * 400 + "GB"])
 def test_texts_that_are_no_size(text: str) -> None:
     with pytest.raises(RecipeError, match="a size of"):
+        bytes_from(text)
+
+
+@pytest.mark.parametrize("text", ["24", " 80 ", "1.5", "999999"])
+def test_a_small_number_without_a_unit_is_no_size(text: str) -> None:
+    """Breaks when 24 is planned for as 24 bytes."""
+    with pytest.raises(RecipeError, match=f"which has no unit; .*; write {text.strip()}GB"):
         bytes_from(text)
 
 

@@ -14,6 +14,8 @@ from luthier.core.errors import RecipeError
 _BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _FLOPS: Final = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 _COUNTS: Final = ("", "k", "M", "B", "T")
+_BARE: Final = 10**6
+"""The fewest bytes that are written as a number without a unit."""
 
 
 def bytes_text(count: float) -> str:
@@ -23,14 +25,23 @@ def bytes_text(count: float) -> str:
 
 
 def bytes_from(text: str) -> float:
-    """Bytes that a text such as `24GB`, `1.5 GiB` or `512M` says. Raises RecipeError for any other text."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    """Bytes that a text such as `24GB`, `1.5 GiB`, `512M` or `24000000000` says. Raises RecipeError for any other text.
+
+    A small number without a unit is none of them: who writes 24 does not mean 24 bytes.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)(b?)\s*", text, re.IGNORECASE | re.ASCII)
     size = 0.0
     if found is not None and (found[2] or not found[3]):
         size = float(found[1]) * float(1024 if found[3] else 1000) ** " KMGTP".index(found[2].upper() or " ")
     if not 1 <= size < math.inf:
         raise RecipeError(
             f"a size of {text!r:.40}", allowed="a number above 0 with a unit", do="write it as 24GB or 16GiB"
+        )
+    if found is not None and not found[2] and not found[4] and size < _BARE:
+        raise RecipeError(
+            f"a size of {text!r:.40}, which has no unit",
+            allowed=f"a number with a unit, or of bytes from {_BARE:,} up",
+            do=f"write {found[1]}GB, or {found[1]}B if so few bytes are meant",
         )
     return size
 
