@@ -3,8 +3,7 @@
 The contract: an adapter sees sites (role, layer, sizes, weight) and returns edits. It never sees a model class, a
 quantizer or an optimizer. It also says how its knobs are written in PEFT's `adapter_config.json`, and how many
 parameters it trains, which is tested against what it makes. One that has to know the data's gradient asks for a first
-look at some rows. Saving, loading, disabling, undoing, merging and counting
-are in `model/`.
+look at some rows. Saving, loading, disabling, undoing, merging and counting are in `model/`.
 """
 
 from __future__ import annotations
@@ -50,14 +49,17 @@ class Adapter(Method):
     ) -> Self:
         """The adapter with ids for the texts it names; it is asked with the tokenizer of the model.
 
-        `token_id` is for a text that is one token, `encode` for any; `stop_ids` are the tokens at which the run's
-        answers stop.
+        `token_id` is for a text that is one token, `encode` for any; the run's answers stop at `stop_ids`.
         """
         if not self.tokens_knob:
             return self
         named = getattr(self, self.tokens_knob)
         ids = tuple(token_id(token) if isinstance(token, str) else token for token in named)
         return self.model_copy(update={self.tokens_knob: ids})
+
+    def remarks(self, sites: Sites) -> list[str]:
+        """What a user should know of its knobs on this model, before the first step."""
+        return []
 
     @property
     def first_look(self) -> int:
@@ -96,10 +98,8 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
             except (KeyError, TypeError, ValueError, OverflowError) as failure:
                 # Whatever a file may hold in the place of a number or a list.
                 words = f"it lacks {failure}" if isinstance(failure, KeyError) else " ".join(str(failure).split())
-                raise RecipeError(
-                    f"adapter_config.json describes no {kind.peft_type} adapter: {words[:200]}",
-                    allowed="what PEFT writes",
-                ) from None
+                raise RecipeError(f"adapter_config.json describes no {kind.peft_type} adapter: {words[:200]}",
+                                  allowed="what PEFT writes") from None  # fmt: skip
     raise RecipeError(
         f"adapter_config.json has peft_type {config.get('peft_type')!r:.80}",
         allowed=", ".join(sorted({str(kind.peft_type) for kind in known})),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from luthier.adapters import Adapter
 from luthier.core.errors import RecipeError
 from luthier.model.editing.edits import Edit, Kept, SiteEdit
-from luthier.model.editing.sites import Site, Sites
+from luthier.model.editing.sites import Site, Sites, said_of_ranks
 from luthier.model.files.adapter_config import require_plain_start
 
 Targets = str | Annotated[tuple[str, ...], Field(strict=False)]
@@ -55,6 +55,9 @@ class DoRA(Adapter):
     def parameter_count(self, sites: Sites) -> int:
         chosen = sites.select(self.targets)
         return sum(self.rank * (site.in_features + site.out_features) + site.out_features for site in chosen)
+
+    def remarks(self, sites: Sites) -> list[str]:
+        return said_of_ranks([(site, self.rank) for site in sites.select(self.targets)])
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         chosen = sites.select(self.targets)

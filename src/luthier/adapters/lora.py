@@ -37,7 +37,7 @@ from luthier.core.errors import RecipeError
 from luthier.kernels.products import LowRankTerm
 from luthier.maths import low_rank
 from luthier.model.editing.edits import Edit, Kept, SiteEdit
-from luthier.model.editing.sites import Site, Sites
+from luthier.model.editing.sites import Site, Sites, said_of_ranks
 from luthier.model.editing.token_rows import EVERYWHERE, checked_ids, lookup_scale, row_count, row_sites, token_rows
 from luthier.model.files.adapter_config import require_plain_start
 
@@ -145,6 +145,9 @@ class LoRA(Adapter):
         if not self.trainable_tokens:
             return low_rank
         return low_rank + row_count(sites, self.trainable_tokens, self.trainable_token_targets)
+
+    def remarks(self, sites: Sites) -> list[str]:
+        return said_of_ranks([(site, self.rank_of(site)) for site in self._chosen(sites)])
 
     def peft_config(self, sites: Sites) -> dict[str, Any]:
         chosen = self._chosen(sites)

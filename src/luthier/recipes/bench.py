@@ -110,7 +110,7 @@ def lay_out(
         plan["notices"].append(f"memory: tensors are taken from the heap, which falls into pieces ({unpooled})")
     _recompute(model, recipe, [plan, *(bench.plan for bench in beside)], lane)
     stepper.planned_bytes = {part: plan["memory"][part] for part in PARTS}
-    plan["notices"] = [*notices, *remarks, *plan["notices"]]
+    plan["notices"] = [*notices, *remarks, *recipe.adapter.remarks(model.sites), *plan["notices"]]
     return Bench(
         recipe, tokenizer, data, model, attachment, stepper, source, plan, not unpooled, planned, rewarded,
         recorded(model, recipe.batch.micro_tokens, alone=not name),

@@ -134,6 +134,20 @@ class Sites:
         return [site for site in self.all if site.name in chosen]
 
 
+def said_of_ranks(ranks: Sequence[tuple[Site, int]]) -> list[str]:
+    """What there is to say of ranks at sites: nothing, unless one is above the smaller side of its matrix."""
+    over = [(min(site.in_features, site.out_features), site, rank) for site, rank in ranks]
+    over = [each for each in over if each[2] > each[0]]
+    if not over:
+        return []
+    least, site, rank = min(over, key=lambda each: each[0])
+    others = f" (and at {len(over) - 1:,} other sites)" if len(over) > 1 else ""
+    return [
+        f"adapter: a rank of {rank:,} at {site.name}{others}: one above {least:,}, the smaller side of that matrix, "
+        "has no more to say and takes more memory"
+    ]
+
+
 def _matches(site: Site, target: str) -> bool:
     return target in site.roles or site.name == target or site.name.endswith(f".{target}")
 

@@ -269,7 +269,10 @@ def plan_training(laid: Laid, machine: Machine = Machine()) -> dict[str, Any]:
         "fits": None if available is None else memory["total"] <= available,
         "speed": speed,
         "handbook": _handbook(laid),
-        "notices": longer_than(laid.shape, knobs.sequence, "rows", "luthier train refuses them"),
+        "notices": [
+            *longer_than(laid.shape, knobs.sequence, "rows", "luthier train refuses them"),
+            *knobs.adapter.remarks(laid.model.sites),
+        ],
     }
 
 
