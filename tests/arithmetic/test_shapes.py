@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from luthier.arithmetic.shapes import FAMILIES, shape_of
 from luthier.core.errors import RecipeError
@@ -34,7 +35,7 @@ def made(family: str, more: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {key: value for key, value in SIZES.items() if key not in NOT_THEIRS.get(family, set())}
-    config = AutoConfig.for_model(family, **sizes, **OWN.get(family, {}), **more)
+    config = AutoConfig.for_model(family, **{**sizes, **OWN.get(family, {}), **more})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return config.to_dict(), sum(parameter.numel() for parameter in model.parameters())
@@ -55,6 +56,21 @@ def test_a_shape_has_the_parameters_of_the_model(family: str) -> None:
 def test_a_shape_has_the_parameters_that_were_published(name: str) -> None:
     config, published = CONFIGS[name]
     assert shape_of(config).parameters == published
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_that_do_not_divide_a_model_are_refused_where_the_zoo_refuses_them(family: str) -> None:
+    """Breaks when answering is planned for a model that nobody can make, or not for one that can be made."""
+    own = {"n_head" if family == "gpt2" else "num_attention_heads": 11}
+    told = {"model_type": family, **SIZES, **OWN.get(family, {}), **own}
+    try:
+        config, count = made(family, own)
+    except (StrictDataclassError, ValueError) as failure:
+        assert any(word in str(failure) for word in ("multiple", "divisible")), failure
+        with pytest.raises(RecipeError, match="a multiple of"):
+            shape_of(told)
+    else:
+        assert shape_of(config).parameters == count
 
 
 def test_windows_are_those_of_the_layers() -> None:

@@ -123,7 +123,8 @@ class Family:
 
     `norms` are vectors of d a block, `norm_biases` whether each has a bias, `head_norms` whether queries and keys of a
     head are normed. `biases` names the linear layers with one: of q, k, v (qkv), o, the feed-forward (mlp), the head.
-    `fused` names products that are one matrix.
+    `fused` names products that are one matrix. `whole_heads` is whether heads have to divide d, whatever the size of
+    each: transformers makes no other model of such a family.
     """
 
     gated: bool = True
@@ -132,6 +133,7 @@ class Family:
     head_norms: bool = False
     biases: frozenset[str] = frozenset()
     fused: frozenset[str] = frozenset()
+    whole_heads: bool = False
     learned_positions: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -175,6 +177,12 @@ def _shape(name: str, family: Family, values: Mapping[str, Any]) -> Shape:
     }
     layers, hidden = size("num_hidden_layers", most=MOST_LAYERS), size("hidden_size")
     heads = size("num_attention_heads", most=hidden)
+    if family.whole_heads and hidden % heads:
+        wide, many = (names.get(key, key) for key in ("hidden_size", "num_attention_heads"))
+        raise RecipeError(
+            f"the config says {wide}: {hidden} and {many}: {heads}", allowed=f"a {wide} that is a multiple of {many}",
+            do=f"give the config.json of a {name} model",
+        )  # fmt: skip
     shape = Shape(
         layers=layers,
         hidden=hidden,
@@ -285,7 +293,7 @@ _GPT2_NAMES: Final = {
 _ALL_BIASES: Final = frozenset({"qkv", "o", "mlp"})
 
 FAMILIES: Final[Mapping[str, Family]] = {
-    "llama": Family(),
+    "llama": Family(whole_heads=True),
     "mistral": Family(windows=_everywhere(4096), defaults={"num_key_value_heads": 8}),
     "mixtral": Family(
         windows=_everywhere(None),
@@ -295,10 +303,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3": Family(head_norms=True, windows=_qwen, defaults={"head_dim": 128}),
     "gemma": Family(defaults={"tie_word_embeddings": True, "head_dim": 256}),
     "gemma2": Family(
-        norms=4, windows=_some(2, 4096), defaults={"tie_word_embeddings": True, "head_dim": 256},
+        whole_heads=True, norms=4, windows=_some(2, 4096), defaults={"tie_word_embeddings": True, "head_dim": 256},
     ),
     "gemma3_text": Family(
-        norms=4, head_norms=True, windows=_some(6, 4096),
+        whole_heads=True, norms=4, head_norms=True, windows=_some(6, 4096),
         defaults={
             "tie_word_embeddings": True, "head_dim": 256, "vocab_size": 262_208, "num_attention_heads": 8,
             "num_key_value_heads": 4, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
@@ -307,9 +315,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "phi": Family(gated=False, norms=1, norm_biases=True, biases=_ALL_BIASES | {"head"}),
     "phi3": Family(fused=frozenset({"qkv", "gate_up"}), windows=_everywhere(None)),
     "gpt2": Family(
-        gated=False, norm_biases=True, biases=_ALL_BIASES, fused=frozenset({"qkv"}), learned_positions=True,
-        names=_GPT2_NAMES, defaults={"tie_word_embeddings": True, "n_positions": 1024},
+        whole_heads=True, gated=False, norm_biases=True, biases=_ALL_BIASES, fused=frozenset({"qkv"}),
+        learned_positions=True, names=_GPT2_NAMES, defaults={"tie_word_embeddings": True, "n_positions": 1024},
     ),
-    "gpt_neox": Family(gated=False, norm_biases=True, biases=_ALL_BIASES, fused=frozenset({"qkv"})),
+    "gpt_neox": Family(
+        whole_heads=True, gated=False, norm_biases=True, biases=_ALL_BIASES, fused=frozenset({"qkv"}),
+    ),
 }  # fmt: skip
 """The families whose blocks are known, by `model_type`."""
