@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from luthier.core.errors import RecipeError
-from luthier.recipes.lint import _Adapter, lint
+from luthier.core.knobs import validate
+from luthier.recipes.lint import VLLM_RANKS, _Adapter, lint
+from luthier.recipes.schemas.reinforce import RolloutKnobs
 from tests.cli.commands import luthier
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -128,3 +130,17 @@ def test_words_of_the_command_are_read_as_they_are_meant(save: Save) -> None:
     told = luthier("lint", folder, "--for", "vllm", "--for", "vllm").must(65).out.splitlines()
     assert len(told) == 1 and "whole modules beside LoRA: lm_head;" in told[0]
     luthier("lint", folder, "--max-rank", 0).must(2, "--max-rank")
+
+
+def test_a_rank_that_vllm_does_not_start_with_is_refused(save: Save) -> None:
+    """Breaks when an adapter is called fit for a server that nobody can start."""
+    folder = save(peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    allowed = ", ".join(map(str, VLLM_RANKS))
+    said = ("a --max-lora-rank of 17, with which vLLM does not start", allowed, "start it with 32")
+    luthier("lint", folder, "--max-rank", 17).must(2, *said)
+    luthier("lint", folder, "--for", "vllm", "--max-rank", 513).must(2, "start it with 512")
+    assert not lint(str(folder), ("sglang",), max_rank=17)
+    assert all(not lint(str(folder), max_rank=rank) for rank in VLLM_RANKS if rank >= 8)
+    with pytest.raises(RecipeError, match="rollouts.engine: a --max-lora-rank of 17"):
+        validate(RolloutKnobs, {"engine": {"url": "http://127.0.0.1:9", "max_rank": 17}}, where="rollouts")
+    validate(RolloutKnobs, {"engine": {"url": "http://127.0.0.1:9", "max_rank": 17, "dialect": "sglang"}})

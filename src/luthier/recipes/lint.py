@@ -27,7 +27,7 @@ Kind = Literal["refuses", "otherwise"]
 MERGE: Final = "merge it into the base, and serve that"
 SERVERS: Final = ("vllm", "sglang", "llama.cpp")
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""What `--max-lora-rank` may be: `MaxLoRARanks` of its `config/lora.py`."""
 _MOST: Final = 1e9
 """No rank and no alpha is as large; what is has no place in a sum."""
 
@@ -47,7 +47,7 @@ class Finding:
 def lint(name: str, servers: tuple[str, ...] = SERVERS, *, max_rank: int = 16) -> list[Finding]:
     """What is found in the adapter of a run, or in a folder; `max_rank` is what vLLM is started with.
 
-    Raises RecipeError for a folder without an adapter, and for unknown servers.
+    Raises RecipeError for a folder without an adapter, for unknown servers, and for what vLLM cannot be started with.
     """
     for server in servers:
         if server not in SERVERS:
@@ -56,11 +56,23 @@ def lint(name: str, servers: tuple[str, ...] = SERVERS, *, max_rank: int = 16) -
                 allowed=", ".join(SERVERS),
                 do=did_you_mean(server, SERVERS),
             )
+    if "vllm" in servers:
+        require_rank(max_rank)
     folder = RunDirectory.open(Path(name)).folder / ADAPTER if is_run(Path(name)) else Path(name)
     if missing := [file for file in (CONFIG, TENSORS) if not (folder / file).is_file()]:
         raise RecipeError(f"{folder} holds no {missing[0]}", do="name a run with an adapter, or its adapter folder")
     adapter = _sound(_Adapter(read_config(folder), tensor_shapes(folder / TENSORS)), folder)
     return [finding for server in servers for finding in _findings(adapter, server, max_rank)]
+
+
+def require_rank(max_rank: int) -> None:
+    """Raise RecipeError for a --max-lora-rank that vLLM does not start with."""
+    if max_rank not in VLLM_RANKS:
+        above = next((rank for rank in VLLM_RANKS if rank >= max_rank), VLLM_RANKS[-1])
+        raise RecipeError(
+            f"a --max-lora-rank of {max_rank}, with which vLLM does not start",
+            allowed=", ".join(map(str, VLLM_RANKS)), do=f"start it with {above}, and say so here",
+        )  # fmt: skip
 
 
 def require_clean(folder: Path, engine: str, *, max_rank: int) -> None:

@@ -15,6 +15,7 @@ from luthier.core.knobs import Knobs
 from luthier.data.rollout_learner import RolloutLearner
 from luthier.infer.sync import TOLERANCE
 from luthier.objectives import Objective
+from luthier.recipes.lint import require_rank
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.rewards import Reward
 from luthier.rewards.ladder import ladder_of
@@ -47,6 +48,12 @@ class EngineKnobs(Knobs):
                 f"url is empty, and {', '.join(self.given)} is set",
                 allowed="the address of an engine, or none of its knobs",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_started(self) -> EngineKnobs:
+        if self.dialect == "vllm":
+            require_rank(self.max_rank)
         return self
 
     @property
