@@ -37,8 +37,7 @@ def resume(
         refuse_busy(folder.folder)
     with uncollected():
         from luthier.recipes.finetune import resume as go_on
-        from luthier.recipes.schemas.names import AI_FEEDBACK
-        from luthier.recipes.schemas.several import SEVERAL
+        from luthier.recipes.schemas.names import AI_FEEDBACK, SEVERAL
         from luthier.recipes.several.several import resume_several
 
     if dry_run:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
+from luthier.recipes.schemas.names import MERGEKIT
 
 _METHODS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "linear": ("linear", {}),
@@ -38,7 +39,7 @@ _TOP: Final = ("merge_method", "models", "slices", "base_model", "parameters", "
 
 def is_mergekit(values: Mapping[str, Any]) -> bool:
     """Whether plain values are a recipe of mergekit."""
-    return "merge_method" in values
+    return MERGEKIT in values
 
 
 def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -22,7 +22,7 @@ from luthier.core.knobs import Method
 from luthier.core.paths import RUNS, run_folder, slug
 from luthier.core.recipe_file import Layered, origins_table, read_layers, validated
 from luthier.recipes.schemas.finetune import FinetuneRecipe
-from luthier.recipes.schemas.kinds import KINDS, kind_of_recipe
+from luthier.recipes.schemas.kinds import KINDS, kind_of_recipe, require_one_run
 from luthier.store.environment import receipt
 from luthier.store.runs import RunDirectory, State, is_begun
 
@@ -51,7 +51,9 @@ def load_recipe(path: Path | None, *, overrides: Sequence[str] = (), run: Path |
     sets = [*overrides, *([f"run={_scalar(str(run))}"] if run is not None else [])]
     kinds: list[type[FinetuneRecipe]] = [FinetuneRecipe, *KINDS.values()]
     every = tuple(dict.fromkeys(name for each in kinds for name in each.model_fields))
-    kind = kind_of_recipe(read_layers(path, sets=sets, environ=os.environ, known=every).values)
+    written = read_layers(path, sets=sets, environ=os.environ, known=every)
+    require_one_run(written)
+    kind = kind_of_recipe(written.values)
     known = tuple(kind.model_fields)
     usual = kind.model_fields["objective"].get_default(call_default_factory=True)
     defaults = {**DEFAULT_METHODS, "objective": {"method": usual.method_name()}}

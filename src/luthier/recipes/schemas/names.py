@@ -7,3 +7,8 @@ from typing import Final
 AI_FEEDBACK: Final = "ai_feedback"
 REINFORCE: Final = "reinforce"
 ADAPTATION: Final = "domain_adaptation"
+FINETUNE: Final = "finetune"
+SEVERAL: Final = "several"
+MERGE: Final = "merge"
+MERGEKIT: Final = "merge_method"
+"""The key by which a recipe of mergekit is known."""

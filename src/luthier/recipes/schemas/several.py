@@ -19,8 +19,8 @@ from luthier.core.nearest import did_you_mean
 from luthier.core.recipe_file import merge, plain_layer, read_layers
 from luthier.recipes.schemas.files import DEFAULT_METHODS, as_written, dated
 from luthier.recipes.schemas.finetune import FinetuneRecipe
+from luthier.recipes.schemas.names import SEVERAL
 
-SEVERAL: Final = "several"
 OWN: Final = ("data", "adapter", "objective", "optimizer", "schedule", "max_grad_norm", "budget", "evaluation", "seed")
 """What may differ from adapter to adapter: everything that is not the base, the batch, or how the run is kept."""
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
