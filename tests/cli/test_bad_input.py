@@ -67,9 +67,12 @@ def test_an_unknown_method_or_a_wrong_type_is_told_with_its_place(refused: Calla
 def test_a_file_that_is_no_recipe(tmp_path: Path, refused: Callable[..., str]) -> None:
     luthier("train", tmp_path / "none.yaml").must(2, "there is no recipe", "luthier init")
     refused(2, ("own.yaml:12:2: not valid YAML", "expected ',' or ']'"), add="a: [1\nb: 2\n")
-    for text, part in (("- 1\n", "a recipe that is a list"), ("", "model is missing; data is missing")):
-        (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
-        luthier("train", tmp_path / "own.yaml").must(2, part)
+    for text, part in (("- 1\n", "a recipe that is a list"), ("# nothing\n", "the recipe is empty")):
+        (own := tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+        luthier("train", own).must(2, f"{own}: {part}")
+        luthier("plan", own).must(2, f"{own}: {part}")
+        luthier("merge", own, "--out", tmp_path / "out").must(2, f"{own}: {part}")
+    luthier("train", own, "--set", "seed=3").must(2, f"{own}: model is missing; {own}: data is missing")
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TypeVar, final
@@ -42,20 +42,22 @@ class Layer:
 @final
 @dataclass(frozen=True, slots=True)
 class Layered:
-    """A merged recipe: values, the origin of every leaf, the full address of every key, and what is worth saying."""
+    """A merged recipe: values, the origin of every leaf, the full address of every key, what is worth saying, and the
+    file that it is in, if it is in one."""
 
     values: dict[str, Any]
     origins: dict[str, str]
     places: dict[str, str]
     notes: tuple[str, ...] = ()
+    file: str = ""
 
     def address(self, key: str) -> str:
-        """Where `key`, or the nearest key around it, was written; empty when nowhere, as what nobody wrote."""
+        """Where `key`, or the nearest key around it, was written; else the file, and empty for what is a default."""
         while key:
             if key in self.places:
                 return self.places[key] if self.places[key] != DEFAULT else ""
             key = key.rpartition(".")[0]
-        return ""
+        return self.file
 
 
 def read_layers(
@@ -67,15 +69,20 @@ def read_layers(
     defaults: Mapping[str, Any] | None = None,
     known: Collection[str] = (),
 ) -> Layered:
-    """The merged recipe. `known` are the top-level keys of the schema: they are never read as another tool's names."""
+    """The merged recipe. `known` are the top-level keys of the schema: they are never read as another tool's names.
+
+    Raises RecipeError where a file is to say it, and neither that nor anything stronger does.
+    """
     layers = [plain_layer(defaults or {}, origin=DEFAULT)]
     if preset is not None:
         layers.append(preset)
     if file is not None:
         layers.append(read_layer(file, known=known))
-    layers.append(environment_layer(environ or {}, known=known))
-    layers.append(set_layer(sets, known=known))
-    return merge(layers)
+    above = [environment_layer(environ or {}, known=known), set_layer(sets, known=known)]
+    if file is not None and not any(layer.values for layer in (layers[-1], *above)):
+        raise RecipeError("the recipe is empty", allowed="a mapping of keys to values", where=str(file),
+                          do="write one with: luthier init recipe.yaml --data FILE --model MODEL")  # fmt: skip
+    return replace(merge([*layers, *above]), file="" if file is None else str(file))
 
 
 def read_layer(file: Path, *, known: Collection[str] = ()) -> Layer:

@@ -11,6 +11,7 @@ harmful at 1.7, so that the merge is only kept where it is better than both.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -63,7 +64,7 @@ def load_adaptation(path: Path, *, overrides: list[str], run: Path | None) -> Ad
     """The recipe of a file, with `--set` and `--run` over it."""
     layered = read_layers(path, sets=overrides, known=tuple(AdaptationRecipe.model_fields))
     values = layered.values | ({"run": str(run)} if run is not None else {})
-    return validated(AdaptationRecipe, type(layered)(values, layered.origins, layered.places, layered.notes))
+    return validated(AdaptationRecipe, replace(layered, values=values))
 
 
 def stage_recipes(recipe: AdaptationRecipe) -> list[FinetuneRecipe]:

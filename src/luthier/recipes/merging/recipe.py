@@ -17,7 +17,6 @@ from luthier.merge.settings import Setting
 from luthier.mergers import Merger
 from luthier.recipes.merging.mergekit import is_mergekit, translated
 
-MERGE = "merge"
 Layers = Annotated[tuple[int, int], Field(strict=False)]
 
 
@@ -160,8 +159,11 @@ def read_recipe(path: Path, *, sets: Mapping[str, Any] | None = None) -> tuple[M
         raise RecipeError(f"the recipe cannot be read: {why}", where=str(path), do="check the path") from None
     values = parse(text, name=str(path)).value
     if not isinstance(values, dict):
-        raise RecipeError(f"a recipe that is a {type(values).__name__}", allowed="a mapping of keys to values",
-                          where=str(path))  # fmt: skip
+        kind = "a recipe that is a list" if isinstance(values, list) else "a recipe that is a single value"
+        raise RecipeError(
+            "the recipe is empty" if values is None else kind, allowed="a mapping of keys to values", where=str(path),
+            do="name models and a folder instead: luthier merge A B --out DIR",
+        )  # fmt: skip
     if "data" in values and "models" not in values:
         raise RecipeError("it names data and no models", allowed="models and method, or a recipe of mergekit",
                           do=f"what trains a model is run by: luthier train {path}", where=str(path))  # fmt: skip
