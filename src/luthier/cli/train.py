@@ -46,9 +46,10 @@ def train(
         from luthier.recipes.bench import lay_out
         from luthier.recipes.finetune import start
         from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
-        from luthier.recipes.schemas.files import load_recipe
+        from luthier.recipes.schemas.files import load_recipe, place_of
         from luthier.recipes.schemas.kinds import names_adaptation
         from luthier.recipes.schemas.several import names_several
+        from luthier.store.runs import RunDirectory
 
     if names_adaptation(recipe):
         train_adaptation(recipe, set_ or [], run, dry_run=dry_run, json=json, quiet=quiet)
@@ -61,6 +62,7 @@ def train(
         _train_on_feedback(loaded, loaded.recipe, overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet)
         return
     if dry_run:
+        RunDirectory.require_folder(place_of(loaded.recipe))
         plan = lay_out(loaded.recipe).plan
         origins = [{"key": key, "value": value, "origin": origin} for key, value, origin in loaded.origins]
         print_json({"recipe": origins, "plan": plan}) if json else print_plan(loaded.origins, plan)

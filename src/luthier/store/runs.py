@@ -97,10 +97,15 @@ class RunDirectory:
                 yield run
 
     @staticmethod
-    def require_free(folder: Path, *, overwrite: bool = False) -> None:
-        """Raise RefusedError when `create` would refuse `folder`; changes nothing."""
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    def require_folder(folder: Path) -> None:
+        """Raise RefusedError where no folder can be: something else has that name, or that of a folder above it."""
+        if folder.is_symlink() or any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
             raise RefusedError(f"{folder} is no folder", allowed="a new or empty folder")
+
+    @classmethod
+    def require_free(cls, folder: Path, *, overwrite: bool = False) -> None:
+        """Raise RefusedError when `create` would refuse `folder`; changes nothing."""
+        cls.require_folder(folder)
         refuse_busy(folder)
         if not overwrite or not is_begun(folder):
             _refuse_occupied(folder)

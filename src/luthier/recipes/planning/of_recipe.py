@@ -19,10 +19,11 @@ from luthier.recipes.bench import Bench, lay_out
 from luthier.recipes.planning.fits import advice, largest
 from luthier.recipes.planning.plan import MOST_ROWS, MOST_TOKENS, Laid, PlanKnobs, lay
 from luthier.recipes.schemas.ai_feedback import AiFeedbackRecipe
-from luthier.recipes.schemas.files import load_recipe
+from luthier.recipes.schemas.files import load_recipe, place_of
 from luthier.recipes.schemas.finetune import FinetuneRecipe
 from luthier.recipes.schemas.kinds import names_adaptation
 from luthier.recipes.schemas.several import names_several
+from luthier.store.runs import RunDirectory
 
 AGREED: Final = 0.1
 """How far the plan by config may be from the run's own, for what it says to be worth saying."""
@@ -52,6 +53,7 @@ def _not_one_run(file: Path, what: str) -> RecipeError:
 
 def plan_recipe(recipe: FinetuneRecipe) -> dict[str, Any]:
     """What a run of a recipe would take; nothing is trained and no run directory is made."""
+    RunDirectory.require_folder(place_of(recipe))
     bench = lay_out(recipe)
     plan = bench.plan
     memory, speed = plan["memory"], plan["speed"]
