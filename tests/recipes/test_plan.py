@@ -171,9 +171,9 @@ def test_the_largest_that_fits_is_the_largest(eight: Path) -> None:
     rows, tokens = found["batch"], found["sequence"]
     assert rows and tokens and total(laid, rows) <= 24e9 < total(laid, rows + 1)
     assert total(laid, 1, tokens) <= 24e9 < total(laid, 1, tokens + 1)
-    assert largest(lay(eight, knobs("qlora", 4e9), laid)) == {"batch": 0, "sequence": 0}
+    assert largest(lay(eight, knobs("qlora", 4e9), laid)) == {"batch": 0, "sequence": 0, "at_least": []}
     # No longer than the model was made for.
-    assert largest(lay(eight, knobs("qlora", 4e12), laid))["sequence"] == 131072
+    assert largest(lay(eight, knobs("qlora", 4e12), laid))["sequence"] == 131072 and found["at_least"] == []
 
 
 def test_what_would_fit_does(eight: Path) -> None:
@@ -265,7 +265,8 @@ finally:
     assert memory["weights"] == 2 * 8_030_261_248 and memory["cache"] == 8 * 8192 * 131_072
     assert memory["total"] == memory["weights"] + memory["cache"] > 24e9 and found["fits"] is False
     assert memory["rule_of_thumb"] == round(1.2 * memory["weights"])
-    assert found["largest"] == {"clients": 7, "context": (24_000_000_000 - memory["weights"]) // (8 * 131_072)}
+    assert found["largest"]["context"] == (24_000_000_000 - memory["weights"]) // (8 * 131_072)
+    assert found["largest"]["clients"] == 7 and found["largest"]["at_least"] == []
     read = memory["weights"] - 2 * 525_336_576 + memory["cache"]
     assert found["seconds_per_1k_tokens"] == pytest.approx(1000 * read / 3350e9 / 8)
     packed = luthier(*shape, "--quantizer", "nf4", "--json").must(0).json["memory"]["weights"]

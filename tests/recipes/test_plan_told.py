@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+import luthier as luthier_verbs
+from luthier.core.errors import RecipeError
+from luthier.model.files.sources import resolve_source
+from luthier.recipes.planning import fits, inference
 from luthier.recipes.planning.asked import asked
 from luthier.recipes.planning.fits import advice
 from luthier.recipes.planning.plan import PlanKnobs, lay
@@ -92,3 +96,126 @@ def test_devices_that_are_there_are_all_asked_to_divide(eight: Path) -> None:
         found = advice(eight, lay(eight, knobs("full", 80e9, batch=1, devices=count)))
         assert [f"devices={advised}", "sharding=fsdp"] in [each["set"] for each in found]
 
+
+
+def test_blocks_that_cannot_be_made_again_are_told_by_the_key_of_a_recipe(recipe: Path, eight: Path) -> None:
+    """Breaks when a name of the library's for a kind of value is told as a key."""
+    said = "recompute: -1 is not allowed: input should be 'auto', 'none' or 'all', or greater than or equal to 0"
+    told = luthier("plan", recipe, "--set", "batch.recompute=-1").must(2, f"--set: batch.{said}").err
+    assert "literal" not in told and told.count("batch.recompute") == 1
+    luthier("plan", "--model-config", eight, "--set", "recompute=-1").must(2, f"--set: {said}")
+
+
+def test_a_number_without_a_unit_is_not_taken_for_bytes(eight: Path) -> None:
+    """Breaks when 24 GB that somebody has are planned for as 24 bytes."""
+    for more in ((), ("--inference",)):
+        words = ("plan", "--model-config", eight, *more, "--memory")
+        luthier(*words, 24).must(2, "a size of '24', which has no unit", "write 24GB")
+        given = () if more else ("--device", "cuda")
+        assert luthier(*words, 24_000_000_000, *given, "--json").must(0).json["memory"]["available"] == 24_000_000_000
+    with pytest.raises(RecipeError, match="write 24GB"):
+        luthier_verbs.plan_inference(eight, memory=24)
+    assert luthier_verbs.plan_inference(eight, memory=24e9).memory["available"] == 24_000_000_000
+
+
+def test_a_rank_that_has_no_more_to_say_is_told_as_train_tells_it(recipe: Path, eight: Path) -> None:
+    """Breaks when ten times the memory is planned, or taken, for directions that a matrix does not have."""
+    sets = ("--set", "adapter.rank=5000", "--set", "adapter.targets=[q, v]")
+    said = "adapter: a rank of 5,000 at model.layers.0.self_attn.v_proj (and at 63 other sites): one above 1,024, the "
+    words = ("plan", "--model-config", eight, "--device", "cuda", "--json")
+    (notice,) = luthier(*words, *sets).must(0).json["notices"]
+    assert notice.startswith(said)
+    few = ("--set", "adapter.rank=1024", "--set", "adapter.targets=[q, v]")
+    assert luthier(*words, *few).must(0).json["notices"] == []
+    (dora,) = luthier(*words, "--method", "dora", *sets).must(0).json["notices"]
+    assert dora == notice
+    over = ("--set", "adapter.rank=33", "--set", "adapter.rank_pattern={layers.0.self_attn.q_proj: 2}")
+    dry = luthier("train", recipe, "--dry-run", "--json", *over).must(0).json["plan"]["notices"]
+    told = [each for each in dry if each.startswith("adapter: a rank of 33 at")]
+    assert len(told) == 1 and "layers.0.self_attn.q_proj" not in told[0]
+    assert told[0] in luthier("plan", recipe, "--json", *over).must(0).json["notices"]
+
+
+def test_a_model_is_planned_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eight: Path) -> None:
+    """Breaks when what `model` in a recipe may say is taken for a path, or somebody is asked for a file."""
+    folder = resolve_source("seedling")
+    for more in ((), ("--inference",)):
+        named, placed = (luthier("plan", "--model-config", name, *more, "--json").must(0).json["parameters"]
+                         for name in ("seedling", folder))  # fmt: skip
+        assert named == placed
+    asked: list[tuple[str, str]] = []
+
+    def in_cache(source: str, name: str) -> Path | None:
+        asked.append((source, name))
+        return eight if source == "owner/name" else None
+
+    monkeypatch.setattr(inference, "in_cache", in_cache)
+    found = luthier("plan", "--model-config", "owner/name", "--inference", "--json").must(0).json
+    assert found["parameters"]["total"] == 8_030_261_248 and asked == [("owner/name", "config.json")]
+    luthier("plan", "--model-config", "owner/none").must(
+        2, "there is no owner/none", "seedling", "a hub id whose files are here already", "download that file"
+    )
+    luthier("plan", "--model-config", tmp_path / "x").must(2, f"there is no {tmp_path / 'x'}")
+
+
+def test_a_run_that_cannot_be_is_not_planned(recipe: Path, tmp_path: Path) -> None:
+    """Breaks when a plan is made for a place that `train` refuses."""
+    (taken := tmp_path / "taken").write_text("mine", "utf-8")
+    for place in (taken, taken / "below"):
+        for words in (("plan", recipe), ("train", recipe, "--dry-run"), ("train", recipe)):
+            luthier(*words, "--set", f"run={place}").must(77, f"{place} is no folder")
+    assert taken.read_text("utf-8") == "mine"
+
+
+@pytest.mark.parametrize("text", [
+    "recipe: merge\nmodels: [seedling, seedling]\nmethod: linear\n",
+    "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\ndtype: float32\n",
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_merge_is_told_as_what_trains_nothing(tmp_path: Path, text: str, command: str) -> None:
+    """Breaks when the keys of a merge are called unknown, one after the other."""
+    (file := tmp_path / "merge.yaml").write_text(text, "utf-8")
+    told = luthier(command, file).must(2, "a recipe of a merge, which trains nothing").err
+    assert f"luthier merge {file} --dry-run" in told and f"luthier merge {file} --out DIR" in told
+    assert "unknown" not in told and str(file) in told.partition("a recipe")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipe: fintune\nmodel: a\n", ("recipe: 'fintune'", "domain_adaptation; and merge", "did you mean finetune")),
+        ("recipe: [finetune]\nmodel: seedling\n", ("recipe: ['finetune']", "domain_adaptation; and merge")),
+        ("recipe: several\nmodel: seedling\n", ("recipe: several, and no adapters",)),
+    ],
+)
+def test_a_recipe_of_no_known_kind_is_told_by_the_kinds_there_are(
+    tmp_path: Path, text: str, said: tuple[str, ...]
+) -> None:
+    """Breaks when the only kind that is named is the one that the rest was taken for."""
+    (file := tmp_path / "recipe.yaml").write_text(text, "utf-8")
+    for command in ("plan", "train"):
+        luthier(command, file).must(2, f"{file}:1:1: ", *said)
+
+
+def test_a_search_that_ends_at_its_bound_says_so(eight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when the most that was tried is told as the most that fits."""
+    monkeypatch.setattr(fits, "MOST_ROWS", 4)
+    words = ("plan", "--model-config", eight, "--device", "cuda", "--sequence", 64, "--memory")
+    found = luthier(*words, "80GB", "--json").must(0).json["largest"]
+    assert found["batch"] == 4 and found["at_least"] == ["batch"]
+    said = luthier(*words, "80GB").must(0).out
+    assert "largest    at least 4 rows of 64 tokens at once, or one row of " in said and "row of at least" not in said
+    config = {**json.loads(eight.read_text("utf-8")), "max_position_embeddings": None}
+    (endless := tmp_path / "endless.json").write_text(json.dumps(config), "utf-8")
+    monkeypatch.setattr(inference, "MOST_TOKENS", 1000)
+    words = ("plan", "--model-config", endless, "--inference", "--context", 10, "--memory", "24GB")
+    assert "or 1 of at least 1,000" in luthier(*words).must(0).out
+    assert luthier(*words, "--json").must(0).json["largest"]["at_least"] == ["context"]
+
+
+def test_a_model_that_nobody_can_make_is_refused_for_answering_too(eight: Path) -> None:
+    """Breaks when answering is planned with heads of a size that the model's own code refuses."""
+    eight.write_text(json.dumps({**json.loads(eight.read_text("utf-8")), "num_attention_heads": 33}), "utf-8")
+    luthier("plan", "--model-config", eight).must(74, "hidden size (4096) is not a multiple")
+    said = ("hidden_size: 4096 and num_attention_heads: 33", "a hidden_size that is a multiple of num_attention_heads")
+    luthier("plan", "--model-config", eight, "--inference").must(2, *said)

@@ -15,7 +15,7 @@ from luthier.core.errors import CorruptError, RecipeError, advised
 from luthier.core.imports import uncollected
 
 ModelConfig = Annotated[
-    Path | None, typer.Option("--model-config", metavar="FILE", help="config.json of a model, or its folder.")
+    Path | None, typer.Option("--model-config", metavar="FILE", help="config.json of a model, its folder, or its name.")
 ]
 
 

@@ -46,10 +46,8 @@ def print_needs(plan: Mapping[str, Any]) -> None:
     if cost := plan.get("cost"):
         _print_cost(cost)
     if (largest := plan.get("largest")) and largest["batch"] is not None:
-        typer.echo(
-            f"largest    {largest['batch']:,} rows of {memory['longest']:,} tokens at once, or one row of "
-            f"{largest['sequence']:,}"
-        )
+        rows, row = _at_least(largest, "batch"), _at_least(largest, "sequence")
+        typer.echo(f"largest    {rows} rows of {memory['longest']:,} tokens at once, or one row of {row}")
     _print_advice(plan.get("advice") or ())
     _print_notices(plan["notices"])
 
@@ -76,8 +74,8 @@ def print_inference(plan: Mapping[str, Any], clients: int, context: int) -> None
             f"are what takes time from {plan['ridge_rows']:,.0f} texts up"
         )
     if largest["clients"] is not None:
-        typer.echo(f"largest    {largest['clients']:,} texts of {context:,} tokens, or {clients:,} of "
-                   f"{largest['context']:,}")  # fmt: skip
+        texts, longest = _at_least(largest, "clients"), _at_least(largest, "context")
+        typer.echo(f"largest    {texts} texts of {context:,} tokens, or {clients:,} of {longest}")
     _print_notices(plan["notices"])
 
 
@@ -113,6 +111,11 @@ def _print_memory(memory: Mapping[str, Any], fits: bool | None) -> None:
     for name, size in parts.items():
         share = percent_text(size / memory["total"])
         typer.echo(f"           {LETTERS[name]} {name:<12} {bytes_text(size):>9} {share:>8}")
+
+
+def _at_least(largest: Mapping[str, Any], name: str) -> str:
+    """What fits, and whether it was the most that was tried."""
+    return f"{'at least ' if name in largest['at_least'] else ''}{largest[name]:,}"
 
 
 def _print_cost(cost: Mapping[str, Any]) -> None:

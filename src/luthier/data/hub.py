@@ -207,10 +207,16 @@ def _answers(endpoint: str) -> bool:
 
 
 def _is_cached(source: str) -> bool:
+    return any(in_cache(source, name) is not None for name in FILES)
+
+
+def in_cache(source: str, name: str) -> Path | None:
+    """The file of that name of a hub id, in the hub cache; None where it is not there. Nobody is asked for it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return any(isinstance(try_to_load_from_cache(source, name), str) for name in FILES)
+        found = try_to_load_from_cache(source, name)
     except HFValidationError:
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -23,21 +23,25 @@ MOST_DEVICES: Final = 64
 LEAST_RANK: Final = 4
 
 
-def largest(laid: Laid) -> dict[str, int | None]:
-    """The most rows of the plan's length, and the longest single row, that fit; 0 where none does."""
+def largest(laid: Laid) -> dict[str, Any]:
+    """The most rows of the plan's length (`batch`), and the longest single row (`sequence`), that fit; 0 if none does.
+
+    A search ends somewhere: `at_least` names which of the two may be more than the most that is tried.
+    """
     available = available_to(laid)
     if available is None:
-        return {"batch": None, "sequence": None}
+        return {"batch": None, "sequence": None, "at_least": []}
     length = laid.knobs.sequence
-    limit = min(laid.shape.context or MOST_TOKENS, MOST_TOKENS)
+    limit = max(2, min(laid.shape.context or MOST_TOKENS, MOST_TOKENS))
 
     def fits(rows: int, tokens: int) -> bool:
         return laid.needed(rows, tokens, available)["total"] <= available
 
-    return {
-        "batch": _most(lambda rows: fits(rows, length), 1, MOST_ROWS),
-        "sequence": _most(lambda tokens: fits(1, tokens), 2, max(2, limit)),
-    }
+    rows = _most(lambda rows: fits(rows, length), 1, MOST_ROWS)
+    tokens = _most(lambda tokens: fits(1, tokens), 2, limit)
+    # No row may be longer than the model has positions, where its config says how many.
+    ended = {"batch": rows == MOST_ROWS, "sequence": tokens == limit != laid.shape.context}
+    return {"batch": rows, "sequence": tokens, "at_least": [name for name, at_end in ended.items() if at_end]}
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,29 @@ from typing import Any
 from luthier.arithmetic import inference
 from luthier.arithmetic.shapes import Shape, shape_of
 from luthier.core.errors import RecipeError
-from luthier.data.hub import read_json
+from luthier.data.hub import in_cache, read_json
+from luthier.model.files.sources import FRESH, SEEDLING, resolve_source
 
 NUMBERS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number by precision."""
+MOST_TOKENS = 2**24
+"""The longest text that is tried where a config does not say how long one may be."""
 
 
 def config_file(place: Path) -> Path:
-    """The config.json that a path means."""
-    found = place / "config.json" if place.is_dir() else place
-    if not found.is_file():
-        raise RecipeError(
-            f"there is no {found}", allowed="the config.json of a model, or a folder with one",
-            do="download that file from the model's page; its weights are not needed",
-        )  # fmt: skip
-    return found
+    """The config.json that a path means, or a model's name; that of a hub id from the hub cache: none is fetched."""
+    name = str(place).removeprefix(FRESH)
+    folder = Path(resolve_source(name)) if name == SEEDLING else Path(name)
+    found = folder / "config.json" if folder.is_dir() else folder
+    if found.is_file():
+        return found
+    if not folder.exists() and (kept := in_cache(name, "config.json")) is not None:
+        return kept
+    raise RecipeError(
+        f"there is no {found}", allowed="the config.json of a model, or a folder with one; seedling; or a hub id whose "
+        "files are here already",
+        do="check the path, or download that file from the model's page; its weights are not needed",
+    )  # fmt: skip
 
 
 def plan_inference(
@@ -106,13 +114,20 @@ def _seconds(
 
 def _largest(
     shape: Shape, weights: int, memory: float | None, clients: int, each: int, number: int
-) -> dict[str, int | None]:
-    """The most clients with texts of this length, and the longest texts of so many clients, that fit."""
+) -> dict[str, Any]:
+    """The most clients with texts of this length, and the longest texts of so many clients, that fit.
+
+    `at_least` names what may be more than the most that is tried.
+    """
     if memory is None:
-        return {"clients": None, "context": None}
-    low, high = 0, shape.context or 2**24
+        return {"clients": None, "context": None, "at_least": []}
+    most = shape.context or MOST_TOKENS
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
         enough = weights + clients * inference.cache_bytes(shape, middle, number) <= memory
         low, high = (middle, high) if enough else (low, middle - 1)
-    return {"clients": inference.most_rows(memory, weights=weights, cache=each), "context": low}
+    ended = ["context"] if low == most != shape.context else []
+    return {
+        "clients": inference.most_rows(memory, weights=weights, cache=each), "context": low, "at_least": ended,
+    }  # fmt: skip
