@@ -11,11 +11,14 @@ import pytest
 
 import luthier as luthier_verbs
 from luthier.core.errors import RecipeError
+from luthier.model.editing.attachment import Attachment
 from luthier.model.files.sources import resolve_source
+from luthier.model.language_model import LanguageModel
 from luthier.recipes.planning import fits, inference
 from luthier.recipes.planning.asked import asked
 from luthier.recipes.planning.fits import advice
 from luthier.recipes.planning.plan import PlanKnobs, lay
+from luthier.recipes.sizing.zoo_memory import Counted
 from tests.arithmetic.published import config as published
 from tests.cli.commands import luthier
 
@@ -219,3 +222,23 @@ def test_a_model_that_nobody_can_make_is_refused_for_answering_too(eight: Path) 
     luthier("plan", "--model-config", eight).must(74, "hidden size (4096) is not a multiple")
     said = ("hidden_size: 4096 and num_attention_heads: 33", "a hidden_size that is a multiple of num_attention_heads")
     luthier("plan", "--model-config", eight, "--inference").must(2, *said)
+
+
+def test_what_an_adapter_keeps_beside_blocks_of_the_zoo_is_counted_once(
+    tiny_path: PathOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaks when advice counts the same passes again each time that an adapter comes back, which takes seconds."""
+    counted: list[int] = []
+    plain = Counted.of
+
+    def of(model: LanguageModel, attachment: Attachment) -> Counted:
+        counted.append(attachment.parameter_count)
+        return plain(model, attachment)
+
+    monkeypatch.setattr(Counted, "of", of)
+    config = tiny_path("gpt2") / "config.json"
+    found = {each["change"]: each["total"] for each in advice(config, lay(config, knobs("lora", 1e5)))}
+    assert {"rank 4", "weights in NF4"} <= set(found) and len(counted) == len(set(counted)) == 2
+    for change, sets in (("rank 4", ["adapter.rank=4"]), ("weights in NF4", ["quantizer.method=nf4"])):
+        anew = lay(config, asked("lora", ["device=cuda", *sets], 1e5))
+        assert anew.needed(1, 2048, 1e5)["total"] == found[change]

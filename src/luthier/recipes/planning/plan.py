@@ -137,17 +137,25 @@ class Laid:
     formulas: Formulas
     saves_meanwhile: bool = True
     """Whether checkpoints are written before the last step, beside passes."""
+    known: tuple[tuple[Adapter, Formulas], ...] = ()
+    """The formulas of every adapter that has been on this model: of the zoo's blocks they take seconds to count."""
 
     @classmethod
-    def of(cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel, *, saves_meanwhile: bool = True) -> Laid:
+    def of(
+        cls, knobs: PlanKnobs, shape: Shape, model: LanguageModel, *, saves_meanwhile: bool = True,
+        known: tuple[tuple[Adapter, Formulas], ...] = (),
+    ) -> Laid:  # fmt: skip
         """The model with the adapter put on; on a CPU without C++ tensors lie apart."""
         require_device(knobs.offload, kind_of_device(knobs))
         require_blocks(knobs.offload, model.recomputable)
         attachment = attach_empty(model, knobs.adapter.attach)
         kind = kind_of_device(knobs)
         apart = kind == "cpu" and not isinstance(model.executor.backend, NativeBackend)
-        formulas = Formulas.of(model, attachment, apart=apart, device=kind)
-        return cls(knobs, shape, model, attachment, formulas, saves_meanwhile)
+        formulas = next((each for adapter, each in known if adapter == knobs.adapter), None)
+        if formulas is None:
+            formulas = Formulas.of(model, attachment, apart=apart, device=kind)
+            known = (*known, (knobs.adapter, formulas))
+        return cls(knobs, shape, model, attachment, formulas, saves_meanwhile, known)
 
     def asked(self, **other: Any) -> Laid:
         """The same with knobs that change neither the adapter nor the model."""
@@ -245,7 +253,9 @@ def lay(config: Path, knobs: PlanKnobs, before: Laid | None = None, *, saves_mea
         on = before.model.attachments.values()
         if before.knobs.adapter == knobs.adapter and any(each is before.attachment for each in on):
             return replace(before, knobs=knobs)
-        return Laid.of(knobs, before.shape, before.model, saves_meanwhile=before.saves_meanwhile)
+        return Laid.of(
+            knobs, before.shape, before.model, saves_meanwhile=before.saves_meanwhile, known=before.known
+        )
     checked = read_config(config, quantized=True)
     shape = shape_of(checked.config.get_text_config().to_dict())
     kind = kind_of_device(knobs)
