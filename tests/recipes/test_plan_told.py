@@ -159,6 +159,7 @@ def test_a_model_is_planned_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
         2, "there is no owner/none", "seedling", "a hub id whose files are here already", "download that file"
     )
     luthier("plan", "--model-config", tmp_path / "x").must(2, f"there is no {tmp_path / 'x'}")
+    luthier("plan", "--model-config", "seedlng").must(2, "there is no seedlng", "did you mean seedling?")
 
 
 def test_a_run_that_cannot_be_is_not_planned(recipe: Path, tmp_path: Path) -> None:
@@ -242,3 +243,17 @@ def test_what_an_adapter_keeps_beside_blocks_of_the_zoo_is_counted_once(
     for change, sets in (("rank 4", ["adapter.rank=4"]), ("weights in NF4", ["quantizer.method=nf4"])):
         anew = lay(config, asked("lora", ["device=cuda", *sets], 1e5))
         assert anew.needed(1, 2048, 1e5)["total"] == found[change]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("recipe: domain_adaptation\nmodel: a\nstages: []\n", "stages"),
+     ("model: a\nadapters: {a: {}}\n", "several adapters")],
+)  # fmt: skip
+def test_who_reads_one_run_says_so_of_several(tmp_path: Path, text: str, what: str) -> None:
+    """Breaks when the keys of such a recipe are called unknown by a command that cannot do with it."""
+    (file := tmp_path / "recipe.yaml").write_text(text, "utf-8")
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', "utf-8")
+    said = f"a recipe of {what}, which is no single run; luthier train {file}"
+    told = luthier("reward", file, rows).must(2, said).err
+    assert "unknown" not in told

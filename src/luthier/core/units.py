@@ -40,7 +40,7 @@ def bytes_from(text: str) -> float:
     if found is not None and not found[2] and not found[4] and size < _BARE:
         raise RecipeError(
             f"a size of {text!r:.40}, which has no unit",
-            allowed=f"a number with a unit, or of bytes from {_BARE:,} up",
+            allowed=f"a number with a unit, or {_BARE:,} bytes and more without one",
             do=f"write {found[1]}GB, or {found[1]}B if so few bytes are meant",
         )
     return size

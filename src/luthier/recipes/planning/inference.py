@@ -10,6 +10,7 @@ from typing import Any
 from luthier.arithmetic import inference
 from luthier.arithmetic.shapes import Shape, shape_of
 from luthier.core.errors import RecipeError
+from luthier.core.nearest import nearest
 from luthier.data.hub import in_cache, read_json
 from luthier.model.files.sources import FRESH, SEEDLING, resolve_source
 
@@ -31,7 +32,8 @@ def config_file(place: Path) -> Path:
     raise RecipeError(
         f"there is no {found}", allowed="the config.json of a model, or a folder with one; seedling; or a hub id whose "
         "files are here already",
-        do="check the path, or download that file from the model's page; its weights are not needed",
+        do="did you mean seedling?" if nearest(name, [SEEDLING], cutoff=0.8) else
+        "check the path, or download that file from the model's page; its weights are not needed",
     )  # fmt: skip
 
 

@@ -25,14 +25,16 @@ def kind_of_recipe(values: Mapping[str, Any]) -> type[FinetuneRecipe]:
 
 def require_one_run(layered: Layered) -> None:
     """Raise RecipeError for a recipe that is none of a run that trains one adapter, before its keys are looked at."""
-    values, where = layered.values, layered.address("recipe")
+    values, where, file = layered.values, layered.address("recipe"), layered.file or "RECIPE"
     name = values.get("recipe", FINETUNE)
     if name == MERGE or MERGEKIT in values:
-        file = layered.file or "RECIPE"
         raise RecipeError(
             "a recipe of a merge, which trains nothing", where=where,
             do=f"luthier merge {file} --dry-run tells what it would do, luthier merge {file} --out DIR does it",
         )  # fmt: skip
+    if "adapters" in values or name == ADAPTATION:
+        what = "several adapters" if "adapters" in values else "stages"
+        raise RecipeError(f"a recipe of {what}, which is no single run", where=where, do=f"luthier train {file}")
     if name == SEVERAL:
         raise RecipeError(
             f"recipe: {name}, and no adapters", allowed="adapters: names, and below each what is its own", where=where
