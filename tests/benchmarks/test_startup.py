@@ -114,5 +114,4 @@ def test_the_stages_of_chat_rows_are_those_of_a_run(monkeypatch: pytest.MonkeyPa
     rows = [{"prompt": f"{n} and {n}?", "completion": f" {2 * n}"} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = stages.measured(path, "instruction", Tokenizer.of(tiny_tokenizer()))
-    # On a loaded machine the speed of so few bytes is rounded to nothing.
-    assert line["rows"] == line["kept"] == 40 and set(stages.STAGES) <= set(line)
+    assert line["rows"] == line["kept"] == 40 and all(line[name] > 0 for name in stages.STAGES)
