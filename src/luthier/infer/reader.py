@@ -107,29 +107,6 @@ def default_room(model: LanguageModel, layers: Layers) -> Room:
     return replace(plain, tokens=max(1, pages) * plain.page)
 
 
-def _lengths(parts: Sequence[Part]) -> Ints:
-    """How many places the text of each token of a pass has, (T,)."""
-    return np.repeat(np.array([part.continuation.length for part in parts], np.int32), [part.count for part in parts])
-
-
-def _in_turn(alone: Sequence[Part], *, beside: int) -> list[Part]:
-    """Which of the parts that are passes of their own have their turn, with so many parts `beside` them in a step.
-
-    Pieces of prompts all have it, as the scheduler gives a step few of them. Of tokens so many that each text has its
-    share of the time, or a few more: those that have waited longest.
-    """
-    pieces = [part for part in alone if part.count > 1]
-    tokens = [part for part in alone if part.count == 1]
-    most = max(ALONE, -(-len(tokens) // beside)) if beside else len(tokens)
-    # Sorting keeps the order of those that have waited as long.
-    tokens.sort(key=lambda part: -part.continuation.passed_over)
-    for part in tokens[:most]:
-        part.continuation.passed_over = 0
-    for part in tokens[most:]:
-        part.continuation.passed_over += 1
-    return [*pieces, *tokens[:most]]
-
-
 class Reader(ABC):
     """Holds continuations from their beginning to their end."""
 
@@ -386,3 +363,26 @@ class PagedReader(Reader):
                 each.prompt_said += log_probs_of(
                     logits, own, each.request.sampling.likeliest, backend=self.model.executor.backend
                 )
+
+
+def _in_turn(alone: Sequence[Part], *, beside: int) -> list[Part]:
+    """Which of the parts that are passes of their own have their turn, with so many parts `beside` them in a step.
+
+    Pieces of prompts all have it, as the scheduler gives a step few of them. Of tokens so many that each text has its
+    share of the time, or a few more: those that have waited longest.
+    """
+    pieces = [part for part in alone if part.count > 1]
+    tokens = [part for part in alone if part.count == 1]
+    most = max(ALONE, -(-len(tokens) // beside)) if beside else len(tokens)
+    # Sorting keeps the order of those that have waited as long.
+    tokens.sort(key=lambda part: -part.continuation.passed_over)
+    for part in tokens[:most]:
+        part.continuation.passed_over = 0
+    for part in tokens[most:]:
+        part.continuation.passed_over += 1
+    return [*pieces, *tokens[:most]]
+
+
+def _lengths(parts: Sequence[Part]) -> Ints:
+    """How many places the text of each token of a pass has, (T,)."""
+    return np.repeat(np.array([part.continuation.length for part in parts], np.int32), [part.count for part in parts])
