@@ -149,15 +149,19 @@ def nudged(module: torch.nn.Module) -> None:
 def within(
     form: str, bounds: Tolerance, wanted: Tensor, found: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    away = float((wanted - found).abs().max() / wanted.std(-1).mean())
+    # A gate asks about as many tokens as one of these texts has; the widest of all of them moves with the prose.
+    texts = (wanted - found).abs().flatten(1).amax(1) / wanted.std(-1).mean()
+    away, usual = float(texts.max()), float(texts.quantile(0.9))
     ahead, same = margins(wanted, found)
     sure = ahead > bounds.tie
     decided, widest = float(same[sure].float().mean()), max(ahead[~same].tolist(), default=0.0)
     kl = torch.nn.functional.kl_div(found.log_softmax(-1), wanted.softmax(-1), reduction="none").sum(-1).mean()
     with capsys.disabled():
-        print(f"\n{form:5} furthest {away:.2g}, KL {kl:.2g}, same {same.float().mean():.1%}, widest tie {widest:.2g}, "
+        print(f"\n{form:5} furthest {away:.2g}, {usual:.2g} in nine of ten texts, KL {kl:.2g}, "
+              f"same {same.float().mean():.1%}, widest tie {widest:.2g}, "
               f"{sure.float().mean():.0%} beyond {bounds.tie:g}, of which {decided:.1%}", end="")  # fmt: skip
-    assert away < bounds.difference and 1.5 * kl < bounds.kl and decided >= bounds.agreement
+    assert away < bounds.difference and 1.5 * usual < bounds.difference and 1.5 * kl < bounds.kl
+    assert decided >= bounds.agreement
 
 
 def test_blocks_of_256_in_a_model(tmp_path: Path) -> None:
