@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels import halves, native_backend, native_tokens
+from luthier.kernels import halves, many, native_backend
 from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
@@ -139,7 +139,7 @@ def test_the_best_of_each_row(backend: Backend, dtype: torch.dtype, size: int) -
 def test_products_of_few_rows(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
     """Breaks when the end of a row that is no whole vector is left out, or rows of the weight beyond the last block."""
     weight, bias = draw(outs, size, dtype=dtype, seed=1), draw(outs, dtype=dtype, seed=2)
-    for n in (0, 1, 2, 3, 4, 5, 7, 16, 32, 33):
+    for n in (0, 1, 2, 3, 4, 5, 7, 16, 32, 33, 128, 129):
         x = draw(n, size, dtype=dtype)
         for added in (None, bias):
             found = backend.product(x, weight, added)
@@ -156,8 +156,8 @@ def test_products_of_many_rows_without_instructions_for_them(biased: bool, monke
     monkeypatch.setattr(halves, "_PIECE", 300)
     for module in (halves, native_backend):
         monkeypatch.setattr(module, "multiplies_halves", lambda: False)
-    monkeypatch.setattr(native_backend, "multiplies_many", lambda: False)
-    monkeypatch.setattr(native_tokens, "multiplies_whole", lambda: False)
+    monkeypatch.setattr(many, "multiplies_many", lambda: False)
+    monkeypatch.setattr(many, "multiplies_whole", lambda: False)
     x, weight = draw(40, 70, dtype=torch.bfloat16), draw(30, 70, dtype=torch.bfloat16, seed=1)
     bias = draw(30, dtype=torch.bfloat16, seed=2) if biased else None
     wanted = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
@@ -212,6 +212,7 @@ def test_products_of_many_rows_with_codes_without_instructions_for_them(
     """Breaks when a piece of the weight begins inside a block of codes, or the last one is left out."""
     monkeypatch.setattr(halves, "_PIECE", 300)
     monkeypatch.setattr(native_backend, "multiplies_halves", lambda: False)
+    monkeypatch.setattr(many, "multiplies_many", lambda: False)
     native, blocks = NativeBackend.build(), -(-outs * size // block)
     assert native.multiplies_packed(40, dtype)
     codes, levels = whole(-(-outs * size // 2), most=255, seed=1), draw(16, dtype=torch.float32).sort().values
@@ -313,8 +314,8 @@ def whole(*shape: int, most: int, seed: int, dtype: torch.dtype = torch.uint8) -
 def test_products_of_bytes(backend: Backend, dtype: torch.dtype, size: int, outs: int) -> None:
     """Breaks when a sign is lost, a scale belongs to another row, or the end of a row is left out."""
     codes, scales = whole(outs, size, most=127, seed=1, dtype=torch.int8), draw(outs, dtype=torch.float32, seed=2).abs()
-    x = draw(128, size, dtype=dtype)
-    for n in (1, 2, 3, 4, 5, 9, 16, 17, 128):
+    x = draw(300, size, dtype=dtype)
+    for n in (1, 2, 3, 4, 5, 9, 16, 17, 32, 33, 128, 300):
         expected = TWIN.product_of_bytes(x[:n].double(), codes, scales.double())
         close(backend.product_of_bytes(x[:n], codes, scales), expected.to(dtype), dtype)
 
@@ -398,7 +399,7 @@ def test_products_of_codes(
         own = (whole(blocks, most=255, seed=3), draw(256, dtype=torch.float32, seed=4), torch.tensor(2.0), 3)
         scales = BlockScales(scales.numbers[: -(-blocks // 3)], *own)
     weight = backend.unpacked(codes, scales.each(), levels, block, outs * size, dtype).view(outs, size)
-    for n in (1, 2, 9):
+    for n in (1, 2, 9, 33, 300):
         x = draw(n, size, dtype=dtype)
         found = backend.product_of_codes(x, codes, scales, levels, block, outs)
         close(found, (x.double() @ weight.double().t()).to(dtype), dtype)

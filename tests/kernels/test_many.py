@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.kernels import native_backend
+from luthier.kernels import many
 from luthier.kernels.many import NARROW, Summand, by_library, multiplies_many
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.products import Factor, Products
 from luthier.kernels.torch_backend import TorchBackend
 
-ROWS = (33, 97, 100, 397)
+ROWS = (33, 97, 100, 129, 130, 397)
 SHAPES = ((2, 1), (16, 15), (30, 16), (32, 17), (34, 48), (130, 64), (64, 65), (288, 200), (4098, 70), (9000, 16))
 """Inputs and outputs of a product: whole vectors and panels, less and more; W in one piece, and in several."""
 HALF = torch.bfloat16
@@ -25,7 +25,7 @@ native = NativeBackend.build()
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is tested on every processor, also where it is not the fastest."""
-    monkeypatch.setattr(native_backend, "multiplies_many", lambda: True)
+    monkeypatch.setattr(many, "multiplies_many", lambda: True)
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -143,7 +143,7 @@ def test_no_memory_is_an_error_and_not_a_number(monkeypatch: pytest.MonkeyPatch)
     """Breaks when a failed workspace leaves a result that nobody has written."""
     monkeypatch.setitem(native._functions, ("product_sums", HALF), lambda *_: 1)
     with pytest.raises(torch.OutOfMemoryError, match="product_sums"):
-        native.summed((Summand(drawn(40, 8, seed=1), drawn(8, 8, seed=2)),))
+        native.summed((Summand(drawn(140, 8, seed=1), drawn(8, 8, seed=2)),))
 
 
 def test_a_layer_with_its_term_is_as_in_plain_torch_forward_and_back() -> None:

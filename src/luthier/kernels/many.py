@@ -24,10 +24,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from luthier.kernels.halves import add_low_rank
+from luthier.kernels.halves import add_low_rank, multiplies_whole
 
 NARROW: Final = 128
 """Columns of one side up to which products over rows are faster than the library's; those of whole weights are not."""
+FEW: Final = 32
+"""Rows up to which our products are faster than the library's, or as fast, on any CPU."""
+SOME: Final = 128
+"""Rows up to which a weight is read faster as it lies, by the kernels of few rows, than packed and multiplied."""
+PACKED: Final = 256
+"""Rows up to which a weight in fewer bits is unpacked in the caches, again for each `SOME` of them, at least as fast as
+once in memory."""
 DEEP: Final = 1 << 16
 """Inputs from which on, as those of a head of many words on the way back, the library's products are faster."""
 
@@ -44,6 +51,21 @@ class Summand(NamedTuple):
 def multiplies_many() -> bool:
     """Whether this CPU multiplies pairs of bfloat16 numbers in its vectors, and has nothing that is faster."""
     return bool(torch.cpu._is_avx512_bf16_supported()) and not torch.cpu._is_amx_tile_supported()
+
+
+def few_rows(dtype: torch.dtype) -> int:
+    """Rows up to which a weight is read as it lies: more where vectors multiply pairs."""
+    return SOME if dtype == torch.bfloat16 and multiplies_many() else FEW
+
+
+def few_rows_of_codes(dtype: torch.dtype) -> int:
+    """Rows up to which a weight in fewer bits is unpacked in the caches."""
+    return PACKED if few_rows(dtype) == SOME else FEW
+
+
+def few_rows_of_bytes(dtype: torch.dtype) -> int:
+    """The same of whole numbers of eight bits, which some processors without such vectors multiply as they are."""
+    return max(few_rows_of_codes(dtype), SOME if dtype == torch.bfloat16 and multiplies_whole() else FEW)
 
 
 def by_library(
@@ -69,6 +91,15 @@ def by_library(
 def outs_of(part: Summand) -> int:
     """The columns of a product."""
     return part.weight.shape[1] if part.across else part.weight.shape[0]
+
+
+def are_few(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> bool:
+    """Whether these are few rows of numbers as the C++ reads them, and the weight is what it looks like, which a packed
+    one is not."""
+    if not 0 < len(x) <= few_rows(x.dtype) or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
+    return plain and weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
 
 
 def are_taken(

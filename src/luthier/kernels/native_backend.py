@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Final, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
-from luthier.kernels import native_build
+from luthier.kernels import many, native_build
 from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
 from luthier.kernels.halves import (
@@ -26,8 +25,8 @@ from luthier.kernels.halves import (
     product_of_many_bytes,
     product_of_many_codes,
 )
-from luthier.kernels.many import NARROW, Summand, are_taken, by_library, laid_out, lie_plain, multiplies_many, outs_of
-from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, FEW, NativeTokenBlocks, few_of_bytes, is_bare
+from luthier.kernels.many import FEW, Summand
+from luthier.kernels.native_tokens import ARGUMENTS, EVERYTHING, NativeTokenBlocks, is_bare
 from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
@@ -268,10 +267,8 @@ class NativeBackend(Backend):
         self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[Float[Tensor, "n _"]]:
         rows, size = x.shape
-        if rows > FEW:
-            return [self.summed((Summand(x, weight),), bias) for weight, bias in layers]
-        if not rows or len(layers) > 3 or not all(_are_plain(x, *layer) for layer in layers):
-            return [F.linear(x, weight, bias) for weight, bias in layers]
+        if len(layers) > 3 or not all(many.are_few(x, *layer) for layer in layers):
+            return [self._summed((Summand(x, weight),), bias) for weight, bias in layers]
         sizes = [weight.shape[0] for weight, _ in layers]
         found = [x.new_empty(rows, outs) for outs in sizes]
         given = [each for (weight, bias), y in zip(layers, found, strict=True) for each in (weight, bias, y)]
@@ -287,19 +284,26 @@ class NativeBackend(Backend):
         *,
         out: Float[Tensor, "n out"] | None = None,
     ) -> Float[Tensor, "n out"]:
+        if out is None and len(parts) == 1 and not parts[0].across:
+            return self.product(parts[0].x, parts[0].weight, bias)
+        return self._summed(parts, bias, out)
+
+    def _summed(
+        self, parts: Sequence[Summand], bias: Tensor | None, out: Tensor | None = None
+    ) -> Float[Tensor, "n out"]:
         rows = len(parts[0].x)
-        if rows <= FEW or not multiplies_many() or not are_taken(parts, bias, out):
-            return by_library(parts, bias, out, self.product if rows <= FEW else product_by_library)
-        y = out if out is not None else parts[0].x.new_empty(rows, outs_of(parts[0]))
-        self._call("product_sums", y.dtype, laid_out(parts), bias, y, len(parts), y.stride(0), *y.shape)
+        if rows <= FEW or not many.multiplies_many() or not many.are_taken(parts, bias, out):
+            return many.by_library(parts, bias, out, self.product if len(parts) > 1 else product_by_library)
+        y = out if out is not None else parts[0].x.new_empty(rows, many.outs_of(parts[0]))
+        self._call("product_sums", y.dtype, many.laid_out(parts), bias, y, len(parts), y.stride(0), *y.shape)
         return y
 
     def crossed(
         self, left: Float[Tensor, "n p"], right: Float[Tensor, "n q"], dtype: torch.dtype
     ) -> Float[Tensor, "p q"]:
         (rows, high), wide = left.shape, right.shape[1]
-        narrow = rows > FEW and min(high, wide) <= NARROW and dtype in (torch.float32, left.dtype)
-        if not narrow or not multiplies_many() or not lie_plain(left, right):
+        narrow = rows > FEW and min(high, wide) <= many.NARROW and dtype in (torch.float32, left.dtype)
+        if not narrow or not many.multiplies_many() or not many.lie_plain(left, right):
             return super().crossed(left, right, dtype)
         found = torch.empty(high, wide, dtype=dtype)
         one, other, steps = (left, right, (wide, 1)) if high <= wide else (right, left, (1, wide))
@@ -313,10 +317,10 @@ class NativeBackend(Backend):
 
     def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
         # Many rows by floats in pieces, where a library's product of bfloat16 numbers would be imitated.
-        return rows > 0 and (rows <= FEW or not multiplies_halves())
+        return rows > 0 and (rows <= many.few_rows_of_codes(dtype) or not multiplies_halves())
 
     def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
-        return 0 < rows <= few_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
+        return 0 < rows <= many.few_rows_of_bytes(dtype) or self.multiplies_packed(rows, dtype)
 
     def product_of_bytes(
         self, x: Float[Tensor, "n in"], codes: Int8[Tensor, "out in"], scales: Float[Tensor, " out"]
@@ -324,7 +328,7 @@ class NativeBackend(Backend):
         (rows, size), outs = x.shape, codes.shape[0]
         if not rows or x.dtype not in _PRECISIONS:
             return bytes_unpacked_and_multiplied(x, codes, scales)
-        if rows > few_of_bytes(x.dtype) and not multiplies_halves():
+        if rows > many.few_rows_of_bytes(x.dtype) and not multiplies_halves():
             return product_of_many_bytes(x, codes, scales)
         out = x.new_empty(rows, outs)
         given = (x.contiguous(), codes.contiguous(), scales.contiguous())
@@ -381,14 +385,6 @@ def _places(runs: Sequence[Run], seen: Seen | None) -> tuple[Tensor, Tensor | No
     firsts = torch.tensor([0, *map(len, seen.ranges)], dtype=torch.int64).cumsum(0)
     ranges = torch.tensor([row for own in seen.ranges for row in own], dtype=torch.int64).reshape(-1, 2)
     return starts, firsts, ranges, len(lengths), seen.outside
-
-
-def _are_plain(x: Float[Tensor, "n in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> bool:
-    """Whether these are numbers as the C++ reads them, and the weight is what it looks like: a packed one is a tensor
-    too."""
-    dtype = x.dtype
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.numel() > 0
-    return plain and dtype in _PRECISIONS and weight.dtype == dtype and (bias is None or bias.dtype == dtype)
 
 
 def _sizes(query: Float[Tensor, "n heads size"], key: Float[Tensor, "m groups size"]) -> tuple[int, int, int]:

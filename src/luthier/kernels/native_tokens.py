@@ -18,12 +18,8 @@ from torch import Tensor, nn
 
 from luthier.kernels.addresses import nowhere
 from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, Paged, RowCodes, TokenBlocks
-from luthier.kernels.halves import multiplies_whole
+from luthier.kernels.many import FEW
 
-FEW: Final = 32
-"""Rows up to which our products are faster than the library's, or as fast."""
-FEW_WHOLE: Final = 128
-"""Rows up to which products of whole numbers are faster than to unpack the weight for the library, or as fast."""
 EVERYTHING: Final = 2**62
 """The window of a token that sees all that is before it."""
 _POINTER, _WHOLE = ctypes.c_void_p, ctypes.c_int64
@@ -152,8 +148,3 @@ def _table(added: AddedTerms) -> Any:
     for each in (own for block in added.terms for own in block):
         pointers += (None, None) if each is None else (each.table.data_ptr(), each.scales.data_ptr())
     return (_POINTER * len(pointers))(*pointers)
-
-
-def few_of_bytes(dtype: torch.dtype) -> int:
-    """Up to how many rows weights of whole numbers are multiplied as they are."""
-    return FEW_WHOLE if dtype == torch.bfloat16 and multiplies_whole() else FEW

@@ -1,6 +1,7 @@
 // x W^T for a few rows of x and a weight in fewer bits: see few.h. A few rows of W at a time become numbers in the
 // cache of a core, bfloat16 or float as those of x, and are multiplied there; W as numbers is never in memory. Or, where
-// the processor multiplies whole numbers, those of eight bits are multiplied as they lie: see whole.h.
+// the processor multiplies whole numbers, those of eight bits are multiplied as they lie, see whole.h, with so few rows
+// that to read W is what takes the time: it takes two products where bfloat16 numbers take one.
 
 #include "few.h"
 #include "lookup.h"
@@ -8,11 +9,16 @@
 
 namespace {
 
-// What multiplies whole numbers of eight bits with rows of a type.
-template <typename T> struct BytesKind { typedef Floats Kind; };
-#if defined(MULTIPLIES_WHOLE)
-template <> struct BytesKind<bf16> { typedef Wholes Kind; };
+// What multiplies whole numbers of eight bits with a few rows of a type, and with more of them.
+template <typename T> struct BytesKind { typedef Floats Few, More; };
+#if defined(__AVX512BF16__)
+template <> struct BytesKind<bf16> { typedef Wholes Few; typedef Halves More; };
+#elif defined(MULTIPLIES_WHOLE)
+template <> struct BytesKind<bf16> { typedef Wholes Few, More; };
 #endif
+
+constexpr int64_t FEW = 32;       // rows that are multiplied by whole numbers, where there is another way for more
+constexpr int64_t AT_ONCE = 128;  // rows at once: a piece of them stays in the second cache
 
 template <typename Number> static inline void filled_up(Number* to, int64_t from, int64_t until) {
     for (int64_t i = from; i < until; i++) to[i] = Number{};
@@ -28,6 +34,16 @@ static inline void whole_numbers(const int8_t* from, int64_t count, float* to) {
     for (; i + LANES <= count; i += LANES) *reinterpret_cast<Vector*>(to + i) = widened(from + i);
     for (; i < count; i++) to[i] = from[i];
 }
+#if defined(__AVX512BF16__)
+static inline void whole_numbers(const int8_t* from, int64_t count, bf16* to) {
+    int64_t i = 0;
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        const __m512 low = (__m512)widened(from + i), high = (__m512)widened(from + i + LANES);
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    for (; i < count; i++) to[i] = narrow<bf16>(from[i]);
+}
+#endif
 
 // Whole numbers of eight bits with a scale for each row, which is multiplied in at the end.
 template <typename Kind> struct Bytes {
@@ -35,7 +51,7 @@ template <typename Kind> struct Bytes {
     const int8_t* codes;
     const float* scales;
     int64_t size, outs;
-    static constexpr bool LINES = true, AS_IT_IS = sizeof(Number) == 1;
+    static constexpr bool AS_IT_IS = sizeof(Number) == 1, LINES = AS_IT_IS || sizeof(Number) == sizeof(float);
     static constexpr int together(int rows) { return AS_IT_IS ? 1 : rows == 1 ? 4 : 2; }
     struct Line {
         const int8_t* from;
@@ -126,26 +142,43 @@ template <typename T> struct Asked {
     int64_t outs;
 };
 
-// Up to three products of the same rows; the first that has no codes is the end.
-template <typename T> int products_of_bytes(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
-    typedef typename BytesKind<T>::Kind Kind;
-    const FewRows<Kind, T> rows(x, n, size);
+// Rows `begin` to `end` of x with up to three weights; the first that has no codes is the end.
+template <typename Kind, typename T>
+int products_of_some(const T* x, const Asked<T> (&asked)[3], int64_t begin, int64_t end, int64_t size) {
+    const FewRows<Kind, T> rows(x + begin * size, end - begin, size);
     Wanted<T, Bytes<Kind>> wanted[3];
     int count = 0;
     for (; count < 3 && asked[count].codes != nullptr; count++) {
         const Asked<T>& one = asked[count];
-        wanted[count] = {{one.codes, one.scales, size, one.outs}, one.y};
+        wanted[count] = {{one.codes, one.scales, size, one.outs}, one.y + begin * one.outs};
     }
     return few<Kind, T>(rows, wanted, count);
+}
+
+// part(begin, end) for all of n rows, as many at once as there is room for in the caches; 1 when one of them is.
+template <typename Do> int in_parts(int64_t n, const Do& part) {
+    const int64_t parts = (n + AT_ONCE - 1) / AT_ONCE;
+    for (int64_t i = 0; i < parts; i++)
+        if (part(n * i / parts, n * (i + 1) / parts)) return 1;
+    return 0;
+}
+
+template <typename T> int products_of_bytes(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
+    if (n <= FEW) return products_of_some<typename BytesKind<T>::Few>(x, asked, 0, n, size);
+    return in_parts(n, [&](int64_t begin, int64_t end) {
+        return products_of_some<typename BytesKind<T>::More>(x, asked, begin, end, size);
+    });
 }
 
 template <typename T>
 int product_of_codes(const T* x, const uint8_t* codes, const Scales& scales, const float* levels, T* y, int64_t n,
                      int64_t size, int64_t outs, int64_t each) {
     typedef typename KindOf<T>::Kind Kind;
-    const FewRows<Kind, T> rows(x, n, size);
-    const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y};
-    return few<Kind, T>(rows, &wanted, 1);
+    return in_parts(n, [&](int64_t begin, int64_t end) {
+        const FewRows<Kind, T> rows(x + begin * size, end - begin, size);
+        const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y + begin * outs};
+        return few<Kind, T>(rows, &wanted, 1);
+    });
 }
 
 }  // namespace
