@@ -65,6 +65,31 @@ def test_several_threads_may_call_at_once(native: Backend) -> None:
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+def test_calls_at_once_have_memory_of_their_own(native: Backend) -> None:
+    """Breaks when what is kept for the next call is given to two, or is too small for who gets it: rows of an odd size
+    are copied before they are multiplied, here into 50 kB to 800 kB."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 3001, generator=generator).bfloat16()
+    rows = [torch.randn(count, 3001, generator=generator).bfloat16() for count in (8, 130, 16, 64, 31, 128)]
+    expected = [native.product(x, weight, None) for x in rows]
+    for x, found in zip(rows, expected, strict=True):
+        assert torch.allclose(found.float(), x.float() @ weight.float().t(), atol=2.0)
+    wrong: list[int] = []
+
+    def call(first: int) -> None:
+        for turn in range(40):
+            own = (first + turn) % len(rows)
+            if not torch.equal(native.product(rows[own], weight, None), expected[own]):
+                wrong.append(own)
+
+    threads = [threading.Thread(target=call, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+
+
 OURS = """
 import os, sys, torch
 from tests.kernels import test_team

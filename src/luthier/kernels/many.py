@@ -31,10 +31,8 @@ NARROW: Final = 128
 FEW: Final = 32
 """Rows up to which our products are faster than the library's, or as fast, on any CPU."""
 SOME: Final = 128
-"""Rows up to which a weight is read faster as it lies, by the kernels of few rows, than packed and multiplied."""
-PACKED: Final = 256
-"""Rows up to which a weight in fewer bits is unpacked in the caches, again for each `SOME` of them, at least as fast as
-once in memory."""
+"""Rows up to which a weight is read faster as it lies, by the kernels of few rows, than packed and multiplied, and one
+in fewer bits is unpacked faster in the caches than in memory."""
 DEEP: Final = 1 << 16
 """Inputs from which on, as those of a head of many words on the way back, the library's products are faster."""
 
@@ -54,18 +52,13 @@ def multiplies_many() -> bool:
 
 
 def few_rows(dtype: torch.dtype) -> int:
-    """Rows up to which a weight is read as it lies: more where vectors multiply pairs."""
+    """Rows up to which a weight is read as it lies, or as it is kept: more where vectors multiply pairs."""
     return SOME if dtype == torch.bfloat16 and multiplies_many() else FEW
-
-
-def few_rows_of_codes(dtype: torch.dtype) -> int:
-    """Rows up to which a weight in fewer bits is unpacked in the caches."""
-    return PACKED if few_rows(dtype) == SOME else FEW
 
 
 def few_rows_of_bytes(dtype: torch.dtype) -> int:
     """The same of whole numbers of eight bits, which some processors without such vectors multiply as they are."""
-    return max(few_rows_of_codes(dtype), SOME if dtype == torch.bfloat16 and multiplies_whole() else FEW)
+    return max(few_rows(dtype), SOME if dtype == torch.bfloat16 and multiplies_whole() else FEW)
 
 
 def by_library(

@@ -317,7 +317,7 @@ class NativeBackend(Backend):
 
     def multiplies_packed(self, rows: int, dtype: torch.dtype) -> bool:
         # Many rows by floats in pieces, where a library's product of bfloat16 numbers would be imitated.
-        return rows > 0 and (rows <= many.few_rows_of_codes(dtype) or not multiplies_halves())
+        return rows > 0 and (rows <= many.few_rows(dtype) or not multiplies_halves())
 
     def multiplies_bytes(self, rows: int, dtype: torch.dtype) -> bool:
         return 0 < rows <= many.few_rows_of_bytes(dtype) or self.multiplies_packed(rows, dtype)

@@ -3,10 +3,10 @@
 // by one, bit for bit; what is saved is the way to them, which takes longer than a small product.
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 #include "numbers.h"
+#include "scratch.h"
 
 #define DECLARED(T, NAME)                                                                                              \
     extern "C" void norm_##NAME(const T*, const T*, T*, float*, int64_t, int64_t, float, int64_t);                     \
@@ -181,14 +181,14 @@ int all_blocks(const Block<T>* blocks, T* const* kept, const Group* groups, cons
         wide = std::max(wide, pass.n * (pass.width + both + 2 * own.inner));
         heads = std::max(heads, own.heads);
     }
-    float* const inverse = static_cast<float*>(std::malloc(sizeof(T) * wide + sizeof(float) * pass.n * heads));
+    const Scratch scratch(sizeof(T) * wide + sizeof(float) * pass.n * heads);
+    float* const inverse = reinterpret_cast<float*>(scratch.at());
     if (inverse == nullptr) return 1;
     const BlockTerms none = {};
     int failed = 0;
     for (int64_t i = 0; i < count && !failed; i++)
         failed = one_block<T>(i == 0 ? x : out, out, blocks[i], terms == nullptr ? none : terms[i], kept[2 * i],
                               kept[2 * i + 1], groups[of[i]], pass, inverse);
-    std::free(inverse);
     return failed;
 }
 

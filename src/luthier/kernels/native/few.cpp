@@ -40,9 +40,7 @@ template <typename Kind, typename T> struct Plain {
         return {room, PIECE, next, row_bytes(), step};
     }
     Vector beside(int64_t first, int64_t count) const {
-        Vector own = {};
-        for (int64_t o = 0; o < count && bias != nullptr; o++) own[o] = widen(bias[first + o]);
-        return own;
+        return beginning(bias == nullptr ? nullptr : bias + first, count);
     }
     static Vector finish(Vector sums, Vector beside) { return sums + beside; }
 };

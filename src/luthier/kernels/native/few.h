@@ -116,26 +116,24 @@ template <typename Kind, typename T> struct FewRows {
     typedef typename Kind::Number Number;
     const Number* at;
     int64_t stride, rows, whole, rest;  // numbers of a row that are whole vectors, and those behind
-    Number* room = nullptr;
+    Scratch scratch;
     bool failed = false;
     FewRows(const T* x, int64_t rows, int64_t size)
-        : stride(size), rows(rows), whole(size / Kind::WIDE * Kind::WIDE), rest(size % Kind::WIDE) {
-        if constexpr (sizeof(T) == sizeof(Number)) {
-            if (rest == 0) {
-                at = reinterpret_cast<const Number*>(x);
-                return;
-            }
+        : stride(up_to(size, Kind::WIDE)), rows(rows), whole(size / Kind::WIDE * Kind::WIDE), rest(size % Kind::WIDE),
+          scratch(lie_there(rest) ? 0 : sizeof(Number) * rows * stride + 64) {
+        if (lie_there(rest)) {
+            at = reinterpret_cast<const Number*>(x);
+            return;
         }
-        stride = up_to(size, Kind::WIDE);
-        at = room = static_cast<Number*>(std::aligned_alloc(64, up_to(sizeof(Number) * rows * stride + 64, 64)));
+        Number* const room = reinterpret_cast<Number*>(scratch.at());
+        at = room;
         failed = room == nullptr;
         for (int64_t row = 0; row < rows && !failed; row++) {
             for (int64_t i = 0; i < size; i++) room[row * stride + i] = narrow<Number>(widen(x[row * size + i]));
             for (int64_t i = size; i < stride; i++) room[row * stride + i] = narrow<Number>(0.0f);
         }
     }
-    ~FewRows() { std::free(room); }
-    FewRows(const FewRows&) = delete;
+    static constexpr bool lie_there(int64_t rest) { return sizeof(T) == sizeof(Number) && rest == 0; }
 };
 
 constexpr int64_t OUTS = LANES == 16 ? 6 : 4;  // rows of W at once
@@ -300,15 +298,33 @@ __attribute__((noinline)) static void lines_dots(const Source& source, const Few
         for (int r = 0; r < ROWS; r++) sums[r * OUTS + o] = typename Kind::Sum{};
 }
 
+// The totals of OUTS sums with a row of x. They stay in registers: numbers that were just written four by four cannot be
+// read together before all that is older has been done, and that are loads of W.
+template <typename Kind>
+static inline Vector totals_of(const typename Kind::Sum* sums, const typename Kind::Word* x) {
+    const Four first = four_of<Kind>(sums, 0, OUTS, x, 0);
+#if defined(__AVX512F__)
+    const Four second = four_of<Kind>(sums, 4, OUTS, x, 0);
+    return (Vector)_mm512_insertf32x4(_mm512_castps128_ps512((__m128)first), (__m128)second, 1);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_castps128_ps256((__m128)first);
+#else
+    return (Vector)first;
+#endif
+}
+
 template <typename Kind, typename T, typename Source>
 static inline void lines(const Source& source, const FewRows<Kind, T>& x, int64_t first, int64_t count,
-                         typename Kind::Sum* sums, float* found) {
+                         typename Kind::Sum* sums, T* y) {
     if (x.rows == 1) lines_dots<Kind, 1>(source, x, first, count, sums);
     else if (x.rows == 2) lines_dots<Kind, 2>(source, x, first, count, sums);
     else if (x.rows == 3) lines_dots<Kind, 3>(source, x, first, count, sums);
     else lines_dots<Kind, 4>(source, x, first, count, sums);
-    for (int64_t i = 0; i < x.rows * OUTS; i += 4)
-        *reinterpret_cast<Four*>(found + i) = four_of<Kind>(sums, i, x.rows * OUTS, x.at, x.stride);
+    const Vector beside = source.beside(first, count);
+    for (int64_t row = 0; row < x.rows; row++) {
+        const Vector own = totals_of<Kind>(sums + row * OUTS, x.at + row * x.stride);
+        put<T>(source.finish(own, beside), count, y + row * source.outs + first);
+    }
 }
 
 // The totals of all rows of x with OUTS rows of W, piece by piece.
@@ -377,7 +393,7 @@ template <typename Kind, typename T, typename Source>
 static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int count) {
     typedef typename Kind::Number Number;
     typedef typename Kind::Sum Sum;
-    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + sizeof(float)) * OUTS * x.rows + 64 * 5);
+    const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + 2 * sizeof(float)) * OUTS * x.rows + 64 * 7);
     if (rooms.at == nullptr || x.failed) return 1;
     const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
     const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
@@ -386,18 +402,26 @@ static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int c
         auto shelf = rooms.of(member);
         Number* room = shelf.template take<Number>(OUTS * PIECE);
         Sum* sums = shelf.template take<Sum>(OUTS * x.rows);
-        float* found = shelf.template take<float>(OUTS * x.rows + LANES);
+        float* found[2];
+        for (float*& each : found) each = shelf.template take<float>(OUTS * x.rows + LANES);
         const int i = parts.of(part);
         const Source& source = wanted[i].source;
         const int64_t begin = parts.first(i, part), end = parts.first(i, part + 1);
-        for (int64_t block = begin; block < end; block++) {
-            const int64_t first = block * OUTS, held = std::min(OUTS, source.outs - first);
-            if constexpr (Source::LINES) {
-                if (by_line) lines<Kind, T>(source, x, first, held, sums, found);
-            }
-            if (!by_line) pieces<Kind, T>(source, x, first, held, room, sums, found);
-            finish<T>(source, x.rows, first, held, found, wanted[i].y);
+        const auto held = [&](int64_t block) { return std::min(OUTS, source.outs - block * OUTS); };
+        const auto done = [&](int64_t block) {
+            finish<T>(source, x.rows, block * OUTS, held(block), found[block % 2], wanted[i].y);
+        };
+        if constexpr (Source::LINES) {
+            for (int64_t block = begin; by_line && block < end; block++)
+                lines<Kind, T>(source, x, block * OUTS, held(block), sums, wanted[i].y);
+            if (by_line) return;
         }
+        // Totals are read again a block later, for the same reason for which those of a row stay in registers.
+        for (int64_t block = begin; block < end; block++) {
+            pieces<Kind, T>(source, x, block * OUTS, held(block), room, sums, found[block % 2]);
+            if (block > begin) done(block - 1);
+        }
+        if (begin < end) done(end - 1);
     };
     Team::run(parts.all(), work, parts.work * ((x.rows + LINE_ROWS - 1) / LINE_ROWS) > ALONE);
     return 0;

@@ -44,9 +44,7 @@ template <typename Step, typename T> struct Panel {
 // The bias of `there` columns of a panel, or zeros.
 template <typename Step, typename T>
 static inline Vector beside_of(const Panel<Step, T>& panel, int64_t column, int64_t there) {
-    Vector beside = {};
-    for (int64_t o = 0; panel.bias != nullptr && o < there; o++) beside[o] = widen(panel.bias[column + o]);
-    return beside;
+    return beginning(panel.bias == nullptr ? nullptr : panel.bias + column, there);
 }
 
 // ROWS rows of y from `row` on.

@@ -11,14 +11,13 @@ namespace {
 
 // What multiplies whole numbers of eight bits with a few rows of a type, and with more of them.
 template <typename T> struct BytesKind { typedef Floats Few, More; };
-#if defined(__AVX512BF16__)
+#if defined(MULTIPLIES_WHOLE) && defined(__AVX512BF16__)
 template <> struct BytesKind<bf16> { typedef Wholes Few; typedef Halves More; };
 #elif defined(MULTIPLIES_WHOLE)
 template <> struct BytesKind<bf16> { typedef Wholes Few, More; };
 #endif
 
-constexpr int64_t FEW = 32;       // rows that are multiplied by whole numbers, where there is another way for more
-constexpr int64_t AT_ONCE = 128;  // rows at once: a piece of them stays in the second cache
+constexpr int64_t FEW = 32;  // rows that are multiplied by whole numbers, where there is another way for more
 
 template <typename Number> static inline void filled_up(Number* to, int64_t from, int64_t until) {
     for (int64_t i = from; i < until; i++) to[i] = Number{};
@@ -86,9 +85,7 @@ template <typename Kind> struct Bytes {
         return {room, PIECE, nullptr, 0, 0};
     }
     Vector beside(int64_t first, int64_t count) const {
-        Vector own = {};
-        for (int64_t o = 0; o < count; o++) own[o] = scales[first + o];
-        return own;
+        return beginning(scales + first, count);
     }
     static Vector finish(Vector sums, Vector beside) { return sums * beside; }
 };
@@ -142,43 +139,31 @@ template <typename T> struct Asked {
     int64_t outs;
 };
 
-// Rows `begin` to `end` of x with up to three weights; the first that has no codes is the end.
+// Up to three products of the same rows; the first that has no codes is the end.
 template <typename Kind, typename T>
-int products_of_some(const T* x, const Asked<T> (&asked)[3], int64_t begin, int64_t end, int64_t size) {
-    const FewRows<Kind, T> rows(x + begin * size, end - begin, size);
+int products_by(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
+    const FewRows<Kind, T> rows(x, n, size);
     Wanted<T, Bytes<Kind>> wanted[3];
     int count = 0;
     for (; count < 3 && asked[count].codes != nullptr; count++) {
         const Asked<T>& one = asked[count];
-        wanted[count] = {{one.codes, one.scales, size, one.outs}, one.y + begin * one.outs};
+        wanted[count] = {{one.codes, one.scales, size, one.outs}, one.y};
     }
     return few<Kind, T>(rows, wanted, count);
 }
 
-// part(begin, end) for all of n rows, as many at once as there is room for in the caches; 1 when one of them is.
-template <typename Do> int in_parts(int64_t n, const Do& part) {
-    const int64_t parts = (n + AT_ONCE - 1) / AT_ONCE;
-    for (int64_t i = 0; i < parts; i++)
-        if (part(n * i / parts, n * (i + 1) / parts)) return 1;
-    return 0;
-}
-
 template <typename T> int products_of_bytes(const T* x, const Asked<T> (&asked)[3], int64_t n, int64_t size) {
-    if (n <= FEW) return products_of_some<typename BytesKind<T>::Few>(x, asked, 0, n, size);
-    return in_parts(n, [&](int64_t begin, int64_t end) {
-        return products_of_some<typename BytesKind<T>::More>(x, asked, begin, end, size);
-    });
+    if (n <= FEW) return products_by<typename BytesKind<T>::Few>(x, asked, n, size);
+    return products_by<typename BytesKind<T>::More>(x, asked, n, size);
 }
 
 template <typename T>
 int product_of_codes(const T* x, const uint8_t* codes, const Scales& scales, const float* levels, T* y, int64_t n,
                      int64_t size, int64_t outs, int64_t each) {
     typedef typename KindOf<T>::Kind Kind;
-    return in_parts(n, [&](int64_t begin, int64_t end) {
-        const FewRows<Kind, T> rows(x + begin * size, end - begin, size);
-        const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y + begin * outs};
-        return few<Kind, T>(rows, &wanted, 1);
-    });
+    const FewRows<Kind, T> rows(x, n, size);
+    const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y};
+    return few<Kind, T>(rows, &wanted, 1);
 }
 
 }  // namespace

@@ -4,21 +4,18 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-
 #include "products.h"
+#include "scratch.h"
 
 static inline int64_t up_to(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
 // Memory for all threads of a call, taken before they start: a failure there can be told, and not within.
 struct Rooms {
-    char* at;
     int64_t each;
-    explicit Rooms(int64_t bytes) : at(nullptr), each(up_to(bytes, 64)) {
-        at = static_cast<char*>(std::aligned_alloc(64, each * omp_get_max_threads()));
-    }
-    ~Rooms() { std::free(at); }
-    Rooms(const Rooms&) = delete;
+    Scratch scratch;
+    char* at;
+    explicit Rooms(int64_t bytes)
+        : each(up_to(bytes, 64)), scratch(each * omp_get_max_threads()), at(scratch.at()) {}
     // The parts of this thread's room, one after the other.
     struct Shelf {
         char* at;

@@ -51,6 +51,20 @@ template <typename T> static inline void put(Vector found, int64_t count, T* to)
 #endif
 }
 
+// The first numbers of a vector from where they lie, and zeros behind them; zeros where they lie nowhere.
+template <typename T> static inline Vector beginning(const T* from, int64_t count) {
+    Vector found = {};
+    if (from == nullptr) return found;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __mmask16 there = __mmask16((1u << count) - 1);
+    if constexpr (sizeof(T) == 4) return (Vector)_mm512_maskz_loadu_ps(there, from);
+    else return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from)), 16);
+#else
+    for (int64_t i = 0; i < count; i++) found[i] = widen(from[i]);
+    return found;
+#endif
+}
+
 // each(0), each(1), ... with the numbers known to the compiler: only so does it keep an array in registers.
 #define INLINED __attribute__((always_inline))
 template <typename Do, int... I> INLINED static inline void times(const Do& each, std::integer_sequence<int, I...>) {

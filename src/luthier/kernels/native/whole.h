@@ -108,15 +108,14 @@ static inline void as_wholes(const bf16* row, int64_t size, int8_t* to) {
 
 template <> struct FewRows<Wholes, bf16> {
     int64_t stride, rows, whole, rest;
+    Scratch scratch;
     int8_t* at;
     bool failed;
     FewRows(const bf16* x, int64_t rows, int64_t size)
         : stride(Wholes::BYTES + 2 * up_to(size, Wholes::WIDE)), rows(rows), whole(size / Wholes::WIDE * Wholes::WIDE),
-          rest(size % Wholes::WIDE), at(static_cast<int8_t*>(std::aligned_alloc(64, rows * stride))),
+          rest(size % Wholes::WIDE), scratch(rows * stride), at(reinterpret_cast<int8_t*>(scratch.at())),
           failed(at == nullptr) {
         for (int64_t row = 0; row < rows && !failed; row++) as_wholes(x + row * size, size, at + row * stride);
     }
-    ~FewRows() { std::free(at); }
-    FewRows(const FewRows&) = delete;
 };
 #endif
