@@ -20,13 +20,13 @@ template <typename T> static inline void look_up(const uint8_t* codes, const T* 
 }
 
 #ifdef __AVX512BW__
+// A table that is there twice looks at four bits of a place and at one more, which may be anything.
 template <> inline void look_up<bf16>(const uint8_t* codes, const bf16* products, bf16* out, int64_t count) {
     __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)products));
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-        __m512i low = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16);
-        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), low);
+        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
         _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(places, table));
     }
     for (; i < count; i++) {
@@ -108,8 +108,7 @@ inline void look_up_scaled<bf16>(const uint8_t* codes, const float* levels, floa
     int64_t i = 0;
     for (; i + 16 <= count; i += 16) {
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-        __m512i low = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16);
-        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), low);
+        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
         _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(places, table));
     }
     uint16_t last[16];

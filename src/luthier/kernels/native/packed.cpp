@@ -97,8 +97,19 @@ struct Scales {
     const float* levels;
     float mean;
     int64_t group;
-    float of(int64_t block) const {
-        return codes == nullptr ? numbers[block] : levels[codes[block]] * numbers[block / group] + mean;
+    // Those of one block after another: a division for each takes longer than what is done with it.
+    struct Walk {
+        const Scales& all;
+        int64_t block, of, left;  // the next one, the number its codes go with, and how many more go with it
+        float next() {
+            if (all.codes == nullptr) return all.numbers[block++];
+            if (left-- == 0) of++, left = all.group - 1;
+            return all.levels[all.codes[block++]] * all.numbers[of] + all.mean;
+        }
+    };
+    Walk from(int64_t block) const {
+        if (codes == nullptr) return {*this, block, 0, 0};
+        return {*this, block, block / group, group - block % group};
     }
 };
 
@@ -116,16 +127,22 @@ template <typename Kind> struct Coded {
             int64_t at = (first + o) * size + from;
             const int64_t end = o < count ? at + there : at;
             if (first + o + OUTS < outs) fetch(codes + (at + OUTS * size) / 2, there / 2);
-            for (Number* to = room + o * PIECE; at < end;) {
-                // Blocks do not end with the rows.
-                const int64_t next = std::min(end, (at / each + 1) * each);
-                look_up_scaled<Number>(codes + at / 2, levels, scales.of(at / each), to, (next - at) / 2);
-                to += next - at;
-                at = next;
-            }
+            unpack(at, end, room + o * PIECE);
             filled_up(room + o * PIECE, o < count ? there : 0, until - from);
         }
         return {room, PIECE, nullptr, 0, 0};
+    }
+    // Numbers `at` to `end` of all. A function of its own, so that its numbers stay in registers.
+    __attribute__((noinline)) void unpack(int64_t at, int64_t end, Number* to) const {
+        // Blocks do not end with the rows.
+        int64_t block = at / each, next = (block + 1) * each;
+        Scales::Walk scale = scales.from(block);
+        for (; at < end; next += each) {
+            const int64_t own = std::min(end, next) - at;
+            look_up_scaled<Number>(codes + at / 2, levels, scale.next(), to, own / 2);
+            to += own;
+            at += own;
+        }
     }
     static Vector beside(int64_t, int64_t) { return Vector{}; }
     static Vector finish(Vector sums, Vector) { return sums; }
