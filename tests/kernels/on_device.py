@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
+from luthier.kernels.backend import Backend, Paged, PairCodes, Run, Seen
 
 
 @final
@@ -110,13 +110,13 @@ class OnDevice(Backend):
         given = [self._there(each) for each in (x, codes, scales)]
         return self._inner.product_of_bytes(given[0], given[1], given[2]).cpu()
 
-    def product_of_codes(
-        self, x: Tensor, codes: Tensor, scales: BlockScales, levels: Tensor, block: int, outs: int
-    ) -> Tensor:
-        moved = {name: each.to(self._device) for name, each in vars(scales).items() if isinstance(each, Tensor)}
-        given = [self._there(each) for each in (x, codes, levels)]
-        there = replace(scales, **moved)
-        return self._inner.product_of_codes(given[0], given[1], there, given[2], block, outs).cpu()
+    def product_of_codes(self, x: Tensor, weight: PairCodes) -> Tensor:
+        moved = {name: self._there(each) for name, each in vars(weight.scales).items() if isinstance(each, Tensor)}
+        there = replace(
+            weight, codes=self._there(weight.codes), levels=self._there(weight.levels),
+            scales=replace(weight.scales, **moved),
+        )  # fmt: skip
+        return self._inner.product_of_codes(self._there(x), there).cpu()
 
     def _there(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.kernels import halves, many, native_backend
-from luthier.kernels.backend import Backend, BlockScales, Paged, Seen
+from luthier.kernels.backend import Backend, BlockScales, Paged, PairCodes, Seen
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.torch_backend import TorchBackend
 from luthier.kernels.triton_backend import TritonBackend
@@ -219,10 +219,10 @@ def test_products_of_many_rows_with_codes_without_instructions_for_them(
     scales = BlockScales(draw(blocks, dtype=torch.float32, seed=2).abs() + 0.1)
     weight = TWIN.unpacked(codes, scales.each(), levels, block, outs * size, torch.float32).view(outs, size)
     x = draw(40, size, dtype=dtype)
-    found = native.product_of_codes(x, codes, scales, levels, block, outs)
+    found = native.product_of_codes(x, PairCodes(codes, scales, levels, block, (outs, size)))
     close(found, (x.double() @ weight.double().t()).to(dtype), dtype)
     x[3, 1] = float("nan")
-    found = native.product_of_codes(x, codes, scales, levels, block, outs)
+    found = native.product_of_codes(x, PairCodes(codes, scales, levels, block, (outs, size)))
     assert found[3].isnan().all() and not found[:3].isnan().any()
 
 
@@ -243,6 +243,20 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(dtype: torch.dtype, si
     alone = torch.cat([backend.product(row[None], weight, bias) for row in x])
     for n in range(1, 33):
         assert torch.equal(backend.product(x[:n], weight, bias), alone[:n])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_product_does_not_depend_on_the_layers_beside_it(dtype: torch.dtype) -> None:
+    """Breaks when one layer that the C++ does not take sends the others of its input to the library."""
+    backend = NativeBackend.build()
+    x, weight, bias = draw(3, 70, dtype=dtype), draw(30, 70, dtype=dtype, seed=1), draw(30, dtype=dtype, seed=2)
+    other = draw(70, 20, dtype=dtype, seed=3).t()
+    alone = backend.product(x, weight, bias)
+    for beside in ([other], [weight] * 3, [weight, other]):
+        found = backend.products(x, [(weight, bias), *((each, None) for each in beside)])
+        assert len(found) == 1 + len(beside) and torch.equal(found[0], alone)
+        for one, own in zip(found[1:], beside, strict=True):
+            close(one, TWIN.product(*exact(x, own), None).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -401,7 +415,7 @@ def test_products_of_codes(
     weight = backend.unpacked(codes, scales.each(), levels, block, outs * size, dtype).view(outs, size)
     for n in (1, 2, 9, 33, 300):
         x = draw(n, size, dtype=dtype)
-        found = backend.product_of_codes(x, codes, scales, levels, block, outs)
+        found = backend.product_of_codes(x, PairCodes(codes, scales, levels, block, (outs, size)))
         close(found, (x.double() @ weight.double().t()).to(dtype), dtype)
 
 

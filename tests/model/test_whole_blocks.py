@@ -13,13 +13,16 @@ from torch import nn
 from luthier.adapters.ia3 import IA3
 from luthier.infer.engine import Engine
 from luthier.infer.request import Request
+from luthier.kernels.backend import Backend
 from luthier.kernels.native_backend import NativeBackend
 from luthier.kernels.native_tokens import NativeTokenBlocks
 from luthier.model.language_model import LanguageModel
-from luthier.model.packed import Packing
+from luthier.model.packed import PackedWeight, Packing
 from luthier.model.packing import pack_weights
 from luthier.model.speaker import Sampling
+from luthier.quantizers import Quantizer
 from luthier.quantizers.int8 import RowInt8
+from luthier.quantizers.nf4 import NF4
 from tests import forests
 
 
@@ -165,19 +168,48 @@ def test_the_blocks_around_one_that_is_edited_still_go_in_one_call(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("quantizer", [RowInt8(), NF4(), NF4(double=False, block=32)])
 @torch.no_grad()
-def test_whole_numbers_go_in_one_call_too(dtype: torch.dtype, mixed: bool, calls: dict[str, list[Any]]) -> None:
+def test_weights_in_fewer_bits_go_in_one_call_too(
+    quantizer: Quantizer, mixed: bool, dtype: torch.dtype, calls: dict[str, list[Any]]
+) -> None:
     """Breaks when layers of one input are given each other's codes or scales, a bias is lost, or one that is not
-    packed is taken for packed beside others."""
+    packed, or is in another way, is taken for packed as its neighbours are."""
     model = forests.language_model("qwen2")
-    if model.executor.backend.name != "native":
+    backend = model.executor.backend
+    if backend.name != "native":
         pytest.skip("only the C++ has whole blocks")
     model.module.to(dtype)
-    pack_weights(model, lambda weight: present(RowInt8().pack(weight, model.executor.backend)))
+    pack_weights(model, lambda weight: present(quantizer.pack(weight, backend)))
     if mixed:
         layer = layer_of(model)
-        for own in (layer.self_attn.k_proj, layer.mlp.gate_proj):
-            own.weight = nn.Parameter(own.weight.matrix() * 1.5, requires_grad=False)
+        plain = layer.self_attn.k_proj.weight.matrix() * 1.5
+        layer.self_attn.k_proj.weight = nn.Parameter(plain, requires_grad=False)
+        other: Quantizer = NF4() if isinstance(quantizer, RowInt8) else RowInt8()
+        for own in (layer.self_attn.v_proj, layer.mlp.gate_proj):
+            own.weight = packed_by(other, own.weight.matrix() * 1.5, backend)
     after = said(model)
     assert all(fine for *_, fine in calls["through"][-3:])
     assert torch.equal(after, by_operations(model))
+
+
+def packed_by(quantizer: Quantizer, matrix: torch.Tensor, backend: Backend) -> nn.Parameter:
+    def pack(weight: torch.Tensor) -> Packing:
+        return present(quantizer.pack(weight, backend))
+
+    return nn.Parameter(PackedWeight(pack(matrix), matrix.dtype, pack), requires_grad=False)
+
+
+@torch.no_grad()
+def test_codes_of_four_bits_that_are_changed_are_heard_at_once(
+    model: LanguageModel, calls: dict[str, list[Any]]
+) -> None:
+    """Breaks when the C++ goes on with codes, or with scales of them, that are not the model's any more."""
+    backend = model.executor.backend
+    pack_weights(model, lambda weight: present(NF4().pack(weight, backend)))
+    before = said(model)
+    own = layer_of(model).mlp.up_proj
+    own.weight = packed_by(NF4(), own.weight.matrix() * 1.5, backend)
+    after = said(model)
+    assert len(calls["laid"]) == 2
+    assert torch.equal(after, by_operations(model)) and not torch.allclose(after, before)

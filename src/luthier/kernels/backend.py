@@ -89,8 +89,34 @@ class RowCodes:
     codes: Int8[Tensor, "out in"]
     scales: Float[Tensor, " out"]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.codes, self.scales
 
-Bare = tuple[Tensor | RowCodes, Tensor | None]
+
+@final
+@dataclass(frozen=True)
+class PairCodes:
+    """A weight (out, in) of sixteen `levels`: their numbers in pairs, the first in the high half of a byte, and a scale
+    for each `block` of numbers. Blocks run through the rows from one into the next."""
+
+    codes: UInt8[Tensor, " pairs"]
+    scales: BlockScales
+    levels: Float[Tensor, 16]
+    block: int
+    shape: tuple[int, int]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of, but for the levels, which all have in common."""
+        own = (self.codes, self.scales.numbers, self.scales.codes, self.scales.levels, self.scales.mean)
+        return tuple(each for each in own if each is not None)
+
+
+Codes = RowCodes | PairCodes
+"""A weight that the kernels multiply in fewer bits."""
+Bare = tuple[Tensor | Codes, Tensor | None]
 """A linear layer with nothing on it: its weight (out, in) and its bias."""
 Norm = tuple[Tensor, float]
 """The weight of a root-mean-square norm, and what it adds to the mean of the squares."""
@@ -356,13 +382,5 @@ class Backend(ABC):
         """x (s q)^T for whole numbers q of -127 to 127 and a scale for each row of them."""
 
     @abstractmethod
-    def product_of_codes(
-        self,
-        x: Float[Tensor, "n in"],
-        codes: UInt8[Tensor, " pairs"],
-        scales: BlockScales,
-        levels: Float[Tensor, 16],
-        block: int,
-        outs: int,
-    ) -> Float[Tensor, "n out"]:
-        """x W^T for the matrix W of `outs` rows that `unpacked` makes, in the precision of x."""
+    def product_of_codes(self, x: Float[Tensor, "n in"], weight: PairCodes) -> Float[Tensor, "n out"]:
+        """x W^T for the matrix W that `unpacked` makes of the codes, in the precision of x."""

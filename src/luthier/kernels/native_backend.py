@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
-from luthier.kernels import many, native_build
+from luthier.kernels import many, native_build, native_codes
 from luthier.kernels.addresses import nowhere
-from luthier.kernels.backend import Backend, BareBlock, BlockScales, Paged, Run, Seen, TokenBlocks
+from luthier.kernels.backend import Backend, BareBlock, Paged, PairCodes, Run, Seen, TokenBlocks
 from luthier.kernels.halves import (
     multiplies_halves,
     product_by_library,
@@ -55,7 +55,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, ...]]] = {
     "product_sums": (*[_POINTER] * 3, *[_WHOLE] * 4),
     "product_crossed": (*[_POINTER] * 3, *[_WHOLE] * 8),
     "products_of_bytes": (*[_POINTER] * 10, *[_WHOLE] * 5),
-    "product_of_codes": (*[_POINTER] * 7, _REAL, *[_WHOLE] * 5),
+    "products_of_codes": (*[_POINTER] * 7, *[_WHOLE] * 5),
 }
 """The arguments of each function; its name ends in a precision."""
 _PRECISIONS: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -267,7 +267,10 @@ class NativeBackend(Backend):
         self, x: Float[Tensor, "n in"], layers: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[Float[Tensor, "n _"]]:
         rows, size = x.shape
-        if len(layers) > 3 or not all(many.are_few(x, *layer) for layer in layers):
+        few = [many.are_few(x, *layer) for layer in layers]
+        if len(layers) > 3 or (len(layers) > 1 and not all(few)):
+            return [self.product(x, *layer) for layer in layers]
+        if not all(few):
             return [self._summed((Summand(x, weight),), bias) for weight, bias in layers]
         sizes = [weight.shape[0] for weight, _ in layers]
         found = [x.new_empty(rows, outs) for outs in sizes]
@@ -335,32 +338,21 @@ class NativeBackend(Backend):
         self._call("products_of_bytes", x.dtype, *given, out, *[None] * 6, rows, size, outs, 0, 0)
         return out
 
-    def product_of_codes(
-        self,
-        x: Float[Tensor, "n in"],
-        codes: UInt8[Tensor, " pairs"],
-        scales: BlockScales,
-        levels: Float[Tensor, 16],
-        block: int,
-        outs: int,
-    ) -> Float[Tensor, "n out"]:
-        rows, size = x.shape
-        if not rows or x.dtype not in _PRECISIONS or block % 2 or size % 2:
-            # Two rows, or two blocks, in one byte have no place in the C++.
-            return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+    def product_of_codes(self, x: Float[Tensor, "n in"], weight: PairCodes) -> Float[Tensor, "n out"]:
+        (rows, size), outs, block = x.shape, weight.shape[0], weight.block
+        if not rows or x.dtype not in _PRECISIONS or not native_codes.are_taken(weight):
+            return codes_unpacked_and_multiplied(x, weight)
         if rows > FEW and not multiplies_halves():
-            each = scales.each()
+            each = weight.scales.each()
 
             def numbers(first: int, last: int) -> Float[Tensor, " numbers"]:
                 own = each[first // block : -(-last // block)]
-                return self.unpacked(codes[first // 2 :], own, levels, block, last - first, torch.float32)
+                return self.unpacked(weight.codes[first // 2 :], own, weight.levels, block, last - first, torch.float32)
 
             return product_of_many_codes(x, outs, block, numbers)
-        out = x.new_empty(rows, outs)
-        given = (x.contiguous(), codes, scales.numbers, scales.codes, scales.levels, levels)
-        mean = 0.0 if scales.mean is None else float(scales.mean)
-        sizes = (mean, scales.group, rows, size, outs, block)
-        self._call("product_of_codes", x.dtype, *given, out, *sizes)
+        out, pairs = x.new_empty(rows, outs), native_codes.laid_out(weight)
+        given = (x.contiguous(), ctypes.addressof(pairs), out)
+        self._call("products_of_codes", x.dtype, *given, *[None] * 4, rows, size, outs, 0, 0)
         return out
 
     def _norm(self, x: Tensor, weight: Tensor, inverse: Tensor, eps: float, *, known: bool) -> Tensor:

@@ -9,16 +9,26 @@ Cost: the workspace of one block, for one pass.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from luthier.kernels.addresses import nowhere
-from luthier.kernels.backend import AddedTerms, BareBlock, KeptRows, Norm, Paged, RowCodes, TokenBlocks
+from luthier.kernels.backend import (
+    AddedTerms,
+    BareBlock,
+    Codes,
+    KeptRows,
+    Norm,
+    Paged,
+    PairCodes,
+    RowCodes,
+    TokenBlocks,
+)
 from luthier.kernels.many import FEW
+from luthier.kernels.native_codes import LaidOutPairs, address, are_taken, laid_out
 
 EVERYTHING: Final = 2**62
 """The window of a token that sees all that is before it."""
@@ -29,10 +39,11 @@ _LAYERS: Final = 7
 
 
 class _Block(ctypes.Structure):
-    """A block as C++ reads it: three pointers a layer (weight, scales, bias), its norms, and its numbers."""
+    """A block as C++ reads it: four pointers a layer (numbers or codes of eight bits, scales of these, `LaidOutPairs`,
+    bias), its norms, and its numbers."""
 
     _fields_ = (
-        ("layers", _POINTER * (3 * _LAYERS)), ("norms", _POINTER * 4), ("heads", _WHOLE), ("groups", _WHOLE),
+        ("layers", _POINTER * (4 * _LAYERS)), ("norms", _POINTER * 4), ("heads", _WHOLE), ("groups", _WHOLE),
         ("head", _WHOLE), ("inner", _WHOLE), ("window", _WHOLE), ("eps", ctypes.c_float * 3), ("scale", ctypes.c_float),
     )  # fmt: skip
 
@@ -51,7 +62,8 @@ class NativeTokenBlocks(TokenBlocks):
         self._blocks = tuple(blocks)  # whose memory the pointers are of
         self._dtype = dtype
         self._function = function
-        self._laid_out = (_Block * len(blocks))(*(_laid_out(each) for each in blocks))
+        self._pairs = {id(weight): laid_out(weight) for weight in _weights(blocks) if isinstance(weight, PairCodes)}
+        self._laid_out = (_Block * len(blocks))(*(_laid_out(each, self._pairs) for each in blocks))
 
     def through(
         self,
@@ -76,7 +88,7 @@ class NativeTokenBlocks(TokenBlocks):
         terms = None if added is None else _table(added)
         tiles = (None,) * 4 if rows is None else (rows.tiles, rows.firsts, rows.numbers, rows.weights)
         tensors = (x, out, *angles, texts.starts, *tiles)
-        pointers = [None if each is None else _address(each) for each in tensors]
+        pointers = [None if each is None else address(each) for each in tensors]
         first = ctypes.addressof(self._laid_out) + which.start * ctypes.sizeof(_Block)
         counts = (len(which), *x.shape, len(texts.counts), texts.size, 0 if rows is None else len(rows.tiles))
         if self._function(first, held, groups, of, terms, *pointers, *counts):
@@ -95,40 +107,52 @@ def is_bare(block: BareBlock, dtype: torch.dtype) -> bool:
     )  # fmt: skip
 
 
-def _is_plain(weight: Tensor | RowCodes, bias: Tensor | None, dtype: torch.dtype) -> bool:
+def _weights(blocks: Sequence[BareBlock]) -> Iterator[Tensor | Codes]:
+    for block in blocks:
+        yield from (weight for weight, _ in block.layers)
+
+
+def _is_plain(weight: Tensor | Codes, bias: Tensor | None, dtype: torch.dtype) -> bool:
     if bias is not None and bias.dtype != dtype:
         return False
+    if isinstance(weight, PairCodes):
+        return are_taken(weight)
     if isinstance(weight, RowCodes):
         return weight.codes.is_contiguous() and weight.scales.is_contiguous()
     return type(weight) in (nn.Parameter, Tensor) and weight.is_contiguous() and weight.dtype == dtype
 
 
-def _laid_out(block: BareBlock) -> _Block:
-    layers = [pointer for weight, bias in block.layers for pointer in _layer(weight, bias)]
-    outs = [len(weight.codes if isinstance(weight, RowCodes) else weight) for weight, _ in block.layers]
+def _laid_out(block: BareBlock, pairs: Mapping[int, LaidOutPairs]) -> _Block:
+    layers = [pointer for weight, bias in block.layers for pointer in _layer(weight, bias, pairs)]
+    outs = [_outs(weight) for weight, _ in block.layers]
     none: tuple[Norm | None, Norm | None] = (None, None)
     norms = (*block.norms, *(block.head_norms or none))
     found = _Block(heads=outs[0] // block.head_size, groups=outs[1] // block.head_size, head=block.head_size)
     found.layers[:] = layers
-    found.norms[:] = [None if each is None else _address(each[0]) for each in norms]
+    found.norms[:] = [None if each is None else address(each[0]) for each in norms]
     found.eps[:] = [0.0 if each is None else each[1] for each in norms[:3]]
     found.inner, found.scale, found.window = outs[4], block.scale, block.window or EVERYTHING
     return found
 
 
 def _group(rows: Tensor, texts: Paged) -> _Group:
-    return _Group(_address(rows), _address(texts.pages), _address(texts.counts), texts.pages.shape[1])
+    return _Group(address(rows), address(texts.pages), address(texts.counts), texts.pages.shape[1])
 
 
-def _layer(weight: Tensor | RowCodes, bias: Tensor | None) -> tuple[int | None, int | None, int | None]:
-    own = None if bias is None else _address(bias)
+def _layer(
+    weight: Tensor | Codes, bias: Tensor | None, pairs: Mapping[int, LaidOutPairs]
+) -> tuple[int | None, int | None, int | None, int | None]:
+    if isinstance(weight, PairCodes):
+        return None, None, ctypes.addressof(pairs[id(weight)]), address(bias)
     if isinstance(weight, RowCodes):
-        return _address(weight.codes), _address(weight.scales), own
-    return _address(weight), None, own
+        return address(weight.codes), address(weight.scales), None, address(bias)
+    return address(weight), None, None, address(bias)
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() or nowhere(tensor)
+def _outs(weight: Tensor | Codes) -> int:
+    if isinstance(weight, PairCodes):
+        return weight.shape[0]
+    return len(weight.codes if isinstance(weight, RowCodes) else weight)
 
 
 def _fit(added: AddedTerms, rows: int) -> bool:

@@ -8,6 +8,7 @@ Source: the roundings are those of transformers' llama; flash attention, arXiv 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8, UInt8
 from torch import Tensor
 
-from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
+from luthier.kernels.backend import Backend, Paged, PairCodes, Run, Seen
 from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 
 PIECE = 2**20
@@ -178,16 +179,8 @@ class TorchBackend(Backend):
     ) -> Float[Tensor, "n out"]:
         return bytes_unpacked_and_multiplied(x, codes, scales)
 
-    def product_of_codes(
-        self,
-        x: Float[Tensor, "n in"],
-        codes: UInt8[Tensor, " pairs"],
-        scales: BlockScales,
-        levels: Float[Tensor, 16],
-        block: int,
-        outs: int,
-    ) -> Float[Tensor, "n out"]:
-        return codes_unpacked_and_multiplied(x, codes, scales, levels, block, outs)
+    def product_of_codes(self, x: Float[Tensor, "n in"], weight: PairCodes) -> Float[Tensor, "n out"]:
+        return codes_unpacked_and_multiplied(x, weight)
 
 
 def bytes_unpacked_and_multiplied(
@@ -197,17 +190,11 @@ def bytes_unpacked_and_multiplied(
     return (F.linear(x, codes.to(x.dtype)) * scales).to(x.dtype)
 
 
-def codes_unpacked_and_multiplied(
-    x: Float[Tensor, "n in"],
-    codes: UInt8[Tensor, " pairs"],
-    scales: BlockScales,
-    levels: Float[Tensor, 16],
-    block: int,
-    outs: int,
-) -> Float[Tensor, "n out"]:
+def codes_unpacked_and_multiplied(x: Float[Tensor, "n in"], weight: PairCodes) -> Float[Tensor, "n out"]:
     """`Backend.product_of_codes` in plain torch."""
-    weight = unpacked_pairs(codes, scales.each(), levels, block, outs * x.shape[1], x.dtype)
-    return F.linear(x, weight.view(outs, -1))
+    numbers = math.prod(weight.shape)
+    found = unpacked_pairs(weight.codes, weight.scales.each(), weight.levels, weight.block, numbers, x.dtype)
+    return F.linear(x, found.view(weight.shape))
 
 
 def unpacked_pairs(

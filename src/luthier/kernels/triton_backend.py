@@ -10,6 +10,7 @@ The kernels are tested in Triton's interpreter and compiled for sm_80, sm_90 and
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from luthier.core.errors import MissingError
 from luthier.core.optional import require
 from luthier.kernels import varlen
-from luthier.kernels.backend import Backend, BlockScales, Paged, Run, Seen
+from luthier.kernels.backend import Backend, Paged, PairCodes, Run, Seen
 from luthier.kernels.thin import ThinRows, ThinTerms, add_gathered
 from luthier.kernels.torch_backend import (
     attended_by_text,
@@ -277,17 +278,10 @@ class TritonBackend(Backend):
     ) -> Float[Tensor, "n out"]:
         return bytes_unpacked_and_multiplied(x, codes, scales)
 
-    def product_of_codes(
-        self,
-        x: Float[Tensor, "n in"],
-        codes: UInt8[Tensor, " pairs"],
-        scales: BlockScales,
-        levels: Float[Tensor, 16],
-        block: int,
-        outs: int,
-    ) -> Float[Tensor, "n out"]:
-        weight = self.unpacked(codes, scales.each(), levels, block, outs * x.shape[1], x.dtype)
-        return F.linear(x, weight.view(outs, -1))
+    def product_of_codes(self, x: Float[Tensor, "n in"], weight: PairCodes) -> Float[Tensor, "n out"]:
+        numbers = math.prod(weight.shape)
+        found = self.unpacked(weight.codes, weight.scales.each(), weight.levels, weight.block, numbers, x.dtype)
+        return F.linear(x, found.view(weight.shape))
 
     def _run(self, name: str, on: Tensor, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
         """Launch a kernel on the device of `on`; nothing when the grid is empty."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from luthier.kernels.backend import RowCodes
+from luthier.kernels.backend import Codes
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Packing(ABC):
         """Whether a row of its product with a few rows is the same, bit for bit, in any company."""
         return False
 
-    def row_codes(self) -> RowCodes | None:
-        """It as whole numbers with a scale for each row, where it is that and its product is theirs."""
+    def as_codes(self) -> Codes | None:
+        """It as codes that the kernels know, where it is such and its product is theirs."""
         return None
 
     def to(self, device: torch.device) -> Packing:

@@ -77,7 +77,7 @@ class Int8Packing(Packing):
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         return self.backend.unpacked_rows(self.codes, self.scales, dtype)
 
-    def row_codes(self) -> RowCodes | None:
+    def as_codes(self) -> RowCodes | None:
         return RowCodes(self.codes, self.scales) if self.outlier_threshold is None else None
 
     @property

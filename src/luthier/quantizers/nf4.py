@@ -26,7 +26,7 @@ from torch import Tensor
 
 from luthier.core.errors import CorruptError, DataError
 from luthier.data.strict_json import Place, decode_text, parse
-from luthier.kernels.backend import Backend, BlockScales
+from luthier.kernels.backend import Backend, BlockScales, PairCodes
 from luthier.maths import codebooks
 from luthier.model.packed import Packing
 from luthier.quantizers import Quantizer
@@ -104,9 +104,12 @@ class NF4Packing(Packing):
     def product(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"] | None:
         if not self.backend.multiplies_packed(len(x), x.dtype):
             return None
+        return self.backend.product_of_codes(x, self.as_codes())
+
+    def as_codes(self) -> PairCodes:
         scales = BlockScales(self.scales) if self.scales is not None else self._coded_scales()
         levels = codebooks.table(codebooks.NF4, self.codes.device)
-        return self.backend.product_of_codes(x, self.codes, scales, levels, self.block, self.shape[0])
+        return PairCodes(self.codes, scales, levels, self.block, self.shape)
 
     def file_tensors(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         levels = codebooks.table(codebooks.NF4, self.codes.device)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "codes.h"
 #include "numbers.h"
 #include "scratch.h"
 
@@ -19,6 +20,8 @@
     extern "C" int products_of_bytes_##NAME(const T*, const int8_t*, const float*, T*, const int8_t*, const float*,    \
                                             T*, const int8_t*, const float*, T*, int64_t, int64_t, int64_t, int64_t,   \
                                             int64_t);                                                                  \
+    extern "C" int products_of_codes_##NAME(const T*, const Pairs*, T*, const Pairs*, T*, const Pairs*, T*, int64_t,   \
+                                            int64_t, int64_t, int64_t, int64_t);                                       \
     extern "C" int attend_pages_##NAME(const T*, const T*, const T*, T*, const int64_t*, const int64_t*,               \
                                        const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,    \
                                        int64_t);
@@ -36,17 +39,20 @@ template <typename T> struct Calls;
         static constexpr auto rotated = rotated_##NAME;                                                                \
         static constexpr auto products = products_##NAME;                                                              \
         static constexpr auto bytes = products_of_bytes_##NAME;                                                        \
+        static constexpr auto pairs = products_of_codes_##NAME;                                                        \
         static constexpr auto thin = thin_##NAME;                                                                      \
         static constexpr auto attend = attend_pages_##NAME;                                                            \
     };
 CALLS(float, float32)
 CALLS(bf16, bfloat16)
 
-// A linear layer: numbers as they are, or, where there are scales, codes of eight bits.
+// A linear layer: numbers as they are, or, where there are scales, codes of eight bits; or codes of four bits.
 template <typename T> struct Linear {
     const void* weight;
     const float* scales;
+    const Pairs* pairs;
     const T* bias;
+    int kind() const { return pairs != nullptr ? 2 : scales != nullptr ? 1 : 0; }
 };
 
 // The terms that are added to the output of a layer, by number, or nothing: see thin.cpp.
@@ -96,32 +102,31 @@ template <typename T> void add(T* to, const T* one, const T* other, int64_t coun
 // Up to three layers over the same rows: in one call where all are kept in one way.
 template <typename T> int layers(const T* x, const Linear<T>* const (&each)[3], T* const (&y)[3],
                                  const int64_t (&outs)[3], int64_t n, int64_t size) {
-    bool plain = true, packed = true;
-    const void* weights[3] = {};
-    const T* biases[3] = {};
-    const float* scales[3] = {};
-    for (int i = 0; i < 3 && each[i] != nullptr; i++) {
-        weights[i] = each[i]->weight, biases[i] = each[i]->bias, scales[i] = each[i]->scales;
-        plain &= scales[i] == nullptr;
-        packed &= scales[i] != nullptr;
-    }
-    if (!plain && !packed) {
-        for (int i = 0; i < 3 && each[i] != nullptr; i++)
-            if (layers<T>(x, {each[i]}, {y[i]}, {outs[i]}, n, size)) return 1;
+    static constexpr Linear<T> none = {};
+    const Linear<T>* own[3];
+    for (int i = 0; i < 3; i++) own[i] = each[i] == nullptr ? &none : each[i];
+    const auto& [a, b, c] = own;
+    const int kind = a->kind();
+    for (int i = 1; i < 3 && each[i] != nullptr; i++) {
+        if (own[i]->kind() == kind) continue;
+        for (int j = 0; j < 3 && each[j] != nullptr; j++)
+            if (layers<T>(x, {each[j]}, {y[j]}, {outs[j]}, n, size)) return 1;
         return 0;
     }
-    if (plain) {
-        const auto number = [&](int i) { return static_cast<const T*>(weights[i]); };
-        return Calls<T>::products(x, number(0), biases[0], y[0], number(1), biases[1], y[1], number(2), biases[2], y[2],
-                                  n, size, outs[0], outs[1], outs[2]);
+    if (kind == 0) {
+        const auto number = [](const Linear<T>* one) { return static_cast<const T*>(one->weight); };
+        return Calls<T>::products(x, number(a), a->bias, y[0], number(b), b->bias, y[1], number(c), c->bias, y[2], n, size,
+                                  outs[0], outs[1], outs[2]);
     }
-    const auto codes = [&](int i) { return static_cast<const int8_t*>(weights[i]); };
-    if (Calls<T>::bytes(x, codes(0), scales[0], y[0], codes(1), scales[1], y[1], codes(2), scales[2], y[2], n, size,
-                        outs[0], outs[1], outs[2])) return 1;
-    for (int i = 0; i < 3; i++)
-        for (int64_t row = 0; biases[i] != nullptr && row < n; row++)
-            add(y[i] + row * outs[i], y[i] + row * outs[i], biases[i], outs[i]);
-    return 0;
+    const auto codes = [](const Linear<T>* one) { return static_cast<const int8_t*>(one->weight); };
+    const int failed = kind == 1 ? Calls<T>::bytes(x, codes(a), a->scales, y[0], codes(b), b->scales, y[1], codes(c),
+                                                   c->scales, y[2], n, size, outs[0], outs[1], outs[2])
+                                 : Calls<T>::pairs(x, a->pairs, y[0], b->pairs, y[1], c->pairs, y[2], n, size, outs[0],
+                                                   outs[1], outs[2]);
+    for (int i = 0; i < 3 && !failed; i++)
+        for (int64_t row = 0; own[i]->bias != nullptr && row < n; row++)
+            add(y[i] + row * outs[i], y[i] + row * outs[i], own[i]->bias, outs[i]);
+    return failed;
 }
 
 template <typename T>

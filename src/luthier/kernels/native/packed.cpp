@@ -3,6 +3,7 @@
 // the processor multiplies whole numbers, those of eight bits are multiplied as they lie, see whole.h, with so few rows
 // that to read W is what takes the time: it takes two products where bfloat16 numbers take one.
 
+#include "codes.h"
 #include "few.h"
 #include "lookup.h"
 #include "whole.h"
@@ -90,35 +91,10 @@ template <typename Kind> struct Bytes {
     static Vector finish(Vector sums, Vector beside) { return sums * beside; }
 };
 
-// Codes of four bits and the scale of each block of numbers, which may be kept as a code with a scale and a mean.
-struct Scales {
-    const float* numbers;
-    const uint8_t* codes;
-    const float* levels;
-    float mean;
-    int64_t group;
-    // Those of one block after another: a division for each takes longer than what is done with it.
-    struct Walk {
-        const Scales& all;
-        int64_t block, of, left;  // the next one, the number its codes go with, and how many more go with it
-        float next() {
-            if (all.codes == nullptr) return all.numbers[block++];
-            if (left-- == 0) of++, left = all.group - 1;
-            return all.levels[all.codes[block++]] * all.numbers[of] + all.mean;
-        }
-    };
-    Walk from(int64_t block) const {
-        if (codes == nullptr) return {*this, block, 0, 0};
-        return {*this, block, block / group, group - block % group};
-    }
-};
-
 template <typename Kind> struct Coded {
     typedef typename Kind::Number Number;
-    const uint8_t* codes;
-    Scales scales;
-    const float* levels;
-    int64_t each, size, outs;  // numbers of a block of codes, numbers of a row, rows
+    Pairs pairs;
+    int64_t size, outs;
     static constexpr bool LINES = false;
     int64_t row_bytes() const { return size / 2; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
@@ -126,7 +102,7 @@ template <typename Kind> struct Coded {
         for (int64_t o = 0; o < OUTS; o++) {
             int64_t at = (first + o) * size + from;
             const int64_t end = o < count ? at + there : at;
-            if (first + o + OUTS < outs) fetch(codes + (at + OUTS * size) / 2, there / 2);
+            if (first + o + OUTS < outs) fetch(pairs.codes + (at + OUTS * size) / 2, there / 2);
             unpack(at, end, room + o * PIECE);
             filled_up(room + o * PIECE, o < count ? there : 0, until - from);
         }
@@ -135,11 +111,11 @@ template <typename Kind> struct Coded {
     // Numbers `at` to `end` of all. A function of its own, so that its numbers stay in registers.
     __attribute__((noinline)) void unpack(int64_t at, int64_t end, Number* to) const {
         // Blocks do not end with the rows.
-        int64_t block = at / each, next = (block + 1) * each;
-        Scales::Walk scale = scales.from(block);
-        for (; at < end; next += each) {
+        const int64_t block = at / pairs.block;
+        Walk scale(pairs, block);
+        for (int64_t next = (block + 1) * pairs.block; at < end; next += pairs.block) {
             const int64_t own = std::min(end, next) - at;
-            look_up_scaled<Number>(codes + at / 2, levels, scale.next(), to, own / 2);
+            look_up_scaled<Number>(pairs.codes + at / 2, pairs.levels, scale.next(), to, own / 2);
             to += own;
             at += own;
         }
@@ -175,12 +151,14 @@ template <typename T> int products_of_bytes(const T* x, const Asked<T> (&asked)[
 }
 
 template <typename T>
-int product_of_codes(const T* x, const uint8_t* codes, const Scales& scales, const float* levels, T* y, int64_t n,
-                     int64_t size, int64_t outs, int64_t each) {
+int products_of_pairs(const T* x, const Pairs* const (&asked)[3], T* const (&y)[3], const int64_t (&outs)[3], int64_t n,
+                      int64_t size) {
     typedef typename KindOf<T>::Kind Kind;
     const FewRows<Kind, T> rows(x, n, size);
-    const Wanted<T, Coded<Kind>> wanted = {{codes, scales, levels, each, size, outs}, y};
-    return few<Kind, T>(rows, &wanted, 1);
+    Wanted<T, Coded<Kind>> wanted[3];
+    int count = 0;
+    for (; count < 3 && asked[count] != nullptr; count++) wanted[count] = {{*asked[count], size, outs[count]}, y[count]};
+    return few<Kind, T>(rows, wanted, count);
 }
 
 }  // namespace
@@ -193,12 +171,11 @@ int product_of_codes(const T* x, const uint8_t* codes, const Scales& scales, con
         return products_of_bytes<T>(x, {{codes, scales, y, outs}, {second_codes, second_scales, second_y, second_outs},\
                                         {third_codes, third_scales, third_y, third_outs}}, n, size);                   \
     }                                                                                                                  \
-    extern "C" int product_of_codes_##NAME(const T* x, const uint8_t* codes, const float* scales,                      \
-                                           const uint8_t* scale_codes, const float* scale_levels, const float* levels, \
-                                           T* y, float mean, int64_t group, int64_t n, int64_t size, int64_t outs,     \
-                                           int64_t each) {                                                             \
-        return product_of_codes(x, codes, {scales, scale_codes, scale_levels, mean, group}, levels, y, n, size, outs,  \
-                                each);                                                                                 \
+    extern "C" int products_of_codes_##NAME(const T* x, const Pairs* codes, T* y, const Pairs* second_codes,             \
+                                            T* second_y, const Pairs* third_codes, T* third_y, int64_t n, int64_t size, \
+                                            int64_t outs, int64_t second_outs, int64_t third_outs) {                   \
+        return products_of_pairs<T>(x, {codes, second_codes, third_codes}, {y, second_y, third_y},                     \
+                                    {outs, second_outs, third_outs}, n, size);                                         \
     }
 
 FOR_BOTH(float, float32)

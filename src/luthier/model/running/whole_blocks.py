@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, final
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from luthier.kernels.backend import AddedTerms, Backend, Bare, BareBlock, RowCodes, TokenBlocks
+from luthier.kernels.backend import AddedTerms, Backend, Bare, BareBlock, Codes, TokenBlocks
 from luthier.kernels.thin import ThinTerms
 from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attending.attention import ForestPlan
@@ -94,17 +94,17 @@ class _Found:
         return weight, eps
 
     def linear(self, module: nn.Module) -> Bare:
-        """A linear layer, its weight as whole numbers where it is kept so."""
+        """A linear layer, its weight as codes where it is kept so."""
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         if weight is None:
             raise ValueError(f"{type(module).__name__} has no weight")
         packing = packing_of(weight)
-        codes = None if packing is None else packing.row_codes()
-        own: Tensor | RowCodes = weight if codes is None else codes
+        codes = None if packing is None else packing.as_codes()
+        own: Tensor | Codes = weight if codes is None else codes
         self.rows_apart = self.rows_apart and (weight.is_contiguous() if packing is None else packing.rows_apart)
         self._note(module._parameters, "weight", weight)
         self._note(module._parameters, "bias", bias)
-        for tensor in (codes.codes, codes.scales) if codes is not None else () if packing is not None else (weight,):
+        for tensor in codes.tensors if codes is not None else () if packing is not None else (weight,):
             self._lies(tensor)
         if bias is not None:
             self._lies(bias)
