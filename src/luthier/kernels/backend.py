@@ -165,6 +165,11 @@ class TokenBlocks(ABC):
     They give what the operations of their backend give one by one, bit for bit; terms are added as `thin` adds them.
     """
 
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """How many rows they are for at most."""
+
     @abstractmethod
     def through(
         self,

@@ -27,7 +27,7 @@ from luthier.kernels.backend import (
     RowCodes,
     TokenBlocks,
 )
-from luthier.kernels.many import FEW
+from luthier.kernels.many import few_rows
 from luthier.kernels.native_codes import LaidOutPairs, address, are_taken, laid_out
 
 EVERYTHING: Final = 2**62
@@ -65,6 +65,10 @@ class NativeTokenBlocks(TokenBlocks):
         self._pairs = {id(weight): laid_out(weight) for weight in _weights(blocks) if isinstance(weight, PairCodes)}
         self._laid_out = (_Block * len(blocks))(*(_laid_out(each, self._pairs) for each in blocks))
 
+    @property
+    def most(self) -> int:
+        return few_rows(self._dtype)
+
     def through(
         self,
         x: Float[Tensor, "n d"],
@@ -74,7 +78,7 @@ class NativeTokenBlocks(TokenBlocks):
         added: AddedTerms | None,
     ) -> Float[Tensor, "n d"] | None:
         given = (x, *angles, *kept.keys, *kept.values)
-        if not 0 < len(x) <= FEW or not all(each.dtype == self._dtype and each.is_contiguous() for each in given):
+        if not 0 < len(x) <= self.most or not all(each.dtype == self._dtype and each.is_contiguous() for each in given):
             return None
         alike = all(own.shape == other.shape for own, other in zip(kept.keys, kept.values, strict=True))
         if not alike or (added is not None and not _fit(added, len(x))):

@@ -4,7 +4,7 @@ Idea: when text is made, a row or two belong to an adapter, and its factors are 
 by number, the second factor turned so that both are read along their rows; a pass says once which rows take which
 terms with which weights, and each site is one call then, however many adapters there are. Several terms on one row add
 up, each with its own scale and weight: side by side they are one term of the sum of their ranks, and exact.
-Long ranges of one adapter (a prompt that is read) are products of the library.
+Long ranges of one adapter (a long prompt that is read) are products of many rows.
 Equation: y_i += sum_j w_ij s_j B_j A_j x_i over the terms j of row i.
 Source: Chen et al., arXiv 2310.18547 (Punica), section 4: gathered matrix-vector products.
 Cost: r (in + out) numbers read for each adapter and site, 2 r (in + out) FLOPs a row; a copy of the factors.
@@ -27,8 +27,8 @@ from luthier.kernels.halves import add_low_rank
 
 Numbered = tuple[tuple[int, float], ...]
 """Terms by their numbers, and what each is multiplied by."""
-LONG: Final = 33
-"""Rows of one range from which on the library's products are faster: more than kernels of few rows take."""
+LONG: Final = 129
+"""Rows of one range from which on products of many rows are faster, for ranks as they are common."""
 TILE: Final = 4
 """Rows of one range that read a factor together."""
 

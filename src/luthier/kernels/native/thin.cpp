@@ -5,14 +5,15 @@
 // they do not fit into RANKS, once for each RANKS of them, which others on other rows do not change. Both factors have
 // a row for each rank. Rows without terms are not touched. The tests are those of thin.py's functions in plain torch.
 
-#include <algorithm>
-#include <cstdint>
-
-#include "numbers.h"
+#include "few.h"
 
 namespace {
 
-constexpr int64_t TILE = 4, RANKS = 1024, WIDE = 64;
+constexpr int VECTORS = LANES == 16 ? 4 : 2;  // of outputs at once: with four rows their sums stay in registers
+constexpr int64_t RANKS = 1024, WIDE = VECTORS * LANES;
+
+// How many of `size` outputs are in vector v.
+static inline int64_t there(int64_t size, int64_t v) { return std::clamp<int64_t>(size - v * LANES, 0, LANES); }
 
 struct Site {
     const int64_t* table;  // of each term: where the first factor lies, where the second, and the rank
@@ -35,27 +36,59 @@ struct Ranks {
     }
 };
 
+// How rows of x and of a factor are multiplied, WIDE numbers at once: see few.h.
+template <typename T> struct Together {
+    static constexpr int WIDE = LANES;
+    static inline Vector dot(Vector sum, const T* a, const T* b) { return Floats::dot(sum, widened(a), widened(b)); }
+};
+#if defined(__AVX512BF16__)
+template <> struct Together<bf16> {
+    static constexpr int WIDE = Halves::WIDE;
+    static inline Vector dot(Vector sum, const bf16* a, const bf16* b) {
+        return Halves::dot(sum, Halves::load(a), Halves::load(b));
+    }
+};
+#endif
+
+// Four ranks of A x of COUNT rows, added up in one order however many rows there are. Ranks that are not there are the
+// last one again.
+template <typename T, int COUNT>
+static inline void four_ranks(const T* x, const T* const (&down)[4], int64_t in, Four (&found)[COUNT]) {
+    constexpr int WIDE = Together<T>::WIDE;
+    const int64_t whole = in / WIDE * WIDE;
+    Vector sums[COUNT * 4];
+    times<COUNT * 4>([&](auto i) INLINED { sums[i] = Vector{}; });
+    for (int64_t i = 0; i < whole; i += WIDE)
+        times<COUNT>([&](auto t) INLINED {
+            times<4>([&](auto r) INLINED {
+                sums[t * 4 + r] = Together<T>::dot(sums[t * 4 + r], down[r] + i, x + t * in + i);
+            });
+        });
+    times<COUNT>([&](auto t) INLINED { found[t] = totals(sums[t * 4], sums[t * 4 + 1], sums[t * 4 + 2], sums[t * 4 + 3]); });
+    for (int64_t i = whole; i < in; i++)
+        for (int t = 0; t < COUNT; t++)
+            for (int r = 0; r < 4; r++) found[t][r] += widen(down[r][i]) * widen(x[t * in + i]);
+}
+
 // A x of COUNT rows for each rank, scaled; `low` is (rank, COUNT).
 template <typename T, int COUNT>
 void narrowed(const T* x, const T* down, float* low, int64_t rank, int64_t in, float factor) {
-    for (int64_t k = 0; k < rank; k++) {
-        const T* own = down + k * in;
-        float sums[COUNT];
-        for (int t = 0; t < COUNT; t++) {
-            const T* row = x + t * in;
-            float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = 0; i < in; i++) sum += widen(own[i]) * widen(row[i]);
-            sums[t] = sum * factor;
-        }
-        for (int t = 0; t < COUNT; t++) low[k * COUNT + t] = sums[t];
+    for (int64_t k = 0; k < rank; k += 4) {
+        const T* each[4];
+        for (int64_t r = 0; r < 4; r++) each[r] = down + std::min(k + r, rank - 1) * in;
+        Four found[COUNT];
+        four_ranks<T, COUNT>(x, each, in, found);
+        for (int64_t r = 0; r < std::min<int64_t>(4, rank - k); r++)
+            for (int t = 0; t < COUNT; t++) low[(k + r) * COUNT + t] = found[t][r] * factor;
     }
 }
 
 // Adds what these ranks make of `low` to WIDE outputs, or to the `size` last ones.
 template <typename T, int COUNT>
-void widened(T* y, const Site& site, const Parts& parts, const Ranks& ranks, const float* low, int64_t first, int64_t size) {
-    float sums[COUNT][WIDE] = {};
+void broadened(T* y, const Site& site, const Parts& parts, const Ranks& ranks, const float* low, int64_t first,
+               int64_t size) {
+    Vector sums[COUNT * VECTORS];
+    times<COUNT * VECTORS>([&](auto i) INLINED { sums[i] = Vector{}; });
     int64_t before = 0;
     for (int64_t p = 0; p < parts.count; p++) {
         const int64_t* own = site.table + 3 * parts.numbers[p];
@@ -63,20 +96,24 @@ void widened(T* y, const Site& site, const Parts& parts, const Ranks& ranks, con
         before += own[2];
         const T* up = reinterpret_cast<const T*>(own[1]) + some.first * site.out + first;
         for (int64_t k = some.first; k < some.stop; k++, up += site.out, low += COUNT) {
-            if (size == WIDE) {
-                for (int t = 0; t < COUNT; t++)
-#pragma omp simd
-                    for (int64_t o = 0; o < WIDE; o++) sums[t][o] += low[t] * widen(up[o]);
-            } else {
-                for (int t = 0; t < COUNT; t++)
-                    for (int64_t o = 0; o < size; o++) sums[t][o] += low[t] * widen(up[o]);
-            }
+            Vector each[VECTORS];
+            if (size == WIDE) times<VECTORS>([&](auto v) INLINED { each[v] = widened(up + v * LANES); });
+            else times<VECTORS>([&](auto v) INLINED { each[v] = beginning(up + v * LANES, there(size, v)); });
+            times<COUNT>([&](auto t) INLINED {
+                const Vector factor = Vector{} + low[t];
+                times<VECTORS>([&](auto v) INLINED {
+                    sums[t * VECTORS + v] = fused(sums[t * VECTORS + v], each[v], factor);
+                });
+            });
         }
     }
-    for (int t = 0; t < COUNT; t++) {
-        T* to = y + t * site.out + first;
-        for (int64_t o = 0; o < size; o++) to[o] = narrow<T>(widen(to[o]) + sums[t][o]);
-    }
+    times<COUNT>([&](auto t) INLINED {
+        times<VECTORS>([&](auto v) INLINED {
+            const int64_t count = there(size, v);
+            T* const to = y + t * site.out + first + v * LANES;
+            put<T>(beginning(to, count) + sums[t * VECTORS + v], count, to);
+        });
+    });
 }
 
 template <typename T, int COUNT> void add_ranks(const T* x, T* y, const Site& site, const Parts& parts, const Ranks& ranks) {
@@ -92,7 +129,7 @@ template <typename T, int COUNT> void add_ranks(const T* x, T* y, const Site& si
         done += count;
     }
     for (int64_t first = 0; first < site.out; first += WIDE)
-        widened<T, COUNT>(y, site, parts, ranks, low, first, std::min(WIDE, site.out - first));
+        broadened<T, COUNT>(y, site, parts, ranks, low, first, std::min(WIDE, site.out - first));
 }
 
 template <typename T, int COUNT> void add_tile(const T* x, T* y, const Site& site, const Parts& parts) {

@@ -167,8 +167,10 @@ class Blocks:
         # Keys that somebody has asked for stay alive with all that they come from: nothing would be saved.
         recomputed = self.recomputed if torch.is_grad_enabled() and plan.captured is None else 0
         far = None if self.lane is None else FarInputs(self.lane)
-        few = plan.kept is not None and not torch.is_grad_enabled() and len(x) <= self.backend.few
-        whole = self.keeper.over(layers, self.calls, self.head_size, self.backend) if few else None
+        kept = plan.kept is not None and not torch.is_grad_enabled() and self.backend.few > 0
+        whole = self.keeper.over(layers, self.calls, self.head_size, self.backend) if kept else None
+        if whole is not None and len(x) > whole.blocks.most:
+            whole = None
         # Of whole blocks it is known that nobody watches them; else all modules have to be asked.
         watched = whole is None and _is_watched(body)
         index = 0
