@@ -152,7 +152,7 @@ def test_it_holds_for_drafts(adapter: Adapter | None) -> None:
     model = forests.language_model("llama", dtype=torch.bfloat16)
     if adapter is not None:
         forests.shake(model.attach(adapter.attach(model.sites)).named_parameters().values())
-    plain = [replace(asked(place, said=30), prompt=np.tile(PROMPTS[place][:5], 9)) for place in (2, 3, 4, 6)]
+    plain = [replace(asked(place, said=60), prompt=np.tile(PROMPTS[place][:5], 9)) for place in (1, 2, 3, 4, 5, 6, 7)]
     alone = [told(Engine(model, room=WIDE), [request])[0] for request in plain]
     engine = Engine(model, room=WIDE)
     company = [replace(each, drafts=8) for each in others()]

@@ -64,10 +64,17 @@ static inline void four_ranks(const T* x, const T* const (&down)[4], int64_t in,
                 sums[t * 4 + r] = Together<T>::dot(sums[t * 4 + r], down[r] + i, x + t * in + i);
             });
         });
+    // Never number by number: a compiler rounds once or twice there, as it likes, for one row and for several.
+    for (int64_t i = whole; i < in; i += LANES) {
+        const int64_t rest = std::min<int64_t>(LANES, in - i);
+        times<COUNT>([&](auto t) INLINED {
+            const Vector own = beginning(x + t * in + i, rest);
+            times<4>([&](auto r) INLINED {
+                sums[t * 4 + r] = Floats::dot(sums[t * 4 + r], beginning(down[r] + i, rest), own);
+            });
+        });
+    }
     times<COUNT>([&](auto t) INLINED { found[t] = totals(sums[t * 4], sums[t * 4 + 1], sums[t * 4 + 2], sums[t * 4 + 3]); });
-    for (int64_t i = whole; i < in; i++)
-        for (int t = 0; t < COUNT; t++)
-            for (int r = 0; r < 4; r++) found[t][r] += widen(down[r][i]) * widen(x[t * in + i]);
 }
 
 // A x of COUNT rows for each rank, scaled; `low` is (rank, COUNT).
