@@ -12,7 +12,7 @@ Source: weight-only quantization as surveyed by Weng, "Large Transformer Model I
     section 3, a = 6; as in bitsandbytes outlier columns of W are kept in eight bits as the others are.
 Cost: 8 bits a weight and 32 a row; unpacking for each product, on a CPU within its caches for up to 32 or 128 rows, and
     not at all where it multiplies whole numbers (AVX512 with VNNI): there bfloat16 activations of up to 32 rows become
-    whole numbers of two bytes, which costs them less than becoming bfloat16 did. The error of a weight is at most s / 2.
+    whole numbers of two bytes, which costs them less than becoming bfloat16 did. A weight is off by s / 2 at most.
     With a threshold a forward product of 2,048 x 896 x 4,864 took 39 to 50 ms on two cores with VNNI: half of what
     weights alone take in float32, but twice what they take in bfloat16; the backward pass is as before. It saves no
     time.
