@@ -18,7 +18,9 @@ template <> struct BytesKind<bf16> { typedef Wholes Few; typedef Halves More; };
 template <> struct BytesKind<bf16> { typedef Wholes Few, More; };
 #endif
 
-constexpr int64_t FEW = 32;  // rows that are multiplied by whole numbers, where there is another way for more
+// Rows that are multiplied by whole numbers, where there is another way for more: those among which a row is always the
+// same (FEW of many.py).
+constexpr int64_t FEW = 32;
 
 template <typename Number> static inline void filled_up(Number* to, int64_t from, int64_t until) {
     for (int64_t i = from; i < until; i++) to[i] = Number{};
