@@ -7,7 +7,7 @@ BENCH_HOME ?= bench-home
 # Many tests start processes, and one that finds no compiled modules compiles all it imports.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: demo test slow faults check bench bench-full bench-gpu clean
+.PHONY: demo test slow faults processors check bench bench-full bench-gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)  ## train on this machine, print before and after
@@ -21,6 +21,11 @@ slow: $(READY)  ## the tests marked slow
 
 faults: $(READY)  ## break it in every way the tests know, many times; print the fault table, write docs/faults.md
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/faults.py
+
+# Kernels are built for the processor they run on. What an older one would get runs here too.
+processors: $(READY)  ## the tests of kernels with the C++ built for older processors
+	@for march in x86-64 x86-64-v3 icelake-server; do echo "built for $$march"; \
+	$(PYTEST) -q -n 2 --march $$march tests/kernels tests/model/test_whole_blocks.py || exit 1; done
 
 check: $(READY)  ## lint, types, architecture
 	@$(BIN)/ruff check .

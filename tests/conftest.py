@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from luthier.core.imports import uncollected
 from luthier.data.rendering import process
-from luthier.kernels import native_build
+from luthier.kernels import native_build, vectors
 from luthier.recipes.proving import verify
 from luthier.store.runs import RunDirectory
 from tests import renderers, shape_checks
@@ -44,6 +44,18 @@ takes more than half of their time, and finds the same in each."""
 MOST_CALLS = 2000
 """So many calls of such a case are checked, the first ones: a case may make a hundred thousand."""
 CALLS = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the C++ be built for another processor than this one, as GCC names it: one that this one can stand in for."""
+    parser.addoption("--march", default="native", help="build the C++ kernels for this processor (native)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build for the processor that was asked for, in this process; those that tests start build for their own."""
+    for module, name in ((native_build, "FLAGS"), (vectors, "_FLAGS")):
+        flags = [each.replace("=native", f"={config.getoption('--march')}") for each in getattr(module, name)]
+        setattr(module, name, tuple(flags))
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from luthier.kernels import native_build
 from luthier.kernels.backend import Backend
 from luthier.kernels.chosen import backend_for
 
@@ -90,8 +92,39 @@ def test_calls_at_once_have_memory_of_their_own(native: Backend) -> None:
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
+COUNTING = """
+#include "team.h"
+// How often each piece is done, `rounds` times over. Some take long, so that others take over what is left of a share.
+extern "C" void count_pieces(int64_t pieces, int64_t rounds, int32_t* counts) {
+    for (int64_t round = 0; round < rounds; round++)
+        Team::run(pieces, [&](int64_t piece, int) {
+            for (int64_t i = 0; i < (piece * 7 + round) % 11 * 200; i++) breathe();
+            __atomic_fetch_add(counts + piece, 1, __ATOMIC_RELAXED);
+        }, true);
+}
+"""
+
+
+def test_each_piece_is_done_once(native: Backend, tmp_path: Path) -> None:
+    """Breaks when a piece that was taken over is left out, or is done by the one it was taken from too."""
+    (tmp_path / "counting.cpp").write_text(COUNTING)
+    headers = sorted(native_build.SOURCES.glob("*.h"))
+    counting, _ = native_build.library(tmp_path, (*native_build.FLAGS, f"-I{native_build.SOURCES}"), headers=headers)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for pieces in (1, 2, 3, 6, 7, 8, 40, 129):
+                counts = torch.zeros(pieces, dtype=torch.int32)
+                counting.count_pieces(ctypes.c_int64(pieces), ctypes.c_int64(30), ctypes.c_void_p(counts.data_ptr()))
+                assert counts.tolist() == [30] * pieces
+    finally:
+        torch.set_num_threads(before)
+
+
 OURS = """
-import os, sys, torch
+import os, sys, tempfile, torch
+from pathlib import Path
 from tests.kernels import test_team
 from luthier.kernels.chosen import backend_for
 torch.set_num_threads(2)
@@ -100,6 +133,8 @@ if b.name != 'native': sys.exit(77)
 for dtype in (torch.float32, torch.bfloat16):
     test_team.test_the_number_of_threads_changes_no_bit(b, dtype)
 test_team.test_several_threads_may_call_at_once(b)
+with tempfile.TemporaryDirectory() as folder:
+    test_team.test_each_piece_is_done_once(b, Path(folder))
 x, w = torch.ones(2, 512), torch.ones(1200, 512)
 child = os.fork()
 fine = bool((b.product(x, w, None) == 512).all())

@@ -7,6 +7,7 @@
 
 #include "codes.h"
 #include "numbers.h"
+#include "packing.h"
 #include "scratch.h"
 
 #define DECLARED(T, NAME)                                                                                              \
@@ -131,12 +132,13 @@ template <typename T> int layers(const T* x, const Linear<T>* const (&each)[3], 
 
 template <typename T>
 int one_block(const T* x, T* out, const Block<T>& block, const BlockTerms& terms, T* keys, T* values,
-              const Group& group, const Pass<T>& pass, float* inverse) {
+              const Group& group, const Pass<T>& pass, Rooms::Shelf shelf) {
     const int64_t n = pass.n, width = pass.width, head = block.head, inner = block.inner;
     const int64_t all = block.heads * head, side = block.groups * head;
-    T* const h = static_cast<T*>(static_cast<void*>(inverse + n * block.heads));
-    T *query = h + n * width, *key = query + n * all, *value = key + n * side, *attended = value + n * side;
-    T *gate = attended + n * all, *up = gate + n * inner;
+    float* const inverse = shelf.take<float>(n * block.heads);
+    const auto rows = [&](int64_t size) { return shelf.take<T>(n * size); };
+    T *h = rows(width), *query = rows(all), *key = rows(side), *value = rows(side), *attended = rows(all);
+    T *gate = rows(inner), *up = rows(inner);
     const auto more = [&](const Terms& own, const T* from, T* to, int64_t in, int64_t outs) {
         if (own.table != nullptr && pass.count_of_tiles > 0)
             Calls<T>::thin(from, to, own.table, own.scales, pass.tiles, pass.firsts, pass.numbers, pass.weights,
@@ -186,14 +188,14 @@ int all_blocks(const Block<T>* blocks, T* const* kept, const Group* groups, cons
         wide = std::max(wide, pass.n * (pass.width + both + 2 * own.inner));
         heads = std::max(heads, own.heads);
     }
-    const Scratch scratch(sizeof(T) * wide + sizeof(float) * pass.n * heads);
-    float* const inverse = reinterpret_cast<float*>(scratch.at());
-    if (inverse == nullptr) return 1;
+    // Eight rooms, each from a whole line of the cache on: a vector that lies in two of them takes twice as long to read.
+    const Scratch scratch(sizeof(T) * wide + sizeof(float) * pass.n * heads + 8 * 64);
+    if (scratch.at() == nullptr) return 1;
     const BlockTerms none = {};
     int failed = 0;
     for (int64_t i = 0; i < count && !failed; i++)
         failed = one_block<T>(i == 0 ? x : out, out, blocks[i], terms == nullptr ? none : terms[i], kept[2 * i],
-                              kept[2 * i + 1], groups[of[i]], pass, inverse);
+                              kept[2 * i + 1], groups[of[i]], pass, {scratch.at()});
     return failed;
 }
 

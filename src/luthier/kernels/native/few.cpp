@@ -22,6 +22,9 @@ template <typename Kind, typename T> struct Plain {
     };
     Line line(int64_t out) const { return {weight + out * size}; }
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
+    Piece<Number> where(int64_t first) const {
+        return {reinterpret_cast<const Number*>(weight + first * size), size, nullptr, 0, 0};
+    }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const T* own = weight + first * size + from;
         const char* next = first + 2 * OUTS <= outs ? reinterpret_cast<const char*>(own + OUTS * size) : nullptr;

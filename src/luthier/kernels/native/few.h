@@ -6,13 +6,21 @@
 // the number of threads. Weights that are kept in fewer bits are unpacked a few rows at a time into the cache of the
 // core that multiplies them, or vector by vector where few rows of x leave the time for it.
 //
-// What comes next is fetched past the outer caches (the hint for data that are used once), and with few rows of x one row
-// of W follows another: more bytes a second than with the hint for the second cache and four rows at once. With more
-// rows of x, which fill the nearest cache themselves, the second cache is the place for what comes next where vectors
-// are of 16 floats. Threads take long stretches, as what follows one is not on its way, and short ones at the end.
+// What comes next has to be on its way. A core that is told to fetch a line forgets it when it waits for too many others,
+// and what it can wait for at once is half of what memory gives it; the rest comes from what it guesses by itself, which
+// it does for one stretch of memory that is read from its beginning to its end. So
+// - one row of W follows another where there are up to LINE_ROWS rows of x, fetched past the outer caches (the hint for
+//   data that are used once);
+// - HALF rows of W, with twice as many rows of x, where these stay in the nearest cache: little is read again there, and
+//   what follows is fetched in a line, evenly over all of the time;
+// - OUTS rows of W and GROUP rows of x otherwise: x comes from the second cache each time, so each time has to be for
+//   more of W. What follows goes to the second cache too where vectors are of 16 floats;
+// - each thread stays where it has been, see team.h.
 // benchmarks/few_rows.py measures it.
 
 #pragma once
+
+#include <unistd.h>
 
 #include <algorithm>
 #include <new>
@@ -32,6 +40,7 @@ template <typename Kept, int COUNT> struct Alike {
     typedef Vector Left;
     typedef Vector Sum;
     static constexpr int WIDE = COUNT, GROUP = LANES == 16 ? 4 : 3;
+    static constexpr bool HALVES = LANES == 16;  // whether it pays to take fewer rows of W beside rows of x that stay near
     static inline Vector load(const Kept* from) { return *reinterpret_cast<const Vector*>(from); }
     static inline Vector right(const Kept* from) { return load(from); }
     // A piece of a row of x from a number on, and a vector of it; what the sums with a row begin with; the sums as floats.
@@ -140,15 +149,29 @@ constexpr int64_t OUTS = LANES == 16 ? 6 : 4;  // rows of W at once
 constexpr int REGISTERS = LANES == 16 ? 32 : 16;
 constexpr int64_t LINE_ROWS = 4;      // rows of x, at most, for which W is read row by row
 constexpr int64_t LINE_BYTES = LANES == 16 ? 8 << 10 : 1 << 30;  // and bytes of them, if they are more than one
+constexpr int64_t HALF = OUTS / 2;    // rows of W where rows of x stay near, with twice as many of these,
+constexpr int64_t NEAR_AHEAD = 12 << 10;  // and bytes that are fetched before they are needed then
+constexpr int64_t NEAREST = 32 << 10; // bytes of the nearest cache, where it does not tell
+constexpr int64_t LINE = 64;          // bytes that are fetched together
 constexpr int64_t PIECE = 1024;       // numbers of a row at once: with OUTS rows they stay in the nearest cache
-constexpr int64_t LEAST = 64 << 10;   // bytes of W that a thread takes at once in the end,
-constexpr int64_t MOST = 512 << 10;   // and the most before
-constexpr int64_t SHARES = 6;         // large parts that a weight is at least taken in, if these are not too small
+constexpr int64_t PART = 64 << 10;    // bytes of W that a thread takes at once
 constexpr int64_t ALONE = 96 << 10;   // bytes of W below which a second thread is not worth waking
 constexpr int64_t AHEAD = 2048;       // bytes that are fetched before they are needed, where W is read row by row
 constexpr int64_t BLOCK_AHEAD = 8192; // where a few rows are read together and are not longer: those after them
 
 constexpr int NEARER = LANES == 16 ? 2 : 0;  // where pieces are fetched to, as a hint: the second cache, or once
+
+// Bytes of x that stay in the nearest cache while rows of W pass through it.
+static inline int64_t near_bytes() {
+    static const int64_t bytes = [] {
+        int64_t all = NEAREST;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+        all = std::max(all, int64_t(sysconf(_SC_LEVEL1_DCACHE_SIZE)));
+#endif
+        return all * 5 / 8;
+    }();
+    return bytes;
+}
 
 static inline void fetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
 
@@ -170,54 +193,54 @@ template <typename Number> struct Piece {
     int64_t next_stride, next_step;
 };
 
-// Totals of four sums from `first` on, of `count` that are there: OUTS with a row of x, OUTS with the next one.
-template <typename Kind>
+// Totals of four sums from `first` on, of `count` that are there: EACH with a row of x, EACH with the next one.
+template <typename Kind, int EACH>
 INLINED static inline Four four_of(const typename Kind::Sum* sums, int64_t first, int64_t count,
                                    const typename Kind::Word* x, int64_t x_stride) {
     const auto one = [&](int64_t i) INLINED {
         const int64_t there = std::min(first + i, count - 1);
-        return Kind::floats(sums[there], x + there / OUTS * x_stride);
+        return Kind::floats(sums[there], x + there / EACH * x_stride);
     };
     return totals(one(0), one(1), one(2), one(3));
 }
 
-// Numbers `from` to `until` of ROWS rows of x with those of OUTS rows of W, added to `sums` (ROWS, OUTS), or written
+// Numbers `from` to `until` of ROWS rows of x with those of EACH rows of W, added to `sums` (ROWS, EACH), or written
 // there when they are the first; with the last ones the totals go to `found`, as many floats, and up to three more
-// behind them that mean nothing. Meanwhile FETCHED rows from `next` on come nearer. A function of its own, so that all
-// sums stay in registers.
-template <typename Kind, int ROWS, int FETCHED>
+// behind them that mean nothing. Meanwhile FETCHED places from `next` on come nearer with each vector. A function of its
+// own, so that all sums stay in registers.
+template <typename Kind, int ROWS, int EACH, int FETCHED>
 __attribute__((noinline)) static void dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x,
                                            int64_t x_stride, int64_t from, int64_t until, const char* next,
                                            typename Kind::Sum* sums, float* found) {
-    typename Kind::Sum own[ROWS * OUTS];
-    if (from == 0) times<ROWS * OUTS>([&](auto i) INLINED { own[i] = Kind::start(x + i / OUTS * x_stride); });
-    else times<ROWS * OUTS>([&](auto i) INLINED { own[i] = sums[i]; });
+    typename Kind::Sum own[ROWS * EACH];
+    if (from == 0) times<ROWS * EACH>([&](auto i) INLINED { own[i] = Kind::start(x + i / EACH * x_stride); });
+    else times<ROWS * EACH>([&](auto i) INLINED { own[i] = sums[i]; });
     const typename Kind::Word* piece = Kind::piece(x, from);
     const typename Kind::Number* at = w.at;
     const int64_t stride = w.stride, next_stride = w.next_stride, next_step = w.next_step, count = until - from;
     for (int64_t k = 0; k < count; k += Kind::WIDE) {
         for (int o = 0; o < FETCHED; o++) __builtin_prefetch(next + o * next_stride, 0, NEARER);
         if (FETCHED > 0) next += next_step;
-        if constexpr (ROWS * OUTS + OUTS < REGISTERS) {
+        if constexpr (ROWS * EACH + EACH < REGISTERS) {
             // W first: what waits for it would fill the queue that loads have to pass.
-            typename Kind::Right right[OUTS];
-            times<OUTS>([&](auto o) INLINED { right[o] = Kind::right(at + o * stride + k); });
+            typename Kind::Right right[EACH];
+            times<EACH>([&](auto o) INLINED { right[o] = Kind::right(at + o * stride + k); });
             times<ROWS>([&](auto r) INLINED {
                 const typename Kind::Left left = Kind::left(piece + r * x_stride, k);
-                times<OUTS>([&](auto o) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right[o], left); });
+                times<EACH>([&](auto o) INLINED { own[r * EACH + o] = Kind::dot(own[r * EACH + o], right[o], left); });
             });
         } else {
             typename Kind::Left left[ROWS];
             times<ROWS>([&](auto r) INLINED { left[r] = in_register(Kind::left(piece + r * x_stride, k)); });
-            times<OUTS>([&](auto o) INLINED {
+            times<EACH>([&](auto o) INLINED {
                 const typename Kind::Right right = in_register(Kind::right(at + o * stride + k));
-                times<ROWS>([&](auto r) INLINED { own[r * OUTS + o] = Kind::dot(own[r * OUTS + o], right, left[r]); });
+                times<ROWS>([&](auto r) INLINED { own[r * EACH + o] = Kind::dot(own[r * EACH + o], right, left[r]); });
             });
         }
     }
-    if (found == nullptr) times<ROWS * OUTS>([&](auto i) INLINED { sums[i] = own[i]; });
-    else times<(ROWS * OUTS + 3) / 4>([&](auto i) INLINED {
-        *reinterpret_cast<Four*>(found + 4 * i) = four_of<Kind>(own, 4 * i, ROWS * OUTS, x, x_stride);
+    if (found == nullptr) times<ROWS * EACH>([&](auto i) INLINED { sums[i] = own[i]; });
+    else times<(ROWS * EACH + 3) / 4>([&](auto i) INLINED {
+        *reinterpret_cast<Four*>(found + 4 * i) = four_of<Kind, EACH>(own, 4 * i, ROWS * EACH, x, x_stride);
     });
 }
 
@@ -226,10 +249,10 @@ static inline void some_dots(const Piece<typename Kind::Number>& w, const typena
                              int64_t rows, int64_t from, int64_t until, const char* next, typename Kind::Sum* sums,
                              float* found) {
     static_assert(Kind::GROUP <= 4, "a case for each number of rows");
-    if (rows == 1) dots<Kind, 1, FETCHED>(w, x, x_stride, from, until, next, sums, found);
-    else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
-    else if (rows == 3) dots<Kind, std::min(3, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
-    else dots<Kind, std::min(4, Kind::GROUP), FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    if (rows == 1) dots<Kind, 1, OUTS, FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else if (rows == 2) dots<Kind, std::min(2, Kind::GROUP), OUTS, FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else if (rows == 3) dots<Kind, std::min(3, Kind::GROUP), OUTS, FETCHED>(w, x, x_stride, from, until, next, sums, found);
+    else dots<Kind, std::min(4, Kind::GROUP), OUTS, FETCHED>(w, x, x_stride, from, until, next, sums, found);
 }
 
 // Numbers `from` to `until` of OUTS rows of W with those of all rows of x. What comes next is fetched evenly over the time
@@ -302,9 +325,9 @@ __attribute__((noinline)) static void lines_dots(const Source& source, const Few
 // read together before all that is older has been done, and that are loads of W.
 template <typename Kind>
 static inline Vector totals_of(const typename Kind::Sum* sums, const typename Kind::Word* x) {
-    const Four first = four_of<Kind>(sums, 0, OUTS, x, 0);
+    const Four first = four_of<Kind, OUTS>(sums, 0, OUTS, x, 0);
 #if defined(__AVX512F__)
-    const Four second = four_of<Kind>(sums, 4, OUTS, x, 0);
+    const Four second = four_of<Kind, OUTS>(sums, 4, OUTS, x, 0);
     return (Vector)_mm512_insertf32x4(_mm512_castps128_ps512((__m128)first), (__m128)second, 1);
 #elif defined(__AVX2__)
     return (Vector)_mm256_castps128_ps256((__m128)first);
@@ -339,13 +362,56 @@ static inline void pieces(const Source& source, const FewRows<Kind, T>& x, int64
     }
 }
 
-// Numbers of y from the totals with OUTS rows of W from `first` on, the first `count` of which are there.
-template <typename T, typename Source>
+// Numbers of y from the totals with EACH rows of W from `first` on, the first `count` of which are there.
+template <int EACH, typename T, typename Source>
 static inline void finish(const Source& source, int64_t rows, int64_t first, int64_t count, const float* found, T* y) {
-    static_assert(OUTS <= LANES, "the totals of a row are one vector");
+    static_assert(EACH <= LANES, "the totals of a row are one vector");
     const Vector beside = source.beside(first, count);
     for (int64_t row = 0; row < rows; row++)
-        put<T>(source.finish(widened(found + row * OUTS), beside), count, y + row * source.outs + first);
+        put<T>(source.finish(widened(found + row * EACH), beside), count, y + row * source.outs + first);
+}
+
+// Totals of a group of rows of x that stay in the nearest cache with HALF rows of W where they lie.
+template <typename Kind, int FETCHED>
+static inline void near_dots(const Piece<typename Kind::Number>& w, const typename Kind::Word* x, int64_t x_stride,
+                             int64_t rows, int64_t size, float* found) {
+    constexpr int MOST_ROWS = 2 * Kind::GROUP;
+    const auto own = [&](auto count) INLINED {
+        dots<Kind, std::min<int>(count, MOST_ROWS), HALF, FETCHED>(w, x, x_stride, 0, size, w.next, nullptr, found);
+    };
+    static_assert(MOST_ROWS <= 8, "a case for each number of rows");
+    if (rows == 1) own(std::integral_constant<int, 1>());
+    else if (rows == 2) own(std::integral_constant<int, 2>());
+    else if (rows == 3) own(std::integral_constant<int, 3>());
+    else if (rows == 4) own(std::integral_constant<int, 4>());
+    else if (rows == 5) own(std::integral_constant<int, 5>());
+    else if (rows == 6) own(std::integral_constant<int, 6>());
+    else if (rows == 7) own(std::integral_constant<int, 7>());
+    else own(std::integral_constant<int, 8>());
+}
+
+// Totals of all rows of x with HALF rows of W from `first` on, while what lies NEAR_AHEAD is fetched. Groups are of one
+// size, and a row may be in two of them: where one instruction reads one group and another one the next, the processor
+// guesses worse, which takes 15 % with 9 rows.
+template <typename Kind, typename T, typename Source>
+static inline void near(const Source& source, const FewRows<Kind, T>& x, int64_t first, float* found) {
+    constexpr int64_t MOST_ROWS = 2 * Kind::GROUP;
+    const int64_t groups = (x.rows + MOST_ROWS - 1) / MOST_ROWS, bytes = source.row_bytes();
+    const int64_t vectors = x.whole / Kind::WIDE, step = (HALF * bytes + vectors * groups - 1) / (vectors * groups);
+    const int64_t fetched = (step + LINE - 1) / LINE;
+    Piece<typename Kind::Number> w = source.where(first);
+    w.next = reinterpret_cast<const char*>(w.at) + std::min(NEAR_AHEAD, (source.outs - first - HALF) * bytes);
+    w.next_step = step;
+    w.next_stride = LINE;
+    const int64_t take = (x.rows + groups - 1) / groups;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t row = std::min(group * take, x.rows - take);
+        const typename Kind::Word* own = x.at + row * x.stride;
+        if (fetched >= HALF) near_dots<Kind, HALF>(w, own, x.stride, take, x.whole, found + row * HALF);
+        else if (fetched == 2) near_dots<Kind, 2>(w, own, x.stride, take, x.whole, found + row * HALF);
+        else near_dots<Kind, 1>(w, own, x.stride, take, x.whole, found + row * HALF);
+        w.next += step * vectors;
+    }
 }
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
@@ -357,11 +423,10 @@ template <typename T, typename Source> struct Wanted {
     T* y;
 };
 
-// What is wanted of the same rows, in parts that threads take one after another: the blocks of OUTS rows of each W.
+// What is wanted of the same rows, in parts: so many blocks of OUTS rows of each W.
 template <typename T, typename Source> struct Parts {
     struct Cut {
-        int64_t blocks, large, small;  // of W, of one of the first parts, of one of the last quarter
-        int64_t many, until;           // how many are large; where the parts of this product end
+        int64_t blocks, each, until;  // of W, of one of its parts; where its parts end
     };
     Cut cuts[3];
     int count;
@@ -369,22 +434,19 @@ template <typename T, typename Source> struct Parts {
     Parts(const Wanted<T, Source>* wanted, int count) : count(count) {
         int64_t all = 0;
         for (int i = 0; i < count; i++) {
-            const int64_t row_bytes = wanted[i].source.row_bytes(), bytes = wanted[i].source.outs * row_bytes;
+            const int64_t row_bytes = wanted[i].source.row_bytes();
             Cut& cut = cuts[i];
             cut.blocks = (wanted[i].source.outs + OUTS - 1) / OUTS;
-            cut.large = std::max<int64_t>(1, std::min(MOST, std::max(LEAST, bytes / SHARES)) / (OUTS * row_bytes + 1));
-            cut.small = std::max<int64_t>(1, LEAST / (OUTS * row_bytes + 1));
-            cut.many = cut.blocks * 3 / 4 / cut.large;
-            cut.until = all += cut.many + (cut.blocks - cut.many * cut.large + cut.small - 1) / cut.small;
-            work += bytes;
+            cut.each = std::max<int64_t>(1, PART / (OUTS * row_bytes + 1));
+            cut.until = all += (cut.blocks + cut.each - 1) / cut.each;
+            work += wanted[i].source.outs * row_bytes;
         }
     }
     int64_t all() const { return cuts[count - 1].until; }
     int of(int64_t part) const { return part < cuts[0].until ? 0 : part < cuts[1].until ? 1 : 2; }
     // The block that a part of product i begins with, and the one behind its last.
     int64_t first(int i, int64_t part) const {
-        const int64_t own = part - (i > 0 ? cuts[i - 1].until : 0), large = std::min(own, cuts[i].many);
-        return std::min(cuts[i].blocks, large * cuts[i].large + (own - large) * cuts[i].small);
+        return std::min(cuts[i].blocks, (part - (i > 0 ? cuts[i - 1].until : 0)) * cuts[i].each);
     }
 };
 
@@ -396,6 +458,7 @@ static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int c
     const Rooms rooms(sizeof(Number) * OUTS * PIECE + (sizeof(Sum) + 2 * sizeof(float)) * OUTS * x.rows + 64 * 7);
     if (rooms.at == nullptr || x.failed) return 1;
     const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
+    const bool is_near = x.rest == 0 && x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= near_bytes();
     const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
     const Parts<T, Source> parts(wanted, count);
     const auto work = [&](int64_t part, int member) {
@@ -408,20 +471,32 @@ static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int c
         const Source& source = wanted[i].source;
         const int64_t begin = parts.first(i, part), end = parts.first(i, part + 1);
         const auto held = [&](int64_t block) { return std::min(OUTS, source.outs - block * OUTS); };
-        const auto done = [&](int64_t block) {
-            finish<T>(source, x.rows, block * OUTS, held(block), found[block % 2], wanted[i].y);
-        };
         if constexpr (Source::LINES) {
             for (int64_t block = begin; by_line && block < end; block++)
                 lines<Kind, T>(source, x, block * OUTS, held(block), sums, wanted[i].y);
             if (by_line) return;
         }
         // Totals are read again a block later, for the same reason for which those of a row stay in registers.
-        for (int64_t block = begin; block < end; block++) {
-            pieces<Kind, T>(source, x, block * OUTS, held(block), room, sums, found[block % 2]);
-            if (block > begin) done(block - 1);
+        int64_t first = begin;
+        if constexpr (Source::AS_IT_IS && Kind::HALVES) {
+            const auto done = [&](int64_t half) {
+                finish<HALF>(source, x.rows, half * HALF, HALF, found[half % 2], wanted[i].y);
+            };
+            if (is_near) first = std::max(begin, std::min(end, source.outs / OUTS));
+            for (int64_t half = 2 * begin; half < 2 * first; half++) {
+                near<Kind>(source, x, half * HALF, found[half % 2]);
+                if (half > 2 * begin) done(half - 1);
+                if (half == 2 * first - 1) done(half);
+            }
         }
-        if (begin < end) done(end - 1);
+        const auto done = [&](int64_t block) {
+            finish<OUTS>(source, x.rows, block * OUTS, held(block), found[block % 2], wanted[i].y);
+        };
+        for (int64_t block = first; block < end; block++) {
+            pieces<Kind, T>(source, x, block * OUTS, held(block), room, sums, found[block % 2]);
+            if (block > first) done(block - 1);
+            if (block == end - 1) done(block);
+        }
     };
     Team::run(parts.all(), work, parts.work * ((x.rows + LINE_ROWS - 1) / LINE_ROWS) > ALONE);
     return 0;

@@ -97,7 +97,7 @@ template <typename Kind> struct Coded {
     typedef typename Kind::Number Number;
     Pairs pairs;
     int64_t size, outs;
-    static constexpr bool LINES = false;
+    static constexpr bool LINES = false, AS_IT_IS = false;
     int64_t row_bytes() const { return size / 2; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const int64_t there = std::min(until, size) - from;

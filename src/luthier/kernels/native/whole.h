@@ -23,6 +23,7 @@ struct Wholes {
     struct Left { __m512i high, low; };
     struct Sum { __m512i high, low; };
     static constexpr int WIDE = 64, GROUP = 2;
+    static constexpr bool HALVES = false;
     // What lies before the bytes of a row of x: what its sums begin with, and steps.
     static constexpr int64_t LOW = 64, STEPS = 128, BYTES = 192;
 
