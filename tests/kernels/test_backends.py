@@ -389,6 +389,28 @@ def test_a_row_of_a_product_of_bytes_does_not_depend_on_the_others(dtype: torch.
         assert torch.equal(found.nan_to_num(0.5), alone[:n].nan_to_num(0.5))
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(
+    ("size", "outs", "block"), [(66, 31, 64), (896, 41, 64), (384, 45, 32), (256, 8, 128), (96, 9, 64)]
+)
+def test_a_row_of_a_product_of_codes_does_not_depend_on_the_others(
+    dtype: torch.dtype, size: int, outs: int, block: int
+) -> None:
+    """Breaks when numbers that are made vector by vector, for few rows, have another block's scale, or are summed in
+    another order."""
+    backend, blocks = NativeBackend.build(), -(-outs * size // block)
+    codes, levels = whole(outs * size // 2, most=255, seed=1), draw(16, dtype=torch.float32).sort().values
+    own = (whole(blocks, most=255, seed=3), draw(256, dtype=torch.float32, seed=4), torch.tensor(2.0), 3)
+    scales = BlockScales(draw(-(-blocks // 3), dtype=torch.float32, seed=2), *own)
+    weight = PairCodes(codes, scales, levels, block, (outs, size))
+    x = draw(33, size, dtype=dtype)
+    alone = torch.cat([backend.product_of_codes(row[None], weight) for row in x])
+    plain = backend.unpacked(codes, weight.scales.each(), levels, block, outs * size, dtype).view(outs, size)
+    close(alone, (x.double() @ plain.double().t()).to(dtype), dtype)
+    for n in range(1, 33):
+        assert torch.equal(backend.product_of_codes(x[:n], weight), alone[:n])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "d"), [(3, 40), (2, 1500), (1, 1)])
 def test_unpacked_rows(backend: Backend, dtype: torch.dtype, n: int, d: int) -> None:

@@ -20,14 +20,14 @@ struct Pairs {
 class Walk {
   public:
     Walk(const Pairs& pairs, int64_t block)
-        : own(pairs), block(block), number(block / pairs.group), left(pairs.group - block % pairs.group) {}
+        : own(&pairs), block(block), number(block / pairs.group), left(pairs.group - block % pairs.group) {}
     float next() {
-        if (own.scale_codes == nullptr) return own.scales[block++];
-        if (left-- == 0) number++, left = own.group - 1;
-        return own.scale_levels[own.scale_codes[block++]] * own.scales[number] + own.mean;
+        if (own->scale_codes == nullptr) return own->scales[block++];
+        if (left-- == 0) number++, left = own->group - 1;
+        return own->scale_levels[own->scale_codes[block++]] * own->scales[number] + own->mean;
     }
 
   private:
-    const Pairs& own;
+    const Pairs* own;
     int64_t block, number, left;  // the next block, the number its scale goes with, and how many more do
 };

@@ -20,6 +20,7 @@ template <typename Kind, typename T> struct Plain {
         }
         void fetch(int64_t k, int64_t ahead) const { fetch_once(reinterpret_cast<const char*>(from + k) + ahead); }
     };
+    static bool has_lines() { return true; }
     Line line(int64_t out) const { return {weight + out * size}; }
     int64_t row_bytes() const { return size * int64_t(sizeof(T)); }
     Piece<Number> where(int64_t first) const {

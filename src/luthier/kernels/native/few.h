@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -282,11 +283,15 @@ static inline void piece_dots(const Piece<typename Kind::Number>& w, const FewRo
 
 // TOGETHER rows of W with ROWS rows of x, into every OUTS-th of `sums`. `line.at(k)` is a vector of a row. Each sum waits
 // for the one before it: where a vector is small, or takes long to make, other rows fill that time.
+template <typename Source, int... T>
+static inline auto lines_of(const Source& source, int64_t first, std::integer_sequence<int, T...>) {
+    return std::array<typename Source::Line, sizeof...(T)>{source.line(first + T)...};
+}
+
 template <typename Kind, int ROWS, int TOGETHER, typename Source>
 static inline void line_dots(const Source& source, int64_t first, const typename Kind::Word* x, int64_t x_stride,
                              int64_t count, typename Kind::Sum* sums) {
-    typename Source::Line each[TOGETHER];
-    for (int t = 0; t < TOGETHER; t++) each[t] = source.line(first + t);
+    auto each = lines_of(source, first, std::make_integer_sequence<int, TOGETHER>());
     const int64_t block = TOGETHER * source.row_bytes();
     const int64_t ahead = TOGETHER > 1 && block <= BLOCK_AHEAD ? block : AHEAD;
     typename Kind::Sum own[ROWS * TOGETHER];
@@ -416,7 +421,8 @@ static inline void near(const Source& source, const FewRows<Kind, T>& x, int64_t
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
 // OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
-// behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES`.
+// behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES` and it
+// `has_lines`.
 // `source.finish(sums, source.beside(first, count))` are `count` numbers of y from their sums.
 template <typename T, typename Source> struct Wanted {
     Source source;
@@ -459,7 +465,9 @@ static int few(const FewRows<Kind, T>& x, const Wanted<T, Source>* wanted, int c
     if (rooms.at == nullptr || x.failed) return 1;
     const bool small = x.rows == 1 || x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= LINE_BYTES;
     const bool is_near = x.rest == 0 && x.rows * x.stride * int64_t(sizeof(typename Kind::Word)) <= near_bytes();
-    const bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
+    bool by_line = Source::LINES && x.rest == 0 && x.rows <= LINE_ROWS && small;
+    if constexpr (Source::LINES)
+        for (int i = 0; i < count; i++) by_line = by_line && wanted[i].source.has_lines();
     const Parts<T, Source> parts(wanted, count);
     const auto work = [&](int64_t part, int member) {
         auto shelf = rooms.of(member);

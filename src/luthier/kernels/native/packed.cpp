@@ -66,6 +66,7 @@ template <typename Kind> struct Bytes {
             if (k % 64 == 0) fetch_once(from + k + ahead);
         }
     };
+    static bool has_lines() { return true; }
     Line line(int64_t out) const { return {codes + out * size}; }
     int64_t row_bytes() const { return size; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
@@ -97,7 +98,34 @@ template <typename Kind> struct Coded {
     typedef typename Kind::Number Number;
     Pairs pairs;
     int64_t size, outs;
-    static constexpr bool LINES = false, AS_IT_IS = false;
+    static constexpr bool AS_IT_IS = false;
+#if defined(__AVX512BF16__)
+    // With few rows of x numbers are made where they are multiplied, and never written: a row begins with a block then.
+    static constexpr bool LINES = Kind::WIDE == 2 * LANES;
+    bool has_lines() const { return pairs.block % Kind::WIDE == 0 && size % pairs.block == 0; }
+    static constexpr int together(int rows) { return rows == 1 ? 6 : rows == 2 ? 3 : 2; }  // parts of OUTS
+    struct Line {
+        const uint8_t* from;
+        const float* levels;
+        int64_t block, left;
+        Walk scale;
+        __m512i table;
+        typename Kind::Right at(int64_t k) {
+            if (left == 0) table = scaled_table(levels, scale.next()), left = block;
+            left -= Kind::WIDE;
+            return (typename Kind::Right)looked_up(from + k / 2, table);
+        }
+        void fetch(int64_t k, int64_t ahead) const {
+            if (k % 128 == 0) fetch_once(from + k / 2 + ahead);
+        }
+    };
+    Line line(int64_t out) const {
+        const int64_t at = out * size;
+        return {pairs.codes + at / 2, pairs.levels, pairs.block, 0, Walk(pairs, at / pairs.block), __m512i{}};
+    }
+#else
+    static constexpr bool LINES = false;
+#endif
     int64_t row_bytes() const { return size / 2; }
     Piece<Number> piece(int64_t first, int64_t count, int64_t from, int64_t until, Number* room) const {
         const int64_t there = std::min(until, size) - from;
