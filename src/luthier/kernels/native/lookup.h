@@ -20,15 +20,18 @@ template <typename T> static inline void look_up(const uint8_t* codes, const T* 
 }
 
 #ifdef __AVX512BW__
-// A table that is there twice looks at four bits of a place and at one more, which may be anything.
+// What sixteen pairs stand for. A table that is there twice looks at four bits of a place and at one more, which may be
+// anything.
+static inline __m512i looked_up(const uint8_t* codes, __m512i table) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    const __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
+    return _mm512_permutexvar_epi16(places, table);
+}
+
 template <> inline void look_up<bf16>(const uint8_t* codes, const bf16* products, bf16* out, int64_t count) {
-    __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)products));
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)products));
     int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)));
-        __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
-        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(places, table));
-    }
+    for (; i + 16 <= count; i += 16) _mm512_storeu_si512(out + 2 * i, looked_up(codes + i, table));
     for (; i < count; i++) {
         out[2 * i] = products[codes[i] >> 4];
         out[2 * i + 1] = products[codes[i] & 15];
@@ -100,17 +103,12 @@ static inline void look_up_scaled(const uint8_t* codes, const float* levels, flo
 }
 
 #ifdef __AVX512BF16__
-// In registers: sixteen numbers that were just written one by one could not be read together for a while. A table that is
-// there twice looks at four bits of a place and at one more, which may be anything.
+// In registers: sixteen numbers that were just written one by one could not be read together for a while.
 static inline __m512i scaled_table(const float* levels, float scale) {
     const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
     return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(products));
 }
-static inline __m512i looked_up(const uint8_t* codes, __m512i table) {
-    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
-    const __m512i places = _mm512_or_si512(_mm512_srli_epi32(pairs, 4), _mm512_slli_epi32(pairs, 16));
-    return _mm512_permutexvar_epi16(places, table);
-}
+
 template <>
 inline void look_up_scaled<bf16>(const uint8_t* codes, const float* levels, float scale, bf16* out, int64_t count) {
     const __m512i table = scaled_table(levels, scale);
