@@ -234,7 +234,7 @@ def test_products_of_what_lies_elsewhere(backend: Backend, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize(("size", "outs"), [(70, 30), (512, 45), (896, 128)])
+@pytest.mark.parametrize(("size", "outs"), [(70, 30), (512, 45), (896, 128), (3008, 13)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(dtype: torch.dtype, size: int, outs: int) -> None:
     """Breaks when sums are made in another order for another number of rows: a text would depend on its neighbours."""
     backend = NativeBackend.build()

@@ -385,8 +385,8 @@ static inline void near_dots(const Piece<typename Kind::Number>& w, const typena
         dots<Kind, std::min<int>(count, MOST_ROWS), HALF, FETCHED>(w, x, x_stride, 0, size, w.next, nullptr, found);
     };
     static_assert(MOST_ROWS <= 8, "a case for each number of rows");
-    if (rows == 1) own(std::integral_constant<int, 1>());
-    else if (rows == 2) own(std::integral_constant<int, 2>());
+    // One row alone is read by line.
+    if (rows == 2) own(std::integral_constant<int, 2>());
     else if (rows == 3) own(std::integral_constant<int, 3>());
     else if (rows == 4) own(std::integral_constant<int, 4>());
     else if (rows == 5) own(std::integral_constant<int, 5>());
@@ -421,8 +421,8 @@ static inline void near(const Source& source, const FewRows<Kind, T>& x, int64_t
 
 // y (rows, outs) = x W^T, rounded to T. `source.piece(first, count, from, until, room)` gives numbers `from` to `until` of
 // OUTS rows of W, the first `count` of which are there, in `room` where they have to be made: PIECE apart, with zeros
-// behind the end of a row. `source.line(out)` is a row that is read vector by vector, where `source.LINES` and it
-// `has_lines`.
+// behind the end of a row. `source.line(out)` is a row that is read vector by vector, where there is `source.LINES`
+// and it `has_lines`.
 // `source.finish(sums, source.beside(first, count))` are `count` numbers of y from their sums.
 template <typename T, typename Source> struct Wanted {
     Source source;
