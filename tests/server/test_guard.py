@@ -12,7 +12,7 @@ import pytest
 from starlette.routing import Route
 
 from luthier.recipes.opening.opened import Opened
-from luthier.server.app import routes_of
+from luthier.server.app import routes_of, routes_that_speak
 from luthier.server.guard import OPEN, deeper, half_of_a_pair
 from luthier.server.settings import Limits
 from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
@@ -40,7 +40,7 @@ def walked(routes: Sequence[Any]) -> Iterator[Route]:
 def requests_of(running_: Running) -> list[tuple[str, str]]:
     """A method and a path for each route there is, and some that are none."""
     found = [("GET", "/"), ("GET", "/docs"), ("POST", "/nothing"), ("GET", "/static/../x"), ("OPTIONS", "/v1/models")]
-    for route in walked(routes_of(running_.serving).routes):
+    for route in walked(routes_of(running_.serving, routes_that_speak(running_.serving)).routes):
         path = route.path.replace("{model:path}", "seedling")
         found += [(method, path.replace("{", "").replace("}", "")) for method in route.methods or ()]
     assert len(found) > 12

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from luthier.recipes.opening.opened import Opened
 from luthier.server.connection import Connection
+from luthier.server.settings import Limits
 from luthier.server.stream import Frame
 from tests.server.fakes import TOKEN, FakeEngine, Running, fake_serving, running
 
@@ -143,7 +144,7 @@ def test_who_reads_slowly_or_has_gone_is_not_written_to(opened: Opened) -> None:
             return self.closing
 
     async def work() -> None:
-        made = Connection(Config(lambda: None, log_config=None), ServerState(), {})  # type: ignore[arg-type]
+        made = Connection(Config(lambda: None, log_config=None), ServerState(), {}, limits=Limits())  # type: ignore[arg-type]
         wire = Wire()
         made.connection_made(wire)
         assert made.write(b"0123456789") and wire.sent == b"a\r\n0123456789\r\n"
@@ -153,5 +154,39 @@ def test_who_reads_slowly_or_has_gone_is_not_written_to(opened: Opened) -> None:
         assert not made.write(b""), "an empty chunk would end the answer"
         wire.closing = True
         assert not made.write(b"x") and wire.sent == b"a\r\n0123456789\r\n"
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_who_takes_nothing_for_long_is_let_go(reads: bool) -> None:
+    """Breaks when what waits for a client is kept for ever, or a client that reads loses its answer."""
+    size, seconds = 1 << 25, 0.5
+
+    async def much(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async def work() -> None:
+        config, state, loop = Config(much, log_config=None), ServerState(), asyncio.get_running_loop()
+        limits = Limits(write_seconds=seconds)
+        server = await loop.create_server(lambda: Connection(config, state, {}, limits=limits), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        found = 0
+        if reads:
+            while found < size:
+                found += len(await asyncio.wait_for(reader.read(1 << 20), 20))
+        else:
+            while not state.connections:
+                await asyncio.sleep(0.01)
+            begun = loop.time()
+            while state.connections:
+                assert loop.time() < begun + 20, "it is held on to"
+                await asyncio.sleep(0.01)
+            assert loop.time() - begun >= seconds * 0.9
+        assert len(state.connections) == reads
+        writer.close()
+        server.close()
 
     asyncio.run(work())

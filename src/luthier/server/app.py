@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import final
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -18,8 +18,9 @@ from luthier.server import adapters, chat, completions, embeddings, files, fine_
 from luthier.server.bodies import ChatBody, CompletionBody
 from luthier.server.description import described
 from luthier.server.errors import answer, invalid, refuse, unexpected, unknown
-from luthier.server.guard import Guard, Message, Receive, Send
+from luthier.server.guard import App, Guard, Message, Receive, Send
 from luthier.server.serving import Serving
+from luthier.server.shortcut import Shortcut
 
 _LOG = logging.getLogger("luthier.server")
 _ACCESS = logging.getLogger("luthier.access")
@@ -27,16 +28,26 @@ _ACCESS = logging.getLogger("luthier.access")
 
 def application(serving: Serving) -> Guard:
     """What the HTTP server runs."""
-    api = routes_of(serving)
+    speaking = routes_that_speak(serving)
+    api = Shortcut(routes_of(serving, speaking), speaking)
     return Guard(Counted(api, serving), serving.settings, lambda: serving.worker.draining)
 
 
-def routes_of(serving: Serving) -> FastAPI:
-    """The routes, without the guard. Pages that show the description come from elsewhere, and are not there."""
+def routes_that_speak(serving: Serving) -> list[APIRouter]:
+    """The routes that generate."""
+    return [chat.routes(serving), completions.routes(serving)]
+
+
+def routes_of(serving: Serving, speaking: Iterable[APIRouter]) -> FastAPI:
+    """All routes, those that speak among them, without the guard.
+
+    Pages that show the description come from elsewhere, and are not there.
+    """
     api = FastAPI(title="luthier", docs_url=None, redoc_url=None, openapi_url="/openapi.json",
                   dependencies=[Depends(known_query)])  # fmt: skip
-    for part in (chat, completions, embeddings, plain, adapters, files, fine_tuning):
-        api.include_router(part.routes(serving))
+    others = (part.routes(serving) for part in (embeddings, plain, adapters, files, fine_tuning))
+    for router in (*speaking, *others):
+        api.include_router(router)
     api.openapi = lambda: described(api)  # type: ignore[method-assign]
 
     @api.exception_handler(LuthierError)
@@ -89,7 +100,7 @@ def known_at(path: str) -> Mapping[str, Sequence[str]]:
 class Counted:
     """Counts requests by route and status, writes the access log, and turns what nobody foresaw into 500."""
 
-    def __init__(self, api: FastAPI, serving: Serving) -> None:
+    def __init__(self, api: App, serving: Serving) -> None:
         self.api = api
         self.serving = serving
 
@@ -108,10 +119,6 @@ class Counted:
 
         try:
             await self.api(scope, receive, noted)
-        except TimeoutError:
-            # A client that takes nothing: its connection ends here.
-            status = 499
-            raise
         except Exception:
             _LOG.exception("%s %s", scope["method"], scope["path"])
             status = 500

@@ -3,7 +3,7 @@
 Idea: it wraps the whole application, so no route can forget it. In this order: size and number of headers, the name of
 the host (a page that has its own name point here is refused), the origin (a page of another site is refused), the
 token, the state of the server, then the size and the depth of the body, which is read whole in bounded time before
-anything parses it. A client that takes nothing of its answer for long is let go.
+anything parses it.
 Source: DNS rebinding: Jackson et al., CCS 2007.
 """
 
@@ -56,7 +56,7 @@ class Guard:
         if answer is not None:
             await answer(scope, receive, send)
             return
-        await self.app(scope, _replayed(body, receive), self._bounded(send))
+        await self.app(scope, replayed(body, receive), send)
 
     def _refusal(self, scope: Message) -> JSONResponse | None:
         """Why a request is not taken, by its head alone."""
@@ -137,14 +137,6 @@ class Guard:
             return refuse(400, told, code="invalid_parameter")
         return None
 
-    def _bounded(self, send: Send) -> Send:
-        """`send` that does not wait for a reader for ever."""
-        async def bounded(message: Message) -> None:
-            async with asyncio.timeout(self.settings.limits.write_seconds):
-                await send(message)
-
-        return bounded
-
 
 def _host(value: bytes) -> str:
     """The name in a Host header, without its port."""
@@ -192,7 +184,7 @@ def half_of_a_pair(body: bytes) -> int | None:
     return None if high is None else high.start()
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
+def replayed(body: bytes, receive: Receive) -> Receive:
     """`receive` that gives the body that was read, and then what comes."""
     told = False
 
