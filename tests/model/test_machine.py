@@ -34,6 +34,28 @@ def test_a_rate_is_measured_once_and_only_ever_gets_better(told: list[Rates]) ->
     assert rates(CPU, torch.bfloat16, inputs=8, outputs=9) == Rates(5e9, 1e9)
 
 
+def test_what_was_measured_beside_other_work_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, told: list[Rates]
+) -> None:
+    """Breaks when a busy moment decides for ever, or a machine that is always busy is measured by each run."""
+    told[:] = [Rates(1e9, 1e9, 1), Rates(3e9, 1e9, 1), Rates(2e9, 2e9), Rates(9e9, 9e9)]
+    of = {"inputs": 8, "outputs": 9}
+    assert [rates(CPU, torch.float32, **of) for _ in range(4)] == [
+        Rates(1e9, 1e9, 1), Rates(3e9, 1e9, 2), Rates(3e9, 2e9), Rates(3e9, 2e9)]  # fmt: skip
+    told[:] = [Rates(1e9, 1e9, 1)] * 20
+    for _ in range(20):
+        rates(CPU, torch.bfloat16, **of)
+    assert len(told) == 20 - machine.MOST_BUSY
+
+
+def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks when time that others had counts as ours, or on a GPU, where the processor waits."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert machine.measure(CPU, torch.float32, inputs=64, outputs=64, seconds=0.01).busy == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1e-9)
+    assert machine.measure(CPU, torch.float32, inputs=64, outputs=64, seconds=0.01).busy == 0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"KEY": {"flops": "fast", "bytes": -1.0}}'])
 def test_a_damaged_memory_is_measured_again(content: str, told: list[Rates]) -> None:
     """Breaks when a cache that can be made again ends a run."""

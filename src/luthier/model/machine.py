@@ -1,7 +1,8 @@
 """What this machine can do: the rate of matrix products and the bandwidth of memory, measured and remembered.
 
 Idea: a limit is what the machine has shown at its best. A first run measures for a third of a second, at the shape of
-its own products; later ones take the number from the cache. `luthier doctor` measures anew and keeps the better one.
+its own products; later ones take the number from the cache. `luthier doctor` measures anew and keeps the better one,
+and so do a few later runs where the processors had other work while it was measured.
 The same numbers decide in which precision a CPU computes: half precision is twice as fast on one and a hundred times
 slower on another, and depends on the shape.
 """
@@ -28,14 +29,22 @@ MOST_FLOPS = 2e10
 COPIED = 64 * 2**20
 MOST_NUMBERS = 2**27
 """Numbers of a matrix that is timed: half a gigabyte. A product with a larger one is no faster, and may not fit."""
+QUIET = 0.8
+"""Share of the time of all threads that is ours where nothing else runs: 0.97 to 1.0 were seen, 0.6 beside one loop."""
+MOST_BUSY = 8
+"""Times that a busy machine is measured: one that always is should not be measured by each run."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOPs a second of products, and bytes a second (read plus written) of a copy."""
+    """FLOPs a second of products, and bytes a second (read plus written) of a copy.
+
+    `busy` is how often they were measured, where that was beside other work each time; 0 where it was not.
+    """
 
     flops: float
     bytes: float
+    busy: int = 0
 
 
 def rates(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int, anew: bool = False) -> Rates:
@@ -45,12 +54,17 @@ def rates(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int
     path = cache_folder() / FILE
     known = recalled(path)
     seen = _rates(known.get(key))
-    if seen is not None and not anew:
+    if seen is not None and not anew and not 0 < seen.busy < MOST_BUSY:
         return seen
     now = measure(device, dtype, inputs=inputs, outputs=outputs)
-    best = now if seen is None else Rates(max(seen.flops, now.flops), max(seen.bytes, now.bytes))
+    best = now if seen is None else _better(seen, now)
     remember(path, {**known, key: asdict(best)})
     return best
+
+
+def _better(one: Rates, other: Rates) -> Rates:
+    busy = one.busy + other.busy if one.busy and other.busy else 0
+    return Rates(max(one.flops, other.flops), max(one.bytes, other.bytes), busy)
 
 
 def measure(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: int, seconds: float = SECONDS) -> Rates:
@@ -62,9 +76,12 @@ def measure(device: torch.device, dtype: torch.dtype, *, inputs: int, outputs: i
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     with torch.no_grad():
+        begun, ours = time.perf_counter(), time.process_time()
         product = _best(lambda: F.linear(x, weight), device, seconds)
+        share = (time.process_time() - ours) / (time.perf_counter() - begun) / torch.get_num_threads()
         copied = _best(lambda: target.copy_(source), device, seconds / 3)
-    return Rates(2 * tokens * inputs * outputs / product, 2 * source.nbytes / copied)
+    busy = int(device.type == "cpu" and share < QUIET)
+    return Rates(2 * tokens * inputs * outputs / product, 2 * source.nbytes / copied, busy)
 
 
 def _timed_sizes(inputs: int, outputs: int) -> tuple[int, int]:
@@ -98,7 +115,8 @@ def _name(device: torch.device) -> str:
 def _rates(value: object) -> Rates | None:
     if not isinstance(value, dict):
         return None
-    flops, traffic = value.get("flops"), value.get("bytes")
-    if isinstance(flops, float) and isinstance(traffic, float) and flops > 0 and traffic > 0:
-        return Rates(flops, traffic)
+    # Before it was told whether the machine was busy, it may have been.
+    flops, traffic, busy = value.get("flops"), value.get("bytes"), value.get("busy", 1)
+    if isinstance(flops, float) and isinstance(traffic, float) and flops > 0 and traffic > 0 and type(busy) is int:
+        return Rates(flops, traffic, max(0, busy))
     return None

@@ -216,7 +216,7 @@ def _pack(model: LanguageModel, extras: dict[str, object], asked: Quantizer | No
         quantize(model, kept)
     elif "packed-weights" in kept.provides:
         raise RecipeError(
-            f"quantizer is {asked.method_name()}, and the adapter was trained on weights in {kept.method_name()}",
+            f"quantizer is {asked.method_name()}, and the adapter was trained on weights that were packed another way",
             allowed=kept.method_name(),
             do="leave the quantizer out",
         )
