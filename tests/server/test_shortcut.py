@@ -93,10 +93,12 @@ def test_what_is_asked_both_ways_is_answered_once(
 
 
 def test_a_query_is_for_the_layers(serving: Running) -> None:
-    """Breaks when a parameter in the query is passed over."""
+    """Breaks when a parameter in the query is passed over, or is told what only bodies know."""
     body = '{"model": "seedling", "prompt": "x"}'
-    status, [answer] = told(serving, f"{TEXT}?stream=true", body, "application/json")
-    assert status == 400 and answer["error"]["code"] == "unknown_parameter"
+    for query, words in (("stream=true", "'stream' in the query; put it into the body"), ("x=1", "'x' in the query")):
+        status, [answer] = told(serving, f"{TEXT}?{query}", body, "application/json")
+        assert status == 400 and answer["error"]["code"] == "unknown_parameter"
+        assert answer["error"]["message"] == f"unknown parameter {words}"
     assert told(serving, TEXT, body, "text/plain")[0] == 400
 
 

@@ -125,9 +125,7 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
         message = f"{param} cannot be had; {INSTEAD[place[-1]]}"
         return _misfit(message, "unsupported_parameter", param)
     if first["type"] == "extra_forbidden" and place:
-        names = first.get("ctx", {}).get("known") or known.get(".".join(place[:-1]), ())
-        near = f"; {did_you_mean(place[-1][:80], names)}" if names else ""
-        return _misfit(f"unknown parameter {param!r:.200}{near}", "unknown_parameter", param)
+        return _misfit(_unknown(first, place, known), "unknown_parameter", param)
     if first["type"] == "json_invalid":
         why = dict(first.get("ctx", {})).get("error", first["msg"])
         at = first["loc"][-1] if first["loc"] else "?"
@@ -139,6 +137,17 @@ def invalid(failure: RequestValidationError, known: Mapping[str, Sequence[str]])
         return _misfit(f"{param or 'the body'} is missing", "missing_parameter", param)
     what = f"{param}: " if param else ""
     return _misfit(f"{what}{_said_of(first, problems, failure.body)}", "invalid_parameter", param)
+
+
+def _unknown(problem: Mapping[str, Any], place: Sequence[str], known: Mapping[str, Sequence[str]]) -> str:
+    """What is said of a parameter that nobody knows where it stands."""
+    said, kind = f"unknown parameter {'.'.join(place)!r:.200}", problem["loc"][0]
+    of_body = known.get(".".join(place[:-1]), ())
+    names = problem.get("ctx", {}).get("known", of_body)
+    if kind == "query" and place[-1] in of_body:
+        return f"{said} in the query; put it into the body"
+    where = " in the query" if kind == "query" else ""
+    return f"{said}{where}; {did_you_mean(place[-1][:80], names)}" if names else f"{said}{where}"
 
 
 def unknown(kind: str, name: str, names: Sequence[str]) -> RequestValidationError:
