@@ -177,6 +177,8 @@ def test_who_takes_nothing_for_long_is_let_go(reads: bool) -> None:
         if reads:
             while found < size:
                 found += len(await asyncio.wait_for(reader.read(1 << 20), 20))
+            # Who has read it all keeps the connection for the next request.
+            await asyncio.sleep(1.5 * seconds)
         else:
             while not state.connections:
                 await asyncio.sleep(0.01)
