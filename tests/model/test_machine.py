@@ -49,7 +49,7 @@ def test_what_was_measured_beside_other_work_is_measured_again(
 
 
 def test_other_work_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Breaks when time that others had counts as ours, or on a GPU, where the processor waits."""
+    """Breaks when time that others had counts as ours."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     assert machine.measure(CPU, torch.float32, inputs=64, outputs=64, seconds=0.01).busy == 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1e-9)
