@@ -62,28 +62,31 @@ def raced(slow_ms: float, fast_ms: float, **more: Any) -> Broken:
 
 
 class Timed(Broken):
-    """Answers as kernels/race.py does, in times of its own."""
+    """Answers as kernels/race.py does, in times of its own; what a round hides grows with its repetitions."""
 
     def __init__(
         self, slow_ms: float, fast_ms: float, *, hidden: float = 0.0, busy: float = 0.0, wobble: float = 0.0,
-        value: float = 1.0,
+        begun: float = 0.0, value: float = 1.0,
         untouched: Any = True, claims: Any = None, kind: str = "torch.float32",
     ) -> None:  # fmt: skip
         super().__init__([])
         self.times = (slow_ms, fast_ms)
         self.hidden, self.busy, self.wobble, self.claims = hidden, busy, wobble, claims
         self.value, self.untouched, self.kind = value, untouched, kind
+        self.begun, self.repeats = begun, REPEATS
 
     def run(self, program: Program) -> Outcome:
         self.asked.append(program)
         both = len(self.asked) % 2 == 1
-        self.cpu = 0.0
+        self.cpu = self.begun * 1e-3 if both else 0.0
         entered, laps, returned = 0, 0, []
         for call in program.calls:
             if call.function == "race.enter":
                 entered, laps = entered + 1, 0
             last = entered == 2
             laps += call.function == "race.timed"
+            if call.function == "race.draw":
+                self.repeats = len(call.arguments[0])
             returned.append(self._answer(call.function, laps, answer=both and last, last=last, alone=not both))
         return Outcome(Status.ENDED, returned=tuple(returned), cpu_seconds=self.cpu)
 
@@ -95,9 +98,12 @@ class Timed(Broken):
             return Returned()
         # A lap that other work got in the way of; and a machine that has become slower.
         each = self.times[answer] * 1e-3 * (9 if laps == 3 else 1) * (1 + self.wobble * alone)
-        beside = (self.hidden if answer else self.busy * (laps == 3) * alone) * 1e-3
-        claimed = self.claims if answer and self.claims is not None else [each] * REPEATS
-        seconds = each * REPEATS + 0.01 + beside
+        longer = self.repeats // REPEATS
+        beside = (self.hidden * longer if answer else self.busy * (laps == 3) * alone) * 1e-3
+        claimed = [each] * self.repeats
+        if answer and self.claims is not None:
+            claimed = self.claims * longer if isinstance(self.claims, list) else self.claims
+        seconds = each * self.repeats + 0.01 + beside
         self.cpu += seconds
         return Returned(claimed, seconds=seconds)
 
@@ -136,8 +142,28 @@ def test_who_hid_time_in_one_race_alone_is_not_accused() -> None:
     sandbox = Once(8.0, 1.0)
     verdict = judged(sandbox)
     assert isinstance(verdict, RewardError) and verdict.again and len(sandbox.asked) == 4
-    always = judged(raced(8.0, 1.0, hidden=60.0))
-    assert not isinstance(always, RewardError) and always.value == 0.0 and always.parts["hack/clock"] == 1.0
+    always = raced(8.0, 1.0, hidden=60.0)
+    found = judged(always)
+    assert not isinstance(found, RewardError) and found.value == 0.0 and found.parts["hack/clock"] == 1.0
+    assert len(always.asked) == 4
+
+
+def test_what_a_process_takes_once_accuses_nobody() -> None:
+    """Breaks when an honest answer is called a cheat because its process took longer to begin, again and again.
+
+    The limit of the race that looks again has to grow with it, or an honest reference that is slow runs out of time.
+    """
+    sandbox, seconds = raced(8.0, 1.0, begun=300.0), []
+
+    def opened(limits: Any, **ignored: Any) -> Any:
+        seconds.append(limits.seconds)
+        return sandbox
+
+    made = KernelSpeed(device="cpu", rounds=ROUNDS, repeats=REPEATS, seconds=10.0)
+    [verdict] = made.score([GOOD], Tools(sandbox=opened))
+    assert isinstance(verdict, RewardError) and verdict.again and len(sandbox.asked) == 4
+    assert seconds == [seconds[0], seconds[0] + 30.0]
+    assert judged(raced(8.0, 1.0, begun=3000.0)).parts["hack/clock"] == 1.0  # more than such a race can tell apart
 
 
 def test_time_that_only_our_clock_sees_pays_nothing() -> None:

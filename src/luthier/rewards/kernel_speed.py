@@ -5,14 +5,15 @@ Idea: reference and answer are timed in one process, the reference first and for
 the fastest round, since other work on the machine only ever adds. Every repetition has inputs that were drawn after the
 answer was written; what it gave is looked at when the clocks have stopped, at places told then, beside what the other
 process gives. How much less work the first process was than the other one is seen from outside too: by the kernel's
-account of processor time, on a GPU by our own clock. What was gained on the inner clock and not there, twice, is time
-that was hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device: cpu` programs of PyTorch. Under
-Triton's interpreter time means nothing: without a GPU value and the part `timed` are 0, and that is said.
+account of processor time, on a GPU by our own clock. What was gained on the inner clock and not there, in a race and in
+one four times as long, is time that was hidden, and pays nothing. On a GPU it takes kernels of Triton; with `device:
+cpu` programs of PyTorch. Under Triton's interpreter time means nothing: without a GPU value and the part `timed` are 0,
+and that is said.
 Equation: log(s) / log(most), within 0 and 1, with s = min_rounds median t_reference / min_rounds median t_answer; 0
 where an answer is wrong or s < least
 Source: Ouyang et al., arXiv 2502.10517 (KernelBench); Predibase, reinforcement fine-tuning of PyTorch to Triton
-Cost: two processes in turn, four where time seems hidden; in one of them (rounds + 1) x repeats calls of the answer,
-    and as many of the reference in each place of it.
+Cost: two processes in turn, and two of four times the length where time seems hidden. In one of the first (rounds + 1)
+    x repeats calls of the answer, and as many of the reference in each place of it.
 Use when: kernels are right (above the reward `kernel`, behind its gate) and shall be fast.
 Not when: the GPU trains or serves at the same time: a reference that then differs threefold is no verdict.
 """
@@ -22,8 +23,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from statistics import median
 from typing import Any, Final, Literal, final
@@ -47,6 +49,7 @@ from luthier.data.kernel_programs import (
 from luthier.data.sample import Sample
 from luthier.rewards import Reward, RewardError, Score, Tools, Verdict
 from luthier.sandbox.program import Call, Limits, Outcome, Program, Returned, Status
+from luthier.sandbox.sandbox import Sandbox
 
 _PRELOAD: Final = {
     "cpu": ("torch", "torch.overrides"),
@@ -64,6 +67,9 @@ _SHARE: Final = 0.01
 _LEAST_TIME: Final = 2e-7
 """Seconds that no call of a function takes less than."""
 _PROCESSES: Final = 64
+_LONGER: Final = 4
+"""Times as many repetitions has a race that looks again at an answer which seems to hide time."""
+Run = Callable[[Program], Outcome]
 
 
 @final
@@ -110,36 +116,42 @@ class KernelSpeed(Reward):
         if self.device == "auto" and not lent:
             told = "not timed: there is no GPU, and under Triton's interpreter time says nothing"
             return [self._untimed(sample, told) for sample in samples]
-        device = "cuda" if lent else "cpu"
-        seconds = self.seconds + START_SECONDS[device]
-        limits = Limits(seconds, seconds, self.memory_megabytes << 20, processes=_PROCESSES)
-        sandbox = tools.sandbox(limits, preload=_PRELOAD[device], environment=PRECISE if lent else (), devices=lent)
         # One at a time: whatever runs beside it is timed too.
-        return [self._one(sample, sandbox.run, device, _secret(sample, tools)) for sample in samples]
+        runner = partial(self._runner, tools.sandbox, lent)
+        return [self._one(sample, runner, "cuda" if lent else "cpu", _secret(sample, tools)) for sample in samples]
+
+    def _runner(self, opened: Callable[..., Sandbox], lent: tuple[str, ...], times: int) -> Run:
+        """What runs a program that may take so many times as long as the knobs say."""
+        device = "cuda" if lent else "cpu"
+        seconds = self.seconds * times + START_SECONDS[device]
+        limits = Limits(seconds, seconds, self.memory_megabytes << 20, processes=_PROCESSES)
+        return opened(limits, preload=_PRELOAD[device], environment=PRECISE if lent else (), devices=lent).run
 
     def _untimed(self, sample: Sample, told: str) -> Score:
         for column in self.columns:
             sample.fact(column)
         return Score(0.0, _parts(timed=0.0), told)
 
-    def _one(self, sample: Sample, run: Any, device: str, secret: bytes) -> Verdict:
+    def _one(self, sample: Sample, runner: Callable[[int], Run], device: str, secret: bytes) -> Verdict:
         name, reference = str(sample.fact(self.column)), str(sample.fact(self.reference))
         arguments = self._arguments(sample.fact(self.timed))
         race = _Race(name, reference, arguments, device, self.rounds + 1, self.repeats, secret)
         form = torch_form(sample.said, name) if device == "cpu" else kernel_form(sample.said, name)
         if form.trouble:
             return Score(0.0, _parts(), form.trouble, form.trouble)
-        verdict = self._raced(race, form.program, run, sample)
+        verdict = self._raced(race, form.program, runner(1), sample)
         if not _accused(verdict):
             return verdict
-        # Whoever hides time does so each time; other work on the machine does not come twice.
-        again = self._raced(race, form.program, run, sample)
+        # Who hides time hides the more of it the more calls there are. What other work takes from a process once, as at
+        # its start, stays what it is.
+        longer = replace(race, repeats=_LONGER * race.repeats)
+        again = self._raced(longer, form.program, runner(_LONGER), sample)
         if isinstance(again, Score) and not _accused(again):
             told = "processor time went elsewhere in one race and not in the next"
             return RewardError(told, do="let the machine do less else").of(sample)
         return again
 
-    def _raced(self, race: _Race, answer: str, run: Any, sample: Sample) -> Verdict:
+    def _raced(self, race: _Race, answer: str, run: Run, sample: Sample) -> Verdict:
         """The verdict on one race."""
         device, reference = race.device, race.reference
         said, known = run(race.with_(answer)), run(race.with_(reference))
