@@ -123,7 +123,7 @@ def _compiled_by_one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterato
     def alone(compiler: str, sources: list[Path], place: Path, flags: tuple[str, ...]) -> None:
         with (shared.parent / "native.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not place.is_file():
+            if not native_build.is_whole(place):
                 compiled(compiler, sources, place, flags)
 
     with pytest.MonkeyPatch.context() as patch:

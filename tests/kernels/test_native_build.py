@@ -37,6 +37,33 @@ def test_it_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert NativeBackend.build().identity == first.identity
 
 
+DAMAGES = {
+    "another bit": lambda held: held[: len(held) // 2] + bytes([held[len(held) // 2] ^ 1]) + held[len(held) // 2 + 1 :],
+    "cut": lambda held: held[: len(held) // 2],
+    "longer": lambda held: held + b"\0",
+    "nothing": lambda held: b"",
+    "zeros": lambda held: bytes(len(held)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_compiled_anew(own_cache: Path, tmp_path: Path, damage: str) -> None:
+    """Breaks when machine code with another bit is run, or half of it ends in a traceback."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "seven.cpp").write_text('extern "C" int seven() { return 7; }', "utf-8")
+    flags = ("-shared", "-fPIC")
+    loaded, _ = native_build.library(sources, flags)
+    assert loaded.seven() == 7 and native_build.is_built(sources, flags)
+    [place] = own_cache.iterdir()
+    whole = place.read_bytes()
+    # Another file: this process runs the old one.
+    place.unlink()
+    place.write_bytes(DAMAGES[damage](whole))
+    assert not native_build.is_built(sources, flags)
+    assert native_build.library(sources, flags)[0].seven() == 7 and place.read_bytes() == whole
+
+
 def test_other_sources_are_another_library(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks when a new version of luthier runs the C++ of the old one."""
     sources = tmp_path / "sources"
@@ -147,7 +174,7 @@ def test_files_are_compiled_side_by_side_and_then_linked(
     assert most == processors and len(lines) == 2 * (len(names) + 1)
     assert sorted(line.split()[-1] for line in lines[:-2] if line.startswith("begin")) == names
     (made,) = own_cache.iterdir()
-    assert made.suffix == ".so" and made.read_text("utf-8").endswith(".o")
+    assert made.suffix == ".so" and made.read_bytes()[:-32].endswith(b".o")
 
 
 def test_one_that_fails_ends_the_others_and_leaves_nothing(

@@ -6,7 +6,8 @@ there are processors for us; and a library for exactly this CPU may use all of i
 instructions. What shares its work out runs on torch's own OpenMP threads: torch has loaded libgomp under the name that
 the linker looks for.
 The name of the file is a digest of sources, compiler and CPU, so that another machine that shares the cache makes its
-own. Use when: a compiler is there, on Linux. Not when: it is not; the twin in Python does the same, slower.
+own. At its end is the digest of the rest: a file that has been damaged is compiled anew.
+Use when: a compiler is there, on Linux. Not when: it is not; the twin in Python does the same, slower.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FLAGS: Final = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-t
                 "-fopenmp", "-fPIC", "-shared")  # fmt: skip
 SECONDS: Final = 600.0
 _LOOK_SECONDS: Final = 0.02
+_DIGEST_BYTES: Final = 32
 
 
 def library(folder: Path, flags: tuple[str, ...], *, headers: Sequence[Path] = ()) -> tuple[ctypes.CDLL, str]:
@@ -47,7 +49,7 @@ def library(folder: Path, flags: tuple[str, ...], *, headers: Sequence[Path] = (
     """
     compiler = _compiler()
     sources, place = _named(folder, compiler, flags, headers)
-    if not place.is_file():
+    if not is_whole(place):
         _compile(compiler, sources, place, flags)
     try:
         return ctypes.CDLL(str(place)), place.stem[:12]
@@ -58,9 +60,19 @@ def library(folder: Path, flags: tuple[str, ...], *, headers: Sequence[Path] = (
 def is_built(folder: Path, flags: tuple[str, ...]) -> bool:
     """Whether `library` would find it in the cache."""
     try:
-        return _named(folder, _compiler(), flags)[1].is_file()
+        return is_whole(_named(folder, _compiler(), flags)[1])
     except MissingError:
         return False
+
+
+def is_whole(place: Path) -> bool:
+    """Whether a library is there and as it was compiled: one with another bit might compute, and something else."""
+    try:
+        held = place.read_bytes() if place.is_file() else b""
+    except OSError:
+        return False
+    code, digest = held[:-_DIGEST_BYTES], held[-_DIGEST_BYTES:]
+    return bool(code) and hashlib.sha256(code).digest() == digest
 
 
 def _compiler() -> str:
@@ -114,6 +126,10 @@ def _compile(compiler: str, sources: list[Path], place: Path, flags: tuple[str, 
             command = [compiler, *flags, *wide]
             _run([[*command, "-c", "-o", str(into), str(path)] for path, into in zip(ordered, objects, strict=True)])
             _run([[*command, "-o", str(made), *map(str, objects)]])
+            # Behind the library, where no loader looks: so both are there or neither is.
+            digest = hashlib.sha256(made.read_bytes()).digest()
+            with made.open("ab") as file:
+                file.write(digest)
             made.replace(place)
     except (OSError, subprocess.SubprocessError) as failure:
         raise MissingError(f"the C++ kernels cannot be compiled into {place.parent}: {failure}") from failure
