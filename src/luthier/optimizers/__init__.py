@@ -9,6 +9,7 @@ they can also step in the backward pass, tensor by tensor (train/in_backward.py)
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping
@@ -55,7 +56,19 @@ class Optimizer(Method):
         return 8 * max(map(math.prod, shapes.values()), default=0)
 
 
-class PerTensor(TorchOptimizer, ABC):
+class WithoutCompiler(TorchOptimizer):
+    """A torch optimizer whose methods are called as they are.
+
+    Torch keeps its compiler out of them by a decorator that first imports it, which takes longer than a first step.
+    """
+
+    add_param_group = inspect.unwrap(TorchOptimizer.add_param_group)
+    zero_grad = inspect.unwrap(TorchOptimizer.zero_grad)
+    state_dict = inspect.unwrap(TorchOptimizer.state_dict)
+    load_state_dict = inspect.unwrap(TorchOptimizer.load_state_dict)
+
+
+class PerTensor(WithoutCompiler, ABC):
     """A torch optimizer whose step looks at one tensor at a time."""
 
     @torch.no_grad()

@@ -15,12 +15,13 @@ import math
 from collections.abc import Mapping
 from typing import final
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer as TorchOptimizer
 
-from luthier.optimizers import Optimizer, decay_groups
+from luthier.optimizers import Optimizer, WithoutCompiler, decay_groups
 
 
 @final
@@ -38,7 +39,7 @@ class AdamW(Optimizer):
         return self.learning_rate
 
     def build(self, parameters: Mapping[str, Tensor]) -> TorchOptimizer:
-        return TorchAdamW(
+        return _Fused(
             decay_groups(parameters, self.weight_decay),
             lr=self.learning_rate,
             betas=(self.beta1, self.beta2),
@@ -48,3 +49,24 @@ class AdamW(Optimizer):
 
     def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return 8 * sum(map(math.prod, shapes.values()))
+
+
+@final
+class _Fused(WithoutCompiler, TorchAdamW):
+    """Torch's AdamW, stepped by its fused operation without what its compiler would want to know."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step every tensor that has a gradient. A closure is torch's way to compute the loss again; nobody does."""
+        for group in self.param_groups:
+            held: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *held)
+            tensors, gradients, means, squares, largest, steps = held
+            if not tensors:
+                continue
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                tensors, gradients, means, squares, largest, steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+            )  # fmt: skip
