@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from luthier.model.tasks import AUTO, Task
+from luthier.model.tasks import Task, auto_class
 from tests import task_models
 from tests.data import kinds
 from tests.task_models import ANSWERS, MASKED
@@ -33,6 +33,6 @@ def _saved(folder: Path, architecture: str, task: Task, tokenizer: Any) -> Path:
     config.vocab_size = len(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AUTO[task.name].from_config(config).save_pretrained(folder)
+        auto_class(task).from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

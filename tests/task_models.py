@@ -22,7 +22,7 @@ from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import state_digest
-from luthier.model.tasks import AUTO, CAUSAL, SCORES, Task, with_classes
+from luthier.model.tasks import CAUSAL, SCORES, Task, auto_class, with_classes
 from luthier.objectives import Objective, Vocabulary
 from tests import forests
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY
@@ -87,9 +87,9 @@ def zoo(architecture: str, task: Task, *, seed: int = 0, dtype: torch.dtype = to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            module = AUTO[task.name].from_config(copy.deepcopy(named), attn_implementation=attention.NAME)
+            module = auto_class(task).from_config(copy.deepcopy(named), attn_implementation=attention.NAME)
         except (ValueError, KeyError):
-            module = AUTO[task.name].from_config(named)
+            module = auto_class(task).from_config(named)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if parameter.ndim > 1:

@@ -75,7 +75,7 @@ def engine_of(name: str, *, together: bool = False, **room: int) -> Engine:
     """An engine with small pages; `together` keeps all pages of all layers, as if none had a window."""
     engine = Engine(mixed(name), room=Room(**{"tokens": 400, "page": 4, **room}))
     if together:
-        widths = layers_of(mixed(name).module).widths
+        widths = layers_of(mixed(name)).widths
         engine._gate.layers = Layers(widths, (None,) * len(widths))
     return engine
 
@@ -135,7 +135,7 @@ def test_a_text_holds_what_its_layers_see_and_the_plan_says_so(name: str) -> Non
     """Breaks when layers with a window keep more than they see, or the plan's formula counts other bytes."""
     model, page = mixed(name), 4
     shape = shape_of(model.config.to_dict())
-    layers = layers_of(model.module)
+    layers = layers_of(model)
     assert layers.windows == shape.windows and len(layers.groups) == 2
     engine = engine_of(name, pass_tokens=16)
     (prompt,) = texts(1, common=100, longest=9)
@@ -304,7 +304,7 @@ def test_whole_blocks_take_the_table_of_each_layer(name: str, monkeypatch: pytes
 def test_the_room_that_is_found_fits_into_its_share_of_memory(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """Breaks when room is counted as if no layer had a window, or as if all had."""
     model = mixed("gemma3")
-    layers, free = layers_of(model.module), 40_000_000
+    layers, free = layers_of(model), 40_000_000
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
     monkeypatch.setattr(reader, "SHARE", share)
     room = default_room(model, layers)

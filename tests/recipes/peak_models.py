@@ -12,7 +12,7 @@ import transformers
 from luthier.data.rendering.rendered import TOKEN_ROLES, Rendered
 from luthier.model.attending import attention
 from luthier.model.language_model import LanguageModel
-from luthier.model.tasks import AUTO, with_classes
+from luthier.model.tasks import auto_class, with_classes
 from luthier.objectives import Objective
 from tests import forests
 
@@ -60,7 +60,7 @@ def model_for(given: dict[str, Any], objective: Objective) -> LanguageModel:
     task = objective.task(CLASSES)
     config = with_classes(config_for(given), task)
     dtype = getattr(torch, given.get("precision", "float32"))
-    module = AUTO[task.name].from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
+    module = auto_class(task).from_config(config, dtype=dtype, attn_implementation=attention.NAME).eval()
     return LanguageModel(
         module, source="fresh", digest="", kernels=given.get("kernels", "auto"), task=task,
     )  # fmt: skip

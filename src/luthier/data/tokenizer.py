@@ -7,11 +7,11 @@ is loaded: only fast tokenizers, no remote code, no pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +21,9 @@ from luthier.core.errors import DataError, UnsafeArtifactError
 from luthier.data.covering import closed
 from luthier.data.forest import Ints
 from luthier.data.hub import ModelFiles
+from luthier.data.known_tokenizers import known_tokenizer, remember_tokenizer
 from luthier.data.spellings import Spellings
+from luthier.data.tokenizer_facts import TokenizerFacts
 from luthier.data.tokenizer_files import read_tokenizer, stop_ids
 from luthier.data.words import Words
 
@@ -38,6 +40,20 @@ class Specials:
     swallow_right: frozenset[str]
     firsts: tuple[str, ...]
     """The characters that these texts begin with."""
+
+    @classmethod
+    def of(cls, facts: TokenizerFacts) -> Specials:
+        """Those that a tokenizer's facts tell of."""
+        pattern = "(" + "|".join(re.escape(text) for text in facts.texts) + ")"
+        return cls(
+            ids=frozenset(facts.special_ids),
+            ends=facts.ends,
+            pattern=re.compile(pattern) if facts.texts else None,
+            texts=frozenset(facts.texts),
+            swallow_left=frozenset(facts.swallow_left),
+            swallow_right=frozenset(facts.swallow_right),
+            firsts=tuple(sorted({text[:1] for text in facts.texts})),
+        )
 
     def split(self, text: str) -> list[str]:
         """`text` cut at control tokens: text, token, text, token, ..., text."""
@@ -56,24 +72,19 @@ class Specials:
 @final
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A tokenizer as luthier uses it; make one with `load` or `of`. `raw` is the transformers object.
+    """A tokenizer as luthier uses it; make one with `load` or `of`. `backend` is that of the tokenizers library.
 
     `eos_ids` are the tokenizer's own eos, first, and those of generation_config.json; `stop_ids` the same as a set.
     `prefix_space` says that a space is added before a text that follows a control token or nothing. `words` and
     `spellings` are the quick ways to tokens and back, where there are any; what comes out is the same either way.
     """
 
-    raw: Any = field(repr=False, compare=False)
-    digest: str
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
-    adds_bos: bool
+    backend: Any = field(repr=False, compare=False)
+    facts: TokenizerFacts = field(repr=False)
     specials: Specials = field(repr=False)
-    chat_template: str | None = field(repr=False)
-    vocabulary_size: int
-    prefix_space: bool
     words: Words | None = field(repr=False, compare=False)
     spellings: Spellings | None = field(repr=False, compare=False)
+    _whole: Callable[[], Any] = field(repr=False, compare=False)
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
@@ -82,7 +93,13 @@ class Tokenizer:
         Raises MissingError when there is none, UnsafeArtifactError for one that needs code, CorruptError for damage.
         """
         files = ModelFiles.of(source)
-        return cls.of(read_tokenizer(files), generation_eos=stop_ids(files.json("generation_config.json")))
+        known = known_tokenizer(files)
+        if known is not None:
+            return cls._of(*known, lambda: read_tokenizer(files))
+        raw = read_tokenizer(files)
+        made = cls.of(raw, generation_eos=stop_ids(files.json("generation_config.json")))
+        remember_tokenizer(files, raw, made.facts)
+        return made
 
     @classmethod
     def of(cls, raw: Any, *, generation_eos: Sequence[int] = ()) -> Tokenizer:
@@ -96,25 +113,68 @@ class Tokenizer:
         # A tokenizer.json may carry settings that cut texts short without a word.
         raw.backend_tokenizer.no_truncation()
         raw.backend_tokenizer.no_padding()
-        own = [] if raw.eos_token_id is None else [int(raw.eos_token_id)]
-        eos_ids = tuple(dict.fromkeys([*own, *(int(token) for token in generation_eos)]))
-        bos_id = None if raw.bos_token_id is None else int(raw.bos_token_id)
-        adds_bos = bos_id is not None and list(raw("x")["input_ids"])[:1] == [bos_id]
-        template = _template_of(raw)
-        state = [raw.backend_tokenizer.to_str(), template, bos_id, eos_ids, adds_bos]
+        return cls._of(raw.backend_tokenizer, TokenizerFacts.of(raw, generation_eos), lambda: raw)
+
+    @classmethod
+    def _of(cls, backend: Any, facts: TokenizerFacts, whole: Callable[[], Any]) -> Tokenizer:
         return cls(
-            raw=raw,
-            digest=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
-            bos_id=bos_id,
-            eos_ids=eos_ids,
-            adds_bos=adds_bos,
-            specials=_specials(raw),
-            chat_template=template,
-            vocabulary_size=len(raw),
-            prefix_space=_prefix_space(raw),
-            words=Words.of(raw.backend_tokenizer),
-            spellings=Spellings.of(raw.backend_tokenizer),
+            backend=backend,
+            facts=facts,
+            specials=Specials.of(facts),
+            words=Words.of(backend),
+            spellings=Spellings.of(backend),
+            _whole=cache(whole),
         )
+
+    @property
+    def raw(self) -> Any:
+        """The transformers object. Of a tokenizer that is known it is made when it is first asked for."""
+        return self._whole()
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.facts.roles.get("bos")
+
+    @property
+    def unknown_id(self) -> int | None:
+        return self.facts.roles.get("unk")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.facts.roles.get("pad")
+
+    @property
+    def mask_id(self) -> int | None:
+        return self.facts.roles.get("mask")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.facts.eos_ids
+
+    @property
+    def adds_bos(self) -> bool:
+        return self.facts.adds_bos
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.facts.chat_template
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.facts.vocabulary_size
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens and their ids, those that were added among them."""
+        return dict(self.backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def prefix_space(self) -> bool:
+        return self.facts.prefix_space
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -132,7 +192,7 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, str]:
         """What a chat template may name: bos_token, eos_token, ... as text."""
-        return {name: str(text) for name, text in self.raw.special_tokens_map.items() if isinstance(text, str)}
+        return dict(self.facts.named)
 
     def encode(self, text: str) -> tuple[Ints, Ints]:
         """The ids (n,) of `text` and their character spans (n, 2); no token is added."""
@@ -149,7 +209,7 @@ class Tokenizer:
                 return made
             return [
                 (np.array(one.ids, np.int32), np.array(one.offsets, np.int32).reshape(-1, 2))
-                for one in self.raw.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)
+                for one in self.backend.encode_batch(list(texts), add_special_tokens=False)
             ]
         except (UnicodeEncodeError, TypeError):
             _require_characters(texts)
@@ -188,7 +248,7 @@ class Tokenizer:
             return self.spellings.text(ids if isinstance(ids, np.ndarray) else [int(token) for token in ids])
         plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
         # Not through `raw.decode`, which looks at the type of each id before it makes this same call.
-        return str(self.raw.backend_tokenizer.decode(plain, skip_special_tokens=False))
+        return str(self.backend.decode(plain, skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
         """The text of one token as it reads inside a text (with its leading space, where it has one)."""
@@ -196,7 +256,7 @@ class Tokenizer:
 
     def differing(self, other: Tokenizer) -> list[str]:
         """The tokens that are not the same number in both vocabularies."""
-        own, theirs = self.raw.get_vocab(), other.raw.get_vocab()
+        own, theirs = self.vocabulary, other.vocabulary
         return sorted(token for token in {*own, *theirs} if own.get(token) != theirs.get(token))
 
     def reads_as(self, ids: Sequence[int] | Ints, text: str) -> bool:
@@ -215,7 +275,7 @@ class Tokenizer:
         if self.reads_as(ids, text):
             return True
         wanted = _squeezed("".join(map(self._normal, self.specials.split(text))))
-        unknown = self.raw.unk_token_id
+        unknown = self.unknown_id
         known: list[list[int]] = [[]]
         for token in map(int, ids):
             known.append([]) if token == unknown else known[-1].append(token)
@@ -233,16 +293,16 @@ class Tokenizer:
         return len(wanted) - at >= len(said[-1]) and wanted.endswith(said[-1])
 
     def _normal(self, text: str) -> str:
-        normalizer = self.raw.backend_tokenizer.normalizer
+        normalizer = self.backend.normalizer
         return text if normalizer is None or text in self.specials.texts else str(normalizer.normalize_str(text))
 
     def _spelled(self, ids: Sequence[int]) -> str:
         """The letters of `ids`. A decoder of word pieces changes words (do not, don't), so those are put together."""
-        model = self.raw.backend_tokenizer.model
+        model = self.backend.model
         prefix = getattr(model, "continuing_subword_prefix", None) if type(model).__name__ == "WordPiece" else None
         if prefix is None:
             return self.decode(ids)
-        return "".join(str(self.raw.convert_ids_to_tokens(token)).removeprefix(prefix) for token in ids)
+        return "".join(str(self.backend.id_to_token(token)).removeprefix(prefix) for token in ids)
 
     def _says(self, decoded: str, text: str, *, begins: bool) -> bool:
         if decoded == text:
@@ -281,47 +341,6 @@ class Tokenizer:
 def _squeezed(text: str) -> str:
     """A text without white space, also where a tokenizer writes it as a sign of its own."""
     return "".join(text.replace("\u2581", " ").split())
-
-
-def _template_of(raw: Any) -> str | None:
-    """The chat template; of several named ones the default."""
-    template = raw.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return template if isinstance(template, str) and template.strip() else None
-
-
-def _specials(raw: Any) -> Specials:
-    ids = {int(token) for token in raw.all_special_ids}
-    added = raw.added_tokens_decoder
-    ids |= {int(token) for token, entry in added.items() if entry.special}
-    # A token for the unknown or for a beginning is a control token, but no end of anything.
-    never_end = {raw.bos_token_id, raw.unk_token_id, raw.cls_token_id, raw.mask_token_id} - {raw.eos_token_id}
-    longest_first = sorted((str(raw.convert_ids_to_tokens(token)) for token in ids), key=len, reverse=True)
-    pattern = "(" + "|".join(re.escape(text) for text in longest_first) + ")"
-    return Specials(
-        ids=frozenset(ids),
-        ends=frozenset(ids - never_end),
-        pattern=re.compile(pattern) if longest_first else None,
-        texts=frozenset(longest_first),
-        swallow_left=frozenset(entry.content for entry in added.values() if entry.lstrip),
-        swallow_right=frozenset(entry.content for entry in added.values() if entry.rstrip),
-        firsts=tuple(sorted({text[:1] for text in longest_first})),
-    )
-
-
-def _prefix_space(raw: Any) -> bool:
-    """Whether a space is added in front of a text, seen by encoding one and reading it back."""
-    anchors = ["", *(str(token) for token in raw.all_special_tokens[:2])]
-    for anchor in anchors:
-        # Behind two letters nothing is added, so what differs there is the added space.
-        ids = raw.backend_tokenizer.encode(anchor + "xy", add_special_tokens=False).ids
-        tail = ids[1:] if anchor else ids
-        around = raw.backend_tokenizer.encode("xy\n", add_special_tokens=False).ids
-        text = raw.decode([*around, *tail], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith(" xy"):
-            return True
-    return False
 
 
 def _require_characters(texts: Sequence[str]) -> None:

@@ -28,7 +28,6 @@ from typing import Literal, final
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -41,6 +40,7 @@ from luthier.model.files.json_files import read_object, write_object
 from luthier.model.files.old_keys import with_old_keys
 from luthier.model.files.shards import ShardWriter, Slot
 from luthier.model.files.texts_beside import save_texts
+from luthier.model.zoo import ZooModule
 
 _USE = """```python
 from transformers import AutoModelFor{kind}, AutoTokenizer
@@ -85,7 +85,7 @@ class Merged(Exporter):
         save_extras(place, {"base": subject.base,
                             "task": {"name": model.task.name, "classes": list(model.task.classes)}})  # fmt: skip
 
-    def _write_weights(self, module: PreTrainedModel, place: Path, dtype: torch.dtype) -> None:
+    def _write_weights(self, module: ZooModule, place: Path, dtype: torch.dtype) -> None:
         """One tensor after another, in the type and under the names of the files; only one is copied at a time."""
         tensors = _saved(module)
         types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
@@ -106,7 +106,7 @@ class Merged(Exporter):
         return use + ("\nOr `luthier generate FOLDER --prompt \"...\"`.\n" if subject.model.task.speaks else "")
 
 
-def _saved(module: PreTrainedModel) -> Mapping[str, Tensor]:
+def _saved(module: ZooModule) -> Mapping[str, Tensor]:
     """The tensors that its files hold, by their names there: a tied one once, and fused ones apart."""
     held = {name: tensor for name, tensor in module.state_dict().items()
             if name not in (module._keys_to_ignore_on_save or ())}  # fmt: skip

@@ -32,7 +32,7 @@ from luthier.model.comparing.tolerances import EXACT, Tolerance
 from luthier.model.files.adapter_config import CONFIG, EXTRAS, TENSORS, read_config, trained_beside
 from luthier.model.files.json_files import write_object
 from luthier.model.files.texts_beside import save_texts
-from luthier.model.tasks import AUTO
+from luthier.model.tasks import auto_class
 
 _USE = """```python
 from peft import PeftModel
@@ -118,6 +118,6 @@ class Peft(Exporter):
             use = _OURS.format(kind=kind)
         else:
             classes = f", num_labels={len(task.classes)}" if task.classes else ""
-            use = _USE.format(base=base, model=AUTO[task.name].__name__, classes=classes)
+            use = _USE.format(base=base, model=auto_class(task).__name__, classes=classes)
         told = () if subject.adapter is None else trained_beside(subject.adapter)
         return use + (_SPEAKS.format(base=base) if task.speaks else "") + "".join(f"\n- {line}\n" for line in told)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
 from luthier.infer.pages import Table
@@ -29,6 +28,7 @@ from luthier.kernels.backend import AddedTerms, Backend, KeptRows, Paged, TokenB
 from luthier.kernels.thin_pass import ThinPass
 from luthier.model.attending.attention import ForestPlan, Root, soft_capped
 from luthier.model.attending.kept import AttentionCall, KeptKeys
+from luthier.model.language_model import LanguageModel
 from luthier.model.running.executor import flat_hidden
 
 Ints64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
@@ -68,14 +68,15 @@ class Layers:
         return tuple(each * size * dtype.itemsize for each in numbers)
 
 
-def layers_of(module: PreTrainedModel) -> Layers:
+def layers_of(model: LanguageModel) -> Layers:
     """What a model's cache has to hold, found out with a text of one token."""
-    plan = ForestPlan(spans=(Span(0, 1, ()),), captured={})
-    zero = torch.zeros(1, dtype=torch.int64, device=module.device)
-    flat_hidden(module, zero, zero, plan)
+    plan, blocks = ForestPlan(spans=(Span(0, 1, ()),), captured={}), model.executor.blocks
+    zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+    flat_hidden(model.module, zero, zero, plan, blocks=blocks)
     captured = plan.captured or {}
+    calls = plan.noted if blocks is None else blocks.calls
     widths = tuple((key.shape[1], key.shape[3], value.shape[3]) for _, (key, value) in sorted(captured.items()))
-    return Layers(widths, tuple(plan.noted[layer].window for layer in sorted(captured)))
+    return Layers(widths, tuple(calls[layer].window for layer in sorted(captured)))
 
 
 @final

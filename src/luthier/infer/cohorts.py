@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from luthier.core.errors import RecipeError
 from luthier.infer.continuation import Continuation
@@ -31,6 +29,7 @@ from luthier.model.editing.edits import LearnedKeysValues, LearnedRoot, routed
 from luthier.model.language_model import LanguageModel
 from luthier.model.routes import Routes, batch_routes
 from luthier.model.running.encoder_decoder import read_texts, start_of, states_ahead
+from luthier.model.zoo import ZooModule
 
 PASS_TOKENS: Final = 512
 """Prompts of texts with a state that are read at once have no more tokens together, if there are several."""
@@ -66,6 +65,8 @@ class Answers(Cohort):
     """Answers of an encoder-decoder that are of one length by now; its prompts are read once."""
 
     def __init__(self, model: LanguageModel, members: Sequence[Continuation], *, mixed: bool) -> None:
+        from transformers.modeling_outputs import BaseModelOutput
+
         super().__init__(model, members, mixed=mixed)
         prompts = [each.request.prompt for each in self.members]
         roots = [root_for(model, _adapter(each), mixed=mixed) for each in self.members]
@@ -199,8 +200,10 @@ def _adapter(each: Continuation) -> str:
     return each.request.adapter
 
 
-def _learned(model: LanguageModel, roots: Sequence[LearnedKeysValues]) -> Cache | None:
-    """The cache of a decoder whose learned keys and values are there before its answers; None without any."""
+def _learned(model: LanguageModel, roots: Sequence[LearnedKeysValues]) -> Any:
+    """The zoo's cache of a decoder whose learned keys and values are there before its answers; None without any."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
     if not roots:
         return None
     cache = DynamicCache()
@@ -210,7 +213,7 @@ def _learned(model: LanguageModel, roots: Sequence[LearnedKeysValues]) -> Cache 
     return EncoderDecoderCache(cache, DynamicCache())
 
 
-def _state_name(module: PreTrainedModel) -> str:
+def _state_name(module: ZooModule) -> str:
     """What a model calls the state it carries from token to token; attention-free ones have their own names."""
     known = inspect.signature(module.forward).parameters
     found = [name for name in ("past_key_values", "cache_params", "state") if name in known]

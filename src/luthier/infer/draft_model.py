@@ -47,7 +47,7 @@ class DraftModel:
         self.vocabulary = vocabulary
         with torch.no_grad():
             # All pages are kept, windows or not: a draft that was wrong is read over.
-            widths = layers_of(model.module).widths
+            widths = layers_of(model).widths
             self.layers = Layers(widths, (None,) * len(widths))
 
     def __call__(self, request: Request, draw: int) -> Drafter:

@@ -105,7 +105,7 @@ class Gate:
     def layers(self) -> Layers:
         """What the cache has to hold."""
         with torch.no_grad():
-            return layers_of(self.model.module)
+            return layers_of(self.model)
 
     def _reader(self, room: Room) -> Reader:
         if not self.paged:

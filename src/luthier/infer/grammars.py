@@ -101,7 +101,7 @@ def _first_line(matcher: Any) -> str:
 def _vocabulary(library: ModuleType, tokenizer: Tokenizer) -> Any:
     """The bytes of each token, as llguidance reads them from a tokenizer.json."""
     try:
-        return library.LLTokenizer(tokenizer.raw.backend_tokenizer.to_str(), eos_token=tokenizer.eos_id)
+        return library.LLTokenizer(tokenizer.backend.to_str(), eos_token=tokenizer.eos_id)
     except ValueError as failure:
         raise RecipeError(
             f"llguidance cannot read this tokenizer: {failure}",

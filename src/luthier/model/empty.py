@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig
 
 from luthier.kernels.chosen import planned_backend
 from luthier.kernels.wanted import wanted_kernels
@@ -24,12 +23,13 @@ from luthier.model.editing.sites import Sites
 from luthier.model.files.weights import fresh_module
 from luthier.model.language_model import LanguageModel
 from luthier.model.tasks import CAUSAL
+from luthier.model.zoo import ZooConfig
 
 _FEW: Final = 2**20
 """Permutations of so few are made: a prompt starts from the rows that one names."""
 
 
-def empty_model(config: PreTrainedConfig, source: str, *, dtype: torch.dtype, device: str) -> LanguageModel:
+def empty_model(config: ZooConfig, source: str, *, dtype: torch.dtype, device: str) -> LanguageModel:
     """The model of a config as it would run on a kind of device, "cpu" or "cuda", which need not be here."""
     attention.register()
     with torch.device("meta"):

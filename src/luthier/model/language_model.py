@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import final
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean
@@ -44,6 +43,7 @@ from luthier.model.running.task_executor import probe_task, run_task, task_head_
 from luthier.model.running.unrolled import run_unrolled
 from luthier.model.running.zoo_head import head_modules, new_parts, tempered
 from luthier.model.tasks import CAUSAL, Task
+from luthier.model.zoo import ZooConfig, ZooModule
 
 
 @final
@@ -58,7 +58,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        module: PreTrainedModel,
+        module: ZooModule,
         *,
         source: str,
         digest: str,
@@ -92,7 +92,7 @@ class LanguageModel:
         self._terms = TermKeeper(backend, module.dtype)
 
     @property
-    def config(self) -> PreTrainedConfig:
+    def config(self) -> ZooConfig:
         return self.module.config
 
     @property

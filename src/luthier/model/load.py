@@ -17,11 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as zoo_logging
 
 from luthier.core.errors import MissingError, RecipeError
 from luthier.core.units import rate_text
@@ -34,18 +32,15 @@ from luthier.model.attending import attention
 from luthier.model.files.configs import checked_config, config_of
 from luthier.model.files.packed_files import Found, PackedReader, make_room, put_packed, take_packed
 from luthier.model.files.sources import FRESH, resolve_source
+from luthier.model.files.tensor_files import read_weights
 from luthier.model.files.weight_files import folder_digest, weight_files
-from luthier.model.files.weights import (
-    fresh_module,
-    module_with,
-    read_weights,
-    take_generation_settings,
-    without_weights,
-)
+from luthier.model.known_decoders import Known, known_decoder, proved, remember_decoder
 from luthier.model.language_model import LanguageModel
 from luthier.model.machine import rates
+from luthier.model.own.decoder import Decoder
 from luthier.model.spoken import REASON, speaks_in_halves
 from luthier.model.tasks import CAUSAL, Task, kind_of
+from luthier.model.zoo import ZooConfig, ZooModule
 
 Precision = Literal["auto", "float32", "bfloat16"]
 ReaderOf = Callable[[Mapping[str, object]], PackedReader]
@@ -64,24 +59,77 @@ def load_model(
     task: Task = CAUSAL,
     packed: ReaderOf | None = None,
     speaks: bool = False,
+    own_modules: bool = False,
 ) -> LanguageModel:
     """The base model `source` for `task`, frozen, in evaluation mode, on its device.
 
     `packed` finds what reads files whose weights are packed; without it they are refused. With `speaks` it is to make
-    text, and where it would be in float32 it is in bfloat16 if that is faster (see `spoken.py`).
+    text, and where it would be in float32 it is in bfloat16 if that is faster (see `spoken.py`). With `own_modules` it
+    may be made of ours, which the zoo has shown to compute the same (see `own/`): then the zoo is not even imported.
     Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model,
     CorruptError for damaged files, and RecipeError when it is no model for the task.
     """
-    attention.register()
     name = resolve_source(source)
-    fresh = source.startswith(FRESH)
     files = ModelFiles.of(name)
+    may_be_ours = own_modules and task == CAUSAL and _device(device).type == "cpu" and wanted_kernels() != "torch"
+    may_be_ours = may_be_ours and not source.startswith(FRESH)
+    known = known_decoder(files) if may_be_ours else None
+    found = None if known is None else _of_ours(known, files, source, precision=precision, speaks=speaks)
+    if found is not None:
+        return found
+    return _of_the_zoo(
+        source, files, precision=precision, device=device, seed=seed, task=task, packed=packed, speaks=speaks,
+        remembered=may_be_ours,
+    )  # fmt: skip
+
+
+def _of_ours(
+    known: Known, files: ModelFiles, source: str, *, precision: Precision, speaks: bool
+) -> LanguageModel | None:
+    """The model in our own modules; None where that was not proved for these weights in this precision."""
+    device = torch.device("cpu")
+    dtype, reason = _precision_of(
+        cast("ZooConfig", known.config), files, precision, device, speaks=speaks, has_blocks=lambda: True
+    )
+    backend, _ = backend_for(wanted_kernels(), device, dtype)
+    with _beside(files.folder) as folders_digest:
+        tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
+        digest = folders_digest()
+    shape = proved(known, digest, dtype, backend)
+    if shape is None or not shape.fits(tensors):
+        return None
+    parameters = shape.frozen(tensors, dtype)
+    module = Decoder(shape, parameters, known.config, generation=known.generation, files=files)
+    return LanguageModel(
+        cast("ZooModule", module), source=source, digest=digest, kernels=wanted_kernels(), known_as=digest,
+        notices=(f"precision: {reason}", *known.notices),
+    )  # fmt: skip
+
+
+def _of_the_zoo(
+    source: str,
+    files: ModelFiles,
+    *,
+    precision: Precision,
+    device: str,
+    seed: int,
+    task: Task,
+    packed: ReaderOf | None,
+    speaks: bool,
+    remembered: bool,
+) -> LanguageModel:
+    """The model in the zoo's modules, `remembered` for the next time where ours would do."""
+    from luthier.model.files.weights import fresh_module, module_with, take_generation_settings, without_weights
+    from luthier.model.spoken import has_our_blocks
+
+    attention.register()
+    fresh = source.startswith(FRESH)
     checked = checked_config(files, quantized=packed is not None and not fresh)
     reader = packed(checked.quantization) if packed is not None and checked.quantization else None
-    dtype, reason = choose_precision(precision, _shape(checked.config.get_text_config()), _device(device))
-    may_round = speaks and dtype == torch.float32 and _device(device).type == "cpu" and task == CAUSAL and not fresh
-    if may_round and speaks_in_halves(checked.config, weight_files(files), source=source):
-        dtype, reason = torch.bfloat16, REASON
+    dtype, reason = _precision_of(
+        checked.config, files, precision, _device(device), speaks=speaks and task == CAUSAL and not fresh,
+        has_blocks=lambda: has_our_blocks(checked.config, source),
+    )  # fmt: skip
     found: dict[str, Found] = {}
     # Read beside the work, which reads the same bytes: neither waits for the other.
     with _beside(None if fresh else files.folder) as folders_digest:
@@ -97,23 +145,48 @@ def load_model(
                 loaded = module_with(checked.config, tensors, dtype, source, task=task, seed=seed)
             take_generation_settings(loaded.module, files)
         module = loaded.module
-        module.config.name_or_path = name
+        module.config.name_or_path = files.source
         make_room(module, found)
         module.to(_device(device))
         put_packed(module, found, _device(device), dtype)
         digest = folders_digest() or state_digest(module)
     held = (f"quantizer: the files hold {len(found)} matrices that are packed",) if found else ()
     notices = (f"precision: {reason}", *checked.notices, *loaded.notices, *held)
-    return LanguageModel(
+    model = LanguageModel(
         module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh,
         # Of what was just drawn, or packed on the way, nobody asks twice.
         known_as="" if fresh or found else digest,
     )  # fmt: skip
+    if remembered and not (found or loaded.notices or loaded.fresh):
+        remember_decoder(files, model, checked.notices)
+    return model
+
+
+def _precision_of(
+    config: ZooConfig,
+    files: ModelFiles,
+    precision: Precision,
+    device: torch.device,
+    *,
+    speaks: bool,
+    has_blocks: Callable[[], bool],
+) -> tuple[torch.dtype, str]:
+    """The dtype of weights and products, and why, also of a model that is to make text."""
+    dtype, reason = choose_precision(precision, _shape(config.get_text_config()), device)
+    may_round = speaks and dtype == torch.float32 and device.type == "cpu"
+    if may_round and speaks_in_halves(weight_files(files)) and has_blocks():
+        return torch.bfloat16, REASON
+    return dtype, reason
 
 
 def kind_of_source(source: str) -> Kind:
     """How a model reads, by its config alone."""
-    return kind_of(config_of(source))
+    return "causal" if is_known_decoder(source) else kind_of(config_of(source))
+
+
+def is_known_decoder(source: str) -> bool:
+    """Whether the zoo has shown this model to be a decoder that our own modules do for."""
+    return known_decoder(ModelFiles.of(resolve_source(source))) is not None
 
 
 def choose_precision(precision: Precision, shape: tuple[int, int], device: torch.device) -> tuple[torch.dtype, str]:
@@ -135,7 +208,7 @@ def choose_precision(precision: Precision, shape: tuple[int, int], device: torch
     return torch.float32, f"float32, {compared}"
 
 
-def _shape(config: PreTrainedConfig) -> tuple[int, int]:
+def _shape(config: ZooConfig) -> tuple[int, int]:
     """Inputs and outputs of a block's widest product."""
     hidden = int(config.hidden_size)
     inner = getattr(config, "intermediate_size", None)
@@ -154,7 +227,7 @@ def _beside(folder: Path | None) -> Iterator[Callable[[], str]]:
             over.set()
 
 
-def state_digest(module: PreTrainedModel) -> str:
+def state_digest(module: ZooModule) -> str:
     """sha256 over all parameters of a model in memory."""
     total = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -178,6 +251,8 @@ def _device(device: str) -> torch.device:
 @contextmanager
 def without_bars(*, local: bool) -> Iterator[None]:
     """Keep transformers from drawing bars for files it reads in an instant; a download keeps its own."""
+    from transformers.utils import logging as zoo_logging
+
     shown = zoo_logging.is_progress_bar_enabled()
     if local or not sys.stderr.isatty():
         zoo_logging.disable_progress_bar()

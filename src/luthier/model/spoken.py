@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from transformers import PreTrainedConfig
 
 from luthier.kernels.chosen import backend_for
 from luthier.kernels.floats import BFLOAT16, is_real
 from luthier.kernels.halves import multiplies_halves
 from luthier.kernels.wanted import wanted_kernels
-from luthier.model.empty import empty_model
 from luthier.model.files.array_files import tensor_places
+from luthier.model.zoo import ZooConfig
 
 CACHED: Final = 64 << 20
 """Bytes of a model in float32 that a cache may hold: reading it costs little in either precision."""
@@ -34,13 +33,18 @@ _WIDENING: Final = ("AVX2", "AVX512")
 """Instructions for which our kernels widen bfloat16 numbers in vectors; with others nothing was measured."""
 
 
-def speaks_in_halves(config: PreTrainedConfig, paths: Sequence[Path], *, source: str) -> bool:
-    """Whether this CPU makes text faster in bfloat16 than in float32, and the files lose nothing by it."""
+def speaks_in_halves(paths: Sequence[Path]) -> bool:
+    """Whether this CPU makes text faster in bfloat16 than in float32 where blocks are ours, and files lose nothing."""
     if multiplies_halves() or torch.backends.cpu.get_cpu_capability() not in _WIDENING or not _hold_halves(paths):
         return False
     wanted = wanted_kernels()
-    if wanted == "torch" or backend_for(wanted, torch.device("cpu"), torch.bfloat16)[0].name != "native":
-        return False
+    return wanted != "torch" and backend_for(wanted, torch.device("cpu"), torch.bfloat16)[0].name == "native"
+
+
+def has_our_blocks(config: ZooConfig, source: str) -> bool:
+    """Whether our operations run the blocks of the model of a config."""
+    from luthier.model.empty import empty_model
+
     return empty_model(config, source, dtype=torch.bfloat16, device="cpu").executor.blocks is not None
 
 

@@ -13,41 +13,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-
 from luthier.core.errors import RecipeError
 from luthier.data.rendering.renderer import Kind
+from luthier.model.own.config import OwnConfig
+from luthier.model.zoo import ZooConfig, ZooModule
 
 TaskName = Literal["causal_lm", "masked_lm", "sequence_classes", "token_classes", "scores", "seq2seq_lm"]
-_ZOO: Final[Mapping[TaskName, Any]] = MappingProxyType({
-    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING,
-    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING,
-    "sequence_classes": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "token_classes": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
-    "scores": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "seq2seq_lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+_AUTO: Final[Mapping[TaskName, str]] = MappingProxyType({
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classes": "AutoModelForSequenceClassification",
+    "token_classes": "AutoModelForTokenClassification",
+    "scores": "AutoModelForSequenceClassification",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
 })  # fmt: skip
-AUTO: Final[Mapping[TaskName, Any]] = MappingProxyType({
-    "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
-    "sequence_classes": AutoModelForSequenceClassification,
-    "token_classes": AutoModelForTokenClassification,
-    "scores": AutoModelForSequenceClassification,
-    "seq2seq_lm": AutoModelForSeq2SeqLM,
-})  # fmt: skip
+"""The zoo's class for each task; it has a table of the classes of all configs that do it."""
 PEFT_TYPES: Final[Mapping[TaskName, str]] = MappingProxyType({
     "causal_lm": "CAUSAL_LM",
     "masked_lm": "FEATURE_EXTRACTION",
@@ -105,26 +85,28 @@ SCORES: Final = Task("scores", ("score",))
 """Saying with one number how good a text is: a reward model, kept as a classifier with a single class."""
 
 
-def kind_of(config: PretrainedConfig) -> Kind:
+def kind_of(config: ZooConfig) -> Kind:
     """How the model of a config reads.
 
     BERT-like configs are in the zoo's table of causal models too, as decoders; they are encoders unless the config
     itself says otherwise.
     """
+    if isinstance(config, OwnConfig):
+        return "causal"
     if getattr(config, "is_encoder_decoder", False):
         return "seq2seq"
-    reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    reads_both_ways = type(config) in _table("masked_lm") and not getattr(config, "is_decoder", False)
     return "encoder" if reads_both_ways else "causal"
 
 
-def class_for(config: PretrainedConfig, task: Task, source: str) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+def class_for(config: ZooConfig, task: Task, source: str) -> tuple[type[ZooModule], ZooConfig]:
     """The class that the zoo has for a config and a task, and the part of the config that it takes.
 
     Raises RecipeError when the model is not of a kind that does the task, with the objectives that fit it.
     """
-    mapping, kind = _ZOO[task.name], kind_of(config)
+    mapping, kind = _table(task.name), kind_of(config)
     if kind not in _KINDS[task.name] or type(config) not in mapping:
-        known = type(config) in _ZOO["causal_lm"] or kind != "causal"
+        known = type(config) in _table("causal_lm") or kind != "causal"
         raise RecipeError(
             f"{source} is a {config.model_type} model, which is no {_DOES[task.name]}",
             allowed=f"objective {_FITS[kind]}" if known else "",
@@ -140,9 +122,21 @@ def class_for(config: PretrainedConfig, task: Task, source: str) -> tuple[type[P
     return kinds, config
 
 
-def with_classes(config: PretrainedConfig, task: Task) -> PretrainedConfig:
+def with_classes(config: ZooConfig, task: Task) -> ZooConfig:
     """The config with the names of the task's classes, by which the zoo sizes its output layer."""
     if task.classifies:
         config.id2label = dict(enumerate(task.classes))
         config.label2id = {name: number for number, name in enumerate(task.classes)}
     return config
+
+
+def auto_class(task: Task) -> Any:
+    """The zoo's class that makes models for a task."""
+    import transformers
+
+    return getattr(transformers, _AUTO[task.name])
+
+
+def _table(task: TaskName) -> Any:
+    """The zoo's classes for a task, by the class of a config."""
+    return auto_class(Task(task))._model_mapping

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest
@@ -33,6 +32,7 @@ from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.scoring import AnyHead, long, outputs_of
 from luthier.model.running.unrolled import unrolled_states
 from luthier.model.running.zoo_head import FeatureHead, tempered
+from luthier.model.zoo import ZooModule
 
 CHUNK_ROWS = 64
 """Rows whose logits, of both models and with their gradients, are held at once."""
@@ -46,7 +46,7 @@ class Taught:
 
     states: Float[Tensor, "N e"]
     head: AnyHead
-    module: PreTrainedModel
+    module: ZooModule
 
     def log_probs(self, rows: slice, size: int) -> Float[Tensor, "n V"]:
         """Log-probabilities of the first `size` tokens of the vocabulary, which are all that the student knows."""
@@ -139,7 +139,7 @@ def _states(model: LanguageModel, forest: Forest) -> Float[Tensor, "N d"]:
     return unrolled_states(model.module, forest)
 
 
-def _logits(module: PreTrainedModel, head: AnyHead, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+def _logits(module: ZooModule, head: AnyHead, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
     """The logits of a few rows, with a graph where there is one."""
     if isinstance(head, FeatureHead):
         hidden, head = head.features(hidden), head.plain

@@ -212,7 +212,9 @@ def _source(recipe: FinetuneRecipe, data: Prepared) -> DataSource:
 
 def _base(recipe: FinetuneRecipe, found: FinetuneRecipe, task: Task) -> LanguageModel:
     """The base model of a recipe for a task; `found` is the same with paths that lead from here."""
-    model = load_base(found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task)
+    model = load_base(
+        found.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=task, own_modules=True
+    )
     quantize(model, recipe.quantizer)
     # The result names its base as the recipe does, wherever the run is resumed from.
     model.source = recipe.model

@@ -46,7 +46,7 @@ def with_token_ids(adapter: Adapter, tokenizer: Tokenizer, stop_ids: Collection[
 
 def token_id(tokenizer: Tokenizer, text: str) -> int:
     """The id of the one token that reads `text`. Raises RecipeError with the nearest control tokens."""
-    known = tokenizer.raw.get_vocab()
+    known = tokenizer.vocabulary
     if text in known:
         return int(known[text])
     ids, _ = tokenizer.encode(text)
@@ -113,10 +113,7 @@ def uses_of(tokenizer: Tokenizer, store: TokenStore) -> list[Use]:
 
 def save_stops(folder: Path, model: LanguageModel, tokenizer: Tokenizer, stop_ids: Collection[int]) -> Path:
     """Write into a result where its answers stop, for luthier and for every other program that reads it."""
-    pad = tokenizer.raw.pad_token_id
-    return save_generation_config(
-        folder, model, stop_ids, pad_id=None if pad is None else int(pad), bos_id=tokenizer.bos_id
-    )
+    return save_generation_config(folder, model, stop_ids, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id)
 
 
 def _seen(store: TokenStore) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -143,7 +140,7 @@ def _others(model: LanguageModel, tokenizer: Tokenizer, used: Sequence[int]) -> 
     """The words of the tokenizer that have a row, and the tokens that nothing seems to use, which may show what an
     untrained row looks like: other control tokens, names such as <unused7>, and rows that no token goes by."""
     size = model.vocabulary_size
-    named = {int(token) for text, token in tokenizer.raw.get_vocab().items() if _UNUSED.match(text)}
+    named = {int(token) for text, token in tokenizer.vocabulary.items() if _UNUSED.match(text)}
     beyond = range(tokenizer.vocabulary_size, size)
     unused = (named | tokenizer.special_ids | set(beyond)) - set(used)
     ids = np.arange(min(size, tokenizer.vocabulary_size), dtype=np.int32)

@@ -47,8 +47,8 @@ def require_same_tokens(teacher: str, one: Tokenizer, student: str, other: Token
     if not differing:
         return
     raise RecipeError(
-        f"the teacher {teacher} has {len(one.raw.get_vocab()):,} tokens and {student} "
-        f"{len(other.raw.get_vocab()):,}; {len(differing):,} of them are others or stand elsewhere, such as "
+        f"the teacher {teacher} has {len(one.vocabulary):,} tokens and {student} "
+        f"{len(other.vocabulary):,}; {len(differing):,} of them are others or stand elsewhere, such as "
         f"{', '.join(map(repr, differing[:3]))}",
         allowed="a teacher with the student's vocabulary, such as a larger model of its family",
         do="let the teacher answer the prompts, and train sft on its answers",

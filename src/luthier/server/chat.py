@@ -52,8 +52,8 @@ class _Answer:
         self.prompt = len(asked.prompt)
         self.clock = Clock(serving.metrics)
         calls = bool(body.tools) and body.tool_choice != "none"
-        known = serving.tokenizer.raw.convert_tokens_to_ids
-        loud = frozenset(known([OPEN, CLOSE])) if calls else frozenset()
+        marks = map(serving.tokenizer.backend.token_to_id, (OPEN, CLOSE) if calls else ())
+        loud = frozenset(mark for mark in marks if mark is not None)
         self.voices = voices_of(serving, asked, loud=loud, told=bool(body.logprobs))
         forced = bool(forced_tools(body))
         single = body.parallel_tool_calls is False

@@ -157,5 +157,5 @@ def _has_pages(model: LanguageModel) -> bool:
 
 
 def _room(model: LanguageModel, tokens: int | None) -> Room:
-    found = default_room(model, layers_of(model.module))
+    found = default_room(model, layers_of(model))
     return found if tokens is None else replace(found, tokens=tokens)

@@ -87,8 +87,10 @@ def save_result(
 
     def write(place: Path) -> None:
         if attachment.trains_base:
+            from luthier.model.zoo_again import zoo_module
+
             with without_bars(local=True):
-                model.module.save_pretrained(place)
+                zoo_module(model.module).save_pretrained(place)
             save_extras(place, extras)
         else:
             save_adapter(

@@ -92,7 +92,7 @@ def settled(spans: Ints, sides: NDArray[np.int8]) -> Ints:
 def mark(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Marked]:
     """Each text, or pair of texts, with the tokenizer's own control tokens; the second text may be empty."""
     asked = [(text, pair) if pair else text for text, pair in pairs]
-    made = tokenizer.raw.backend_tokenizer.encode_batch(asked, add_special_tokens=True)
+    made = tokenizer.backend.encode_batch(asked, add_special_tokens=True)
     return [
         _marked(text + JOINT + pair if pair else text, one, starts=np.array([0, len(text) + len(JOINT)]), by_word=False)
         for (text, pair), one in zip(pairs, made, strict=True)
@@ -105,7 +105,7 @@ def mark_words(tokenizer: Tokenizer, words: Sequence[str]) -> Marked:
     if not takes_words(tokenizer):
         (made,) = mark(tokenizer, [(text, "")])
         return Marked(text, made.ids, made.types, made.spans, made.sides, _words_of(made.spans, made.sides, starts))
-    one = tokenizer.raw.backend_tokenizer.encode(list(words), is_pretokenized=True, add_special_tokens=True)
+    one = tokenizer.backend.encode(list(words), is_pretokenized=True, add_special_tokens=True)
     return _marked(text, one, starts=starts, by_word=True)
 
 
@@ -133,7 +133,7 @@ def plain_words(tokenizer: Tokenizer, words: Sequence[str]) -> Marked:
 
 def takes_words(tokenizer: Tokenizer) -> bool:
     """Whether single words become the tokens that they are in a text: not where only a space makes them so."""
-    part = tokenizer.raw.backend_tokenizer.pre_tokenizer
+    part = tokenizer.backend.pre_tokenizer
     state = {} if part is None else json.loads(part.__getstate__())
     parts = state.get("pretokenizers", [state])
     return not any(part.get("type") == "ByteLevel" and not part.get("add_prefix_space") for part in parts)

@@ -21,9 +21,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from luthier.core.errors import UndrivableAttentionError
 from luthier.data.forest import Span
@@ -194,6 +191,9 @@ def _units(spans: Sequence[Span], *, alone: bool) -> tuple[Unit, ...]:
 
 def register() -> None:
     """Make the attention function and its mask function known to transformers. Repeating it changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     AttentionInterface.register(NAME, forest_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -228,6 +228,8 @@ def forest_attention(
             return _plain_soft_capped(query, key, value, attention_mask, scaling, softcap, dropout), None
         if position_bias is not None:
             zoo["position_bias"] = position_bias
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **zoo
         )

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from luthier.core.errors import DataError
 from luthier.data.conversation import Row
@@ -32,6 +31,7 @@ from luthier.model.load import Precision, load_model
 from luthier.model.packed import packing_of
 from luthier.model.running.encoder_decoder import start_of
 from luthier.model.tasks import CAUSAL, Task, kind_of
+from luthier.model.zoo import ZooConfig
 
 _NAMES_ONLY: Final = ("architectures", "attn_implementation", "dtype", "id2label", "label2id", "name_or_path",
                       "quantization_config", "torch_dtype", "transformers_version", "use_cache")  # fmt: skip
@@ -189,7 +189,7 @@ def folder_texts(
     return renderer, tokenizer.stop_ids | read_stop_ids(folder)
 
 
-def settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+def settings_of(config: ZooConfig) -> dict[str, Any]:
     """What a config says of how a model computes, as plain values by dotted keys."""
     found: dict[str, Any] = {}
     _flatten(config.to_dict(), "", found)

@@ -17,7 +17,6 @@ from typing import Final, final
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import RecipeError
 from luthier.core.units import percent_text
@@ -33,6 +32,7 @@ from luthier.model.editing.edits import (
     module_at,
 )
 from luthier.model.packed import PackedWeight
+from luthier.model.zoo import is_conv1d
 
 _BESIDE: Final = "keep the adapter beside them"
 
@@ -219,13 +219,13 @@ def _matrix(weight: Tensor, module: nn.Module) -> Float[Tensor, "out in"]:
     """A weight as (out, in) in float32."""
     if isinstance(weight, PackedWeight):
         return weight.matrix(torch.float32)
-    return weight.float().t() if isinstance(module, Conv1D) else weight.float()
+    return weight.float().t() if is_conv1d(module) else weight.float()
 
 
 def _in_form_of(old: Tensor, matrix: Float[Tensor, "out in"], module: nn.Module) -> Tensor:
     if isinstance(old, PackedWeight):
         return old.packed_again(matrix)
-    return (matrix.t() if isinstance(module, Conv1D) else matrix).contiguous().to(old.dtype)
+    return (matrix.t() if is_conv1d(module) else matrix).contiguous().to(old.dtype)
 
 
 def _count(rounding: Rounding, before: Tensor, wanted: Tensor, found: Tensor, *, packed: bool) -> None:

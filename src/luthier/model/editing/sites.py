@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import RecipeError
 from luthier.core.nearest import did_you_mean, nearest
 from luthier.model.editing.role_names import linear_roles
+from luthier.model.zoo import is_conv1d
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "linear", "embed", "table", "head", "norm", "feed", "block", "apart")
 
@@ -43,7 +43,7 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Whether the module keeps its weight as (in, out), as GPT-2's Conv1D does."""
-        return isinstance(self.module, Conv1D)
+        return is_conv1d(self.module)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight as (out, in), whatever way the module keeps it."""
@@ -244,8 +244,9 @@ def _site(
     if isinstance(module, nn.Linear):
         roles = ("head",) if module is ends[1] else linear_roles(name)
         return Site(name, roles, layer, module, module.in_features, module.out_features)
-    if isinstance(module, Conv1D):
-        return Site(name, linear_roles(name), layer, module, module.nx, module.nf)
+    if is_conv1d(module):
+        inputs, outputs = module.get_parameter("weight").shape
+        return Site(name, linear_roles(name), layer, module, inputs, outputs)
     if "norm" in type(module).__name__.lower():
         return Site(name, ("norm",), layer, module)
     return None

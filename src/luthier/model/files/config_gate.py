@@ -17,9 +17,8 @@ import inspect
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -28,6 +27,7 @@ from luthier.core.errors import CorruptError, RecipeError, UnsafeArtifactError
 from luthier.core.nearest import nearest
 from luthier.data.hub import AGAIN, read_json
 from luthier.data.strict_json import excerpt
+from luthier.model.files.checked import Checked
 
 MAX_LAYERS: Final = 10_000
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -56,16 +56,6 @@ _READABLE: Final = "quantization_config"
 _SPECIAL: Final = {"Infinity": float("inf"), "-Infinity": float("-inf")}
 _TAKERS: Final = frozenset(["__post_init__", "__init__", "convert_rope_params_to_dict"])
 _READ: Final = re.compile(r'getattr\(\s*[\w.]*config,\s*"(\w+)"')
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A config made from what the gate let through, and what a user should know about the rest."""
-
-    config: PretrainedConfig
-    notices: tuple[str, ...]
-    quantization: dict[str, object]
 
 
 def read_config(path: Path, *, quantized: bool = False) -> Checked:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
-
 from luthier.data.hub import ModelFiles
-from luthier.model.files.config_gate import Checked, read_config
+from luthier.model.files.checked import Checked
 from luthier.model.files.sources import resolve_source, without_config
+from luthier.model.zoo import ZooConfig
 
 
-def config_of(source: str) -> PretrainedConfig:
+def config_of(source: str) -> ZooConfig:
     """The config of a model, through the gate, without loading its weights."""
     return checked_config(ModelFiles.of(resolve_source(source)), quantized=True).config
 
 
 def checked_config(files: ModelFiles, *, quantized: bool) -> Checked:
     """The config among a model's files, through the gate."""
+    # The gate makes a config of the zoo, and brings it.
+    from luthier.model.files.config_gate import read_config
+
     path = files.find("config.json")
     if path is None:
         raise without_config(files.source, files)

@@ -15,8 +15,6 @@ from typing import Final, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.strict_json import excerpt
@@ -24,6 +22,7 @@ from luthier.kernels.backend import Backend
 from luthier.model.files.json_files import read_object, write_object
 from luthier.model.language_model import LanguageModel
 from luthier.model.packed import Pack, PackedWeight, Packing, packing_of
+from luthier.model.zoo import ZooModule, is_conv1d
 
 CONFIG: Final = "config.json"
 _KEY: Final = "quantization_config"
@@ -60,7 +59,7 @@ def save_packed(model: LanguageModel, folder: Path) -> None:
     config: Mapping[str, object] = {}
     plain = []
     for name, module in model.module.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             continue
         packing = packing_of(module.weight)
         if packing is None:
@@ -80,7 +79,7 @@ def save_packed(model: LanguageModel, folder: Path) -> None:
 
 
 def take_packed(
-    tensors: dict[str, Tensor], reader: PackedReader, backend: Backend, module: PreTrainedModel, dtype: torch.dtype
+    tensors: dict[str, Tensor], reader: PackedReader, backend: Backend, module: ZooModule, dtype: torch.dtype
 ) -> dict[str, Found]:
     """Take the packed weights out of the tensors of a file, and leave one number in the place of each.
 
@@ -94,7 +93,7 @@ def take_packed(
             f"config.json says that weights are packed, and no tensor is called *{ending}",
             do="the weight files do not belong to this config.json",
         )
-    known = {name: each for name, each in module.named_modules() if isinstance(each, (nn.Linear, Conv1D))}
+    known = {name: each for name, each in module.named_modules() if (isinstance(each, nn.Linear) or is_conv1d(each))}
     found = {}
     for name in names:
         own = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.") and key != f"{name}.bias"}
@@ -106,13 +105,13 @@ def take_packed(
             ) from None
         place = name if name in known else f"{module.base_model_prefix}.{name}"
         _require_fit(name, known.get(place), packing, module)
-        shape = packing.shape[::-1] if isinstance(known[place], Conv1D) else packing.shape
+        shape = packing.shape[::-1] if is_conv1d(known[place]) else packing.shape
         tensors[f"{name}.weight"] = torch.zeros(1, dtype=dtype).expand(shape)
         found[place] = Found(packing, pack)
     return found
 
 
-def make_room(module: PreTrainedModel, found: Mapping[str, Found]) -> None:
+def make_room(module: ZooModule, found: Mapping[str, Found]) -> None:
     """Let go of what stands for packed weights, before the module goes to its device."""
     for name in found:
         own = module.get_submodule(name)
@@ -120,16 +119,16 @@ def make_room(module: PreTrainedModel, found: Mapping[str, Found]) -> None:
 
 
 def put_packed(
-    module: PreTrainedModel, found: Mapping[str, Found], device: torch.device, dtype: torch.dtype
+    module: ZooModule, found: Mapping[str, Found], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Let packed weights stand in their places in `module`, on `device`."""
     for name, each in found.items():
         own = module.get_submodule(name)
-        weight = PackedWeight(each.packing.to(device), dtype, each.pack, transposed=isinstance(own, Conv1D))
+        weight = PackedWeight(each.packing.to(device), dtype, each.pack, transposed=is_conv1d(own))
         own.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
 
-def _require_fit(name: str, own: nn.Module | None, packing: Packing, module: PreTrainedModel) -> None:
+def _require_fit(name: str, own: nn.Module | None, packing: Packing, module: ZooModule) -> None:
     if own is None:
         raise CorruptError(
             f"{excerpt(name)} is packed, and the model has no linear layer of that name",
@@ -142,7 +141,7 @@ def _require_fit(name: str, own: nn.Module | None, packing: Packing, module: Pre
             do=f"take a version of this model whose {_SKIPPED} names it",
         )
     shape = tuple(own.get_parameter("weight").shape)
-    wanted = shape[::-1] if isinstance(own, Conv1D) else shape
+    wanted = shape[::-1] if is_conv1d(own) else shape
     if packing.shape != wanted:
         raise CorruptError(
             f"{excerpt(name)} is packed from {list(packing.shape)} and should be {list(wanted)}",

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from luthier.core.errors import CorruptError
+from luthier.data.strict_json import excerpt
 from luthier.model.files.array_files import opened_arrays
 from luthier.model.files.array_views import array_of, tensor_type
 
@@ -36,3 +38,15 @@ def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
             tensor = torch.empty(place.shape, dtype=tensor_type(place.dtype))
             file.read(name, array_of(tensor))
             yield name, tensor
+
+
+def read_weights(paths: list[Path], *, widen: bool) -> dict[str, Tensor]:
+    """The tensors of all files; `widen` turns half precision into float32 while reading."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        held = load_tensors(path, widen=widen)
+        twice = sorted(tensors.keys() & held.keys())
+        if twice:
+            raise CorruptError(f"{excerpt(twice[0])} stands in two files", where=str(path), do="fetch the model again")
+        tensors.update(held)
+    return tensors

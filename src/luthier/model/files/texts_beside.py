@@ -20,6 +20,4 @@ def save_texts(
     path = folder / "tokenizer_config.json"
     write_object(path, tokenizer_with_old_keys(read_object(path), chat_template=chat_template))
     if model.task.speaks:
-        pad = tokenizer.raw.pad_token_id
-        save_generation_config(folder, model, stop_ids, pad_id=None if pad is None else int(pad),
-                               bos_id=tokenizer.bos_id)  # fmt: skip
+        save_generation_config(folder, model, stop_ids, pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id)

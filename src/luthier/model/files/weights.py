@@ -13,47 +13,32 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.hub import ModelFiles
-from luthier.data.strict_json import excerpt
 from luthier.model.attending import attention
-from luthier.model.files.tensor_files import load_tensors
-from luthier.model.tasks import AUTO, Task, class_for, with_classes
+from luthier.model.tasks import Task, auto_class, class_for, with_classes
+from luthier.model.zoo import ZooConfig, ZooModule
 
 _BROKEN: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 """What the zoo raises for a config that describes no model."""
-
-
-def read_weights(paths: list[Path], *, widen: bool) -> dict[str, Tensor]:
-    """The tensors of all files; `widen` turns half precision into float32 while reading."""
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        held = load_tensors(path, widen=widen)
-        twice = sorted(tensors.keys() & held.keys())
-        if twice:
-            raise CorruptError(f"{excerpt(twice[0])} stands in two files", where=str(path), do="fetch the model again")
-        tensors.update(held)
-    return tensors
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A module of the zoo, the names of parameters that the files did not hold, and what a user should know."""
 
-    module: PreTrainedModel
+    module: ZooModule
     fresh: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
 
 def module_with(
-    config: PretrainedConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str, *, task: Task, seed: int
+    config: ZooConfig, tensors: dict[str, Tensor], dtype: torch.dtype, source: str, *, task: Task, seed: int
 ) -> Loaded:
     """The zoo's model for `config` and `task` with these tensors.
 
@@ -113,7 +98,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def without_weights(config: PretrainedConfig, source: str, *, task: Task) -> PreTrainedModel:
+def without_weights(config: ZooConfig, source: str, *, task: Task) -> ZooModule:
     """The zoo's model for `config` with no memory for its weights. Raises CorruptError for one that describes none."""
     kind, config = class_for(with_classes(config, task), task, source)
     try:
@@ -123,9 +108,9 @@ def without_weights(config: PretrainedConfig, source: str, *, task: Task) -> Pre
         raise _no_model(source, failure) from None
 
 
-def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source: str, *, task: Task) -> Loaded:
+def fresh_module(config: ZooConfig, dtype: torch.dtype, seed: int, source: str, *, task: Task) -> Loaded:
     """The zoo's model for `config` and `task` with weights drawn anew; the same for the same seed."""
-    auto = AUTO[task.name]
+    auto = auto_class(task)
     class_for(with_classes(config, task), task, source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -139,11 +124,13 @@ def fresh_module(config: PretrainedConfig, dtype: torch.dtype, seed: int, source
         return Loaded(auto.from_config(config, dtype=dtype))
 
 
-def take_generation_settings(module: PreTrainedModel, files: ModelFiles) -> None:
+def take_generation_settings(module: ZooModule, files: ModelFiles) -> None:
     """The numbers of generation_config.json, where there is one: what to sample with, and where to stop."""
     said = files.json("generation_config.json")
     if not said or not module.can_generate():
         return
+    from transformers import GenerationConfig
+
     known = vars(GenerationConfig())
     kept = {key: value for key, value in said.items() if key in known and key[0] != "_" and _is_number(value)}
     try:
@@ -159,7 +146,7 @@ def _is_number(value: object) -> bool:
 
 
 def _other_shapes(
-    kind: type[PreTrainedModel], config: PretrainedConfig, tensors: Mapping[str, Tensor], source: str
+    kind: type[ZooModule], config: ZooConfig, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, str]:
     """The tensors whose shape is not the one that the config asks for, as far as names tell, and how they differ.
 
@@ -192,8 +179,8 @@ def _other_shapes(
 
 
 def _with_our_attention(
-    kind: type[PreTrainedModel], settings: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+    kind: type[ZooModule], settings: dict[str, Any]
+) -> tuple[ZooModule, dict[str, Any]]:
     # Without a name transformers reads no file. Its answer with loading info is a pair.
     try:
         return kind.from_pretrained(None, attn_implementation=attention.NAME, **settings)

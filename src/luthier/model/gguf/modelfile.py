@@ -78,7 +78,7 @@ def modelfile(
                               where="exporter.system")  # fmt: skip
         lines.append(f"SYSTEM {_QUOTES}{system}{_QUOTES}")
     for number in stop_ids:
-        stop = str(tokenizer.raw.convert_ids_to_tokens(int(number)))
+        stop = str(tokenizer.backend.id_to_token(int(number)))
         lines.append(f'PARAMETER stop "{_plain("the stop token", stop)}"')
     lines += [f"PARAMETER {name} {generation[key]}" for key, name in _PARAMETERS.items()
               if isinstance(generation.get(key), (int, float))]  # fmt: skip

@@ -69,7 +69,7 @@ def vocabulary(
 
     Raises RecipeError for a tokenizer that no reader of GGUF would cut alike.
     """
-    held = json.loads(tokenizer.raw.backend_tokenizer.to_str())
+    held = json.loads(tokenizer.backend.to_str())
     strips = _require_known(held)
     keys = _tokens(held, size)
     keys |= _ends(tokenizer, stop_ids)
@@ -195,9 +195,8 @@ def _is_byte(token: str) -> bool:
 
 def _ends(tokenizer: Tokenizer, stop_ids: Collection[int]) -> dict[str, Key]:
     """What starts a text, what ends it, and what ends a turn where that is another token."""
-    raw = tokenizer.raw
     keys: dict[str, Key] = {}
-    for key, number in (("bos", tokenizer.bos_id), ("unknown", raw.unk_token_id), ("padding", raw.pad_token_id)):
+    for key, number in (("bos", tokenizer.bos_id), ("unknown", tokenizer.unknown_id), ("padding", tokenizer.pad_id)):
         if number is not None:
             keys[f"{PREFIX}{key}_token_id"] = whole(int(number))
     ends = list(dict.fromkeys([*(one for one in tokenizer.eos_ids if one in stop_ids), *sorted(stop_ids)]))

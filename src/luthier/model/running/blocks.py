@@ -25,7 +25,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from luthier.data.forest import Span
 from luthier.kernels.backend import Backend, Seen
@@ -54,6 +53,7 @@ from luthier.model.running.far_inputs import FarInputs
 from luthier.model.running.graphs import Graphs, Pass
 from luthier.model.running.own_lengths import short_length
 from luthier.model.running.whole_blocks import BlockKeeper
+from luthier.model.zoo import ZooModule
 
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _BLOCK = {"self_attn", "mlp", *NORMS}
@@ -79,7 +79,7 @@ class Blocks:
     keeper: BlockKeeper = field(default_factory=BlockKeeper, compare=False)
 
     @classmethod
-    def of(cls, module: PreTrainedModel, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
+    def of(cls, module: ZooModule, calls: Mapping[int, AttentionCall], backend: Backend) -> Blocks | None:
         """The blocks of a model as it was loaded, or None when its modules have another shape."""
         body = module.base_model
         if not isinstance(body, nn.Module) or _names(body) != _BODY:

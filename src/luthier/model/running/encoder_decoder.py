@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.forest import Forest, Ints, Layout, Span
@@ -29,6 +28,7 @@ from luthier.model.routes import Routes
 from luthier.model.running.executor import seen_keys_values
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score
+from luthier.model.zoo import ZooModule
 
 READERS = ("EncDecAttention", "encoder_attn", "crossattention")
 """What the zoo calls the attention of a decoder over an encoder's states."""
@@ -89,7 +89,7 @@ class _Halves:
 
 
 def run_flat(
-    module: PreTrainedModel, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
+    module: ZooModule, forest: Forest, *, head: AnyHead, root: LearnedRoot | None = None
 ) -> TokenOutputs:
     """Two flat passes, attention by segment."""
     layout = forest.layout
@@ -111,7 +111,7 @@ def run_flat(
     return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
 
 
-def start_of(module: PreTrainedModel) -> int:
+def start_of(module: ZooModule) -> int:
     """The token that a decoder's answers start with. Raises RecipeError for a model that does not say it."""
     for said in (module.generation_config, module.config):
         found = getattr(said, "decoder_start_token_id", None)
@@ -124,7 +124,7 @@ def start_of(module: PreTrainedModel) -> int:
 
 
 def read_texts(
-    module: PreTrainedModel,
+    module: ZooModule,
     texts: Sequence[Ints],
     *,
     flat: bool,
@@ -154,7 +154,7 @@ def states_ahead(root: LearnedRoot | None) -> int:
 
 
 def _read(
-    module: PreTrainedModel, read: Ints, spans: Sequence[Span], roots: Sequence[LearnedRoot | None]
+    module: ZooModule, read: Ints, spans: Sequence[Span], roots: Sequence[LearnedRoot | None]
 ) -> tuple[Float[Tensor, "S d"], Sequence[Span]]:
     """The encoder's states of all texts, end to end, and where each lies; a prompt's states belong to its text."""
     encoder = module.get_encoder()  # type: ignore[no-untyped-call]
@@ -178,7 +178,7 @@ def _read(
     return states, spans
 
 
-def _untouched(module: PreTrainedModel) -> Tensor:
+def _untouched(module: ZooModule) -> Tensor:
     # A 4-D mask is handed through untouched by every mask function of the zoo: nothing of size T x T is ever built.
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=module.device)
 
@@ -187,7 +187,7 @@ def _readers(decoder: nn.Module) -> frozenset[nn.Module]:
     return frozenset(each for name, each in decoder.named_modules() if name.rpartition(".")[2] in READERS)
 
 
-def run_padded(module: PreTrainedModel, forest: Forest, *, head: AnyHead) -> TokenOutputs:
+def run_padded(module: ZooModule, forest: Forest, *, head: AnyHead) -> TokenOutputs:
     """Each text once through the encoder, each answer a row of the decoder, both right-padded."""
     layout = forest.layout
     halves = _Halves.of(layout)
@@ -208,7 +208,7 @@ def run_padded(module: PreTrainedModel, forest: Forest, *, head: AnyHead) -> Tok
     return outputs_of(layout, score(module, predicting, head, long(layout.labels, module)), module)
 
 
-def _padded(tokens: Ints, spans: Sequence[Span], module: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def _padded(tokens: Ints, spans: Sequence[Span], module: ZooModule) -> tuple[Tensor, Tensor]:
     """Spans as right-padded rows, and where they hold tokens."""
     rows = np.zeros((len(spans), max(span.length for span in spans)), dtype=np.int64)
     mask = np.zeros_like(rows)

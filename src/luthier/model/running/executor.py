@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Ints, Layout, Span
@@ -33,6 +32,7 @@ from luthier.model.running.guests import Guest, first_positions, mixes_of, side_
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.own_lengths import short_length, span_lengths, token_lengths, turned
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score, scored, valued
+from luthier.model.zoo import ZooModule
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Executor:
 
 
 def run_segments(
-    module: PreTrainedModel,
+    module: ZooModule,
     forest: Forest,
     *,
     head: AnyHead,
@@ -111,7 +111,7 @@ def run_segments(
 
 
 def predicting_states(
-    module: PreTrainedModel,
+    module: ZooModule,
     layout: Layout,
     *,
     root: LearnedRoot | None = None,
@@ -138,7 +138,7 @@ def predicting_states(
 
 
 def _with_prompts(
-    module: PreTrainedModel, layout: Layout, prompt: LearnedPrompt, *, types: Tensor | None, entry: Entry
+    module: ZooModule, layout: Layout, prompt: LearnedPrompt, *, types: Tensor | None, entry: Entry
 ) -> Float[Tensor, "N d"]:
     """The same where segments see both ways: a prompt then sees the text behind it, so each text has its own.
 
@@ -162,7 +162,7 @@ def _with_prompts(
 
 
 def _seen_by_each(
-    module: PreTrainedModel,
+    module: ZooModule,
     spans: Sequence[Span],
     roots: Sequence[LearnedRoot | None],
     names: Sequence[str],
@@ -183,7 +183,7 @@ def _seen_by_each(
 
 
 def seen_root(
-    module: PreTrainedModel,
+    module: ZooModule,
     root: LearnedRoot | None,
     blocks: Blocks | None,
     *,
@@ -214,7 +214,7 @@ def seen_root(
     return Root(root.token_count, lambda layer, dtype: (captured[layer][0].to(dtype), captured[layer][1].to(dtype)))
 
 
-def seen_keys_values(module: PreTrainedModel, root: LearnedRoot | None) -> Root | None:
+def seen_keys_values(module: ZooModule, root: LearnedRoot | None) -> Root | None:
     """A root of learned keys and values as attention sees it."""
     if not isinstance(root, LearnedKeysValues):
         return None
@@ -227,7 +227,7 @@ def _pair(both: Float[Tensor, "2 heads root size"], dtype: torch.dtype) -> tuple
 
 
 def flat_hidden(
-    module: PreTrainedModel,
+    module: ZooModule,
     tokens: Int[Tensor, " T"] | Float[Tensor, "T e"],
     positions: Int[Tensor, " T"],
     plan: ForestPlan,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
 from luthier.model.editing.edits import EditedModule
 from luthier.model.editing.token_rows import HeadRows
 from luthier.model.routes import Parts
+from luthier.model.zoo import ZooModule
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class EditedHead:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def edited_head(module: PreTrainedModel, only: Parts | None = None) -> EditedHead | Head | None:
+def edited_head(module: ZooModule, only: Parts | None = None) -> EditedHead | Head | None:
     """The output head while an edit at it is switched on, else None; that of some attachments where `only` names them.
 
     Where the edits are trained rows and nothing else, they are tensors too, and the chunked head takes them.
@@ -56,7 +56,7 @@ def edited_head(module: PreTrainedModel, only: Parts | None = None) -> EditedHea
     return EditedHead(linear, plain.scale, plain.cap, only)
 
 
-def head_of(module: PreTrainedModel) -> Head:
+def head_of(module: ZooModule) -> Head:
     """The output head of a zoo model, with the scale and soft cap its config asks for."""
     linear = module.get_output_embeddings()
     if isinstance(linear, EditedModule):

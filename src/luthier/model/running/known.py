@@ -12,18 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import astuple
+from importlib.metadata import version
 from typing import Any, Final
 
 import torch
-import transformers
-from transformers import PreTrainedModel
 
 from luthier.core.paths import cache_folder
 from luthier.kernels.backend import Backend
 from luthier.model.attending.kept import AttentionCall
+from luthier.model.own.decoder import Decoder
 from luthier.model.running.blocks import Blocks
 from luthier.model.running.executor import Executor
 from luthier.model.running.probing import probe
+from luthier.model.zoo import ZooModule
 from luthier.store.environment import processor
 from luthier.store.remembered import code_of, recalled, remember
 
@@ -32,11 +33,13 @@ _CODE: Final = ("model", "kernels", "data/forest.py")
 """Whose files decide what probing finds."""
 
 
-def known_executor(module: PreTrainedModel, backend: Backend, *, fused: bool, digest: str) -> Executor:
+def known_executor(module: ZooModule, backend: Backend, *, fused: bool, digest: str) -> Executor:
     """What `probe` finds, from memory where it has found it before. `digest` is that of the weights.
 
-    Without one, and on a GPU, the model is probed.
+    Without one, and on a GPU, the model is probed. Of our own modules all of it is known.
     """
+    if isinstance(module, Decoder):
+        return Executor("segments", True, backend, "", Blocks.of(module, module.shape.calls, backend))
     if not digest or module.device.type != "cpu":
         return probe(module, backend, fused=fused)
     path = cache_folder() / FOLDER / f"{_key(module, backend, fused=fused, digest=digest)}.json"
@@ -50,7 +53,7 @@ def known_executor(module: PreTrainedModel, backend: Backend, *, fused: bool, di
     return found
 
 
-def _restored(module: PreTrainedModel, backend: Backend, known: dict[str, Any]) -> Executor | None:
+def _restored(module: ZooModule, backend: Backend, known: dict[str, Any]) -> Executor | None:
     """The executor that a file tells of; None where it tells of none that can be."""
     match known:
         case {"kind": "segments" | "unrolled", "own_head": bool(own_head), "reason": str(reason), "calls": None}:
@@ -74,7 +77,7 @@ def _calls(told: list[Any]) -> dict[int, AttentionCall] | None:
     return calls
 
 
-def _key(module: PreTrainedModel, backend: Backend, *, fused: bool, digest: str) -> str:
+def _key(module: ZooModule, backend: Backend, *, fused: bool, digest: str) -> str:
     facts = [digest, module.config.to_json_string(), type(module).__name__, str(module.dtype), fused, backend.identity,
-             torch.__version__, transformers.__version__, processor(), *code_of(_CODE)]  # fmt: skip
+             torch.__version__, version("transformers"), processor(), *code_of(_CODE)]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.data.forest import ROOT, Forest, Ints, Segment, Span, Tree
 from luthier.model.attending.attention import ForestPlan, Root
@@ -32,6 +31,7 @@ from luthier.model.running.executor import flat_hidden, seen_root
 from luthier.model.running.outputs import LossReport, TokenOutputs
 from luthier.model.running.own_lengths import span_lengths
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score
+from luthier.model.zoo import ZooModule
 
 Loss = Callable[[TokenOutputs, Forest], LossReport]
 Part = tuple[Forest, TokenOutputs, LossReport]
@@ -51,7 +51,7 @@ class _Trunk:
 class _Way:
     """How the passes of one tree go. However it is cut, its texts have as many `places` as they had, root included."""
 
-    module: PreTrainedModel
+    module: ZooModule
     root: LearnedRoot | None
     blocks: Blocks | None
     places: int
@@ -74,7 +74,7 @@ def can_split(tree: Tree) -> bool:
 
 
 def backward_in_parts(
-    module: PreTrainedModel,
+    module: ZooModule,
     tree: Tree,
     loss: Loss,
     *,
@@ -146,7 +146,7 @@ def _routes(tree: Tree, count: int) -> Routes | None:
 
 
 def _score(
-    module: PreTrainedModel,
+    module: ZooModule,
     forest: Forest,
     hidden: Float[Tensor, "n d"],
     head: AnyHead,

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Segment, Span, Tree
@@ -22,6 +21,7 @@ from luthier.model.running.executor import Executor, flat_hidden, run_segments
 from luthier.model.running.head import head_of
 from luthier.model.running.scoring import AnyHead
 from luthier.model.running.unrolled import paths, run_unrolled
+from luthier.model.zoo import ZooModule
 
 PROBE_TOLERANCE = 2e-2
 """Largest difference of a log-probability between executors that rounding in bfloat16 explains."""
@@ -30,7 +30,7 @@ FLOAT32_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
+def probe(module: ZooModule, backend: Backend, *, fused: bool) -> Executor:
     """Find out, with six tokens in two trees, which executor reproduces the zoo's own forward.
 
     Without `fused` the zoo's modules run one by one. Of a model without memory the shape of its modules decides.
@@ -67,7 +67,7 @@ def probe(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor
     return Executor("segments", own_head, backend, "; ".join(reasons), blocks, by_mask)
 
 
-def _by_shape(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Executor:
+def _by_shape(module: ZooModule, backend: Backend, *, fused: bool) -> Executor:
     """What would run a model whose weights are not there, if it computes what its modules promise."""
     try:
         head: AnyHead = replace(head_of(module), backend=backend)
@@ -84,7 +84,7 @@ def _by_shape(module: PreTrainedModel, backend: Backend, *, fused: bool) -> Exec
 
 
 def _by_mask(
-    module: PreTrainedModel, forest: Forest, head: AnyHead, truth: Tensor, blocks: Blocks | None
+    module: ZooModule, forest: Forest, head: AnyHead, truth: Tensor, blocks: Blocks | None
 ) -> tuple[MaskedAttention | None, str]:
     """Attention by mask, where it is of use and does what it should; or None, with the reason when it does not."""
     if not _may_mask(module, blocks):
@@ -106,7 +106,7 @@ def _by_mask(
     return (by_mask, "") if calls else (None, "")
 
 
-def _may_mask(module: PreTrainedModel, blocks: Blocks | None) -> bool:
+def _may_mask(module: ZooModule, blocks: Blocks | None) -> bool:
     """Whether this is a GPU, and the backend has no attention of its own for every layer: then compiling is in vain."""
     if module.device.type != "cuda" or blocks is None:
         return module.device.type == "cuda"
@@ -114,7 +114,7 @@ def _may_mask(module: PreTrainedModel, blocks: Blocks | None) -> bool:
     return not blocks.backend.attends(query, None) or any(call.window is not None for call in blocks.calls.values())
 
 
-def attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:
+def attention_calls(module: ZooModule) -> Mapping[int, AttentionCall]:
     """How each layer of the zoo calls its attention, from a text of one token."""
     plan = ForestPlan(spans=(Span(0, 1, ()),))
     zero = torch.zeros(1, dtype=torch.int64, device=module.device)
@@ -122,7 +122,7 @@ def attention_calls(module: PreTrainedModel) -> Mapping[int, AttentionCall]:
     return plan.noted
 
 
-def _segments_fail(module: PreTrainedModel, forest: Forest, head: AnyHead, truth: Tensor) -> str:
+def _segments_fail(module: ZooModule, forest: Forest, head: AnyHead, truth: Tensor) -> str:
     """Why the by-segment executor cannot run this model; empty when it can."""
     if module.config._attn_implementation != NAME:
         return "the model does not support the attention interface"
@@ -133,7 +133,7 @@ def _segments_fail(module: PreTrainedModel, forest: Forest, head: AnyHead, truth
     return "" if close(log_probs, truth, module.dtype) else "segments do not reproduce the model's own logits"
 
 
-def _plain_log_probs(module: PreTrainedModel, forest: Forest) -> Tensor:
+def _plain_log_probs(module: ZooModule, forest: Forest) -> Tensor:
     """The zoo's own log-probabilities, one path at a time."""
     rows, order = paths(forest)
     found = []

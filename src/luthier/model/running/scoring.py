@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.data.forest import Layout
 from luthier.kernels.head import Head, head_log_probs, head_logits
@@ -22,6 +21,7 @@ from luthier.model.running.guests import Guest
 from luthier.model.running.head import EditedHead
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.zoo_head import FeatureHead
+from luthier.model.zoo import ZooModule
 
 AnyHead = Head | EditedHead | FeatureHead | None
 """A head as tensors, one with edits around it, one with layers of the zoo's before it, or None when only the zoo's own
@@ -29,7 +29,7 @@ layer computes the logits."""
 
 
 def score(
-    module: PreTrainedModel, hidden: Float[Tensor, "N d"], head: AnyHead, labels: Int[Tensor, " N"]
+    module: ZooModule, hidden: Float[Tensor, "N d"], head: AnyHead, labels: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """log p(label) of each row, by our chunked head or, when there is none, by the zoo's output layer."""
     if isinstance(head, FeatureHead):
@@ -46,7 +46,7 @@ def score(
     return torch.cat(parts)
 
 
-def logits_of(module: PreTrainedModel, hidden: Float[Tensor, "n d"], head: AnyHead) -> Float[Tensor, "n V"]:
+def logits_of(module: ZooModule, hidden: Float[Tensor, "n d"], head: AnyHead) -> Float[Tensor, "n V"]:
     """The logits of a few rows, without a graph, by our head or the zoo's output layer: in float32, or rounded as the
     product gives them."""
     if isinstance(head, FeatureHead):
@@ -61,7 +61,7 @@ def logits_of(module: PreTrainedModel, hidden: Float[Tensor, "n d"], head: AnyHe
 def outputs_of(
     layout: Layout,
     log_probs: Float[Tensor, " N"],
-    module: PreTrainedModel,
+    module: ZooModule,
     *,
     values: Float[Tensor, " N"] | None = None,
     divergences: Float[Tensor, " N"] | None = None,
@@ -79,13 +79,13 @@ def outputs_of(
     )
 
 
-def long(array: np.ndarray, module: PreTrainedModel) -> Int[Tensor, " n"]:
+def long(array: np.ndarray, module: ZooModule) -> Int[Tensor, " n"]:
     """An array of whole numbers on the device of a model."""
     return torch.from_numpy(array.astype(np.int64, copy=False)).to(module.device)
 
 
 def scored(
-    module: PreTrainedModel,
+    module: ZooModule,
     hidden: Float[Tensor, "N d"],
     head: AnyHead,
     labels: Int[Tensor, " N"],

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.core.errors import DataError, RecipeError, UndrivableAttentionError
 from luthier.data.forest import Forest, Segment, Tree
@@ -31,6 +30,7 @@ from luthier.model.running.probing import apart, attention_calls, tolerance
 from luthier.model.running.scoring import AnyHead, long, outputs_of, score
 from luthier.model.running.zoo_head import FeatureHead, task_head, zoo_logits
 from luthier.model.tasks import Task, kind_of
+from luthier.model.zoo import ZooModule
 
 _FAILS = (UndrivableAttentionError, TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a model of the zoo raises that cannot be driven by segment."""
@@ -41,7 +41,7 @@ _OF_TEXTS: Final = ("sequence_classes", "scores")
 
 
 def run_task(
-    module: PreTrainedModel,
+    module: ZooModule,
     forest: Forest,
     *,
     task: Task,
@@ -78,7 +78,7 @@ def run_task(
 
 
 def _of_logits(
-    forest: Forest, logits: Float[Tensor, "N C"], labels: Tensor, module: PreTrainedModel, task: Task
+    forest: Forest, logits: Float[Tensor, "N C"], labels: Tensor, module: ZooModule, task: Task
 ) -> TokenOutputs:
     if task.classifies and len(labels) and int(labels.max()) >= logits.shape[1]:
         raise DataError(f"a row has class {int(labels.max())}", allowed=f"0 to {logits.shape[1] - 1}")
@@ -89,7 +89,7 @@ def _of_logits(
     return replace(outputs, classes=log_probs) if task.classifies else outputs
 
 
-def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float[Tensor, "N out"]:
+def _padded_logits(module: ZooModule, forest: Forest, task: Task) -> Float[Tensor, "N out"]:
     """The zoo's whole model on right-padded rows: the logits of each weighted token, or of its text."""
     width = max(tree.token_count for tree in forest.trees)
     tokens = np.zeros((len(forest.trees), width), dtype=np.int64)
@@ -117,14 +117,14 @@ def _padded_logits(module: PreTrainedModel, forest: Forest, task: Task) -> Float
     return logits.index_select(0, trees) if logits.ndim == 2 else logits[trees, columns]
 
 
-def takes_types(module: PreTrainedModel) -> bool:
+def takes_types(module: ZooModule) -> bool:
     """Whether the embeddings of a model tell two texts apart."""
     takes = "token_type_ids" in inspect.signature(module.forward).parameters
     return takes and int(getattr(module.config, "type_vocab_size", 0) or 0) > 1
 
 
 @torch.no_grad()
-def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: bool) -> Executor:
+def probe_task(module: ZooModule, task: Task, backend: Backend, *, fused: bool) -> Executor:
     """Find out, with a few tokens in two trees, which executor reproduces the zoo's own forward for a task."""
     forest = _probe_forest(module, task)
     truth = torch.cat([_plain(module, Forest((tree,)), task) for tree in forest.trees])
@@ -140,6 +140,8 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
     if best[1] is not None:
         return _with_blocks(module, forest, task, best[1], truth) if fused else best[1]
     if driven:
+        from transformers import PreTrainedModel
+
         # A model whose attention does not go by the interface would add our kind of mask to its scores.
         for each in module.modules():
             if isinstance(each, PreTrainedModel):
@@ -156,14 +158,14 @@ def probe_task(module: PreTrainedModel, task: Task, backend: Backend, *, fused: 
     return padded
 
 
-def _kept_for_padding(module: PreTrainedModel) -> int:
+def _kept_for_padding(module: ZooModule) -> int:
     """The first positions of a table that stand for padding, as RoBERTa and MPNet have them: no row comes to these."""
     named = {name.rpartition(".")[2]: each for name, each in module.named_modules()}
     padding = getattr(named.get("position_embeddings"), "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
 
 
-def task_head_of(module: PreTrainedModel, task: Task, backend: Backend) -> AnyHead:
+def task_head_of(module: ZooModule, task: Task, backend: Backend) -> AnyHead:
     """The head of a model for a task, computed by `backend`; None when only the zoo can compute it."""
     try:
         head = task_head(module, task)
@@ -175,7 +177,7 @@ def task_head_of(module: PreTrainedModel, task: Task, backend: Backend) -> AnyHe
     return replace(head, backend=backend)
 
 
-def _entries(module: PreTrainedModel) -> list[Entry]:
+def _entries(module: ZooModule) -> list[Entry]:
     """How the embeddings may count positions: from 0, or behind the number that RoBERTa keeps for padding."""
     types = takes_types(module)
     pad = getattr(module.config, "pad_token_id", None)
@@ -183,7 +185,7 @@ def _entries(module: PreTrainedModel) -> list[Entry]:
 
 
 def _error(
-    module: PreTrainedModel, forest: Forest, task: Task, executor: Executor, truth: Tensor
+    module: ZooModule, forest: Forest, task: Task, executor: Executor, truth: Tensor
 ) -> tuple[float, str]:
     """How far an executor is from the truth, and why it cannot run this model at all."""
     head = task_head_of(module, task, executor.backend)
@@ -196,7 +198,7 @@ def _error(
     return apart(outputs.log_probs if outputs.scores is None else outputs.scores, truth), ""
 
 
-def _with_blocks(module: PreTrainedModel, forest: Forest, task: Task, executor: Executor, truth: Tensor) -> Executor:
+def _with_blocks(module: ZooModule, forest: Forest, task: Task, executor: Executor, truth: Tensor) -> Executor:
     """The executor with our own operations, where they run this model: they do decoders."""
     if task.name == "seq2seq_lm" or kind_of(module.config) != "causal":
         return executor
@@ -206,7 +208,7 @@ def _with_blocks(module: PreTrainedModel, forest: Forest, task: Task, executor: 
     return ours if _error(module, forest, task, ours, truth)[0] <= tolerance(module.dtype) else executor
 
 
-def _probe_forest(module: PreTrainedModel, task: Task) -> Forest:
+def _probe_forest(module: ZooModule, task: Task) -> Forest:
     size = int(module.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, index]
     ids = (np.arange(12) * 7 + 5).astype(np.int32) % size
     both_ways = kind_of(module.config) != "causal"
@@ -227,7 +229,7 @@ def _probe_forest(module: PreTrainedModel, task: Task) -> Forest:
     return Forest(tuple(trees))
 
 
-def _plain(module: PreTrainedModel, tree: Forest, task: Task) -> Tensor:
+def _plain(module: ZooModule, tree: Forest, task: Task) -> Tensor:
     """The zoo's own log-probabilities of one tree, one row at a time."""
     if task.name != "seq2seq_lm":
         labels, logits = long(tree.layout.labels, module), _padded_logits(module, tree, task).float()

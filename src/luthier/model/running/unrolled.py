@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from luthier.core.errors import RecipeError
 from luthier.data.forest import Forest, Segment, Tree
@@ -24,10 +23,11 @@ from luthier.model.routes import Mixes, Routes, padded_routes, predicted_routes
 from luthier.model.running.guests import Guest, mixes_of
 from luthier.model.running.outputs import TokenOutputs
 from luthier.model.running.scoring import AnyHead, long, outputs_of, scored, valued
+from luthier.model.zoo import ZooModule
 
 
 def run_unrolled(
-    module: PreTrainedModel,
+    module: ZooModule,
     forest: Forest,
     *,
     head: AnyHead,
@@ -51,14 +51,14 @@ def run_unrolled(
     return outputs_of(original, log_probs.index_select(0, back), module, values=ordered)
 
 
-def unrolled_states(module: PreTrainedModel, forest: Forest) -> Float[Tensor, "N d"]:
+def unrolled_states(module: ZooModule, forest: Forest) -> Float[Tensor, "N d"]:
     """The final states from which the weighted tokens of a forest are predicted, by every path as a row of its own."""
     _, predicting, order, _ = _unrolled(module, forest, {})
     return predicting.index_select(0, long(np.argsort(order, kind="stable"), module))
 
 
 def _unrolled(
-    module: PreTrainedModel, forest: Forest, mixes: Mixes
+    module: ZooModule, forest: Forest, mixes: Mixes
 ) -> tuple[Forest, Float[Tensor, "N d"], np.ndarray, Routes | None]:
     """The paths of a forest, the states that predict their weighted tokens, the place of each in the forest's layout,
     and by which adapters they went."""

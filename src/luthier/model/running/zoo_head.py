@@ -13,13 +13,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from luthier.core.errors import RecipeError
 from luthier.kernels.head import Head
@@ -27,13 +25,14 @@ from luthier.model.editing.edits import Edit, EditedModule, TrainedParameters, b
 from luthier.model.editing.sites import Sites
 from luthier.model.running.head import EditedHead, edited_head, head_of
 from luthier.model.tasks import Task
+from luthier.model.zoo import ZooModule
 
 
 @dataclass(frozen=True)
 class FeatureHead:
     """A head whose last linear layer is `plain`; what comes before it in the zoo's model is computed by the zoo."""
 
-    module: PreTrainedModel
+    module: ZooModule
     last: str
     plain: Head | EditedHead
 
@@ -69,7 +68,7 @@ def _divided(head: Head | EditedHead, temperature: float) -> Head | EditedHead:
     return replace(head, scale=head.scale / temperature, cap=cap)
 
 
-def task_head(module: PreTrainedModel, task: Task) -> FeatureHead | Head:
+def task_head(module: ZooModule, task: Task) -> FeatureHead | Head:
     """The head of a model for a task, as it is now. Raises RecipeError where there is no linear layer at its end."""
     if task.name in ("causal_lm", "seq2seq_lm"):
         return head_of(module)
@@ -83,7 +82,7 @@ def task_head(module: PreTrainedModel, task: Task) -> FeatureHead | Head:
     return FeatureHead(module, last, Head(linear.weight, linear.bias))
 
 
-def last_linear(module: PreTrainedModel, task: Task) -> str:
+def last_linear(module: ZooModule, task: Task) -> str:
     """The name of the layer whose outputs are the logits: the vocabulary's, or the last with a row for each class."""
     embeddings = module.get_output_embeddings()
     names = {id(each): name for name, each in module.named_modules()}
@@ -104,7 +103,7 @@ def last_linear(module: PreTrainedModel, task: Task) -> str:
     return rows[-1]
 
 
-def head_modules(module: PreTrainedModel, task: Task, fresh: tuple[str, ...]) -> tuple[str, ...]:
+def head_modules(module: ZooModule, task: Task, fresh: tuple[str, ...]) -> tuple[str, ...]:
     """The modules that are trained as a whole, whatever the adapter: those of a new head, and every classifier.
 
     As PEFT's `modules_to_save` names them: by the module below the model, or a new part of its body.
@@ -138,12 +137,12 @@ def _holds(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def body_name(module: PreTrainedModel) -> str:
+def body_name(module: ZooModule) -> str:
     """The name of the part of a model that makes the states, with a dot behind it."""
     return f"{module.base_model_prefix}."
 
 
-def zoo_logits(module: PreTrainedModel, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N out"]:
+def zoo_logits(module: ZooModule, hidden: Float[Tensor, "N d"]) -> Float[Tensor, "N out"]:
     """What the zoo's model makes of final states of its body, each taken as a text of one token."""
     body = module.get_submodule(module.base_model_prefix)
     headed = _with(module, module.base_model_prefix, _States(hidden[:, None], body._modules.get("pooler")))
@@ -163,7 +162,9 @@ class _States(nn.Module):
         self.states = states
         self.pooler = pooler
 
-    def forward(self, *ids: object, **settings: object) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    def forward(self, *ids: object, **settings: object) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
         # Called as the zoo calls the body it stands for; nothing of that matters here.
         pooled = None if self.pooler is None else self.pooler(self.states)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=self.states, pooler_output=pooled)

@@ -201,7 +201,7 @@ def _open(
     task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
     seed = int(extras.get("base_seed", 0))
     kept = kept_precision(extras, precision)
-    model = load_base(name, precision=kept, device=device, seed=seed, task=task, speaks=speaks)
+    model = load_base(name, precision=kept, device=device, seed=seed, task=task, speaks=speaks, own_modules=speaks)
     if adapter is None:
         _pack(model, {}, quantizer)
         return _opened(model, resolve_source(name), {})
@@ -285,13 +285,14 @@ def _open_run(
     place = started_in(run)
     if folder.name == MODEL:
         kept = kept_precision(extras, precision)
-        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras), speaks=speaks)
+        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras), speaks=speaks,
+                          own_modules=speaks)  # fmt: skip
         _pack(whole, {}, quantizer)
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
     kept = kept_precision(extras, precision)
     seed, task = int(extras.get("base_seed", 0)), kept_task(extras)
-    model = load_base(base, precision=kept, device=device, seed=seed, task=task, speaks=speaks)
+    model = load_base(base, precision=kept, device=device, seed=seed, task=task, speaks=speaks, own_modules=speaks)
     _pack(model, extras, quantizer)
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))

@@ -21,7 +21,7 @@ from luthier.model.files.adapter_config import TENSORS
 from luthier.model.files.configs import config_of, start_token
 from luthier.model.files.tensor_headers import tensor_shapes
 from luthier.model.language_model import LanguageModel
-from luthier.model.load import kind_of_source
+from luthier.model.load import is_known_decoder, kind_of_source
 from luthier.model.running.encoder_decoder import start_of
 from luthier.model.tasks import CAUSAL, PEFT_TYPES, SCORES, Task, TaskName, class_for, kind_of
 from luthier.objectives import Objective, Vocabulary
@@ -34,9 +34,11 @@ SOME: Final = ("one", "another")
 
 def bound(objective: Objective, source: str, tokenizer: Tokenizer) -> Objective:
     """The objective with what it needs of the tokenizer, once it fits the model `source`. Raises RecipeError."""
-    class_for(config_of(source), objective.task(SOME), source)
-    mask = tokenizer.raw.mask_token_id
-    return objective.with_vocabulary(Vocabulary(tokenizer.vocabulary_size, None if mask is None else int(mask)))
+    task = objective.task(SOME)
+    # A decoder that is known goes on with a text, and no more is asked: nothing of the zoo is imported for it.
+    if task.name != CAUSAL.name or not is_known_decoder(source):
+        class_for(config_of(source), task, source)
+    return objective.with_vocabulary(Vocabulary(tokenizer.vocabulary_size, tokenizer.mask_id))
 
 
 def edits_for(adapter: Adapter, objective: Objective, model: LanguageModel) -> list[Edit]:

@@ -33,14 +33,16 @@ def load_base(
     seed: int = 0,
     task: Task = CAUSAL,
     speaks: bool = False,
+    own_modules: bool = False,
 ) -> LanguageModel:
     """The base model `source` for `task`, whose files may hold weights that some quantizer has packed.
 
-    `speaks` is that of `load_model`.
+    `speaks` and `own_modules` are those of `load_model`.
     """
     return load_model(
-        source, precision=precision, device=device, seed=seed, task=task, packed=packed_reader, speaks=speaks
-    )
+        source, precision=precision, device=device, seed=seed, task=task, packed=packed_reader, speaks=speaks,
+        own_modules=own_modules,
+    )  # fmt: skip
 
 
 def packed_reader(config: Mapping[str, object]) -> PackedReader:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
 
 from luthier.adapters import saved_adapter
 from luthier.core.errors import CorruptError, DriftError, GateError, NumericError
@@ -146,7 +145,7 @@ def _check_tokenizer(folder: Path, base: Tokenizer, facts: Mapping[str, Any]) ->
             do="load the base model it was trained on",
         )
     saved = Tokenizer.load(folder)
-    if saved.raw.get_vocab() != base.raw.get_vocab() or saved.special_ids != base.special_ids:
+    if saved.vocabulary != base.vocabulary or saved.special_ids != base.special_ids:
         raise CorruptError(f"{folder} holds a tokenizer of {saved.vocabulary_size} tokens that is not the base's")
     if beyond := [token for token in facts["stop_ids"] if not 0 <= token < saved.vocabulary_size]:
         raise CorruptError(f"{folder} stops at {beyond}", allowed=f"tokens 0 to {saved.vocabulary_size - 1}")
@@ -193,10 +192,14 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
 
     Base and result are not held at once, unless one is the reference of the other.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from luthier.model.zoo_again import zoo_module
+
     base = _base(folder, recipe, facts)
     expected, before = _shapes(base.module.state_dict()), _digests(base)
     # The zoo fuses some weights in memory (experts) and takes them apart again in its files.
-    files = dict(revert_weight_conversion(base.module, base.module.state_dict()))
+    files = dict(revert_weight_conversion(zoo_module(base.module), base.module.state_dict()))
     wanted = _shapes(files)
     names: dict[int, set[str]] = {}
     for name, tensor in files.items():
@@ -211,7 +214,9 @@ def _whole_model(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any])
         known = {name: shape for name, shape in wanted.items() if name in saved or name in lost}
         raise _other_tensors(folder, known, saved)
     task = kept_task(read_extras(folder))
-    model = load_base(str(folder), precision=_precision(facts), device=_device(recipe, facts), task=task)
+    model = load_base(
+        str(folder), precision=_precision(facts), device=_device(recipe, facts), task=task, own_modules=True
+    )
     if (found := _shapes(model.module.state_dict())) != expected:
         raise _other_tensors(folder, expected, found)
     if _digests(model) == before:
@@ -227,7 +232,9 @@ def _refers(recipe: FinetuneRecipe) -> bool:
 def _base(folder: Path, recipe: FinetuneRecipe, facts: Mapping[str, Any]) -> LanguageModel:
     """The base of the run, with the very weights it was trained on."""
     precision, task = _precision(facts), kept_task(read_extras(folder))
-    model = load_base(recipe.model, precision=precision, device=_device(recipe, facts), seed=recipe.seed, task=task)
+    model = load_base(
+        recipe.model, precision=precision, device=_device(recipe, facts), seed=recipe.seed, task=task, own_modules=True
+    )
     for said in (facts["base_digest"], read_extras(folder).get("base_digest", model.digest)):
         if said != model.digest:
             raise DriftError(
