@@ -3,16 +3,19 @@
 Idea: transformers is asked once for the files of a tokenizer. Where it leaves the library's own tokenizer as the file
 describes it, the file and the facts are all that is needed from then on, and transformers is not even imported. The
 facts are in the cache under a digest of all files that they follow from, of the code and of both libraries.
-Cost: hashing tokenizer.json; a small file for each tokenizer.
+What transformers writes beside the tokenizer when it saves one is kept with them.
+Cost: hashing tokenizer.json; a small file for each tokenizer, which is saved once for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from tempfile import TemporaryDirectory
+from typing import Any, Final, final
 
 from tokenizers import Tokenizer as Core
 
@@ -29,12 +32,30 @@ _BESIDE: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_temp
 _CODE: Final = ("data/tokenizer.py", "data/tokenizer_facts.py", "data/tokenizer_files.py", "data/hub.py")
 
 
-def known_tokenizer(files: ModelFiles) -> tuple[Core, TokenizerFacts] | None:
-    """The library's tokenizer in these files, and its facts, where they are known."""
+@final
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The library's tokenizer, its facts, and what transformers writes beside its file: texts by their names."""
+
+    core: Core
+    facts: TokenizerFacts
+    beside: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write what transformers would."""
+        self.core.save(str(folder / _FILE))
+        for name, text in self.beside.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def known_tokenizer(files: ModelFiles) -> Known | None:
+    """What is known of the tokenizer in these files, where transformers does nothing else to it."""
     path = _place(files)
-    said = {} if path is None else recalled(path)
-    facts = TokenizerFacts.of_json(said) if said else None
-    return None if facts is None else (_alone(files), facts)
+    match {} if path is None else recalled(path):
+        case {"facts": dict(said), "beside": dict(beside)} if all(isinstance(text, str) for text in beside.values()):
+            facts = TokenizerFacts.of_json(said)
+            return None if facts is None else Known(_alone(files), facts, beside)
+    return None
 
 
 def remember_tokenizer(files: ModelFiles, raw: Any, facts: TokenizerFacts) -> None:
@@ -44,7 +65,10 @@ def remember_tokenizer(files: ModelFiles, raw: Any, facts: TokenizerFacts) -> No
         return
     core, alone = raw.backend_tokenizer, _alone(files)
     if alone.to_str() == core.to_str() and alone.encode_special_tokens == core.encode_special_tokens:
-        remember(path, facts.as_json())
+        with TemporaryDirectory() as folder:
+            raw.save_pretrained(folder)
+            beside = {each.name: each.read_text("utf-8") for each in Path(folder).iterdir() if each.name != _FILE}
+        remember(path, {"facts": facts.as_json(), "beside": beside})
 
 
 def _alone(files: ModelFiles) -> Core:

@@ -85,6 +85,7 @@ class Tokenizer:
     words: Words | None = field(repr=False, compare=False)
     spellings: Spellings | None = field(repr=False, compare=False)
     _whole: Callable[[], Any] = field(repr=False, compare=False)
+    _write: Callable[[Path], object] = field(repr=False, compare=False)
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
@@ -95,7 +96,7 @@ class Tokenizer:
         files = ModelFiles.of(source)
         known = known_tokenizer(files)
         if known is not None:
-            return cls._of(*known, lambda: read_tokenizer(files))
+            return cls._of(known.core, known.facts, lambda: read_tokenizer(files), known.save)
         raw = read_tokenizer(files)
         made = cls.of(raw, generation_eos=stop_ids(files.json("generation_config.json")))
         remember_tokenizer(files, raw, made.facts)
@@ -113,10 +114,13 @@ class Tokenizer:
         # A tokenizer.json may carry settings that cut texts short without a word.
         raw.backend_tokenizer.no_truncation()
         raw.backend_tokenizer.no_padding()
-        return cls._of(raw.backend_tokenizer, TokenizerFacts.of(raw, generation_eos), lambda: raw)
+        facts = TokenizerFacts.of(raw, generation_eos)
+        return cls._of(raw.backend_tokenizer, facts, lambda: raw, lambda folder: raw.save_pretrained(str(folder)))
 
     @classmethod
-    def _of(cls, backend: Any, facts: TokenizerFacts, whole: Callable[[], Any]) -> Tokenizer:
+    def _of(
+        cls, backend: Any, facts: TokenizerFacts, whole: Callable[[], Any], write: Callable[[Path], object]
+    ) -> Tokenizer:
         return cls(
             backend=backend,
             facts=facts,
@@ -124,6 +128,7 @@ class Tokenizer:
             words=Words.of(backend),
             spellings=Spellings.of(backend),
             _whole=cache(whole),
+            _write=write,
         )
 
     @property
@@ -329,7 +334,8 @@ class Tokenizer:
 
     def save(self, folder: Path, *, chat_template: str | None = None) -> None:
         """Write the tokenizer's files beside a model, with `chat_template` in the place of its own when given."""
-        self.raw.save_pretrained(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write(folder)
         # The class that every version of transformers has, and that reads tokenizer.json as it stands, as we do.
         path = folder / "tokenizer_config.json"
         config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from pydantic import TypeAdapter, ValidationError
-
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -80,10 +78,16 @@ class TokenizerFacts:
     @classmethod
     def of_json(cls, said: Mapping[str, Any]) -> TokenizerFacts | None:
         """The facts in what JSON kept; None where it holds other things."""
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(said), strict=True)
-        except ValidationError:
-            return None
+        match said:
+            case {"digest": str(digest), "eos_ids": list(eos), "adds_bos": bool(adds_bos), "special_ids": list(ids),
+                  "texts": list(texts), "swallow_left": list(left), "swallow_right": list(right),
+                  "chat_template": str() | None as template, "vocabulary_size": int(size),
+                  "prefix_space": bool(prefix_space), "roles": dict(roles), "named": dict(named)}:  # fmt: skip
+                numbers, words = [*eos, *ids, *roles.values()], [*texts, *left, *right, *named.values()]
+                if {type(each) for each in numbers} <= {int} and {type(each) for each in words} <= {str}:
+                    return cls(digest, tuple(eos), adds_bos, tuple(ids), tuple(texts), tuple(left), tuple(right),
+                               template, size, prefix_space, roles, named)  # fmt: skip
+        return None
 
 
 def _template_of(raw: Any) -> str | None:
