@@ -108,7 +108,8 @@ def test_what_transformers_changes_is_left_to_it(asked: list[str], tmp_path: Pat
     assert len(asked) == 2 and sizes == {129}
 
 
-DAMAGES = ["", "{", "[]", "{}", '{"facts": {}, "beside": {}}', "one fact less", "a text for a number", "no texts beside"]
+DAMAGES = ["", "{", "[]", "{}", '{"facts": {}, "beside": {}}', "one fact less", "a text for a number",
+           "no texts beside"]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
