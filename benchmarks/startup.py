@@ -10,9 +10,10 @@ and luthier does not, and a peer's environment holds no more than what it needs 
 
 - `luthier --help`, `import luthier`, `trl sft --help`: wall seconds of the process.
 - `luthier first step`, `trl first step`: seconds from the start of the process to the end of the first step, of
-  one row, LoRA on the prepared model of 56 million parameters; data is cached by a run before, which is not counted.
-- `the libraries alone`: seconds of a process that imports torch and the zoo's llama and makes one of torch's
-  optimizers, and does nothing else: what the first step of anything that uses these stays above.
+  one row, LoRA on the prepared model of 56 million parameters; data is cached by a run before, which is not counted,
+  and luthier has then seen what the zoo does with the model.
+- `torch alone`: seconds of a process that imports torch and nothing else; `the libraries alone` imports the zoo's llama
+  too and makes one of torch's optimizers: what the first step of anything that uses these stays above.
 - `tokens text`, `tokens chat`: megabytes of text a second and core that become checked and stored tokens, with the
   tokenizers library alone beside it (`startup_tokens.py`).
 """
@@ -42,6 +43,10 @@ HERE = Path(__file__).resolve().parent
 MODEL = "m1"
 """The prepared model whose first step is timed, a folder of HOME."""
 LUTHIER = "from luthier.cli.main import main; main()"
+TORCH = """
+import gc; gc.disable()
+import torch, os; os._exit(0)
+"""
 LIBRARIES = """
 import gc; gc.disable()
 import torch, transformers.models.llama.modeling_llama
@@ -72,6 +77,7 @@ def measures(home: Path, scratch: Path, precision: str) -> dict[str, Measure]:
         "luthier --help": Measure([alone, "-c", LUTHIER, "--help"]),
         "import luthier": Measure([alone, "-c", "import luthier"]),
         "luthier first step": Measure(first, "first_step_s", warm=True),
+        "torch alone": Measure([alone, "-c", TORCH]),
         "the libraries alone": Measure([alone, "-c", LIBRARIES]),
         "tokens text": Measure([*tokens, "text"], "mb_per_s", "MB/s a core"),
         "tokens chat": Measure([*tokens, "chat"], "mb_per_s", "MB/s a core"),

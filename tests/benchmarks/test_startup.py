@@ -29,7 +29,8 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_peer_is_measured_only_where_it_is(startup: ModuleType, tmp_path: Path) -> None:
     own = startup.measures(tmp_path, tmp_path, "float32")
     assert set(own) == {
-        "luthier --help", "import luthier", "luthier first step", "the libraries alone", "tokens text", "tokens chat"
+        "luthier --help", "import luthier", "luthier first step", "torch alone", "the libraries alone", "tokens text",
+        "tokens chat",
     }  # fmt: skip
     (tmp_path / "venv-trl" / "bin").mkdir(parents=True)
     (tmp_path / "venv-trl" / "bin" / "trl").write_text("")
@@ -40,7 +41,7 @@ def test_a_peer_is_measured_only_where_it_is(startup: ModuleType, tmp_path: Path
 
 def test_luthier_starts_in_an_environment_of_its_own_where_there_is_one(startup: ModuleType, tmp_path: Path) -> None:
     """Breaks when the packages that only tests need are imported in what is measured of luthier, and of no peer."""
-    names = ("luthier --help", "import luthier", "luthier first step", "the libraries alone")
+    names = ("luthier --help", "import luthier", "luthier first step", "torch alone", "the libraries alone")
     assert {startup.measures(tmp_path, tmp_path, "float32")[name].command[0] for name in names} == {sys.executable}
     (tmp_path / "venv-luthier").mkdir()
     own = startup.measures(tmp_path, tmp_path, "float32")
