@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ DAMAGES = {
     "longer": lambda held: held + b"\0",
     "nothing": lambda held: b"",
     "zeros": lambda held: bytes(len(held)),
+    "that of another": lambda held: held[:-32] + hashlib.sha256(held[:-32]).digest(),
 }
 
 

@@ -44,7 +44,7 @@ def test_a_merged_folder_is_the_run_for_transformers_and_for_luthier(
 ) -> None:
     """Breaks when the merge, the config, the template or the stop tokens are not those of the run."""
     found, out = merged
-    tuned = open_named(str(finished))
+    tuned = open_named(str(finished), own_modules=False)
     tokenizer, whole = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     prompt = tuned.prompt("the colour of 3 is")
     asked = [{"role": "user", "content": "the colour of 3 is"}]
@@ -69,7 +69,7 @@ def test_a_peft_folder_is_read_by_peft(finished: Path, llama: Path, tmp_path: Pa
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(tmp_path / "out"))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        ours = open_named(str(finished)).model.module(input_ids=ids).logits
+        ours = open_named(str(finished), own_modules=False).model.module(input_ids=ids).logits
         assert torch.allclose(theirs(ids).logits, ours, atol=1e-4)
     assert "somebody/base" in (tmp_path / "out" / "README.md").read_text()
 

@@ -41,8 +41,8 @@ def test_a_run_that_was_asked_for_float32_speaks_in_it(tmp_path: Path, monkeypat
     purposes: list[bool] = []
     some = open_named("seedling")
 
-    def noted(*_: Any, speaks: bool) -> Opened:
-        purposes.append(speaks)
+    def noted(_: RunDirectory, asked: Any) -> Opened:
+        purposes.append(asked.speaks)
         return some
 
     monkeypatch.setattr(opened, "_open_run", noted)

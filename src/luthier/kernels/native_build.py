@@ -6,7 +6,7 @@ there are processors for us; and a library for exactly this CPU may use all of i
 instructions. What shares its work out runs on torch's own OpenMP threads: torch has loaded libgomp under the name that
 the linker looks for.
 The name of the file is a digest of sources, compiler and CPU, so that another machine that shares the cache makes its
-own. At its end is the digest of the rest: a file that has been damaged is compiled anew.
+own. At its end is a digest of its name and the rest: a file that has been damaged is compiled anew.
 Use when: a compiler is there, on Linux. Not when: it is not; the twin in Python does the same, slower.
 """
 
@@ -66,13 +66,18 @@ def is_built(folder: Path, flags: tuple[str, ...]) -> bool:
 
 
 def is_whole(place: Path) -> bool:
-    """Whether a library is there and as it was compiled: one with another bit might compute, and something else."""
+    """Whether a library is there as it was compiled: one with another bit, or another's, may compute something else."""
     try:
         held = place.read_bytes() if place.is_file() else b""
     except OSError:
         return False
     code, digest = held[:-_DIGEST_BYTES], held[-_DIGEST_BYTES:]
-    return bool(code) and hashlib.sha256(code).digest() == digest
+    return bool(code) and _seal(place.name, code) == digest
+
+
+def _seal(name: str, code: bytes) -> bytes:
+    """What stands at the end of a library of that name."""
+    return hashlib.sha256(name.encode() + b"\0" + code).digest()
 
 
 def _compiler() -> str:
@@ -127,9 +132,9 @@ def _compile(compiler: str, sources: list[Path], place: Path, flags: tuple[str, 
             _run([[*command, "-c", "-o", str(into), str(path)] for path, into in zip(ordered, objects, strict=True)])
             _run([[*command, "-o", str(made), *map(str, objects)]])
             # Behind the library, where no loader looks: so both are there or neither is.
-            digest = hashlib.sha256(made.read_bytes()).digest()
+            seal = _seal(place.name, made.read_bytes())
             with made.open("ab") as file:
-                file.write(digest)
+                file.write(seal)
             made.replace(place)
     except (OSError, subprocess.SubprocessError) as failure:
         raise MissingError(f"the C++ kernels cannot be compiled into {place.parent}: {failure}") from failure

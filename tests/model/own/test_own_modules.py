@@ -10,23 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
-from luthier.adapters.bottleneck import Bottleneck
-from luthier.adapters.full import Full
-from luthier.adapters.ia3 import IA3
-from luthier.adapters.lora import LoRA
-from luthier.core.errors import CorruptError
+from luthier.adapters import Adapter
+from luthier.core import catalog
+from luthier.core.chosen import choose
+from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.forest import Forest
 from luthier.data.hub import ModelFiles
+from luthier.infer.engine import Engine
 from luthier.model import known_decoders
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import kind_of_source, load_model
 from luthier.model.own.config import OwnConfig
 from luthier.model.own.decoder import Decoder
+from luthier.model.speaker import Sampling
 from luthier.model.zoo_again import zoo_module
+from luthier.quantizers import Quantizer
+from luthier.recipes.opening.quantized import quantize
 from tests import forests
 from tests.tiny import HIDDEN, LAYERS, VOCABULARY, tiny_config
 
@@ -99,28 +103,41 @@ def test_they_give_the_same_bits(kind: str, precision: str, tmp_path: Path) -> N
     assert torch.equal(own.token_outputs(FOREST).log_probs, zoo.token_outputs(FOREST).log_probs)
 
 
-ADAPTERS = {
-    "low rank, on all": LoRA(rank=4, targets="all-linear"),
-    "scales": IA3(),
-    "around the parts": Bottleneck(size=4),
-    "everything": Full(),
-}
-
-
 @pytest.mark.parametrize("kind", ["qwen2, tied", "qwen3", "mistral, window"])
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", catalog.names("adapters"))
 def test_what_is_on_them_has_the_same_gradients(adapter: str, kind: str, tmp_path: Path) -> None:
     """Breaks where something surrounds a part, and that part runs by itself in another way than the zoo's."""
     found = []
     for model in both(folder_of(LIKE[kind](), tmp_path / "model")):
         torch.manual_seed(1)
-        model.attach(ADAPTERS[adapter].attach(model.sites))
+        model.attach(choose("adapters", Adapter, adapter).attach(model.sites))
         forests.shake([each for each in model.attachments["default"].named_tensors().values() if each.ndim > 1], seed=3)
         model.module.train()
         loss = forests.engine_loss(model, FOREST.trees)
         slopes = forests.gradients(loss, forests.trainable(model))
         found.append({"loss": loss.tolist(), **{name: each.tolist() for name, each in slopes.items()}})
-    assert len(found[0]) > 4 and found[0] == found[1]
+    assert len(found[0]) > 1 and found[0] == found[1]
+
+
+@pytest.mark.parametrize("quantizer", [name for name in catalog.names("quantizers") if name != "none"])
+def test_they_are_packed_alike(quantizer: str, tmp_path: Path) -> None:
+    """Breaks when a quantizer takes other layers of them, or a packed one computes in another way."""
+    zoo, own = both(folder_of(LIKE["qwen2, tied"](), tmp_path / "model"))
+    before = own.token_outputs(FOREST).log_probs
+    for model in (zoo, own):
+        quantize(model, choose("quantizers", Quantizer, quantizer), head=True)
+    assert not torch.equal(own.token_outputs(FOREST).log_probs, before)
+    assert torch.equal(own.token_outputs(FOREST).log_probs, zoo.token_outputs(FOREST).log_probs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral, window"])
+def test_they_say_the_same(kind: str, tmp_path: Path) -> None:
+    """Breaks when the engine keeps other pages for them, or reads a prompt in another way."""
+    prompts = [forests.tokens(np.random.default_rng(length), length) for length in (1, 9, 30)]
+    wanted = Sampling(max_new_tokens=12, temperature=1.0, seed=4)
+    zoo, own = (Engine(model).speak(prompts, wanted) for model in both(folder_of(LIKE[kind](), tmp_path / "model")))
+    assert [list(each.tokens) for each in own] == [list(each.tokens) for each in zoo]
+    assert [list(each.log_probs) for each in own] == [list(each.log_probs) for each in zoo] and len(own) == 3
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
@@ -131,9 +148,12 @@ def test_other_models_stay_with_the_zoo(kind: str, tmp_path: Path) -> None:
 
 
 def test_nobody_gets_them_who_has_not_asked(tmp_path: Path) -> None:
-    """Breaks when whoever needs the zoo's module gets ours, once it is known."""
+    """Breaks when whoever needs the zoo's module gets ours, once it is known, or calls ours and is not told."""
     folder = folder_of(LIKE["llama"](), tmp_path / "model")
-    assert isinstance(both(folder)[1].module, Decoder)
+    own = both(folder)[1].module
+    assert isinstance(own, Decoder)
+    with pytest.raises(RecipeError, match="own_modules=False"):
+        own(input_ids=torch.arange(3)[None])
     assert not isinstance(load_model(str(folder), precision="float32", device="cpu").module, Decoder)
 
 

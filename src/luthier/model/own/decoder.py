@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from luthier.core.errors import RecipeError
 from luthier.data.hub import ModelFiles
 from luthier.model.attending.attention import ForestPlan, forest_attention
 from luthier.model.attending.kept import AttentionCall
@@ -123,6 +124,13 @@ class Decoder(nn.Module):
         parts = _Parts(shape, parameters)
         self.model = Body(parts)
         self.lm_head = parts.linear("lm_head")
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Refused: see above."""
+        raise RecipeError(
+            "a call of modules that only luthier's executor runs",
+            allowed="LanguageModel.token_outputs, an Engine, or a model that is loaded with own_modules=False",
+        )
 
     @property
     def base_model(self) -> Body:

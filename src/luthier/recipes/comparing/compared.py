@@ -100,7 +100,9 @@ def measured(job: Job) -> dict[str, Any]:
 def in_context(recipe: FinetuneRecipe, measures: Measures, answers: Path) -> dict[str, Any]:
     """The base model with training rows before each held-out one; for the loss they are computed once for many."""
     prepared, trees = held_out_of(recipe)
-    model = load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed)
+    model = load_base(
+        recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, own_modules=True
+    )
     root = shots(prepared, trees, measures.examples, room=model.context_tokens, seed=recipe.seed)
     together = behind(root, trees)
     size, reference = recipe.batch.micro_tokens, reference_of(recipe, prepared)

@@ -45,7 +45,8 @@ def evaluate_run(run: RunDirectory, *, data: Path | None = None) -> dict[str, An
     objective, size = recipe.objective, recipe.batch.micro_tokens
     if (run.folder / MODEL).is_dir():
         base_model = load_base(
-            recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=opened.model.task
+            recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=opened.model.task,
+            own_modules=True,
         )
         reference = reference_of(recipe, prepared, base=base_model)
         tuned = measured(opened.model, objective, trees, micro_tokens=size, reference=reference)

@@ -64,7 +64,8 @@ def _worth(held: HeldOut) -> dict[str, Any]:
 
 
 def _base(recipe: ReinforceRecipe, tuned: LanguageModel) -> LanguageModel:
-    return load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=tuned.task)
+    return load_base(recipe.model, precision=recipe.precision, device=recipe.device, seed=recipe.seed, task=tuned.task,
+                     own_modules=True)  # fmt: skip
 
 
 def prompts_of(recipe: ReinforceRecipe, *, whole: bool = False) -> Prepared:

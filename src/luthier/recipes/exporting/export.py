@@ -129,7 +129,8 @@ def _open(source: Source) -> Opened:
         task = kept_task(read_extras(Path(source.name)))
         if task == CAUSAL:
             return open_encoder(source.name, precision=source.precision, device=source.device)
-    return open_named(source.name, adapter=source.adapter, precision=source.precision, device=source.device)
+    return open_named(source.name, adapter=source.adapter, precision=source.precision, device=source.device,
+                      own_modules=False)  # fmt: skip
 
 
 def _require_taught(source: Source, opened: Opened) -> None:
@@ -154,7 +155,8 @@ def _subject(source: Source, opened: Opened) -> Subject:
     trained = run is not None or source.adapter is not None
 
     def anew(place: Path) -> LanguageModel:
-        return open_named(base, adapter=str(place), precision=source.precision, device=source.device).model
+        return open_named(base, adapter=str(place), precision=source.precision, device=source.device,
+                          own_modules=False).model  # fmt: skip
 
     return Subject(
         name=source.name,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,41 +172,57 @@ def open_named(
     device: str = "auto",
     quantizer: Quantizer | None = None,
     speaks: bool = False,
+    own_modules: bool = True,
 ) -> Opened:
     """What `name` stands for: a run directory, or a model folder or id; `adapter` is put on top of a model.
 
     Its weights are packed as they were when it was trained, or by `quantizer`, the head included, to speak faster in
     less memory. With `speaks` it is opened to make text, and `precision` auto may be bfloat16 where it was trained in
-    float32 (`model/spoken.py`). Raises RecipeError when an adapter is named beside a run, which has its own.
+    float32 (`model/spoken.py`). Without `own_modules` it is made of the zoo's modules (`model/load.py`), for whoever
+    asks these for more than to be run. Raises RecipeError when an adapter is named beside a run, which has its own.
     """
     speaks = speaks and precision == "auto"
     # Weights that lie in large pages are read faster; where there is no pool they lie as they would.
     pooled = device != "cuda" and not pool.install()
-    opened = _open(name, adapter, precision, device, quantizer, speaks=speaks)
+    opened = _open(name, adapter, _Asked(precision, device, quantizer, speaks, own_modules))
     if pooled and any(packing_of(each) is not None for each in opened.model.module.parameters()):
         # What was packed is freed, and nobody will ask for as much again.
         pool.release()
     return opened
 
 
-def _open(
-    name: str, adapter: str | None, precision: Precision, device: str, quantizer: Quantizer | None, *, speaks: bool
-) -> Opened:
+@dataclass(frozen=True)
+class _Asked:
+    """How a base is to be loaded and packed, where what it was trained with does not decide."""
+
+    precision: Precision
+    device: str
+    quantizer: Quantizer | None
+    speaks: bool
+    own_modules: bool
+
+    def base(self, source: str, extras: dict[str, Any], task: Task) -> LanguageModel:
+        """A base model as the `extras` of a result want it."""
+        return load_base(
+            source, precision=kept_precision(extras, self.precision), device=self.device, task=task,
+            seed=int(extras.get("base_seed", 0)), speaks=self.speaks, own_modules=self.own_modules,
+        )  # fmt: skip
+
+
+def _open(name: str, adapter: str | None, asked: _Asked) -> Opened:
     if is_run(Path(name)):
         if adapter is not None:
             raise RecipeError(f"{name} is a run and has its own result", do="name the base model to use --adapter")
         run = of_policy(RunDirectory.open(Path(name)))
-        return _open_run(run, precision, device, quantizer, speaks=speaks and not _asked_float32(run))
+        return _open_run(run, replace(asked, speaks=asked.speaks and not _asked_float32(run)))
     extras = read_extras(Path(adapter or name))
     config = {} if adapter is None else read_config(Path(adapter))
     task = kept_task(extras, config=config, folder=None if adapter is None else Path(adapter))
-    seed = int(extras.get("base_seed", 0))
-    kept = kept_precision(extras, precision)
-    model = load_base(name, precision=kept, device=device, seed=seed, task=task, speaks=speaks, own_modules=speaks)
+    model = asked.base(name, extras, task)
     if adapter is None:
-        _pack(model, {}, quantizer)
+        _pack(model, {}, asked.quantizer)
         return _opened(model, resolve_source(name), {})
-    _pack(model, extras, quantizer)
+    _pack(model, extras, asked.quantizer)
     put_on(model, Path(adapter))
     return _opened(model, resolve_source(name), extras, stops=read_stop_ids(Path(adapter)))
 
@@ -273,9 +290,7 @@ def _asked_float32(run: RunDirectory) -> bool:
     return run.read_recipe().get("precision") == "float32"
 
 
-def _open_run(
-    run: RunDirectory, precision: Precision, device: str, quantizer: Quantizer | None, *, speaks: bool
-) -> Opened:
+def _open_run(run: RunDirectory, asked: _Asked) -> Opened:
     folder, _ = result_of(run)
     if (state := run.status().state) != "finished":
         raise RecipeError(
@@ -284,16 +299,12 @@ def _open_run(
     extras = read_extras(folder)
     place = started_in(run)
     if folder.name == MODEL:
-        kept = kept_precision(extras, precision)
-        whole = load_base(str(folder), precision=kept, device=device, task=kept_task(extras), speaks=speaks,
-                          own_modules=speaks)  # fmt: skip
-        _pack(whole, {}, quantizer)
+        whole = asked.base(str(folder), extras, kept_task(extras))
+        _pack(whole, {}, asked.quantizer)
         return _opened(whole, folder, extras, place)
     base = model_from(str(read_config(folder)["base_model_name_or_path"]), place)
-    kept = kept_precision(extras, precision)
-    seed, task = int(extras.get("base_seed", 0)), kept_task(extras)
-    model = load_base(base, precision=kept, device=device, seed=seed, task=task, speaks=speaks, own_modules=speaks)
-    _pack(model, extras, quantizer)
+    model = asked.base(base, extras, kept_task(extras))
+    _pack(model, extras, asked.quantizer)
     put_on(model, folder)
     return _opened(model, resolve_source(base), extras, place, stops=read_stop_ids(folder))
 

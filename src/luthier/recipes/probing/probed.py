@@ -62,7 +62,7 @@ class Probed:
 
 def probed_run(run: RunDirectory, keep: Sequence[str] = (), *, recorder: Recorder) -> Probed:
     """The pair of a run's base and result. Raises RecipeError for a run without a result."""
-    opened, run = open_named(str(run.folder)), of_policy(run)
+    opened, run = open_named(str(run.folder), own_modules=False), of_policy(run)
     values = run.read_recipe()
     recipe = located(validate(kind_of_recipe(values), values), started_in(run))
     recipe = recipe.model_copy(update={"objective": bound(recipe.objective, recipe.model, opened.tokenizer)})
@@ -89,11 +89,11 @@ def probed_folders(before: str, after: str, keep: Sequence[str] = (), *, recorde
     # In float32: what rounding to fewer bits would change is no finding.
     settings: Mapping[str, Any] = {}
     if adapter is not None:
-        opened = open_named(before, adapter=after, precision="float32")
+        opened = open_named(before, adapter=after, precision="float32", own_modules=False)
         settings = saved_adapter(adapter, opened.model.sites).as_recipe()
         pair = pair_of_adapter(opened.model, settings=settings, **_more(opened, keep, before, [], [], recorder))
         return Probed(pair, before, after, opened, adapter)
-    opened = open_named(after, precision="float32")
+    opened = open_named(after, precision="float32", own_modules=False)
     base = load_base(before, precision="float32", task=opened.model.task)
     pair = pair_of_models(base, opened.model, **_more(opened, keep, before, [], [], recorder))
     if not any(change.linear for change in pair.changes):

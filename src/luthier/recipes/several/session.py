@@ -97,7 +97,7 @@ def load_several(
         raise RecipeError(
             f"objective {aim.method_name()} for several adapters", allowed="objectives that go on with a text"
         )
-    base = load_base(str(model), precision=precision, device=device, seed=seed)
+    base = load_base(str(model), precision=precision, device=device, seed=seed, own_modules=True)
     packed = choose("quantizers", Quantizer, quantizer)
     quantize(base, packed)
     reading = Reading(template=template, max_tokens=max_tokens, over_length=over_length)
