@@ -15,11 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 
 from luthier.core.errors import MissingError, RecipeError
 from luthier.core.units import rate_text
@@ -69,114 +71,118 @@ def load_model(
     Raises UnsafeArtifactError for pickles and config-steered code, MissingError when there is no such model,
     CorruptError for damaged files, and RecipeError when it is no model for the task.
     """
-    name = resolve_source(source)
-    files = ModelFiles.of(name)
-    may_be_ours = own_modules and task == CAUSAL and _device(device).type == "cpu" and wanted_kernels() != "torch"
-    may_be_ours = may_be_ours and not source.startswith(FRESH)
-    known = known_decoder(files) if may_be_ours else None
-    found = None if known is None else _of_ours(known, files, source, precision=precision, speaks=speaks)
-    if found is not None:
-        return found
-    return _of_the_zoo(
-        source, files, precision=precision, device=device, seed=seed, task=task, packed=packed, speaks=speaks,
-        remembered=may_be_ours,
+    asked = _Asked(
+        source, ModelFiles.of(resolve_source(source)), precision, _device(device), seed, task, packed,
+        speaks=speaks and task == CAUSAL and not source.startswith(FRESH),
     )  # fmt: skip
+    may_be_ours = own_modules and task == CAUSAL and asked.device.type == "cpu" and wanted_kernels() != "torch"
+    may_be_ours = may_be_ours and not asked.fresh
+    known = known_decoder(asked.files) if may_be_ours else None
+    if known is None:
+        return _of_the_zoo(asked, remembered=may_be_ours)
+    read = _read(asked, known)
+    return _of_ours(asked, known, read) or _of_the_zoo(asked, remembered=True, read=read)
 
 
-def _of_ours(
-    known: Known, files: ModelFiles, source: str, *, precision: Precision, speaks: bool
-) -> LanguageModel | None:
+@dataclass(frozen=True)
+class _Asked:
+    """Which model is wanted, and how; `speaks` where it is to make text in the precision that is fastest."""
+
+    source: str
+    files: ModelFiles
+    precision: Precision
+    device: torch.device
+    seed: int
+    task: Task
+    packed: ReaderOf | None
+    speaks: bool
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the weights are drawn anew."""
+        return self.source.startswith(FRESH)
+
+    def dtype(self, config: ZooConfig, has_blocks: Callable[[], bool]) -> tuple[torch.dtype, str]:
+        """The dtype of weights and products, and why, also of a model that is to make text."""
+        dtype, reason = choose_precision(self.precision, _shape(config.get_text_config()), self.device)
+        may_round = self.speaks and dtype == torch.float32 and self.device.type == "cpu"
+        if may_round and speaks_in_halves(weight_files(self.files)) and has_blocks():
+            return torch.bfloat16, REASON
+        return dtype, reason
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The weights of a decoder that is known, their digest, and the precision they were read for, with its reason."""
+
+    tensors: dict[str, Tensor]
+    digest: str
+    dtype: torch.dtype
+    reason: str
+
+
+def _read(asked: _Asked, known: Known) -> _Read:
+    dtype, reason = asked.dtype(cast("ZooConfig", known.config), lambda: True)
+    with _beside(asked.files.folder) as folders_digest:
+        tensors = read_weights(weight_files(asked.files), widen=dtype == torch.float32)
+        return _Read(tensors, folders_digest(), dtype, reason)
+
+
+def _of_ours(asked: _Asked, known: Known, read: _Read) -> LanguageModel | None:
     """The model in our own modules; None where that was not proved for these weights in this precision."""
-    device = torch.device("cpu")
-    dtype, reason = _precision_of(
-        cast("ZooConfig", known.config), files, precision, device, speaks=speaks, has_blocks=lambda: True
-    )
-    backend, _ = backend_for(wanted_kernels(), device, dtype)
-    with _beside(files.folder) as folders_digest:
-        tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
-        digest = folders_digest()
-    shape = proved(known, digest, dtype, backend)
-    if shape is None or not shape.fits(tensors):
+    backend, _ = backend_for(wanted_kernels(), asked.device, read.dtype)
+    shape = proved(known, read.digest, read.dtype, backend)
+    if shape is None or not shape.fits(read.tensors):
         return None
-    parameters = shape.frozen(tensors, dtype)
-    module = Decoder(shape, parameters, known.config, generation=known.generation, files=files)
+    parameters = shape.frozen(read.tensors, read.dtype)
+    module = Decoder(shape, parameters, known.config, generation=known.generation, files=asked.files)
     return LanguageModel(
-        cast("ZooModule", module), source=source, digest=digest, kernels=wanted_kernels(), known_as=digest,
-        notices=(f"precision: {reason}", *known.notices),
+        cast("ZooModule", module), source=asked.source, digest=read.digest, kernels=wanted_kernels(),
+        known_as=read.digest, notices=(f"precision: {read.reason}", *known.notices),
     )  # fmt: skip
 
 
-def _of_the_zoo(
-    source: str,
-    files: ModelFiles,
-    *,
-    precision: Precision,
-    device: str,
-    seed: int,
-    task: Task,
-    packed: ReaderOf | None,
-    speaks: bool,
-    remembered: bool,
-) -> LanguageModel:
-    """The model in the zoo's modules, `remembered` for the next time where ours would do."""
+def _of_the_zoo(asked: _Asked, *, remembered: bool, read: _Read | None = None) -> LanguageModel:
+    """The model in the zoo's modules, `remembered` for the next time where ours do. What was `read` is used."""
     from luthier.model.files.weights import fresh_module, module_with, take_generation_settings, without_weights
     from luthier.model.spoken import has_our_blocks
 
     attention.register()
-    fresh = source.startswith(FRESH)
-    checked = checked_config(files, quantized=packed is not None and not fresh)
-    reader = packed(checked.quantization) if packed is not None and checked.quantization else None
-    dtype, reason = _precision_of(
-        checked.config, files, precision, _device(device), speaks=speaks and task == CAUSAL and not fresh,
-        has_blocks=lambda: has_our_blocks(checked.config, source),
-    )  # fmt: skip
+    source, files, task, fresh = asked.source, asked.files, asked.task, asked.fresh
+    checked = checked_config(files, quantized=asked.packed is not None and not fresh)
+    reader = asked.packed(checked.quantization) if asked.packed is not None and checked.quantization else None
+    dtype, reason = asked.dtype(checked.config, lambda: has_our_blocks(checked.config, source))
     found: dict[str, Found] = {}
     # Read beside the work, which reads the same bytes: neither waits for the other.
-    with _beside(None if fresh else files.folder) as folders_digest:
+    with _beside(None if fresh or read is not None else files.folder) as folders_digest:
         if fresh:
-            loaded = fresh_module(checked.config, dtype, seed, source, task=task)
+            loaded = fresh_module(checked.config, dtype, asked.seed, source, task=task)
         else:
             with without_bars(local=files.folder is not None):
-                tensors = read_weights(weight_files(files), widen=dtype == torch.float32)
+                tensors = (read_weights(weight_files(files), widen=dtype == torch.float32)
+                           if read is None or read.dtype != dtype else read.tensors)  # fmt: skip
                 if reader is not None:
-                    backend, _ = backend_for(wanted_kernels(), _device(device), dtype)
+                    backend, _ = backend_for(wanted_kernels(), asked.device, dtype)
                     empty = without_weights(checked.config, source, task=task)
                     found = take_packed(tensors, reader, backend, empty, dtype)
-                loaded = module_with(checked.config, tensors, dtype, source, task=task, seed=seed)
+                loaded = module_with(checked.config, tensors, dtype, source, task=task, seed=asked.seed)
             take_generation_settings(loaded.module, files)
         module = loaded.module
         module.config.name_or_path = files.source
         make_room(module, found)
-        module.to(_device(device))
-        put_packed(module, found, _device(device), dtype)
-        digest = folders_digest() or state_digest(module)
+        module.to(asked.device)
+        put_packed(module, found, asked.device, dtype)
+        digest = (folders_digest() if read is None else read.digest) or state_digest(module)
     held = (f"quantizer: the files hold {len(found)} matrices that are packed",) if found else ()
-    notices = (f"precision: {reason}", *checked.notices, *loaded.notices, *held)
     model = LanguageModel(
-        module, source=source, digest=digest, notices=notices, kernels=wanted_kernels(), task=task, fresh=loaded.fresh,
+        module, source=source, digest=digest, kernels=wanted_kernels(), task=task, fresh=loaded.fresh,
+        notices=(f"precision: {reason}", *checked.notices, *loaded.notices, *held),
         # Of what was just drawn, or packed on the way, nobody asks twice.
         known_as="" if fresh or found else digest,
     )  # fmt: skip
     if remembered and not (found or loaded.notices or loaded.fresh):
         remember_decoder(files, model, checked.notices)
     return model
-
-
-def _precision_of(
-    config: ZooConfig,
-    files: ModelFiles,
-    precision: Precision,
-    device: torch.device,
-    *,
-    speaks: bool,
-    has_blocks: Callable[[], bool],
-) -> tuple[torch.dtype, str]:
-    """The dtype of weights and products, and why, also of a model that is to make text."""
-    dtype, reason = choose_precision(precision, _shape(config.get_text_config()), device)
-    may_round = speaks and dtype == torch.float32 and device.type == "cpu"
-    if may_round and speaks_in_halves(weight_files(files)) and has_blocks():
-        return torch.bfloat16, REASON
-    return dtype, reason
 
 
 def kind_of_source(source: str) -> Kind:

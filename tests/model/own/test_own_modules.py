@@ -22,7 +22,8 @@ from luthier.core.errors import CorruptError, RecipeError
 from luthier.data.forest import Forest
 from luthier.data.hub import ModelFiles
 from luthier.infer.engine import Engine
-from luthier.model import known_decoders
+from luthier.model import known_decoders, load
+from luthier.model.files.tensor_files import read_weights
 from luthier.model.language_model import LanguageModel
 from luthier.model.load import kind_of_source, load_model
 from luthier.model.own.config import OwnConfig
@@ -157,14 +158,24 @@ def test_nobody_gets_them_who_has_not_asked(tmp_path: Path) -> None:
     assert not isinstance(load_model(str(folder), precision="float32", device="cpu").module, Decoder)
 
 
-def test_other_weights_and_another_precision_are_proved_anew(tmp_path: Path) -> None:
+def test_other_weights_and_another_precision_are_proved_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Breaks when what was seen of some weights is believed of others: whatever makes them other numbers."""
     folder = folder_of(LIKE["llama"](), tmp_path / "model")
     both(folder)
     assert not isinstance(load_model(str(folder), precision="bfloat16", device="cpu", own_modules=True).module, Decoder)
-    kept = (folder / "config.json").read_bytes()
+    kept, times = (folder / "config.json").read_bytes(), list[Path]()
     folder_of(LIKE["llama"](), folder, seed=1)
     assert (folder / "config.json").read_bytes() == kept
+
+    def noting(paths: list[Path], *, widen: bool) -> dict[str, torch.Tensor]:
+        times.extend(paths)
+        return read_weights(paths, widen=widen)
+
+    monkeypatch.setattr(load, "read_weights", noting)
+    load_model(str(folder), precision="bfloat16", device="cpu", own_modules=True)
+    assert len(times) == 1, "what was read is read again"
     assert isinstance(both(folder)[1].module, Decoder)
 
 
@@ -245,7 +256,8 @@ def test_a_start_from_memory_imports_neither_zoo_nor_compiler(tmp_path: Path) ->
 import sys
 from luthier.adapters.lora import LoRA
 from luthier.model.load import kind_of_source, load_model
-from luthier.model import known_decoders
+from luthier.model import known_decoders, load
+from luthier.model.files.tensor_files import read_weights
 from luthier.optimizers.adamw import AdamW
 from pathlib import Path
 known_decoders.cache_folder = lambda: Path({str(tmp_path / "cache")!r})
