@@ -27,7 +27,7 @@ from luthier.model.attending.kept import AttentionCall
 from luthier.model.language_model import LanguageModel
 from luthier.model.own.config import OwnConfig, as_json, plain_values
 from luthier.model.own.decoder import Shape
-from luthier.model.running.likeness import sketch_of
+from luthier.model.running.likeness import likeness_of
 from luthier.store.environment import processor
 from luthier.store.remembered import code_of, recalled, remember
 
@@ -67,10 +67,20 @@ def proved(known: Known, digest: str, dtype: torch.dtype, backend: Backend) -> S
     """The shape with the calls of its attention, where these weights were seen to give the zoo's numbers."""
     match recalled(_place(_proof(known.key, digest, dtype, backend))):
         case {"calls": list(told)}:
-            calls = {int(layer): AttentionCall(scale, window, None) for layer, scale, window in told}
+            calls = _calls(told)
             if set(calls) == set(range(known.shape.layers)):
                 return dataclasses.replace(known.shape, calls=calls)
     return None
+
+
+def _calls(told: list[Any]) -> dict[int, AttentionCall]:
+    """How each layer calls its attention, as far as it is told."""
+    calls = {}
+    for each in told:
+        match each:
+            case [int(layer), int() | float() | None as scale, int() | None as window]:
+                calls[layer] = AttentionCall(scale, window, None)
+    return calls
 
 
 def remember_decoder(files: ModelFiles, model: LanguageModel, notices: tuple[str, ...]) -> None:
@@ -78,7 +88,7 @@ def remember_decoder(files: ModelFiles, model: LanguageModel, notices: tuple[str
     module, said = model.module, model.module.generation_config
     values = plain_values(module.config)
     generation = as_json({} if said is None else said.to_diff_dict())
-    shape = None if values is None or generation is None else sketch_of(module, model.executor)
+    shape = None if values is None or generation is None else likeness_of(module, model.executor)
     if shape is None or files.folder is None:
         return
     key = _key(files)

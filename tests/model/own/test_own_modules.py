@@ -192,7 +192,7 @@ def test_another_config_is_another_model(key: str, value: Any, tmp_path: Path) -
     assert torch.equal(own.token_outputs(FOREST).log_probs, zoo.token_outputs(FOREST).log_probs)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": {}}', "cut", "other shape", "no layers"])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": {}}', "cut", "other shape", "no layers", "odd calls"])
 def test_a_memory_that_is_damaged_is_asked_anew(damage: str, tmp_path: Path) -> None:
     """Breaks when half a file, or one from elsewhere, ends a start."""
     folder = folder_of(LIKE["llama"](), tmp_path / "model")
@@ -203,8 +203,10 @@ def test_a_memory_that_is_damaged_is_asked_anew(damage: str, tmp_path: Path) -> 
             said["shape"]["parameters"]["lm_head.weight"] = [1, 1]
         if damage == "no layers" and "calls" in said:
             said["calls"] = []
+        if damage == "odd calls" and "calls" in said:
+            said["calls"] = [7, [0], ["0", 1.0, None], *said["calls"][1:]]
         path.write_text({"cut": text[: len(text) // 2], "other shape": json.dumps(said),
-                         "no layers": json.dumps(said)}.get(damage, damage))  # fmt: skip
+                         "no layers": json.dumps(said), "odd calls": json.dumps(said)}.get(damage, damage))  # fmt: skip
     assert isinstance(both(folder)[1].module, Decoder)
 
 

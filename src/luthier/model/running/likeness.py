@@ -2,7 +2,7 @@
 
 Idea: nothing is concluded from the name of a model. Its modules are looked at, ours are made after what they are, over
 the same parameters, and both read the same tokens: by our operations, and module by module, as where something
-surrounds a block. Names, angles and states have to be equal, the numbers to the last bit; else there is no sketch.
+surrounds a block. Names, angles and states have to be equal, the numbers to the last bit; else there is no likeness.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STEADY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary angles that are the same for texts of all lengths."""
 
 
-def sketch_of(module: ZooModule, executor: Executor) -> Shape | None:
+def likeness_of(module: ZooModule, executor: Executor) -> Shape | None:
     """What makes our own modules compute as this one does; None where they do not, to the bit."""
     blocks = executor.blocks
     if blocks is None or not _is_plain(module, executor) or not blocks.take_everything:
