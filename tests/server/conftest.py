@@ -16,8 +16,8 @@ from tests.server.fakes import TOKEN, Running, running
 
 @pytest.fixture(scope="session")
 def opened() -> Opened:
-    """The seedling, loaded once."""
-    return open_named("seedling", precision="float32")
+    """The seedling, loaded once, with modules that tests can call: they are the oracle."""
+    return open_named("seedling", precision="float32", own_modules=False)
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,13 @@ def resolve_source(source: str) -> str:
         close = nearest(place.name, beside)
         do = f"did you mean {' or '.join(close)}?" if close else "check the path; a hub id has the form owner/name"
         raise MissingError(f"there is no model folder {name}", do=do)
+    # A hub id of a new repository has an owner: a bare name that is nearly ours needs no look at the hub.
+    if "/" not in name and nearest(name, [SEEDLING], cutoff=0.8):
+        raise RecipeError(f"there is no {name}", do="did you mean seedling?")
     return name
 
 
 def without_config(name: str, files: ModelFiles) -> RecipeError:
     """What to say of a model that was found, or may be on the hub, and has no config."""
     usual = "name a folder in the Hugging Face layout, a hub id, or seedling"
-    meant = "did you mean seedling?" if files.folder is None and nearest(name, [SEEDLING], cutoff=0.8) else ""
-    return RecipeError(f"{name} has no config.json", do=no_model_but(files) or meant or usual)
+    return RecipeError(f"{name} has no config.json", do=no_model_but(files) or usual)
